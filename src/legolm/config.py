@@ -1,0 +1,319 @@
+"""The run's configuration: every field, default, meaning and check in one place.
+
+`load(path, overrides)` reads YAML, applies `a.b=value` overrides and validates. An unknown key fails with the
+nearest known one; every other error names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from legolm.types import LegolmError
+
+Precision = Literal["fp32", "bf16"]
+
+
+def _not_reserved(name: str) -> str:
+    if name == "llm":
+        raise ValueError("`llm` names the base model; choose another name")
+    return name
+
+
+# A name becomes a folder's.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), AfterValidator(_not_reserved)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Fields(_Section):
+    """Where the conversation is in a row: `instruction` and `answer`, or `messages` (a list of role and content)."""
+
+    instruction: str = "instruction"
+    answer: str = "output"
+    messages: str | None = None
+
+
+class Split(_Section):
+    """How rows become parts, one a client: by file stem, by a column's value, IID, or Dirichlet over a column."""
+
+    by: Literal["file", "column", "iid", "dirichlet"] = "file"
+    column: str | None = None
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is heterogeneous")
+
+    @model_validator(mode="after")
+    def _column_given(self) -> Split:
+        if self.by in ("column", "dirichlet") and not self.column:
+            raise ValueError(f"split by {self.by} needs `column`: the field whose values tell rows apart")
+        return self
+
+
+class DataConfig(_Section):
+    """Examples: the built-in starter set, files (JSON, JSONL, CSV, Parquet; globs allowed) or a hub data set.
+
+    `validation` and `test` are paths like `train`, or a share of each client's training rows to hold out.
+    """
+
+    train: str | list[str] = "starter"
+    validation: str | list[str] | Share = 0.1
+    test: str | list[str] | Share = 0.2
+    fields: Fields = Fields()
+    split: Split = Split()
+    system: str | None = Field(None, description="system message put before each conversation without one")
+    limit_train: int | None = Field(None, ge=1, description="keep at most this many training examples a client")
+    limit_validation: int | None = Field(None, ge=1)
+    limit_test: int | None = Field(None, ge=1)
+
+
+class CalibrationConfig(_Section):
+    """Text that pruning and recovery see: `starter`, `pydoc` (Python's help topics) or a text file."""
+
+    text: str = "starter"
+    samples: int = Field(32, ge=1)
+    length: int = Field(256, ge=8, description="tokens a sample")
+
+
+class RecoverConfig(_Section):
+    """Distillation from the LLM after the cut, merged into the block. 0 steps: none."""
+
+    steps: int = Field(0, ge=0)
+    batch_size: int = Field(8, ge=1)
+    rank: int = Field(16, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+
+
+class BlockConfig(_Section):
+    """One block to cut: a method and either a sparsity or, for `structured`, a shape in the model config's words."""
+
+    name: Name
+    method: Literal["dense", "magnitude", "wanda", "sparsegpt", "structured"]
+    sparsity: float | None = Field(None, ge=0, lt=1, description="removed share of the decoder's linear weights")
+    intermediate_size: int | None = Field(None, ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+    num_hidden_layers: int | None = Field(None, ge=1)
+    calibration: CalibrationConfig = CalibrationConfig()
+    recover: RecoverConfig = RecoverConfig()
+
+    @model_validator(mode="after")
+    def _one_target(self) -> BlockConfig:
+        shape = (self.intermediate_size, self.num_key_value_heads, self.num_hidden_layers)
+        has_shape = any(size is not None for size in shape)
+        if self.method == "dense":
+            if has_shape or self.sparsity is not None:
+                raise ValueError("a dense block is the whole LLM; take out its sparsity and shape")
+        elif self.method == "structured":
+            if has_shape == (self.sparsity is not None):
+                raise ValueError(
+                    "structured needs either `sparsity` or a shape "
+                    "(intermediate_size, num_key_value_heads, num_hidden_layers)"
+                )
+        elif has_shape or self.sparsity is None:
+            raise ValueError(f"{self.method} needs `sparsity` and no shape")
+        return self
+
+
+class Profile(_Section):
+    """What a device can hold; `assign` gives it the block with the most parameters that fits."""
+
+    memory_mb: float = Field(gt=0, description="memory for fine-tuning, in MB (1e6 bytes)")
+
+
+class ClientConfig(_Section):
+    """One client: its part of the data, and its block by name or by device profile."""
+
+    id: Name
+    data: str | None = Field(None, description="name of its part of the data; its id if not given")
+    block: str | None = None
+    profile: Profile | None = None
+    rank: int | None = Field(None, ge=1, description="its LoRA rank; lora.rank if not given")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ClientConfig:
+        if (self.block is None) == (self.profile is None):
+            raise ValueError("give either `block` or `profile`")
+        return self
+
+
+class LoraConfig(_Section):
+    """The adapter. `scale` is alpha / rank and the same for all clients, whatever their rank."""
+
+    rank: int = Field(8, ge=1)
+    scale: float = Field(2.0, gt=0)
+    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class TrainConfig(_Section):
+    """One client's training in one round. AdamW, constant learning rate; the optimizer starts anew each round."""
+
+    steps: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    clip_norm: float = Field(1.0, gt=0)
+    max_length: int = Field(512, ge=8, description="longer examples lose the start of their prompt")
+
+
+class AggregateConfig(_Section):
+    """How updates become one. `heteagg` is the paper's; DESIGN section 3 defines the terms."""
+
+    scheme: Literal["heteagg"] = "heteagg"
+    denominator: Literal["coverage_mean", "global_fill"] = "coverage_mean"
+    mask: Literal["structure", "saliency"] = "structure"
+    server_learning_rate: float = Field(1.0, gt=0)
+
+
+class FederationConfig(_Section):
+    """Who runs the rounds, and how many."""
+
+    engine: Literal["flower", "local"] = "flower"
+    rounds: int = Field(3, ge=1)
+    threads: int = Field(1, ge=1, description="CPU threads a client")
+    min_replies: int = Field(1, ge=1, description="stop the run when fewer updates than this are accepted")
+    personal_steps: int = Field(0, ge=0, description="own steps of each client after the last global update")
+
+
+class EvaluateConfig(_Section):
+    """What is measured beside the global update."""
+
+    batch_size: int = Field(16, ge=1)
+    local_only: bool = Field(True, description="also train each client alone for as many steps in all")
+
+
+class RunConfig(_Section):
+    """A whole run: what to cut, who trains on what, how updates are combined."""
+
+    model: str = Field("starter", description="`starter`, a local folder or a Hugging Face hub id")
+    seed: int = 0
+    precision: Precision = Field("fp32", description="of matrix products; weights, adapters and sums stay fp32")
+    data: DataConfig = DataConfig()
+    blocks: list[BlockConfig] = Field(min_length=1)
+    clients: list[ClientConfig] = Field(min_length=1)
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    aggregate: AggregateConfig = AggregateConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_by_name(cls, value: object) -> object:
+        return {"train": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> RunConfig:
+        for kind, names in (
+            ("blocks", [block.name for block in self.blocks]),
+            ("clients", [client.id for client in self.clients]),
+        ):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{kind}: {twice[0]!r} is there twice; names must differ")
+        known = [block.name for block in self.blocks]
+        for client in self.clients:
+            if client.block is not None and client.block not in known:
+                raise ValueError(f"clients: {client.id!r} wants block {client.block!r};{_nearest(client.block, known)}")
+            if client.rank is not None and client.rank > self.lora.rank:
+                raise ValueError(f"clients: {client.id!r} has rank {client.rank}; at most lora.rank, {self.lora.rank}")
+        if self.federation.min_replies > len(self.clients):
+            raise ValueError(
+                f"federation.min_replies is {self.federation.min_replies}; there are {len(self.clients)} clients"
+            )
+        return self
+
+
+def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `a.b=value` overrides (list items by index), validate. Raises `LegolmError`."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LegolmError(f"config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LegolmError(f"config {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise LegolmError(f"config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(raw, dict):
+        raise LegolmError(f"config {path}: must be a mapping of sections, not {type(raw).__name__}")
+    for override in overrides or []:
+        _override(raw, override)
+    return validate(raw, str(path))
+
+
+def validate(raw: dict[str, Any], source: str) -> RunConfig:
+    """Check a raw mapping; `source` names it in errors. Raises `LegolmError` with the first problem."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise LegolmError(f"config {source}: {_explain(error.errors()[0])}") from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML: loading it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise LegolmError(f"--set {override!r}: write it as a.b=value, for instance --set train.steps=4")
+    keys = path.split(".")
+    at: Any = raw
+    for depth, key in enumerate(keys[:-1]):
+        child = _index(at, key, override) if isinstance(at, list) else at.setdefault(key, {})
+        if not isinstance(child, dict | list):
+            # `data: starter` is short for {train: starter}.
+            child = at[key] = {"train": child} if keys[: depth + 1] == ["data"] else {}
+        at = child
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise LegolmError(f"--set {override!r}: the value is not valid YAML") from None
+    if isinstance(at, list):
+        _index(at, keys[-1], override)
+        at[int(keys[-1])] = value
+    else:
+        at[keys[-1]] = value
+
+
+def _index(items: list[Any], key: str, override: str) -> Any:
+    if not key.isdecimal() or int(key) >= len(items):
+        raise LegolmError(f"--set {override!r}: {key!r} must be an index from 0 to {len(items) - 1}")
+    return items[int(key)]
+
+
+def _explain(problem: ErrorDetails) -> str:
+    location = [part for part in problem["loc"] if isinstance(part, int) or not part.startswith(("function-", "list["))]
+    field = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        return f"unknown key `{field}`;{_nearest(str(location[-1]), known)}"
+    if problem["type"] == "missing":
+        return f"`{field}` is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"`{field}`: {message}" if field else message
+    return f"`{field}` = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(location: list[str | int]) -> list[str]:
+    section: Any = RunConfig
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+            section = found[0] if found else section
+    return list(section.model_fields)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" did you mean `{close[0]}`?" if close else f" known: {', '.join(known)}"

@@ -1,0 +1,27 @@
+"""Which coordinates of the LLM a block holds, and moving adapters between a block's slice and the LLM."""
+
+from legolm.coverage.maps import Coverage, load_coverage, save_coverage
+from legolm.coverage.slicing import (
+    add_slice,
+    factor_key,
+    factor_shape,
+    init_factors,
+    modules_of,
+    parse_key,
+    slice_factors,
+    tensors_hash,
+)
+
+__all__ = [
+    "Coverage",
+    "add_slice",
+    "factor_key",
+    "factor_shape",
+    "init_factors",
+    "load_coverage",
+    "modules_of",
+    "parse_key",
+    "save_coverage",
+    "slice_factors",
+    "tensors_hash",
+]

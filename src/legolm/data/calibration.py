@@ -1,0 +1,63 @@
+"""Public text that pruning and recovery see, as windows of tokens. Never a client's data."""
+
+from __future__ import annotations
+
+import random
+from itertools import chain, islice
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from legolm.config import CalibrationConfig
+from legolm.data.render import render
+from legolm.data.sources import read_text
+from legolm.data.starter import public_starter_text
+from legolm.types import LegolmError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def calibration_tokens(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
+    """Windows of the text that do not overlap, drawn by `seed`: (samples, length) int64.
+
+    `starter` alternates between conversations, packed together, and the prose of Python's help topics.
+    Raises `LegolmError` if the text is missing or too short.
+    """
+    if config.text in ("starter", "pydoc"):
+        streams = [_prose("\n".join(topics.values()), tokenizer)]
+        if config.text == "starter":
+            streams.insert(0, _conversations(config, tokenizer, seed))
+    else:
+        streams = [_prose(read_text(Path(config.text).expanduser(), "calibration.text"), tokenizer)]
+    pools = [_windows(stream, config.length, seed) for stream in streams]
+    available = min(len(pool) * len(pools) + place for place, pool in enumerate(pools))
+    if available < config.samples:
+        raise LegolmError(
+            f"calibration.samples = {config.samples}: {config.text!r} has {available} samples of "
+            f"{config.length} tokens; ask for fewer or shorter ones, or give a longer text"
+        )
+    return torch.stack([pools[sample % len(pools)][sample // len(pools)] for sample in range(config.samples)])
+
+
+def _windows(stream: list[int], length: int, seed: int) -> Tensor:
+    """All windows that fit side by side, shuffled: (windows, length)."""
+    count = len(stream) // length
+    order = random.Random(f"{seed} windows").sample(range(count), count)
+    return torch.tensor(stream[: count * length]).view(count, length)[order]
+
+
+def _conversations(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
+    """Shuffled, so that a window mixes languages, and no more than `config` needs: rendering takes time."""
+    examples = list(public_starter_text())
+    random.Random(f"{seed} conversations").shuffle(examples)
+    rendered = (render(example, tokenizer, config.length).ids for example in examples)
+    return list(islice(chain.from_iterable(rendered), config.samples * config.length))
+
+
+def _prose(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # verbose=False: a text longer than the model's context is no mistake here.
+    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))

@@ -1,0 +1,121 @@
+"""Conversations to tokens, and tokens to left-padded batches with labels on the answer only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from legolm.types import Example, LegolmError, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A conversation. The answer is `ids[answer:]`, its end-of-turn token included; `answer` is 1 or more."""
+
+    ids: tuple[int, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded conversations; all tensors int64.
+
+    `input_ids`, `attention_mask` and `position_ids` are (n, length). `labels` is (n, kept): the last `kept`
+    positions, `kept` the longest answer, with -100 before each answer. Their predictions are the logits at
+    positions -kept - 1 to -2: with `logits_to_keep=kept + 1`, `logits[:, :-1]` aligns with `labels`.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+
+
+def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
+    """At most `max_length` tokens (2 or more) of the conversation in the tokenizer's chat template.
+
+    The prompt loses its start if it is too long, and the answer its end only if it is too long by itself.
+    """
+    prompt_text, answer_text = _texts(example.messages, tokenizer)
+    prompt = _encode(prompt_text, tokenizer)
+    both = _encode(prompt_text + answer_text, tokenizer)
+    # Generation starts from the prompt's own tokens, so the loss must be on what follows exactly those. If a
+    # token of the whole text spans the border, the answer is tokenized by itself; else the whole text serves,
+    # since some tokenizers put a space before the first word of a text.
+    answer = both[len(prompt) :] if both[: len(prompt)] == prompt else _encode(answer_text, tokenizer)
+    # One token of the prompt must stay: no logit predicts the first token of a sequence.
+    answer = answer[: max_length - 1]
+    prompt = prompt[-(max_length - len(answer)) :]
+    return Tokens(ids=(*prompt, *answer), answer=len(prompt))
+
+
+def batch(tokens: Sequence[Tokens], pad_id: int) -> Batch:
+    """Pad on the left to the longest of `tokens` (at least one)."""
+    length = max(len(item.ids) for item in tokens)
+    kept = max(len(item.ids) - item.answer for item in tokens)
+    input_ids = torch.full((len(tokens), length), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full((len(tokens), kept), IGNORED)
+    for row, item in enumerate(tokens):
+        ids = torch.tensor(item.ids)
+        input_ids[row, length - len(ids) :] = ids
+        attention_mask[row, length - len(ids) :] = 1
+        labels[row, kept - len(ids) + item.answer :] = ids[item.answer :]
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return Batch(input_ids, attention_mask, position_ids, labels)
+
+
+def batches(tokens: Sequence[Tokens], size: int, pad_id: int) -> Iterator[Batch]:
+    """Batches of `size`, longest conversations first: little padding, and memory fails at once or never."""
+    ordered = sorted(tokens, key=lambda item: len(item.ids), reverse=True)
+    for start in range(0, len(ordered), size):
+        yield batch(ordered[start : start + size], pad_id)
+
+
+def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The prompt, and the answer with what ends the assistant's turn."""
+    content = messages[-1].content
+    if tokenizer.chat_template is None:
+        prompt = "".join(f"{message.content}\n" for message in messages[:-1])
+        return prompt, content + _end(tokenizer)
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError as error:
+        raise LegolmError(
+            f"model: its chat template refuses the data ({error}); mend `data.system` or the messages"
+        ) from None
+    if not whole.startswith(prompt):
+        # The template puts more in the generation prompt (`<think>`) than it leaves in a finished turn. Then
+        # the prompt is what both share, but nothing of the answer, which may begin like what was left out.
+        before_answer = whole.rpartition(content.strip())[0] or whole
+        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, before_answer, strict=False))
+        prompt = "".join(sign for sign, _ in pairs)
+    # Whitespace after the end of the turn belongs to the next turn: nobody generates it.
+    answer = whole[len(prompt) :].rstrip()
+    # A template that writes nothing after the answer would teach the model never to stop.
+    return prompt, answer + _end(tokenizer) if answer.endswith(content.rstrip()) else answer
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.eos_token is None:
+        raise LegolmError(
+            "model: its tokenizer has no eos_token to end answers with; name one in tokenizer_config.json"
+        )
+    return str(tokenizer.eos_token)
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))

@@ -1,0 +1,105 @@
+"""The Flower simulation runtime (message API): one virtual node a client, a bounded number of actors at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from legolm.config import RunConfig
+from legolm.federate.engine import Body, Reply, Request
+from legolm.rundir import RunDir
+from legolm.types import LegolmError
+
+POLL_S = 0.1
+OBJECT_STORE_BYTES = 256 << 20
+
+
+def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+    """Run `body` as a Flower ServerApp; its requests are answered by ClientApps in at most `actors` processes."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        nodes = _wait_for_nodes(grid, len(config.clients))
+        node_of = {client.id: node for client, node in zip(config.clients, nodes, strict=True)}
+        body(lambda requests: _exchange(grid, node_of, requests))
+
+    threads = config.federation.threads
+    run_simulation(
+        server_app=server,
+        client_app=_client_app(run.path.resolve()),
+        num_supernodes=len(config.clients),
+        backend_config={
+            "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
+            # Ray would start an actor for each core it finds and take a third of the memory for its store.
+            "init_args": {
+                "num_cpus": actors * threads,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "log_to_driver": False,
+                "logging_level": logging.ERROR,
+                "_node_ip_address": "127.0.0.1",
+            },
+        },
+    )
+
+
+def _client_app(path: Path) -> ClientApp:
+    app = ClientApp()
+
+    def answer(message: Message, context: Context) -> Message:
+        from legolm.federate.client import client_runtime
+
+        record = message.content["request"]
+        content = record["content"]
+        assert isinstance(content, bytes)
+        try:
+            reply = ConfigRecord({"content": client_runtime(path).answer(content)})
+        except LegolmError as error:
+            reply = ConfigRecord({"error": str(error)})
+        return Message(RecordDict({"reply": reply}), reply_to=message)
+
+    app.train()(answer)
+    return app
+
+
+def _exchange(grid: Grid, node_of: dict[str, int], requests: Sequence[Request]) -> Iterator[Reply]:
+    """Push all requests, then give replies as they come. A client that crashed gives an error, not an end."""
+    waiting: dict[str, int] = {}
+    for index, request in enumerate(requests):
+        content = RecordDict({"request": ConfigRecord({"content": request.content})})
+        message = Message(content, node_of[request.client], MessageType.TRAIN)
+        (message_id,) = grid.push_messages([message])
+        waiting[message_id] = index
+    while waiting:
+        for reply in grid.pull_messages(list(waiting)):
+            index = waiting.pop(reply.metadata.reply_to_message_id)
+            if reply.has_error():
+                yield Reply(index, error=(reply.error.reason or "the client crashed").strip().splitlines()[-1])
+                continue
+            record = reply.content["reply"]
+            if "error" in record:
+                yield Reply(index, error=str(record["error"]))
+            else:
+                found = record["content"]
+                assert isinstance(found, bytes)
+                yield Reply(index, found)
+        time.sleep(POLL_S)
+
+
+def _wait_for_nodes(grid: Grid, count: int) -> list[int]:
+    while len(nodes := sorted(grid.get_node_ids())) < count:
+        time.sleep(POLL_S)
+    return nodes

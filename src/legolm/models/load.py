@@ -1,0 +1,115 @@
+"""Find, load, save and fingerprint models. Only safetensors are read; no remote code is run."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from legolm.models.starter import starter_path
+from legolm.types import LegolmError
+
+transformers_logging.disable_progress_bar()
+
+
+def resolve(model: str) -> Path:
+    """Local folder of `starter`, a folder or a hub id (downloaded once). Raises `LegolmError` if there is none."""
+    if model == "starter":
+        return starter_path()
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LegolmError(f"model: folder {model} has no config.json; give a Hugging Face checkpoint")
+        return path
+    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise LegolmError(
+            f"model: {model!r} is neither `starter`, a folder with a checkpoint, nor a hub id (owner/name)"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a dozen kinds: offline, not found, gated, network
+        reason = str(error).strip().splitlines()[0]
+        raise LegolmError(f"model: {model!r} cannot be had from the hub ({reason}); give a local folder") from None
+
+
+def load_config(path: Path) -> Any:
+    """The checkpoint's config."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise LegolmError(f"model: {path} has no readable config ({str(error).splitlines()[0]})") from None
+
+
+def load_model(path: Path) -> Any:
+    """The causal LM in float32 on the CPU, in eval mode, nothing trainable."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise LegolmError(f"model: {path} cannot be loaded ({str(error).splitlines()[0]})") from None
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer; padding falls back to the end-of-text token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise LegolmError(f"model: {path} has no readable tokenizer ({str(error).splitlines()[0]})") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_model(model: Any, tokenizer: Any, path: Path, dtype: torch.dtype) -> None:
+    """Write a normal checkpoint in `dtype`. The model in memory takes that dtype too: it is the end of it."""
+    model.to(dtype)
+    model.config.use_cache = True
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of a checkpoint's weights, in the order of names."""
+    digest = hashlib.sha256()
+    entries: list[tuple[str, Path]] = []
+    for file in _weight_files(path):
+        with safe_open(file, framework="pt") as handle:
+            entries += [(name, file) for name in handle.keys()]  # noqa: SIM118 (not a dict)
+    if not entries:
+        raise LegolmError(f"model: {path} holds no safetensors weights; save it with save_pretrained")
+    for name, file in sorted(entries):
+        with safe_open(file, framework="pt") as handle:
+            tensor = handle.get_tensor(name)
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def count_parameters(path: Path) -> int:
+    """Parameters stored in a checkpoint's weight files; tied ones are stored, and counted, once."""
+    total = 0
+    for file in _weight_files(path):
+        with safe_open(file, framework="pt") as handle:
+            total += sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
+    return total
+
+
+def _weight_files(path: Path) -> list[Path]:
+    return sorted(file for file in path.glob("*.safetensors") if file.name != "coverage.safetensors")
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(Path(root, name).stat().st_size for root, _, names in os.walk(path) for name in names)

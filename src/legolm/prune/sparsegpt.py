@@ -1,0 +1,58 @@
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): drop weights and let the rest of the row make up for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from legolm.prune.calibrate import Moments
+from legolm.prune.registry import criterion, keep_largest
+from legolm.types import LegolmError
+
+BLOCK = 128
+DAMP = 0.01
+
+
+@criterion("sparsegpt", needs="full")
+def prune(weight: Tensor, moments: Moments | None, sparsity: float) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 of the paper with B = Bs = 128: the mask of a block of columns is chosen when it is reached.
+
+    Inputs that were always zero ("dead columns") are pruned first and take no part in the update.
+    """
+    assert moments is not None
+    hessian = moments.sum / max(moments.tokens, 1)
+    weight = weight.clone()
+    dead = hessian.diagonal() == 0
+    weight[:, dead] = 0
+    inverse = _inverse_factor(hessian, dead)
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    for start in range(0, weight.shape[1], BLOCK):
+        stop = min(start + BLOCK, weight.shape[1])
+        block, factor = weight[:, start:stop], inverse[start:stop, start:stop]
+        scores = (block / factor.diagonal()).square()
+        kept = keep_largest(scores.flatten(), sparsity).view_as(block)
+        # Columns one after the other, transposed so that each is contiguous.
+        columns, keep = block.T.contiguous(), kept.T
+        errors = torch.empty_like(columns)
+        for i in range(stop - start):
+            errors[i] = columns[i] * ~keep[i] / factor[i, i]
+            columns[i:] -= factor[i, i:, None] * errors[i]
+        weight[:, start:stop] = columns.T * kept
+        weight[:, stop:] -= errors.T @ inverse[start:stop, stop:]
+        mask[:, start:stop] = kept
+    return weight, mask
+
+
+def _inverse_factor(hessian: Tensor, dead: Tensor) -> Tensor:
+    """Upper Cholesky factor U of the damped inverse, H⁻¹ = Uᵀ U, solved in float64."""
+    damped = hessian.double()
+    damped.diagonal()[dead] = 1
+    damped.diagonal().add_(DAMP * damped.diagonal().mean())
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    except RuntimeError:  # torch's LinAlgError is one
+        raise LegolmError(
+            "calibration: the inputs' second moments cannot be inverted; raise calibration.samples"
+        ) from None
+    return factor.float()

@@ -1,0 +1,16 @@
+"""Wanda (Sun et al., arXiv 2306.11695): drop the smallest |w| · ‖x‖ of each output row."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from legolm.prune.calibrate import Moments
+from legolm.prune.registry import criterion, keep_largest
+
+
+@criterion("wanda", needs="diagonal")
+def prune(weight: Tensor, moments: Moments | None, sparsity: float) -> tuple[Tensor, Tensor]:
+    """Equation 1 of the paper, compared within each output row; no weight update."""
+    assert moments is not None
+    mask = keep_largest(weight.abs() * moments.mean_square.sqrt(), sparsity)
+    return weight * mask, mask

@@ -1,0 +1,90 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from legolm.config import RunConfig
+from legolm.plan import Plan
+from legolm.types import Block
+
+
+def print_plan(plan: Plan, config: RunConfig) -> None:
+    """The dry run: blocks, clients, tokens, bytes, memory."""
+    blocks = _table("block", "method", ">sparsity", ">parameters", ">on disk", ">memory to train")
+    for block in plan.blocks:
+        sizes = (_count(block.parameters), _mb(block.file_bytes), _mb(block.training_bytes))
+        blocks.add_row(block.name, block.method, f"{block.sparsity:.2f}", *sizes)
+    clients = _table("client", "block", ">examples", ">tokens a round", ">sent each way a round")
+    for client in plan.clients:
+        row = (f"{client.examples:,}", f"{client.tokens_per_round:,}", _mb(client.bytes_per_round))
+        clients.add_row(client.id, client.block, *row)
+    console = Console()
+    console.print(blocks, clients)
+    federation = config.federation
+    console.print(
+        f"{config.aggregate.scheme} ({config.aggregate.denominator}, {config.aggregate.mask}), "
+        f"{federation.rounds} rounds on {federation.engine}, {plan.actors} clients at once, "
+        f"about {_mb(plan.memory_bytes)} of memory and {_mb(plan.disk_bytes)} of disk. Nothing was done.",
+        highlight=False,
+    )
+
+
+def print_blocks(blocks: Sequence[Block]) -> None:
+    """What was cut."""
+    table = _table("block", "method", ">sparsity", ">parameters", ">on disk", "folder")
+    for block in blocks:
+        row = (f"{block.sparsity:.3f}", _count(block.parameters), _mb(block.file_bytes), str(block.path))
+        table.add_row(block.name, block.method, *row)
+    Console().print(table)
+
+
+def print_summary(summary: Mapping[str, Any], out: Path) -> None:
+    """The figures of a finished run, and where its files are."""
+    columns = [f">{kind} {phase}" for kind in ("own", "others") for phase in ("before", "local", "global", "personal")]
+    table = _table("client", "block", *columns)
+    for client in summary["clients"]:
+        losses = [
+            client[kind].get(phase) for kind in ("own", "others") for phase in ("before", "local", "global", "personal")
+        ]
+        table.add_row(client["id"], client["block"], *("" if loss is None else f"{loss:.2f}" for loss in losses))
+    console = Console()
+    console.print("Loss per answer token (nats) on test data", table)
+    llm = summary["llm"]
+    console.print(
+        f"LLM on all clients' test data: {llm['loss_before']:.2f} before, {llm['loss_after']:.2f} after round "
+        f"{summary['best_round']} of {summary['rounds']}. {summary['wall_s']:.0f} s.\n"
+        f"report {out / 'report.html'}\nmodels {out / 'final'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:
+    """One row for each model evaluated."""
+    names = list(dict.fromkeys(name for found in scores.values() for name in found))
+    table = _table("model", *(f">{name}" for name in names))
+    for model, found in scores.items():
+        table.add_row(model, *(f"{found[name]:.3f}" for name in names))
+    Console().print(table)
+
+
+def _table(*columns: str) -> Table:
+    """A table; a leading `>` aligns a column to the right."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return table
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _count(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"

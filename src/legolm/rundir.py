@@ -1,0 +1,146 @@
+"""The run folder: atomic writes, what is finished, and whose run it is.
+
+A folder appears under its final name only when it is whole (written beside, synced, renamed), so whatever is there
+after a kill is finished and whatever is not is done again.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from legolm import config as configs
+from legolm.config import RunConfig
+from legolm.types import LegolmError
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path` when the block ends well and vanishes when it does not.
+
+    Raises `LegolmError` when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        partial.mkdir()
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+        _sync(path.parent)
+    except Exception as error:
+        if _disk_full(error):
+            raise LegolmError(f"{path}: the disk is full; free some space and run again with --resume") from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all. Raises `LegolmError` when the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        _sync(partial)
+        partial.replace(path)
+    except OSError as error:
+        if _disk_full(error):
+            raise LegolmError(f"{path}: the disk is full; free some space and run again with --resume") from None
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the run. Raises `LegolmError` when it is broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LegolmError(f"{path}: cannot be read ({error}); start the run again in a new folder") from None
+    if not isinstance(value, dict):
+        raise LegolmError(f"{path}: must hold a JSON object; start the run again in a new folder")
+    return value
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths in a run folder. `config.yaml` is its identity: another config is another run."""
+
+    path: Path
+
+    @staticmethod
+    def open(path: Path, config: RunConfig, resume: bool) -> RunDir:
+        """Start a run in a new or empty folder, or go on with one. Raises `LegolmError` when it is another's."""
+        run = RunDir(path)
+        text = configs.dump(config)
+        if run.config_file.exists():
+            if run.config_file.read_text(encoding="utf-8") != text:
+                raise LegolmError(
+                    f"run folder {path}: belongs to another config (see its config.yaml); give another --out"
+                )
+            if not resume:
+                raise LegolmError(f"run folder {path}: already there; add --resume to go on, or give another --out")
+            for stale in path.rglob(".*.partial"):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise LegolmError(f"run folder {path}: is not empty and not a run; give another --out")
+        else:
+            atomic_write(run.config_file, text)
+        return run
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    def config(self) -> RunConfig:
+        """The resolved config, validated again."""
+        return configs.load(self.config_file)
+
+    def block(self, name: str) -> Path:
+        """Folder of a cut block."""
+        return self.path / "blocks" / name
+
+    def round(self, number: int) -> Path:
+        """Folder of a finished round; 0 is the start."""
+        return self.path / "rounds" / f"{number:04d}"
+
+    def client_stage(self, stage: str, client: str) -> Path:
+        """Folder of what one client did outside the rounds: `local` or `personal`."""
+        return self.path / stage / client
+
+    def final(self, name: str) -> Path:
+        """Folder of a finished model: the LLM's or a client's block."""
+        return self.path / "final" / name
+
+    def write_metrics(self, records: list[dict[str, Any]]) -> None:
+        """Rewrite `metrics.jsonl` from the finished stages: after a kill no line is missing, broken or there twice."""
+        atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _disk_full(error: BaseException) -> bool:
+    # safetensors reports a full disk as its own error, with the system's words in it.
+    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
+        "No space left on device" in str(error) or "os error 28" in str(error)
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

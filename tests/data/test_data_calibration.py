@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from legolm.config import CalibrationConfig
+from legolm.data.calibration import calibration_tokens
+from legolm.types import LegolmError
+
+
+def test_starter_alternates_conversations_and_prose(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = CalibrationConfig(samples=5, length=400)
+    tokens = calibration_tokens(config, tokenizer, seed=0)
+    assert tokens.shape == (5, 400)
+    assert tokens.dtype == torch.int64
+    talks = ["<|im_start|>assistant" in tokenizer.decode(sample) for sample in tokens]
+    assert talks == [True, False, True, False, True]
+
+
+def test_starter_is_limited_by_the_shorter_half(tokenizer: PreTrainedTokenizerFast) -> None:
+    prose = CalibrationConfig(text="pydoc", samples=10**6, length=4096)
+    both = CalibrationConfig(samples=10**6, length=4096)
+    with pytest.raises(LegolmError, match=r"has \d+ samples") as caught:
+        calibration_tokens(prose, tokenizer, seed=0)
+    windows = int(str(caught.value).split(" has ")[1].split()[0])
+    with pytest.raises(LegolmError, match=rf"'starter' has {2 * windows + 1} samples"):
+        calibration_tokens(both, tokenizer, seed=0)
+
+
+@pytest.mark.parametrize("text", ["starter", "pydoc"])
+def test_the_seed_decides_the_windows(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    config = CalibrationConfig(text=text, samples=4, length=64)
+    tokens = calibration_tokens(config, tokenizer, seed=1)
+    assert torch.equal(tokens, calibration_tokens(config, tokenizer, seed=1))
+    assert not torch.equal(tokens, calibration_tokens(config, tokenizer, seed=2))
+
+
+def test_file_windows_do_not_overlap_and_cover_the_text(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("aaaaaaaabbbbbbbbccccccccddd", encoding="utf-8")
+    tokens = calibration_tokens(CalibrationConfig(text=str(path), samples=3, length=8), tokenizer, seed=0)
+    assert sorted(tokenizer.decode(sample) for sample in tokens) == ["a" * 8, "b" * 8, "c" * 8]
+
+
+@pytest.mark.parametrize(("signs", "samples"), [(27, 3), (7, 0), (0, 0)])
+def test_too_short_says_how_many_samples_there_are(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, signs: int, samples: int
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("a" * signs, encoding="utf-8")
+    with pytest.raises(LegolmError, match=rf"calibration.samples = 4: .* has {samples} samples of 8 tokens; "):
+        calibration_tokens(CalibrationConfig(text=str(path), samples=4, length=8), tokenizer, seed=0)
+
+
+def test_missing_file_and_wrong_encoding(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with pytest.raises(LegolmError, match=r"calibration.text: no file absent.txt"):
+        calibration_tokens(CalibrationConfig(text="absent.txt"), tokenizer, seed=0)
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"ok\n\xff")
+    with pytest.raises(LegolmError, match=r"text.txt:2: not UTF-8"):
+        calibration_tokens(CalibrationConfig(text=str(path)), tokenizer, seed=0)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from legolm.data.render import Batch, Tokens, batch, batches, render
+from legolm.types import Example, LegolmError, Message
+
+PAIR = Example((Message("user", "Capital of Italy?"), Message("assistant", "Rome")))
+PROMPT = "<|im_start|>user\nCapital of Italy?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerFast:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def parts(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+    return tokenizer.decode(tokens.ids[: tokens.answer]), tokenizer.decode(tokens.ids[tokens.answer :])
+
+
+class TestRender:
+    def test_answer_is_the_text_and_the_end_of_turn_without_the_line_break(
+        self, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        tokens = render(PAIR, tokenizer, 512)
+        assert parts(tokens, tokenizer) == (PROMPT, "Rome<|im_end|>")
+        assert len(tokens.ids) - tokens.answer == 5
+
+    def test_earlier_turns_are_in_the_prompt(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        example = Example((*PAIR.messages, Message("user", "And of Spain?"), Message("assistant", "Madrid")))
+        prompt, answer = parts(render(example, tokenizer, 512), tokenizer)
+        assert prompt.startswith(PROMPT + "Rome<|im_end|>\n")
+        assert answer == "Madrid<|im_end|>"
+
+    @given(answer=st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), length=st.integers(2, 90))
+    @settings(max_examples=50, deadline=None)
+    def test_any_answer_comes_back_and_no_length_is_exceeded(
+        self, tokenizer: PreTrainedTokenizerFast, answer: str, length: int
+    ) -> None:
+        example = Example((Message("user", "?"), Message("assistant", answer)))
+        whole, cut = render(example, tokenizer, 10_000), render(example, tokenizer, length)
+        assert parts(whole, tokenizer)[1] == answer + "<|im_end|>"
+        assert len(cut.ids) == min(length, len(whole.ids))
+        assert cut.answer >= 1
+        assert cut.ids[cut.answer :] == whole.ids[whole.answer :][: length - 1]
+        assert cut.ids[: cut.answer] == whole.ids[: whole.answer][-cut.answer :]
+
+    def test_too_long_loses_the_start_of_the_prompt(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        assert parts(render(PAIR, tokenizer, 8), tokenizer) == ("nt\n", "Rome<|im_end|>")
+
+    def test_too_long_answer_loses_its_end_and_keeps_a_token_to_start_from(
+        self, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        assert parts(render(PAIR, tokenizer, 4), tokenizer) == ("\n", "Rom")
+
+    def test_without_template(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        plain = with_template(tokenizer, None)
+        example = Example((Message("system", "Be brief."), *PAIR.messages))
+        assert parts(render(example, plain, 512), plain) == (
+            "Be brief.\nCapital of Italy?\n",
+            "Rome<|im_end|>",
+        )
+
+    def test_template_without_end_of_turn_gets_one(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        open_ended = with_template(
+            tokenizer, "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        )
+        assert parts(render(PAIR, open_ended, 512), open_ended)[1].endswith("assistant: Rome<|im_end|>")
+
+    @pytest.mark.parametrize("answer", ["Rome", "<b>Rome</b>"])
+    def test_generation_prompt_with_more_than_the_finished_turn(
+        self, tokenizer: PreTrainedTokenizerFast, answer: str
+    ) -> None:
+        assert tokenizer.chat_template is not None
+        thinking = with_template(
+            tokenizer, tokenizer.chat_template.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+        )
+        example = Example((PAIR.messages[0], Message("assistant", answer)))
+        assert parts(render(example, thinking, 512), thinking) == (PROMPT, answer + "<|im_end|>")
+
+    def test_template_that_refuses(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        picky = with_template(tokenizer, "{{ raise_exception('no system role') }}")
+        with pytest.raises(LegolmError, match=r"refuses the data \(no system role\)"):
+            render(PAIR, picky, 512)
+
+    def test_no_end_token(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        endless = with_template(tokenizer, None)
+        endless.eos_token = None
+        with pytest.raises(LegolmError, match="no eos_token"):
+            render(PAIR, endless, 512)
+
+    def test_prompt_is_tokenized_as_generation_sees_it_where_a_token_spans_the_border(self) -> None:
+        vocab = {"a": 0, "b": 1, "Ċ": 2, "Ċb": 3, "<end>": 4}
+        model = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "b")]))
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        model.decoder = decoders.ByteLevel()
+        merging = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>")
+        assert merging.encode("a\nb") == [0, 3]
+        example = Example((Message("user", "a"), Message("assistant", "b")))
+        assert render(example, merging, 9) == Tokens(ids=(0, 2, 1, 4), answer=2)
+
+
+class TestBatch:
+    SHORT = Tokens(ids=(5, 6, 7), answer=2)
+    LONG = Tokens(ids=(1, 2, 3, 4, 8), answer=2)
+
+    def test_by_hand(self) -> None:
+        made = batch([self.SHORT, self.LONG], pad_id=0)
+        assert made.input_ids.tolist() == [[0, 0, 5, 6, 7], [1, 2, 3, 4, 8]]
+        assert made.attention_mask.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+        assert made.position_ids.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+        assert made.labels.tolist() == [[-100, -100, 7], [3, 4, 8]]
+        assert all(tensor.dtype == torch.int64 for tensor in vars(made).values())
+
+    @given(
+        st.lists(
+            st.tuples(st.integers(1, 6), st.integers(1, 6)).map(
+                lambda sizes: Tokens(ids=tuple(range(1, 1 + sum(sizes))), answer=sizes[0])
+            ),
+            min_size=1,
+            max_size=5,
+        )
+    )
+    @settings(deadline=None)
+    def test_labels_are_the_tokens_after_the_logits_that_are_kept(self, tokens: list[Tokens]) -> None:
+        made = batch(tokens, pad_id=0)
+        kept = made.labels.shape[1]
+        assert kept + 1 <= made.input_ids.shape[1]
+        next_ids = made.input_ids[:, -kept:]
+        learned = made.labels != -100
+        assert torch.equal(made.labels[learned], next_ids[learned])
+        assert learned.sum(1).tolist() == [len(item.ids) - item.answer for item in tokens]
+
+    def test_loss_of_a_model_equals_that_of_each_conversation_alone(self) -> None:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=12,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+            )
+        ).eval()
+
+        def loss(made: Batch) -> float:
+            with torch.no_grad():
+                logits = model(
+                    made.input_ids,
+                    attention_mask=made.attention_mask,
+                    position_ids=made.position_ids,
+                    logits_to_keep=made.labels.shape[1] + 1,
+                ).logits[:, :-1]
+            return float(
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), made.labels.flatten(), reduction="sum")
+            )
+
+        alone = 0.0
+        for item in (self.SHORT, self.LONG):
+            with torch.no_grad():
+                logits = model(torch.tensor([item.ids])).logits[0]
+            for position in range(item.answer, len(item.ids)):
+                alone -= float(logits[position - 1].log_softmax(0)[item.ids[position]])
+        assert loss(batch([self.SHORT, self.LONG], pad_id=0)) == pytest.approx(alone, rel=1e-5)
+
+    def test_batches_are_longest_first(self) -> None:
+        tokens = [Tokens(ids=tuple(range(n)), answer=1) for n in (2, 9, 4, 7, 3)]
+        assert [tuple(b.input_ids.shape) for b in batches(tokens, 2, pad_id=0)] == [(2, 9), (2, 4), (1, 2)]

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from legolm.config import Fields
+from legolm.data import sources
+from legolm.data.sources import Row, read_rows, to_example, with_system
+from legolm.types import Example, LegolmError, Message
+
+QUESTION = {"instruction": "2 + 2?", "output": "4"}
+PAIR = Example((Message("user", "2 + 2?"), Message("assistant", "4")))
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def rows(source: str | list[str]) -> list[Row]:
+    return list(read_rows(source, "data.train"))
+
+
+def error_of(source: str | list[str]) -> str:
+    with pytest.raises(LegolmError) as caught:
+        rows(source)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def example_error(values: dict[str, Any], fields: Fields | None = None) -> str:
+    with pytest.raises(LegolmError) as caught:
+        to_example(Row(values, "a", "a.jsonl", "a.jsonl:17"), fields or Fields())
+    return str(caught.value)
+
+
+class TestReading:
+    def test_every_format_gives_the_same_examples(self, tmp_path: Path) -> None:
+        table = pyarrow.table({key: [value] for key, value in QUESTION.items()})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        files = [
+            write(tmp_path / "a.jsonl", json.dumps(QUESTION) + "\n"),
+            write(tmp_path / "a.json", json.dumps([QUESTION])),
+            write(tmp_path / "a.csv", "instruction,output\n2 + 2?,4\n"),
+            str(tmp_path / "a.parquet"),
+        ]
+        assert [to_example(row, Fields()) for row in rows(files)] == [PAIR] * 4
+
+    def test_rows_know_their_place(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "north.jsonl", f"{json.dumps(QUESTION)}\n\n{json.dumps(QUESTION)}\n")
+        assert [(row.stem, row.place) for row in rows(path)] == [
+            ("north", f"{path}:1"),
+            ("north", f"{path}:3"),
+        ]
+
+    def test_glob_is_sorted_and_may_be_absolute_or_relative(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("b", "a"):
+            write(tmp_path / f"{name}.jsonl", json.dumps(QUESTION))
+        monkeypatch.chdir(tmp_path)
+        assert [row.stem for row in rows(str(tmp_path / "*.jsonl"))] == ["a", "b"]
+        assert [row.stem for row in rows("*.jsonl")] == ["a", "b"]
+
+    def test_line_separators_inside_strings_do_not_end_a_json_line(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", '{"instruction": "a\u2028b", "output": "c"}\n')
+        assert rows(path)[0]["instruction"] == "a\u2028b"
+
+    def test_csv_with_byte_order_mark_quotes_and_line_breaks(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.csv", '\ufeffinstruction,output\r\n"a, ""b""\nc",d\r\n')
+        assert rows(path)[0].values == {"instruction": 'a, "b"\nc', "output": "d"}
+
+    def test_hub_data_set_with_split(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load(name: str, split: str) -> list[dict[str, str]]:
+            assert (name, split) == ("org/name", "test")
+            return [QUESTION]
+
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
+        (row,) = rows("hub:org/name:test")
+        assert (row.stem, row.place, to_example(row, Fields())) == ("name", "hub:org/name:test row 1", PAIR)
+
+
+class TestReadingErrors:
+    def test_missing_file(self) -> None:
+        assert error_of("absent.jsonl") == "data.train: no file absent.jsonl"
+
+    def test_glob_without_match(self) -> None:
+        assert error_of("absent/*.jsonl") == "data.train: 'absent/*.jsonl' matches no file"
+
+    def test_folder(self, tmp_path: Path) -> None:
+        assert error_of(str(tmp_path)).endswith(f"is a folder; name its files, for instance {tmp_path}/*.jsonl")
+
+    def test_unknown_kind(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.txt", "x")
+        assert error_of(path).endswith("known: .jsonl, .json, .csv, .parquet")
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+    @pytest.mark.parametrize("text", ["", "\n"])
+    def test_empty_file(self, tmp_path: Path, name: str, text: str) -> None:
+        path = write(tmp_path / name, text)
+        assert error_of(path) == f"data.train: {path} is empty"
+
+    def test_broken_json_line(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", json.dumps(QUESTION) + "\n{broken\n")
+        assert error_of(path).startswith(f"{path}:2: not valid JSON (")
+
+    def test_broken_json(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.json", '[\n{"a": 1},\n{"b" 2}]')
+        assert error_of(path).startswith(f"{path}:3: not valid JSON (")
+
+    def test_json_that_is_no_list(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.json", "{}")
+        assert error_of(path).startswith(f"data.train: {path} must be a list of objects")
+
+    def test_row_that_is_no_object(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", "[1]\n")
+        assert error_of(path) == f"{path}:1: a row must be an object, not list"
+        path = write(tmp_path / "a.json", "[{}, 1]")
+        assert error_of(path) == f"{path} row 2: a row must be an object, not int"
+
+    @pytest.mark.parametrize("line", ["1", "1,2,3"])
+    def test_csv_with_wrong_number_of_cells(self, tmp_path: Path, line: str) -> None:
+        path = write(tmp_path / "a.csv", f'instruction,output\n\n"a\nb",c\n{line}\n')
+        cells = line.count(",") + 1
+        assert error_of(path) == f"{path}:5: {cells} cells but 2 in the header; quote cells with commas"
+
+    def test_broken_csv(self, tmp_path: Path) -> None:
+        for broken in ('"a"b,c\n', '"a,c\nd,e\n'):
+            path = write(tmp_path / "a.csv", f"instruction,output\n{broken}")
+            assert error_of(path).startswith(f"{path}:2: not valid CSV (")
+
+    def test_not_utf8(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n')
+        assert error_of(str(path)) == f"{path}:2: not UTF-8; save the file in UTF-8"
+
+    def test_broken_parquet(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.parquet", "no parquet at all")
+        assert error_of(path).startswith(f"data.train: {path} is not valid Parquet (")
+
+    def test_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert sources.MAX_BYTES == 4_000_000_000
+        monkeypatch.setattr(sources, "MAX_BYTES", 1)
+        path = write(tmp_path / "a.jsonl", "{}\n")
+        assert error_of(path).startswith(f"data.train: {path} has more than ")
+
+    @pytest.mark.parametrize(("module", "source"), [("pyarrow", "a.parquet"), ("datasets", "hub:org/name")])
+    def test_missing_package_names_the_extra(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, source: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path / "a.parquet", "x")
+        monkeypatch.setitem(sys.modules, module, None)
+        assert error_of(source).endswith("run: pip install 'legolm[data]'")
+
+    def test_no_network(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load(name: str, split: str) -> None:
+            raise ConnectionError("cannot reach the hub\nlong story")
+
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
+        message = error_of("hub:org/name")
+        assert message.startswith("data.train: 'hub:org/name' cannot be loaded (cannot reach the hub); set HF_HUB_")
+        assert message.endswith("or give a file")
+
+
+class TestExamples:
+    CHAT = Fields(messages="chat")
+
+    def test_messages(self) -> None:
+        turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+        assert to_example(Row({"chat": turns}, "a", "a.jsonl", "a.jsonl:1"), self.CHAT) == PAIR
+
+    def test_missing_field_names_place_and_fields_there(self) -> None:
+        message = example_error({"question": "a", "output": "b"})
+        assert message == "a.jsonl:17: no field `instruction`; there are: question, output"
+
+    @pytest.mark.parametrize("field", ["instruction", "output"])
+    def test_empty_text(self, field: str) -> None:
+        message = example_error(QUESTION | {field: " \n"})
+        assert message == f"a.jsonl:17: `{field}` is empty; fill it or take the row out"
+
+    def test_value_that_is_no_text(self) -> None:
+        assert example_error(QUESTION | {"output": 4}) == "a.jsonl:17: `output` must be text, not int"
+
+    @pytest.mark.parametrize(
+        ("turns", "message"),
+        [
+            ("hello", "`chat` must be a list of two messages or more"),
+            ([{"role": "assistant", "content": "a"}], "`chat` must be a list of two messages or more"),
+            (["a", "b"], "`chat[0]` must be an object with `role` and `content`"),
+            (
+                [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}],
+                "`chat[0]` has role 'human'; known: system, user, assistant",
+            ),
+            (
+                [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
+                "`chat` must end with role 'assistant'",
+            ),
+            (
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}],
+                "`chat[1].content` is empty; fill it or take the row out",
+            ),
+        ],
+    )
+    def test_bad_messages(self, turns: object, message: str) -> None:
+        assert example_error({"chat": turns}, self.CHAT) == f"a.jsonl:17: {message}"
+
+    def test_system_message_is_put_first_where_there_is_none(self) -> None:
+        system = Message("system", "Be brief.")
+        assert with_system(PAIR, "Be brief.") == Example((system, *PAIR.messages))
+        assert with_system(with_system(PAIR, "Be brief."), "Be long.") == Example((system, *PAIR.messages))
+        assert with_system(PAIR, None) == PAIR

@@ -1,0 +1,120 @@
+"""LoRA on a block, the masked forward, merging and the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+
+from legolm.config import BlockConfig, TrainConfig
+from legolm.coverage import Coverage, init_factors, slice_factors
+from legolm.data import Tokens
+from legolm.finetune import fit, lora, merged
+from legolm.finetune.masked import _MaskedLinear
+from legolm.models import MODULES, fingerprint, load_model, shape_of
+from legolm.prune import cut_block
+from legolm.types import Block, LegolmError, Tensors
+
+TARGETS = [module.rpartition(".")[2] for module in MODULES]
+TEXT = torch.arange(1, 41).view(2, 20)
+
+
+def factors_for(coverage: Coverage, rank: int = 3) -> Tensors:
+    generator = torch.Generator().manual_seed(5)
+    start = slice_factors(coverage, init_factors(coverage.shape, TARGETS, rank, seed=1), rank)
+    return {key: tensor + 0.05 * torch.randn(tensor.shape, generator=generator) for key, tensor in start.items()}
+
+
+@pytest.fixture
+def sparse(tiny: Callable[[str], Path], tmp_path: Path) -> Block:
+    base = tiny("llama")
+    spec = BlockConfig(name="m", method="magnitude", sparsity=0.5)
+    return cut_block(base, fingerprint(base), spec, tmp_path / "sparse", seed=0)
+
+
+def test_the_adapter_is_pefts(tiny: Callable[[str], Path]) -> None:
+    model = load_model(tiny("llama"))
+    coverage = Coverage.full(shape_of(model.config))
+    factors = factors_for(coverage)
+    reference = get_peft_model(load_model(tiny("llama")), PeftConfig(r=3, lora_alpha=6, target_modules=TARGETS))
+    state = {}
+    for key, tensor in factors.items():
+        path, side = key.rsplit(".", 1)
+        state[f"base_model.model.model.{path}.lora_{side}.default.weight"] = tensor
+    assert not reference.load_state_dict(state, strict=False).unexpected_keys
+    with lora(model, coverage, factors, scale=2.0) as parameters:
+        assert set(parameters) == set(factors)
+        torch.testing.assert_close(model(TEXT).logits, reference(TEXT).logits)
+
+
+def test_afterwards_the_model_is_as_it_was(sparse: Block) -> None:
+    model = load_model(sparse.path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    factors = factors_for(sparse.coverage)
+    with lora(model, sparse.coverage, factors, 2.0):
+        pass
+    with merged(model, sparse.coverage, factors, 2.0):
+        assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before["model.layers.0.mlp.up_proj.weight"])
+    after = model.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["structured", "masked"])
+def test_what_is_trained_is_what_is_merged(masked: bool, sparse: Block, tiny: Callable[[str], Path]) -> None:
+    model = load_model(sparse.path if masked else tiny("llama"))
+    coverage = sparse.coverage if masked else Coverage.full(sparse.coverage.shape)
+    factors = factors_for(coverage)
+    with lora(model, coverage, factors, 2.0):
+        trained = model(TEXT).logits
+    with merged(model, coverage, factors, 2.0):
+        torch.testing.assert_close(model(TEXT).logits, trained, rtol=1e-4, atol=1e-5)
+        for key, mask in coverage.masks.items():
+            layer, module = int(key.split(".")[1]), key.split(".", 2)[2]
+            assert bool((model.model.layers[layer].get_submodule(module).weight[~mask] == 0).all())
+
+
+def test_masked_gradients_against_autograd_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, a, b = (torch.randn(s, generator=generator).requires_grad_() for s in ((2, 5, 6), (3, 6), (4, 3)))
+    weight, mask = torch.randn(4, 6, generator=generator), torch.rand(4, 6, generator=generator) > 0.5
+    _MaskedLinear.apply(x, a, b, weight, mask, 1.5).square().sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in (x, a, b)]
+    (exact[0] @ (mask * (weight.double() + 1.5 * exact[2] @ exact[1])).T).square().sum().backward()
+    for found, expected in zip((x, a, b), exact, strict=True):
+        torch.testing.assert_close(found.grad.double(), expected.grad, rtol=1e-4, atol=1e-4)
+
+
+def examples() -> list[Tokens]:
+    return [Tokens((10, 20 + i, 30, 40, 1), 2) for i in range(12)]
+
+
+def train(model: object, coverage: Coverage, **settings: object) -> tuple[Tensors, dict[str, float]]:
+    config = TrainConfig(batch_size=4, learning_rate=settings.pop("learning_rate", 0.01))
+    start = slice_factors(coverage, init_factors(coverage.shape, TARGETS, 4, seed=1), 4)
+    steps, seed, precision = settings.pop("steps", 30), settings.pop("seed", 0), settings.pop("precision", "fp32")
+    return fit(model, coverage, start, 2.0, examples(), 0, config, precision, steps, seed)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_learns_and_the_seed_decides_all(precision: str, sparse: Block) -> None:
+    model = load_model(sparse.path)
+    delta, metrics = train(model, sparse.coverage, precision=precision)
+    # The random model's tied embeddings are short: its loss cannot fall far below log(260) - 1.3 = 4.3.
+    assert metrics["loss_last"] < metrics["loss_first"] - 0.4
+    assert metrics["tokens"] == 30 * 4 * 5
+    again, _ = train(model, sparse.coverage, precision=precision)
+    assert all(torch.equal(delta[key], again[key]) for key in delta)
+    other, _ = train(model, sparse.coverage, precision=precision, seed=1)
+    assert any(not torch.equal(delta[key], other[key]) for key in delta)
+    assert all(tensor.dtype == torch.float32 for tensor in delta.values())
+
+
+def test_a_loss_that_explodes_is_one_clear_error(tiny: Callable[[str], Path]) -> None:
+    model = load_model(tiny("llama"))
+    with pytest.raises(LegolmError, match=r"train\.learning_rate 1e\+30"):
+        train(model, Coverage.full(shape_of(model.config)), learning_rate=1e30)

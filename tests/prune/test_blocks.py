@@ -1,0 +1,200 @@
+"""Cut blocks on disk: what `from_pretrained` loads, what the manifest says, what goes wrong clearly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from legolm.config import BlockConfig, CalibrationConfig, RecoverConfig
+from legolm.models import MODULES, fingerprint, load_model, load_tokenizer, shape_of
+from legolm.prune import cut_block, planned_coverage, read_block
+from legolm.prune.calibrate import Stream
+from legolm.prune.structured import _refit
+from legolm.types import Block, LegolmError
+
+FAMILIES = ("llama", "mistral", "qwen3")
+LINEARS = {
+    "magnitude": {"method": "magnitude", "sparsity": 0.5},
+    "wanda": {"method": "wanda", "sparsity": 0.25},
+    "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5},
+}
+SHAPES = {
+    "neurons": {"method": "structured", "intermediate_size": 40},
+    "heads": {"method": "structured", "num_key_value_heads": 1},
+    "layers": {"method": "structured", "num_hidden_layers": 1},
+    "all": {"method": "structured", "intermediate_size": 40, "num_key_value_heads": 1, "num_hidden_layers": 1},
+    "sparsity": {"method": "structured", "sparsity": 0.3},
+}
+
+
+@pytest.fixture
+def cut(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> Callable[..., Block]:
+    def make(family: str, recover: int = 0, out: str = "block", **target: object) -> Block:
+        spec = BlockConfig(
+            name="b",
+            calibration=CalibrationConfig(text=str(corpus), samples=8, length=64),
+            recover=RecoverConfig(steps=recover, batch_size=2, rank=4, learning_rate=0.01),
+            **target,
+        )
+        base = tiny(family)
+        return cut_block(base, fingerprint(base), spec, tmp_path / out, seed=0)
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", SHAPES.values(), ids=SHAPES)
+def test_structured_blocks_are_smaller_and_load_plainly(
+    family: str, target: dict, cut: Callable[..., Block], tiny: Callable[[str], Path]
+) -> None:
+    block = cut(family, **target)
+    model = AutoModelForCausalLM.from_pretrained(block.path)
+    dense = load_model(tiny(family))
+    layers = model.model.layers
+    assert len(layers) == len(block.coverage.layers) == model.config.num_hidden_layers
+    kept = 0
+    for j, layer in enumerate(block.coverage.layers):
+        for module in MODULES:
+            weight = layers[j].get_submodule(module).weight
+            assert tuple(weight.shape) == block.coverage.matrix(layer, module)
+            kept += weight.numel()
+            if module not in ("self_attn.o_proj", "mlp.down_proj"):  # those two are refitted
+                whole = dense.model.layers[layer].get_submodule(module).weight
+                rows = block.coverage.rows(layer, module)
+                assert torch.equal(weight, whole if rows is None else whole[rows])
+    shape = shape_of(dense.config)
+    assert block.sparsity == pytest.approx(1 - kept / (shape.layers * shape.layer_weights))
+    assert block.parameters == sum(p.numel() for p in model.parameters())
+    tokens = torch.arange(20)[None]
+    assert bool(model(tokens).logits.isfinite().all())
+
+
+def test_a_sparsity_becomes_the_nearest_width(cut: Callable[..., Block]) -> None:
+    # One layer: q, o 64x64, k, v 32x64, MLP 3x96x64: 30,720 weights; 0.3 of them are 48 neurons.
+    block = cut("llama", method="structured", sparsity=0.3)
+    assert [len(kept) for kept in block.coverage.neurons] == [48, 48]
+    assert block.sparsity == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", LINEARS.values(), ids=LINEARS)
+def test_unstructured_blocks_have_their_zeros_where_the_mask_says(
+    family: str, target: dict, cut: Callable[..., Block]
+) -> None:
+    block = cut(family, **target)
+    model = AutoModelForCausalLM.from_pretrained(block.path)
+    for layer, module in ((layer, module) for layer in range(2) for module in MODULES):
+        mask = block.coverage.mask(layer, module)
+        weight = model.model.layers[layer].get_submodule(module).weight
+        assert bool((weight[~mask] == 0).all())
+    assert block.sparsity == pytest.approx(target["sparsity"], abs=0.01)
+
+
+@pytest.mark.parametrize("target", [LINEARS["sparsegpt"], SHAPES["all"]], ids=["sparsegpt", "structured"])
+def test_recovery_brings_the_block_nearer_to_the_llm_and_keeps_its_sparsity(
+    target: dict, cut: Callable[..., Block], tiny: Callable[[str], Path], corpus: Path
+) -> None:
+    plain, recovered = cut("llama", out="plain", **target), cut("llama", recover=40, out="recovered", **target)
+    assert recovered.details["recover"]["kl_last"] < 0.9 * recovered.details["recover"]["kl_first"]
+    dense = load_model(tiny("llama"))
+    text = load_tokenizer(plain.path)(corpus.read_text()[:400], return_tensors="pt")["input_ids"]
+    want = torch.log_softmax(dense(text).logits, -1)
+    gaps = [
+        float((want.exp() * (want - torch.log_softmax(load_model(block.path)(text).logits, -1))).sum(-1).mean())
+        for block in (plain, recovered)
+    ]
+    assert gaps[1] < gaps[0]
+    assert recovered.coverage.hash == plain.coverage.hash
+    model = load_model(recovered.path)
+    for key, mask in recovered.coverage.masks.items():
+        layer, module = int(key.split(".")[1]), key.split(".", 2)[2]
+        assert bool((model.model.layers[layer].get_submodule(module).weight[~mask] == 0).all())
+
+
+def test_a_dense_block_is_the_llm(cut: Callable[..., Block], tiny: Callable[[str], Path]) -> None:
+    block = cut("llama", method="dense")
+    assert block.sparsity == 0
+    assert fingerprint(block.path) == fingerprint(tiny("llama"))
+
+
+def test_refit_gives_back_the_output_when_kept_inputs_explain_the_cut_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.randn(500, 3, generator=generator)
+    inputs = torch.cat([kept, kept @ torch.randn(3, 2, generator=generator)], 1)
+    weight = torch.randn(4, 5, generator=generator)
+    fitted = _refit(weight, inputs.T @ inputs, torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(kept @ fitted.T, inputs @ weight.T, rtol=0.02, atol=0.02)
+
+
+def test_layer_by_layer_equals_the_whole_model(tiny: Callable[[str], Path]) -> None:
+    for family in FAMILIES:
+        model = load_model(tiny(family))
+        tokens = torch.arange(60).view(3, 20)
+        stream = Stream(model, tokens, "fp32")
+        for index, layer in enumerate(model.model.layers):
+            stream.advance(index, layer)
+        hidden = torch.cat(stream._hidden)
+        torch.testing.assert_close(model.lm_head(model.model.norm(hidden)), model(tokens).logits)
+
+
+def test_the_plan_has_the_size_of_the_cut(cut: Callable[..., Block], tiny: Callable[[str], Path]) -> None:
+    shape = shape_of(load_model(tiny("llama")).config)
+    for target in SHAPES.values():
+        block = cut("llama", out=str(sorted(target)), **target)
+        assert planned_coverage(BlockConfig(name="b", **target), shape).kept_weights == block.coverage.kept_weights
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ({"sparsity": 0.9}, "the MLP alone gives at most 0.550"),
+        ({"intermediate_size": 97}, "the LLM has 96"),
+        ({"num_hidden_layers": 3}, "the LLM has 2"),
+    ],
+)
+def test_targets_that_cannot_be_met(target: dict, says: str, cut: Callable[..., Block], tmp_path: Path) -> None:
+    with pytest.raises(LegolmError, match=says):
+        cut("llama", method="structured", **target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_text_and_weights_that_are_not_finite(
+    cut: Callable[..., Block], tiny: Callable[[str], Path], corpus: Path, tmp_path: Path
+) -> None:
+    spec = BlockConfig(
+        name="b", method="wanda", sparsity=0.5, calibration=CalibrationConfig(text=str(corpus), samples=999, length=64)
+    )
+    with pytest.raises(LegolmError, match="samples of 64 tokens"):
+        cut_block(tiny("llama"), "f", spec, tmp_path / "block", seed=0)
+    broken = load_model(tiny("llama"))
+    broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")
+    broken.save_pretrained(tmp_path / "broken")
+    load_tokenizer(tiny("llama")).save_pretrained(tmp_path / "broken")
+    with pytest.raises(LegolmError, match="layer 0 gives values that are not finite"):
+        cut_block(
+            tmp_path / "broken",
+            "f",
+            spec.model_copy(update={"calibration": CalibrationConfig(text=str(corpus), samples=4, length=64)}),
+            tmp_path / "block",
+            seed=0,
+        )
+    assert not (tmp_path / "block").exists()
+
+
+def test_a_block_folder_that_was_tampered_with_is_refused(cut: Callable[..., Block]) -> None:
+    block = cut("llama", method="structured", intermediate_size=40)
+    manifest = json.loads((block.path / "manifest.json").read_text())
+    (block.path / "manifest.json").write_text(json.dumps(manifest | {"coverage_hash": "0" * 64}))
+    with pytest.raises(LegolmError, match="is not the one of its manifest"):
+        read_block(block.path)
+    (block.path / "manifest.json").write_text("{")
+    with pytest.raises(LegolmError, match=r"manifest\.json is broken"):
+        read_block(block.path)
+    (block.path / "manifest.json").unlink()
+    with pytest.raises(LegolmError, match=r"no manifest\.json"):
+        read_block(block.path)

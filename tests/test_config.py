@@ -1,0 +1,89 @@
+"""Configs: loading, overriding, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from legolm import config as configs
+from legolm.types import LegolmError
+
+MINIMAL = {
+    "blocks": [{"name": "a", "method": "structured", "sparsity": 0.5}],
+    "clients": [{"id": "fr", "block": "a"}],
+}
+
+
+def write(path: Path, raw: object) -> Path:
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_a_dumped_config_loads_as_itself(tmp_path: Path) -> None:
+    found = configs.load(write(tmp_path / "c.yaml", MINIMAL))
+    (tmp_path / "again.yaml").write_text(configs.dump(found))
+    assert configs.load(tmp_path / "again.yaml") == found
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL | {"data": "starter"})
+    found = configs.load(path, ["train.steps=3", "blocks.0.sparsity=0.25", "data.limit_test=5", "seed=7"])
+    assert (found.train.steps, found.blocks[0].sparsity, found.data.limit_test, found.seed) == (3, 0.25, 5, 7)
+    assert found.data.train == "starter"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"trian": {}}, "unknown key `trian`; did you mean `train`?"),
+        ({"train": {"step": 4}}, "unknown key `train.step`; did you mean `steps`?"),
+        ({"data": {"split": {"by": "iid", "colum": "x"}}}, "unknown key `data.split.colum`; did you mean `column`?"),
+        ({"blocks": [{"name": "a", "method": "wanda", "sparsity": 1.0}]}, "`blocks.0.sparsity` = 1.0: input should be"),
+        ({"blocks": [{"name": "a", "method": "wanda", "sparsity": -0.1}]}, "greater than or equal to 0"),
+        ({"blocks": [{"name": "a", "method": "wand", "sparsity": 0.5}]}, "`blocks.0.method` = 'wand'"),
+        ({"blocks": [{"name": "a", "method": "wanda"}]}, "wanda needs `sparsity`"),
+        ({"blocks": [{"name": "a", "method": "structured"}]}, "structured needs either `sparsity` or a shape"),
+        ({"blocks": [{"name": "llm", "method": "dense"}]}, "`llm` names the base model"),
+        ({"blocks": [{"name": "../x", "method": "dense"}]}, "`blocks.0.name` = '../x'"),
+        ({"blocks": []}, "`blocks`"),
+        ({"clients": [{"id": "fr", "block": "b"}]}, "'fr' wants block 'b'"),
+        ({"clients": [{"id": "fr"}]}, "give either `block` or `profile`"),
+        ({"clients": [{"id": "fr", "block": "a"}] * 2}, "'fr' is there twice"),
+        ({"clients": [{"id": "llm", "block": "a"}]}, "`llm` names the base model"),
+        ({"clients": [{"id": "fr", "block": "a", "rank": 9}]}, "has rank 9; at most lora.rank, 8"),
+        ({"federation": {"min_replies": 2}}, "min_replies is 2; there are 1 clients"),
+        ({"data": {"split": {"by": "column"}}}, "split by column needs `column`"),
+        ({"data": {"test": 1.5}}, "data.test"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_named(change: dict, says: str, tmp_path: Path) -> None:
+    with pytest.raises(LegolmError) as caught:
+        configs.load(write(tmp_path / "c.yaml", MINIMAL | change))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.steps", "write it as a.b=value"),
+        ("blocks.1.sparsity=0.5", "index from 0 to 0"),
+        ("seed=[", "not valid YAML"),
+    ],
+)
+def test_bad_overrides(override: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(LegolmError, match=says):
+        configs.load(write(tmp_path / "c.yaml", MINIMAL), [override])
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    with pytest.raises(LegolmError, match="no such file"):
+        configs.load(tmp_path / "none.yaml")
+    (tmp_path / "c.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(LegolmError, match=r"c\.yaml:\d+: not valid YAML"):
+        configs.load(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("- 1")
+    with pytest.raises(LegolmError, match="must be a mapping"):
+        configs.load(tmp_path / "c.yaml")

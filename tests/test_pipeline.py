@@ -1,0 +1,285 @@
+"""Whole runs on a tiny model: both engines, killed and resumed, with clients that send rubbish."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from legolm import config as configs
+from legolm import pipeline, wire
+from legolm.config import RunConfig
+from legolm.data import render
+from legolm.evaluate import score
+from legolm.federate import Body, Exchange, Reply, Request
+from legolm.federate.client import client_data
+from legolm.federate.local import run_local
+from legolm.models import load_model, load_tokenizer
+from legolm.prune import read_block
+from legolm.rundir import RunDir
+from legolm.types import LegolmError
+
+LETTERS = {"fr": "abc", "de": "def", "es": "ghi"}
+
+
+@pytest.fixture
+def config_file(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> Path:
+    """Three clients that answer with their own letters; a structured, a smaller and a sparse block."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for client, letters in LETTERS.items():
+        rows = [{"instruction": f"Say {i}", "output": letters[i % 3] * 2} for i in range(20)]
+        (data / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calibration = {"text": str(corpus), "samples": 4, "length": 64}
+    raw = {
+        "model": str(tiny("llama")),
+        "data": {"train": f"{data}/*.jsonl", "limit_test": 4, "limit_validation": 2},
+        "blocks": [
+            {"name": "wide", "method": "structured", "intermediate_size": 64, "calibration": calibration},
+            {
+                "name": "half",
+                "method": "structured",
+                "num_key_value_heads": 1,
+                "num_hidden_layers": 1,
+                "calibration": calibration,
+                "recover": {"steps": 1, "batch_size": 2},
+            },
+            {"name": "sparse", "method": "sparsegpt", "sparsity": 0.5, "calibration": calibration},
+        ],
+        "clients": [
+            {"id": "fr", "block": "wide"},
+            {"id": "de", "block": "half", "rank": 2},
+            {"id": "es", "block": "sparse"},
+        ],
+        "lora": {"rank": 4},
+        "train": {"steps": 3, "batch_size": 4, "learning_rate": 0.01},
+        "federation": {"engine": "local", "rounds": 2, "personal_steps": 2},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def without_clocks(value: Any) -> Any:
+    """What must be equal between two runs: everything but time, the machine and the engine's name."""
+    clocks = {"seconds", "wall_s", "machine", "engine", "run", "run_id", "versions", "train_s_per_round", "file_bytes"}
+    if isinstance(value, dict):
+        return {k: without_clocks(v) for k, v in value.items() if k not in clocks}
+    return [without_clocks(v) for v in value] if isinstance(value, list) else value
+
+
+def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("adapter.safetensors"))}
+
+
+def assert_same_run(one: Path, two: Path, exact: bool) -> None:
+    first, second = adapters(one), adapters(two)
+    assert list(first) == list(second)
+    for name in first:
+        for key, tensor in first[name].items():
+            if exact:
+                assert torch.equal(tensor, second[name][key]), (name, key)
+            else:
+                torch.testing.assert_close(tensor, second[name][key], rtol=1e-5, atol=1e-8)
+    summaries = [without_clocks(json.loads((folder / "summary.json").read_text())) for folder in (one, two)]
+    if exact:
+        assert summaries[0] == summaries[1]
+
+
+@pytest.fixture
+def finished(config_file: Path, tmp_path: Path) -> tuple[RunConfig, Path]:
+    config = configs.load(config_file)
+    out = tmp_path / "undisturbed"
+    pipeline.run(config, out)
+    return config, out
+
+
+def test_a_run_leaves_everything_promised(finished: tuple[RunConfig, Path]) -> None:
+    _, out = finished
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["rounds"] == 2
+    assert [block["name"] for block in summary["blocks"]] == ["llm", "wide", "half", "sparse"]
+    for block in summary["blocks"]:
+        assert block["params"] > 0
+        assert block["file_bytes"] > 0
+        assert set(block["coverage"]) == {"layers", "kv_groups", "neurons", "weights", "hash"}
+    for client in summary["clients"]:
+        assert set(client["own"]) == set(client["others"]) == {"before", "local", "global", "personal"}
+        assert client["own"]["local"] < client["own"]["before"]
+    assert summary["llm"]["loss_after"] < summary["llm"]["loss_before"]
+    assert summary["bytes_up_per_round"] > 0
+    assert summary["bytes_down_per_round"] > 0
+    assert summary["wall_s"] > 0
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["stage"] for record in records] == ["round"] + ["local"] * 3 + ["round"] * 2 + ["personal"] * 3
+    assert "<svg" in (out / "report.html").read_text()
+    assert not list(out.rglob("*.partial"))
+
+
+def test_final_models_load_plainly_and_are_what_was_scored(finished: tuple[RunConfig, Path]) -> None:
+    config, out = finished
+    summary = json.loads((out / "summary.json").read_text())
+    assert sorted(path.name for path in (out / "final").iterdir()) == ["de", "es", "fr", "llm"]
+    for path in (out / "final").iterdir():
+        model = AutoModelForCausalLM.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        assert bool(model(**tokenizer("Say 1", return_tensors="pt")).logits.isfinite().all())
+        block = read_block(path)
+        for key, mask in block.coverage.masks.items():
+            layer, module = int(key.split(".")[1]), key.split(".", 2)[2]
+            assert bool((model.model.layers[layer].get_submodule(module).weight[~mask] == 0).all())
+
+    tokenizer = load_tokenizer(out / "final" / "de")
+    rows = [render(row, tokenizer, config.train.max_length) for row in client_data(config)["de"].test]
+    found = score(load_model(out / "final" / "de"), rows, tokenizer.pad_token_id, 16, "fp32")
+    entry = next(client for client in summary["clients"] if client["id"] == "de")
+    assert found.loss == pytest.approx(entry["own"]["personal"], rel=1e-4)
+
+
+def test_the_flower_engine_gives_the_same_result(config_file: Path, finished: tuple[RunConfig, Path]) -> None:
+    _, local = finished
+    out = local.parent / "flower"
+    # In a process of its own, as users run it: Ray and its threads end with it.
+    command = [sys.executable, "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
+    done = subprocess.run([*command, "--set", "federation.engine=flower"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(local, out, exact=False)
+
+
+def test_a_killed_run_goes_on_and_ends_at_the_same_result(config_file: Path, finished: tuple[RunConfig, Path]) -> None:
+    _, undisturbed = finished
+    out = undisturbed.parent / "killed"
+    command = [sys.executable, "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
+    # Kill at three different stages: while blocks are cut, in the rounds, in the personal step.
+    for waits_for in ("blocks/wide", "rounds/0001", "personal/fr"):
+        process = subprocess.Popen([*command, "--resume"], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while not (out / waits_for).exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (out / "summary.json").exists()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(undisturbed, out, exact=True)
+    assert not list(out.rglob("*.partial"))
+
+
+Tamper = Callable[[wire.UpdateReply, dict[str, torch.Tensor]], bytes]
+
+
+def tampering_engine(tampers: dict[str, Tamper], crash: str | None = None) -> Callable[..., None]:
+    """The local engine over a line on which some clients' updates arrive changed, or not at all."""
+
+    def engine(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def wrap(exchange: Exchange) -> Exchange:
+            def changed(requests: Sequence[Request]) -> Iterator[Reply]:
+                for reply in exchange(requests):
+                    request = requests[reply.index]
+                    is_round = wire.kind_of(request.content) == "train" and (
+                        wire.unpack(request.content, wire.TrainRequest)[0].phase == "round"
+                    )
+                    if is_round and request.client == crash:
+                        yield Reply(reply.index, error="the device went away")
+                    elif is_round and request.client in tampers:
+                        content = tampers[request.client](*wire.unpack(reply.content, wire.UpdateReply))
+                        yield replace(reply, content=content)
+                    else:
+                        yield reply
+
+            return changed
+
+        run_local(run, config, actors, lambda exchange: body(wrap(exchange)))
+
+    return engine
+
+
+def poison(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
+    next(iter(delta.values()))[0, 0] = float("nan")
+    return wire.pack(header, delta)
+
+
+def foreign(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
+    return wire.pack(header.model_copy(update={"base_fingerprint": "another"}), delta)
+
+
+def misshapen(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
+    return wire.pack(header, {key: tensor[:, :1].contiguous() for key, tensor in delta.items()})
+
+
+def test_bad_updates_are_refused_and_named_and_the_round_goes_on(config_file: Path, tmp_path: Path) -> None:
+    config = configs.load(
+        config_file, ["federation.rounds=1", "federation.personal_steps=0", "evaluate.local_only=false"]
+    )
+    for name, tampers, crash, reasons in (
+        ("nan", {"fr": poison}, None, {"fr": "is not finite"}),
+        ("two", {"de": foreign}, "es", {"de": "base_fingerprint is 'another'", "es": "the device went away"}),
+        ("shape", {"es": misshapen}, None, {"es": "has shape"}),
+    ):
+        summary = pipeline.run(config, tmp_path / name, engine=tampering_engine(tampers, crash))
+        last = summary["history"][-1]
+        assert last["accepted"] == [client for client in LETTERS if client not in reasons]
+        assert {one["client"] for one in last["refused"]} == set(reasons)
+        for one in last["refused"]:
+            assert reasons[one["client"]] in one["reason"]
+        state = load_file(tmp_path / name / "rounds" / "0001" / "adapter.safetensors")
+        assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+        if name == "nan":  # layer 1 of the wide block is also the sparse one's: only its weight is behind it
+            examples = 14
+            weight = state["weight.layers.1.mlp.up_proj.B"]
+            assert set(weight.flatten().tolist()) <= {0.0, examples, 2.0 * examples}
+
+
+def test_too_few_updates_stop_the_run_with_the_reasons(config_file: Path, tmp_path: Path) -> None:
+    config = configs.load(config_file, ["federation.min_replies=3", "evaluate.local_only=false"])
+    with pytest.raises(LegolmError, match=r"round 1: 2 updates accepted.*fr: .*is not finite"):
+        pipeline.run(config, tmp_path / "out", engine=tampering_engine({"fr": poison}))
+
+
+def test_a_folder_of_another_run_is_left_alone(finished: tuple[RunConfig, Path]) -> None:
+    config, out = finished
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in out.rglob("*"))
+    with pytest.raises(LegolmError, match="add --resume"):
+        pipeline.run(config, out)
+    with pytest.raises(LegolmError, match="belongs to another config"):
+        pipeline.run(config.model_copy(update={"seed": 1}), out, resume=True)
+    assert sorted((str(path), path.stat().st_mtime_ns) for path in out.rglob("*")) == before
+
+
+def test_changed_data_stops_a_resume(config_file: Path, tmp_path: Path) -> None:
+    config = configs.load(config_file)
+    RunDir.open(tmp_path / "out", config, resume=False)
+    pipeline._identify(RunDir(tmp_path / "out"), pipeline.make_plan(config))
+    with (tmp_path / "data" / "fr.jsonl").open("a") as file:
+        file.write(json.dumps({"instruction": "Say", "output": "x"}) + "\n")
+    with pytest.raises(LegolmError, match="the data changed since the run started"):
+        pipeline.run(config, tmp_path / "out", resume=True)
+
+
+def test_profiles_get_the_largest_block_that_fits(config_file: Path) -> None:
+    raw = json.loads(config_file.read_text())
+    raw["clients"] = [
+        {"id": "fr", "profile": {"memory_mb": 100_000}},
+        {"id": "de", "block": "half"},
+        {"id": "es", "profile": {"memory_mb": 1}},
+    ]
+    config_file.write_text(json.dumps(raw))
+    with pytest.raises(LegolmError, match="'es' has 1 MB; the smallest block needs"):
+        pipeline.make_plan(configs.load(config_file))
+    plan = pipeline.make_plan(configs.load(config_file, ["clients.2.profile.memory_mb=100000"]))
+    largest = max(plan.blocks, key=lambda block: block.parameters).name
+    assert [client.block for client in plan.clients] == [largest, "half", largest]

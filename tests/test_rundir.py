@@ -1,0 +1,47 @@
+"""Atomic writes: whole or not at all, also on a full disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from legolm.rundir import atomic_folder, atomic_write
+from legolm.types import LegolmError
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("1")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    for content in ("1", "2"):
+        with atomic_folder(tmp_path / "a") as folder:
+            (folder / "x").write_text(content)
+    assert (tmp_path / "a" / "x").read_text() == "2"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk]).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(small_disk: Path) -> None:
+    atomic_write(small_disk / "old", "as it was")
+    with pytest.raises(LegolmError, match="the disk is full; free some space"):
+        atomic_write(small_disk / "old", "x" * 100_000)
+    with pytest.raises(LegolmError, match="the disk is full"), atomic_folder(small_disk / "folder") as folder:
+        save_file({"a": torch.zeros(100_000)}, folder / "a.safetensors")
+    assert (small_disk / "old").read_text() == "as it was"
+    assert [path.name for path in small_disk.iterdir()] == ["old"]
