@@ -18,14 +18,14 @@ COVERAGE = Coverage(SHAPE, (1,), ((0,),), ((0, 2),))
 SENT = slice_factors(COVERAGE, init_factors(SHAPE, ["up_proj"], 2, seed=0), 2)
 REQUEST = wire.TrainRequest(
     run="r", client="fr", block="b", base_fingerprint="f", coverage_hash="c", rank=2, scale=2.0,
-    phase="round", round=3, steps=4, seed=5,
+    phase="round", round=3, steps=4, done=8, total=12, seed=5,
 )  # fmt: skip
 KEY = "layers.1.mlp.up_proj.B"
 
 
 def reply(delta: Tensors | None = None, **changes: object) -> bytes:
     header = wire.UpdateReply(
-        **REQUEST.model_dump(exclude={"kind", "phase", "steps", "seed"}),
+        **REQUEST.model_dump(exclude={"kind", "phase", "steps", "done", "total", "seed"}),
         received_hash=tensors_hash(SENT),
         examples=7,
         metrics={"loss": 1.0},

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 
 Config = Annotated[Path, typer.Argument(help="YAML config of the run; see examples/")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="of matrix products")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="override a value: a.b=value; may be repeated")]
 
 
@@ -64,10 +65,10 @@ def prune(
     length: Annotated[int, typer.Option(help="tokens a calibration sample")] = 256,
     recover: Annotated[int, typer.Option(help="distillation steps after the cut")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16 matrix products")] = "fp32",
+    precision: Precision = "fp32",
 ) -> None:
     """Cut one block: a normal checkpoint with a manifest of what it kept."""
-    from legolm.config import validate
+    from legolm.config import BlockConfig, validate
 
     block: dict[str, Any] = {
         "name": out.name,
@@ -79,9 +80,7 @@ def prune(
         "calibration": {"text": calibration, "samples": samples, "length": length},
         "recover": {"steps": recover},
     }
-    client = {"id": "none", "block": out.name}
-    raw = {"model": model, "seed": seed, "precision": precision, "blocks": [block], "clients": [client]}
-    settings = validate(raw, "from the command line")
+    spec = validate(BlockConfig, block, "legolm prune")
     if out.exists():
         raise LegolmError(f"--out {out}: is already there; give another folder")
 
@@ -90,11 +89,10 @@ def prune(
     from legolm.prune import cut_block
     from legolm.report.terminal import print_blocks
 
-    spec = settings.blocks[0]
     base = resolve(model)
     steps = (spec.num_hidden_layers or shape_of(load_config(base)).layers) + spec.recover.steps
     with Progress().stage(f"cut block {spec.name}", steps) as advance:
-        found = cut_block(base, fingerprint(base), spec, out, seed, settings.precision, advance)
+        found = cut_block(base, fingerprint(base), spec, out, seed, precision, advance)
     print_blocks([found])
 
 
@@ -107,18 +105,16 @@ def evaluate(
     answer: Annotated[str, typer.Option(help="field of the answer")] = "output",
     length: Annotated[int, typer.Option(help="tokens a perplexity window")] = 1024,
     windows: Annotated[int | None, typer.Option(help="at most this many windows")] = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16 matrix products")] = "fp32",
+    precision: Precision = "fp32",
 ) -> None:
     """Loss and exact match on answers, perplexity on text."""
     if data is None and text is None:
         raise LegolmError("eval: nothing to evaluate on; give --data, --text or both")
-    if precision not in ("fp32", "bf16"):
-        raise LegolmError(f"--precision {precision!r}: must be fp32 or bf16")
     from legolm.evaluate.files import evaluate_files
     from legolm.report.terminal import print_scores
 
     fields = {"instruction": instruction, "answer": answer}
-    print_scores(evaluate_files(model, data, text, fields, length, windows, precision))  # type: ignore[arg-type]
+    print_scores(evaluate_files(model, data, text, fields, length, windows, precision))
 
 
 @app.command()

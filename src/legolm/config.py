@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,6 +32,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Section = TypeVar("Section", bound=_Section)
 
 
 class Fields(_Section):
@@ -151,7 +154,10 @@ class LoraConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """One client's training in one round. AdamW, constant learning rate; the optimizer starts anew each round."""
+    """One client's training in one round. AdamW, anew each round.
+
+    The learning rate falls linearly to zero over all steps that a client makes in the run, the personal step included.
+    """
 
     steps: int = Field(8, ge=1)
     batch_size: int = Field(8, ge=1)
@@ -244,15 +250,15 @@ def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raise LegolmError(f"config {path}: must be a mapping of sections, not {type(raw).__name__}")
     for override in overrides or []:
         _override(raw, override)
-    return validate(raw, str(path))
+    return validate(RunConfig, raw, f"config {path}")
 
 
-def validate(raw: dict[str, Any], source: str) -> RunConfig:
+def validate(kind: type[Section], raw: dict[str, Any], source: str) -> Section:
     """Check a raw mapping; `source` names it in errors. Raises `LegolmError` with the first problem."""
     try:
-        return RunConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        raise LegolmError(f"config {source}: {_explain(error.errors()[0])}") from None
+        raise LegolmError(f"{source}: {_explain(error.errors()[0], kind)}") from None
 
 
 def dump(config: RunConfig) -> str:
@@ -289,11 +295,11 @@ def _index(items: list[Any], key: str, override: str) -> Any:
     return items[int(key)]
 
 
-def _explain(problem: ErrorDetails) -> str:
+def _explain(problem: ErrorDetails, kind: type[BaseModel]) -> str:
     location = [part for part in problem["loc"] if isinstance(part, int) or not part.startswith(("function-", "list["))]
     field = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(kind, location[:-1])
         return f"unknown key `{field}`;{_nearest(str(location[-1]), known)}"
     if problem["type"] == "missing":
         return f"`{field}` is missing"
@@ -303,8 +309,7 @@ def _explain(problem: ErrorDetails) -> str:
     return f"`{field}` = {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _known_keys(location: list[str | int]) -> list[str]:
-    section: Any = RunConfig
+def _known_keys(section: Any, location: list[str | int]) -> list[str]:
     for part in location:
         if isinstance(part, str) and part in section.model_fields:
             annotation = section.model_fields[part].annotation

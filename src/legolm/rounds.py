@@ -26,6 +26,7 @@ from legolm.rundir import RunDir, atomic_folder, read_json
 from legolm.types import Block, GlobalAdapter, LegolmError, Score, Tensors, Update
 
 Record = dict[str, Any]
+Phase = Literal["round", "local", "personal"]
 Split = Literal["validation", "test"]
 
 
@@ -123,7 +124,7 @@ class Rounds:
         began = time.perf_counter()
         scheme = self._scheme(number - 1)
         found: dict[str, Trained] = {}
-        for one in self._train(self._clients, scheme, "round", number, self._config.train.steps, exchange):
+        for one in self._train(self._clients, scheme, "round", number, exchange):
             if one.update is not None:
                 scheme.add(one.update, self._block[one.client].coverage)
             found[one.client] = one
@@ -146,15 +147,13 @@ class Rounds:
 
     def _local_only(self, exchange: Exchange) -> None:
         """The baseline: each client trains its block alone, for every step that it makes in the federation."""
-        federation = self._config.federation
-        steps = federation.rounds * self._config.train.steps + federation.personal_steps
-        self._alone("local", 0, steps, exchange)
+        self._alone("local", 0, exchange)
 
     def _personal(self, exchange: Exchange) -> None:
         """The last step: each client trains on from the best global update and keeps the result."""
-        self._alone("personal", self.best(), self._config.federation.personal_steps, exchange)
+        self._alone("personal", self.best(), exchange)
 
-    def _alone(self, stage: Literal["local", "personal"], start: int, steps: int, exchange: Exchange) -> None:
+    def _alone(self, stage: Literal["local", "personal"], start: int, exchange: Exchange) -> None:
         """Train each client from round `start` without aggregation; score its block on every client's test data."""
         left = [id for id in self._clients if not self._folder.client_stage(stage, id).exists()]
         if not left:
@@ -162,7 +161,7 @@ class Rounds:
         began = time.perf_counter()
         own: dict[str, Tensors] = {}
         metrics: dict[str, Record] = {}
-        for one in self._train(left, self._scheme(start), stage, start, steps, exchange):
+        for one in self._train(left, self._scheme(start), stage, start, exchange):
             if one.update is None:
                 raise LegolmError(f"{stage}: client {one.client}: {one.reason}")
             own[one.client] = {key: tensor + one.update.delta[key] for key, tensor in one.received.items()}
@@ -183,12 +182,12 @@ class Rounds:
         self,
         clients: Sequence[str],
         scheme: Scheme,
-        phase: Literal["round", "local", "personal"],
+        phase: Phase,
         number: int,
-        steps: int,
         exchange: Exchange,
     ) -> Iterator[Trained]:
         """Send each client its slice of the global adapter; give its checked update, or why not, as replies come."""
+        steps, done, total = self._steps(phase, number)
         # Dearest first, so that no actor is left with the longest job at the end.
         order = sorted(clients, key=lambda id: -self._block[id].parameters)
         sent = {id: scheme.payload(self._block[id].coverage, self._rank[id]) for id in order}
@@ -198,6 +197,8 @@ class Rounds:
                 phase=phase,
                 round=number,
                 steps=steps,
+                done=done,
+                total=total,
                 seed=derive_seed(self._config.seed, phase, number, id),
             )
             for id in order
@@ -215,6 +216,14 @@ class Rounds:
                         reason = str(error)
                 yield Trained(id, sent[id], update, reason, len(requests[reply.index].content), len(reply.content))
                 advance(1)
+
+    def _steps(self, phase: Phase, number: int) -> tuple[int, int, int]:
+        """(steps to make now, steps made before, steps in all) of a client."""
+        each, rounds = self._config.train.steps, self._config.federation.rounds
+        total = rounds * each + self._config.federation.personal_steps
+        if phase == "round":
+            return each, (number - 1) * each, total
+        return (total, 0, total) if phase == "local" else (total - rounds * each, rounds * each, total)
 
     def _score_global(self, scheme: Scheme, exchange: Exchange, label: str) -> Record:
         """The LLM and every distinct block with the global update, on all test and its clients' validation data."""

@@ -36,12 +36,17 @@ class _Header(BaseModel):
 
 
 class TrainRequest(_Header):
-    """Train the adapter that comes with it, the block's slice. `phase` is `round`, `local` or `personal`."""
+    """Train the adapter that comes with it, the block's slice. `phase` is `round`, `local` or `personal`.
+
+    `done` and `total` count the client's steps before this request and in the whole run: they set the learning rate.
+    """
 
     kind: Literal["train"] = "train"
     phase: Literal["round", "local", "personal"]
     round: int
     steps: int
+    done: int
+    total: int
     seed: int
 
 

@@ -26,7 +26,6 @@ def client(name: str, block: str, own: dict[str, float | None], others: dict[str
     return {
         "id": name,
         "block": block,
-        "examples": 500,
         "own": own,
         "others": others,
         "own_exact_match": exact,
@@ -208,7 +207,6 @@ def test_a_run_without_local_only_and_personal_step(summary: dict[str, Any]) -> 
     for each in summary["clients"]:
         for key in ("own", "others", "own_exact_match", "others_exact_match"):
             del each[key]["local"], each[key]["personal"]
-        del each["examples"]
     page = render(summary)
     assert "local-only training" not in page and "Diamonds" not in page and ">personal step<" not in page
     _, others, own = verdict(summary)

@@ -28,9 +28,13 @@ def fit(
     precision: Precision,
     steps: int,
     seed: int,
+    done: int = 0,
+    total: int | None = None,
 ) -> tuple[Tensors, dict[str, float]]:
     """Train the adapter `start` for some steps; return (change of each factor, metrics).
 
+    The learning rate falls linearly from the configured one to zero over `total` steps (these steps, if not given), of
+    which the client made `done` before.
     Metrics: `loss_first` and `loss_last` (nats per answer token, over up to eight steps), `tokens` and `seconds`.
     The seed decides the order of examples. Raises `LegolmError` when the loss stops being finite.
     """
@@ -40,6 +44,7 @@ def fit(
     order = _order(len(examples), config.batch_size, seed)
     with lora(model, coverage, start, scale) as parameters:
         optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - (done + step) / (total or steps))
         for _, chosen in zip(range(steps), order, strict=False):
             inputs = batch([examples[i] for i in chosen], pad_id)
             with autocast(precision):
@@ -49,6 +54,7 @@ def fit(
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
             optimizer.step()
+            decay.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
             tokens += int(inputs.attention_mask.sum())

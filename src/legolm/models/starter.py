@@ -27,7 +27,7 @@ def starter_path() -> Path:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "legolm"
     folder = cache / "starter-smollm2-135m"
-    if folder.is_dir() and _checksum(folder / "model.safetensors") == _recorded(folder):
+    if _is_whole(folder):
         return folder
     gguf = _find_gguf()
     if gguf is None:
@@ -39,13 +39,14 @@ def starter_path() -> Path:
     try:
         _convert(gguf, partial)
         (partial / "model.sha256").write_text(_checksum(partial / "model.safetensors"))
-        shutil.rmtree(folder, ignore_errors=True)
-        # Two processes may both get here: the first rename wins, and the other finds an equal folder.
-        try:
-            partial.rename(folder)
-        except OSError:
-            if _checksum(folder / "model.safetensors") != _recorded(folder):
-                raise
+        # Another process may have been faster, and may be reading: its folder stays.
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not _is_whole(folder):
+                    raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -87,13 +88,13 @@ def _from_hub() -> Path:
         ) from None
 
 
+def _is_whole(folder: Path) -> bool:
+    record = folder / "model.sha256"
+    return record.is_file() and record.read_text().strip() == _checksum(folder / "model.safetensors")
+
+
 def _checksum(path: Path) -> str:
     if not path.is_file():
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _recorded(folder: Path) -> str:
-    record = folder / "model.sha256"
-    return record.read_text().strip() if record.is_file() else "none"

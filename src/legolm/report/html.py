@@ -126,23 +126,20 @@ def _overview(summary: Summary) -> Raw:
 
 def _clients(summary: Summary) -> Raw:
     clients, stages = ordered(summary), _stages(summary)
-    counted = ["examples"] if any("examples" in client for client in clients) else []
     rows = []
     for i, client in enumerate(clients):
         block = tag("td", _dot(summary, client["block"]), client["block"])
         cells = [cell for data in _DATA for cell in _scores(client, data, stages)]
         name = tag("th", client["id"], scope="row")
-        rows.append(tag("tr", name, block, *(_n(client.get(key), 0) for key in counted), *cells, class_=f"c{i}"))
+        rows.append(tag("tr", name, block, *cells, class_=f"c{i}"))
     mean = {key: _mean(clients, key, stages) for data in _DATA for key in (data, f"{data}_exact_match")}
     cells = [cell for data in _DATA for cell in _scores(mean, data, stages)]
-    rows.append(
-        tag("tr", tag("th", "mean", scope="row"), tag("td"), *(tag("td") for _ in counted), *cells, class_="sum")
-    )
-    names = ("client", "block", *counted, *(STAGES[stage] for stage in stages * 2))
+    rows.append(tag("tr", tag("th", "mean", scope="row"), tag("td"), *cells, class_="sum"))
+    names = ("client", "block", *(STAGES[stage] for stage in stages * 2))
     groups = [tag("th", name, colspan=len(stages), class_="group") for name in _DATA.values()]
     note = "Loss in nats/token, below it the share of answers that match exactly. Bold: the best of "
     note += "local only, global update and personal step."
-    table = _table(names, rows, 2, tag("tr", tag("th", colspan=2 + len(counted)), *groups))
+    table = _table(names, rows, 2, tag("tr", tag("th", colspan=2), *groups))
     return _section("Clients", table, tag("p", note, class_="soft"))
 
 
