@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from legolm.config import ClientConfig, RunConfig
+from legolm.config import ClientConfig, LoraConfig, RunConfig, TrainConfig
 from legolm.coverage import Coverage, factor_shape, modules_of
 from legolm.types import LegolmError
 
@@ -23,18 +23,20 @@ def adapter_parameters(coverage: Coverage, targets: list[str], rank: int) -> int
     return sum(rows * cols for rows, cols in shapes)
 
 
-def training_bytes(coverage: Coverage, parameters: int, vocabulary: int, length: int, config: RunConfig) -> int:
+def training_bytes(
+    coverage: Coverage, parameters: int, vocabulary: int, length: int, train: TrainConfig, lora: LoraConfig
+) -> int:
     """Estimated peak memory (bytes) of fine-tuning a block: an upper estimate, measured by benchmarks/memory.py.
 
     fp32 weights, four fp32 copies of the adapter (parameter, gradient, two Adam moments), what backward needs of each
     layer for a batch of `length` tokens an example, and three copies of the answer logits.
     """
     shape = coverage.shape
-    tokens = config.train.batch_size * length
+    tokens = train.batch_size * length
     kept_layers = len(coverage.layers)
     neurons = sum(map(len, coverage.neurons)) / kept_layers
     per_token = kept_layers * (20 * shape.hidden + 10 * neurons) + 3 * vocabulary
-    adapter = adapter_parameters(coverage, config.lora.targets, config.lora.rank)
+    adapter = adapter_parameters(coverage, lora.targets, lora.rank)
     return int(PROCESS_BYTES + 4 * parameters + 16 * adapter + 4 * tokens * per_token)
 
 

@@ -17,6 +17,7 @@ import torch
 from legolm.config import RunConfig
 from legolm.federate import Engine, engine_for
 from legolm.finetune import merge
+from legolm.memory import release_memory
 from legolm.models import fingerprint, load_config, load_model, load_tokenizer, save_model
 from legolm.plan import Plan, check_disk, make_plan
 from legolm.progress import Progress
@@ -99,6 +100,7 @@ def _cut_blocks(
         blocks[spec.name] = read_block(path)
         if blocks[spec.name].base_fingerprint != base_fingerprint:
             raise LegolmError(f"block {path}: was cut from another base model; remove it and run again with --resume")
+    release_memory()
     return blocks
 
 

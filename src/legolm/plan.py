@@ -7,7 +7,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from legolm.assign import adapter_parameters, assign, training_bytes
@@ -15,6 +14,7 @@ from legolm.config import RunConfig
 from legolm.coverage import Coverage
 from legolm.data import render
 from legolm.federate.client import client_data
+from legolm.memory import available_bytes
 from legolm.models import load_config, load_tokenizer, resolve, shape_of
 from legolm.models.load import count_parameters
 from legolm.prune import planned_coverage
@@ -88,7 +88,9 @@ def make_plan(config: RunConfig) -> Plan:
                 sparsity=coverage.sparsity if unstructured is None else unstructured,
                 parameters=parameters,
                 file_bytes=parameters * width,
-                training_bytes=training_bytes(coverage, parameters, model.vocab_size, longest, config),
+                training_bytes=training_bytes(
+                    coverage, parameters, model.vocab_size, longest, config.train, config.lora
+                ),
             )
         )
     needs = {block.name: block.training_bytes for block in blocks}
@@ -104,7 +106,7 @@ def make_plan(config: RunConfig) -> Plan:
         clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, adapter))
 
     used = [needs[block] for block in set(block_of.values())]
-    whole = training_bytes(Coverage.full(shape), total, model.vocab_size, longest, config)
+    whole = training_bytes(Coverage.full(shape), total, model.vocab_size, longest, config.train, config.lora)
     actors = _actors(config, max(*used, whole))
     size_of = {block.name: block.file_bytes for block in blocks}
     adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
@@ -131,14 +133,10 @@ def _actors(config: RunConfig, need: int) -> int:
     if config.federation.engine == "local":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    by_memory = (_available_bytes() - SPARE_BYTES) // need
+    by_memory = (available_bytes() - SPARE_BYTES) // need
     if by_memory < 1:
         raise LegolmError(
             f"memory: one client needs {need / 1e9:.1f} GB beside {SPARE_BYTES / 1e9:.1f} GB for the server; "
             "lower train.batch_size or train.max_length"
         )
     return max(1, min(cores // config.federation.threads, by_memory, len(config.clients)))
-
-
-def _available_bytes() -> int:
-    return int(psutil.virtual_memory().available)

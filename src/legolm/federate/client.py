@@ -18,6 +18,7 @@ from legolm.coverage import tensors_hash
 from legolm.data import Tokens, load_parts, render
 from legolm.evaluate import score
 from legolm.finetune import fit, merged
+from legolm.memory import release_memory
 from legolm.models import load_model, load_tokenizer, resolve
 from legolm.prune import llm_block, read_block
 from legolm.rundir import RunDir
@@ -46,9 +47,12 @@ class ClientRuntime:
 
     def answer(self, content: bytes) -> bytes:
         """Reply to a request. Raises `LegolmError` when the request does not fit this client's block."""
-        if wire.kind_of(content) == "train":
-            return self._train(*wire.unpack(content, wire.TrainRequest))
-        return self._evaluate(*wire.unpack(content, wire.EvaluateRequest))
+        try:
+            if wire.kind_of(content) == "train":
+                return self._train(*wire.unpack(content, wire.TrainRequest))
+            return self._evaluate(*wire.unpack(content, wire.EvaluateRequest))
+        finally:
+            release_memory()
 
     def _train(self, request: wire.TrainRequest, start: Tensors) -> bytes:
         block = self._checked(request, start)
@@ -97,11 +101,13 @@ class ClientRuntime:
     def _load(self, name: str, fingerprint: str) -> Block:
         if self._block is None or self._block.name != name:
             self._model = None  # free the old one first
+            release_memory()
             if name == "llm":
                 self._block = llm_block(resolve(self._config.model), fingerprint)
             else:
                 self._block = read_block(self._run.block(name))
-            self._model = load_model(self._block.path)
+            bf16 = self._config.precision == "bf16"
+            self._model = load_model(self._block.path, torch.bfloat16 if bf16 else torch.float32)
             # The fused kernels' backward costs a fifth of a step on short sequences; on long ones it saves memory.
             short = self._config.train.max_length <= EAGER_LENGTH
             self._model.set_attn_implementation("eager" if short else "sdpa")

@@ -57,7 +57,8 @@ def merge(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> Non
     """Merge an adapter into the block in place: W ← M ∘ (W + s·B·A)."""
     for layer, module, linear in _linears(model, coverage, factors):
         a, b = (factors[factor_key(layer, module, side)] for side in "AB")
-        linear.weight.data = merged_weight(linear.weight.data, a, b, scale, coverage.mask(layer, module))
+        old = linear.weight.data
+        linear.weight.data = merged_weight(old, a, b, scale, coverage.mask(layer, module)).to(old.dtype)
 
 
 @contextmanager

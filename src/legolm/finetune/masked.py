@@ -35,9 +35,9 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """M ∘ (W + s·B·A), float32 whatever the autocast; without a mask W + s·B·A."""
+    """M ∘ (W + s·B·A) in float32, whatever the autocast and the dtype of W; without a mask W + s·B·A."""
     with torch.autocast("cpu", enabled=False):
-        merged = torch.addmm(weight, b, a, alpha=scale)
+        merged = torch.addmm(weight.float(), b, a, alpha=scale)
         return merged if mask is None else merged.mul_(mask)
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from legolm.models.family import MODULES, decoder_layers
 from legolm.models.starter import starter_path
 from legolm.types import LegolmError
 
@@ -50,13 +51,20 @@ def load_config(path: Path) -> Any:
         raise LegolmError(f"model: {path} has no readable config ({str(error).splitlines()[0]})") from None
 
 
-def load_model(path: Path) -> Any:
-    """The causal LM in float32 on the CPU, in eval mode, nothing trainable."""
+def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
+    """The causal LM in float32 on the CPU, in eval mode, nothing trainable.
+
+    `linears` is the dtype that the decoder's linear weights are kept in: what bf16 autocast would make of them at each
+    step anyway, at half the memory.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise LegolmError(f"model: {path} cannot be loaded ({str(error).splitlines()[0]})") from None
     model.requires_grad_(False)
+    for layer in decoder_layers(model):
+        for module in MODULES:
+            layer.get_submodule(module).to(linears)
     model.config.use_cache = False
     return model.eval()
 

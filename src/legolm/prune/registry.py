@@ -36,11 +36,11 @@ def criterion(name: str, needs: Needs) -> Callable[[Prune], Prune]:
 
 
 def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
-    """Bool mask of the last dimension's largest scores: exactly round(sparsity · n) are dropped, ties by position.
+    """Bool mask of the last dimension's largest scores: exactly round(sparsity · n) are dropped.
 
-    Sorting, not a threshold: `<=` on equal bf16 scores would drop more than asked.
+    Selection, not a threshold: `<=` on equal scores would drop more than asked.
     """
     drop = round(sparsity * scores.shape[-1])
-    lowest = scores.argsort(dim=-1, stable=True)[..., :drop]
+    lowest = scores.topk(drop, dim=-1, largest=False, sorted=False).indices
     mask = scores.new_ones(scores.shape, dtype=torch.bool)
     return mask.scatter(-1, lowest, False)

@@ -31,16 +31,21 @@ def prune(weight: Tensor, moments: Moments | None, sparsity: float) -> tuple[Ten
         block, factor = weight[:, start:stop], inverse[start:stop, start:stop]
         scores = (block / factor.diagonal()).square()
         kept = keep_largest(scores.flatten(), sparsity).view_as(block)
-        # Columns one after the other, transposed so that each is contiguous.
-        columns, keep = block.T.contiguous(), kept.T
-        errors = torch.empty_like(columns)
-        for i in range(stop - start):
-            errors[i] = columns[i] * ~keep[i] / factor[i, i]
-            columns[i:] -= factor[i, i:, None] * errors[i]
-        weight[:, start:stop] = columns.T * kept
-        weight[:, stop:] -= errors.T @ inverse[start:stop, stop:]
+        columns, errors = _compensate(block, kept, factor)
+        weight[:, start:stop] = columns * kept
+        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
         mask[:, start:stop] = kept
     return weight, mask
+
+
+def _compensate(block: Tensor, kept: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Go through a block's columns, each one's error passed on; (columns as the ones before left them, errors)."""
+    columns, pruned = block.T.contiguous(), ~kept.T  # transposed: a column is contiguous
+    errors = torch.empty_like(columns)
+    for i in range(len(columns)):
+        errors[i] = columns[i] * pruned[i] / factor[i, i]
+        columns[i:].addr_(factor[i, i:], errors[i], alpha=-1)
+    return columns.T, errors.T
 
 
 def _inverse_factor(hessian: Tensor, dead: Tensor) -> Tensor:
