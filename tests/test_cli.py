@@ -67,6 +67,11 @@ def test_prune_eval_and_report(
     cut = ("prune", tiny("llama"), "--out", tmp_path / "b", "--calibration", corpus, "--samples", 4, "--length", 64)
     done = legolm(*cut, "--method", "structured", "--intermediate-size", 64, "--recover", 1)
     assert done.returncode == 0, done.stderr
+    done = legolm("inspect", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    # q, o 64x64, k, v 32x64 and three 96x64 in a layer; 64 of 96 neurons are left: 24,576 of 30,720 weights.
+    assert "80.0%" in done.stdout
+    assert_one_line(legolm("inspect", tmp_path), "no manifest.json; give a folder that `legolm prune` wrote")
     path = config()
     done = legolm("eval", tmp_path / "b", "--data", tmp_path / "fr.jsonl", "--text", corpus, "--length", 128)
     assert done.returncode == 0, done.stderr
@@ -114,7 +119,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(config: Callable[..., Path
 def test_help_names_the_commands() -> None:
     done = legolm("--help")
     assert done.returncode == 0
-    assert all(command in done.stdout for command in ("run", "prune", "eval", "report"))
+    assert all(command in done.stdout for command in ("run", "prune", "inspect", "eval", "report"))
 
 
 def test_help_needs_no_heavy_import() -> None:

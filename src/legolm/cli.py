@@ -57,6 +57,9 @@ def prune(
     out: Annotated[Path, typer.Option(help="folder of the block")],
     method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or structured")],
     sparsity: Annotated[float | None, typer.Option(help="removed share of the decoder's linear weights")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M, N weights kept of each M in a row, for instance 2:4")
+    ] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="structured: MLP neurons kept")] = None,
     num_key_value_heads: Annotated[int | None, typer.Option(help="structured: KV groups kept")] = None,
     num_hidden_layers: Annotated[int | None, typer.Option(help="structured: layers kept")] = None,
@@ -74,6 +77,7 @@ def prune(
         "name": out.name,
         "method": method,
         "sparsity": sparsity,
+        "pattern": pattern,
         "intermediate_size": intermediate_size,
         "num_key_value_heads": num_key_value_heads,
         "num_hidden_layers": num_hidden_layers,
@@ -94,6 +98,15 @@ def prune(
     with Progress().stage(f"cut block {spec.name}", steps) as advance:
         found = cut_block(base, fingerprint(base), spec, out, seed, precision, advance)
     print_blocks([found])
+
+
+@app.command()
+def inspect(block: Annotated[Path, typer.Argument(help="a block's folder")]) -> None:
+    """What a block kept of the LLM: layers, KV groups, neurons, weights."""
+    from legolm.prune import read_block
+    from legolm.report.terminal import print_coverage
+
+    print_coverage(read_block(block))
 
 
 @app.command(name="eval")

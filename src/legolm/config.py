@@ -99,6 +99,7 @@ class BlockConfig(_Section):
     name: Name
     method: Literal["dense", "magnitude", "wanda", "sparsegpt", "structured"]
     sparsity: float | None = Field(None, ge=0, lt=1, description="removed share of the decoder's linear weights")
+    pattern: str | None = Field(None, pattern=r"^[1-9]\d?:[1-9]\d?$", description="N:M, N kept of each M in a row")
     intermediate_size: int | None = Field(None, ge=1)
     num_key_value_heads: int | None = Field(None, ge=1)
     num_hidden_layers: int | None = Field(None, ge=1)
@@ -110,16 +111,18 @@ class BlockConfig(_Section):
         shape = (self.intermediate_size, self.num_key_value_heads, self.num_hidden_layers)
         has_shape = any(size is not None for size in shape)
         if self.method == "dense":
-            if has_shape or self.sparsity is not None:
+            if has_shape or self.sparsity is not None or self.pattern:
                 raise ValueError("a dense block is the whole LLM; take out its sparsity and shape")
         elif self.method == "structured":
-            if has_shape == (self.sparsity is not None):
+            if self.pattern or has_shape == (self.sparsity is not None):
                 raise ValueError(
                     "structured needs either `sparsity` or a shape "
                     "(intermediate_size, num_key_value_heads, num_hidden_layers)"
                 )
-        elif has_shape or self.sparsity is None:
-            raise ValueError(f"{self.method} needs `sparsity` and no shape")
+        elif has_shape or (self.sparsity is None) == (self.pattern is None):
+            raise ValueError(f"{self.method} needs either `sparsity` or a `pattern` such as 2:4, and no shape")
+        elif self.pattern and int(self.pattern.split(":")[0]) >= int(self.pattern.split(":")[1]):
+            raise ValueError(f"pattern {self.pattern}: N must be less than M")
         return self
 
 
@@ -156,7 +159,8 @@ class LoraConfig(_Section):
 class TrainConfig(_Section):
     """One client's training in one round. AdamW, anew each round.
 
-    The learning rate falls linearly to zero over all steps that a client makes in the run, the personal step included.
+    The learning rate is constant, and falls linearly to zero over the last half of all steps that a client makes in
+    the run, the personal step included.
     """
 
     steps: int = Field(8, ge=1)

@@ -17,7 +17,7 @@ from legolm.federate.client import client_data
 from legolm.memory import available_bytes
 from legolm.models import load_config, load_tokenizer, resolve, shape_of
 from legolm.models.load import count_parameters
-from legolm.prune import planned_coverage
+from legolm.prune import planned_coverage, target_pattern
 from legolm.types import ClientData, LegolmError
 
 SPARE_BYTES = 1 << 30
@@ -76,16 +76,15 @@ def make_plan(config: RunConfig) -> Plan:
     longest = max(max(found) for found in lengths.values())
 
     coverages: dict[str, Coverage] = {}
-    blocks = []
+    blocks, shaped = [], ("dense", "structured")
     for spec in config.blocks:
         coverage = coverages[spec.name] = planned_coverage(spec, shape)
         parameters = total - (shape.layers * shape.layer_weights - coverage.kept_weights)
-        unstructured = spec.sparsity if spec.method not in ("dense", "structured") else None
         blocks.append(
             PlannedBlock(
                 name=spec.name,
                 method=spec.method,
-                sparsity=coverage.sparsity if unstructured is None else unstructured,
+                sparsity=coverage.sparsity if spec.method in shaped else target_pattern(spec, shape).sparsity,
                 parameters=parameters,
                 file_bytes=parameters * width,
                 training_bytes=training_bytes(

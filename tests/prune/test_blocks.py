@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from legolm.config import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.models import MODULES, fingerprint, load_model, load_tokenizer, shape_of
 from legolm.prune import cut_block, planned_coverage, read_block
-from legolm.prune.calibrate import Stream
+from legolm.prune.calibrate import Regression, Stream
 from legolm.prune.structured import _refit
 from legolm.types import Block, LegolmError
 
@@ -22,6 +22,7 @@ LINEARS = {
     "magnitude": {"method": "magnitude", "sparsity": 0.5},
     "wanda": {"method": "wanda", "sparsity": 0.25},
     "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5},
+    "2:4": {"method": "wanda", "pattern": "2:4"},
 }
 SHAPES = {
     "neurons": {"method": "structured", "intermediate_size": 40},
@@ -92,7 +93,7 @@ def test_unstructured_blocks_have_their_zeros_where_the_mask_says(
         mask = block.coverage.mask(layer, module)
         weight = model.model.layers[layer].get_submodule(module).weight
         assert bool((weight[~mask] == 0).all())
-    assert block.sparsity == pytest.approx(target["sparsity"], abs=0.01)
+    assert block.sparsity == pytest.approx(target.get("sparsity", 0.5), abs=0.01)
 
 
 @pytest.mark.parametrize("target", [LINEARS["sparsegpt"], SHAPES["all"]], ids=["sparsegpt", "structured"])
@@ -127,7 +128,9 @@ def test_refit_gives_back_the_output_when_kept_inputs_explain_the_cut_ones() -> 
     kept = torch.randn(500, 3, generator=generator)
     inputs = torch.cat([kept, kept @ torch.randn(3, 2, generator=generator)], 1)
     weight = torch.randn(4, 5, generator=generator)
-    fitted = _refit(weight, inputs.T @ inputs, torch.tensor([0, 1, 2]))
+    fit = Regression(torch.nn.Linear(5, 4))
+    fit.add(inputs, inputs @ weight.T)
+    fitted = _refit(weight, fit, torch.tensor([0, 1, 2]))
     torch.testing.assert_close(kept @ fitted.T, inputs @ weight.T, rtol=0.02, atol=0.02)
 
 
@@ -161,6 +164,11 @@ def test_targets_that_cannot_be_met(target: dict, says: str, cut: Callable[..., 
     with pytest.raises(LegolmError, match=says):
         cut("llama", method="structured", **target)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_group_that_does_not_divide_is_told(cut: Callable[..., Block]) -> None:
+    with pytest.raises(LegolmError, match="has 64 columns, which 7 does not divide"):
+        cut("llama", method="wanda", pattern="3:7")
 
 
 def test_too_little_text_and_weights_that_are_not_finite(

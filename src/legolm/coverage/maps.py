@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -78,13 +79,12 @@ class Coverage:
     @cached_property
     def kept_weights(self) -> int:
         """Linear decoder weights that the block keeps."""
-        total = 0
-        for layer in self.layers:
-            for module in MODULES:
-                mask = self.mask(layer, module)
-                rows, cols = self.matrix(layer, module)
-                total += int(mask.sum()) if mask is not None else rows * cols
-        return total
+        return sum(map(self.kept_in, self.layers))
+
+    def kept_in(self, layer: int) -> int:
+        """Linear weights that the block keeps of an LLM layer."""
+        masks = {module: self.mask(layer, module) for module in MODULES}
+        return sum(math.prod(self.matrix(layer, m)) if mask is None else int(mask.sum()) for m, mask in masks.items())
 
     @property
     def sparsity(self) -> float:

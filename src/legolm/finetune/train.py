@@ -33,8 +33,8 @@ def fit(
 ) -> tuple[Tensors, dict[str, float]]:
     """Train the adapter `start` for some steps; return (change of each factor, metrics).
 
-    The learning rate falls linearly from the configured one to zero over `total` steps (these steps, if not given), of
-    which the client made `done` before.
+    The learning rate is constant, and falls linearly to zero over the last half of `total` steps (these steps, if not
+    given), of which the client made `done` before.
     Metrics: `loss_first` and `loss_last` (nats per answer token, over up to eight steps), `tokens` and `seconds`.
     The seed decides the order of examples. Raises `LegolmError` when the loss stops being finite.
     """
@@ -44,7 +44,8 @@ def fit(
     order = _order(len(examples), config.batch_size, seed)
     with lora(model, coverage, start, scale) as parameters:
         optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - (done + step) / (total or steps))
+        whole = total or steps
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - (done + step) / whole)))
         for _, chosen in zip(range(steps), order, strict=False):
             inputs = batch([examples[i] for i in chosen], pad_id)
             with autocast(precision):

@@ -36,6 +36,8 @@ MODULES: dict[str, Module] = {
 }
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LAYERS = "model.layers"
+MIDDLE = "post_attention_layernorm"
+"""Within a layer: the module that reads the hidden states between attention and MLP."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from legolm.prune import magnitude, sparsegpt, wanda  # noqa: F401 (they registe
 from legolm.prune.calibrate import Stream
 from legolm.prune.manifest import Manifest, read_block, write_block
 from legolm.prune.recover import recover
-from legolm.prune.registry import CRITERIA, Criterion
+from legolm.prune.registry import CRITERIA, Criterion, Pattern
 from legolm.prune.structured import cut_structured
-from legolm.prune.target import target_shape
+from legolm.prune.target import target_pattern, target_shape
 from legolm.rundir import atomic_folder
 from legolm.types import Block
 
@@ -85,12 +85,11 @@ def _prune(
     stream = None
     if criterion.needs != "nothing":
         stream = Stream(model, calibration_tokens(spec.calibration, tokenizer, seed), precision)
-    assert spec.sparsity is not None
-    return _cut_unstructured(model, shape, criterion, spec.sparsity, stream, progress)
+    return _cut_unstructured(model, shape, criterion, target_pattern(spec, shape), stream, progress)
 
 
 def _cut_unstructured(
-    model: Any, shape: Shape, criterion: Criterion, sparsity: float, stream: Stream | None, progress: Progress
+    model: Any, shape: Shape, criterion: Criterion, pattern: Pattern, stream: Stream | None, progress: Progress
 ) -> Coverage:
     """Zero weights in place, layer by layer, so that each layer is calibrated on what the pruned ones below send."""
     masks: dict[str, Tensor] = {}
@@ -99,7 +98,7 @@ def _cut_unstructured(
         for name in MODULES:
             linear = layer.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            weight, mask = criterion.prune(linear.weight.data, moments.get(name), sparsity)
+            weight, mask = criterion.prune(linear.weight.data, moments.get(name), pattern)
             linear.weight.data.copy_(weight)
             masks[f"layers.{index}.{name}"] = mask
         if stream is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from legolm.config import Precision
 from legolm.finetune import autocast
-from legolm.models import decoder_layers
+from legolm.models import MIDDLE, decoder_layers
 from legolm.types import LegolmError
 
 Needs = Literal["nothing", "diagonal", "full"]
@@ -40,6 +40,20 @@ class Moments:
         return (self.sum if self.sum.dim() == 1 else self.sum.diagonal()) / max(self.tokens, 1)
 
 
+class Regression:
+    """Sums to fit a linear layer by: x xᵀ of its inputs (in, in), y xᵀ of what it should give (out, in); float32."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.moments = Moments(linear.in_features, "full")
+        self.cross = torch.zeros(linear.out_features, linear.in_features)
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add inputs (..., in) and wanted outputs (..., out)."""
+        self.moments.add(inputs)
+        with autocast("fp32"):
+            self.cross += outputs.flatten(0, -2).float().T @ inputs.flatten(0, -2).float()
+
+
 class Stream:
     """Hidden states of all calibration samples between two decoder layers, in chunks of (CHUNK, length, hidden)."""
 
@@ -65,6 +79,38 @@ class Stream:
         self._hidden = [output for _, output in self.run(index, layer)]
         if not all(bool(hidden.isfinite().all()) for hidden in self._hidden):
             raise LegolmError(f"calibration: layer {index} gives values that are not finite; check the model's weights")
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """The hidden states, chunk by chunk."""
+        return self._hidden
+
+    def middle(self, index: int, layer: nn.Module) -> list[Tensor]:
+        """The hidden states between attention and MLP of one decoder layer, chunk by chunk."""
+        seen: list[Tensor] = []
+        hook = layer.get_submodule(MIDDLE).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        try:
+            for _ in self.run(index, layer):
+                pass
+        finally:
+            hook.remove()
+        return seen
+
+    def regression(self, index: int, layer: nn.Module, name: str, wanted: Iterable[Tensor]) -> Regression:
+        """How `self_attn.o_proj` or `mlp.down_proj` should answer for the hidden states after it to be `wanted`."""
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        found = Regression(linear)
+        seen: dict[str, Tensor] = {}
+        hook = linear.register_forward_hook(lambda _module, inputs, output: seen.update(x=inputs[0], y=output))
+        try:
+            for (hidden, output), want in zip(self.run(index, layer), wanted, strict=True):
+                # What the module's output is added to: the layer's input, or all that the layer gives but the MLP's.
+                residual = hidden if name == "self_attn.o_proj" else output - seen["y"]
+                found.add(seen["x"], want - residual)
+        finally:
+            hook.remove()
+        return found
 
     def moments(self, index: int, layer: nn.Module, modules: Iterable[str], needs: Needs) -> dict[str, Moments]:
         """Moments of the named modules' inputs; modules that share an input share the object."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from legolm.prune.calibrate import Moments
-from legolm.prune.registry import criterion, keep_largest
+from legolm.prune.registry import Pattern, criterion
 
 
 @criterion("magnitude", needs="nothing")
-def prune(weight: Tensor, moments: Moments | None, sparsity: float) -> tuple[Tensor, Tensor]:
-    """Keep the largest |w| of the whole matrix."""
-    mask = keep_largest(weight.abs().flatten(), sparsity).view_as(weight)
+def prune(weight: Tensor, moments: Moments | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Keep the largest |w| of the whole matrix, or of each group of an N:M pattern."""
+    mask = pattern.keep(weight.abs(), over="matrix")
     return weight * mask, mask

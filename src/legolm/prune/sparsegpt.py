@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from legolm.prune.calibrate import Moments
-from legolm.prune.registry import criterion, keep_largest
+from legolm.prune.registry import Pattern, criterion
 from legolm.types import LegolmError
 
 BLOCK = 128
@@ -14,8 +14,10 @@ DAMP = 0.01
 
 
 @criterion("sparsegpt", needs="full")
-def prune(weight: Tensor, moments: Moments | None, sparsity: float) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 of the paper with B = Bs = 128: the mask of a block of columns is chosen when it is reached.
+def prune(weight: Tensor, moments: Moments | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 of the paper: the mask of a block of columns is chosen when it is reached.
+
+    Blocks are of B = Bs = 128 columns, or of the M of an N:M pattern.
 
     Inputs that were always zero ("dead columns") are pruned first and take no part in the update.
     """
@@ -26,11 +28,12 @@ def prune(weight: Tensor, moments: Moments | None, sparsity: float) -> tuple[Ten
     weight[:, dead] = 0
     inverse = _inverse_factor(hessian, dead)
     mask = torch.ones_like(weight, dtype=torch.bool)
-    for start in range(0, weight.shape[1], BLOCK):
-        stop = min(start + BLOCK, weight.shape[1])
+    width = pattern.group or BLOCK
+    for start in range(0, weight.shape[1], width):
+        stop = min(start + width, weight.shape[1])
         block, factor = weight[:, start:stop], inverse[start:stop, start:stop]
         scores = (block / factor.diagonal()).square()
-        kept = keep_largest(scores.flatten(), sparsity).view_as(block)
+        kept = pattern.keep(scores, over="matrix")
         columns, errors = _compensate(block, kept, factor)
         weight[:, start:stop] = columns * kept
         weight[:, stop:] -= errors @ inverse[start:stop, stop:]

@@ -1,13 +1,15 @@
 """Structured pruning: really smaller matrices that a plain `from_pretrained` loads.
 
 Layers go by block influence (ShortGPT, Men et al., arXiv 2403.03853). KV groups and MLP neurons go by the energy that
-they send on, E[a²] · ‖column of the next matrix‖², and the matrix whose inputs were cut is refitted by least squares
-to give what it gave before. Layer by layer, so that each layer is fitted on what the cut layers below it send.
+they send on, E[a²] · ‖column of the next matrix‖². The matrix whose inputs were cut is then fitted by least squares on
+what the cut layers below it really send, to give the hidden states that the dense model has there: so that a layer
+also makes up for what the layers below it, or the dropped ones after it, left wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from legolm.config import Precision
 from legolm.coverage import Coverage
 from legolm.models import MODULES, Shape, decoder_layers
-from legolm.prune.calibrate import Moments, Stream
+from legolm.prune.calibrate import Regression, Stream
 from legolm.prune.target import config_changes
 
 RIDGE = 1e-3
@@ -31,20 +33,29 @@ def cut_structured(
     if small.layers < shape.layers:
         kept_layers = _influential(model, small.layers, Stream(model, tokens, precision))
     changes = config_changes(model.config, small, kept_layers)
-    stream = Stream(model, tokens, precision)
+    dense, cut = Stream(model, tokens, precision), Stream(model, tokens, precision)
     groups: list[tuple[int, ...]] = []
     neurons: list[tuple[int, ...]] = []
-    for index in kept_layers:
+    for i in range(kept_layers[0]):
+        dense.advance(i, layers[i])
+    for index, following in pairwise([*kept_layers, shape.layers]):
         layer = layers[index]
-        moments = stream.moments(index, layer, ["self_attn.o_proj", "mlp.down_proj"], "full")
-        groups.append(_most_energy(layer, "self_attn.o_proj", moments, shape.per_group("query"), small.kv_groups))
-        neurons.append(_most_energy(layer, "mlp.down_proj", moments, 1, small.neurons))
-        one = Coverage(shape, (index,), (groups[-1],), (neurons[-1],))
-        for name in MODULES:
-            linear = layer.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            _carve(linear, one.rows(index, name), one.cols(index, name), moments.get(name))
-        stream.advance(index, layer)
+        middle = dense.middle(index, layer) if small.kv_groups < shape.kv_groups else []
+        for i in range(index, following):
+            dense.advance(i, layers[i])
+
+        kept_groups, kept_neurons = tuple(range(shape.kv_groups)), tuple(range(shape.neurons))
+        if small.kv_groups < shape.kv_groups:
+            fit = cut.regression(index, layer, "self_attn.o_proj", middle)
+            kept_groups = _most_energy(layer, "self_attn.o_proj", fit, shape.per_group("query"), small.kv_groups)
+            _carve(layer, Coverage(shape, (index,), (kept_groups,), (kept_neurons,)), "self_attn.o_proj", fit)
+        if small.neurons < shape.neurons or following > index + 1:
+            fit = cut.regression(index, layer, "mlp.down_proj", dense.hidden)
+            kept_neurons = _most_energy(layer, "mlp.down_proj", fit, 1, small.neurons)
+            _carve(layer, Coverage(shape, (index,), (kept_groups,), (kept_neurons,)), "mlp.down_proj", fit)
+        groups.append(kept_groups)
+        neurons.append(kept_neurons)
+        cut.advance(index, layer)
         progress(1)
     _renumber(model, kept_layers)
     # Only now: the model reads its depth from the config when it runs.
@@ -63,35 +74,39 @@ def _influential(model: Any, count: int, stream: Stream) -> tuple[int, ...]:
     return tuple(sorted(best.tolist()))
 
 
-def _most_energy(layer: nn.Module, name: str, moments: dict[str, Moments], width: int, count: int) -> tuple[int, ...]:
+def _most_energy(layer: nn.Module, name: str, fit: Regression, width: int, count: int) -> tuple[int, ...]:
     """Units (runs of `width` input columns) of a module with the largest energy, ascending."""
     weight: Tensor = layer.get_submodule(name).weight  # type: ignore[assignment]
-    energy = (moments[name].mean_square * weight.square().sum(0)).view(-1, width).sum(1)
+    energy = (fit.moments.mean_square * weight.square().sum(0)).view(-1, width).sum(1)
     return tuple(sorted(energy.argsort(descending=True, stable=True)[:count].tolist()))
 
 
-def _carve(linear: nn.Linear, rows: Tensor | None, cols: Tensor | None, moments: Moments | None) -> None:
-    """Keep some rows or columns in place; cut columns are made up for by least squares on the kept ones."""
-    weight = linear.weight.data
-    if cols is not None:
-        assert moments is not None
-        weight = _refit(weight, moments.sum, cols)
-    if rows is not None:
-        weight = weight[rows].clone()
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias.data[rows].clone(), requires_grad=False)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.out_features, linear.in_features = weight.shape
+def _carve(layer: nn.Module, coverage: Coverage, fitted: str, fit: Regression) -> None:
+    """Cut, in place, the module `fitted` and those that feed it, and fit it anew."""
+    (index,) = coverage.layers
+    part = fitted.partition(".")[0]
+    for name in (name for name in MODULES if name.startswith(part)):
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        rows, weight = coverage.rows(index, name), linear.weight.data
+        if name == fitted:
+            weight = _refit(weight, fit, coverage.cols(index, name))
+        if rows is not None:
+            weight = weight[rows].clone()
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(linear.bias.data[rows].clone(), requires_grad=False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.out_features, linear.in_features = weight.shape
 
 
-def _refit(weight: Tensor, moment: Tensor, cols: Tensor) -> Tensor:
-    """argmin over V of E‖W x − V x[cols]‖², with a small ridge towards the kept columns; float64."""
-    h = moment.double()
-    normal = h[cols][:, cols]
+def _refit(weight: Tensor, fit: Regression, cols: Tensor | None) -> Tensor:
+    """argmin over V of E‖y − V x[cols]‖², with a small ridge towards the kept columns of `weight`; float64."""
+    kept = slice(None) if cols is None else cols
+    normal = fit.moments.sum.double()[kept][:, kept]
     ridge = RIDGE * normal.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    target = weight.double() @ h[:, cols] + ridge * weight[:, cols].double()
+    wanted = fit.cross.double()[:, kept] + ridge * weight[:, kept].double()
     normal.diagonal().add_(ridge)
-    refitted: Tensor = torch.linalg.solve(normal, target, left=False)
+    refitted: Tensor = torch.linalg.solve(normal, wanted, left=False)
     return refitted.to(weight.dtype)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from legolm.config import BlockConfig
 from legolm.coverage import Coverage
 from legolm.models import MODULES, Shape
+from legolm.prune.registry import Pattern
 from legolm.types import LegolmError
 
 MULTIPLE = 8
@@ -31,6 +32,22 @@ def target_shape(block: BlockConfig, shape: Shape) -> Shape:
     if block.sparsity is not None:
         wanted["neurons"] = _width_for(block, block.sparsity, shape)
     return replace(shape, **wanted)
+
+
+def target_pattern(block: BlockConfig, shape: Shape) -> Pattern:
+    """What an unstructured or N:M block drops. Raises `LegolmError` when M does not divide a matrix's columns."""
+    if block.pattern is None:
+        assert block.sparsity is not None
+        return Pattern(block.sparsity)
+    kept, group = map(int, block.pattern.split(":"))
+    for module in MODULES:
+        columns = shape.matrix(module)[1]
+        if columns % group:
+            raise LegolmError(
+                f"blocks: {block.name!r} wants pattern {block.pattern}; {module} has {columns} columns, "
+                f"which {group} does not divide; choose an M that does"
+            )
+    return Pattern(1 - kept / group, group)
 
 
 def planned_coverage(block: BlockConfig, shape: Shape) -> Coverage:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from legolm.prune.calibrate import Moments
-from legolm.prune.registry import criterion, keep_largest
+from legolm.prune.registry import Pattern, criterion
 
 
 @criterion("wanda", needs="diagonal")
-def prune(weight: Tensor, moments: Moments | None, sparsity: float) -> tuple[Tensor, Tensor]:
+def prune(weight: Tensor, moments: Moments | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Equation 1 of the paper, compared within each output row; no weight update."""
     assert moments is not None
-    mask = keep_largest(weight.abs() * moments.mean_square.sqrt(), sparsity)
+    mask = pattern.keep(weight.abs() * moments.mean_square.sqrt(), over="row")
     return weight * mask, mask

@@ -44,6 +44,25 @@ def print_blocks(blocks: Sequence[Block]) -> None:
     Console().print(table)
 
 
+def print_coverage(block: Block) -> None:
+    """What a block kept of the LLM, layer by layer."""
+    coverage, shape = block.coverage, block.coverage.shape
+    print_blocks([block])
+    table = _table(
+        ">block layer", ">LLM layer", f"KV groups of {shape.kv_groups}", f">neurons of {shape.neurons}", ">weights kept"
+    )
+    for j, layer in enumerate(coverage.layers):
+        kept = coverage.kept_in(layer) / shape.layer_weights
+        groups = ", ".join(map(str, coverage.groups[j]))
+        table.add_row(str(j), str(layer), groups, f"{len(coverage.neurons[j]):,}", f"{kept:.1%}")
+    console = Console()
+    console.print(table)
+    gone = sorted(set(range(shape.layers)) - set(coverage.layers))
+    lines = [f"LLM layers cut: {', '.join(map(str, gone)) or 'none'}", f"coverage {coverage.hash}"]
+    lines += [f"base {block.base_fingerprint}", *(f"{name} {value}" for name, value in block.details.items())]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
 def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     """The figures of a finished run, and where its files are."""
     columns = [f">{kind} {phase}" for kind in ("own", "others") for phase in ("before", "local", "global", "personal")]
