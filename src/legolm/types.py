@@ -5,7 +5,8 @@ Data flows `RunConfig -> [Block] -> Assignment -> [Update] -> GlobalAdapter -> u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,12 @@ Tensors = dict[str, "Tensor"]
 
 class LegolmError(Exception):
     """Bad input: one line that names the field, the value and the fix. The command exits with code 2."""
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """The end of an error about an unknown word: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" did you mean `{close[0]}`?" if close else f" known: {', '.join(known)}"
 
 
 @dataclass(frozen=True)

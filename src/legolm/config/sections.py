@@ -1,20 +1,12 @@
-"""The run's configuration: every field, default, meaning and check in one place.
-
-`load(path, overrides)` reads YAML, applies `a.b=value` overrides and validates. An unknown key fails with the
-nearest known one; every other error names the field, the value and what is allowed.
-"""
+"""Every field of a run's configuration with its default, meaning and check."""
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from legolm.types import LegolmError
+from legolm.types import nearest
 
 Precision = Literal["fp32", "bf16"]
 
@@ -30,14 +22,13 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), After
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A mapping of known keys that does not change once it is read."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Section = TypeVar("Section", bound=_Section)
-
-
-class Fields(_Section):
+class Fields(Section):
     """Where the conversation is in a row: `instruction` and `answer`, or `messages` (a list of role and content)."""
 
     instruction: str = "instruction"
@@ -45,7 +36,7 @@ class Fields(_Section):
     messages: str | None = None
 
 
-class Split(_Section):
+class Split(Section):
     """How rows become parts, one a client: by file stem, by a column's value, IID, or Dirichlet over a column."""
 
     by: Literal["file", "column", "iid", "dirichlet"] = "file"
@@ -59,7 +50,7 @@ class Split(_Section):
         return self
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Examples: the built-in starter set, files (JSON, JSONL, CSV, Parquet; globs allowed) or a hub data set.
 
     `validation` and `test` are paths like `train`, or a share of each client's training rows to hold out.
@@ -76,7 +67,7 @@ class DataConfig(_Section):
     limit_test: int | None = Field(None, ge=1)
 
 
-class CalibrationConfig(_Section):
+class CalibrationConfig(Section):
     """Text that pruning and recovery see: `starter`, `pydoc` (Python's help topics) or a text file."""
 
     text: str = "starter"
@@ -84,7 +75,7 @@ class CalibrationConfig(_Section):
     length: int = Field(256, ge=8, description="tokens a sample")
 
 
-class RecoverConfig(_Section):
+class RecoverConfig(Section):
     """Distillation from the LLM after the cut, merged into the block. 0 steps: none."""
 
     steps: int = Field(0, ge=0)
@@ -93,7 +84,7 @@ class RecoverConfig(_Section):
     learning_rate: float = Field(1e-3, gt=0)
 
 
-class BlockConfig(_Section):
+class BlockConfig(Section):
     """One block to cut: a method and either a sparsity or, for `structured`, a shape in the model config's words."""
 
     name: Name
@@ -126,13 +117,13 @@ class BlockConfig(_Section):
         return self
 
 
-class Profile(_Section):
+class Profile(Section):
     """What a device can hold; `assign` gives it the block with the most parameters that fits."""
 
     memory_mb: float = Field(gt=0, description="memory for fine-tuning, in MB (1e6 bytes)")
 
 
-class ClientConfig(_Section):
+class ClientConfig(Section):
     """One client: its part of the data, and its block by name or by device profile."""
 
     id: Name
@@ -148,7 +139,7 @@ class ClientConfig(_Section):
         return self
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """The adapter. `scale` is alpha / rank and the same for all clients, whatever their rank."""
 
     rank: int = Field(8, ge=1)
@@ -156,7 +147,7 @@ class LoraConfig(_Section):
     targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """One client's training in one round. AdamW, anew each round.
 
     The learning rate is constant, and falls linearly to zero over the last half of all steps that a client makes in
@@ -170,7 +161,7 @@ class TrainConfig(_Section):
     max_length: int = Field(512, ge=8, description="longer examples lose the start of their prompt")
 
 
-class AggregateConfig(_Section):
+class AggregateConfig(Section):
     """How updates become one. `heteagg` is the paper's; DESIGN section 3 defines the terms."""
 
     scheme: Literal["heteagg"] = "heteagg"
@@ -179,7 +170,7 @@ class AggregateConfig(_Section):
     server_learning_rate: float = Field(1.0, gt=0)
 
 
-class FederationConfig(_Section):
+class FederationConfig(Section):
     """Who runs the rounds, and how many."""
 
     engine: Literal["flower", "local"] = "flower"
@@ -189,14 +180,14 @@ class FederationConfig(_Section):
     personal_steps: int = Field(0, ge=0, description="own steps of each client after the last global update")
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """What is measured beside the global update."""
 
     batch_size: int = Field(16, ge=1)
     local_only: bool = Field(True, description="also train each client alone for as many steps in all")
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run: what to cut, who trains on what, how updates are combined."""
 
     model: str = Field("starter", description="`starter`, a local folder or a Hugging Face hub id")
@@ -228,7 +219,7 @@ class RunConfig(_Section):
         known = [block.name for block in self.blocks]
         for client in self.clients:
             if client.block is not None and client.block not in known:
-                raise ValueError(f"clients: {client.id!r} wants block {client.block!r};{_nearest(client.block, known)}")
+                raise ValueError(f"clients: {client.id!r} wants block {client.block!r};{nearest(client.block, known)}")
             if client.rank is not None and client.rank > self.lora.rank:
                 raise ValueError(f"clients: {client.id!r} has rank {client.rank}; at most lora.rank, {self.lora.rank}")
         if self.federation.min_replies > len(self.clients):
@@ -236,93 +227,3 @@ class RunConfig(_Section):
                 f"federation.min_replies is {self.federation.min_replies}; there are {len(self.clients)} clients"
             )
         return self
-
-
-def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML file, apply `a.b=value` overrides (list items by index), validate. Raises `LegolmError`."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LegolmError(f"config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise LegolmError(f"config {path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise LegolmError(f"config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    if not isinstance(raw, dict):
-        raise LegolmError(f"config {path}: must be a mapping of sections, not {type(raw).__name__}")
-    for override in overrides or []:
-        _override(raw, override)
-    return validate(RunConfig, raw, f"config {path}")
-
-
-def validate(kind: type[Section], raw: dict[str, Any], source: str) -> Section:
-    """Check a raw mapping; `source` names it in errors. Raises `LegolmError` with the first problem."""
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        raise LegolmError(f"{source}: {_explain(error.errors()[0], kind)}") from None
-
-
-def dump(config: RunConfig) -> str:
-    """The resolved config as YAML: loading it gives the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise LegolmError(f"--set {override!r}: write it as a.b=value, for instance --set train.steps=4")
-    keys = path.split(".")
-    at: Any = raw
-    for depth, key in enumerate(keys[:-1]):
-        child = _index(at, key, override) if isinstance(at, list) else at.setdefault(key, {})
-        if not isinstance(child, dict | list):
-            # `data: starter` is short for {train: starter}.
-            child = at[key] = {"train": child} if keys[: depth + 1] == ["data"] else {}
-        at = child
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise LegolmError(f"--set {override!r}: the value is not valid YAML") from None
-    if isinstance(at, list):
-        _index(at, keys[-1], override)
-        at[int(keys[-1])] = value
-    else:
-        at[keys[-1]] = value
-
-
-def _index(items: list[Any], key: str, override: str) -> Any:
-    if not key.isdecimal() or int(key) >= len(items):
-        raise LegolmError(f"--set {override!r}: {key!r} must be an index from 0 to {len(items) - 1}")
-    return items[int(key)]
-
-
-def _explain(problem: ErrorDetails, kind: type[BaseModel]) -> str:
-    location = [part for part in problem["loc"] if isinstance(part, int) or not part.startswith(("function-", "list["))]
-    field = ".".join(str(part) for part in location)
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(kind, location[:-1])
-        return f"unknown key `{field}`;{_nearest(str(location[-1]), known)}"
-    if problem["type"] == "missing":
-        return f"`{field}` is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"`{field}`: {message}" if field else message
-    return f"`{field}` = {problem['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _known_keys(section: Any, location: list[str | int]) -> list[str]:
-    for part in location:
-        if isinstance(part, str) and part in section.model_fields:
-            annotation = section.model_fields[part].annotation
-            candidates = [annotation, *getattr(annotation, "__args__", ())]
-            found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-            section = found[0] if found else section
-    return list(section.model_fields)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" did you mean `{close[0]}`?" if close else f" known: {', '.join(known)}"

@@ -1,0 +1,103 @@
+"""Config files: read YAML, apply `a.b=value` overrides, validate, write.
+
+An unknown key fails with the nearest known one; every other error names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from legolm.config.sections import RunConfig, Section
+from legolm.types import LegolmError, nearest
+
+S = TypeVar("S", bound=Section)
+
+
+def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `a.b=value` overrides (list items by index), validate. Raises `LegolmError`."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LegolmError(f"config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LegolmError(f"config {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise LegolmError(f"config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(raw, dict):
+        raise LegolmError(f"config {path}: must be a mapping of sections, not {type(raw).__name__}")
+    for override in overrides or []:
+        _override(raw, override)
+    return validate(RunConfig, raw, f"config {path}")
+
+
+def validate(kind: type[S], raw: dict[str, Any], source: str) -> S:
+    """Check a raw mapping; `source` names it in errors. Raises `LegolmError` with the first problem."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise LegolmError(f"{source}: {_explain(error.errors()[0], kind)}") from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML: loading it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise LegolmError(f"--set {override!r}: write it as a.b=value, for instance --set train.steps=4")
+    keys = path.split(".")
+    at: Any = raw
+    for depth, key in enumerate(keys[:-1]):
+        child = _index(at, key, override) if isinstance(at, list) else at.setdefault(key, {})
+        if not isinstance(child, dict | list):
+            # `data: starter` is short for {train: starter}.
+            child = at[key] = {"train": child} if keys[: depth + 1] == ["data"] else {}
+        at = child
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise LegolmError(f"--set {override!r}: the value is not valid YAML") from None
+    if isinstance(at, list):
+        _index(at, keys[-1], override)
+        at[int(keys[-1])] = value
+    else:
+        at[keys[-1]] = value
+
+
+def _index(items: list[Any], key: str, override: str) -> Any:
+    if not key.isdecimal() or int(key) >= len(items):
+        raise LegolmError(f"--set {override!r}: {key!r} must be an index from 0 to {len(items) - 1}")
+    return items[int(key)]
+
+
+def _explain(problem: ErrorDetails, kind: type[BaseModel]) -> str:
+    location = [part for part in problem["loc"] if isinstance(part, int) or not part.startswith(("function-", "list["))]
+    field = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(kind, location[:-1])
+        return f"unknown key `{field}`;{nearest(str(location[-1]), known)}"
+    if problem["type"] == "missing":
+        return f"`{field}` is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"`{field}`: {message}" if field else message
+    return f"`{field}` = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(section: Any, location: list[str | int]) -> list[str]:
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+            section = found[0] if found else section
+    return list(section.model_fields)
