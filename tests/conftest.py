@@ -36,9 +36,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-FAMILIES = ("llama", "mistral", "qwen3")
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Path]:
     """Checkpoint folder of a random model of a family: 2 layers, hidden 64, 96 neurons, 2 KV groups of 2 heads."""

@@ -13,7 +13,7 @@ from legolm.coverage import Coverage, init_factors, slice_factors, tensors_hash
 from legolm.models import Shape
 from legolm.types import LegolmError, Tensors
 
-SHAPE = Shape(layers=2, hidden=4, neurons=3, kv_groups=2, queries_per_group=1, head_dim=2)
+SHAPE = Shape("llama", layers=2, hidden=4, neurons=3, kv_groups=2, queries_per_group=1, head_dim=2)
 COVERAGE = Coverage(SHAPE, (1,), ((0,),), ((0, 2),))
 SENT = slice_factors(COVERAGE, init_factors(SHAPE, ["up_proj"], 2, seed=0), 2)
 REQUEST = wire.TrainRequest(

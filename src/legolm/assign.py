@@ -12,12 +12,12 @@ PROCESS_BYTES = 500_000_000
 """Python with torch and transformers, before any model."""
 
 
-def adapter_parameters(coverage: Coverage, targets: list[str], rank: int) -> int:
+def adapter_parameters(coverage: Coverage, targets: list[str] | None, rank: int) -> int:
     """Entries of A and B over all modules that a block holds."""
     shapes = (
         factor_shape(coverage, f"layers.{layer}.{module}.{side}", rank)
         for layer in coverage.layers
-        for module in modules_of(targets)
+        for module in modules_of(coverage.shape, targets)
         for side in "AB"
     )
     return sum(rows * cols for rows, cols in shapes)

@@ -16,7 +16,7 @@ from legolm.coverage import Coverage, init_factors
 from legolm.models import Shape
 from legolm.types import GlobalAdapter, Tensors, Update
 
-SHAPE = Shape(layers=2, hidden=4, neurons=3, kv_groups=2, queries_per_group=1, head_dim=2)
+SHAPE = Shape("llama", layers=2, hidden=4, neurons=3, kv_groups=2, queries_per_group=1, head_dim=2)
 UP_A, UP_B = "layers.1.mlp.up_proj.A", "layers.1.mlp.up_proj.B"
 
 

@@ -19,10 +19,11 @@ from legolm.coverage import (
     save_coverage,
     slice_factors,
 )
-from legolm.models import MODULES, Shape
+from legolm.models import FAMILIES, Shape
 from legolm.types import LegolmError
 
-SHAPE = Shape(layers=3, hidden=8, neurons=6, kv_groups=2, queries_per_group=2, head_dim=2)
+SHAPE = Shape("llama", layers=3, hidden=8, neurons=6, kv_groups=2, queries_per_group=2, head_dim=2)
+MODULES = FAMILIES["llama"].modules
 TARGETS = [module.rpartition(".")[2] for module in MODULES]
 
 

@@ -15,10 +15,11 @@ from legolm.coverage import Coverage, init_factors, slice_factors
 from legolm.data import Tokens
 from legolm.finetune import fit, lora, merged
 from legolm.finetune.masked import _MaskedLinear
-from legolm.models import MODULES, fingerprint, load_model, shape_of
+from legolm.models import FAMILIES, fingerprint, load_model, shape_of
 from legolm.prune import cut_block
 from legolm.types import Block, LegolmError, Tensors
 
+MODULES = FAMILIES["llama"].modules
 TARGETS = [module.rpartition(".")[2] for module in MODULES]
 TEXT = torch.arange(1, 41).view(2, 20)
 

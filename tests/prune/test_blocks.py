@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from legolm.config import BlockConfig, CalibrationConfig, RecoverConfig
-from legolm.models import MODULES, fingerprint, load_model, load_tokenizer, shape_of
+from legolm.models import FAMILIES, fingerprint, load_model, load_tokenizer, shape_of
 from legolm.prune import cut_block, planned_coverage, read_block
 from legolm.prune.calibrate import Regression, Stream
 from legolm.prune.structured import _refit
 from legolm.types import Block, LegolmError
 
-FAMILIES = ("llama", "mistral", "qwen3")
+NAMES = ("llama", "mistral", "qwen2", "qwen3")
 LINEARS = {
     "magnitude": {"method": "magnitude", "sparsity": 0.5},
     "wanda": {"method": "wanda", "sparsity": 0.25},
@@ -48,7 +48,7 @@ def cut(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> Callable[.
     return make
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 @pytest.mark.parametrize("target", SHAPES.values(), ids=SHAPES)
 def test_structured_blocks_are_smaller_and_load_plainly(
     family: str, target: dict, cut: Callable[..., Block], tiny: Callable[[str], Path]
@@ -60,7 +60,7 @@ def test_structured_blocks_are_smaller_and_load_plainly(
     assert len(layers) == len(block.coverage.layers) == model.config.num_hidden_layers
     kept = 0
     for j, layer in enumerate(block.coverage.layers):
-        for module in MODULES:
+        for module in FAMILIES[family].modules:
             weight = layers[j].get_submodule(module).weight
             assert tuple(weight.shape) == block.coverage.matrix(layer, module)
             kept += weight.numel()
@@ -82,14 +82,14 @@ def test_a_sparsity_becomes_the_nearest_width(cut: Callable[..., Block]) -> None
     assert block.sparsity == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 @pytest.mark.parametrize("target", LINEARS.values(), ids=LINEARS)
 def test_unstructured_blocks_have_their_zeros_where_the_mask_says(
     family: str, target: dict, cut: Callable[..., Block]
 ) -> None:
     block = cut(family, **target)
     model = AutoModelForCausalLM.from_pretrained(block.path)
-    for layer, module in ((layer, module) for layer in range(2) for module in MODULES):
+    for layer, module in ((layer, module) for layer in range(2) for module in FAMILIES[family].modules):
         mask = block.coverage.mask(layer, module)
         weight = model.model.layers[layer].get_submodule(module).weight
         assert bool((weight[~mask] == 0).all())
@@ -135,7 +135,7 @@ def test_refit_gives_back_the_output_when_kept_inputs_explain_the_cut_ones() -> 
 
 
 def test_layer_by_layer_equals_the_whole_model(tiny: Callable[[str], Path]) -> None:
-    for family in FAMILIES:
+    for family in NAMES:
         model = load_model(tiny(family))
         tokens = torch.arange(60).view(3, 20)
         stream = Stream(model, tokens, "fp32")

@@ -144,7 +144,9 @@ class LoraConfig(Section):
 
     rank: int = Field(8, ge=1)
     scale: float = Field(2.0, gt=0)
-    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    targets: list[str] | None = Field(
+        None, min_length=1, description="linear layers by the last part of their names; all of them if not given"
+    )
 
 
 class TrainConfig(Section):

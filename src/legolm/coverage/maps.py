@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from legolm.models.family import MODULES, Shape, Unit
+from legolm.models.family import Shape, Unit
 from legolm.types import LegolmError
 
 
@@ -60,11 +60,17 @@ class Coverage:
 
     def rows(self, layer: int, module: str) -> Tensor | None:
         """Kept output rows (int64, ascending) of a module of an LLM layer; None when all are kept."""
-        return self._index(layer, MODULES[module].rows)
+        parts, start = [], 0
+        units = self.shape.module(module).rows
+        for unit in units:
+            size, kept = self.shape.size(unit), self._index(layer, unit)
+            parts.append(start + (torch.arange(size) if kept is None else kept))
+            start += size
+        return None if all(self._index(layer, unit) is None for unit in units) else torch.cat(parts)
 
     def cols(self, layer: int, module: str) -> Tensor | None:
         """Kept input columns, like `rows`."""
-        return self._index(layer, MODULES[module].cols)
+        return self._index(layer, self.shape.module(module).cols)
 
     def matrix(self, layer: int, module: str) -> tuple[int, int]:
         """(rows, columns) of a module in the block's slice."""
@@ -83,7 +89,7 @@ class Coverage:
 
     def kept_in(self, layer: int) -> int:
         """Linear weights that the block keeps of an LLM layer."""
-        masks = {module: self.mask(layer, module) for module in MODULES}
+        masks = {module: self.mask(layer, module) for module in self.shape.modules}
         return sum(math.prod(self.matrix(layer, m)) if mask is None else int(mask.sum()) for m, mask in masks.items())
 
     @property

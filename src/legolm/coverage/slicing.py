@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from legolm.coverage.maps import Coverage
-from legolm.models.family import MODULES, Shape
+from legolm.models.family import Shape
 from legolm.types import LegolmError, Tensors
 
 
@@ -29,18 +29,20 @@ def parse_key(key: str) -> tuple[int, str, str]:
     head, _, rest = key.partition(".")
     layer, _, rest = rest.partition(".")
     module, _, side = rest.rpartition(".")
-    if head != "layers" or not layer.isdecimal() or module not in MODULES or side not in ("A", "B"):
+    if head != "layers" or not layer.isdecimal() or not module or side not in ("A", "B"):
         raise LegolmError(f"adapter: {key!r} is not a key of the form layers.N.module.A or .B")
     return int(layer), module, side
 
 
-def modules_of(targets: Iterable[str]) -> list[str]:
-    """Modules named by their last part, in the order of the family's table. Raises `LegolmError` for others."""
-    wanted = list(targets)
-    known = {module.rpartition(".")[2]: module for module in MODULES}
+def modules_of(shape: Shape, targets: Iterable[str] | None) -> list[str]:
+    """Modules named by their last part (None: all), in the family's order. Raises `LegolmError` for others."""
+    known = {module.rpartition(".")[2]: module for module in shape.modules}
+    wanted = list(known if targets is None else targets)
     for name in wanted:
         if name not in known:
-            raise LegolmError(f"lora.targets: {name!r} is not a linear layer; known: {', '.join(known)}")
+            raise LegolmError(
+                f"lora.targets: {name!r} is not a linear layer of family {shape.family!r}; known: {', '.join(known)}"
+            )
     return [module for name, module in known.items() if name in wanted]
 
 
@@ -51,11 +53,11 @@ def factor_shape(coverage: Coverage, key: str, rank: int) -> tuple[int, int]:
     return (rank, cols) if side == "A" else (rows, rank)
 
 
-def init_factors(shape: Shape, targets: Iterable[str], rank: int, seed: int) -> Tensors:
+def init_factors(shape: Shape, targets: Iterable[str] | None, rank: int, seed: int) -> Tensors:
     """The server's start, shared by all clients: A uniform in ±1/sqrt(in) (as PEFT's LoRA), B zero; float32."""
     generator = torch.Generator().manual_seed(seed)
     factors: Tensors = {}
-    modules = modules_of(targets)
+    modules = modules_of(shape, targets)
     for layer in range(shape.layers):
         for module in modules:
             rows, cols = shape.matrix(module)

@@ -29,7 +29,7 @@ def lora(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> Iter
     settings = LoraConfig(
         r=rank,
         lora_alpha=scale * rank,  # type: ignore[arg-type]
-        target_modules=[module.rpartition(".")[2] for module in modules],
+        target_modules=modules,
         lora_dropout=0.0,
         init_lora_weights=False,
     )

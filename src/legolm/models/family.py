@@ -1,11 +1,9 @@
-"""Where layers, heads and MLPs live in each model family, as data.
-
-A family is one line in `FAMILIES`. Today's families share one layout, so one table of modules serves them all.
-"""
+"""Where layers, heads and MLPs live in each model family, as data: a family is one entry of `FAMILIES`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -13,37 +11,63 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from legolm.types import LegolmError
 
-Unit = Literal["hidden", "query", "key", "neuron"]
-"""What a row or column of a matrix belongs to. `hidden` is never cut; query and key are cut by KV group."""
+Unit = Literal["hidden", "query", "key", "qkv", "neuron"]
+"""What rows or columns of a matrix belong to. `hidden` is never cut; query, key (and value) by KV group.
+
+`qkv` is a KV group's queries, keys and values side by side.
+"""
 
 
 @dataclass(frozen=True)
 class Module:
-    """One linear layer of a decoder layer: what its rows (outputs) and columns (inputs) are."""
+    """One linear layer of a decoder layer: what its rows (outputs) and columns (inputs) are.
 
-    rows: Unit
+    A fused matrix has several units along its rows, one whole unit after the other. `norm` is the module between this
+    one's output and the sum with the residual stream, where the family has one.
+    """
+
+    rows: tuple[Unit, ...]
     cols: Unit
+    norm: str | None = None
 
 
-MODULES: dict[str, Module] = {
-    "self_attn.q_proj": Module("query", "hidden"),
-    "self_attn.k_proj": Module("key", "hidden"),
-    "self_attn.v_proj": Module("key", "hidden"),
-    "self_attn.o_proj": Module("hidden", "query"),
-    "mlp.gate_proj": Module("neuron", "hidden"),
-    "mlp.up_proj": Module("neuron", "hidden"),
-    "mlp.down_proj": Module("hidden", "neuron"),
-}
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-LAYERS = "model.layers"
-MIDDLE = "post_attention_layernorm"
-"""Within a layer: the module that reads the hidden states between attention and MLP."""
+@dataclass(frozen=True)
+class Family:
+    """One architecture: its linear layers by path within a decoder layer, and where the rest is.
+
+    `layers` is the path of the decoder layers in the causal LM. `middle` is the module, within a layer, that reads the
+    hidden states between attention and MLP; None where attention and MLP read the same ones. `fixed` says of a field of
+    `Shape` that structured pruning must leave it alone, and why.
+    """
+
+    modules: Mapping[str, Module]
+    layers: str = "model.layers"
+    middle: str | None = "post_attention_layernorm"
+    fixed: Mapping[str, str] = field(default_factory=dict)
+
+
+_HIDDEN: tuple[Unit, ...] = ("hidden",)
+_LLAMA = Family(
+    {
+        "self_attn.q_proj": Module(("query",), "hidden"),
+        "self_attn.k_proj": Module(("key",), "hidden"),
+        "self_attn.v_proj": Module(("key",), "hidden"),
+        "self_attn.o_proj": Module(_HIDDEN, "query"),
+        "mlp.gate_proj": Module(("neuron",), "hidden"),
+        "mlp.up_proj": Module(("neuron",), "hidden"),
+        "mlp.down_proj": Module(_HIDDEN, "neuron"),
+    }
+)
+
+FAMILIES: dict[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+"""By `model_type` of the Hugging Face config."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that coverage counts in. A KV group is one key-value head with its query heads."""
+    """A family and the sizes that coverage counts in. A KV group is one key-value head with its query heads."""
 
+    family: str
     layers: int
     hidden: int
     neurons: int
@@ -51,9 +75,25 @@ class Shape:
     queries_per_group: int
     head_dim: int
 
+    @property
+    def modules(self) -> Mapping[str, Module]:
+        """The linear layers of a decoder layer, in the family's order."""
+        return _known(self.family).modules
+
+    def module(self, name: str) -> Module:
+        """One of `modules`. Raises `LegolmError` for a name that the family does not have."""
+        if name not in self.modules:
+            known = ", ".join(self.modules)
+            raise LegolmError(f"module {name!r}: family {self.family!r} has no such linear layer; known: {known}")
+        return self.modules[name]
+
+    def reader(self, unit: Unit) -> str:
+        """The linear layer whose columns are `unit`: for `query` and `neuron` the one that ends attention or MLP."""
+        return next(name for name, module in self.modules.items() if module.cols == unit)
+
     def per_group(self, unit: Unit) -> int:
         """Rows (or columns) of one KV group in a module cut by `unit`."""
-        return self.head_dim * (self.queries_per_group if unit == "query" else 1)
+        return self.head_dim * {"query": self.queries_per_group, "qkv": self.queries_per_group + 2}.get(unit, 1)
 
     def size(self, unit: Unit) -> int:
         """Rows (or columns) in all."""
@@ -63,13 +103,13 @@ class Shape:
 
     def matrix(self, module: str) -> tuple[int, int]:
         """(rows, columns) of a module's weight."""
-        spec = MODULES[module]
-        return self.size(spec.rows), self.size(spec.cols)
+        spec = self.module(module)
+        return sum(map(self.size, spec.rows)), self.size(spec.cols)
 
     @property
     def layer_weights(self) -> int:
         """Linear weights in one decoder layer."""
-        return sum(rows * cols for rows, cols in map(self.matrix, MODULES))
+        return sum(rows * cols for rows, cols in map(self.matrix, self.modules))
 
 
 def shape_of(config: Any) -> Shape:
@@ -79,13 +119,16 @@ def shape_of(config: Any) -> Shape:
         raise LegolmError(
             f"model: {', '.join(architectures) or config.model_type} is not a causal LM; give one that is"
         )
-    if config.model_type not in FAMILIES:
-        raise LegolmError(f"model: family {config.model_type!r} is not known; known: {', '.join(FAMILIES)}")
+    family_of(config)
     if getattr(config, "quantization_config", None) is not None:
-        raise LegolmError("model: its weights are quantized; give the full-precision checkpoint")
+        raise LegolmError(
+            "model: its weights are quantized; load it with transformers, call model.dequantize() and "
+            "model.save_pretrained(FOLDER), and give that folder"
+        )
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     return Shape(
+        family=config.model_type,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         neurons=config.intermediate_size,
@@ -95,8 +138,24 @@ def shape_of(config: Any) -> Shape:
     )
 
 
+def family_of(config: Any) -> Family:
+    """The family of a Hugging Face model config. Raises `LegolmError` for an unknown one."""
+    if getattr(config, "text_config", None) is not None:
+        raise LegolmError(f"model: {config.model_type!r} is more than a text model; give a text-only checkpoint")
+    return _known(config.model_type)
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal LM, in order."""
-    layers = model.get_submodule(LAYERS)
+    layers = model.get_submodule(family_of(model.config).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def _known(family: str) -> Family:
+    if family not in FAMILIES:
+        raise LegolmError(
+            f"model: family {family!r} is not known; known: {', '.join(FAMILIES)}; "
+            "to add one, say where its linear layers are in FAMILIES (legolm/models/family.py)"
+        )
+    return FAMILIES[family]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from legolm.models.family import MODULES, decoder_layers
+from legolm.models.family import decoder_layers, family_of
 from legolm.models.starter import starter_path
 from legolm.types import LegolmError
 
@@ -62,8 +62,9 @@ def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
     except (OSError, ValueError, SafetensorError) as error:
         raise LegolmError(f"model: {path} cannot be loaded ({str(error).splitlines()[0]})") from None
     model.requires_grad_(False)
+    modules = family_of(model.config).modules
     for layer in decoder_layers(model):
-        for module in MODULES:
+        for module in modules:
             layer.get_submodule(module).to(linears)
     model.config.use_cache = False
     return model.eval()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from legolm.config import BlockConfig, Precision
 from legolm.coverage import Coverage
 from legolm.data import calibration_tokens
-from legolm.models import MODULES, Shape, decoder_layers, load_config, load_model, load_tokenizer, save_model, shape_of
+from legolm.models import Shape, decoder_layers, load_config, load_model, load_tokenizer, save_model, shape_of
 from legolm.models.load import count_parameters
 from legolm.prune import magnitude, sparsegpt, wanda  # noqa: F401 (they register themselves)
 from legolm.prune.calibrate import Stream
@@ -94,8 +94,8 @@ def _cut_unstructured(
     """Zero weights in place, layer by layer, so that each layer is calibrated on what the pruned ones below send."""
     masks: dict[str, Tensor] = {}
     for index, layer in enumerate(decoder_layers(model)):
-        moments = {} if stream is None else stream.moments(index, layer, MODULES, criterion.needs)
-        for name in MODULES:
+        moments = {} if stream is None else stream.moments(index, layer, criterion.needs)
+        for name in shape.modules:
             linear = layer.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             weight, mask = criterion.prune(linear.weight.data, moments.get(name), pattern)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from legolm.config import Precision
 from legolm.finetune import autocast
-from legolm.models import MIDDLE, decoder_layers
+from legolm.models import Module, decoder_layers, family_of
 from legolm.types import LegolmError
 
 Needs = Literal["nothing", "diagonal", "full"]
@@ -60,6 +60,7 @@ class Stream:
     def __init__(self, model: Any, tokens: Tensor, precision: Precision) -> None:
         self._precision: Precision = precision
         self._layers = decoder_layers(model)
+        self._family = family_of(model.config)
         self._hidden: list[Tensor] = []
         self._arguments: list[list[dict[str, Any]]] = []
         for chunk in torch.split(tokens, CHUNK):
@@ -87,8 +88,10 @@ class Stream:
 
     def middle(self, index: int, layer: nn.Module) -> list[Tensor]:
         """The hidden states between attention and MLP of one decoder layer, chunk by chunk."""
+        assert self._family.middle is not None
         seen: list[Tensor] = []
-        hook = layer.get_submodule(MIDDLE).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        reader = layer.get_submodule(self._family.middle)
+        hook = reader.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
         try:
             for _ in self.run(index, layer):
                 pass
@@ -97,7 +100,7 @@ class Stream:
         return seen
 
     def regression(self, index: int, layer: nn.Module, name: str, wanted: Iterable[Tensor]) -> Regression:
-        """How `self_attn.o_proj` or `mlp.down_proj` should answer for the hidden states after it to be `wanted`."""
+        """How the matrix that ends attention or MLP should answer for the hidden states after it to be `wanted`."""
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         found = Regression(linear)
@@ -106,17 +109,17 @@ class Stream:
         try:
             for (hidden, output), want in zip(self.run(index, layer), wanted, strict=True):
                 # What the module's output is added to: the layer's input, or all that the layer gives but the MLP's.
-                residual = hidden if name == "self_attn.o_proj" else output - seen["y"]
+                residual = hidden if self._family.modules[name].cols == "query" else output - seen["y"]
                 found.add(seen["x"], want - residual)
         finally:
             hook.remove()
         return found
 
-    def moments(self, index: int, layer: nn.Module, modules: Iterable[str], needs: Needs) -> dict[str, Moments]:
-        """Moments of the named modules' inputs; modules that share an input share the object."""
+    def moments(self, index: int, layer: nn.Module, needs: Needs) -> dict[str, Moments]:
+        """Moments of the inputs of all the layer's linear layers; those that share an input share the object."""
         shared: dict[str, Moments] = {}
         hooks = []
-        for group in _by_input(modules):
+        for group in _by_input(self._family.modules):
             linear = layer.get_submodule(group[0])
             assert isinstance(linear, nn.Linear)
             found = Moments(linear.in_features, needs)
@@ -135,13 +138,11 @@ def _adder(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     return lambda _module, inputs: moments.add(inputs[0])
 
 
-def _by_input(modules: Iterable[str]) -> list[list[str]]:
+def _by_input(modules: Mapping[str, Module]) -> list[list[str]]:
     """Group modules that read the same tensor: q, k, v; gate, up."""
-    same = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-    groups: dict[str, list[str]] = {}
-    for module in modules:
-        head, _, last = module.rpartition(".")
-        groups.setdefault(f"{head}.{same.get(last, last)}", []).append(module)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, module in modules.items():
+        groups.setdefault((name.rpartition(".")[0], module.cols), []).append(name)
     return list(groups.values())
 
 

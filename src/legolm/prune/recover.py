@@ -16,7 +16,7 @@ from legolm.config import BlockConfig, Precision
 from legolm.coverage import Coverage, init_factors, slice_factors
 from legolm.data import calibration_tokens
 from legolm.finetune import autocast, lora, merge
-from legolm.models import MODULES, load_model
+from legolm.models import load_model
 
 SCALE = 2.0
 
@@ -41,8 +41,7 @@ def recover(
     wanted = spec.calibration.model_copy(update={"samples": recipe.steps * per_step})
     tokens = calibration_tokens(wanted, tokenizer, seed + 1)
     teacher = load_model(base)
-    targets = [name.rpartition(".")[2] for name in MODULES]
-    start = slice_factors(coverage, init_factors(coverage.shape, targets, recipe.rank, seed), recipe.rank)
+    start = slice_factors(coverage, init_factors(coverage.shape, None, recipe.rank, seed), recipe.rank)
     divergences: list[float] = []
     with lora(model, coverage, start, SCALE) as parameters:
         optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from legolm.config import Precision
 from legolm.coverage import Coverage
-from legolm.models import MODULES, Shape, decoder_layers
+from legolm.models import Shape, decoder_layers, family_of
 from legolm.prune.calibrate import Regression, Stream
 from legolm.prune.target import config_changes
 
@@ -29,6 +29,7 @@ def cut_structured(
 ) -> Coverage:
     """Cut the model in place to the shape `small` and return what it kept. Calls progress(1) for each kept layer."""
     layers = decoder_layers(model)
+    o_proj, down_proj = shape.reader("query"), shape.reader("neuron")
     kept_layers = tuple(range(shape.layers))
     if small.layers < shape.layers:
         kept_layers = _influential(model, small.layers, Stream(model, tokens, precision))
@@ -46,13 +47,13 @@ def cut_structured(
 
         kept_groups, kept_neurons = tuple(range(shape.kv_groups)), tuple(range(shape.neurons))
         if small.kv_groups < shape.kv_groups:
-            fit = cut.regression(index, layer, "self_attn.o_proj", middle)
-            kept_groups = _most_energy(layer, "self_attn.o_proj", fit, shape.per_group("query"), small.kv_groups)
-            _carve(layer, Coverage(shape, (index,), (kept_groups,), (kept_neurons,)), "self_attn.o_proj", fit)
+            fit = cut.regression(index, layer, o_proj, middle)
+            kept_groups = _most_energy(layer, o_proj, fit, shape.per_group("query"), small.kv_groups)
+            _carve(layer, Coverage(shape, (index,), (kept_groups,), (kept_neurons,)), o_proj, fit)
         if small.neurons < shape.neurons or following > index + 1:
-            fit = cut.regression(index, layer, "mlp.down_proj", dense.hidden)
-            kept_neurons = _most_energy(layer, "mlp.down_proj", fit, 1, small.neurons)
-            _carve(layer, Coverage(shape, (index,), (kept_groups,), (kept_neurons,)), "mlp.down_proj", fit)
+            fit = cut.regression(index, layer, down_proj, dense.hidden)
+            kept_neurons = _most_energy(layer, down_proj, fit, 1, small.neurons)
+            _carve(layer, Coverage(shape, (index,), (kept_groups,), (kept_neurons,)), down_proj, fit)
         groups.append(kept_groups)
         neurons.append(kept_neurons)
         cut.advance(index, layer)
@@ -85,7 +86,7 @@ def _carve(layer: nn.Module, coverage: Coverage, fitted: str, fit: Regression) -
     """Cut, in place, the module `fitted` and those that feed it, and fit it anew."""
     (index,) = coverage.layers
     part = fitted.partition(".")[0]
-    for name in (name for name in MODULES if name.startswith(part)):
+    for name in (name for name in coverage.shape.modules if name.startswith(part)):
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         rows, weight = coverage.rows(index, name), linear.weight.data
@@ -113,7 +114,9 @@ def _refit(weight: Tensor, fit: Regression, cols: Tensor | None) -> Tensor:
 def _renumber(model: Any, kept: tuple[int, ...]) -> None:
     """Keep the chosen layers and number them from 0, as `from_pretrained` will."""
     layers = decoder_layers(model)
-    chosen = [layers[i] for i in kept]
-    model.get_decoder().layers = nn.ModuleList(chosen)
+    chosen = nn.ModuleList(layers[i] for i in kept)
+    model.set_submodule(family_of(model.config).layers, chosen)
     for j, layer in enumerate(chosen):
-        layer.self_attn.layer_idx = j  # type: ignore[union-attr]
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = j  # type: ignore[assignment]

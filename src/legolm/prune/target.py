@@ -7,7 +7,7 @@ from typing import Any
 
 from legolm.config import BlockConfig
 from legolm.coverage import Coverage
-from legolm.models import MODULES, Shape
+from legolm.models import Shape
 from legolm.prune.registry import Pattern
 from legolm.types import LegolmError
 
@@ -19,7 +19,7 @@ def target_shape(block: BlockConfig, shape: Shape) -> Shape:
     """The block's shape. Raises `LegolmError` for a target that cannot be met, naming the nearest that can."""
     if block.method != "structured":
         return shape
-    wanted = {
+    wanted: dict[str, Any] = {
         "layers": block.num_hidden_layers or shape.layers,
         "kv_groups": block.num_key_value_heads or shape.kv_groups,
         "neurons": block.intermediate_size or shape.neurons,
@@ -40,7 +40,7 @@ def target_pattern(block: BlockConfig, shape: Shape) -> Pattern:
         assert block.sparsity is not None
         return Pattern(block.sparsity)
     kept, group = map(int, block.pattern.split(":"))
-    for module in MODULES:
+    for module in shape.modules:
         columns = shape.matrix(module)[1]
         if columns % group:
             raise LegolmError(
@@ -81,7 +81,7 @@ def config_changes(config: Any, small: Shape, layers: tuple[int, ...]) -> dict[s
 
 def _width_for(block: BlockConfig, sparsity: float, shape: Shape) -> int:
     """MLP width that removes `sparsity` of the decoder's linear weights, to the nearest multiple of 8."""
-    per_neuron = sum("neuron" in (spec.rows, spec.cols) for spec in MODULES.values()) * shape.hidden
+    per_neuron = sum((*spec.rows, spec.cols).count("neuron") for spec in shape.modules.values()) * shape.hidden
     width = shape.neurons - sparsity * shape.layer_weights / per_neuron
     rounded = round(width / MULTIPLE) * MULTIPLE
     if rounded < MULTIPLE:
