@@ -40,14 +40,15 @@ def cut(options: argparse.Namespace, target: dict[str, Any], out: Path) -> dict[
 
     from legolm.config import BlockConfig, CalibrationConfig
     from legolm.models import fingerprint, load_model, resolve
-    from legolm.prune import cut_block
+    from legolm.progress import Progress
+    from legolm.prune import cut_blocks
 
     torch.set_num_threads(1)
     base = resolve(options.model)
     calibration = CalibrationConfig(text=str(options.calibration), samples=options.samples, length=options.length)
     spec = BlockConfig(name="block", calibration=calibration, **target)
     began = time.process_time()
-    block = cut_block(base, fingerprint(base), spec, out, seed=0, precision="bf16")
+    (block,) = cut_blocks(base, fingerprint(base), [(spec, out)], 0, "bf16", Progress())
     cpu_s = time.process_time() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = {"method": block.method, "pattern": "structured" if block.method == "structured" else "unstructured"}

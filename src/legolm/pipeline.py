@@ -19,14 +19,14 @@ from legolm.federate import Engine, engine_for
 from legolm.finetune import merge
 from legolm.memory import release_memory
 from legolm.models import fingerprint, load_config, load_model, load_tokenizer, save_model
-from legolm.plan import Plan, check_disk, make_plan
+from legolm.plan import Plan, make_plan
 from legolm.progress import Progress
-from legolm.prune import cut_block, llm_block, read_block
+from legolm.prune import cut_blocks, llm_block, read_block
 from legolm.prune.manifest import Manifest, write_block
 from legolm.report import write_report
 from legolm.report.summary import machine, summarize, versions
 from legolm.rounds import Rounds
-from legolm.rundir import RunDir, atomic_folder, atomic_write, read_json
+from legolm.rundir import RunDir, atomic_folder, atomic_write, check_room, read_json
 from legolm.types import Block, LegolmError
 
 Record = dict[str, Any]
@@ -47,7 +47,7 @@ def run(
     progress = progress or Progress()
     engine = engine or engine_for(config)
     plan = make_plan(config)
-    check_disk(plan, out)
+    check_room(out, plan.disk_bytes)
     folder = RunDir.open(out, config, resume)
     identity = _identify(folder, plan)
 
@@ -91,12 +91,11 @@ def _cut_blocks(
 ) -> dict[str, Block]:
     """Every block of the config, by name, cut or found finished; and the LLM as `llm`."""
     blocks = {"llm": llm_block(plan.base, base_fingerprint)}
+    left = [(spec, folder.block(spec.name)) for spec in config.blocks if not folder.block(spec.name).exists()]
+    if left:
+        cut_blocks(plan.base, base_fingerprint, left, config.seed, config.precision, progress)
     for spec in config.blocks:
         path = folder.block(spec.name)
-        if not path.exists():
-            steps = (spec.num_hidden_layers or blocks["llm"].coverage.shape.layers) + spec.recover.steps
-            with progress.stage(f"cut block {spec.name}", steps) as advance:
-                cut_block(plan.base, base_fingerprint, spec, path, config.seed, config.precision, advance)
         blocks[spec.name] = read_block(path)
         if blocks[spec.name].base_fingerprint != base_fingerprint:
             raise LegolmError(f"block {path}: was cut from another base model; remove it and run again with --resume")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from legolm.assign import adapter_parameters, assign, training_bytes
 from legolm.config import RunConfig
@@ -15,9 +12,8 @@ from legolm.coverage import Coverage
 from legolm.data import render
 from legolm.federate.client import client_data
 from legolm.memory import available_bytes
-from legolm.models import load_config, load_tokenizer, resolve, shape_of
-from legolm.models.load import count_parameters
-from legolm.prune import planned_coverage, target_pattern
+from legolm.models import load_config, load_tokenizer, resolve
+from legolm.prune import Base, planned_coverage, target_pattern
 from legolm.types import ClientData, LegolmError
 
 SPARE_BYTES = 1 << 30
@@ -62,13 +58,13 @@ class Plan:
 
 def make_plan(config: RunConfig) -> Plan:
     """Resolve the model, read the data and add up. Raises `LegolmError` for whatever cannot work."""
-    base = resolve(config.model)
-    model = load_config(base)
-    shape = shape_of(model)
-    total = count_parameters(base)
-    width = (model.dtype or torch.float32).itemsize
+    path = resolve(config.model)
+    model = load_config(path)
+    # Nothing here asks whose weights they are, and the fingerprint takes time.
+    base = Base.of(path, "", model)
+    shape, width = base.shape, base.dtype.itemsize
     data = client_data(config)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(path)
     lengths = {
         client: [len(render(row, tokenizer, config.train.max_length).ids) for row in rows.train]
         for client, rows in data.items()
@@ -78,8 +74,8 @@ def make_plan(config: RunConfig) -> Plan:
     coverages: dict[str, Coverage] = {}
     blocks, shaped = [], ("dense", "structured")
     for spec in config.blocks:
-        coverage = coverages[spec.name] = planned_coverage(spec, shape)
-        parameters = total - (shape.layers * shape.layer_weights - coverage.kept_weights)
+        coverage = coverages[spec.name] = planned_coverage(spec, base)
+        parameters = base.parameters_of(coverage.kept_weights)
         blocks.append(
             PlannedBlock(
                 name=spec.name,
@@ -105,26 +101,13 @@ def make_plan(config: RunConfig) -> Plan:
         clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, adapter))
 
     used = [needs[block] for block in set(block_of.values())]
-    whole = training_bytes(Coverage.full(shape), total, model.vocab_size, longest, config.train, config.lora)
+    whole = training_bytes(Coverage.full(shape), base.parameters, model.vocab_size, longest, config.train, config.lora)
     actors = _actors(config, max(*used, whole))
     size_of = {block.name: block.file_bytes for block in blocks}
     adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
-    disk = total * width + sum(size_of.values()) + sum(size_of[client.block] for client in clients)
+    disk = base.parameters * width + sum(size_of.values()) + sum(size_of[client.block] for client in clients)
     disk += adapter * (config.federation.rounds + 1 + 2 * len(clients))
-    return Plan(base, tuple(blocks), tuple(clients), data, actors, SPARE_BYTES + actors * max(*used, whole), disk)
-
-
-def check_disk(plan: Plan, out: Path) -> None:
-    """Raise `LegolmError` when the disk cannot hold the run; better now than in the last round."""
-    folder = out.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < plan.disk_bytes:
-        raise LegolmError(
-            f"run folder {out}: needs {plan.disk_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
-            "free some space or give another --out"
-        )
+    return Plan(path, tuple(blocks), tuple(clients), data, actors, SPARE_BYTES + actors * max(*used, whole), disk)
 
 
 def _actors(config: RunConfig, need: int) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from legolm.types import nearest
 
@@ -19,6 +20,18 @@ def _not_reserved(name: str) -> str:
 
 # A name becomes a folder's.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), AfterValidator(_not_reserved)]
+
+
+def _quantity(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)b?\s*", value.lower())
+    if found is None:
+        raise ValueError("write a number, with k, M or G and B if you like: 70M, 150MB, 1.5GB")
+    return round(float(found[1]) * 1000 ** " kmg".index(found[2] or " "))
+
+
+Quantity = Annotated[int, BeforeValidator(_quantity), Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -68,11 +81,17 @@ class DataConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Text that pruning and recovery see: `starter`, `pydoc` (Python's help topics) or a text file."""
+    """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`).
+
+    `text` is `starter`, `pydoc` (Python's help topics), a text file, or a file of conversations (JSON, JSONL, CSV,
+    Parquet), which is rendered with the model's chat template.
+    """
 
     text: str = "starter"
+    fields: Fields = Fields()
     samples: int = Field(32, ge=1)
     length: int = Field(256, ge=8, description="tokens a sample")
+    statistics: tuple[str, ...] | None = Field(None, description="files of `legolm calibrate`; they are added up")
 
 
 class RecoverConfig(Section):
@@ -85,12 +104,15 @@ class RecoverConfig(Section):
 
 
 class BlockConfig(Section):
-    """One block to cut: a method and either a sparsity or, for `structured`, a shape in the model config's words."""
+    """One block to cut: a method and a target. `structured` takes a budget or a shape in the model config's words."""
 
     name: Name
     method: Literal["dense", "magnitude", "wanda", "sparsegpt", "structured"]
     sparsity: float | None = Field(None, ge=0, lt=1, description="removed share of the decoder's linear weights")
     pattern: str | None = Field(None, pattern=r"^[1-9]\d?:[1-9]\d?$", description="N:M, N kept of each M in a row")
+    params: Quantity | None = Field(None, description="stored parameters at most, for instance 70M")
+    memory: Quantity | None = Field(None, description="bytes of weights at most, for instance 150MB")
+    speedup: float | None = Field(None, gt=1, description="tokens generated a second, over the LLM's, measured here")
     intermediate_size: int | None = Field(None, ge=1)
     num_key_value_heads: int | None = Field(None, ge=1)
     num_hidden_layers: int | None = Field(None, ge=1)
@@ -100,20 +122,25 @@ class BlockConfig(Section):
     @model_validator(mode="after")
     def _one_target(self) -> BlockConfig:
         shape = (self.intermediate_size, self.num_key_value_heads, self.num_hidden_layers)
-        has_shape = any(size is not None for size in shape)
-        if self.method == "dense":
-            if has_shape or self.sparsity is not None or self.pattern:
-                raise ValueError("a dense block is the whole LLM; take out its sparsity and shape")
-        elif self.method == "structured":
-            if self.pattern or has_shape == (self.sparsity is not None):
-                raise ValueError(
-                    "structured needs either `sparsity` or a shape "
-                    "(intermediate_size, num_key_value_heads, num_hidden_layers)"
-                )
-        elif has_shape or (self.sparsity is None) == (self.pattern is None):
-            raise ValueError(f"{self.method} needs either `sparsity` or a `pattern` such as 2:4, and no shape")
-        elif self.pattern and int(self.pattern.split(":")[0]) >= int(self.pattern.split(":")[1]):
+        budgets = {name: getattr(self, name) for name in ("sparsity", "params", "memory", "speedup")}
+        given = [name for name, value in budgets.items() if value is not None]
+        given += ["a shape"] if any(size is not None for size in shape) else []
+        given += ["pattern"] if self.pattern else []
+        allowed = {
+            "dense": [],
+            "structured": [*budgets, "a shape"],
+        }.get(self.method, ["sparsity", "pattern"])
+        if len(given) != min(len(allowed), 1) or not set(given) <= set(allowed):
+            takes = f"one of {', '.join(allowed)}" if allowed else "no target: it is the whole LLM"
+            raise ValueError(f"{self.method} takes {takes}; here is {' and '.join(given) or 'none'}")
+        if self.pattern and int(self.pattern.split(":")[0]) >= int(self.pattern.split(":")[1]):
             raise ValueError(f"pattern {self.pattern}: N must be less than M")
+        by_width = given == ["a shape"] and self.num_hidden_layers is None
+        if self.calibration.statistics and self.method == "structured" and not by_width:
+            raise ValueError(
+                "structured with calibration.statistics takes intermediate_size and num_key_value_heads: "
+                "to choose a shape or layers, text is needed"
+            )
         return self
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -57,6 +57,12 @@ class Coverage:
         count = shape.layers
         groups, neurons = tuple(range(shape.kv_groups)), tuple(range(shape.neurons))
         return Coverage(shape, tuple(range(count)), (groups,) * count, (neurons,) * count)
+
+    @property
+    def block_shape(self) -> Shape:
+        """The block's own shape: one number of KV groups and neurons serves all its layers."""
+        groups, neurons = len(self.groups[0]), len(self.neurons[0])
+        return replace(self.shape, layers=len(self.layers), kv_groups=groups, neurons=neurons)
 
     def rows(self, layer: int, module: str) -> Tensor | None:
         """Kept output rows (int64, ascending) of a module of an LLM layer; None when all are kept."""

@@ -92,7 +92,9 @@ class Shape:
         return next(name for name, module in self.modules.items() if module.cols == unit)
 
     def per_group(self, unit: Unit) -> int:
-        """Rows (or columns) of one KV group in a module cut by `unit`."""
+        """Rows (or columns) of one KV group in a module cut by `unit`; of one neuron, 1."""
+        if unit == "neuron":
+            return 1
         return self.head_dim * {"query": self.queries_per_group, "qkv": self.queries_per_group + 2}.get(unit, 1)
 
     def size(self, unit: Unit) -> int:
