@@ -100,19 +100,35 @@ class Stream:
         return seen
 
     def regression(self, index: int, layer: nn.Module, name: str, wanted: Iterable[Tensor]) -> Regression:
-        """How the matrix that ends attention or MLP should answer for the hidden states after it to be `wanted`."""
+        """How the matrix that ends attention or MLP should answer for the hidden states after it to be `wanted`.
+
+        Its bias stays. Where a norm follows (Gemma 3, OLMo 2), each token's error is counted as it arrives in the
+        residual stream: divided by the root mean square of the matrix's outputs.
+        """
+        module = self._family.modules[name]
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
+        norm = None if module.norm is None else layer.get_submodule(module.norm)
+        gain = None if norm is None else norm(torch.ones(linear.out_features))
         found = Regression(linear)
         seen: dict[str, Tensor] = {}
-        hook = linear.register_forward_hook(lambda _module, inputs, output: seen.update(x=inputs[0], y=output))
+        hooks = [
+            linear.register_forward_hook(lambda _module, inputs, output: seen.update(x=inputs[0], y=output)),
+            (norm or linear).register_forward_hook(lambda _module, _inputs, output: seen.update(added=output)),
+        ]
         try:
             for (hidden, output), want in zip(self.run(index, layer), wanted, strict=True):
-                # What the module's output is added to: the layer's input, or all that the layer gives but the MLP's.
-                residual = hidden if self._family.modules[name].cols == "query" else output - seen["y"]
-                found.add(seen["x"], want - residual)
+                # What is added to: the layer's input, or all that the layer gives but what its MLP adds.
+                inputs, answer = seen["x"], want - (hidden if module.cols == "query" else output - seen["added"])
+                if gain is not None:
+                    size = seen["y"].norm(dim=-1, keepdim=True) / (seen["added"] / gain).norm(dim=-1, keepdim=True)
+                    inputs, answer = inputs / size, answer / gain
+                if linear.bias is not None:
+                    answer = answer - (linear.bias if gain is None else linear.bias / size)
+                found.add(inputs, answer)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         return found
 
     def moments(self, index: int, layer: nn.Module, needs: Needs) -> dict[str, Moments]:

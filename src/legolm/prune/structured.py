@@ -8,6 +8,7 @@ also makes up for what the layers below it, or the dropped ones after it, left w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -34,6 +35,8 @@ def cut_structured(
     if small.layers < shape.layers:
         kept_layers = _influential(model, small.layers, Stream(model, tokens, precision))
     changes = config_changes(model.config, small, kept_layers)
+    config = copy.deepcopy(model.config)
+    config.update(changes)
     dense, cut = Stream(model, tokens, precision), Stream(model, tokens, precision)
     groups: list[tuple[int, ...]] = []
     neurons: list[tuple[int, ...]] = []
@@ -50,6 +53,7 @@ def cut_structured(
             fit = cut.regression(index, layer, o_proj, middle)
             kept_groups = _most_energy(layer, o_proj, fit, shape.per_group("query"), small.kv_groups)
             _carve(layer, Coverage(shape, (index,), (kept_groups,), (kept_neurons,)), o_proj, fit)
+            _tell(layer, config)
         if small.neurons < shape.neurons or following > index + 1:
             fit = cut.regression(index, layer, down_proj, dense.hidden)
             kept_neurons = _most_energy(layer, down_proj, fit, 1, small.neurons)
@@ -98,6 +102,15 @@ def _carve(layer: nn.Module, coverage: Coverage, fitted: str, fit: Regression) -
                 linear.bias = nn.Parameter(linear.bias.data[rows].clone(), requires_grad=False)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.out_features, linear.in_features = weight.shape
+
+
+def _tell(layer: nn.Module, config: Any) -> None:
+    """Give a layer the config of the cut model: Phi-3's attention splits its fused matrix by it when it runs."""
+    for module in layer.modules():
+        if hasattr(module, "config"):
+            module.config = config
+        if hasattr(module, "num_key_value_heads"):
+            module.num_key_value_heads = config.num_key_value_heads
 
 
 def _refit(weight: Tensor, fit: Regression, cols: Tensor | None) -> Tensor:

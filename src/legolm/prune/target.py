@@ -7,7 +7,7 @@ from typing import Any
 
 from legolm.config import BlockConfig
 from legolm.coverage import Coverage
-from legolm.models import Shape
+from legolm.models import FAMILIES, Shape
 from legolm.prune.registry import Pattern
 from legolm.types import LegolmError
 
@@ -29,6 +29,11 @@ def target_shape(block: BlockConfig, shape: Shape) -> Shape:
         most = getattr(shape, field)
         if size > most:
             raise LegolmError(f"blocks: {block.name!r} wants {names[field]} {size}; the LLM has {most}")
+        if size < most and field in FAMILIES[shape.family].fixed:
+            raise LegolmError(
+                f"blocks: {block.name!r} wants {names[field]} {size}; family {shape.family!r} keeps all {most}, "
+                f"because {FAMILIES[shape.family].fixed[field]}"
+            )
     if block.sparsity is not None:
         wanted["neurons"] = _width_for(block, block.sparsity, shape)
     return replace(shape, **wanted)
