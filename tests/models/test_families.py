@@ -118,6 +118,20 @@ def test_fitting_to_what_the_layer_gives_changes_nothing(variant: str, unit: Any
     torch.testing.assert_close(_refit(weight, fit, None), weight, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize(("variant", "nothing"), [("gemma3_text", -1.0), ("olmo2", 0.0)])
+def test_a_norm_that_lets_nothing_of_a_channel_through(
+    variant: str, nothing: float, tiny: Callable[[str], Path]
+) -> None:
+    model = load_model(tiny(variant))
+    layer = decoder_layers(model)[0]
+    layer.get_submodule("post_feedforward_layernorm").weight.data[3] = nothing
+    stream = Stream(model, TOKENS, "fp32")
+    given = [output for _, output in stream.run(0, layer)]
+    weight = linear(model, 0, "mlp.down_proj").weight
+    fitted = _refit(weight, stream.regression(0, layer, "mlp.down_proj", given), None)
+    torch.testing.assert_close(fitted, weight, rtol=1e-2, atol=1e-4)
+
+
 @pytest.mark.parametrize("target", SHAPES.values(), ids=SHAPES)
 def test_structured_blocks_load_plainly_and_keep_the_llms_rows(
     variant: str, target: dict, cut: Callable[..., Block], tiny: Callable[[str], Path]

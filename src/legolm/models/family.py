@@ -111,10 +111,13 @@ class Shape:
     queries_per_group: int
     head_dim: int
 
+    def __post_init__(self) -> None:
+        _known(self.family)
+
     @property
     def modules(self) -> Mapping[str, Module]:
         """The linear layers of a decoder layer, in the family's order."""
-        return _known(self.family).modules
+        return FAMILIES[self.family].modules
 
     def module(self, name: str) -> Module:
         """One of `modules`. Raises `LegolmError` for a name that the family does not have."""

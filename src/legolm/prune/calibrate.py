@@ -18,6 +18,9 @@ Needs = Literal["nothing", "diagonal", "full"]
 CHUNK = 4
 """Samples a forward pass: small enough for a laptop's memory, large enough to keep the matrix units busy."""
 
+LEAST_GAIN = 0.1
+"""Of a norm's root mean square gain: channels with less of it take only a part of their error."""
+
 
 class Moments:
     """Second moments of a linear layer's input: sums over tokens of x² (`diagonal`) or x xᵀ (`full`), float32."""
@@ -102,33 +105,31 @@ class Stream:
     def regression(self, index: int, layer: nn.Module, name: str, wanted: Iterable[Tensor]) -> Regression:
         """How the matrix that ends attention or MLP should answer for the hidden states after it to be `wanted`.
 
-        Its bias stays. Where a norm follows (Gemma 3, OLMo 2), each token's error is counted as it arrives in the
-        residual stream: divided by the root mean square of the matrix's outputs.
+        Its bias stays. Where an RMS norm follows (Gemma 3, OLMo 2), errors count as they arrive in the residual
+        stream: each token by the size that the norm divides by, and corrected through the norm's gain.
         """
         module = self._family.modules[name]
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        norm = None if module.norm is None else layer.get_submodule(module.norm)
-        gain = None if norm is None else norm(torch.ones(linear.out_features))
+        norm = nn.Identity() if module.norm is None else layer.get_submodule(module.norm)
+        gain = norm(torch.ones(linear.out_features))
+        # Through a gain near zero an error would ask for the impossible.
+        through = gain / gain.square().clamp(min=LEAST_GAIN**2 * gain.square().mean())
         found = Regression(linear)
         seen: dict[str, Tensor] = {}
-        hooks = [
-            linear.register_forward_hook(lambda _module, inputs, output: seen.update(x=inputs[0], y=output)),
-            (norm or linear).register_forward_hook(lambda _module, _inputs, output: seen.update(added=output)),
-        ]
+        hook = linear.register_forward_hook(lambda _module, inputs, output: seen.update(x=inputs[0], y=output))
         try:
             for (hidden, output), want in zip(self.run(index, layer), wanted, strict=True):
-                # What is added to: the layer's input, or all that the layer gives but what its MLP adds.
-                inputs, answer = seen["x"], want - (hidden if module.cols == "query" else output - seen["added"])
-                if gain is not None:
-                    size = seen["y"].norm(dim=-1, keepdim=True) / (seen["added"] / gain).norm(dim=-1, keepdim=True)
-                    inputs, answer = inputs / size, answer / gain
+                inputs, answer = seen["x"], seen["y"].float()
+                added = norm(answer)
+                error = want - (hidden + added if module.cols == "query" else output)
+                size = (answer * gain).norm(dim=-1, keepdim=True) / added.norm(dim=-1, keepdim=True)
+                size = size.nan_to_num(1.0)  # a token that answers nothing
                 if linear.bias is not None:
-                    answer = answer - (linear.bias if gain is None else linear.bias / size)
-                found.add(inputs, answer)
+                    answer = answer - linear.bias
+                found.add(inputs / size, answer / size + error * through)
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
         return found
 
     def moments(self, index: int, layer: nn.Module, needs: Needs) -> dict[str, Moments]:
