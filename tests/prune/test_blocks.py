@@ -18,7 +18,7 @@ from legolm.prune.calibrate import Regression, Stream
 from legolm.prune.select import refit
 from legolm.types import Block, LegolmError
 
-NAMES = ("llama", "mistral", "qwen2", "qwen3")
+NAMES = ("llama",)  # the others: tests/models/test_families.py
 LINEARS = {
     "magnitude": {"method": "magnitude", "sparsity": 0.5},
     "wanda": {"method": "wanda", "sparsity": 0.25},

@@ -24,6 +24,8 @@ CHUNK = 4
 STRIP = 256
 SPILL_SHARE = 8
 """Hidden states that take more than this part of the free memory go to disk."""
+LEAST_GAIN = 0.1
+"""Of a norm's root mean square gain: channels with less of it take only a part of their error."""
 
 
 class Moments:
@@ -165,18 +167,32 @@ class Stream:
         return between
 
     def regression(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None) -> Regression:
-        """How the matrix that ends attention or MLP should answer for the hidden states after it to be `wanted`."""
+        """How the matrix that ends attention or MLP should answer for the hidden states after it to be `wanted`.
+
+        Its bias stays. Where an RMS norm follows (Gemma 3, OLMo 2), errors count as they arrive in the residual
+        stream: each token by the size that the norm divides by, and corrected through the norm's gain.
+        """
         assert wanted is not None
+        module = self._family.modules[name]
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
+        norm = nn.Identity() if module.norm is None else layer.get_submodule(module.norm)
+        gain = norm(torch.ones(linear.out_features))
+        # Through a gain near zero an error would ask for the impossible.
+        through = gain / gain.square().clamp(min=LEAST_GAIN**2 * gain.square().mean())
         found = Regression(linear)
         seen: dict[str, Tensor] = {}
         hook = linear.register_forward_hook(lambda _module, inputs, output: seen.update(x=inputs[0], y=output))
         try:
             for part, hidden, output in self.run(index, layer):
-                # What the module's output is added to: the layer's input, or all that the layer gives but the MLP's.
-                residual = hidden if self._family.modules[name].cols == "query" else output - seen["y"]
-                found.add(seen["x"], wanted[part] - residual)
+                inputs, answer = seen["x"], seen["y"].float()
+                added = norm(answer)
+                error = wanted[part] - (hidden + added if module.cols == "query" else output)
+                size = (answer * gain).norm(dim=-1, keepdim=True) / added.norm(dim=-1, keepdim=True)
+                size = size.nan_to_num(1.0)  # a token that answers nothing
+                if linear.bias is not None:
+                    answer = answer - linear.bias
+                found.add(inputs / size, answer / size + error * through)
         finally:
             hook.remove()
         return found

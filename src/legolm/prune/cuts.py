@@ -88,7 +88,7 @@ def _cut(
         return WholeCut(base.shape)
     if spec.method == "structured":
         assert source is not None
-        return StructuredCut(base.shape, *shapes[spec.name], source)
+        return StructuredCut(base.shape, *shapes[spec.name], base.config, source)
     return UnstructuredCut(base.shape, CRITERIA[spec.method], target_pattern(spec, base.shape), source)
 
 

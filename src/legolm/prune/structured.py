@@ -9,6 +9,7 @@ wrong.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,16 +18,19 @@ from legolm.models import Shape
 from legolm.models.family import Unit
 from legolm.prune.calibrate import Dense, Source
 from legolm.prune.select import eliminate, refit
+from legolm.prune.target import config_changes
 
 
 class StructuredCut:
     """One block in the making: takes the LLM's layers in order and gives the block's own.
 
-    `small` is the block's shape, `kept` the LLM layers that it keeps, ascending.
+    `small` is the block's shape, `kept` the LLM layers that it keeps, ascending, `config` the LLM's.
     """
 
-    def __init__(self, shape: Shape, small: Shape, kept: tuple[int, ...], source: Source) -> None:
+    def __init__(self, shape: Shape, small: Shape, kept: tuple[int, ...], config: Any, source: Source) -> None:
         self._shape, self._small, self._kept, self._source = shape, small, kept, source
+        self._config = copy.deepcopy(config)
+        self._config.update(config_changes(config, small, kept))
         self._layer: nn.Module | None = None
         self._at = 0
         self._groups: list[tuple[int, ...]] = []
@@ -44,6 +48,7 @@ class StructuredCut:
             self._neurons.append(tuple(range(shape.neurons)))
             if small.kv_groups < shape.kv_groups:
                 self._cut(self._layer, "query", small.kv_groups, None if dense is None else dense.middle)
+                _tell(self._layer, self._config)
         if self._layer is None or not (index + 1 in self._kept or index + 1 == shape.layers):
             return None
         if small.neurons < shape.neurons or index > self._at:
@@ -80,3 +85,12 @@ class StructuredCut:
                     module.bias = nn.Parameter(module.bias.data[rows].clone(), requires_grad=False)
             module.weight = nn.Parameter(weight, requires_grad=False)
             module.out_features, module.in_features = weight.shape
+
+
+def _tell(layer: nn.Module, config: Any) -> None:
+    """Give a layer the config of the cut model: Phi-3's attention splits its fused matrix by it when it runs."""
+    for module in layer.modules():
+        if hasattr(module, "config"):
+            module.config = config
+        if hasattr(module, "num_key_value_heads"):
+            module.num_key_value_heads = config.num_key_value_heads
