@@ -16,7 +16,7 @@ import torch
 
 from legolm.config import RunConfig
 from legolm.federate import Engine, engine_for
-from legolm.finetune import merge
+from legolm.finetune import choose_precision, merge
 from legolm.memory import release_memory
 from legolm.models import fingerprint, load_config, load_model, load_tokenizer, save_model
 from legolm.plan import Plan, check_disk, make_plan
@@ -44,6 +44,7 @@ def run(
     `engine` replaces the configured one, for tests and for other transports.
     """
     began = time.perf_counter()
+    config = _with_precision(config, out)
     progress = progress or Progress()
     engine = engine or engine_for(config)
     plan = make_plan(config)
@@ -64,6 +65,15 @@ def run(
     atomic_write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_report(summary, out / "report.html")
     return summary
+
+
+def _with_precision(config: RunConfig, out: Path) -> RunConfig:
+    """Decide `precision: auto` once a run: a resumed one keeps what its first part had."""
+    if config.precision != "auto":
+        return config
+    known = RunDir(out)
+    decided = known.config().precision if known.config_file.exists() else choose_precision("auto")
+    return config.model_copy(update={"precision": decided})
 
 
 def _identify(folder: RunDir, plan: Plan) -> Record:
@@ -96,7 +106,9 @@ def _cut_blocks(
         if not path.exists():
             steps = (spec.num_hidden_layers or blocks["llm"].coverage.shape.layers) + spec.recover.steps
             with progress.stage(f"cut block {spec.name}", steps) as advance:
-                cut_block(plan.base, base_fingerprint, spec, path, config.seed, config.precision, advance)
+                cut_block(
+                    plan.base, base_fingerprint, spec, path, config.seed, choose_precision(config.precision), advance
+                )
         blocks[spec.name] = read_block(path)
         if blocks[spec.name].base_fingerprint != base_fingerprint:
             raise LegolmError(f"block {path}: was cut from another base model; remove it and run again with --resume")
@@ -124,7 +136,7 @@ def _write_final(
             client = None if id == "llm" else id
             block = blocks[block_of.get(id, "llm")]
             model = load_model(block.path)
-            merge(model, block.coverage, rounds.final_factors(client), config.lora.scale)
+            merge(model, block.coverage, rounds.final_factors(client), config.lora.scaling)
             with atomic_folder(folder.final(id)) as partial:
                 save_model(model, tokenizer, partial, dtype)
                 steps = config.federation.personal_steps if client else 0
