@@ -21,8 +21,13 @@ def available_bytes() -> int:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system: once models come and go, glibc keeps gigabytes, above all in threads."""
+    """Free models that nobody uses any more, and give their memory back to the system."""
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Give freed memory back to the system: glibc keeps gigabytes of it, above all in threads."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another libc
             ctypes.CDLL(None).malloc_trim(0)
@@ -47,4 +52,4 @@ def keep_freed_memory() -> Iterator[None]:
         if libc is not None:
             libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
             libc.mallopt(_MMAP_MAX, 1 << 16)
-        release_memory()
+        trim()

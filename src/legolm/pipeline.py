@@ -16,7 +16,7 @@ import torch
 
 from legolm.config import RunConfig
 from legolm.federate import Engine, engine_for
-from legolm.finetune import choose_precision, merge
+from legolm.finetune import choose_precision, merge, save_adapter
 from legolm.memory import release_memory
 from legolm.models import fingerprint, load_config, load_model, load_tokenizer, save_model
 from legolm.plan import Plan, check_disk, make_plan
@@ -135,9 +135,12 @@ def _write_final(
         for id in left:
             client = None if id == "llm" else id
             block = blocks[block_of.get(id, "llm")]
-            model = load_model(block.path)
-            merge(model, block.coverage, rounds.final_factors(client), config.lora.scaling)
+            model, factors = load_model(block.path), rounds.final_factors(client)
+            merge(model, block.coverage, factors, config.lora.scaling)
             with atomic_folder(folder.final(id)) as partial:
+                if not block.coverage.masks:
+                    base = config.model if client is None else str(block.path)
+                    save_adapter(block.coverage, factors, config.lora.scaling, base, partial / "adapter")
                 save_model(model, tokenizer, partial, dtype)
                 steps = config.federation.personal_steps if client else 0
                 manifest = Manifest(

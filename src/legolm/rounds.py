@@ -21,6 +21,7 @@ from legolm.aggregate import Scheme, make_scheme
 from legolm.config import RunConfig
 from legolm.coverage import init_factors
 from legolm.federate import Exchange, Request
+from legolm.finetune import load_adapter
 from legolm.progress import Progress
 from legolm.rundir import RunDir, atomic_folder, read_json
 from legolm.types import Block, GlobalAdapter, LegolmError, Score, Tensors, Update
@@ -269,6 +270,8 @@ class Rounds:
         lora = self._config.lora
         seed = derive_seed(self._config.seed, "adapter")
         factors = init_factors(self._llm.coverage.shape, lora.targets, lora.rank, seed, lora.ranks)
+        if lora.start and number is None:
+            factors = load_adapter(Path(lora.start).expanduser(), factors, self._llm.coverage.shape, lora.scaling)
         untouched = {key: torch.zeros_like(tensor) for key, tensor in factors.items()}
         scheme = make_scheme(GlobalAdapter(factors, untouched, lora.rank, lora.scaling), self._config.aggregate)
         if number is not None:

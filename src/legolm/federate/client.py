@@ -18,7 +18,7 @@ from legolm.coverage import tensors_hash
 from legolm.data import Tokens, load_parts, render
 from legolm.evaluate import score
 from legolm.finetune import choose_device, choose_precision, dtype_of, fit, merged
-from legolm.memory import release_memory
+from legolm.memory import keep_freed_memory, release_memory
 from legolm.models import load_model, load_tokenizer, resolve
 from legolm.prune import llm_block, read_block
 from legolm.rundir import RunDir
@@ -45,12 +45,10 @@ class ClientRuntime:
 
     def answer(self, content: bytes) -> bytes:
         """Reply to a request. Raises `LegolmError` when the request does not fit this client's block."""
-        try:
+        with keep_freed_memory():
             if wire.kind_of(content) == "train":
                 return self._train(*wire.unpack(content, wire.TrainRequest))
             return self._evaluate(*wire.unpack(content, wire.EvaluateRequest))
-        finally:
-            release_memory()
 
     def _train(self, request: wire.TrainRequest, start: Tensors) -> bytes:
         block = self._checked(request, start)

@@ -1,5 +1,6 @@
 """LoRA on a block and the local training loop."""
 
+from legolm.finetune.adapters import load_adapter, save_adapter
 from legolm.finetune.lean import hidden_states, lean
 from legolm.finetune.lora import lora, merge, merged
 from legolm.finetune.loss import Head, divergences
@@ -20,8 +21,10 @@ __all__ = [
     "fit",
     "hidden_states",
     "lean",
+    "load_adapter",
     "lora",
     "merge",
     "merged",
     "pack",
+    "save_adapter",
 ]

@@ -19,7 +19,6 @@ from legolm.config import Precision
 from legolm.finetune.kernels import RmsNorm
 from legolm.finetune.packing import ATTENTION, Pack
 from legolm.finetune.precision import dtype_of
-from legolm.memory import keep_freed_memory
 from legolm.models import decoder_layers
 
 
@@ -44,8 +43,7 @@ def lean(model: Any, precision: Precision, checkpointing: bool = False) -> Itera
     attention = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
-        with keep_freed_memory():
-            yield
+        yield
     finally:
         model.set_attn_implementation(attention)
         for module in patched:

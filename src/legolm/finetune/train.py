@@ -20,6 +20,7 @@ from legolm.finetune.lean import hidden_states, lean
 from legolm.finetune.lora import lora
 from legolm.finetune.loss import Head, answer_losses
 from legolm.finetune.packing import pack
+from legolm.memory import keep_freed_memory
 from legolm.types import LegolmError, Tensors
 
 WINDOW = 8
@@ -70,6 +71,7 @@ def fit(
     losses: list[float] = []
     size = config.micro_batch_tokens
     with (
+        keep_freed_memory(),
         torch.random.fork_rng(devices=[]),
         lora(model, coverage, start, scale, precision, frozen, dropout) as parameters,
         lean(model, precision, config.gradient_checkpointing),

@@ -16,6 +16,7 @@ from legolm.config import BlockConfig, Precision
 from legolm.coverage import Coverage, init_factors, slice_factors
 from legolm.data import Tokens, calibration_tokens
 from legolm.finetune import Head, divergences, dtype_of, hidden_states, lean, lora, merge, pack
+from legolm.memory import keep_freed_memory
 from legolm.models import load_model
 
 SCALE = 2.0
@@ -48,6 +49,7 @@ def recover(
     found: list[float] = []
     began = time.perf_counter()
     with (
+        keep_freed_memory(),
         lora(teacher, full, {}, SCALE, precision),
         lora(model, coverage, start, SCALE, precision) as parameters,
         lean(teacher, precision),
