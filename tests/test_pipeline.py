@@ -45,6 +45,7 @@ def config_file(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> Pa
     calibration = {"text": str(corpus), "samples": 4, "length": 64}
     raw = {
         "model": str(tiny("llama")),
+        "precision": "fp32",
         "data": {"train": f"{data}/*.jsonl", "limit_test": 4, "limit_validation": 2},
         "blocks": [
             {"name": "wide", "method": "structured", "intermediate_size": 64, "calibration": calibration},

@@ -16,7 +16,7 @@ import torch
 
 from legolm.config import RunConfig
 from legolm.federate import Engine, engine_for
-from legolm.finetune import merge
+from legolm.finetune import choose_precision, merge, save_adapter
 from legolm.memory import release_memory
 from legolm.models import fingerprint, load_config, load_model, load_tokenizer, save_model
 from legolm.plan import Plan, make_plan
@@ -44,6 +44,7 @@ def run(
     `engine` replaces the configured one, for tests and for other transports.
     """
     began = time.perf_counter()
+    config = _with_precision(config, out)
     progress = progress or Progress()
     engine = engine or engine_for(config)
     plan = make_plan(config)
@@ -64,6 +65,15 @@ def run(
     atomic_write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_report(summary, out / "report.html")
     return summary
+
+
+def _with_precision(config: RunConfig, out: Path) -> RunConfig:
+    """Decide `precision: auto` once a run: a resumed one keeps what its first part had."""
+    if config.precision != "auto":
+        return config
+    known = RunDir(out)
+    decided = known.config().precision if known.config_file.exists() else choose_precision("auto")
+    return config.model_copy(update={"precision": decided})
 
 
 def _identify(folder: RunDir, plan: Plan) -> Record:
@@ -93,7 +103,7 @@ def _cut_blocks(
     blocks = {"llm": llm_block(plan.base, base_fingerprint)}
     left = [(spec, folder.block(spec.name)) for spec in config.blocks if not folder.block(spec.name).exists()]
     if left:
-        cut_blocks(plan.base, base_fingerprint, left, config.seed, config.precision, progress)
+        cut_blocks(plan.base, base_fingerprint, left, config.seed, choose_precision(config.precision), progress)
     for spec in config.blocks:
         path = folder.block(spec.name)
         blocks[spec.name] = read_block(path)
@@ -122,9 +132,12 @@ def _write_final(
         for id in left:
             client = None if id == "llm" else id
             block = blocks[block_of.get(id, "llm")]
-            model = load_model(block.path)
-            merge(model, block.coverage, rounds.final_factors(client), config.lora.scale)
+            model, factors = load_model(block.path), rounds.final_factors(client)
+            merge(model, block.coverage, factors, config.lora.scaling)
             with atomic_folder(folder.final(id)) as partial:
+                if not block.coverage.masks:
+                    base = config.model if client is None else str(block.path)
+                    save_adapter(block.coverage, factors, config.lora.scaling, base, partial / "adapter")
                 save_model(model, tokenizer, partial, dtype)
                 steps = config.federation.personal_steps if client else 0
                 manifest = Manifest(

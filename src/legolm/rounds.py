@@ -21,6 +21,7 @@ from legolm.aggregate import Scheme, make_scheme
 from legolm.config import RunConfig
 from legolm.coverage import init_factors
 from legolm.federate import Exchange, Request
+from legolm.finetune import load_adapter
 from legolm.progress import Progress
 from legolm.rundir import RunDir, atomic_folder, read_json
 from legolm.types import Block, GlobalAdapter, LegolmError, Score, Tensors, Update
@@ -268,9 +269,11 @@ class Rounds:
         """The scheme as it was after a finished round, or at the very start."""
         lora = self._config.lora
         seed = derive_seed(self._config.seed, "adapter")
-        factors = init_factors(self._llm.coverage.shape, lora.targets, lora.rank, seed)
+        factors = init_factors(self._llm.coverage.shape, lora.targets, lora.rank, seed, lora.ranks)
+        if lora.start and number is None:
+            factors = load_adapter(Path(lora.start).expanduser(), factors, self._llm.coverage.shape, lora.scaling)
         untouched = {key: torch.zeros_like(tensor) for key, tensor in factors.items()}
-        scheme = make_scheme(GlobalAdapter(factors, untouched, lora.rank, lora.scale), self._config.aggregate)
+        scheme = make_scheme(GlobalAdapter(factors, untouched, lora.rank, lora.scaling), self._config.aggregate)
         if number is not None:
             scheme.load_state(load_file(self._folder.round(number) / "adapter.safetensors"))
         return scheme
@@ -283,7 +286,7 @@ class Rounds:
             "base_fingerprint": block.base_fingerprint,
             "coverage_hash": block.coverage.hash,
             "rank": rank,
-            "scale": self._config.lora.scale,
+            "scale": self._config.lora.scaling,
         }
 
     def _by_client(self, scores: Sequence[Score]) -> dict[str, Record]:

@@ -7,7 +7,6 @@ the aggregation: an update is refused, with the reason, before a byte of it is a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Literal, TypeVar
 
 import torch
@@ -139,15 +138,17 @@ def accept(content: bytes, request: TrainRequest, sent: Tensors, coverage: Cover
     )
 
 
-def check_factors(factors: Tensors, like: Mapping[str, object], coverage: Coverage, rank: int) -> None:
+def check_factors(factors: Tensors, like: Tensors, coverage: Coverage, rank: int) -> None:
     """Raise `LegolmError` unless the factors have the keys of `like` and the block's shapes, float32 and finite."""
     missing, foreign = sorted(set(like) - set(factors)), sorted(set(factors) - set(like))
     if missing or foreign:
         raise LegolmError(f"{missing[0]} is missing" if missing else f"{foreign[0]} was not asked for")
     for key, tensor in factors.items():
-        parse_key(key)
-        wanted = factor_shape(coverage, key, rank)
-        if tuple(tensor.shape) != wanted:
+        _, _, side = parse_key(key)
+        # A module may have a rank of its own, below the client's.
+        own = tensor.shape[0 if side == "A" else -1] if tensor.dim() == 2 else rank
+        wanted = factor_shape(coverage, key, max(1, min(rank, own)))
+        if tuple(tensor.shape) != wanted or tensor.shape != like[key].shape:
             raise LegolmError(f"{key} has shape {tuple(tensor.shape)}; the block's is {wanted}")
         if tensor.dtype != torch.float32:
             raise LegolmError(f"{key} is {tensor.dtype}; must be float32")

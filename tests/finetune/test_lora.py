@@ -14,7 +14,7 @@ from legolm.config import BlockConfig, TrainConfig
 from legolm.coverage import Coverage, init_factors, slice_factors
 from legolm.data import Tokens
 from legolm.finetune import fit, lora, merged
-from legolm.finetune.masked import _MaskedLinear
+from legolm.finetune.masked import MaskedLinear
 from legolm.models import FAMILIES, fingerprint, load_model, shape_of
 from legolm.progress import Progress
 from legolm.prune import cut_blocks
@@ -84,7 +84,7 @@ def test_masked_gradients_against_autograd_in_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     x, a, b = (torch.randn(s, generator=generator).requires_grad_() for s in ((2, 5, 6), (3, 6), (4, 3)))
     weight, mask = torch.randn(4, 6, generator=generator), torch.rand(4, 6, generator=generator) > 0.5
-    _MaskedLinear.apply(x, a, b, weight, mask, 1.5).square().sum().backward()
+    MaskedLinear.apply(x, weight, None, a, b, mask, 1.5).square().sum().backward()
     exact = [t.detach().double().requires_grad_() for t in (x, a, b)]
     (exact[0] @ (mask * (weight.double() + 1.5 * exact[2] @ exact[1])).T).square().sum().backward()
     for found, expected in zip((x, a, b), exact, strict=True):
@@ -99,7 +99,7 @@ def train(model: object, coverage: Coverage, **settings: object) -> tuple[Tensor
     config = TrainConfig(batch_size=4, learning_rate=settings.pop("learning_rate", 0.01))
     start = slice_factors(coverage, init_factors(coverage.shape, TARGETS, 4, seed=1), 4)
     steps, seed, precision = settings.pop("steps", 30), settings.pop("seed", 0), settings.pop("precision", "fp32")
-    return fit(model, coverage, start, 2.0, examples(), 0, config, precision, steps, seed)
+    return fit(model, coverage, start, 2.0, examples(), config, precision, steps, seed)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

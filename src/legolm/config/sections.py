@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from legolm.types import nearest
 
 Precision = Literal["fp32", "bf16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 def _not_reserved(name: str) -> str:
@@ -167,27 +168,61 @@ class ClientConfig(Section):
 
 
 class LoraConfig(Section):
-    """The adapter. `scale` is alpha / rank and the same for all clients, whatever their rank."""
+    """The adapter. Its scale s is the same for all clients, whatever their rank.
+
+    `scale` is alpha / rank; with `rslora` s is alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732). `ranks` are those
+    of single modules: a client has at most its own rank of it. `start` is a folder with a PEFT LoRA adapter to start
+    from.
+    """
 
     rank: int = Field(8, ge=1)
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = {}
     scale: float = Field(2.0, gt=0)
+    rslora: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)
+    start: str | None = None
     targets: list[str] | None = Field(
         None, min_length=1, description="linear layers by the last part of their names; all of them if not given"
     )
+
+    @property
+    def scaling(self) -> float:
+        """s: what B·A is multiplied by."""
+        return self.scale * self.rank**0.5 if self.rslora else self.scale
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> LoraConfig:
+        for name, rank in self.ranks.items():
+            if self.targets is not None and name not in self.targets:
+                raise ValueError(f"ranks: {name!r} is not among the targets;{nearest(name, self.targets)}")
+            if rank > self.rank:
+                raise ValueError(f"ranks: {name!r} has rank {rank}; at most lora.rank, {self.rank}")
+        return self
 
 
 class TrainConfig(Section):
     """One client's training in one round. AdamW, anew each round.
 
-    The learning rate is constant, and falls linearly to zero over the last half of all steps that a client makes in
-    the run, the personal step included.
+    It stops at the first of `steps`, `epochs`, `tokens` and `seconds`. The learning rate follows the steps that a
+    client makes in the whole run, the personal step included: `constant_linear` is constant and falls linearly to zero
+    over the last half, `cosine` falls from the start.
     """
 
     steps: int = Field(8, ge=1)
-    batch_size: int = Field(8, ge=1)
+    epochs: float | None = Field(None, gt=0, description="passes over the client's examples, at most")
+    tokens: int | None = Field(None, ge=1, description="tokens trained on, at most")
+    seconds: float | None = Field(None, gt=0, description="a device's time budget; the result depends on its speed")
+    batch_size: int = Field(8, ge=1, description="examples a step")
+    micro_batch_tokens: int = Field(1024, ge=1, description="tokens at once; a larger batch accumulates over several")
     learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["constant_linear", "cosine"] = "constant_linear"
+    warmup_steps: int = Field(0, ge=0, description="steps of the whole run over which the learning rate rises")
     clip_norm: float = Field(1.0, gt=0)
-    max_length: int = Field(512, ge=8, description="longer examples lose the start of their prompt")
+    max_length: int = Field(512, ge=8, description="tokens of an example, at most")
+    long_examples: Literal["truncate", "refuse"] = Field(
+        "truncate", description="truncated ones lose the start of their prompt"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more work")
 
 
 class AggregateConfig(Section):
@@ -221,7 +256,10 @@ class RunConfig(Section):
 
     model: str = Field("starter", description="`starter`, a local folder or a Hugging Face hub id")
     seed: int = 0
-    precision: Precision = Field("fp32", description="of matrix products; weights, adapters and sums stay fp32")
+    precision: Precision | Literal["auto"] = Field(
+        "auto", description="of matrix products, `auto` measures; norms, adapters and sums stay fp32"
+    )
+    device: Device = "auto"
     data: DataConfig = DataConfig()
     blocks: list[BlockConfig] = Field(min_length=1)
     clients: list[ClientConfig] = Field(min_length=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -53,17 +53,24 @@ def factor_shape(coverage: Coverage, key: str, rank: int) -> tuple[int, int]:
     return (rank, cols) if side == "A" else (rows, rank)
 
 
-def init_factors(shape: Shape, targets: Iterable[str] | None, rank: int, seed: int) -> Tensors:
-    """The server's start, shared by all clients: A uniform in ±1/sqrt(in) (as PEFT's LoRA), B zero; float32."""
+def init_factors(
+    shape: Shape, targets: Iterable[str] | None, rank: int, seed: int, ranks: Mapping[str, int] | None = None
+) -> Tensors:
+    """The server's start, shared by all clients: A uniform in ±1/sqrt(in) (as PEFT's LoRA), B zero; float32.
+
+    `ranks` are those of single modules, named by their last part.
+    """
     generator = torch.Generator().manual_seed(seed)
     factors: Tensors = {}
     modules = modules_of(shape, targets)
+    modules_of(shape, ranks or {})
     for layer in range(shape.layers):
         for module in modules:
             rows, cols = shape.matrix(module)
-            uniform = torch.rand(rank, cols, generator=generator)
+            own = (ranks or {}).get(module.rpartition(".")[2], rank)
+            uniform = torch.rand(own, cols, generator=generator)
             factors[factor_key(layer, module, "A")] = (2 * uniform - 1) / math.sqrt(cols)
-            factors[factor_key(layer, module, "B")] = torch.zeros(rows, rank)
+            factors[factor_key(layer, module, "B")] = torch.zeros(rows, own)
     return factors
 
 

@@ -21,10 +21,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Tokens:
-    """A conversation. The answer is `ids[answer:]`, its end-of-turn token included; `answer` is 1 or more."""
+    """A conversation. The answer is `ids[answer:]`, its end-of-turn token included; `answer` is 1 or more.
+
+    `truncated`: it was longer.
+    """
 
     ids: tuple[int, ...]
     answer: int
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,10 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     # since some tokenizers put a space before the first word of a text.
     answer = both[len(prompt) :] if both[: len(prompt)] == prompt else _encode(answer_text, tokenizer)
     # One token of the prompt must stay: no logit predicts the first token of a sequence.
+    truncated = len(prompt) + len(answer) > max_length
     answer = answer[: max_length - 1]
     prompt = prompt[-(max_length - len(answer)) :]
-    return Tokens(ids=(*prompt, *answer), answer=len(prompt))
+    return Tokens(ids=(*prompt, *answer), answer=len(prompt), truncated=truncated)
 
 
 def batch(tokens: Sequence[Tokens], pad_id: int) -> Batch:

@@ -21,13 +21,14 @@ def score(model: Any, examples: Sequence[Tokens], pad_id: int, batch_size: int, 
     ones before it, so one forward pass decides it and nothing is generated.
     """
     loss, tokens, exact = 0.0, 0, 0
-    with torch.no_grad(), autocast(precision):
+    with torch.no_grad(), autocast(precision, model.device.type):
         for inputs in batches(examples, batch_size, pad_id):
             logits = answer_logits(model, inputs).float()
-            counted = inputs.labels != -100
-            loss += float(cross_entropy(logits.flatten(0, 1), inputs.labels.flatten(), reduction="sum").double())
+            labels = inputs.labels.to(logits.device)
+            counted = labels != -100
+            loss += float(cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").double())
             tokens += int(counted.sum())
-            exact += int(((logits.argmax(-1) == inputs.labels) | ~counted).all(1).sum())
+            exact += int(((logits.argmax(-1) == labels) | ~counted).all(1).sum())
     return Score(loss / tokens, exact / len(examples), tokens, len(examples))
 
 

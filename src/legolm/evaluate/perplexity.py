@@ -23,8 +23,8 @@ def perplexity(model: Any, tokens: Tensor, length: int, precision: Precision, wi
     if not len(found):
         raise LegolmError(f"text: {len(tokens)} tokens; a window needs {length}; give more text or a smaller --length")
     total = 0.0
-    with torch.no_grad(), autocast(precision):
-        for window in found:
+    with torch.no_grad(), autocast(precision, model.device.type):
+        for window in found.to(model.device):
             logits = model(input_ids=window[None]).logits[0, :-1].float()
             total += float(cross_entropy(logits, window[1:], reduction="sum").double())
     return math.exp(total / (len(found) * (length - 1)))

@@ -17,15 +17,12 @@ from legolm.config import RunConfig
 from legolm.coverage import tensors_hash
 from legolm.data import Tokens, load_parts, render
 from legolm.evaluate import score
-from legolm.finetune import fit, merged
-from legolm.memory import release_memory
+from legolm.finetune import choose_device, choose_precision, dtype_of, fit, merged
+from legolm.memory import keep_freed_memory, release_memory
 from legolm.models import load_model, load_tokenizer, resolve
 from legolm.prune import llm_block, read_block
 from legolm.rundir import RunDir
 from legolm.types import Block, ClientData, LegolmError, Tensors
-
-EAGER_LENGTH = 128
-"""Up to this many tokens attention is written out instead of fused."""
 
 
 @lru_cache(maxsize=1)
@@ -40,6 +37,7 @@ class ClientRuntime:
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self._config = run.config()
+        self._precision = choose_precision(self._config.precision)
         self._block: Block | None = None
         self._model: Any = None
         self._tokens: dict[tuple[str, str], tuple[Tokens, ...]] = {}
@@ -47,12 +45,10 @@ class ClientRuntime:
 
     def answer(self, content: bytes) -> bytes:
         """Reply to a request. Raises `LegolmError` when the request does not fit this client's block."""
-        try:
+        with keep_freed_memory():
             if wire.kind_of(content) == "train":
                 return self._train(*wire.unpack(content, wire.TrainRequest))
             return self._evaluate(*wire.unpack(content, wire.EvaluateRequest))
-        finally:
-            release_memory()
 
     def _train(self, request: wire.TrainRequest, start: Tensors) -> bytes:
         block = self._checked(request, start)
@@ -63,13 +59,13 @@ class ClientRuntime:
             start,
             request.scale,
             examples,
-            self._tokenizer.pad_token_id,
             self._config.train,
-            self._config.precision,
+            self._precision,
             request.steps,
             request.seed,
             request.done,
             request.total,
+            dropout=self._config.lora.dropout,
         )
         reply = wire.UpdateReply(
             **request.model_dump(exclude={"kind", "phase", "steps", "done", "total", "seed"}),
@@ -86,7 +82,7 @@ class ClientRuntime:
             for client, split in request.sets:
                 examples = self._examples(client, split)
                 size = self._config.evaluate.batch_size
-                scores.append(score(model, examples, self._tokenizer.pad_token_id, size, self._config.precision))
+                scores.append(score(model, examples, self._tokenizer.pad_token_id, size, self._precision))
         return wire.pack(wire.ScoreReply(scores=scores), {})
 
     def _checked(self, request: wire.TrainRequest | wire.EvaluateRequest, factors: Tensors) -> Block:
@@ -106,18 +102,21 @@ class ClientRuntime:
                 self._block = llm_block(resolve(self._config.model), fingerprint)
             else:
                 self._block = read_block(self._run.block(name))
-            bf16 = self._config.precision == "bf16"
-            self._model = load_model(self._block.path, torch.bfloat16 if bf16 else torch.float32)
-            # The fused kernels' backward costs a fifth of a step on short sequences; on long ones it saves memory.
-            short = self._config.train.max_length <= EAGER_LENGTH
-            self._model.set_attn_implementation("eager" if short else "sdpa")
+            self._model = load_model(self._block.path, dtype_of(self._precision)).to(choose_device(self._config.device))
         return self._block
 
     def _examples(self, client: str, split: Literal["train", "validation", "test"]) -> tuple[Tokens, ...]:
         if (client, split) not in self._tokens:
-            length = self._config.train.max_length
+            length = min(self._config.train.max_length, self._model.config.max_position_embeddings)
             rows = getattr(self._data[client], split)
-            self._tokens[client, split] = tuple(render(row, self._tokenizer, length) for row in rows)
+            tokens = tuple(render(row, self._tokenizer, length) for row in rows)
+            refused = [place for place, one in enumerate(tokens) if one.truncated]
+            if refused and self._config.train.long_examples == "refuse":
+                raise LegolmError(
+                    f"data: {split} example {refused[0]} of {client!r} is longer than {length} tokens; raise "
+                    "train.max_length as far as the model's context allows, or set train.long_examples=truncate"
+                )
+            self._tokens[client, split] = tokens
         return self._tokens[client, split]
 
     @cached_property

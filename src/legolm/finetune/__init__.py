@@ -1,6 +1,30 @@
 """LoRA on a block and the local training loop."""
 
+from legolm.finetune.adapters import load_adapter, save_adapter
+from legolm.finetune.lean import hidden_states, lean
 from legolm.finetune.lora import lora, merge, merged
-from legolm.finetune.train import answer_logits, autocast, fit
+from legolm.finetune.loss import Head, divergences
+from legolm.finetune.packing import pack
+from legolm.finetune.precision import choose_device, choose_precision, dtype_of
+from legolm.finetune.predict import answer_logits, autocast
+from legolm.finetune.train import Diverged, fit
 
-__all__ = ["answer_logits", "autocast", "fit", "lora", "merge", "merged"]
+__all__ = [
+    "Diverged",
+    "Head",
+    "answer_logits",
+    "autocast",
+    "choose_device",
+    "choose_precision",
+    "divergences",
+    "dtype_of",
+    "fit",
+    "hidden_states",
+    "lean",
+    "load_adapter",
+    "lora",
+    "merge",
+    "merged",
+    "pack",
+    "save_adapter",
+]

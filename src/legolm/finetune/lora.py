@@ -1,64 +1,106 @@
-"""LoRA (Hu et al., arXiv 2106.09685) on a block through PEFT, and merging it.
+"""LoRA (Hu et al., arXiv 2106.09685) on a block, and merging it.
 
 A block keeps its sparsity: it trains and merges M ∘ (W + s·B·A), M the block's mask of kept weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as linear_function
 
+from legolm.config import Precision
 from legolm.coverage import Coverage, factor_key, parse_key
-from legolm.finetune.masked import mask_forward, merged_weight
+from legolm.finetune.kernels import LoraLinear
+from legolm.finetune.masked import MaskedLinear, merged_weight
+from legolm.finetune.precision import dtype_of
 from legolm.models import decoder_layers
 from legolm.types import Tensors
 
 
 @contextmanager
-def lora(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> Iterator[dict[str, nn.Parameter]]:
-    """Put an adapter on the block for as long as the context lasts.
+def lora(
+    model: Any,
+    coverage: Coverage,
+    factors: Tensors,
+    scale: float,
+    precision: Precision = "fp32",
+    frozen: Collection[str] = (),
+    dropout: float = 0.0,
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Put an adapter on the block for as long as the context lasts; afterwards the model is as it was.
 
-    Yields the trainable factors, by factor key, float32. Afterwards the model is as it was: nothing is merged.
+    Yields the factors that train (all but `frozen`) by factor key, float32. Matrix products of the decoder layers run
+    in `precision`. `dropout` is on the input of A; a masked module has one matrix and no such input, and goes without.
     """
-    rank = next(tensor.shape[0] for key, tensor in factors.items() if key.endswith(".A"))
-    modules = sorted({parse_key(key)[1] for key in factors})
-    settings = LoraConfig(
-        r=rank,
-        lora_alpha=scale * rank,  # type: ignore[arg-type]
-        target_modules=modules,
-        lora_dropout=0.0,
-        init_lora_weights=False,
-    )
-    inject_adapter_in_model(settings, model)
-    parameters: dict[str, nn.Parameter] = {}
-    for layer, module, adapted in _linears(model, coverage, factors):
-        for side, linear in (("A", adapted.lora_A["default"]), ("B", adapted.lora_B["default"])):
-            key = factor_key(layer, module, side)
-            linear.weight.data = factors[key].clone()
-            parameters[key] = linear.weight
-        mask = coverage.mask(layer, module)
-        if mask is not None:
-            mask_forward(adapted, mask)
+    dtype = dtype_of(precision)
+    parameters = {
+        key: nn.Parameter(tensor.to(model.device, torch.float32, copy=True), requires_grad=key not in frozen)
+        for key, tensor in factors.items()
+    }
+    patched = [one for layer in decoder_layers(model) for one in layer.modules() if isinstance(one, nn.Linear)]
     try:
-        yield parameters
+        for linear in patched:
+            linear.forward = _Frozen(linear, dtype)  # type: ignore[assignment]
+        for layer, module, linear in _linears(model, coverage, factors):
+            a, b = (parameters[factor_key(layer, module, side)] for side in "AB")
+            mask = coverage.mask(layer, module)
+            linear.forward = _Adapted(linear, dtype, a, b, scale, dropout, mask)
+        yield {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
     finally:
-        for block_layer in decoder_layers(model):
-            for module in modules:
-                parent, _, name = module.rpartition(".")
-                setattr(block_layer.get_submodule(parent), name, block_layer.get_submodule(module).base_layer)
-        del model.peft_config
+        for linear in patched:
+            linear.__dict__.pop("forward", None)
+
+
+class _Frozen:
+    """A linear layer's forward in the dtype of matrix products."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        self._weight = linear.weight.detach().to(dtype)
+        self._bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear_function(x.to(self._weight.dtype), self._weight, self._bias)
+
+
+class _Adapted(_Frozen):
+    """The same with factors A and B, under the mask where there is one."""
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        dtype: torch.dtype,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: float,
+        mask: Tensor | None,
+    ) -> None:
+        super().__init__(linear, dtype)
+        self._a, self._b, self._scale, self._dropout = a, b, scale, dropout
+        self._mask = None if mask is None else mask.to(a.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        given = (x, self._weight, self._bias, self._a, self._b)
+        if self._mask is None:
+            y: Tensor = LoraLinear.apply(*given, self._scale, self._dropout)  # type: ignore[no-untyped-call]
+        else:
+            y = MaskedLinear.apply(*given, self._mask, self._scale)  # type: ignore[no-untyped-call]
+        return y
 
 
 def merge(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> None:
     """Merge an adapter into the block in place: W ← M ∘ (W + s·B·A)."""
     for layer, module, linear in _linears(model, coverage, factors):
-        a, b = (factors[factor_key(layer, module, side)] for side in "AB")
         old = linear.weight.data
-        linear.weight.data = merged_weight(old, a, b, scale, coverage.mask(layer, module)).to(old.dtype)
+        a, b = (factors[factor_key(layer, module, side)].to(old.device) for side in "AB")
+        mask = coverage.mask(layer, module)
+        mask = None if mask is None else mask.to(old.device)
+        linear.weight.data = merged_weight(old, a, b, scale, mask).to(old.dtype)
 
 
 @contextmanager
@@ -75,7 +117,7 @@ def merged(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> It
 
 def _linears(model: Any, coverage: Coverage, factors: Tensors) -> Iterator[tuple[int, str, Any]]:
     """(LLM layer, module, linear layer) of all that an adapter touches."""
-    modules = sorted({parse_key(key)[1] for key in factors})
-    for index, layer in zip(coverage.layers, decoder_layers(model), strict=True):
-        for module in modules:
-            yield index, module, layer.get_submodule(module)
+    touched = sorted({parse_key(key)[:2] for key in factors})
+    layers = dict(zip(coverage.layers, decoder_layers(model), strict=True))
+    for layer, module in touched:
+        yield layer, module, layers[layer].get_submodule(module)

@@ -1,20 +1,38 @@
-"""The local training loop: AdamW on LoRA factors, loss on answer tokens only."""
+"""The local training loop: AdamW on LoRA factors, loss on answer tokens only, examples packed without padding."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch import nn
 
 from legolm.config import Precision, TrainConfig
 from legolm.coverage import Coverage
-from legolm.data import Batch, Tokens, batch
+from legolm.data import Tokens
+from legolm.finetune.lean import hidden_states, lean
 from legolm.finetune.lora import lora
+from legolm.finetune.loss import Head, answer_losses
+from legolm.finetune.packing import pack
+from legolm.memory import keep_freed_memory
 from legolm.types import LegolmError, Tensors
+
+WINDOW = 8
+"""Steps that the first and the last loss are the mean of."""
+
+
+class Diverged(LegolmError):
+    """The loss stopped being finite. `delta` and `metrics` are those of the last step whose loss was finite."""
+
+    def __init__(self, message: str, delta: Tensors, metrics: dict[str, float]) -> None:
+        super().__init__(message)
+        self.delta, self.metrics = delta, metrics
 
 
 def fit(
@@ -23,74 +41,188 @@ def fit(
     start: Tensors,
     scale: float,
     examples: Sequence[Tokens],
-    pad_id: int,
     config: TrainConfig,
     precision: Precision,
     steps: int,
     seed: int,
     done: int = 0,
     total: int | None = None,
+    frozen: Collection[str] = (),
+    proximal: float = 0.0,
+    dropout: float = 0.0,
 ) -> tuple[Tensors, dict[str, float]]:
-    """Train the adapter `start` for some steps; return (change of each factor, metrics).
+    """Train the adapter `start` for at most `steps` steps; return (change of each factor that trains, metrics).
 
-    The learning rate is constant, and falls linearly to zero over the last half of `total` steps (these steps, if not
-    given), of which the client made `done` before.
-    Metrics: `loss_first` and `loss_last` (nats per answer token, over up to eight steps), `tokens` and `seconds`.
-    The seed decides the order of examples. Raises `LegolmError` when the loss stops being finite.
+    The optimizer is new. The learning rate follows `config.schedule` over `total` steps (these, if not given), of which
+    the client made `done` before. Factors in `frozen` do not train. `proximal` is FedProx's µ (Li et al., arXiv
+    1812.06127): µ/2 · ‖θ − start‖² is added to the loss. The seed decides the order of examples.
+
+    Metrics: `loss_first` and `loss_last` (nats per answer token, over up to eight steps), `steps`, `tokens`, `seconds`,
+    `truncated` (examples that were cut to length), and `micro_batch_tokens` where memory forced a smaller one.
+    Raises `LegolmError` when an example has no answer, and `Diverged` when the loss stops being finite.
     """
-    losses: list[float] = []
-    tokens = 0
+    for index, example in enumerate(examples):
+        if not 0 < example.answer < len(example.ids):
+            raise LegolmError(
+                f"train: example {index} has no prompt or no answer token; mend it, or raise train.max_length"
+            )
     began = time.perf_counter()
-    order = _order(len(examples), config.batch_size, seed)
-    with lora(model, coverage, start, scale) as parameters:
-        optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-        whole = total or steps
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - (done + step) / whole)))
-        for _, chosen in zip(range(steps), order, strict=False):
-            inputs = batch([examples[i] for i in chosen], pad_id)
-            with autocast(precision):
-                loss = answer_loss(model, inputs) / (inputs.labels != -100).sum()
-            if not bool(loss.isfinite()):
-                raise LegolmError(f"train.learning_rate {config.learning_rate}: the loss is not finite; lower it")
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
+    clock = _Clock(config, len(examples), steps, began)
+    losses: list[float] = []
+    size = config.micro_batch_tokens
+    with (
+        keep_freed_memory(),
+        torch.random.fork_rng(devices=[]),
+        lora(model, coverage, start, scale, precision, frozen, dropout) as parameters,
+        lean(model, precision, config.gradient_checkpointing),
+    ):
+        torch.manual_seed(seed)  # dropout's
+        head = Head.of(model, precision)
+        theta = list(parameters.values())
+        received = {key: start[key].to(parameter.device) for key, parameter in parameters.items()}
+        good = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+        optimizer = torch.optim.AdamW(theta, lr=config.learning_rate, weight_decay=0.0)
+        rate = learning_rate(config, total or steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(done + step))
+        seen: set[int] = set()
+
+        def result() -> tuple[Tensors, dict[str, float]]:
+            window = min(WINDOW, len(losses)) or 1
+            metrics = {
+                "loss_first": sum(losses[:window]) / window,
+                "loss_last": sum(losses[-window:]) / window,
+                "steps": float(len(losses)),
+                "tokens": float(clock.tokens),
+                "seconds": time.perf_counter() - began,
+                "truncated": float(sum(examples[i].truncated for i in seen)),
+            }
+            if size != config.micro_batch_tokens:
+                metrics["micro_batch_tokens"] = float(size)
+            return {key: (value - received[key]).cpu() for key, value in good.items()}, metrics
+
+        for chosen in _order(len(examples), config.batch_size, seed):
+            batch = [examples[i] for i in chosen]
+            loss, size = _with_less_memory(partial(_backward, model, head, batch), size, theta)
+            if not math.isfinite(loss.mean):
+                culprits = ", ".join(str(chosen[place]) for place in loss.not_finite)
+                raise Diverged(
+                    f"train.learning_rate {config.learning_rate}: the loss is not finite at step "
+                    f"{done + len(losses) + 1} (examples {culprits}); lower it",
+                    *result(),
+                )
+            with torch.no_grad():
+                for key, parameter in parameters.items():
+                    good[key].copy_(parameter)
+                    if proximal and parameter.grad is not None:
+                        parameter.grad.add_(parameter - received[key], alpha=proximal)
+            nn.utils.clip_grad_norm_(theta, config.clip_norm)
             optimizer.step()
-            decay.step()
             optimizer.zero_grad()
-            losses.append(float(loss.detach()))
-            tokens += int(inputs.attention_mask.sum())
-        delta = {key: parameter.detach() - start[key] for key, parameter in parameters.items()}
-    window = min(8, len(losses))
-    return delta, {
-        "loss_first": sum(losses[:window]) / window,
-        "loss_last": sum(losses[-window:]) / window,
-        "tokens": float(tokens),
-        "seconds": time.perf_counter() - began,
-    }
+            schedule.step()
+            losses.append(loss.mean)
+            seen.update(chosen)
+            if clock.over(len(losses), sum(len(example.ids) for example in batch)):
+                break
+        for key, parameter in parameters.items():
+            good[key].copy_(parameter.detach())
+        return result()
 
 
-def answer_logits(model: Any, inputs: Batch) -> torch.Tensor:
-    """Logits (n, kept, vocabulary) for the label positions only: the head is the dearest matrix of a small model."""
-    output = model(
-        input_ids=inputs.input_ids,
-        attention_mask=inputs.attention_mask,
-        position_ids=inputs.position_ids,
-        logits_to_keep=inputs.labels.shape[1] + 1,
-    )
-    logits: torch.Tensor = output.logits[:, :-1]
-    return logits
+def learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:
+    """The factor on the learning rate at a step (from 0) of `total`: a linear warm-up, then the schedule.
+
+    `constant_linear` is constant and falls linearly to zero over the last half; `cosine` falls from the start.
+    """
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        left = max(0.0, 1 - step / total)
+        return warm * (
+            min(1.0, 2 * left) if config.schedule == "constant_linear" else (1 - math.cos(math.pi * left)) / 2
+        )
+
+    return factor
 
 
-def answer_loss(model: Any, inputs: Batch) -> torch.Tensor:
-    """Sum of the loss (nats) over a batch's answer tokens."""
-    logits = answer_logits(model, inputs).flatten(0, 1).float()
-    return cross_entropy(logits, inputs.labels.flatten(), ignore_index=-100, reduction="sum")
+@dataclass(frozen=True)
+class _Loss:
+    """Mean over a batch's answer tokens (nats), and the places in the batch of examples whose loss is not finite."""
+
+    mean: float
+    not_finite: tuple[int, ...]
 
 
-def autocast(precision: Precision) -> AbstractContextManager[None]:
-    """`bf16`: matrix products in bfloat16 by autocast; `fp32`: as the weights are."""
-    context: AbstractContextManager[None] = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    return context
+def _backward(model: Any, head: Head, batch: Sequence[Tokens], size: int) -> _Loss:
+    """Add the gradient of a batch's mean loss, in micro-batches of at most `size` tokens (or one example)."""
+    count = sum(len(example.ids) - example.answer for example in batch)
+    total, broken = 0.0, []
+    for places in _micro_batches([len(example.ids) for example in batch], size):
+        packing = pack([batch[place] for place in places], model.device)
+        losses = answer_losses(hidden_states(model, packing)[packing.predict], head, packing.labels)
+        (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+        total += float(losses.detach().double().sum())
+        broken += [places[owner] for owner in set(packing.owner[~losses.isfinite()].tolist())]
+    return _Loss(total / count, tuple(sorted(broken)))
+
+
+def _micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Places of a batch, longest first, in as few parts as `size` tokens allow, about equally large."""
+    even = math.ceil(sum(lengths) / math.ceil(sum(lengths) / size))
+    found: list[list[int]] = []
+    tokens = size
+    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if tokens >= even or tokens + lengths[place] > size:
+            found.append([])
+            tokens = 0
+        found[-1].append(place)
+        tokens += lengths[place]
+    return found
+
+
+def _with_less_memory(
+    backward: Callable[[int], _Loss], size: int, parameters: Sequence[nn.Parameter]
+) -> tuple[_Loss, int]:
+    """Halve the micro-batch for as long as memory runs out; return (loss, the size that worked)."""
+    while True:
+        try:
+            return backward(size), size
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            if size <= 1:
+                raise LegolmError(
+                    "train: not even one example fits in memory; lower train.max_length or set "
+                    "train.gradient_checkpointing"
+                ) from None
+        for parameter in parameters:
+            parameter.grad = None
+        size //= 2
+        warnings.warn(f"train: out of memory; going on with micro-batches of {size} tokens", stacklevel=2)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # The CPU's allocator has no exception class of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+class _Clock:
+    """When to stop: steps, epochs, tokens or seconds, whichever comes first."""
+
+    def __init__(self, config: TrainConfig, examples: int, steps: int, began: float) -> None:
+        self._config, self._began = config, began
+        by_epochs = math.inf if config.epochs is None else math.ceil(config.epochs * examples / config.batch_size)
+        self._steps = min(steps, by_epochs)
+        self.tokens = 0
+
+    def over(self, steps: int, tokens: int) -> bool:
+        """After another step of so many tokens."""
+        self.tokens += tokens
+        config = self._config
+        return (
+            steps >= self._steps
+            or (config.tokens is not None and self.tokens >= config.tokens)
+            or (config.seconds is not None and time.perf_counter() - self._began >= config.seconds)
+        )
 
 
 def _order(count: int, size: int, seed: int) -> Iterator[list[int]]:

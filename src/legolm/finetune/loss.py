@@ -1,0 +1,111 @@
+"""Losses on logits that are never stored: the head is the dearest matrix of a small model, its output the largest.
+
+The logits of a chunk of positions are made, turned into loss and gradient, and forgotten (Wijmans et al., "Cut your
+losses in large-vocabulary language models", arXiv 2411.09009, do it in one kernel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, log_softmax
+
+from legolm.config import Precision
+from legolm.finetune.precision import dtype_of
+
+CHUNK = 128
+"""Positions whose logits exist at once."""
+
+Rule = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""(logits (chunk, vocabulary) float32, which positions) -> (loss of each, its gradient by the logits)."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits, as the model does it: weight (vocabulary, hidden) in the products' dtype."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    @staticmethod
+    def of(model: Any, precision: Precision) -> Head:
+        """The head of a model; a copy where its dtype is another."""
+        module, config, dtype = model.get_output_embeddings(), model.config, dtype_of(precision)
+        scale = getattr(config, "logit_scale", None) or 1.0
+        return Head(
+            weight=module.weight.detach().to(dtype),
+            bias=None if module.bias is None else module.bias.detach().to(dtype),
+            scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(positions, vocabulary) float32 from (positions, hidden)."""
+        logits = linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        if self.scale != 1.0:
+            logits *= self.scale
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def backward(self, logits: Tensor, grad: Tensor) -> Tensor:
+        """Gradient by the hidden states, from that by the logits (overwritten)."""
+        if self.softcap is not None:
+            grad *= 1 - (logits / self.softcap).square()
+        if self.scale != 1.0:
+            grad *= self.scale
+        return grad.to(self.weight.dtype) @ self.weight
+
+
+class _Chunked(torch.autograd.Function):
+    """Loss of each position; its gradient is made in the forward pass, while the logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Head, rule: Rule) -> Tensor:  # type: ignore[override]
+        losses = torch.empty(len(hidden), device=hidden.device)
+        grads = torch.empty_like(hidden)
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits = head.logits(hidden[part])
+            losses[part], grad = rule(logits, part)
+            if ctx.needs_input_grad[0]:
+                grads[part] = head.backward(logits, grad)
+        ctx.save_for_backward(grads)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (grads,) = ctx.saved_tensors
+        return grads * grad[:, None], None, None
+
+
+def answer_losses(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """Cross-entropy (nats) of each position: hidden (n, hidden), labels (n,)."""
+
+    def rule(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        wanted = labels[part, None]
+        log_p = log_softmax(logits, -1)
+        grad = log_p.exp()
+        grad.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=grad.dtype))
+        return -log_p.gather(1, wanted)[:, 0], grad
+
+    losses: Tensor = _Chunked.apply(hidden, head, rule)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def divergences(hidden: Tensor, head: Head, teacher: Tensor, teacher_head: Head) -> Tensor:
+    """KL(teacher ‖ student) (nats) of each position, from hidden states (n, hidden) of both."""
+
+    def rule(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        log_p = log_softmax(teacher_head.logits(teacher[part]), -1)
+        p = log_p.exp()
+        log_q = log_softmax(logits, -1)
+        loss = (p * (log_p - log_q)).sum(-1)
+        return loss, log_q.exp_().sub_(p)
+
+    losses: Tensor = _Chunked.apply(hidden, head, rule)  # type: ignore[no-untyped-call]
+    return losses

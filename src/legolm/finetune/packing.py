@@ -1,0 +1,222 @@
+"""Sequences packed without padding: one row of concatenated examples, positions restarting, and attention inside each.
+
+Everything but attention runs on (1, tokens, hidden) and never sees a padding token. Attention takes examples of similar
+length together; a causal query never reaches the padding behind its own example, so the causal mask alone keeps
+examples apart (Krell et al., "Efficient sequence packing without cross-contamination", arXiv 2107.02027).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention, softmax
+from transformers import AttentionInterface
+
+from legolm.data import Tokens
+
+ATTENTION = "legolm_packed"
+"""Name of the attention below in transformers' `AttentionInterface`."""
+LONG = 512
+"""Up to this many tokens the attention weights are kept for the backward pass; beyond, the fused kernel is cheaper."""
+SIMILAR = 0.8
+"""Examples at least this long, relative to the longest, share a bucket."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Examples of similar length, tokens `start` to `stop` of the pack, seen as `count` examples of `length` tokens.
+
+    `rows` (count · length, int64) says which token of the pack stands where, `real` and `padding` which of these
+    places are an example's own and which are behind it; all None where the examples are equally long.
+    """
+
+    start: int
+    stop: int
+    count: int
+    length: int
+    rows: Tensor | None = None
+    real: Tensor | None = None
+    padding: Tensor | None = None
+
+    def take(self, packed: Tensor, groups: int, blank: bool = False) -> Tensor:
+        """(heads, tokens, head size) of the pack as (count · groups, heads / groups · length, head size).
+
+        Padding repeats the example's last token, or is zero if `blank`.
+        """
+        heads, _, size = packed.shape
+        if self.rows is None:
+            chosen = packed[:, self.start : self.stop]
+        else:
+            chosen = packed.index_select(1, self.rows)
+            if blank:
+                chosen.index_fill_(1, self.padding, 0)  # type: ignore[arg-type]
+        apart = chosen.reshape(heads, self.count, self.length, size).movedim(1, 0)
+        return apart.reshape(self.count * groups, heads // groups * self.length, size)
+
+    def put(self, taken: Tensor, packed: Tensor) -> None:
+        """Write what `take` would give into the pack, padding left out."""
+        heads, _, size = packed.shape
+        apart = taken.view(self.count, heads, self.length, size).movedim(0, 1)
+        if self.real is not None:
+            apart = apart.flatten(1, 2).index_select(1, self.real)
+        packed[:, self.start : self.stop] = apart.reshape(heads, self.stop - self.start, size)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Examples in one row, longest first; all tensors int64.
+
+    `ids` and `positions` are (1, tokens); `predict` (answer tokens) are the places whose hidden state predicts the
+    answer tokens `labels`; `owner` says whose they are, counted as the examples came.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    predict: Tensor
+    labels: Tensor
+    owner: Tensor
+    lengths: tuple[int, ...]
+    buckets: tuple[Bucket, ...]
+
+
+def pack(examples: Sequence[Tokens], device: torch.device) -> Pack:
+    """Put examples in one row."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+    ids: list[int] = []
+    positions: list[int] = []
+    predict: list[int] = []
+    labels: list[int] = []
+    owner: list[int] = []
+    for index in order:
+        example = examples[index]
+        predict += range(len(ids) + example.answer - 1, len(ids) + len(example.ids) - 1)
+        labels += example.ids[example.answer :]
+        owner += [index] * (len(example.ids) - example.answer)
+        ids += example.ids
+        positions += range(len(example.ids))
+    lengths = tuple(len(examples[index].ids) for index in order)
+
+    def place(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    return Pack(
+        ids=place(ids)[None],
+        positions=place(positions)[None],
+        predict=place(predict),
+        labels=place(labels),
+        owner=place(owner),
+        lengths=lengths,
+        buckets=tuple(_buckets(lengths, device)),
+    )
+
+
+def _buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
+    """Cut a descending row of lengths where they fall below `SIMILAR` of the longest."""
+    found: list[Bucket] = []
+    start = 0
+    while lengths:
+        longest = lengths[0]
+        own = [length for length in lengths if length >= SIMILAR * longest]
+        lengths = lengths[len(own) :]
+        stop = start + sum(own)
+        if own[-1] == longest:
+            found.append(Bucket(start, stop, len(own), longest))
+        else:
+            begins = torch.tensor(own).cumsum(0) - torch.tensor(own) + start
+            offset = torch.arange(longest)
+            inside = offset < torch.tensor(own)[:, None]
+            rows = begins[:, None] + offset.minimum(torch.tensor(own)[:, None] - 1)
+            places = (rows.flatten(), inside.flatten().nonzero()[:, 0], (~inside).flatten().nonzero()[:, 0])
+            found.append(Bucket(start, stop, len(own), longest, *(place.to(device) for place in places)))
+        start = stop
+    return found
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Pack,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (1, heads, tokens, head size), key and value (1, KV groups, ...).
+
+    Returns (1, tokens, heads, head size). `attention_mask` is None: transformers makes none for an attention that it
+    does not know; `packing` comes with the model's keyword arguments.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    window = sliding_window if sliding_window and sliding_window < packing.lengths[0] else None
+    if softcap is None and packing.lengths[0] <= LONG:
+        out = _PackedAttention.apply(query[0], key[0], value[0], packing, scaling, window)  # type: ignore[no-untyped-call]
+        return out.transpose(0, 1)[None], None
+    parts = []
+    split = [torch.split(part, list(packing.lengths), dim=2) for part in (query, key, value)]
+    for q, k, v in zip(*split, strict=True):
+        if softcap is None:
+            mask = None if window is None else _mask(q.shape[2], 1, window, q.dtype, q.device)
+            part = scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for side in (k, v))
+            scores = softcap * torch.tanh(scaling / softcap * (q @ k.transpose(2, 3)).float())
+            scores = scores + _mask(q.shape[2], 1, window, scores.dtype, scores.device)
+            part = softmax(scores, -1).to(v.dtype) @ v
+        parts.append(part)
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Bucket by bucket softmax(s q kᵀ + causal) v. The query heads of a KV group are rows of one matrix: no repeats."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Pack, scaling: float, window: int | None
+    ) -> Tensor:
+        groups = key.shape[0]
+        # Laid out as the output projection reads it, (tokens, heads, head size).
+        out = query.new_empty(query.shape[1], query.shape[0], query.shape[2]).transpose(0, 1)
+        saved: list[Tensor] = []
+        for bucket in packing.buckets:
+            q, k, v = (bucket.take(side, groups) for side in (query, key, value))
+            mask = _mask(bucket.length, query.shape[0] // groups, window, q.dtype, q.device)
+            weights = softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling), -1)
+            bucket.put(weights @ v, out)
+            saved += [q, k, v, weights]
+        ctx.save_for_backward(*saved)
+        ctx.packing, ctx.scaling, ctx.shapes = packing, scaling, (query.shape, key.shape)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (heads, tokens, size), (groups, _, _) = ctx.shapes
+        dq, dk, dv = (grad.new_empty(tokens, count, size).transpose(0, 1) for count in (heads, groups, groups))
+        for place, bucket in enumerate(ctx.packing.buckets):
+            q, k, v, weights = ctx.saved_tensors[4 * place : 4 * place + 4]
+            g = bucket.take(grad, groups, blank=True)
+            scores = torch._softmax_backward_data(g @ v.transpose(1, 2), weights, -1, weights.dtype)
+            bucket.put((scores @ k).mul_(ctx.scaling), dq)
+            bucket.put((scores.transpose(1, 2) @ q).mul_(ctx.scaling), dk)
+            bucket.put(weights.transpose(1, 2) @ g, dv)
+        return dq, dk, dv, None, None, None
+
+
+@lru_cache(maxsize=64)
+def _mask(length: int, repeat: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(repeat · length, length): 0 where a query may look (itself and before it, within `window`), else -inf."""
+    full = torch.full((length, length), float("-inf"), device=device, dtype=dtype)
+    mask = full.triu(1) if window is None else full.triu(1) + full.tril(-window)
+    return mask.repeat(repeat, 1)
+
+
+AttentionInterface.register(ATTENTION, packed_attention)

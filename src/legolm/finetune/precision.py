@@ -1,0 +1,48 @@
+"""In what the matrix products run: measured, not guessed; and on which device."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from legolm.config import Precision
+
+SIZE = 768
+"""Rows and columns of the measured product, about those of a small model's layers."""
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The dtype of matrix products."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def choose_precision(wanted: Precision | Literal["auto"]) -> Precision:
+    """`auto`: bf16 where a bf16 matrix product takes less time than a float32 one on this machine, else fp32."""
+    if wanted != "auto":
+        return wanted
+    device = choose_device("auto")
+    return "bf16" if _seconds(torch.bfloat16, device) < _seconds(torch.float32, device) else "fp32"
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
+    """`auto`: CUDA, else MPS, else the CPU."""
+    if wanted != "auto":
+        return torch.device(wanted)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@lru_cache
+def _seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of one product, the best of five."""
+    x = torch.ones(SIZE, SIZE, dtype=dtype, device=device)
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        float((x @ x)[0, 0])  # reading a value waits for the device
+        times.append(time.perf_counter() - began)
+    return min(times[1:])

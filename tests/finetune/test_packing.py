@@ -1,0 +1,170 @@
+"""Packed sequences: the same as one by one, no leak, and losses and operations against plain references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy, kl_div, rms_norm
+
+from legolm.data import Tokens
+from legolm.finetune import Head, divergences, hidden_states, lean, pack, packing
+from legolm.finetune.kernels import LoraLinear, RmsNorm
+from legolm.finetune.loss import answer_losses
+from legolm.models import load_model
+
+CPU = torch.device("cpu")
+
+
+def some(*lengths: int) -> list[Tokens]:
+    return [Tokens(tuple((7 * i + 3 * n) % 250 + 1 for i in range(n)), n - 2) for n in lengths]
+
+
+def logits_of(model: Any, examples: list[Tokens]) -> list[torch.Tensor]:
+    """Logits of each example from one packed pass."""
+    with lean(model, "fp32"):
+        packed = pack(examples, CPU)
+        logits = Head.of(model, "fp32").logits(hidden_states(model, packed))
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+    return [part for _, part in sorted(zip(order, logits.split(packed.lengths), strict=True), key=lambda pair: pair[0])]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("long", [512, 4], ids=["own", "fused"])
+def test_packed_is_one_by_one(
+    family: str, long: int, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "LONG", long)
+    model = load_model(tiny(family))
+    if family == "mistral":
+        model.config.sliding_window = 5
+        for layer in model.model.layers:
+            layer.self_attn.sliding_window = 5
+    examples = some(9, 12, 12, 3, 11, 4)
+    for example, found in zip(examples, logits_of(model, examples), strict=True):
+        alone = model(torch.tensor(example.ids)[None]).logits[0]
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_one_by_one(tiny: Callable[[str], Path]) -> None:
+    model = load_model(tiny("qwen3"))
+    examples = some(9, 12, 8, 3)
+    weight = model.model.embed_tokens.weight.requires_grad_()
+    with lean(model, "fp32"):
+        packed = pack(examples, CPU)
+        states = hidden_states(model, packed)[packed.predict]
+        answer_losses(states, Head.of(model, "fp32"), packed.labels).sum().backward()
+    found = weight.grad.clone()
+    weight.grad = None
+    tied = weight.detach().clone()  # the head is frozen above
+    for example in examples:
+        ids = torch.tensor(example.ids)
+        states = model.model(ids[None]).last_hidden_state[0, example.answer - 1 : -1]
+        cross_entropy(states @ tied.T, ids[example.answer :], reduction="sum").backward()
+    torch.testing.assert_close(found, weight.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_nothing_leaks_between_examples(tiny: Callable[[str], Path]) -> None:
+    model = load_model(tiny("llama"))
+    first, second, third = some(12, 11, 5)
+    changed = Tokens(tuple((one + 100) % 250 for one in second.ids), second.answer)
+    before, after = logits_of(model, [first, second, third]), logits_of(model, [first, changed, third])
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[2], after[2])
+    assert not torch.equal(before[1], after[1])
+
+
+def test_afterwards_the_model_is_as_it_was(tiny: Callable[[str], Path]) -> None:
+    model, text = load_model(tiny("qwen3")), torch.arange(1, 21)[None]
+    before = model(text).logits
+    with lean(model, "bf16", checkpointing=True):
+        pass
+    assert torch.equal(model(text).logits, before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_buckets_by_hand() -> None:
+    found = pack(some(3, 10, 9, 3, 8), CPU).buckets
+    # 10, 9 and 8 are at least 0.8 of 10; the two of 3 are equally long and need no padding.
+    assert [(b.start, b.stop, b.count, b.length) for b in found] == [(0, 27, 3, 10), (27, 33, 2, 3)]
+    assert found[0].padding.tolist() == [19, 28, 29]
+    assert found[0].rows.tolist()[18:] == [18, 18, *range(19, 27), 26, 26]
+    assert found[1].rows is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(2, 20), min_size=1, max_size=8), st.integers(1, 2))
+def test_putting_what_was_taken_gives_the_pack_back(lengths: list[int], groups: int) -> None:
+    packed = pack(some(*lengths), CPU)
+    values = torch.randn(2 * groups, sum(lengths), 3)
+    back = torch.full_like(values, torch.nan)
+    for bucket in packed.buckets:
+        taken = bucket.take(values, groups)
+        assert taken.shape == (bucket.count * groups, 2 * bucket.length, 3)
+        bucket.put(taken, back)
+        assert bucket.take(values, groups, blank=True).count_nonzero() == 2 * groups * (bucket.stop - bucket.start) * 3
+    assert torch.equal(values, back)
+    assert packed.labels.tolist() == [packed.ids[0, place + 1] for place in packed.predict.tolist()]
+
+
+def test_lora_linear_against_autograd_in_float64() -> None:
+    torch.manual_seed(0)
+    x, a, b = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((2, 5, 6), (3, 6), (4, 3)))
+    weight, bias = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    y = LoraLinear.apply(x, weight, bias, a, b, 1.5, 0.0)
+    expected = x @ (weight + 1.5 * b @ a).T + bias
+    torch.testing.assert_close(y, expected)
+    wanted = torch.autograd.grad(expected.square().sum(), (x, a, b))
+    for found, exact in zip(torch.autograd.grad(y.square().sum(), (x, a, b)), wanted, strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_lora_dropout_is_on_the_adapters_input_only() -> None:
+    x, a, b = torch.ones(1, 1000, 1).requires_grad_(), torch.ones(1, 1), torch.ones(1, 1)
+    torch.manual_seed(0)
+    y = LoraLinear.apply(x, torch.zeros(1, 1), None, a, b, 1.0, 0.25)
+    assert y.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert float((y == 0).float().mean()) == pytest.approx(0.25, abs=0.05)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+
+
+def test_rms_norm_against_torch() -> None:
+    torch.manual_seed(0)
+    x, gain = torch.randn(3, 7, 16, requires_grad=True), torch.randn(16)
+    y, expected = RmsNorm.apply(x, gain, 1e-5, torch.float32), rms_norm(x, (16,), gain, 1e-5)
+    torch.testing.assert_close(y, expected)
+    (wanted,) = torch.autograd.grad(expected.pow(3).sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(y.pow(3).sum(), x)[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_chunked_losses_against_torch(softcap: float | None) -> None:
+    torch.manual_seed(0)
+    count = 300  # more than two chunks
+    hidden, other = torch.randn(count, 8, requires_grad=True), torch.randn(count, 8)
+    head = Head(torch.randn(50, 8), torch.randn(50), 0.5, softcap)
+    labels = torch.randint(50, (count,))
+
+    def plain(states: torch.Tensor) -> torch.Tensor:
+        logits = 0.5 * (states @ head.weight.T + head.bias)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    target = plain(other).log_softmax(-1)
+    pairs = (
+        (answer_losses(hidden, head, labels), cross_entropy(plain(hidden), labels, reduction="none")),
+        (
+            divergences(hidden, head, other, head),
+            kl_div(plain(hidden).log_softmax(-1), target, reduction="none", log_target=True).sum(-1),
+        ),
+    )
+    by = torch.rand(count)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        (wanted,) = torch.autograd.grad(expected @ by, hidden)
+        torch.testing.assert_close(torch.autograd.grad(found @ by, hidden)[0], wanted, rtol=1e-3, atol=1e-4)

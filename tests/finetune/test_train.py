@@ -1,0 +1,135 @@
+"""The training loop: what stops it, what it refuses, what changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from legolm.config import TrainConfig
+from legolm.coverage import Coverage, init_factors
+from legolm.data import Tokens
+from legolm.finetune import Diverged, fit
+from legolm.finetune.train import _micro_batches, _with_less_memory, learning_rate
+from legolm.models import load_model, shape_of
+from legolm.types import LegolmError, Tensors
+
+EXAMPLES = [Tokens((10, 20 + i, *range(30, 33 + i % 4), 1), 2) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[str], Path]) -> Any:
+    return load_model(tiny("llama"))
+
+
+def train(
+    model: Any, steps: int = 6, examples: list[Tokens] = EXAMPLES, fit_with: dict | None = None, **settings: Any
+) -> tuple[Tensors, dict[str, float]]:
+    config = TrainConfig(**{"batch_size": 4, "learning_rate": 0.01} | settings)
+    coverage = Coverage.full(shape_of(model.config))
+    start = init_factors(coverage.shape, None, 4, seed=1)
+    return fit(model, coverage, start, 2.0, examples, config, "fp32", steps, 3, **(fit_with or {}))
+
+
+def difference(one: Tensors, other: Tensors) -> float:
+    """Largest difference of any factor's change, relative to the largest change."""
+    return max(float((one[key] - other[key]).abs().max()) for key in one) / max(
+        float(tensor.abs().max()) for tensor in one.values()
+    )
+
+
+@pytest.mark.parametrize("settings", [{"micro_batch_tokens": 9}, {"gradient_checkpointing": True}], ids=str)
+def test_what_saves_memory_changes_nothing(settings: dict, model: Any) -> None:
+    # SGD-like steps: Adam's first steps have size 1 whatever the gradient, and blow rounding up where it is near zero.
+    plain, metrics = train(model, steps=1)
+    other, again = train(model, steps=1, **settings)
+    assert again["loss_first"] == pytest.approx(metrics["loss_first"], rel=1e-5)
+    moved = {key: (plain[key] * other[key] >= 0).double().mean() for key in plain}
+    assert min(moved.values()) > 0.99
+
+
+def test_micro_batches_by_hand() -> None:
+    # 24 tokens need two parts of at most 16, so about 12 each: 9 + 7, and what is left.
+    assert _micro_batches([3, 9, 5, 7], 16) == [[1, 3], [2, 0]]
+    assert _micro_batches([3, 9, 5, 7], 15) == [[1], [3, 2], [0]]
+    assert _micro_batches([40, 2], 15) == [[0], [1]]
+    assert _micro_batches([4, 4], 100) == [[0, 1]]
+
+
+def test_frozen_factors_stay_and_are_left_out(model: Any) -> None:
+    frozen = {key for key in init_factors(shape_of(model.config), None, 4, seed=1) if key.endswith(".A")}
+    delta, metrics = train(model, steps=12, fit_with={"frozen": frozen})
+    assert {key[-1] for key in delta} == {"B"}
+    assert all(bool(tensor.any()) for tensor in delta.values())
+    assert metrics["loss_last"] < metrics["loss_first"]
+
+
+def test_the_proximal_term_holds_the_adapter_back(model: Any) -> None:
+    def norm(mu: float) -> float:
+        delta, _ = train(model, steps=30, fit_with={"proximal": mu})
+        return math.sqrt(sum(float(tensor.square().sum()) for tensor in delta.values()))
+
+    assert norm(100.0) < 0.5 * norm(0.0)
+
+
+def test_dropout_follows_the_seed(model: Any) -> None:
+    plain, _ = train(model, steps=2)
+    dropped, _ = train(model, steps=2, fit_with={"dropout": 0.5})
+    again, _ = train(model, steps=2, fit_with={"dropout": 0.5})
+    assert all(torch.equal(dropped[key], again[key]) for key in dropped)
+    assert difference(plain, dropped) > 0.01
+
+
+def test_it_stops_at_the_first_limit(model: Any) -> None:
+    assert train(model, steps=5)[1]["steps"] == 5
+    assert train(model, steps=50, epochs=1.5)[1]["steps"] == math.ceil(1.5 * 12 / 4)
+    lengths = [len(example.ids) for example in EXAMPLES]
+    assert train(model, steps=50, tokens=sum(lengths))[1]["steps"] == 3  # one epoch has them all
+    assert train(model, steps=50, seconds=1e-9)[1]["steps"] == 1
+
+
+def test_learning_rates_by_hand() -> None:
+    constant = learning_rate(TrainConfig(), 8)
+    assert [constant(step) for step in range(9)] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    cosine = learning_rate(TrainConfig(schedule="cosine", warmup_steps=2), 4)
+    assert [cosine(step) for step in range(5)] == pytest.approx([0.5, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0])
+
+
+def test_a_loss_that_explodes_names_step_and_example_and_keeps_the_last_good_state(model: Any) -> None:
+    with pytest.raises(
+        Diverged, match=r"train\.learning_rate 1e\+30: .* not finite at step 2 \(examples \d+, "
+    ) as found:
+        train(model, learning_rate=1e30)
+    assert found.value.metrics["steps"] == 1
+    assert all(bool(tensor.isfinite().all()) for tensor in found.value.delta.values())
+
+
+def test_an_example_without_an_answer_is_named(model: Any) -> None:
+    with pytest.raises(LegolmError, match="example 1 has no prompt or no answer"):
+        train(model, examples=[EXAMPLES[0], Tokens((1, 2, 3), 3)])
+
+
+def test_truncated_examples_are_counted(model: Any) -> None:
+    cut = [Tokens(example.ids, example.answer, truncated=i < 5) for i, example in enumerate(EXAMPLES)]
+    assert train(model, steps=3, examples=cut)[1]["truncated"] == 5
+
+
+def test_out_of_memory_halves_the_micro_batch() -> None:
+    tried: list[int] = []
+
+    def backward(size: int) -> str:
+        tried.append(size)
+        torch.empty(1 << 60 if size > 30 else 1, dtype=torch.uint8)
+        return "done"
+
+    with pytest.warns(UserWarning, match="out of memory; going on with micro-batches of 25 tokens"):
+        assert _with_less_memory(backward, 100, []) == ("done", 25)
+    assert tried == [100, 50, 25]
+    with pytest.raises(LegolmError, match="not even one example fits"), pytest.warns(UserWarning):
+        _with_less_memory(lambda size: torch.empty(1 << 60), 2, [])
+    with pytest.raises(RuntimeError, match="shapes cannot"):
+        _with_less_memory(lambda size: torch.ones(2, 3) @ torch.ones(2, 3), 2, [])
