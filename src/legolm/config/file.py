@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from legolm.config.sections import RunConfig, Section
+from legolm.config.section import Section
+from legolm.config.sections import RunConfig
 from legolm.types import LegolmError, nearest
 
 S = TypeVar("S", bound=Section)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from legolm.config.aggregation import AggregateConfig, FederationConfig
+from legolm.config.section import Section
 from legolm.types import nearest
 
 Precision = Literal["fp32", "bf16"]
@@ -20,12 +22,6 @@ def _not_reserved(name: str) -> str:
 # A name becomes a folder's.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), AfterValidator(_not_reserved)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A mapping of known keys that does not change once it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Fields(Section):
@@ -131,11 +127,15 @@ class ClientConfig(Section):
     block: str | None = None
     profile: Profile | None = None
     rank: int | None = Field(None, ge=1, description="its LoRA rank; lora.rank if not given")
+    joins: int = Field(1, ge=1, description="first round that it takes part in")
+    leaves: int | None = Field(None, ge=1, description="last round that it takes part in")
 
     @model_validator(mode="after")
     def _one_way(self) -> ClientConfig:
         if (self.block is None) == (self.profile is None):
             raise ValueError("give either `block` or `profile`")
+        if self.leaves is not None and self.leaves < self.joins:
+            raise ValueError(f"leaves after round {self.leaves}, before it joins in round {self.joins}")
         return self
 
 
@@ -144,7 +144,7 @@ class LoraConfig(Section):
 
     rank: int = Field(8, ge=1)
     scale: float = Field(2.0, gt=0)
-    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    targets: list[str] = Field(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 
 
 class TrainConfig(Section):
@@ -159,25 +159,6 @@ class TrainConfig(Section):
     learning_rate: float = Field(1e-3, gt=0)
     clip_norm: float = Field(1.0, gt=0)
     max_length: int = Field(512, ge=8, description="longer examples lose the start of their prompt")
-
-
-class AggregateConfig(Section):
-    """How updates become one. `heteagg` is the paper's; DESIGN section 3 defines the terms."""
-
-    scheme: Literal["heteagg"] = "heteagg"
-    denominator: Literal["coverage_mean", "global_fill"] = "coverage_mean"
-    mask: Literal["structure", "saliency"] = "structure"
-    server_learning_rate: float = Field(1.0, gt=0)
-
-
-class FederationConfig(Section):
-    """Who runs the rounds, and how many."""
-
-    engine: Literal["flower", "local"] = "flower"
-    rounds: int = Field(3, ge=1)
-    threads: int = Field(1, ge=1, description="CPU threads a client")
-    min_replies: int = Field(1, ge=1, description="stop the run when fewer updates than this are accepted")
-    personal_steps: int = Field(0, ge=0, description="own steps of each client after the last global update")
 
 
 class EvaluateConfig(Section):
@@ -222,6 +203,8 @@ class RunConfig(Section):
                 raise ValueError(f"clients: {client.id!r} wants block {client.block!r};{nearest(client.block, known)}")
             if client.rank is not None and client.rank > self.lora.rank:
                 raise ValueError(f"clients: {client.id!r} has rank {client.rank}; at most lora.rank, {self.lora.rank}")
+        if self.aggregate.scheme == "local_only" and not self.evaluate.local_only:
+            raise ValueError("aggregate.scheme 'local_only' is the stage evaluate.local_only; set that to true")
         if self.federation.min_replies > len(self.clients):
             raise ValueError(
                 f"federation.min_replies is {self.federation.min_replies}; there are {len(self.clients)} clients"

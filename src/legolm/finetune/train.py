@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -30,11 +30,14 @@ def fit(
     seed: int,
     done: int = 0,
     total: int | None = None,
+    frozen: Collection[str] = (),
+    proximal: float = 0.0,
 ) -> tuple[Tensors, dict[str, float]]:
     """Train the adapter `start` for some steps; return (change of each factor, metrics).
 
     The learning rate is constant, and falls linearly to zero over the last half of `total` steps (these steps, if not
-    given), of which the client made `done` before.
+    given), of which the client made `done` before. Factors in `frozen` do not train and are not in the change;
+    `proximal` is FedProx's μ, the weight of ½ ‖change‖² in the loss.
     Metrics: `loss_first` and `loss_last` (nats per answer token, over up to eight steps), `tokens` and `seconds`.
     The seed decides the order of examples. Raises `LegolmError` when the loss stops being finite.
     """
@@ -42,7 +45,10 @@ def fit(
     tokens = 0
     began = time.perf_counter()
     order = _order(len(examples), config.batch_size, seed)
-    with lora(model, coverage, start, scale) as parameters:
+    with lora(model, coverage, start, scale) as adapted:
+        parameters = {key: parameter for key, parameter in adapted.items() if key not in frozen}
+        for key in frozen:
+            adapted[key].requires_grad_(False)
         optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
         whole = total or steps
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - (done + step) / whole)))
@@ -52,6 +58,8 @@ def fit(
                 loss = answer_loss(model, inputs) / (inputs.labels != -100).sum()
             if not bool(loss.isfinite()):
                 raise LegolmError(f"train.learning_rate {config.learning_rate}: the loss is not finite; lower it")
+            if proximal:
+                loss = loss + proximal / 2 * sum((p - start[key]).square().sum() for key, p in parameters.items())
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
             optimizer.step()

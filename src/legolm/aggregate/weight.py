@@ -1,0 +1,129 @@
+"""The weight behind each entry of a global adapter, and where a block's entries are.
+
+Structural coverage is separable: within a layer an entry's weight depends on its KV group or neuron (or on neither, on
+the side that is never cut) and on its rank row. So a layer needs one number for each neuron and rank, not one for each
+entry of fourteen factors.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from legolm.coverage import Coverage, parse_key
+from legolm.models.family import MODULES, Shape
+from legolm.types import Tensors
+
+PLACEMENTS = 16
+"""Coverages whose indices are kept: blocks are few, and memory must not grow with clients."""
+
+
+class Placement:
+    """Where a block's slice is in the LLM's factors; indices are made once."""
+
+    _known: ClassVar[OrderedDict[str, Placement]] = OrderedDict()
+
+    def __init__(self, coverage: Coverage) -> None:
+        self._coverage = coverage
+        self._index: dict[str, Tensor | None] = {}
+        self._neurons: dict[int, Tensor | slice] = {}
+
+    @classmethod
+    def of(cls, coverage: Coverage) -> Placement:
+        """The placement of a coverage, from the last few used."""
+        known = cls._known
+        if coverage.hash not in known:
+            known[coverage.hash] = Placement(coverage)
+            if len(known) > PLACEMENTS:
+                known.popitem(last=False)
+        known.move_to_end(coverage.hash)
+        return known[coverage.hash]
+
+    def index(self, key: str) -> Tensor | None:
+        """Columns of an A or rows of a B that the block holds; None: all."""
+        if key not in self._index:
+            layer, module, side = parse_key(key)
+            self._index[key] = (self._coverage.cols if side == "A" else self._coverage.rows)(layer, module)
+        return self._index[key]
+
+    def neurons(self, j: int) -> Tensor | slice:
+        """MLP neurons of the block's layer j."""
+        if j not in self._neurons:
+            kept = self._coverage.neurons[j]
+            whole = len(kept) == self._coverage.shape.neurons
+            self._neurons[j] = slice(None) if whole else torch.tensor(kept)
+        return self._neurons[j]
+
+    def add(self, key: str, into: Tensor, value: Tensor, weight: float) -> None:
+        """into += weight · value at the block's entries; `into` is float64, `value` float32 of the block's shape."""
+        index, side = self.index(key), key[-1]
+        rank = value.shape[0] if side == "A" else value.shape[1]
+        if rank < (into.shape[0] if side == "A" else into.shape[1]):
+            into = into[:rank] if side == "A" else into[:, :rank]
+        if index is None:
+            into.add_(value, alpha=weight)
+        else:
+            into.index_add_(1 if side == "A" else 0, index, value.double(), alpha=weight)
+
+
+class EntryWeight:
+    """Σ n_k c_k over clients for every entry of the factors, float64, stored by layer, KV group, neuron and rank row.
+
+    A client of rank r adds its n at rank row r − 1 only; the sum from the end gives what stands behind each row.
+    """
+
+    def __init__(self, shape: Shape, rank: int) -> None:
+        self._shape, self._rank = shape, rank
+        self._tensors: Tensors = {}
+
+    def add(self, coverage: Coverage, rank: int, n: float) -> None:
+        """One client of weight `n`."""
+        placement, last = Placement.of(coverage), rank - 1
+        for j, layer in enumerate(coverage.layers):
+            self._of(f"layers.{layer}", 1)[0, last] += n
+            self._of(f"layers.{layer}.kv_groups", self._shape.kv_groups)[list(coverage.groups[j]), last] += n
+            self._of(f"layers.{layer}.neurons", self._shape.neurons)[placement.neurons(j), last] += n
+
+    def merge(self, other: EntryWeight) -> None:
+        """Add what another one holds."""
+        for name, tensor in other._tensors.items():
+            self._of(name, tensor.shape[0]).add_(tensor)
+
+    def of(self, key: str) -> Tensor:
+        """The weights of one factor, in a shape that broadcasts to the factor's."""
+        layer, module, side = parse_key(key)
+        weight = self.units(layer, module, cut=(side == "A") == (MODULES[module].rows == "hidden"))
+        return weight.T if side == "A" else weight
+
+    def units(self, layer: int, module: str, cut: bool = True) -> Tensor:
+        """(units of the module's cut side, or 1 for the other side; rank)."""
+        spec = MODULES[module]
+        unit = spec.cols if spec.rows == "hidden" else spec.rows
+        if not cut:
+            ends = self._of(f"layers.{layer}", 1)
+        elif unit == "neuron":
+            ends = self._of(f"layers.{layer}.neurons", self._shape.neurons)
+        else:
+            ends = self._of(f"layers.{layer}.kv_groups", self._shape.kv_groups)
+            ends = ends.repeat_interleave(self._shape.per_group(unit), 0)
+        return ends.flip(1).cumsum(1).flip(1)
+
+    def expand(self, factors: Tensors) -> Tensors:
+        """The weights with the keys and shapes of `factors`, float32."""
+        return {key: self.of(key).float().expand(tensor.shape) for key, tensor in factors.items()}
+
+    def state(self) -> Tensors:
+        """Small tensors, by layer and unit."""
+        return dict(self._tensors)
+
+    def load_state(self, state: Tensors) -> None:
+        """Go on from `state()`."""
+        self._tensors = dict(state)
+
+    def _of(self, name: str, units: int) -> Tensor:
+        if name not in self._tensors:
+            self._tensors[name] = torch.zeros(units, self._rank, dtype=torch.float64)
+        return self._tensors[name]
