@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,11 @@ def run(
     resume: bool = False,
     progress: Progress | None = None,
     engine: Engine | None = None,
+    store: Path | None = None,
 ) -> Record:
     """Run `config` in the folder `out` and return its summary. Raises `LegolmError` for bad input.
 
-    `engine` replaces the configured one, for tests and for other transports.
+    `engine` replaces the configured one, for tests and for other transports. Runs with the same `store` share blocks.
     """
     began = time.perf_counter()
     progress = progress or Progress()
@@ -51,7 +54,7 @@ def run(
     folder = RunDir.open(out, config, resume)
     identity = _identify(folder, plan)
 
-    blocks = _cut_blocks(folder, config, plan, identity["base_fingerprint"], progress)
+    blocks = _cut_blocks(folder, config, plan, identity["base_fingerprint"], progress, store)
     block_of = {client.id: client.block for client in plan.clients}
     rounds = Rounds(folder, config, identity["run"], blocks, block_of, progress)
     if not rounds.finished:
@@ -87,7 +90,7 @@ def _identify(folder: RunDir, plan: Plan) -> Record:
 
 
 def _cut_blocks(
-    folder: RunDir, config: RunConfig, plan: Plan, base_fingerprint: str, progress: Progress
+    folder: RunDir, config: RunConfig, plan: Plan, base_fingerprint: str, progress: Progress, store: Path | None
 ) -> dict[str, Block]:
     """Every block of the config, by name, cut or found finished; and the LLM as `llm`."""
     blocks = {"llm": llm_block(plan.base, base_fingerprint)}
@@ -95,13 +98,27 @@ def _cut_blocks(
         path = folder.block(spec.name)
         if not path.exists():
             steps = (spec.num_hidden_layers or blocks["llm"].coverage.shape.layers) + spec.recover.steps
-            with progress.stage(f"cut block {spec.name}", steps) as advance:
-                cut_block(plan.base, base_fingerprint, spec, path, config.seed, config.precision, advance)
+            recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{config.precision}"
+            made = store / f"{spec.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}" if store else path
+            if not made.exists():
+                with progress.stage(f"cut block {spec.name}", steps) as advance:
+                    cut_block(plan.base, base_fingerprint, spec, made, config.seed, config.precision, advance)
+            if made != path:
+                with atomic_folder(path) as partial:
+                    shutil.copytree(made, partial, dirs_exist_ok=True, copy_function=_link)
         blocks[spec.name] = read_block(path)
         if blocks[spec.name].base_fingerprint != base_fingerprint:
             raise LegolmError(f"block {path}: was cut from another base model; remove it and run again with --resume")
     release_memory()
     return blocks
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for the same file, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _write_final(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BATCH = 64
 OVERSAMPLING = 8
 POWER_ITERATIONS = 4
 NULL = 1e-7
@@ -26,17 +27,16 @@ class ProductSum:
 
     @property
     def rank(self) -> int:
-        """Of the stacked factors."""
+        """Of the stacked factors, not yet in the dense matrix."""
         return sum(left.shape[1] for left in self._left)
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add left (m, k) times right (k, n)."""
-        if self._dense is not None:
-            self._dense.addmm_(left.double(), right.double())
-            return
         self._left.append(left.double())
         self._right.append(right.double())
-        if self.rank > self.rows * self.cols / (self.rows + self.cols):
+        # A dense matrix takes them in batches: one product of rank 64 is faster than eight of rank 8.
+        limit = BATCH if self._dense is not None else self.rows * self.cols / (self.rows + self.cols)
+        if self.rank > limit:
             self.make_dense()
 
     def absorb(self, other: ProductSum) -> None:
@@ -44,14 +44,16 @@ class ProductSum:
         if other._dense is None:
             self.add(*other.stacked())
         else:
-            self.make_dense().add_(other._dense)
+            self.make_dense().add_(other.make_dense())
 
     def make_dense(self) -> Tensor:
         """Go on as a dense (m, n) matrix, and give it."""
+        left, right = self.stacked()
+        self._left, self._right = [], []
         if self._dense is None:
-            left, right = self.stacked()
             self._dense = left @ right
-            self._left, self._right = [], []
+        elif left.shape[1]:
+            self._dense.addmm_(left, right)
         return self._dense
 
     def scale(self, rows: Tensor | None = None, cols: Tensor | None = None) -> None:
@@ -64,7 +66,7 @@ class ProductSum:
             self._dense.mul_(rows[:, None] if rows is not None else 1.0).mul_(cols if cols is not None else 1.0)
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """The factors (m, k) and (k, n) of a sum that is not dense."""
+        """The factors (m, k) and (k, n) of what is not in the dense matrix."""
         left, right = torch.zeros(self.rows, 0, dtype=torch.float64), torch.zeros(0, self.cols, dtype=torch.float64)
         return torch.cat([left, *self._left], 1), torch.cat([right, *self._right], 0)
 
@@ -77,6 +79,7 @@ class ProductSum:
         if self._dense is None:
             u, s, v = svd_of_product(*self.stacked())
         else:
+            self.make_dense()
             wanted = min(rank + OVERSAMPLING, self.rows, self.cols)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)

@@ -78,17 +78,28 @@ class EntryWeight:
     def __init__(self, shape: Shape, rank: int) -> None:
         self._shape, self._rank = shape, rank
         self._tensors: Tensors = {}
+        self._waiting: dict[tuple[str, int], tuple[Coverage, float]] = {}
 
     def add(self, coverage: Coverage, rank: int, n: float) -> None:
-        """One client of weight `n`."""
-        placement, last = Placement.of(coverage), rank - 1
-        for j, layer in enumerate(coverage.layers):
-            self._of(f"layers.{layer}", 1)[0, last] += n
-            self._of(f"layers.{layer}.kv_groups", self._shape.kv_groups)[list(coverage.groups[j]), last] += n
-            self._of(f"layers.{layer}.neurons", self._shape.neurons)[placement.neurons(j), last] += n
+        """One client of weight `n`. Clients with one block and rank are counted together first."""
+        key = (coverage.hash, rank)
+        self._waiting[key] = (coverage, n + self._waiting.get(key, (coverage, 0.0))[1])
+        if len(self._waiting) > PLACEMENTS:
+            self._settle()
+
+    def _settle(self) -> None:
+        for (_, rank), (coverage, n) in self._waiting.items():
+            placement, last = Placement.of(coverage), rank - 1
+            for j, layer in enumerate(coverage.layers):
+                groups = list(coverage.groups[j])
+                self._of(f"layers.{layer}", 1)[0, last] += n
+                self._of(f"layers.{layer}.kv_groups", self._shape.kv_groups)[groups, last] += n
+                self._of(f"layers.{layer}.neurons", self._shape.neurons)[placement.neurons(j), last] += n
+        self._waiting = {}
 
     def merge(self, other: EntryWeight) -> None:
         """Add what another one holds."""
+        other._settle()
         for name, tensor in other._tensors.items():
             self._of(name, tensor.shape[0]).add_(tensor)
 
@@ -100,6 +111,7 @@ class EntryWeight:
 
     def units(self, layer: int, module: str, cut: bool = True) -> Tensor:
         """(units of the module's cut side, or 1 for the other side; rank)."""
+        self._settle()
         spec = MODULES[module]
         unit = spec.cols if spec.rows == "hidden" else spec.rows
         if not cut:
@@ -117,11 +129,12 @@ class EntryWeight:
 
     def state(self) -> Tensors:
         """Small tensors, by layer and unit."""
+        self._settle()
         return dict(self._tensors)
 
     def load_state(self, state: Tensors) -> None:
         """Go on from `state()`."""
-        self._tensors = dict(state)
+        self._tensors, self._waiting = dict(state), {}
 
     def _of(self, name: str, units: int) -> Tensor:
         if name not in self._tensors:
