@@ -174,6 +174,19 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML with `run` and `variants`; see examples/compare.yaml")],
+    out: Annotated[Path | None, typer.Option(help="folder of all runs; runs/<name of the config> if not given")] = None,
+) -> None:
+    """Run several schemes on one config and put them in one table. Goes on where an earlier call stopped."""
+    from legolm.study import compare as run_all
+    from legolm.study import print_comparison
+
+    out = out or Path("runs") / config.stem
+    print_comparison(run_all(config, out), out)
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     """Write `report.html` again from `summary.json`."""
     from legolm.report import write_report

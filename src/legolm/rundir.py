@@ -131,6 +131,10 @@ class RunDir:
         """Folder of a finished round; 0 is the start."""
         return self.path / "rounds" / f"{number:04d}"
 
+    def client_state(self, client: str, number: int) -> Path:
+        """File of what a client itself keeps after a round."""
+        return self.path / "clients" / client / f"{number:04d}.safetensors"
+
     def client_stage(self, stage: str, client: str) -> Path:
         """Folder of what one client did outside the rounds: `local` or `personal`."""
         return self.path / stage / client

@@ -19,7 +19,6 @@ from legolm.models import (
     LayeredModel,
     Shape,
     decoder_layers,
-    family_of,
     fingerprint,
     load_config,
     load_model,
@@ -102,41 +101,14 @@ def test_layer_by_layer_equals_the_whole_model(variant: str, tiny: Callable[[str
         torch.testing.assert_close(stream.hidden, whole[index])
 
 
-def test_the_middle_is_after_attention_and_before_the_mlp(variant: str, tiny: Callable[[str], Path]) -> None:
-    model = load_model(tiny(variant))
-    shape, layer = shape_of(model.config), decoder_layers(model)[0]
-    if family_of(model.config).middle is None:
-        pytest.skip("attention and MLP read the same hidden states")
-    stream = stream_of(tiny(variant))
-
-    def silence(unit: Any) -> None:
-        for parameter in layer.get_submodule(shape.reader(unit)).parameters():
-            parameter.data.zero_()
-
-    def middle() -> tuple[Tensor, Tensor]:
-        """The hidden states in the middle of the layer, and after it."""
-        after = stream.fork()
-        found = after.advance(0, layer, middle=True)
-        assert found is not None
-        return found, after.hidden
-
-    assert not torch.equal(middle()[0], stream.hidden)
-    silence("neuron")
-    torch.testing.assert_close(*middle())
-    silence("query")
-    torch.testing.assert_close(middle()[0], stream.hidden)
-
-
 @pytest.mark.parametrize("unit", ["query", "neuron"])
 def test_fitting_to_what_the_layer_gives_changes_nothing(variant: str, unit: Any, tiny: Callable[[str], Path]) -> None:
     model = load_model(tiny(variant))
-    if unit == "query" and family_of(model.config).middle is None:
-        pytest.skip("its attention is never fitted")
     layer, name = decoder_layers(model)[0], shape_of(model.config).reader(unit)
     stream = stream_of(tiny(variant))
     after = stream.fork()
-    between = after.advance(0, layer, middle=unit == "query")
-    given = after.hidden if between is None else between
+    after.advance(0, layer)
+    given = after.hidden if unit == "neuron" else None
     fit = stream.regression(0, layer, name, given)
     weight = linear(model, 0, name).weight
     torch.testing.assert_close(refit(fit, weight, None), weight, rtol=1e-2, atol=1e-4)

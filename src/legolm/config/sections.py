@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from legolm.config.aggregation import AggregateConfig, FederationConfig
+from legolm.config.section import Section
 from legolm.types import nearest
 
 Precision = Literal["fp32", "bf16"]
@@ -34,12 +36,6 @@ def _quantity(value: object) -> object:
 
 Quantity = Annotated[int, BeforeValidator(_quantity), Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A mapping of known keys that does not change once it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Fields(Section):
@@ -159,11 +155,15 @@ class ClientConfig(Section):
     block: str | None = None
     profile: Profile | None = None
     rank: int | None = Field(None, ge=1, description="its LoRA rank; lora.rank if not given")
+    joins: int = Field(1, ge=1, description="first round that it takes part in")
+    leaves: int | None = Field(None, ge=1, description="last round that it takes part in")
 
     @model_validator(mode="after")
     def _one_way(self) -> ClientConfig:
         if (self.block is None) == (self.profile is None):
             raise ValueError("give either `block` or `profile`")
+        if self.leaves is not None and self.leaves < self.joins:
+            raise ValueError(f"leaves after round {self.leaves}, before it joins in round {self.joins}")
         return self
 
 
@@ -176,7 +176,7 @@ class LoraConfig(Section):
     """
 
     rank: int = Field(8, ge=1)
-    ranks: dict[str, Annotated[int, Field(ge=1)]] = {}
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field({})
     scale: float = Field(2.0, gt=0)
     rslora: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -225,25 +225,6 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(False, description="less memory for a third more work")
 
 
-class AggregateConfig(Section):
-    """How updates become one. `heteagg` is the paper's; DESIGN section 3 defines the terms."""
-
-    scheme: Literal["heteagg"] = "heteagg"
-    denominator: Literal["coverage_mean", "global_fill"] = "coverage_mean"
-    mask: Literal["structure", "saliency"] = "structure"
-    server_learning_rate: float = Field(1.0, gt=0)
-
-
-class FederationConfig(Section):
-    """Who runs the rounds, and how many."""
-
-    engine: Literal["flower", "local"] = "flower"
-    rounds: int = Field(3, ge=1)
-    threads: int = Field(1, ge=1, description="CPU threads a client")
-    min_replies: int = Field(1, ge=1, description="stop the run when fewer updates than this are accepted")
-    personal_steps: int = Field(0, ge=0, description="own steps of each client after the last global update")
-
-
 class EvaluateConfig(Section):
     """What is measured beside the global update."""
 
@@ -289,6 +270,8 @@ class RunConfig(Section):
                 raise ValueError(f"clients: {client.id!r} wants block {client.block!r};{nearest(client.block, known)}")
             if client.rank is not None and client.rank > self.lora.rank:
                 raise ValueError(f"clients: {client.id!r} has rank {client.rank}; at most lora.rank, {self.lora.rank}")
+        if self.aggregate.scheme == "local_only" and not self.evaluate.local_only:
+            raise ValueError("aggregate.scheme 'local_only' is the stage evaluate.local_only; set that to true")
         if self.federation.min_replies > len(self.clients):
             raise ValueError(
                 f"federation.min_replies is {self.federation.min_replies}; there are {len(self.clients)} clients"

@@ -35,14 +35,12 @@ class Module:
 class Family:
     """One architecture: its linear layers by path within a decoder layer, and where the rest is.
 
-    `layers` is the path of the decoder layers in the causal LM. `middle` is the module, within a layer, that reads the
-    hidden states between attention and MLP; None where attention and MLP read the same ones. `fixed` says of a field of
-    `Shape` that structured pruning must leave it alone, and why.
+    `layers` is the path of the decoder layers in the causal LM. `fixed` says of a field of `Shape` that structured
+    pruning must leave it alone, and why.
     """
 
     modules: Mapping[str, Module]
     layers: str = "model.layers"
-    middle: str | None = "post_attention_layernorm"
     fixed: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -70,10 +68,9 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma3_text": Family(_POST_NORMS, middle="pre_feedforward_layernorm"),
+    "gemma3_text": Family(_POST_NORMS),
     "olmo2": Family(
         _POST_NORMS,
-        middle="mlp",
         fixed={"kv_groups": "its queries and keys are normalised over all heads together"},
     ),
     "phi3": Family(
@@ -92,7 +89,6 @@ FAMILIES: dict[str, Family] = {
             "mlp.dense_4h_to_h": Module(_HIDDEN, "neuron"),
         },
         layers="gpt_neox.layers",
-        middle=None,
         fixed={"kv_groups": "its heads must fill the hidden size"},
     ),
 }

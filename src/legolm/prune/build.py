@@ -14,7 +14,7 @@ from legolm.config import BlockConfig, CalibrationConfig, Precision
 from legolm.models import CheckpointWriter, LayeredModel, load_model, load_tokenizer, save_model
 from legolm.models.load import count_parameters
 from legolm.progress import Progress
-from legolm.prune.calibrate import Dense
+from legolm.prune.calibrate import Stream
 from legolm.prune.cuts import Cut, start_cuts
 from legolm.prune.manifest import Manifest, read_block, write_block
 from legolm.prune.recover import recover
@@ -70,14 +70,14 @@ def cut_blocks(
 
 
 def _cut(
-    model: LayeredModel, jobs: Sequence[_Job], dense: Mapping[CalibrationConfig, Dense], progress: Progress
+    model: LayeredModel, jobs: Sequence[_Job], dense: Mapping[CalibrationConfig, Stream], progress: Progress
 ) -> None:
     """The pass over the layers: each goes through the dense model and then to every block."""
     with progress.stage(f"cut {', '.join(job.spec.name for job in jobs)}", len(model.layers)) as advance:
         for index in range(len(model.layers)):
             with model.layer(index) as layer:
                 for one in dense.values():
-                    one.step(index, layer)
+                    one.advance(index, layer)
                 for job in jobs:
                     ready = job.cut.step(index, layer, dense.get(job.spec.calibration))
                     if ready is not None:

@@ -107,9 +107,9 @@ class Source(Protocol):
         """Moments of the inputs of all the layer's linear layers."""
 
     def regression(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None) -> Regression:
-        """What the linear layer `name` should answer for the hidden states after it to be `wanted`."""
+        """What the linear layer `name` should answer: as it does, or for the layer to give `wanted`."""
 
-    def advance(self, index: int, layer: nn.Module) -> object:
+    def advance(self, index: int, layer: nn.Module) -> None:
         """Go on to the next layer with what this one sends."""
 
 
@@ -149,30 +149,21 @@ class Stream:
                 hidden = self.hidden[part]
                 yield part, hidden, layer(hidden, **self._arguments[len(hidden)][index])
 
-    def advance(self, index: int, layer: nn.Module, middle: bool = False) -> Tensor | None:
-        """Replace the hidden states by the layer's outputs; if `middle`, return those between attention and MLP.
-
-        Raises `LegolmError` when the outputs are not finite.
-        """
-        between = _buffer(self.hidden.shape) if middle else None
-        with _inputs(layer, self._family.middle if middle else None) as seen:
-            for part, _, output in self.run(index, layer):
-                if not bool(output.isfinite().all()):
-                    raise LegolmError(
-                        f"calibration: layer {index} gives values that are not finite; check the model's weights"
-                    )
-                self.hidden[part] = output
-                if between is not None:
-                    between[part] = seen.pop()
-        return between
+    def advance(self, index: int, layer: nn.Module) -> None:
+        """Replace the hidden states by the layer's outputs. Raises `LegolmError` when they are not finite."""
+        for part, _, output in self.run(index, layer):
+            if not bool(output.isfinite().all()):
+                raise LegolmError(
+                    f"calibration: layer {index} gives values that are not finite; check the model's weights"
+                )
+            self.hidden[part] = output
 
     def regression(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None) -> Regression:
-        """How the matrix that ends attention or MLP should answer for the hidden states after it to be `wanted`.
+        """How the matrix that ends attention or MLP should answer: as it does, or for the layer to give `wanted`.
 
         Its bias stays. Where an RMS norm follows (Gemma 3, OLMo 2), errors count as they arrive in the residual
         stream: each token by the size that the norm divides by, and corrected through the norm's gain.
         """
-        assert wanted is not None
         module = self._family.modules[name]
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -184,10 +175,10 @@ class Stream:
         seen: dict[str, Tensor] = {}
         hook = linear.register_forward_hook(lambda _module, inputs, output: seen.update(x=inputs[0], y=output))
         try:
-            for part, hidden, output in self.run(index, layer):
+            for part, _, output in self.run(index, layer):
                 inputs, answer = seen["x"], seen["y"].float()
                 added = norm(answer)
-                error = wanted[part] - (hidden + added if module.cols == "query" else output)
+                error = torch.zeros(()) if wanted is None else wanted[part] - output
                 size = (answer * gain).norm(dim=-1, keepdim=True) / added.norm(dim=-1, keepdim=True)
                 size = size.nan_to_num(1.0)  # a token that answers nothing
                 if linear.bias is not None:
@@ -216,23 +207,6 @@ class Stream:
         return shared
 
 
-class Dense:
-    """The dense model's hidden states, and between attention and MLP if some cut needs them."""
-
-    def __init__(self, stream: Stream, middle: bool) -> None:
-        self._stream, self._wants_middle = stream, middle
-        self.middle: Tensor | None = None
-
-    def step(self, index: int, layer: nn.Module) -> None:
-        """Go through one layer."""
-        self.middle = self._stream.advance(index, layer, self._wants_middle)
-
-    @property
-    def hidden(self) -> Tensor:
-        """After the last layer (samples, length, hidden)."""
-        return self._stream.hidden
-
-
 def _lower(size: int) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool).tril()
 
@@ -247,20 +221,6 @@ def inputs_of(modules: Mapping[str, Module]) -> list[list[str]]:
     for name, module in modules.items():
         groups.setdefault((name.rpartition(".")[0], module.cols), []).append(name)
     return list(groups.values())
-
-
-@contextmanager
-def _inputs(layer: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
-    """The first inputs of a submodule, one a call; none without a name."""
-    seen: list[Tensor] = []
-    if name is None:
-        yield seen
-        return
-    hook = layer.get_submodule(name).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 def _parts(samples: int) -> list[slice]:

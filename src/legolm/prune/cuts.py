@@ -16,7 +16,7 @@ from legolm.models.family import Unit
 from legolm.progress import Progress
 from legolm.prune import magnitude, sparsegpt, wanda  # noqa: F401 (they register themselves)
 from legolm.prune.allocate import SAMPLES, Costs, choose, measure_costs
-from legolm.prune.calibrate import Dense, Source, Stream
+from legolm.prune.calibrate import Source, Stream
 from legolm.prune.registry import CRITERIA
 from legolm.prune.speed import shape_for
 from legolm.prune.statistics import load_statistics
@@ -32,7 +32,7 @@ class Cut(Protocol):
     def coverage(self) -> Coverage:
         """What the block kept."""
 
-    def step(self, index: int, layer: nn.Module, dense: Dense | None) -> nn.Module | None:
+    def step(self, index: int, layer: nn.Module, dense: Stream | None) -> nn.Module | None:
         """Take the LLM's layer `index`; give the block's next layer when it is ready."""
 
 
@@ -42,14 +42,14 @@ class WholeCut:
     def __init__(self, shape: Shape) -> None:
         self.coverage = Coverage.full(shape)
 
-    def step(self, index: int, layer: nn.Module, dense: Dense | None) -> nn.Module:
+    def step(self, index: int, layer: nn.Module, dense: Stream | None) -> nn.Module:
         """The layer as it is."""
         return layer
 
 
 def start_cuts(
     specs: Sequence[BlockConfig], model: LayeredModel, base: Base, seed: int, precision: Precision, progress: Progress
-) -> tuple[list[Cut], dict[CalibrationConfig, Dense]]:
+) -> tuple[list[Cut], dict[CalibrationConfig, Stream]]:
     """The cuts in the order of `specs`, and the dense model's hidden states for each calibration that needs them.
 
     Raises `LegolmError` for targets that cannot be met and for text that is missing or too short.
@@ -57,7 +57,7 @@ def start_cuts(
     for spec in specs:
         _check(spec, base)
     cuts: dict[str, Cut] = {}
-    dense: dict[CalibrationConfig, Dense] = {}
+    dense: dict[CalibrationConfig, Stream] = {}
     for calibration in dict.fromkeys(spec.calibration for spec in specs):
         users = [spec for spec in specs if spec.calibration == calibration]
         reading = [spec for spec in users if _reads(spec)]
@@ -74,8 +74,7 @@ def start_cuts(
             streams = text.streams(len(reading) + bool(shapes))
             sources = {spec.name: stream for spec, stream in zip(reading, streams, strict=False)}
             if shapes:
-                fewer_heads = any(small.kv_groups < base.shape.kv_groups for small, _ in shapes.values())
-                dense[calibration] = Dense(streams[-1], fewer_heads)
+                dense[calibration] = streams[-1]
         for spec in users:
             cuts[spec.name] = _cut(spec, base, shapes, sources.get(spec.name))
     return [cuts[spec.name] for spec in specs], dense

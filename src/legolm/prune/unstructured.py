@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from legolm.coverage import Coverage
 from legolm.models import Shape
-from legolm.prune.calibrate import Dense, Moments, Source
+from legolm.prune.calibrate import Moments, Source, Stream
 from legolm.prune.registry import Criterion, Pattern
 
 
@@ -20,7 +20,7 @@ class UnstructuredCut:
         self._shape, self._criterion, self._pattern, self._source = shape, criterion, pattern, source
         self._masks: dict[str, Tensor] = {}
 
-    def step(self, index: int, layer: nn.Module, dense: Dense | None) -> nn.Module:
+    def step(self, index: int, layer: nn.Module, dense: Stream | None) -> nn.Module:
         """The pruned copy of an LLM layer."""
         pruned = copy.deepcopy(layer)
         moments: Mapping[str, Moments] = {}
