@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -66,17 +67,30 @@ class Coverage:
 
     def rows(self, layer: int, module: str) -> Tensor | None:
         """Kept output rows (int64, ascending) of a module of an LLM layer; None when all are kept."""
-        parts, start = [], 0
         units = self.shape.module(module).rows
-        for unit in units:
-            size, kept = self.shape.size(unit), self._index(layer, unit)
-            parts.append(start + (torch.arange(size) if kept is None else kept))
+        kept = [self._index(layer, unit) for unit in units]
+        if all(index is None for index in kept):
+            return None
+        parts, start = [], 0
+        for unit, index in zip(units, kept, strict=True):
+            size = self.shape.size(unit)
+            parts.append(start + (torch.arange(size) if index is None else index))
             start += size
-        return None if all(self._index(layer, unit) is None for unit in units) else torch.cat(parts)
+        return torch.cat(parts)
 
     def cols(self, layer: int, module: str) -> Tensor | None:
         """Kept input columns, like `rows`."""
         return self._index(layer, self.shape.module(module).cols)
+
+    def located(self, layer: int, module: str, side: Literal["rows", "cols"]) -> Tensor:
+        """The way back: for each row (or column) of the LLM's module its place in the block's, −1 where it has none."""
+        size = self.shape.matrix(module)[side == "cols"]
+        places = torch.full((size,), -1)
+        if layer in self.layers:
+            kept = getattr(self, side)(layer, module)
+            kept = torch.arange(size) if kept is None else kept
+            places[kept] = torch.arange(len(kept))
+        return places
 
     def matrix(self, layer: int, module: str) -> tuple[int, int]:
         """(rows, columns) of a module in the block's slice."""
