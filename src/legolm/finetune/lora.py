@@ -38,9 +38,10 @@ def lora(
     in `precision`. `dropout` is on the input of A; a masked module has one matrix and no such input, and goes without.
     """
     dtype = dtype_of(precision)
+    # Sorted: files and messages give factors in any order, and sums over them (the gradient's norm) round by it.
     parameters = {
         key: nn.Parameter(tensor.to(model.device, torch.float32, copy=True), requires_grad=key not in frozen)
-        for key, tensor in factors.items()
+        for key, tensor in sorted(factors.items())
     }
     patched = [one for layer in decoder_layers(model) for one in layer.modules() if isinstance(one, nn.Linear)]
     try:
