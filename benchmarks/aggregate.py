@@ -65,7 +65,8 @@ def ours(name: str, clients: int) -> dict[str, float]:
     for coverage in coverages:
         payload = scheme.payload(coverage, RANK)
         given = payload or slice_factors(coverage, start.factors, RANK)
-        sent.append(wire.Sent(payload, given, frozenset(given), tensors_hash(payload)))
+        encoded = codec.encode(payload, "none")
+        sent.append(wire.Sent(encoded, given, codec.Layout.of(given), 0, tensors_hash(encoded)))
         header = wire.UpdateReply(
             **fields, rank=RANK, scale=SCALE, round=1, received_hash=sent[-1].hash, examples=50, metrics={}
         )
@@ -74,13 +75,12 @@ def ours(name: str, clients: int) -> dict[str, float]:
             delta = {key: 1e-3 * torch.randn(tensor.shape) for key, tensor in given.items()}
             made.append(wire.pack(header, codec.encode(delta, "none")))
         replies.append(made)
-    before, spent = peak_mb(), 0.0
+    before, began = peak_mb(), time.process_time()
     for k in range(clients):
         which = k % len(coverages)
-        content = bytes(bytearray(replies[which][k % 2]))  # each reply is bytes of its own
-        began = time.process_time()
-        scheme.add(wire.accept(content, request, sent[which], coverages[which]), coverages[which])
-        spent += time.process_time() - began
+        reply = replies[which][k // len(coverages) % 2]
+        scheme.add(wire.accept(reply, request, sent[which]), coverages[which])
+    spent = time.process_time() - began
     began = time.process_time()
     scheme.finish()
     finish = time.process_time() - began

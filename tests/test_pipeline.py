@@ -211,8 +211,9 @@ def tampering_engine(tampers: dict[str, Tamper], crash: str | None = None) -> Ca
 
 
 def poison(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
-    next(iter(delta.values()))[0, 0] = float("nan")
-    return wire.pack(header, delta)
+    poisoned = delta["factors"].clone()
+    poisoned[0] = float("nan")
+    return wire.pack(header, {"factors": poisoned})
 
 
 def foreign(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
@@ -220,7 +221,7 @@ def foreign(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
 
 
 def misshapen(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
-    return wire.pack(header, {key: tensor[:, :1].contiguous() for key, tensor in delta.items()})
+    return wire.pack(header, {key: tensor[1:] for key, tensor in delta.items()})
 
 
 def test_bad_updates_are_refused_and_named_and_the_round_goes_on(config_file: Path, tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
-"""Factors on the wire: fewer bits an entry, fewer entries.
+"""Factors on the wire: one flat tensor, with fewer bits an entry or fewer entries if wanted.
 
-`bf16` rounds each entry. `int8` rounds it to 255 steps between ± the largest of its rank row (of A) or column (of B),
-with that row's float32 step in `scales`. With `keep` < 1 only the largest entries of each tensor travel, in order, and
-`kept` has a bit for each entry. What a codec loses, a client adds to its next update (error feedback: Karimireddy et
-al., ICML 2019, arXiv 1901.09847).
+`factors` holds all factors one after the other in the order of their keys; both sides know keys and shapes from the
+block's coverage, so that no names travel and a server checks and adds an update as one tensor. `bf16` rounds each
+entry. `int8` rounds it to 255 steps between ± the largest of its rank row (of A) or column (of B), whose float32 step
+is in `scales`. With `keep` < 1 only the largest entries of each factor travel, and `kept` has a bit for each entry.
+What a codec loses, a client adds to its next update (error feedback: Karimireddy et al., arXiv 1901.09847).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -17,52 +19,88 @@ from torch import Tensor
 from legolm.config import Codec
 from legolm.types import LegolmError, Tensors
 
-SCALES, KEPT = "scales", "kept"
+FACTORS, SCALES, KEPT = "factors", "scales", "kept"
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 STEPS = 127
 
 
-def encode(factors: Tensors, codec: Codec, keep: float = 1.0) -> Tensors:
-    """Float32 factors by key as tensors to send; `keep` is the share of each tensor's entries, the largest, that go."""
-    masks = {key: most_salient(tensor, keep) for key, tensor in factors.items()} if keep < 1 else {}
-    content: Tensors = {}
-    scales = []
+class Layout:
+    """Where each factor is in a flat tensor: keys in order, shapes, and the number of entries."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.shapes = {key: (shapes[key][0], shapes[key][1]) for key in sorted(shapes)}
+        self.spans: dict[str, slice] = {}
+        self.total = 0
+        for key, shape in self.shapes.items():
+            self.spans[key] = slice(self.total, self.total + math.prod(shape))
+            self.total += math.prod(shape)
+
+    @staticmethod
+    def of(factors: Mapping[str, Tensor]) -> Layout:
+        """The layout of these factors."""
+        return Layout({key: (tensor.shape[0], tensor.shape[1]) for key, tensor in factors.items()})
+
+
+class Flat(Mapping[str, Tensor]):
+    """Factors by key as views of one flat float32 tensor, made when they are asked for. Not to be written to."""
+
+    def __init__(self, flat: Tensor, layout: Layout) -> None:
+        self.flat, self.layout = flat, layout
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.flat[self.layout.spans[key]].view(self.layout.shapes[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.shapes)
+
+    def __len__(self) -> int:
+        return len(self.layout.shapes)
+
+
+def encode(factors: Mapping[str, Tensor], codec: Codec, keep: float = 1.0) -> Tensors:
+    """Float32 factors by key as tensors to send; `keep` is the share of each factor's entries, the largest, that go."""
+    if not factors:
+        return {}
+    parts, scales, masks = [], [], []
     for key in sorted(factors):
         tensor = factors[key]
         if codec == "int8":
             step = tensor.abs().amax(_across(key), keepdim=True) / STEPS
             scales.append(step.flatten())
             tensor = (tensor / torch.where(step > 0, step, 1.0)).round()
-        content[key] = tensor[masks[key]] if masks else tensor
-        content[key] = content[key].to(DTYPES[codec]).contiguous()
+        if keep < 1:
+            masks.append(most_salient(factors[key], keep).flatten())
+            tensor = tensor.flatten()[masks[-1]]
+        parts.append(tensor.flatten().to(DTYPES[codec]))
+    content = {FACTORS: torch.cat(parts)}
     if scales:
         content[SCALES] = torch.cat(scales)
     if masks:
-        bits = torch.cat([masks[key].flatten() for key in sorted(masks)])
-        content[KEPT] = torch.from_numpy(np.packbits(bits.numpy()))
+        content[KEPT] = torch.from_numpy(np.packbits(torch.cat(masks).numpy()))
     return content
 
 
-def decode(content: Tensors, codec: Codec, shapes: Mapping[str, tuple[int, int]], keep: float = 1.0) -> Tensors:
-    """Factors of these shapes, float32. Raises `LegolmError` when `content` is not what `encode` makes of them."""
-    extra = ({SCALES} if codec == "int8" and shapes else set()) | ({KEPT} if keep < 1 else set())
-    missing, foreign = sorted((set(shapes) | extra) - set(content)), sorted(set(content) - set(shapes) - extra)
+def decode(content: Tensors, codec: Codec, layout: Layout, keep: float = 1.0) -> Flat:
+    """Factors of this layout, float32. Raises `LegolmError` when `content` is not what `encode` makes of them."""
+    wanted = {FACTORS} | ({SCALES} if codec == "int8" else set()) | ({KEPT} if keep < 1 else set())
+    wanted = wanted if layout.shapes else set()
+    missing, foreign = sorted(wanted - set(content)), sorted(set(content) - wanted)
     if missing or foreign:
         raise LegolmError(f"{missing[0]} is missing" if missing else f"{foreign[0]} was not asked for")
-    masks = _masks(content[KEPT], shapes) if keep < 1 else {}
-    steps = _steps(content[SCALES], shapes) if SCALES in extra else {}
-    factors: Tensors = {}
-    for key, shape in shapes.items():
-        tensor = content[key]
-        wanted = (int(masks[key].sum()),) if masks else shape
-        if tensor.dtype != DTYPES[codec]:
-            raise LegolmError(f"{key} is {tensor.dtype}; must be {str(DTYPES[codec]).removeprefix('torch.')}")
-        if tuple(tensor.shape) != wanted:
-            raise LegolmError(f"{key} has shape {tuple(tensor.shape)}; the block's is {wanted}")
-        tensor = tensor.float()
-        if masks:
-            tensor = torch.zeros(shape).masked_scatter_(masks[key], tensor)
-        factors[key] = tensor * steps[key] if steps else tensor
+    if not wanted:
+        return Flat(torch.zeros(0), layout)
+    mask = _mask(content[KEPT], layout) if keep < 1 else None
+    flat = content[FACTORS]
+    _check(FACTORS, flat, DTYPES[codec], layout.total if mask is None else int(mask.sum()))
+    if mask is not None:
+        flat = torch.zeros(layout.total, dtype=flat.dtype).masked_scatter_(mask, flat)
+    if codec != "int8":
+        return Flat(flat.float(), layout)
+    ranks = [shape[1 - _across(key)] for key, shape in layout.shapes.items()]
+    _check(SCALES, content[SCALES], torch.float32, sum(ranks))
+    factors = Flat(flat.float(), layout)
+    for (key, factor), step in zip(factors.items(), torch.split(content[SCALES], ranks), strict=True):
+        factor.mul_(step.unsqueeze(_across(key)))
     return factors
 
 
@@ -74,32 +112,26 @@ def most_salient(tensor: Tensor, keep: float) -> Tensor:
     return mask.view_as(tensor)
 
 
-def encoded_bytes(shapes: Mapping[str, tuple[int, int]], codec: Codec, keep: float = 1.0) -> int:
+def encoded_bytes(layout: Layout, codec: Codec, keep: float = 1.0) -> int:
     """Bytes of the tensors that `encode` makes, without the message's header."""
-    entries = [rows * cols for rows, cols in shapes.values()]
-    total = sum(round(keep * count) for count in entries) * DTYPES[codec].itemsize
+    total = sum(round(keep * math.prod(shape)) for shape in layout.shapes.values()) * DTYPES[codec].itemsize
     if codec == "int8":
-        total += 4 * sum(shape[0] if key.endswith(".A") else shape[1] for key, shape in shapes.items())
-    return total + ((sum(entries) + 7) // 8 if keep < 1 else 0)
+        total += 4 * sum(shape[1 - _across(key)] for key, shape in layout.shapes.items())
+    return total + ((layout.total + 7) // 8 if keep < 1 else 0)
 
 
 def _across(key: str) -> int:
+    """The dimension that a rank row (of A) or column (of B) runs along."""
     return 1 if key.endswith(".A") else 0
 
 
-def _steps(scales: Tensor, shapes: Mapping[str, tuple[int, int]]) -> Tensors:
-    ranks = {key: shapes[key][1 - _across(key)] for key in sorted(shapes)}
-    if scales.dtype != torch.float32 or tuple(scales.shape) != (sum(ranks.values()),):
-        raise LegolmError(f"{SCALES} is {scales.dtype} of shape {tuple(scales.shape)}; must be float32, one a rank row")
-    parts = scales.split(list(ranks.values()))  # type: ignore[no-untyped-call]
-    return {key: part.unsqueeze(_across(key)) for key, part in zip(ranks, parts, strict=True)}
+def _mask(packed: Tensor, layout: Layout) -> Tensor:
+    _check(KEPT, packed, torch.uint8, (layout.total + 7) // 8)
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=layout.total).astype(bool))
 
 
-def _masks(packed: Tensor, shapes: Mapping[str, tuple[int, int]]) -> Tensors:
-    sizes = {key: shapes[key][0] * shapes[key][1] for key in sorted(shapes)}
-    total = sum(sizes.values())
-    if packed.dtype != torch.uint8 or tuple(packed.shape) != ((total + 7) // 8,):
-        raise LegolmError(f"{KEPT} is {packed.dtype} of shape {tuple(packed.shape)}; must be uint8, a bit an entry")
-    bits = torch.from_numpy(np.unpackbits(packed.numpy(), count=total).astype(bool))
-    parts = bits.split(list(sizes.values()))  # type: ignore[no-untyped-call]
-    return {key: part.view(shapes[key]) for key, part in zip(sizes, parts, strict=True)}
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
+    if tensor.dtype != dtype:
+        raise LegolmError(f"{name} is {tensor.dtype}; must be {str(dtype).removeprefix('torch.')}")
+    if tuple(tensor.shape) != (count,):
+        raise LegolmError(f"{name} has shape {tuple(tensor.shape)}; the block's is ({count},)")

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from legolm import codec, wire
 from legolm.aggregate import Scheme, initial_factors
-from legolm.aggregate.initial import is_frozen
 from legolm.aggregate.scheme import with_prefix
 from legolm.config import RunConfig
 from legolm.coverage import Coverage, slice_factors, tensors_hash
@@ -84,7 +83,7 @@ class Dispatch:
 
         def requests() -> Iterator[Request]:
             for index, id in enumerate(clients):
-                content = wire.pack(self._request(order, id), shared(id).content)
+                content = wire.pack(self._request(order, id, shared(id)), shared(id).content)
                 sizes[index] = len(content)
                 yield Request(id, content)
 
@@ -96,8 +95,8 @@ class Dispatch:
                 update, reason = None, reply.error
                 if not reason:
                     try:
-                        request = self._request(order, id)
-                        update = wire.accept(reply.content, request, shared(id), self._block[id].coverage)
+                        request = self._request(order, id, shared(id))
+                        update = wire.accept(reply.content, request, shared(id))
                     except LegolmError as error:
                         reason = str(error)
                 yield Trained(id, update, reason, sizes.get(reply.index, 0), len(reply.content))
@@ -113,7 +112,7 @@ class Dispatch:
             for job in (jobs[i] for i in order):
                 rank = max((t.shape[0] for key, t in job.factors.items() if key.endswith(".A")), default=0)
                 header = wire.EvaluateRequest(**self._header(job.client, job.block, rank), sets=list(job.sets))
-                yield Request(job.client, wire.pack(header, job.factors))
+                yield Request(job.client, wire.pack(header, codec.encode(job.factors, "none")))
 
         with self._progress.stage(label, len(jobs)) as advance:
             for reply in exchange(requests()):
@@ -126,21 +125,21 @@ class Dispatch:
     def _sent(self, order: Order, coverage: Coverage, rank: int, since: int) -> wire.Sent:
         scheme, lora = order.scheme, self._config.lora
         name = self._codec(order.phase)
-        payload = scheme.payload(coverage, rank)
-        content = codec.encode(payload | with_prefix("fold", scheme.fold(coverage, since)), name)
-        shapes = {key: (tensor.shape[0], tensor.shape[1]) for key, tensor in payload.items()}
-        # The folds do not matter here, nor their part of the scales: decode the payload as a message of its own.
-        start = codec.decode(codec.encode(payload, name), name, shapes)
-        trained = frozenset(start)
+        payload, fold = scheme.payload(coverage, rank), scheme.fold(coverage, since)
+        encoded = codec.encode(payload, name)
+        content = encoded | with_prefix("fold", codec.encode(fold, name))
+        start: Tensors = dict(codec.decode(encoded, name, codec.Layout.of(payload)))
         if scheme.derived_seed is not None:
             made = initial_factors(
                 coverage.shape, lora.targets, lora.rank, scheme.derived_seed, self._frozen, lora.ranks
             )
             start = slice_factors(coverage, made, rank) | start
-            trained = frozenset(key for key in start if not (self._frozen and is_frozen(key, coverage.shape)))
-        return wire.Sent(content, start, trained, tensors_hash(content))
+        keys = wire.adapter_keys(coverage, lora.targets, trained=self._frozen)
+        fold_rank = next((tensor.shape[0] for key, tensor in fold.items() if key.endswith(".A")), 0)
+        trained = wire.adapter_layout(coverage, keys, rank, lora.ranks)
+        return wire.Sent(content, start, trained, fold_rank, tensors_hash(content))
 
-    def _request(self, order: Order, id: str) -> wire.TrainRequest:
+    def _request(self, order: Order, id: str, sent: wire.Sent) -> wire.TrainRequest:
         steps, done, total = steps_of(self._config, order.phase, order.number)
         everyone = len(self._config.clients) if id == wire.EVERYONE else 1
         saliency = self._config.aggregate.mask == "saliency" and order.phase == "round"
@@ -154,6 +153,7 @@ class Dispatch:
             seed=derive_seed(self._config.seed, order.phase, order.number, id),
             derived_seed=order.scheme.derived_seed,
             frozen=self._frozen,
+            fold_rank=sent.fold_rank,
             proximal=order.scheme.proximal if order.phase == "round" else 0.0,
             codec=self._codec(order.phase),
             keep=1 - self._block[id].coverage.sparsity if saliency else 1.0,

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from legolm import wire
 from legolm.aggregate import scheme_class
-from legolm.aggregate.initial import is_frozen
 from legolm.assign import adapter_parameters, assign, training_bytes
 from legolm.codec import encoded_bytes
 from legolm.config import RunConfig
-from legolm.coverage import Coverage, factor_shape, modules_of
+from legolm.coverage import Coverage
 from legolm.data import render
 from legolm.federate.client import client_data
 from legolm.memory import available_bytes
@@ -146,22 +146,15 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str]) -> None:
 
 def _traffic(config: RunConfig, coverage: Coverage, rank: int, sparsity: float) -> tuple[int, int]:
     """Bytes (down, up) of one client's tensors in a round."""
-    keys = [
-        f"layers.{i}.{m}.{side}"
-        for i in coverage.layers
-        for m in modules_of(coverage.shape, config.lora.targets)
-        for side in "AB"
-    ]
-    if config.aggregate.form == "frozen_side":
-        keys = [key for key in keys if not is_frozen(key, coverage.shape)]
-    shapes = {key: factor_shape(coverage, key, rank) for key in keys}
-    codec, keep = config.federation.codec, 1 - sparsity if config.aggregate.mask == "saliency" else 1.0
-    up = encoded_bytes(shapes, codec, keep)
+    frozen_side, codec = config.aggregate.form == "frozen_side", config.federation.codec
+    keys = wire.adapter_keys(coverage, config.lora.targets, trained=frozen_side)
+    own = wire.adapter_layout(coverage, keys, rank, config.lora.ranks)
+    up = encoded_bytes(own, codec, 1 - sparsity if config.aggregate.mask == "saliency" else 1.0)
     # FLoRA and FedEx-LoRA send what the last round changed in the base.
     ranks = sum(client.rank or config.lora.rank for client in config.clients)
     fold = {"flora": ranks, "fedex_lora": ranks + config.lora.rank}.get(config.aggregate.scheme, 0)
-    folded = encoded_bytes({key: factor_shape(coverage, key, fold) for key in keys}, codec) if fold else 0
-    return folded + (0 if config.aggregate.scheme == "flora" else encoded_bytes(shapes, codec)), up
+    down = 0 if config.aggregate.scheme == "flora" else encoded_bytes(own, codec)
+    return down + encoded_bytes(wire.adapter_layout(coverage, keys, fold), codec), up
 
 
 def _actors(config: RunConfig, need: int) -> int:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from legolm import wire
 from legolm.aggregate import Scheme, Start, initial_factors, make_scheme
 from legolm.aggregate.folding import concatenated
+from legolm.codec import Flat
 from legolm.config import OutlierConfig, RunConfig
 from legolm.dispatch import Dispatch, Job, Order, Split, derive_seed
 from legolm.federate import Exchange
@@ -276,8 +277,9 @@ def usual_size(rounds: Iterable[Record]) -> float | None:
 
 def size_of(update: Update) -> float:
     """Root mean square of the change: comparable between blocks."""
-    total = sum(float(torch.linalg.vector_norm(tensor)) ** 2 for tensor in update.delta.values())
-    return math.sqrt(total / sum(tensor.numel() for tensor in update.delta.values()))
+    parts = [update.delta.flat] if isinstance(update.delta, Flat) else list(update.delta.values())
+    total = sum(float(torch.linalg.vector_norm(part)) ** 2 for part in parts)
+    return math.sqrt(total / sum(part.numel() for part in parts))
 
 
 def within(update: Update, size: float, usual: float | None, outliers: OutlierConfig) -> tuple[Update | None, str]:

@@ -92,7 +92,7 @@ class Update:
     examples: int
     rank: int
     scale: float
-    delta: Tensors
+    delta: Mapping[str, Tensor]
     received: Tensors
     metrics: Mapping[str, float] = field(default_factory=dict)
 

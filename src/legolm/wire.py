@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
 from safetensors.torch import save as safetensors_save
 
 from legolm import codec as codecs
+from legolm.aggregate.initial import is_frozen
+from legolm.codec import Flat, Layout
 from legolm.config import Codec
-from legolm.coverage import Coverage, factor_shape, parse_key
+from legolm.coverage import Coverage, factor_key, factor_shape, modules_of, parse_key
 from legolm.types import LegolmError, Score, Tensors, Update
+
+# Tensors of a message are views of its bytes; nobody writes to them.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 MAX_BYTES = 2 << 30
 MAX_HEADER = 64 << 20
@@ -41,9 +48,10 @@ class TrainRequest(_Header):
     """Train the adapter that comes with it, the block's slice. `phase` is `round`, `local` or `personal`.
 
     `done` and `total` count the client's steps before this request and in the whole run: they set the learning rate.
-    Factors that are not in the message the client makes from `derived_seed`; with `frozen` they do not train. `fold.`
-    tensors change its base from now on. `accepted` is the last round whose update of this client was added: the
-    client's own state goes on from there. The reply comes in this `codec`, with the `keep` share of its entries.
+    With `derived_seed` the client makes factors itself: those of the side that does not train if `frozen`, else all.
+    `fold.` tensors, of rank `fold_rank`, change its base from now on. `accepted` is the last round whose update of this
+    client was added: the client's own state goes on from there. The reply comes in this `codec`, with the `keep` share
+    of its entries.
     """
 
     kind: Literal["train"] = "train"
@@ -55,6 +63,7 @@ class TrainRequest(_Header):
     seed: int
     derived_seed: int | None = None
     frozen: bool = False
+    fold_rank: int = 0
     proximal: float = 0.0
     codec: Codec = "none"
     keep: float = 1.0
@@ -77,6 +86,11 @@ class UpdateReply(_Header):
     received_hash: str
     examples: int
     metrics: dict[str, float]
+
+    @field_serializer("metrics")
+    def _fixed_width(self, metrics: dict[str, float]) -> dict[str, str]:
+        # A clock's digits must not change how many bytes a run sends.
+        return {name: f"{value:+.16e}" for name, value in metrics.items()}
 
 
 class ScoreReply(BaseModel):
@@ -127,17 +141,18 @@ def kind_of(content: bytes) -> str:
 class Sent:
     """What goes to all clients of one coverage and rank: the tensors, and what training starts from after the codec.
 
-    `start` has the factors that the client makes itself, too; `trained` are those that change.
+    `start` has the factors that the client makes itself, too; `trained` is the layout of those that change.
     """
 
     content: Tensors
     start: Tensors
-    trained: frozenset[str]
+    trained: Layout
+    fold_rank: int
     hash: str
 
 
-def accept(content: bytes, request: TrainRequest, sent: Sent, coverage: Coverage) -> Update:
-    """Check a reply against what was asked and return its update; `coverage` is the client's block's.
+def accept(content: bytes, request: TrainRequest, sent: Sent) -> Update:
+    """Check a reply against what was asked and what was sent, and return its update.
 
     Raises `LegolmError` with the first mismatch of header, keys, shape, dtype or finiteness.
     """
@@ -148,9 +163,8 @@ def accept(content: bytes, request: TrainRequest, sent: Sent, coverage: Coverage
             raise LegolmError(f"{name} is {getattr(reply, name)!r}; asked for {value!r}")
     if reply.examples < 1:
         raise LegolmError(f"examples is {reply.examples}; must be at least 1")
-    shapes = {key: (size[0], size[1]) for key in sent.trained if (size := sent.start[key].shape)}
-    delta = codecs.decode(tensors, request.codec, shapes, request.keep)
-    check_factors(delta, coverage, request.rank)
+    delta = codecs.decode(tensors, request.codec, sent.trained, request.keep)
+    check_finite(delta)
     return Update(
         **{field: getattr(reply, field) for field in (*REPLIED, "received_hash", "examples", "metrics")},
         delta=delta,
@@ -158,20 +172,33 @@ def accept(content: bytes, request: TrainRequest, sent: Sent, coverage: Coverage
     )
 
 
-def check_factors(factors: Tensors, coverage: Coverage, rank: int) -> None:
-    """Raise `LegolmError` unless all are factors of the block's shapes, of this rank or less, float32 and finite."""
-    for key, tensor in factors.items():
-        _, _, side = parse_key(key)
-        # A module may have a rank of its own, below the client's.
-        own = tensor.shape[0 if side == "A" else -1] if tensor.dim() == 2 else rank
-        wanted = factor_shape(coverage, key, max(1, min(rank, own)))
-        if tuple(tensor.shape) != wanted:
-            raise LegolmError(f"{key} has shape {tuple(tensor.shape)}; the block's is {wanted}")
-        if tensor.dtype != torch.float32:
-            raise LegolmError(f"{key} is {tensor.dtype}; must be float32")
-        # A sum is not finite if an entry is not, and costs a tenth of looking at each; it may overflow, so look then.
-        if not math.isfinite(float(tensor.sum())) and not bool(tensor.isfinite().all()):
-            raise LegolmError(f"{key} is not finite")
+def adapter_keys(coverage: Coverage, targets: Iterable[str] | None, trained: bool = False) -> list[str]:
+    """Keys of a block's factors; `trained`: without those of the side that stays in the frozen-side form."""
+    shape = coverage.shape
+    modules = modules_of(shape, targets)
+    keys = (factor_key(layer, module, side) for layer in coverage.layers for module in modules for side in "AB")
+    return [key for key in keys if not (trained and is_frozen(key, shape))]
+
+
+def adapter_layout(
+    coverage: Coverage, keys: Iterable[str], rank: int, ranks: Mapping[str, int] | None = None
+) -> Layout:
+    """Where a block's factors of this rank are in a message; `ranks` are those of single modules, if lower."""
+    own = ranks or {}
+    found = {}
+    for key in keys:
+        module = parse_key(key)[1].rpartition(".")[2]
+        found[key] = factor_shape(coverage, key, min(rank, own.get(module, rank)))
+    return Layout(found)
+
+
+def check_finite(factors: Flat) -> None:
+    """Raise `LegolmError` naming the first factor with NaN or infinity."""
+    # A sum is not finite if an entry is not, and costs a tenth of looking at each; it may overflow, so look then.
+    if not math.isfinite(float(factors.flat.sum())):
+        for key, tensor in factors.items():
+            if not bool(tensor.isfinite().all()):
+                raise LegolmError(f"{key} is not finite")
 
 
 def _header(content: bytes) -> dict[str, Any]:
@@ -185,18 +212,17 @@ def _header(content: bytes) -> dict[str, Any]:
 
 
 def _parse(content: bytes) -> tuple[str, Tensors]:
-    """A safetensors message's metadata and tensors, all views of one copy: the library copies each tensor twice."""
+    """A safetensors message's metadata and tensors, as views of the message: the library copies each tensor twice."""
     header = _header(content)
     start = 8 + int.from_bytes(content[:8], "little")
-    body = bytearray(memoryview(content)[start:])
     metadata = header.pop("__metadata__")["legolm"]
     tensors: Tensors = {}
     for name, entry in header.items():
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and start + end <= len(content)
         count = math.prod(shape)
-        fits = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and end <= len(body)
-        if not fits or end - begin != count * dtype.itemsize or begin % dtype.itemsize:
+        if not whole or end - begin != count * dtype.itemsize or (start + begin) % dtype.itemsize:
             raise ValueError(f"{name}: its size does not fit")
-        flat = torch.frombuffer(body, dtype=dtype, count=count, offset=begin) if count else torch.empty(0, dtype=dtype)
+        flat = torch.frombuffer(content, dtype=dtype, count=count, offset=start + begin) if count else torch.zeros(0)
         tensors[name] = flat.view(shape)
     return str(metadata), tensors

@@ -17,9 +17,13 @@ from legolm.aggregate.initial import is_frozen
 from legolm.aggregate.optimizer import ServerOptimizer
 from legolm.aggregate.scheme import Scheme, Start, under_prefix, with_prefix
 from legolm.aggregate.weight import EntryWeight, Placement
+from legolm.codec import Flat
 from legolm.config import AggregateConfig
 from legolm.coverage import Coverage, slice_factors
 from legolm.types import GlobalAdapter, Tensors, Update
+
+PIECE = 1 << 16
+"""Entries that are added at once."""
 
 
 class FactorSum(Scheme):
@@ -35,7 +39,7 @@ class FactorSum(Scheme):
         self._factors = dict(start.factors)
         frozen_side = config.form == "frozen_side"
         self.derived_seed = start.seed if frozen_side else None
-        self._trained = [key for key in self._factors if not (frozen_side and is_frozen(key, start.shape))]
+        self._trained = [key for key in sorted(self._factors) if not (frozen_side and is_frozen(key, start.shape))]
         self._optimizer = ServerOptimizer(config)
         self._total, self._round = (EntryWeight(start.shape, start.rank) for _ in range(2))
         self._examples = 0.0
@@ -59,6 +63,11 @@ class FactorSum(Scheme):
         self._round.add(coverage, update.rank, n)
         self._examples += n
         placement = Placement.of(coverage)
+        if isinstance(update.delta, Flat) and placement.whole and update.rank == self._start.rank:
+            # The whole LLM's update lies as the sums do: one addition, in pieces that stay in the cache.
+            for at in range(0, len(self._buffer), PIECE):
+                self._buffer[at : at + PIECE].add_(update.delta.flat[at : at + PIECE], alpha=n)
+            return
         for key, delta in update.delta.items():
             placement.add(key, self._sum[key], delta, n)
 

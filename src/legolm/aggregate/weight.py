@@ -42,6 +42,16 @@ class Placement:
         known.move_to_end(coverage.hash)
         return known[coverage.hash]
 
+    @property
+    def whole(self) -> bool:
+        """Every layer, KV group and neuron of the LLM."""
+        shape = self._coverage.shape
+        return (
+            len(self._coverage.layers) == shape.layers
+            and all(len(groups) == shape.kv_groups for groups in self._coverage.groups)
+            and all(len(neurons) == shape.neurons for neurons in self._coverage.neurons)
+        )
+
     def index(self, key: str) -> Tensor | None:
         """Columns of an A or rows of a B that the block holds; None: all."""
         if key not in self._index:

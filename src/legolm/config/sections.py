@@ -272,6 +272,12 @@ class RunConfig(Section):
                 raise ValueError(f"clients: {client.id!r} has rank {client.rank}; at most lora.rank, {self.lora.rank}")
         if self.aggregate.scheme == "local_only" and not self.evaluate.local_only:
             raise ValueError("aggregate.scheme 'local_only' is the stage evaluate.local_only; set that to true")
+        by_factors = self.aggregate.scheme in ("heteagg", "fedavg", "fedprox") and self.aggregate.form != "exact"
+        if self.lora.ranks and not by_factors:
+            raise ValueError(
+                "lora.ranks: products of another rank in each module need the factor form; take out lora.ranks, or "
+                "use heteagg with form factor or frozen_side"
+            )
         if self.federation.min_replies > len(self.clients):
             raise ValueError(
                 f"federation.min_replies is {self.federation.min_replies}; there are {len(self.clients)} clients"

@@ -57,16 +57,21 @@ class ClientRuntime:
 
     def _train(self, request: wire.TrainRequest, content: Tensors) -> bytes:
         block = self._checked(request)
-        received = codec.decode(content, request.codec, _shapes(content))
-        start = {key: tensor for key, tensor in received.items() if not key.startswith("fold.")}
-        frozen: set[str] = set()
-        if request.derived_seed is not None:
-            derived = self._derived(request, block.coverage)
-            frozen = set(derived) - set(start) if request.frozen else set()
-            start = derived | start
-        wire.check_factors(start, block.coverage, request.rank)
+        coverage, targets = block.coverage, self._config.lora.targets
+        keys = wire.adapter_keys(coverage, targets, trained=request.frozen)
+        derived = self._derived(request, coverage) if request.derived_seed is not None else {}
+        # Frozen side: the factors that do not train. FLoRA: all of them, trained anew in each round.
+        sent = keys if request.frozen or not derived else []
+        received = {name: tensor for name, tensor in content.items() if not name.startswith("fold.")}
+        start = derived | dict(
+            self._decoded(received, request, wire.adapter_layout(coverage, sent, request.rank, self._config.lora.ranks))
+        )
+        frozen = set(start) - set(keys)
         state = self._state(request)
-        fold = concatenated(under_prefix("fold", state), under_prefix("fold", received))
+        everything = wire.adapter_keys(coverage, targets) if request.fold_rank else []
+        folded = wire.adapter_layout(coverage, everything, request.fold_rank)
+        new = dict(self._decoded(under_prefix("fold", content), request, folded))
+        fold = concatenated(under_prefix("fold", state), new)
         examples = self._examples(request.client, "train")
         with merged(self._model, block.coverage, fold, request.scale) as model:
             delta, metrics = fit(
@@ -90,7 +95,7 @@ class ClientRuntime:
         encoded = codec.encode(delta, request.codec, request.keep)
         lost: Tensors = {}
         if request.error_feedback and request.codec != "none":
-            arrived = codec.decode(encoded, request.codec, _shapes(delta), request.keep)
+            arrived = codec.decode(encoded, request.codec, codec.Layout.of(delta), request.keep)
             lost = {
                 key: (tensor - arrived[key]) * codec.most_salient(tensor, request.keep) for key, tensor in delta.items()
             }
@@ -103,9 +108,11 @@ class ClientRuntime:
         )
         return wire.pack(reply, encoded)
 
-    def _evaluate(self, request: wire.EvaluateRequest, factors: Tensors) -> bytes:
+    def _evaluate(self, request: wire.EvaluateRequest, content: Tensors) -> bytes:
         block = self._checked(request)
-        wire.check_factors(factors, block.coverage, request.rank)
+        keys = wire.adapter_keys(block.coverage, self._config.lora.targets)
+        layout = wire.adapter_layout(block.coverage, keys, request.rank, self._config.lora.ranks)
+        factors = dict(codec.decode(content, "none", layout))
         scores = []
         with merged(self._model, block.coverage, factors, request.scale) as model:
             for client, split in request.sets:
@@ -121,6 +128,11 @@ class ClientRuntime:
                 f"block {request.block}: the request was made for another cut of it or another base model"
             )
         return block
+
+    def _decoded(self, content: Tensors, request: wire.TrainRequest, layout: codec.Layout) -> codec.Flat:
+        found = codec.decode(content, request.codec, layout)
+        wire.check_finite(found)
+        return found
 
     def _derived(self, request: wire.TrainRequest, coverage: Coverage) -> Tensors:
         """The slice of the factors that everyone makes from the same seed."""
@@ -193,14 +205,3 @@ def client_data(config: RunConfig) -> dict[str, ClientData]:
     parts = {client.id: client.data or client.id for client in config.clients}
     loaded = load_parts(config.data, list(dict.fromkeys(parts.values())), config.seed)
     return {client: loaded[part] for client, part in parts.items()}
-
-
-def _shapes(tensors: Tensors) -> dict[str, tuple[int, int]]:
-    """Of the factors in a message; the codec's own tensors have no dot in their name."""
-    shapes = {}
-    for key, tensor in tensors.items():
-        if "." in key:
-            if tensor.dim() != 2:
-                raise LegolmError(f"{key} has shape {tuple(tensor.shape)}; must be a matrix")
-            shapes[key] = (tensor.shape[0], tensor.shape[1])
-    return shapes

@@ -1,0 +1,241 @@
+"""Rounds with other schemes, codecs and clients that come and go: whole runs on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from legolm import config as configs
+from legolm import pipeline, wire
+from legolm.config import RunConfig
+from legolm.federate import Body, Exchange, Reply, Request
+from legolm.federate.local import run_local
+from legolm.plan import make_plan
+from legolm.rounds import usual_size
+from legolm.rundir import RunDir
+from legolm.study import compare
+from legolm.types import LegolmError
+
+LETTERS = {"fr": "abc", "de": "def", "es": "ghi"}
+
+
+@pytest.fixture
+def raw(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> dict[str, Any]:
+    """Three clients that answer with their own letters: two dense, one with a narrower MLP."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for client, letters in LETTERS.items():
+        rows = [{"instruction": f"Say {i}", "output": letters[i % 3] * 2} for i in range(10)]
+        (data / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calibration = {"text": str(corpus), "samples": 2, "length": 32}
+    return {
+        "model": str(tiny("llama")),
+        "data": {"train": f"{data}/*.jsonl", "limit_test": 2, "limit_validation": 1},
+        "blocks": [
+            {"name": "dense", "method": "dense"},
+            {"name": "narrow", "method": "structured", "intermediate_size": 48, "calibration": calibration},
+        ],
+        "clients": [
+            {"id": "fr", "block": "dense"},
+            {"id": "de", "block": "dense"},
+            {"id": "es", "block": "narrow"},
+        ],
+        "lora": {"rank": 4},
+        "train": {"steps": 2, "batch_size": 4, "learning_rate": 0.01},
+        "evaluate": {"local_only": False},
+        "federation": {"engine": "local", "rounds": 2},
+    }
+
+
+def load(raw: dict[str, Any], tmp_path: Path, *overrides: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(raw))
+    return configs.load(path, list(overrides))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run a config in a folder of this name; blocks are cut once a test."""
+
+    def go(config: RunConfig, name: str = "out", **options: Any) -> dict[str, Any]:
+        return pipeline.run(config, tmp_path / name, store=tmp_path / "store", **options)
+
+    return go
+
+
+def test_every_scheme_runs_and_the_table_has_them_all(raw: dict[str, Any], tmp_path: Path) -> None:
+    dense = ("fedavg", "fedprox", "hetlora", "flexlora", "raflora", "flora", "fedex_lora")
+    mixed = ("heteagg", "median", "trimmed_mean", "local_only", "centralized")
+    variants: list[dict[str, Any]] = [
+        {"name": name, "set": {"aggregate.scheme": name}, "block": "dense"} for name in dense
+    ]
+    variants += [{"name": name, "set": {"aggregate.scheme": name}} for name in mixed]
+    variants[2]["match_bytes"] = True
+    path = tmp_path / "study.yaml"
+    path.write_text(json.dumps({"run": raw, "variants": variants}))
+    rows = {row["name"]: row for row in compare(path, tmp_path / "out")}
+    assert list(rows) == [*dense, *mixed]
+    for name, row in rows.items():
+        if name != "local_only":
+            assert row["llm"] < row["llm_before"], name
+        assert (row["bytes_up"] > 0) == (name not in ("local_only", "centralized"))
+    # FLoRA's download is the other clients' stack; in the first round nothing.
+    assert rows["flora"]["bytes_down"] > 1.2 * rows["fedavg"]["bytes_down"]
+    assert rows["fedavg"]["bytes_up"] == pytest.approx(rows["flora"]["bytes_up"], rel=0.01)
+    assert rows["heteagg"]["bytes_up"] < rows["fedavg"]["bytes_up"]
+    assert rows["hetlora"]["bytes_up"] == pytest.approx(rows["heteagg"]["bytes_up"], rel=0.1)
+    assert rows["local_only"]["own"] < rows["local_only"]["llm_before"]
+    assert len(list((tmp_path / "out" / "blocks").iterdir())) == 2
+    html = (tmp_path / "out" / "compare.html").read_text()
+    assert "<svg" in html
+    assert all(name in html for name in rows)
+    again = compare(path, tmp_path / "out")  # all finished: nothing is trained anew
+    assert [one["llm"] for one in again] == [one["llm"] for one in rows.values()]
+
+
+def test_folded_bases_end_in_the_final_models(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+    raw["clients"][2]["block"] = "dense"
+    summary = run(load(raw, tmp_path, "aggregate.scheme=flora", "federation.personal_steps=1"))
+    own = [client["own"]["personal"] for client in summary["clients"]]
+    assert all(loss < client["own"]["before"] for loss, client in zip(own, summary["clients"], strict=True))
+    states = sorted((tmp_path / "out" / "clients" / "fr").iterdir())
+    assert [path.name for path in states] == ["0002.safetensors"]  # round 1 folded nothing
+    fold = load_file(states[0])["fold.layers.0.mlp.up_proj.A"]
+    assert fold.shape[0] == 12
+
+
+def test_frozen_side_in_int8_sends_an_eighth_and_resumes_exactly(
+    raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    for client in raw["clients"]:
+        client["block"] = "narrow"
+    raw["lora"]["rank"] = 16
+    small = load(raw, tmp_path, "aggregate.form=frozen_side", "federation.codec=int8", "federation.rounds=3")
+    full = load(raw, tmp_path, "aggregate.scheme=fedavg", "federation.rounds=3", "clients.0.block=narrow")
+    straight, whole = run(small, "straight"), run(full, "full")
+    for way in ("bytes_up_per_round", "bytes_down_per_round"):
+        assert straight[way] < 0.3 * whole[way]  # headers weigh more on a tiny model
+    assert straight["llm"]["loss_after"] < straight["llm"]["loss_before"]
+    # As after a kill in round 3, when the clients had already written their states.
+    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+    for gone in ("rounds/0003", "final"):
+        shutil.rmtree(tmp_path / "killed" / gone)
+    (tmp_path / "killed" / "summary.json").unlink()
+    run(small, "killed", resume=True)
+    one, two = (
+        load_file(tmp_path / name / "rounds" / "0003" / "adapter.safetensors") for name in ("straight", "killed")
+    )
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_saliency_sends_less(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+    out = {}
+    for mask in ("structure", "saliency"):
+        run(load(raw, tmp_path, f"aggregate.mask={mask}", "federation.rounds=1"), mask)
+        metrics = json.loads((tmp_path / mask / "rounds" / "0001" / "metrics.json").read_text())
+        out[mask] = {id: count["up"] for id, count in metrics["bytes"].items()}
+    assert out["saliency"]["fr"] == out["structure"]["fr"]  # a dense block has nothing to leave out
+    assert out["saliency"]["es"] < 0.95 * out["structure"]["es"]
+
+
+def test_clients_join_leave_and_are_drawn(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+    raw["clients"][0]["leaves"] = 1
+    raw["clients"][1]["joins"] = 2
+    summary = run(load(raw, tmp_path))
+    assert [entry["accepted"] for entry in summary["history"]] == [[], ["fr", "es"], ["de", "es"]]
+    raw["clients"][0].pop("leaves"), raw["clients"][1].pop("joins")
+    drawn = [run(load(raw, tmp_path, "federation.fraction=0.5"), f"half{i}")["history"] for i in range(2)]
+    accepted = [[entry["accepted"] for entry in history] for history in drawn]
+    assert accepted[0] == accepted[1]
+    assert [len(found) for found in accepted[0]] == [0, 2, 2]
+    only = run(load(raw, tmp_path, "federation.capable=true"), "capable")
+    assert [entry["accepted"] for entry in only["history"]] == [[], ["fr", "de"], ["fr", "de"]]
+
+
+def test_late_replies_are_dropped_by_name(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(LegolmError, match=r"0 updates accepted.*fr: late: no answer within federation.deadline_s"):
+        run(load(raw, tmp_path, "federation.deadline_s=0.000001"))
+
+
+def swelling(client: str, number: int, factor: float) -> Callable[..., None]:
+    """The local engine over a line on which one client's update of one round arrives much larger."""
+
+    def engine(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def wrap(exchange: Exchange) -> Exchange:
+            def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                asked: list[Request] = []
+                for reply in exchange((asked.append(one) or one for one in requests), deadline_s):
+                    request = asked[reply.index]
+                    if request.client == client and wire.kind_of(reply.content) == "update":
+                        header, delta = wire.unpack(reply.content, wire.UpdateReply)
+                        if header.round == number:
+                            delta = {key: factor * tensor for key, tensor in delta.items()}
+                        reply = Reply(reply.index, wire.pack(header, delta))
+                    yield reply
+
+            return changed
+
+        run_local(folder, config, actors, lambda exchange: body(wrap(exchange)))
+
+    return engine
+
+
+def test_outliers_are_clipped_or_refused(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+    engine = swelling("de", 2, 1000.0)
+    found = {}
+    for action in ("none", "clip", "refuse"):
+        run(load(raw, tmp_path, f"aggregate.outliers.action={action}"), action, engine=engine)
+        records = [json.loads(line) for line in (tmp_path / action / "metrics.jsonl").read_text().splitlines()]
+        found[action] = records[-1]
+        usual = usual_size(records[:2])
+    assert usual is not None
+    assert found["none"]["train"]["de"]["size"] > 100 * usual
+    assert found["clip"]["train"]["de"]["size"] == pytest.approx(3 * usual, rel=1e-4)
+    assert found["refuse"]["accepted"] == ["fr", "es"]
+    assert "times the median of earlier rounds" in found["refuse"]["refused"][0]["reason"]
+
+
+def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+    first = run(load(raw, tmp_path), "first")
+    warm = f"aggregate.start={tmp_path / 'first'}"
+    for overrides in ((), ("aggregate.form=exact",)):
+        second = run(load(raw, tmp_path, warm, *overrides), f"second{len(overrides)}")
+        assert second["llm"]["loss_before"] == pytest.approx(first["llm"]["loss_after"], rel=1e-5)
+    for override, says in (
+        ("lora.rank=2", "lora.rank and lora.targets must be this run's"),
+        ("lora.scale=1", "has lora.scale 2.0; this run has 1.0"),
+        ("aggregate.form=frozen_side", "its frozen factors are not this run's"),
+        (f"aggregate.start={tmp_path}", "is no run folder"),
+    ):
+        with pytest.raises(LegolmError, match=says):
+            run(load(raw, tmp_path, warm, override), f"bad {override[:9]}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ("aggregate.scheme=fedavg",),
+            "client 'es' holds block 'narrow' and 'fr' block 'dense', and it averages equal",
+        ),
+        (("aggregate.scheme=flexlora",), "client 'es' holds block 'narrow', and it works on the whole LLM"),
+        (("aggregate.scheme=fedavg", "clients.1.rank=2", "federation.capable=true"), "averages equal ranks"),
+        (("federation.capable=true", "clients.0.block=narrow", "clients.1.block=narrow"), "no client holds a dense"),
+        (("aggregate.form=exact", "aggregate.server_optimizer=fedadam"), "needs the dense product's moments"),
+        (("aggregate.form=exact", "aggregate.mask=saliency"), "mask 'saliency' is on factors"),
+        (("aggregate.scheme=flora", "aggregate.form=exact"), "form 'exact' is heteagg's"),
+        (("aggregate.scheme=median", "aggregate.server_optimizer=fedavgm"), "is for heteagg, fedavg and fedprox"),
+        (("aggregate.scheme=local_only",), "set that to true"),
+        (("clients.0.joins=3", "clients.0.leaves=2"), "leaves after round 2, before it joins"),
+    ],
+)
+def test_what_does_not_go_together(raw: dict[str, Any], tmp_path: Path, overrides: tuple[str, ...], says: str) -> None:
+    with pytest.raises(LegolmError, match=says):
+        make_plan(load(raw, tmp_path, *overrides))
