@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from legolm import config as configs
 from legolm import pipeline, wire
 from legolm.config import RunConfig
+from legolm.config.study import load_study
 from legolm.federate import Body, Exchange, Reply, Request
 from legolm.federate.local import run_local
 from legolm.plan import make_plan
@@ -37,7 +38,7 @@ def raw(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> dict[str, 
     calibration = {"text": str(corpus), "samples": 2, "length": 32}
     return {
         "model": str(tiny("llama")),
-        "data": {"train": f"{data}/*.jsonl", "limit_test": 2, "limit_validation": 1},
+        "data": {"train": f"{data}/*.jsonl", "limit_test": 1, "limit_validation": 1},
         "blocks": [
             {"name": "dense", "method": "dense"},
             {"name": "narrow", "method": "structured", "intermediate_size": 48, "calibration": calibration},
@@ -70,14 +71,14 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     return go
 
 
-def test_every_scheme_runs_and_the_table_has_them_all(raw: dict[str, Any], tmp_path: Path) -> None:
-    dense = ("fedavg", "fedprox", "hetlora", "flexlora", "raflora", "flora", "fedex_lora")
-    mixed = ("heteagg", "median", "trimmed_mean", "local_only", "centralized")
+def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str, Any], tmp_path: Path) -> None:
+    dense = ("fedavg", "hetlora", "flora", "fedex_lora")
+    mixed = ("heteagg", "median", "local_only", "centralized")
     variants: list[dict[str, Any]] = [
         {"name": name, "set": {"aggregate.scheme": name}, "block": "dense"} for name in dense
     ]
     variants += [{"name": name, "set": {"aggregate.scheme": name}} for name in mixed]
-    variants[2]["match_bytes"] = True
+    variants[1]["match_bytes"] = True
     path = tmp_path / "study.yaml"
     path.write_text(json.dumps({"run": raw, "variants": variants}))
     rows = {row["name"]: row for row in compare(path, tmp_path / "out")}
@@ -86,8 +87,8 @@ def test_every_scheme_runs_and_the_table_has_them_all(raw: dict[str, Any], tmp_p
         if name != "local_only":
             assert row["llm"] < row["llm_before"], name
         assert (row["bytes_up"] > 0) == (name not in ("local_only", "centralized"))
-    # FLoRA's download is the other clients' stack; in the first round nothing.
-    assert rows["flora"]["bytes_down"] > 1.2 * rows["fedavg"]["bytes_down"]
+    # FLoRA's download is all clients' stack, of three times the rank; in the first of two rounds nothing.
+    assert rows["flora"]["bytes_down"] == pytest.approx(1.5 * rows["fedavg"]["bytes_down"], rel=0.1)
     assert rows["fedavg"]["bytes_up"] == pytest.approx(rows["flora"]["bytes_up"], rel=0.01)
     assert rows["heteagg"]["bytes_up"] < rows["fedavg"]["bytes_up"]
     assert rows["hetlora"]["bytes_up"] == pytest.approx(rows["heteagg"]["bytes_up"], rel=0.1)
@@ -239,3 +240,22 @@ def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callabl
 def test_what_does_not_go_together(raw: dict[str, Any], tmp_path: Path, overrides: tuple[str, ...], says: str) -> None:
     with pytest.raises(LegolmError, match=says):
         make_plan(load(raw, tmp_path, *overrides))
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "examples" / "compare").glob("*.yaml")))
+def test_every_comparison_of_the_examples_loads(path: Path) -> None:
+    study, found = load_study(path)
+    assert list(found) == [variant.name for variant in study.variants]
+
+
+def test_a_broken_comparison_says_where(raw: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    for variants, says in (
+        ([{"name": "a", "set": {"aggregate.shceme": "median"}}], "variant a: unknown key `aggregate.shceme`"),
+        ([{"name": "a"}, {"name": "a"}], "'a' is there twice"),
+        ([{"name": "a", "block": "small"}], "block 'small' is not one of dense, narrow"),
+        ([{"name": "a", "sett": {}}], "unknown key `variants.0.sett`"),
+    ):
+        path.write_text(json.dumps({"run": raw, "variants": variants}))
+        with pytest.raises(LegolmError, match=says):
+            compare(path, tmp_path / "out")

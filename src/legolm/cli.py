@@ -175,7 +175,7 @@ def evaluate(
 
 @app.command()
 def compare(
-    config: Annotated[Path, typer.Argument(help="YAML with `run` and `variants`; see examples/compare.yaml")],
+    config: Annotated[Path, typer.Argument(help="YAML with `run` and `variants`; see examples/compare/schemes.yaml")],
     out: Annotated[Path | None, typer.Option(help="folder of all runs; runs/<name of the config> if not given")] = None,
 ) -> None:
     """Run several schemes on one config and put them in one table. Goes on where an earlier call stopped."""

@@ -74,8 +74,9 @@ class Dispatch:
 
         def shared(id: str) -> wire.Sent:
             coverage, rank = self._block[id].coverage, self._rank[id]
-            # Only what folds into the base depends on what a client has got before.
-            since = order.accepted.get(id, 0) if order.scheme.folds else 0
+            # Only what folds into the base depends on the client: when it trained in a round, it had all that was
+            # folded before that round.
+            since = max(order.accepted.get(id, 0) - 1, 0) if order.scheme.folds else 0
             key = (coverage.hash, rank, since)
             if key not in sent:
                 sent[key] = self._sent(order, coverage, rank, since)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from legolm.assign import adapter_parameters
-from legolm.config import RunConfig
+from legolm.config import BlockConfig, RunConfig
 from legolm.config.study import Variant, load_study
 from legolm.coverage import Coverage
 from legolm.models import load_config, resolve
@@ -170,10 +170,12 @@ def plot(found: Sequence[Record]) -> Raw:
 
 
 def _prepared(config: RunConfig, variant: Variant) -> RunConfig:
-    """The variant's block for all clients, with ranks of the same bytes if wanted."""
+    """The variant's block for all clients, with ranks of the same bytes if wanted; `dense` need not be in the run."""
     if variant.block is None:
         return config
     specs = {spec.name: spec for spec in config.blocks}
+    if variant.block == "dense" and "dense" not in specs:
+        specs["dense"] = BlockConfig(name="dense", method="dense")
     if variant.block not in specs:
         raise LegolmError(f"variant {variant.name}: block {variant.block!r} is not one of {', '.join(specs)}")
     path = resolve(config.model)
@@ -191,7 +193,7 @@ def _prepared(config: RunConfig, variant: Variant) -> RunConfig:
             share = size(planned_coverage(specs[block_of[client.id]], base)) / whole
             rank = max(1, min(config.lora.rank, round((rank or config.lora.rank) * share)))
         clients.append(client.model_copy(update={"block": variant.block, "profile": None, "rank": rank}))
-    return config.model_copy(update={"clients": clients})
+    return config.model_copy(update={"clients": clients, "blocks": list(specs.values())})
 
 
 def _plan_of(config: RunConfig) -> Plan:

@@ -24,7 +24,7 @@ class Variant(Section):
 
     name: Name
     set: dict[str, Any] = Field({})
-    block: str | None = Field(None, description="every client's block, for instance the dense one")
+    block: str | None = Field(None, description="every client's block; `dense`, the whole LLM, is always there")
     match_bytes: bool = False
 
 
