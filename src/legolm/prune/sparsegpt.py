@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -22,11 +24,9 @@ def prune(weight: Tensor, moments: Moments | None, pattern: Pattern) -> tuple[Te
     Inputs that were always zero ("dead columns") are pruned first and take no part in the update.
     """
     assert moments is not None
-    hessian = moments.sum / max(moments.tokens, 1)
+    inverse, dead = _inverse_factor(moments)
     weight = weight.clone()
-    dead = hessian.diagonal() == 0
     weight[:, dead] = 0
-    inverse = _inverse_factor(hessian, dead)
     mask = torch.ones_like(weight, dtype=torch.bool)
     width = pattern.group or BLOCK
     for start in range(0, weight.shape[1], width):
@@ -51,9 +51,11 @@ def _compensate(block: Tensor, kept: Tensor, factor: Tensor) -> tuple[Tensor, Te
     return columns.T, errors.T
 
 
-def _inverse_factor(hessian: Tensor, dead: Tensor) -> Tensor:
-    """Upper Cholesky factor U of the damped inverse, H⁻¹ = Uᵀ U, solved in float64."""
-    damped = hessian.double()
+@lru_cache(maxsize=1)  # modules that share an input come one after the other
+def _inverse_factor(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factor U of the damped inverse, H⁻¹ = Uᵀ U, solved in float64; and which inputs are dead."""
+    damped = moments.sum.double() / max(moments.tokens, 1)
+    dead = damped.diagonal() == 0
     damped.diagonal()[dead] = 1
     damped.diagonal().add_(DAMP * damped.diagonal().mean())
     try:
@@ -63,4 +65,4 @@ def _inverse_factor(hessian: Tensor, dead: Tensor) -> Tensor:
         raise LegolmError(
             "calibration: the inputs' second moments cannot be inverted; raise calibration.samples"
         ) from None
-    return factor.float()
+    return factor.float(), dead
