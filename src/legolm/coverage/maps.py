@@ -60,13 +60,16 @@ class Coverage:
 
     def rows(self, layer: int, module: str) -> Tensor | None:
         """Kept output rows (int64, ascending) of a module of an LLM layer; None when all are kept."""
-        parts, start = [], 0
         units = self.shape.module(module).rows
-        for unit in units:
-            size, kept = self.shape.size(unit), self._index(layer, unit)
-            parts.append(start + (torch.arange(size) if kept is None else kept))
+        kept = [self._index(layer, unit) for unit in units]
+        if all(index is None for index in kept):
+            return None
+        parts, start = [], 0
+        for unit, index in zip(units, kept, strict=True):
+            size = self.shape.size(unit)
+            parts.append(start + (torch.arange(size) if index is None else index))
             start += size
-        return None if all(self._index(layer, unit) is None for unit in units) else torch.cat(parts)
+        return torch.cat(parts)
 
     def cols(self, layer: int, module: str) -> Tensor | None:
         """Kept input columns, like `rows`."""
