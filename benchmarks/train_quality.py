@@ -27,7 +27,8 @@ from legolm.data import read_rows, render, starter_parts, to_example
 from legolm.evaluate import score
 from legolm.finetune import dtype_of, fit, merged
 from legolm.models import fingerprint, load_model, load_tokenizer, resolve, shape_of
-from legolm.prune import cut_block
+from legolm.progress import Progress
+from legolm.prune import cut_blocks
 
 BATCH, RANK, HELD_OUT = 8, 8, 64
 
@@ -95,7 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="legolm-quality-") as folder:
         calibration = CalibrationConfig(samples=16, length=128)
         spec = BlockConfig(name="sparse", method="sparsegpt", sparsity=0.5, calibration=calibration)
-        block = cut_block(base, fingerprint(base), spec, Path(folder) / "sparse", 0, "bf16")
+        [block] = cut_blocks(base, fingerprint(base), [(spec, Path(folder) / "sparse")], 0, "bf16", Progress())
         found["before"]["block"] = round(score(load_model(block.path), data[1], 0, 16, "fp32").loss, 4)
         print(found, flush=True)
         precisions, masks = [], []

@@ -181,12 +181,13 @@ def cut(options: argparse.Namespace, out: Path) -> None:
     """A structured block of half the decoder's weights."""
     from legolm.config import BlockConfig, CalibrationConfig
     from legolm.models import fingerprint, resolve
-    from legolm.prune import cut_block
+    from legolm.progress import Progress
+    from legolm.prune import cut_blocks
 
     base = resolve(options.model)
     calibration = CalibrationConfig(samples=8, length=128)
     spec = BlockConfig(name="half", method="structured", sparsity=0.5, calibration=calibration)
-    cut_block(base, fingerprint(base), spec, out, 0, "bf16")
+    cut_blocks(base, fingerprint(base), [(spec, out)], 0, "bf16", Progress())
 
 
 def main() -> None:

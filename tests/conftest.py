@@ -36,31 +36,61 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+SLIDING: dict[str, Any] = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-bias": {"family": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "mistral": {"sliding_window": 24},
+    "qwen2": {"tie_word_embeddings": False, "use_sliding_window": True, **SLIDING},
+    "qwen3": {},
+    "gemma3_text": {"query_pre_attn_scalar": 16, **SLIDING},
+    "olmo2": {"tie_word_embeddings": False},
+    "phi3": {"tie_word_embeddings": False, "sliding_window": 24},
+    "gpt_neox": {"tie_word_embeddings": False, "num_key_value_heads": 4},
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    """Each of `VARIANTS` in turn, for `tiny`."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Path]:
-    """Checkpoint folder of a random model of a family: 2 layers, hidden 64, 96 neurons, 2 KV groups of 2 heads."""
+    """Checkpoint folder of a random model of `VARIANTS`: 2 layers, hidden 64, 96 neurons, 2 KV groups of 2 heads.
+
+    GPT-NeoX has 4 KV groups of one head.
+    """
     folders: dict[str, Path] = {}
 
-    def make(family: str) -> Path:
-        if family not in folders:
+    def make(variant: str) -> Path:
+        if variant not in folders:
+            settings: dict[str, Any] = {"tie_word_embeddings": True, "num_key_value_heads": 2} | VARIANTS[variant]
             config = AutoConfig.for_model(
-                family,
+                settings.pop("family", variant),
                 hidden_size=64,
                 intermediate_size=96,
                 num_hidden_layers=2,
                 num_attention_heads=4,
-                num_key_value_heads=2,
                 head_dim=16,
                 vocab_size=len(tokenizer),
                 max_position_embeddings=512,
-                tie_word_embeddings=True,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                **settings,
             )
             torch.manual_seed(0)
             model: Any = AutoModelForCausalLM.from_config(config)
-            folders[family] = tmp_path_factory.mktemp(family)
-            model.save_pretrained(folders[family])
-            tokenizer.save_pretrained(folders[family])
-        return folders[family]
+            with torch.no_grad():  # or norms would be the identity and biases nothing
+                for parameter in model.parameters():
+                    if parameter.dim() == 1:
+                        parameter += 0.1 * torch.randn_like(parameter)
+            folders[variant] = tmp_path_factory.mktemp(variant)
+            model.save_pretrained(folders[variant])
+            tokenizer.save_pretrained(folders[variant])
+        return folders[variant]
 
     return make
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,9 +188,10 @@ def tampering_engine(tampers: dict[str, Tamper], crash: str | None = None) -> Ca
 
     def engine(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
         def wrap(exchange: Exchange) -> Exchange:
-            def changed(requests: Sequence[Request]) -> Iterator[Reply]:
-                for reply in exchange(requests):
-                    request = requests[reply.index]
+            def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                asked: list[Request] = []
+                for reply in exchange((asked.append(one) or one for one in requests), deadline_s):
+                    request = asked[reply.index]
                     is_round = wire.kind_of(request.content) == "train" and (
                         wire.unpack(request.content, wire.TrainRequest)[0].phase == "round"
                     )
@@ -241,7 +242,7 @@ def test_bad_updates_are_refused_and_named_and_the_round_goes_on(config_file: Pa
         assert all(bool(tensor.isfinite().all()) for tensor in state.values())
         if name == "nan":  # layer 1 of the wide block is also the sparse one's: only its weight is behind it
             examples = 14
-            weight = state["weight.layers.1.mlp.up_proj.B"]
+            weight = state["weight.layers.1.neurons"]
             assert set(weight.flatten().tolist()) <= {0.0, examples, 2.0 * examples}
 
 

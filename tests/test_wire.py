@@ -20,13 +20,14 @@ REQUEST = wire.TrainRequest(
     run="r", client="fr", block="b", base_fingerprint="f", coverage_hash="c", rank=2, scale=2.0,
     phase="round", round=3, steps=4, done=8, total=12, seed=5,
 )  # fmt: skip
+GIVEN = wire.Sent(SENT, SENT, frozenset(SENT), tensors_hash(SENT))
 KEY = "layers.1.mlp.up_proj.B"
 
 
 def reply(delta: Tensors | None = None, **changes: object) -> bytes:
     header = wire.UpdateReply(
-        **REQUEST.model_dump(exclude={"kind", "phase", "steps", "done", "total", "seed"}),
-        received_hash=tensors_hash(SENT),
+        **{field: getattr(REQUEST, field) for field in wire.REPLIED},
+        received_hash=GIVEN.hash,
         examples=7,
         metrics={"loss": 1.0},
     ).model_copy(update=changes)
@@ -47,7 +48,7 @@ def test_round_trip() -> None:
     header, tensors = wire.unpack(wire.pack(REQUEST, SENT), wire.TrainRequest)
     assert header == REQUEST
     assert all(torch.equal(tensors[key], tensor) for key, tensor in SENT.items())
-    update = wire.accept(reply(), REQUEST, SENT, COVERAGE)
+    update = wire.accept(reply(), REQUEST, GIVEN, COVERAGE)
     assert (update.client, update.examples, update.rank, update.metrics) == ("fr", 7, 2, {"loss": 1.0})
     assert all(bool((tensor == 1).all()) for tensor in update.delta.values())
 
@@ -78,4 +79,4 @@ def test_round_trip() -> None:
 )
 def test_what_does_not_fit_is_refused_with_the_reason(content: bytes, says: str) -> None:
     with pytest.raises(LegolmError, match=says):
-        wire.accept(content, REQUEST, SENT, COVERAGE)
+        wire.accept(content, REQUEST, GIVEN, COVERAGE)

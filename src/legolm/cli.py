@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 import warnings
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -54,50 +55,92 @@ def run(
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help="`starter`, a local folder or a hub id")],
-    out: Annotated[Path, typer.Option(help="folder of the block")],
+    out: Annotated[Path, typer.Option(help="folder of the block; of several blocks, the folder they go into")],
     method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or structured")],
-    sparsity: Annotated[float | None, typer.Option(help="removed share of the decoder's linear weights")] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="N:M, N weights kept of each M in a row, for instance 2:4")
-    ] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="structured: MLP neurons kept")] = None,
-    num_key_value_heads: Annotated[int | None, typer.Option(help="structured: KV groups kept")] = None,
-    num_hidden_layers: Annotated[int | None, typer.Option(help="structured: layers kept")] = None,
-    calibration: Annotated[str, typer.Option(help="`starter`, `pydoc` or a text file")] = "pydoc",
+    sparsity: Annotated[str | None, typer.Option(help="removed share of the decoder's linear weights")] = None,
+    params: Annotated[str | None, typer.Option(help="structured: parameters at most, for instance 70M")] = None,
+    memory: Annotated[str | None, typer.Option(help="structured: bytes of weights at most, for instance 150MB")] = None,
+    speedup: Annotated[str | None, typer.Option(help="structured: how much faster it generates, measured here")] = None,
+    pattern: Annotated[str | None, typer.Option(help="N:M, N weights kept of each M in a row: 2:4")] = None,
+    intermediate_size: Annotated[str | None, typer.Option(help="structured: MLP neurons kept")] = None,
+    num_key_value_heads: Annotated[str | None, typer.Option(help="structured: KV groups kept")] = None,
+    num_hidden_layers: Annotated[str | None, typer.Option(help="structured: layers kept")] = None,
+    calibration: Annotated[str, typer.Option(help="`starter`, `pydoc`, a text file or conversations")] = "pydoc",
+    statistics: Annotated[list[Path] | None, typer.Option(help="instead: a file of `legolm calibrate`; repeat")] = None,
     samples: Annotated[int, typer.Option(help="calibration samples")] = 32,
     length: Annotated[int, typer.Option(help="tokens a calibration sample")] = 256,
     recover: Annotated[int, typer.Option(help="distillation steps after the cut")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
     precision: Precision = "fp32",
 ) -> None:
-    """Cut one block: a normal checkpoint with a manifest of what it kept."""
+    """Cut one block, or several at once (`--sparsity 0.25,0.5`): checkpoints with a manifest of what they kept."""
     from legolm.config import BlockConfig, validate
 
-    block: dict[str, Any] = {
-        "name": out.name,
-        "method": method,
+    targets = {
         "sparsity": sparsity,
+        "params": params,
+        "memory": memory,
+        "speedup": speedup,
         "pattern": pattern,
         "intermediate_size": intermediate_size,
         "num_key_value_heads": num_key_value_heads,
         "num_hidden_layers": num_hidden_layers,
-        "calibration": {"text": calibration, "samples": samples, "length": length},
-        "recover": {"steps": recover},
     }
-    spec = validate(BlockConfig, block, "legolm prune")
-    if out.exists():
-        raise LegolmError(f"--out {out}: is already there; give another folder")
+    text = {"text": calibration, "samples": samples, "length": length, "statistics": statistics}
+    wanted = []
+    for target in _each(targets):
+        values = "-".join(value.replace(":", "of") for value in target.values())
+        folder = out if len(_each(targets)) == 1 else out / f"{method}-{values}"
+        block = {"name": folder.name, "method": method, "calibration": text, "recover": {"steps": recover}} | target
+        wanted.append((validate(BlockConfig, block, "legolm prune"), folder))
+    for _, folder in wanted:
+        if folder.exists():
+            raise LegolmError(f"--out {folder}: is already there; give another folder")
 
-    from legolm.models import fingerprint, load_config, resolve, shape_of
+    from legolm.models import fingerprint, resolve
     from legolm.progress import Progress
-    from legolm.prune import cut_block
+    from legolm.prune import cut_blocks
     from legolm.report.terminal import print_blocks
 
     base = resolve(model)
-    steps = (spec.num_hidden_layers or shape_of(load_config(base)).layers) + spec.recover.steps
-    with Progress().stage(f"cut block {spec.name}", steps) as advance:
-        found = cut_block(base, fingerprint(base), spec, out, seed, precision, advance)
-    print_blocks([found])
+    print_blocks(cut_blocks(base, fingerprint(base), wanted, seed, precision, Progress()))
+
+
+def _each(targets: dict[str, str | None]) -> list[dict[str, str]]:
+    """One dict a block: where a value is a list (`0.25,0.5`), one block for each of its items."""
+    given = {name: text.split(",") for name, text in targets.items() if text is not None}
+    return [dict(zip(given, values, strict=True)) for values in product(*given.values())]
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="`starter`, a local folder or a hub id")],
+    text: Annotated[str, typer.Option(help="a text file or a file of conversations; it stays where it is")],
+    out: Annotated[Path, typer.Option(help="file of sums to write")],
+    needs: Annotated[
+        Literal["diagonal", "full"], typer.Option(help="squares only (wanda), or all second moments")
+    ] = "full",
+    samples: Annotated[int, typer.Option(help="samples of the text")] = 32,
+    length: Annotated[int, typer.Option(help="tokens a sample")] = 256,
+    seed: Annotated[int, typer.Option()] = 0,
+    precision: Precision = "fp32",
+) -> None:
+    """Private calibration: write sums of activation statistics, which `legolm prune --statistics` adds up."""
+    from legolm.config import CalibrationConfig, validate
+
+    settings = validate(CalibrationConfig, {"text": text, "samples": samples, "length": length}, "legolm calibrate")
+    if out.exists():
+        raise LegolmError(f"--out {out}: is already there; give another file")
+
+    from legolm.data import calibration_tokens
+    from legolm.models import fingerprint, load_tokenizer, resolve
+    from legolm.progress import Progress
+    from legolm.prune.statistics import collect, save_statistics
+
+    base = resolve(model)
+    tokens = calibration_tokens(settings, load_tokenizer(base), seed)
+    save_statistics(collect(base, fingerprint(base), tokens, needs, precision, Progress()), out)
+    typer.echo(out)
 
 
 @app.command()
@@ -128,6 +171,19 @@ def evaluate(
 
     fields = {"instruction": instruction, "answer": answer}
     print_scores(evaluate_files(model, data, text, fields, length, windows, precision))
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML with `run` and `variants`; see examples/compare.yaml")],
+    out: Annotated[Path | None, typer.Option(help="folder of all runs; runs/<name of the config> if not given")] = None,
+) -> None:
+    """Run several schemes on one config and put them in one table. Goes on where an earlier call stopped."""
+    from legolm.study import compare as run_all
+    from legolm.study import print_comparison
+
+    out = out or Path("runs") / config.stem
+    print_comparison(run_all(config, out), out)
 
 
 @app.command()

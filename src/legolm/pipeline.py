@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,14 @@ from legolm.federate import Engine, engine_for
 from legolm.finetune import choose_precision, merge, save_adapter
 from legolm.memory import release_memory
 from legolm.models import fingerprint, load_config, load_model, load_tokenizer, save_model
-from legolm.plan import Plan, check_disk, make_plan
+from legolm.plan import Plan, make_plan
 from legolm.progress import Progress
-from legolm.prune import cut_block, llm_block, read_block
+from legolm.prune import cut_blocks, llm_block, read_block
 from legolm.prune.manifest import Manifest, write_block
 from legolm.report import write_report
 from legolm.report.summary import machine, summarize, versions
 from legolm.rounds import Rounds
-from legolm.rundir import RunDir, atomic_folder, atomic_write, read_json
+from legolm.rundir import RunDir, atomic_folder, atomic_write, check_room, read_json
 from legolm.types import Block, LegolmError
 
 Record = dict[str, Any]
@@ -38,21 +40,22 @@ def run(
     resume: bool = False,
     progress: Progress | None = None,
     engine: Engine | None = None,
+    store: Path | None = None,
 ) -> Record:
     """Run `config` in the folder `out` and return its summary. Raises `LegolmError` for bad input.
 
-    `engine` replaces the configured one, for tests and for other transports.
+    `engine` replaces the configured one, for tests and for other transports. Runs with the same `store` share blocks.
     """
     began = time.perf_counter()
     config = _with_precision(config, out)
     progress = progress or Progress()
     engine = engine or engine_for(config)
     plan = make_plan(config)
-    check_disk(plan, out)
+    check_room(out, plan.disk_bytes)
     folder = RunDir.open(out, config, resume)
     identity = _identify(folder, plan)
 
-    blocks = _cut_blocks(folder, config, plan, identity["base_fingerprint"], progress)
+    blocks = _cut_blocks(folder, config, plan, identity["base_fingerprint"], progress, store)
     block_of = {client.id: client.block for client in plan.clients}
     rounds = Rounds(folder, config, identity["run"], blocks, block_of, progress)
     if not rounds.finished:
@@ -97,23 +100,38 @@ def _identify(folder: RunDir, plan: Plan) -> Record:
 
 
 def _cut_blocks(
-    folder: RunDir, config: RunConfig, plan: Plan, base_fingerprint: str, progress: Progress
+    folder: RunDir, config: RunConfig, plan: Plan, base_fingerprint: str, progress: Progress, store: Path | None
 ) -> dict[str, Block]:
     """Every block of the config, by name, cut or found finished; and the LLM as `llm`."""
     blocks = {"llm": llm_block(plan.base, base_fingerprint)}
+    precision = choose_precision(config.precision)
+    left = [spec for spec in config.blocks if not folder.block(spec.name).exists()]
+    made = {}
+    for spec in left:
+        recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{precision}"
+        name = f"{spec.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+        made[spec.name] = store / name if store else folder.block(spec.name)
+    wanted = [(spec, made[spec.name]) for spec in left if not made[spec.name].exists()]
+    if wanted:
+        cut_blocks(plan.base, base_fingerprint, wanted, config.seed, precision, progress)
+    for spec in left if store else ():
+        with atomic_folder(folder.block(spec.name)) as partial:
+            shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=_link)
     for spec in config.blocks:
         path = folder.block(spec.name)
-        if not path.exists():
-            steps = (spec.num_hidden_layers or blocks["llm"].coverage.shape.layers) + spec.recover.steps
-            with progress.stage(f"cut block {spec.name}", steps) as advance:
-                cut_block(
-                    plan.base, base_fingerprint, spec, path, config.seed, choose_precision(config.precision), advance
-                )
         blocks[spec.name] = read_block(path)
         if blocks[spec.name].base_fingerprint != base_fingerprint:
             raise LegolmError(f"block {path}: was cut from another base model; remove it and run again with --resume")
     release_memory()
     return blocks
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for the same file, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _write_final(

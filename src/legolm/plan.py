@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from legolm.aggregate import scheme_class
+from legolm.aggregate.initial import is_frozen
 from legolm.assign import adapter_parameters, assign, training_bytes
+from legolm.codec import encoded_bytes
 from legolm.config import RunConfig
-from legolm.coverage import Coverage
+from legolm.coverage import Coverage, factor_shape, modules_of
 from legolm.data import render
 from legolm.federate.client import client_data
 from legolm.memory import available_bytes
-from legolm.models import load_config, load_tokenizer, resolve, shape_of
-from legolm.models.load import count_parameters
-from legolm.prune import planned_coverage, target_pattern
+from legolm.models import load_config, load_tokenizer, resolve
+from legolm.prune import Base, planned_coverage, target_pattern
 from legolm.types import ClientData, LegolmError
 
 SPARE_BYTES = 1 << 30
@@ -38,13 +38,14 @@ class PlannedBlock:
 
 @dataclass(frozen=True)
 class PlannedClient:
-    """One client's work in a round: examples held, tokens trained on, adapter bytes each way."""
+    """One client's work in a round: examples held, tokens trained on, bytes of tensors each way (headers are more)."""
 
     id: str
     block: str
     examples: int
     tokens_per_round: int
-    bytes_per_round: int
+    bytes_down: int
+    bytes_up: int
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ class Plan:
 
 def make_plan(config: RunConfig) -> Plan:
     """Resolve the model, read the data and add up. Raises `LegolmError` for whatever cannot work."""
-    base = resolve(config.model)
-    model = load_config(base)
-    shape = shape_of(model)
-    total = count_parameters(base)
-    width = (model.dtype or torch.float32).itemsize
+    path = resolve(config.model)
+    model = load_config(path)
+    # Nothing here asks whose weights they are, and the fingerprint takes time.
+    base = Base.of(path, "", model)
+    shape, width = base.shape, base.dtype.itemsize
     data = client_data(config)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(path)
     lengths = {
         client: [len(render(row, tokenizer, config.train.max_length).ids) for row in rows.train]
         for client, rows in data.items()
@@ -78,8 +79,8 @@ def make_plan(config: RunConfig) -> Plan:
     coverages: dict[str, Coverage] = {}
     blocks, shaped = [], ("dense", "structured")
     for spec in config.blocks:
-        coverage = coverages[spec.name] = planned_coverage(spec, shape)
-        parameters = total - (shape.layers * shape.layer_weights - coverage.kept_weights)
+        coverage = coverages[spec.name] = planned_coverage(spec, base)
+        parameters = base.parameters_of(coverage.kept_weights)
         blocks.append(
             PlannedBlock(
                 name=spec.name,
@@ -95,36 +96,72 @@ def make_plan(config: RunConfig) -> Plan:
     needs = {block.name: block.training_bytes for block in blocks}
     block_of = assign(config, needs, {block.name: block.parameters for block in blocks})
 
+    check_clients(config, block_of)
     clients = []
     for client in config.clients:
         block = block_of[client.id]
         mean_length = sum(lengths[client.id]) / len(lengths[client.id])
-        rank = client.rank or config.lora.rank
-        adapter = 4 * adapter_parameters(coverages[block], config.lora.targets, rank)
         tokens = round(config.train.steps * config.train.batch_size * mean_length)
-        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, adapter))
+        sparsity = next(found.sparsity for found in blocks if found.name == block)
+        traffic = _traffic(config, coverages[block], client.rank or config.lora.rank, sparsity)
+        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *traffic))
 
     used = [needs[block] for block in set(block_of.values())]
-    whole = training_bytes(Coverage.full(shape), total, model.vocab_size, longest, config.train, config.lora)
+    whole = training_bytes(Coverage.full(shape), base.parameters, model.vocab_size, longest, config.train, config.lora)
     actors = _actors(config, max(*used, whole))
     size_of = {block.name: block.file_bytes for block in blocks}
     adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
-    disk = total * width + sum(size_of.values()) + sum(size_of[client.block] for client in clients)
+    disk = base.parameters * width + sum(size_of.values()) + sum(size_of[client.block] for client in clients)
     disk += adapter * (config.federation.rounds + 1 + 2 * len(clients))
-    return Plan(base, tuple(blocks), tuple(clients), data, actors, SPARE_BYTES + actors * max(*used, whole), disk)
+    return Plan(path, tuple(blocks), tuple(clients), data, actors, SPARE_BYTES + actors * max(*used, whole), disk)
 
 
-def check_disk(plan: Plan, out: Path) -> None:
-    """Raise `LegolmError` when the disk cannot hold the run; better now than in the last round."""
-    folder = out.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < plan.disk_bytes:
-        raise LegolmError(
-            f"run folder {out}: needs {plan.disk_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
-            "free some space or give another --out"
-        )
+def check_clients(config: RunConfig, block_of: Mapping[str, str]) -> None:
+    """Raise `LegolmError` when the scheme cannot put these clients' updates together."""
+    name, kind = config.aggregate.scheme, scheme_class(config.aggregate)
+    method = {block.name: block.method for block in config.blocks}
+    if name == "centralized":
+        return
+    taking = [c for c in config.clients if not config.federation.capable or method[block_of[c.id]] == "dense"]
+    if not taking:
+        raise LegolmError("federation.capable: no client holds a dense block; add one or set it to false")
+    if kind.unequal_shapes == "block":
+        return
+    first = taking[0]
+    for client in taking:
+        block, rank = block_of[client.id], client.rank or config.lora.rank
+        why = ""
+        if kind.dense and method[block] != "dense":
+            why = f"holds block {block!r}, and it works on the whole LLM"
+        elif block != block_of[first.id] and (method[block], method[block_of[first.id]]) != ("dense", "dense"):
+            why = f"holds block {block!r} and {first.id!r} block {block_of[first.id]!r}, and it averages equal shapes"
+        elif kind.unequal_shapes == "no" and rank != (first.rank or config.lora.rank):
+            why = f"has rank {rank} and {first.id!r} {first.rank or config.lora.rank}, and it averages equal ranks"
+        if why:
+            raise LegolmError(
+                f"aggregate.scheme {name!r}: client {client.id!r} {why}; "
+                "take heteagg, or leave such clients out (federation.capable: true)"
+            )
+
+
+def _traffic(config: RunConfig, coverage: Coverage, rank: int, sparsity: float) -> tuple[int, int]:
+    """Bytes (down, up) of one client's tensors in a round."""
+    keys = [
+        f"layers.{i}.{m}.{side}"
+        for i in coverage.layers
+        for m in modules_of(coverage.shape, config.lora.targets)
+        for side in "AB"
+    ]
+    if config.aggregate.form == "frozen_side":
+        keys = [key for key in keys if not is_frozen(key, coverage.shape)]
+    shapes = {key: factor_shape(coverage, key, rank) for key in keys}
+    codec, keep = config.federation.codec, 1 - sparsity if config.aggregate.mask == "saliency" else 1.0
+    up = encoded_bytes(shapes, codec, keep)
+    # FLoRA and FedEx-LoRA send what the last round changed in the base.
+    ranks = sum(client.rank or config.lora.rank for client in config.clients)
+    fold = {"flora": ranks, "fedex_lora": ranks + config.lora.rank}.get(config.aggregate.scheme, 0)
+    folded = encoded_bytes({key: factor_shape(coverage, key, fold) for key in keys}, codec) if fold else 0
+    return folded + (0 if config.aggregate.scheme == "flora" else encoded_bytes(shapes, codec)), up
 
 
 def _actors(config: RunConfig, need: int) -> int:

@@ -64,6 +64,19 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def check_room(out: Path, needed: int) -> None:
+    """Raise `LegolmError` when the disk that will hold a folder has less than `needed` bytes: better now."""
+    folder = out.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise LegolmError(
+            f"{out}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
+            "free some space or give another --out"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the run. Raises `LegolmError` when it is broken."""
     try:
@@ -117,6 +130,10 @@ class RunDir:
     def round(self, number: int) -> Path:
         """Folder of a finished round; 0 is the start."""
         return self.path / "rounds" / f"{number:04d}"
+
+    def client_state(self, client: str, number: int) -> Path:
+        """File of what a client itself keeps after a round."""
+        return self.path / "clients" / client / f"{number:04d}.safetensors"
 
     def client_stage(self, stage: str, client: str) -> Path:
         """Folder of what one client did outside the rounds: `local` or `personal`."""

@@ -78,7 +78,8 @@ class Block:
 class Update:
     """What a client returns after training: the change `delta` of each factor it received, in its block's slice.
 
-    `examples` is the weight n_k of DESIGN's HeteAgg: the number of examples the client trained on.
+    `examples` is the weight n_k of DESIGN's HeteAgg: the number of examples the client trained on. `received` is what
+    the change is from: the factors after the codec, with those that the client made itself.
     """
 
     run: str
@@ -92,6 +93,7 @@ class Update:
     rank: int
     scale: float
     delta: Tensors
+    received: Tensors
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -7,19 +7,22 @@ the aggregation: an update is refused, with the reason, before a byte of it is a
 from __future__ import annotations
 
 import json
-from typing import Literal, TypeVar
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
-from legolm.coverage import Coverage, factor_shape, parse_key, tensors_hash
+from legolm import codec as codecs
+from legolm.config import Codec
+from legolm.coverage import Coverage, factor_shape, parse_key
 from legolm.types import LegolmError, Score, Tensors, Update
 
 MAX_BYTES = 2 << 30
 MAX_HEADER = 64 << 20
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 
 
 class _Header(BaseModel):
@@ -38,6 +41,9 @@ class TrainRequest(_Header):
     """Train the adapter that comes with it, the block's slice. `phase` is `round`, `local` or `personal`.
 
     `done` and `total` count the client's steps before this request and in the whole run: they set the learning rate.
+    Factors that are not in the message the client makes from `derived_seed`; with `frozen` they do not train. `fold.`
+    tensors change its base from now on. `accepted` is the last round whose update of this client was added: the
+    client's own state goes on from there. The reply comes in this `codec`, with the `keep` share of its entries.
     """
 
     kind: Literal["train"] = "train"
@@ -47,6 +53,13 @@ class TrainRequest(_Header):
     done: int
     total: int
     seed: int
+    derived_seed: int | None = None
+    frozen: bool = False
+    proximal: float = 0.0
+    codec: Codec = "none"
+    keep: float = 1.0
+    error_feedback: bool = False
+    accepted: int = 0
 
 
 class EvaluateRequest(_Header):
@@ -74,6 +87,10 @@ class ScoreReply(BaseModel):
     scores: list[Score]
 
 
+EVERYONE = "*"
+"""The client that holds all clients' data and the LLM: the centralized baseline."""
+REPLIED = ("run", "round", "client", "block", "base_fingerprint", "coverage_hash", "rank", "scale")
+"""Fields of a request that come back in the reply."""
 Header = TypeVar("Header", bound=BaseModel)
 
 
@@ -88,76 +105,98 @@ def unpack(content: bytes, kind: type[Header]) -> tuple[Header, Tensors]:
     if len(content) > MAX_BYTES:
         raise LegolmError(f"message of {len(content)} bytes; at most {MAX_BYTES}")
     try:
-        return kind.model_validate_json(_metadata(content)), safetensors_load(content)
+        metadata, tensors = _parse(content)
+        return kind.model_validate_json(metadata), tensors
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise LegolmError(f"message header: {where}: {problem['msg']}") from None
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise LegolmError(f"message is broken ({error})") from None
 
 
 def kind_of(content: bytes) -> str:
     """The `kind` in a message's header."""
     try:
-        return str(json.loads(_metadata(content))["kind"])
+        return str(json.loads(_header(content)["__metadata__"]["legolm"])["kind"])
     except (ValueError, KeyError, TypeError) as error:
         raise LegolmError(f"message is broken ({error})") from None
 
 
-def accept(content: bytes, request: TrainRequest, sent: Tensors, coverage: Coverage) -> Update:
+@dataclass(frozen=True)
+class Sent:
+    """What goes to all clients of one coverage and rank: the tensors, and what training starts from after the codec.
+
+    `start` has the factors that the client makes itself, too; `trained` are those that change.
+    """
+
+    content: Tensors
+    start: Tensors
+    trained: frozenset[str]
+    hash: str
+
+
+def accept(content: bytes, request: TrainRequest, sent: Sent, coverage: Coverage) -> Update:
     """Check a reply against what was asked and return its update; `coverage` is the client's block's.
 
     Raises `LegolmError` with the first mismatch of header, keys, shape, dtype or finiteness.
     """
-    reply, delta = unpack(content, UpdateReply)
-    expected: dict[str, object] = {
-        field: getattr(request, field)
-        for field in ("run", "round", "client", "block", "base_fingerprint", "coverage_hash", "rank", "scale")
-    }
-    expected["received_hash"] = tensors_hash(sent)
+    reply, tensors = unpack(content, UpdateReply)
+    expected: dict[str, object] = {field: getattr(request, field) for field in REPLIED} | {"received_hash": sent.hash}
     for name, value in expected.items():
         if getattr(reply, name) != value:
             raise LegolmError(f"{name} is {getattr(reply, name)!r}; asked for {value!r}")
     if reply.examples < 1:
         raise LegolmError(f"examples is {reply.examples}; must be at least 1")
-    check_factors(delta, sent, coverage, request.rank)
+    shapes = {key: (size[0], size[1]) for key in sent.trained if (size := sent.start[key].shape)}
+    delta = codecs.decode(tensors, request.codec, shapes, request.keep)
+    check_factors(delta, coverage, request.rank)
     return Update(
-        run=reply.run,
-        round=reply.round,
-        client=reply.client,
-        block=reply.block,
-        base_fingerprint=reply.base_fingerprint,
-        coverage_hash=reply.coverage_hash,
-        received_hash=reply.received_hash,
-        examples=reply.examples,
-        rank=reply.rank,
-        scale=reply.scale,
+        **{field: getattr(reply, field) for field in (*REPLIED, "received_hash", "examples", "metrics")},
         delta=delta,
-        metrics=reply.metrics,
+        received=sent.start,
     )
 
 
-def check_factors(factors: Tensors, like: Tensors, coverage: Coverage, rank: int) -> None:
-    """Raise `LegolmError` unless the factors have the keys of `like` and the block's shapes, float32 and finite."""
-    missing, foreign = sorted(set(like) - set(factors)), sorted(set(factors) - set(like))
-    if missing or foreign:
-        raise LegolmError(f"{missing[0]} is missing" if missing else f"{foreign[0]} was not asked for")
+def check_factors(factors: Tensors, coverage: Coverage, rank: int) -> None:
+    """Raise `LegolmError` unless all are factors of the block's shapes, of this rank or less, float32 and finite."""
     for key, tensor in factors.items():
         _, _, side = parse_key(key)
         # A module may have a rank of its own, below the client's.
         own = tensor.shape[0 if side == "A" else -1] if tensor.dim() == 2 else rank
         wanted = factor_shape(coverage, key, max(1, min(rank, own)))
-        if tuple(tensor.shape) != wanted or tensor.shape != like[key].shape:
+        if tuple(tensor.shape) != wanted:
             raise LegolmError(f"{key} has shape {tuple(tensor.shape)}; the block's is {wanted}")
         if tensor.dtype != torch.float32:
             raise LegolmError(f"{key} is {tensor.dtype}; must be float32")
-        if not bool(tensor.isfinite().all()):
+        # A sum is not finite if an entry is not, and costs a tenth of looking at each; it may overflow, so look then.
+        if not math.isfinite(float(tensor.sum())) and not bool(tensor.isfinite().all()):
             raise LegolmError(f"{key} is not finite")
 
 
-def _metadata(content: bytes) -> str:
+def _header(content: bytes) -> dict[str, Any]:
     size = int.from_bytes(content[:8], "little")
     if len(content) < 8 or size > min(MAX_HEADER, len(content) - 8):
         raise ValueError("not a safetensors message")
-    return str(json.loads(content[8 : 8 + size])["__metadata__"]["legolm"])
+    header = json.loads(content[8 : 8 + size])
+    if not isinstance(header, dict):
+        raise ValueError("not a safetensors message")
+    return header
+
+
+def _parse(content: bytes) -> tuple[str, Tensors]:
+    """A safetensors message's metadata and tensors, all views of one copy: the library copies each tensor twice."""
+    header = _header(content)
+    start = 8 + int.from_bytes(content[:8], "little")
+    body = bytearray(memoryview(content)[start:])
+    metadata = header.pop("__metadata__")["legolm"]
+    tensors: Tensors = {}
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        count = math.prod(shape)
+        fits = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and end <= len(body)
+        if not fits or end - begin != count * dtype.itemsize or begin % dtype.itemsize:
+            raise ValueError(f"{name}: its size does not fit")
+        flat = torch.frombuffer(body, dtype=dtype, count=count, offset=begin) if count else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.view(shape)
+    return str(metadata), tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,6 @@ from legolm.models import FAMILIES, Shape
 from legolm.types import LegolmError
 
 SHAPE = Shape("llama", layers=3, hidden=8, neurons=6, kv_groups=2, queries_per_group=2, head_dim=2)
-MODULES = FAMILIES["llama"].modules
-TARGETS = [module.rpartition(".")[2] for module in MODULES]
 
 
 def subset(size: int) -> st.SearchStrategy[tuple[int, ...]]:
@@ -33,9 +32,10 @@ def subset(size: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 @st.composite
 def coverages(draw: st.DrawFn) -> Coverage:
+    """Of any family: fused matrices, and queries, keys and values side by side, among them."""
     layers = draw(subset(SHAPE.layers))
     return Coverage(
-        SHAPE,
+        replace(SHAPE, family=draw(st.sampled_from(sorted(FAMILIES)))),
         layers,
         tuple(draw(subset(SHAPE.kv_groups)) for _ in layers),
         tuple(draw(subset(SHAPE.neurons)) for _ in layers),
@@ -56,17 +56,31 @@ def test_rows_and_columns_by_hand() -> None:
     assert coverage.sparsity == pytest.approx(1 - 144 / (3 * 336))
 
 
+@given(coverages())
+@settings(max_examples=30, deadline=None)
+def test_the_way_to_the_llm_and_back(coverage: Coverage) -> None:
+    for layer in range(coverage.shape.layers):
+        for module in coverage.shape.modules:
+            for side, size in zip(("rows", "cols"), coverage.shape.matrix(module), strict=True):
+                places = coverage.located(layer, module, side)  # type: ignore[arg-type]
+                held = getattr(coverage, side)(layer, module) if layer in coverage.layers else torch.tensor([])
+                held = torch.arange(size) if held is None else held
+                assert len(places) == size
+                assert places[held.long()].tolist() == list(range(len(held)))
+                assert int((places == -1).sum()) == size - len(held)
+
+
 @given(coverages(), st.integers(1, 3), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
 def test_slicing_then_merging_equals_merging_then_slicing(coverage: Coverage, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     whole = {
         key: torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        for key, tensor in init_factors(SHAPE, TARGETS, rank, 0).items()
+        for key, tensor in init_factors(coverage.shape, None, rank, 0).items()
     }
     sliced = slice_factors(coverage, whole, rank)
     for layer in coverage.layers:
-        for module in MODULES:
+        for module in coverage.shape.modules:
             a, b = factor_key(layer, module, "A"), factor_key(layer, module, "B")
             product = whole[b] @ whole[a]
             rows, cols = coverage.rows(layer, module), coverage.cols(layer, module)
@@ -85,7 +99,7 @@ def test_adding_a_slice_is_the_transpose_of_slicing(coverage: Coverage, rank: in
     generator = torch.Generator().manual_seed(seed)
     whole = {
         key: torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        for key, tensor in init_factors(SHAPE, TARGETS, 3, 0).items()
+        for key, tensor in init_factors(coverage.shape, None, 3, 0).items()
     }
     for key, local in slice_factors(coverage, whole, rank).items():
         other = torch.randn(local.shape, generator=generator, dtype=torch.float64)
@@ -101,14 +115,15 @@ def test_files_give_back_what_was_saved(
     tmp_path_factory: pytest.TempPathFactory, coverage: Coverage, bits: bool
 ) -> None:
     if bits:
-        layer = coverage.layers[0]
-        rows, cols = coverage.matrix(layer, "mlp.up_proj")
+        layer, module = coverage.layers[0], next(iter(coverage.shape.modules))
+        rows, cols = coverage.matrix(layer, module)
         mask = torch.arange(rows * cols).view(rows, cols) % 3 != 0
-        masks = {f"layers.{layer}.mlp.up_proj": mask}
-        coverage = Coverage(SHAPE, coverage.layers, coverage.groups, coverage.neurons, masks)
+        masks = {f"layers.{layer}.{module}": mask}
+        coverage = Coverage(coverage.shape, coverage.layers, coverage.groups, coverage.neurons, masks)
     path = tmp_path_factory.mktemp("coverage") / "coverage.safetensors"
     save_coverage(coverage, path)
     found = load_coverage(path)
+    assert found.shape == coverage.shape
     assert (found.layers, found.groups, found.neurons) == (coverage.layers, coverage.groups, coverage.neurons)
     assert found.hash == coverage.hash
     assert found.kept_weights == coverage.kept_weights
@@ -119,6 +134,22 @@ def test_hash_tells_coverages_apart() -> None:
     one = Coverage(SHAPE, (0,), ((0,),), ((0, 1),))
     assert one.hash != Coverage(SHAPE, (0,), ((0,),), ((0, 2),)).hash
     assert one.hash != Coverage(SHAPE, (0,), ((1,),), ((0, 1),)).hash
+    assert one.hash != Coverage(replace(SHAPE, family="qwen2"), (0,), ((0,),), ((0, 1),)).hash
+
+
+@given(coverages())
+@settings(max_examples=60, deadline=None)
+def test_rows_count_what_the_units_say(coverage: Coverage) -> None:
+    """Each row is of the LLM's, once, ascending, and as many as kept groups and neurons make."""
+    shape = coverage.shape
+    for j, layer in enumerate(coverage.layers):
+        part = replace(shape, kv_groups=len(coverage.groups[j]), neurons=len(coverage.neurons[j]))
+        for module in shape.modules:
+            assert coverage.matrix(layer, module) == part.matrix(module)
+            for index, size in zip(
+                (coverage.rows(layer, module), coverage.cols(layer, module)), shape.matrix(module), strict=True
+            ):
+                assert index is None or index.tolist() == sorted(set(index.tolist()) & set(range(size)))
 
 
 @pytest.mark.parametrize(

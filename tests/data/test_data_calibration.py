@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from legolm.config import CalibrationConfig
+from legolm.config import CalibrationConfig, Fields
 from legolm.data.calibration import calibration_tokens
 from legolm.types import LegolmError
 
@@ -43,6 +43,17 @@ def test_file_windows_do_not_overlap_and_cover_the_text(tokenizer: PreTrainedTok
     path.write_text("aaaaaaaabbbbbbbbccccccccddd", encoding="utf-8")
     tokens = calibration_tokens(CalibrationConfig(text=str(path), samples=3, length=8), tokenizer, seed=0)
     assert sorted(tokenizer.decode(sample) for sample in tokens) == ["a" * 8, "b" * 8, "c" * 8]
+
+
+def test_conversations_of_a_task_are_rendered(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text("".join(f'{{"question": "Say {i}", "answer": "yes {i}"}}\n' for i in range(20)), encoding="utf-8")
+    fields = Fields(instruction="question", answer="answer")
+    tokens = calibration_tokens(CalibrationConfig(text=str(path), fields=fields, samples=6, length=100), tokenizer, 0)
+    text = "".join(tokenizer.decode(sample) for sample in tokens)
+    assert text.count("<|im_start|>assistant\nyes") > 5
+    with pytest.raises(LegolmError, match=r"task\.jsonl:1: no field `instruction`"):
+        calibration_tokens(CalibrationConfig(text=str(path)), tokenizer, 0)
 
 
 @pytest.mark.parametrize(("signs", "samples"), [(27, 3), (7, 0), (0, 0)])

@@ -15,7 +15,8 @@ from legolm.config import BlockConfig, CalibrationConfig
 from legolm.coverage import Coverage, init_factors, slice_factors
 from legolm.finetune import load_adapter, merged, save_adapter
 from legolm.models import fingerprint, load_model, shape_of
-from legolm.prune import cut_block
+from legolm.progress import Progress
+from legolm.prune import cut_blocks
 from legolm.types import Block, LegolmError, Tensors
 
 TEXT = torch.arange(1, 21)[None]
@@ -33,7 +34,7 @@ def block(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> Callable
         base = tiny("llama")
         text = CalibrationConfig(text=str(corpus), samples=4, length=64)
         spec = BlockConfig(name="b", calibration=text, **target)
-        return cut_block(base, fingerprint(base), spec, tmp_path / "block", seed=0)
+        return cut_blocks(base, fingerprint(base), [(spec, tmp_path / "block")], 0, "fp32", Progress())[0]
 
     return cut
 

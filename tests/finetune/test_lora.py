@@ -16,7 +16,8 @@ from legolm.data import Tokens
 from legolm.finetune import fit, lora, merged
 from legolm.finetune.masked import MaskedLinear
 from legolm.models import FAMILIES, fingerprint, load_model, shape_of
-from legolm.prune import cut_block
+from legolm.progress import Progress
+from legolm.prune import cut_blocks
 from legolm.types import Block, LegolmError, Tensors
 
 MODULES = FAMILIES["llama"].modules
@@ -34,7 +35,7 @@ def factors_for(coverage: Coverage, rank: int = 3) -> Tensors:
 def sparse(tiny: Callable[[str], Path], tmp_path: Path) -> Block:
     base = tiny("llama")
     spec = BlockConfig(name="m", method="magnitude", sparsity=0.5)
-    return cut_block(base, fingerprint(base), spec, tmp_path / "sparse", seed=0)
+    return cut_blocks(base, fingerprint(base), [(spec, tmp_path / "sparse")], 0, "fp32", Progress())[0]
 
 
 def test_the_adapter_is_pefts(tiny: Callable[[str], Path]) -> None:

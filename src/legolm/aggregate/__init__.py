@@ -1,6 +1,20 @@
 """Put updates together in the LLM's coordinates: one file a scheme over one small streaming interface."""
 
-from legolm.aggregate import heteagg  # noqa: F401 (registers itself)
-from legolm.aggregate.scheme import SCHEMES, Scheme, make_scheme
+from legolm.aggregate import (  # noqa: F401 (each registers itself)
+    centralized,
+    fedavg,
+    fedex_lora,
+    fedprox,
+    flexlora,
+    flora,
+    heteagg,
+    hetlora,
+    local_only,
+    median,
+    raflora,
+    trimmed_mean,
+)
+from legolm.aggregate.initial import initial_factors
+from legolm.aggregate.scheme import SCHEMES, Scheme, Start, make_scheme, scheme_class
 
-__all__ = ["SCHEMES", "Scheme", "make_scheme"]
+__all__ = ["SCHEMES", "Scheme", "Start", "initial_factors", "make_scheme", "scheme_class"]

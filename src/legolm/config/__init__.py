@@ -1,14 +1,13 @@
 """The run's configuration: its fields (`sections`) and its files (`file`)."""
 
+from legolm.config.aggregation import AggregateConfig, Codec, FederationConfig, OutlierConfig
 from legolm.config.file import dump, load, validate
 from legolm.config.sections import (
-    AggregateConfig,
     BlockConfig,
     CalibrationConfig,
     ClientConfig,
     DataConfig,
     EvaluateConfig,
-    FederationConfig,
     Fields,
     LoraConfig,
     Precision,
@@ -24,11 +23,13 @@ __all__ = [
     "BlockConfig",
     "CalibrationConfig",
     "ClientConfig",
+    "Codec",
     "DataConfig",
     "EvaluateConfig",
     "FederationConfig",
     "Fields",
     "LoraConfig",
+    "OutlierConfig",
     "Precision",
     "Profile",
     "RecoverConfig",

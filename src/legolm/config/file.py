@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from legolm.config.sections import RunConfig, Section
+from legolm.config.section import Section
+from legolm.config.sections import RunConfig
 from legolm.types import LegolmError, nearest
 
 S = TypeVar("S", bound=Section)
@@ -20,6 +21,14 @@ S = TypeVar("S", bound=Section)
 
 def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML file, apply `a.b=value` overrides (list items by index), validate. Raises `LegolmError`."""
+    raw = read(path)
+    for one in overrides or []:
+        override(raw, one)
+    return validate(RunConfig, raw, f"config {path}")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping. Raises `LegolmError`."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -32,9 +41,7 @@ def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raise LegolmError(f"config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
     if not isinstance(raw, dict):
         raise LegolmError(f"config {path}: must be a mapping of sections, not {type(raw).__name__}")
-    for override in overrides or []:
-        _override(raw, override)
-    return validate(RunConfig, raw, f"config {path}")
+    return raw
 
 
 def validate(kind: type[S], raw: dict[str, Any], source: str) -> S:
@@ -50,14 +57,15 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
+def override(raw: dict[str, Any], change: str) -> None:
+    """Apply one `a.b=value` in place. Raises `LegolmError`."""
+    path, equals, text = change.partition("=")
     if not equals or not path:
-        raise LegolmError(f"--set {override!r}: write it as a.b=value, for instance --set train.steps=4")
+        raise LegolmError(f"--set {change!r}: write it as a.b=value, for instance --set train.steps=4")
     keys = path.split(".")
     at: Any = raw
     for depth, key in enumerate(keys[:-1]):
-        child = _index(at, key, override) if isinstance(at, list) else at.setdefault(key, {})
+        child = _index(at, key, change) if isinstance(at, list) else at.setdefault(key, {})
         if not isinstance(child, dict | list):
             # `data: starter` is short for {train: starter}.
             child = at[key] = {"train": child} if keys[: depth + 1] == ["data"] else {}
@@ -65,17 +73,17 @@ def _override(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise LegolmError(f"--set {override!r}: the value is not valid YAML") from None
+        raise LegolmError(f"--set {change!r}: the value is not valid YAML") from None
     if isinstance(at, list):
-        _index(at, keys[-1], override)
+        _index(at, keys[-1], change)
         at[int(keys[-1])] = value
     else:
         at[keys[-1]] = value
 
 
-def _index(items: list[Any], key: str, override: str) -> Any:
+def _index(items: list[Any], key: str, change: str) -> Any:
     if not key.isdecimal() or int(key) >= len(items):
-        raise LegolmError(f"--set {override!r}: {key!r} must be an index from 0 to {len(items) - 1}")
+        raise LegolmError(f"--set {change!r}: {key!r} must be an index from 0 to {len(items) - 1}")
     return items[int(key)]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from legolm.config.aggregation import AggregateConfig, FederationConfig
+from legolm.config.section import Section
 from legolm.types import nearest
 
 Precision = Literal["fp32", "bf16"]
@@ -20,13 +23,19 @@ def _not_reserved(name: str) -> str:
 
 # A name becomes a folder's.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), AfterValidator(_not_reserved)]
+
+
+def _quantity(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)b?\s*", value.lower())
+    if found is None:
+        raise ValueError("write a number, with k, M or G and B if you like: 70M, 150MB, 1.5GB")
+    return round(float(found[1]) * 1000 ** " kmg".index(found[2] or " "))
+
+
+Quantity = Annotated[int, BeforeValidator(_quantity), Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A mapping of known keys that does not change once it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Fields(Section):
@@ -69,11 +78,17 @@ class DataConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Text that pruning and recovery see: `starter`, `pydoc` (Python's help topics) or a text file."""
+    """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`).
+
+    `text` is `starter`, `pydoc` (Python's help topics), a text file, or a file of conversations (JSON, JSONL, CSV,
+    Parquet), which is rendered with the model's chat template.
+    """
 
     text: str = "starter"
+    fields: Fields = Fields()
     samples: int = Field(32, ge=1)
     length: int = Field(256, ge=8, description="tokens a sample")
+    statistics: tuple[str, ...] | None = Field(None, description="files of `legolm calibrate`; they are added up")
 
 
 class RecoverConfig(Section):
@@ -86,12 +101,15 @@ class RecoverConfig(Section):
 
 
 class BlockConfig(Section):
-    """One block to cut: a method and either a sparsity or, for `structured`, a shape in the model config's words."""
+    """One block to cut: a method and a target. `structured` takes a budget or a shape in the model config's words."""
 
     name: Name
     method: Literal["dense", "magnitude", "wanda", "sparsegpt", "structured"]
     sparsity: float | None = Field(None, ge=0, lt=1, description="removed share of the decoder's linear weights")
     pattern: str | None = Field(None, pattern=r"^[1-9]\d?:[1-9]\d?$", description="N:M, N kept of each M in a row")
+    params: Quantity | None = Field(None, description="stored parameters at most, for instance 70M")
+    memory: Quantity | None = Field(None, description="bytes of weights at most, for instance 150MB")
+    speedup: float | None = Field(None, gt=1, description="tokens generated a second, over the LLM's, measured here")
     intermediate_size: int | None = Field(None, ge=1)
     num_key_value_heads: int | None = Field(None, ge=1)
     num_hidden_layers: int | None = Field(None, ge=1)
@@ -101,20 +119,25 @@ class BlockConfig(Section):
     @model_validator(mode="after")
     def _one_target(self) -> BlockConfig:
         shape = (self.intermediate_size, self.num_key_value_heads, self.num_hidden_layers)
-        has_shape = any(size is not None for size in shape)
-        if self.method == "dense":
-            if has_shape or self.sparsity is not None or self.pattern:
-                raise ValueError("a dense block is the whole LLM; take out its sparsity and shape")
-        elif self.method == "structured":
-            if self.pattern or has_shape == (self.sparsity is not None):
-                raise ValueError(
-                    "structured needs either `sparsity` or a shape "
-                    "(intermediate_size, num_key_value_heads, num_hidden_layers)"
-                )
-        elif has_shape or (self.sparsity is None) == (self.pattern is None):
-            raise ValueError(f"{self.method} needs either `sparsity` or a `pattern` such as 2:4, and no shape")
-        elif self.pattern and int(self.pattern.split(":")[0]) >= int(self.pattern.split(":")[1]):
+        budgets = {name: getattr(self, name) for name in ("sparsity", "params", "memory", "speedup")}
+        given = [name for name, value in budgets.items() if value is not None]
+        given += ["a shape"] if any(size is not None for size in shape) else []
+        given += ["pattern"] if self.pattern else []
+        allowed = {
+            "dense": [],
+            "structured": [*budgets, "a shape"],
+        }.get(self.method, ["sparsity", "pattern"])
+        if len(given) != min(len(allowed), 1) or not set(given) <= set(allowed):
+            takes = f"one of {', '.join(allowed)}" if allowed else "no target: it is the whole LLM"
+            raise ValueError(f"{self.method} takes {takes}; here is {' and '.join(given) or 'none'}")
+        if self.pattern and int(self.pattern.split(":")[0]) >= int(self.pattern.split(":")[1]):
             raise ValueError(f"pattern {self.pattern}: N must be less than M")
+        by_width = given == ["a shape"] and self.num_hidden_layers is None
+        if self.calibration.statistics and self.method == "structured" and not by_width:
+            raise ValueError(
+                "structured with calibration.statistics takes intermediate_size and num_key_value_heads: "
+                "to choose a shape or layers, text is needed"
+            )
         return self
 
 
@@ -132,11 +155,15 @@ class ClientConfig(Section):
     block: str | None = None
     profile: Profile | None = None
     rank: int | None = Field(None, ge=1, description="its LoRA rank; lora.rank if not given")
+    joins: int = Field(1, ge=1, description="first round that it takes part in")
+    leaves: int | None = Field(None, ge=1, description="last round that it takes part in")
 
     @model_validator(mode="after")
     def _one_way(self) -> ClientConfig:
         if (self.block is None) == (self.profile is None):
             raise ValueError("give either `block` or `profile`")
+        if self.leaves is not None and self.leaves < self.joins:
+            raise ValueError(f"leaves after round {self.leaves}, before it joins in round {self.joins}")
         return self
 
 
@@ -149,7 +176,7 @@ class LoraConfig(Section):
     """
 
     rank: int = Field(8, ge=1)
-    ranks: dict[str, Annotated[int, Field(ge=1)]] = {}
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field({})
     scale: float = Field(2.0, gt=0)
     rslora: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -198,25 +225,6 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(False, description="less memory for a third more work")
 
 
-class AggregateConfig(Section):
-    """How updates become one. `heteagg` is the paper's; DESIGN section 3 defines the terms."""
-
-    scheme: Literal["heteagg"] = "heteagg"
-    denominator: Literal["coverage_mean", "global_fill"] = "coverage_mean"
-    mask: Literal["structure", "saliency"] = "structure"
-    server_learning_rate: float = Field(1.0, gt=0)
-
-
-class FederationConfig(Section):
-    """Who runs the rounds, and how many."""
-
-    engine: Literal["flower", "local"] = "flower"
-    rounds: int = Field(3, ge=1)
-    threads: int = Field(1, ge=1, description="CPU threads a client")
-    min_replies: int = Field(1, ge=1, description="stop the run when fewer updates than this are accepted")
-    personal_steps: int = Field(0, ge=0, description="own steps of each client after the last global update")
-
-
 class EvaluateConfig(Section):
     """What is measured beside the global update."""
 
@@ -262,6 +270,8 @@ class RunConfig(Section):
                 raise ValueError(f"clients: {client.id!r} wants block {client.block!r};{nearest(client.block, known)}")
             if client.rank is not None and client.rank > self.lora.rank:
                 raise ValueError(f"clients: {client.id!r} has rank {client.rank}; at most lora.rank, {self.lora.rank}")
+        if self.aggregate.scheme == "local_only" and not self.evaluate.local_only:
+            raise ValueError("aggregate.scheme 'local_only' is the stage evaluate.local_only; set that to true")
         if self.federation.min_replies > len(self.clients):
             raise ValueError(
                 f"federation.min_replies is {self.federation.min_replies}; there are {len(self.clients)} clients"

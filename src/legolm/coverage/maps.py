@@ -9,10 +9,11 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -58,19 +59,38 @@ class Coverage:
         groups, neurons = tuple(range(shape.kv_groups)), tuple(range(shape.neurons))
         return Coverage(shape, tuple(range(count)), (groups,) * count, (neurons,) * count)
 
+    @property
+    def block_shape(self) -> Shape:
+        """The block's own shape: one number of KV groups and neurons serves all its layers."""
+        groups, neurons = len(self.groups[0]), len(self.neurons[0])
+        return replace(self.shape, layers=len(self.layers), kv_groups=groups, neurons=neurons)
+
     def rows(self, layer: int, module: str) -> Tensor | None:
         """Kept output rows (int64, ascending) of a module of an LLM layer; None when all are kept."""
-        parts, start = [], 0
         units = self.shape.module(module).rows
-        for unit in units:
-            size, kept = self.shape.size(unit), self._index(layer, unit)
-            parts.append(start + (torch.arange(size) if kept is None else kept))
+        kept = [self._index(layer, unit) for unit in units]
+        if all(index is None for index in kept):
+            return None
+        parts, start = [], 0
+        for unit, index in zip(units, kept, strict=True):
+            size = self.shape.size(unit)
+            parts.append(start + (torch.arange(size) if index is None else index))
             start += size
-        return None if all(self._index(layer, unit) is None for unit in units) else torch.cat(parts)
+        return torch.cat(parts)
 
     def cols(self, layer: int, module: str) -> Tensor | None:
         """Kept input columns, like `rows`."""
         return self._index(layer, self.shape.module(module).cols)
+
+    def located(self, layer: int, module: str, side: Literal["rows", "cols"]) -> Tensor:
+        """The way back: for each row (or column) of the LLM's module its place in the block's, −1 where it has none."""
+        size = self.shape.matrix(module)[side == "cols"]
+        places = torch.full((size,), -1)
+        if layer in self.layers:
+            kept = getattr(self, side)(layer, module)
+            kept = torch.arange(size) if kept is None else kept
+            places[kept] = torch.arange(len(kept))
+        return places
 
     def matrix(self, layer: int, module: str) -> tuple[int, int]:
         """(rows, columns) of a module in the block's slice."""

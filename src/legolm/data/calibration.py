@@ -1,8 +1,9 @@
-"""Public text that pruning and recovery see, as windows of tokens. Never a client's data."""
+"""Text that pruning and recovery see, as windows of tokens: public text, or a task's or user's own."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from legolm.config import CalibrationConfig
 from legolm.data.render import render
-from legolm.data.sources import read_text
+from legolm.data.sources import DATA_SUFFIXES, read_rows, read_text, to_example
 from legolm.data.starter import public_starter_text
-from legolm.types import LegolmError
+from legolm.types import Example, LegolmError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,15 +25,19 @@ if TYPE_CHECKING:
 def calibration_tokens(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
     """Windows of the text that do not overlap, drawn by `seed`: (samples, length) int64.
 
-    `starter` alternates between conversations, packed together, and the prose of Python's help topics.
-    Raises `LegolmError` if the text is missing or too short.
+    Conversations are rendered with the chat template and packed together; `starter` alternates between some and the
+    prose of Python's help topics. Raises `LegolmError` if the text is missing or too short.
     """
+    path = Path(config.text).expanduser()
     if config.text in ("starter", "pydoc"):
         streams = [_prose("\n".join(topics.values()), tokenizer)]
         if config.text == "starter":
-            streams.insert(0, _conversations(config, tokenizer, seed))
+            streams.insert(0, _conversations(public_starter_text(), config, tokenizer, seed))
+    elif path.suffix in DATA_SUFFIXES:
+        rows = read_rows(config.text, "calibration.text")
+        streams = [_conversations([to_example(row, config.fields) for row in rows], config, tokenizer, seed)]
     else:
-        streams = [_prose(read_text(Path(config.text).expanduser(), "calibration.text"), tokenizer)]
+        streams = [_prose(read_text(path, "calibration.text"), tokenizer)]
     pools = [_windows(stream, config.length, seed) for stream in streams]
     available = min(len(pool) * len(pools) + place for place, pool in enumerate(pools))
     if available < config.samples:
@@ -50,11 +55,12 @@ def _windows(stream: list[int], length: int, seed: int) -> Tensor:
     return torch.tensor(stream[: count * length]).view(count, length)[order]
 
 
-def _conversations(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
-    """Shuffled, so that a window mixes languages, and no more than `config` needs: rendering takes time."""
-    examples = list(public_starter_text())
-    random.Random(f"{seed} conversations").shuffle(examples)
-    rendered = (render(example, tokenizer, config.length).ids for example in examples)
+def _conversations(
+    examples: Sequence[Example], config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> list[int]:
+    """Shuffled, so that a window mixes kinds, and no more than `config` needs: rendering takes time."""
+    shuffled = random.Random(f"{seed} conversations").sample(examples, len(examples))
+    rendered = (render(example, tokenizer, config.length).ids for example in shuffled)
     return list(islice(chain.from_iterable(rendered), config.samples * config.length))
 
 

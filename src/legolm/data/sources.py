@@ -210,3 +210,5 @@ _READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+DATA_SUFFIXES = tuple(_READERS)
+"""Endings of files that hold rows; any other file is plain text."""

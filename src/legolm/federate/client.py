@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save
 
-from legolm import wire
+from legolm import codec, wire
+from legolm.aggregate import initial_factors
+from legolm.aggregate.folding import concatenated
+from legolm.aggregate.scheme import under_prefix, with_prefix
 from legolm.config import RunConfig
-from legolm.coverage import tensors_hash
+from legolm.coverage import Coverage, slice_factors, tensors_hash
 from legolm.data import Tokens, load_parts, render
 from legolm.evaluate import score
 from legolm.finetune import choose_device, choose_precision, dtype_of, fit, merged
 from legolm.memory import keep_freed_memory, release_memory
 from legolm.models import load_model, load_tokenizer, resolve
 from legolm.prune import llm_block, read_block
-from legolm.rundir import RunDir
+from legolm.rundir import RunDir, atomic_write
 from legolm.types import Block, ClientData, LegolmError, Tensors
 
 
@@ -40,6 +44,7 @@ class ClientRuntime:
         self._precision = choose_precision(self._config.precision)
         self._block: Block | None = None
         self._model: Any = None
+        self._made: tuple[tuple[int, bool], Tensors] | None = None
         self._tokens: dict[tuple[str, str], tuple[Tokens, ...]] = {}
         torch.set_num_threads(self._config.federation.threads)
 
@@ -50,33 +55,57 @@ class ClientRuntime:
                 return self._train(*wire.unpack(content, wire.TrainRequest))
             return self._evaluate(*wire.unpack(content, wire.EvaluateRequest))
 
-    def _train(self, request: wire.TrainRequest, start: Tensors) -> bytes:
-        block = self._checked(request, start)
+    def _train(self, request: wire.TrainRequest, content: Tensors) -> bytes:
+        block = self._checked(request)
+        received = codec.decode(content, request.codec, _shapes(content))
+        start = {key: tensor for key, tensor in received.items() if not key.startswith("fold.")}
+        frozen: set[str] = set()
+        if request.derived_seed is not None:
+            derived = self._derived(request, block.coverage)
+            frozen = set(derived) - set(start) if request.frozen else set()
+            start = derived | start
+        wire.check_factors(start, block.coverage, request.rank)
+        state = self._state(request)
+        fold = concatenated(under_prefix("fold", state), under_prefix("fold", received))
         examples = self._examples(request.client, "train")
-        delta, metrics = fit(
-            self._model,
-            block.coverage,
-            start,
-            request.scale,
-            examples,
-            self._config.train,
-            self._precision,
-            request.steps,
-            request.seed,
-            request.done,
-            request.total,
-            dropout=self._config.lora.dropout,
-        )
+        with merged(self._model, block.coverage, fold, request.scale) as model:
+            delta, metrics = fit(
+                model,
+                block.coverage,
+                start,
+                request.scale,
+                examples,
+                self._config.train,
+                self._precision,
+                request.steps,
+                request.seed,
+                request.done,
+                request.total,
+                frozen=frozen,
+                proximal=request.proximal,
+                dropout=self._config.lora.dropout,
+            )
+        residual = under_prefix("residual", state)
+        delta = {key: tensor + residual[key] if residual else tensor for key, tensor in delta.items()}
+        encoded = codec.encode(delta, request.codec, request.keep)
+        lost: Tensors = {}
+        if request.error_feedback and request.codec != "none":
+            arrived = codec.decode(encoded, request.codec, _shapes(delta), request.keep)
+            lost = {
+                key: (tensor - arrived[key]) * codec.most_salient(tensor, request.keep) for key, tensor in delta.items()
+            }
+        self._keep_state(request, with_prefix("fold", fold) | with_prefix("residual", lost))
         reply = wire.UpdateReply(
-            **request.model_dump(exclude={"kind", "phase", "steps", "done", "total", "seed"}),
-            received_hash=tensors_hash(start),
+            **{field: getattr(request, field) for field in wire.REPLIED},
+            received_hash=tensors_hash(content),
             examples=len(examples),
             metrics=metrics,
         )
-        return wire.pack(reply, delta)
+        return wire.pack(reply, encoded)
 
     def _evaluate(self, request: wire.EvaluateRequest, factors: Tensors) -> bytes:
-        block = self._checked(request, factors)
+        block = self._checked(request)
+        wire.check_factors(factors, block.coverage, request.rank)
         scores = []
         with merged(self._model, block.coverage, factors, request.scale) as model:
             for client, split in request.sets:
@@ -85,14 +114,43 @@ class ClientRuntime:
                 scores.append(score(model, examples, self._tokenizer.pad_token_id, size, self._precision))
         return wire.pack(wire.ScoreReply(scores=scores), {})
 
-    def _checked(self, request: wire.TrainRequest | wire.EvaluateRequest, factors: Tensors) -> Block:
+    def _checked(self, request: wire.TrainRequest | wire.EvaluateRequest) -> Block:
         block = self._load(request.block, request.base_fingerprint)
         if (block.base_fingerprint, block.coverage.hash) != (request.base_fingerprint, request.coverage_hash):
             raise LegolmError(
                 f"block {request.block}: the request was made for another cut of it or another base model"
             )
-        wire.check_factors(factors, factors, block.coverage, request.rank)
         return block
+
+    def _derived(self, request: wire.TrainRequest, coverage: Coverage) -> Tensors:
+        """The slice of the factors that everyone makes from the same seed."""
+        lora = self._config.lora
+        assert request.derived_seed is not None
+        key = (request.derived_seed, request.frozen)
+        if self._made is None or self._made[0] != key:
+            made = initial_factors(
+                coverage.shape, lora.targets, lora.rank, request.derived_seed, request.frozen, lora.ranks
+            )
+            self._made = key, made
+        return slice_factors(coverage, self._made[1], request.rank)
+
+    def _state(self, request: wire.TrainRequest) -> Tensors:
+        """What this client kept after the last round in which its update was added."""
+        path = self._run.client_state(request.client, request.accepted)
+        if request.phase != "round" or not request.accepted or not path.exists():
+            return {}
+        state: Tensors = load_file(path)
+        return state
+
+    def _keep_state(self, request: wire.TrainRequest, state: Tensors) -> None:
+        """Write this round's state; older ones than the round that stands are not needed any more."""
+        if request.phase != "round" or not state:
+            return
+        path = self._run.client_state(request.client, request.round)
+        atomic_write(path, save({key: tensor.contiguous() for key, tensor in state.items()}))
+        for old in path.parent.glob("*.safetensors"):
+            if int(old.stem) < request.accepted:
+                old.unlink()
 
     def _load(self, name: str, fingerprint: str) -> Block:
         if self._block is None or self._block.name != name:
@@ -106,6 +164,8 @@ class ClientRuntime:
         return self._block
 
     def _examples(self, client: str, split: Literal["train", "validation", "test"]) -> tuple[Tokens, ...]:
+        if client == wire.EVERYONE:
+            return tuple(example for id in self._data for example in self._examples(id, split))
         if (client, split) not in self._tokens:
             length = min(self._config.train.max_length, self._model.config.max_position_embeddings)
             rows = getattr(self._data[client], split)
@@ -133,3 +193,14 @@ def client_data(config: RunConfig) -> dict[str, ClientData]:
     parts = {client.id: client.data or client.id for client in config.clients}
     loaded = load_parts(config.data, list(dict.fromkeys(parts.values())), config.seed)
     return {client: loaded[part] for client, part in parts.items()}
+
+
+def _shapes(tensors: Tensors) -> dict[str, tuple[int, int]]:
+    """Of the factors in a message; the codec's own tensors have no dot in their name."""
+    shapes = {}
+    for key, tensor in tensors.items():
+        if "." in key:
+            if tensor.dim() != 2:
+                raise LegolmError(f"{key} has shape {tuple(tensor.shape)}; must be a matrix")
+            shapes[key] = (tensor.shape[0], tensor.shape[1])
+    return shapes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from legolm.config import RunConfig
 from legolm.rundir import RunDir
@@ -26,8 +27,20 @@ class Reply:
     error: str = ""
 
 
-Exchange = Callable[[Sequence[Request]], Iterator[Reply]]
-"""Send requests and give each reply as it comes, in any order."""
+class Exchange(Protocol):
+    """A way to reach the clients."""
+
+    def __call__(self, requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+        """Take requests as clients can be asked, and give each reply as it comes, in any order.
+
+        A client that has not answered after `deadline_s` seconds gives an error instead; its late answer is dropped.
+        """
+
+
+def late(deadline_s: float) -> str:
+    """The error of a reply that did not come in time."""
+    return f"late: no answer within federation.deadline_s, {deadline_s:g} s"
+
 
 Body = Callable[[Exchange], None]
 Engine = Callable[[RunDir, RunConfig, int, Body], None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -20,11 +21,13 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from legolm.config import RunConfig
-from legolm.federate.engine import Body, Reply, Request
+from legolm.federate.engine import Body, Reply, Request, late
 from legolm.rundir import RunDir
 from legolm.types import LegolmError
 
 POLL_S = 0.1
+IN_FLIGHT = 4
+"""Requests under way for each actor: enough that none waits, and the server's memory does not grow with clients."""
 OBJECT_STORE_BYTES = 256 << 20
 
 
@@ -37,7 +40,11 @@ def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
     def main(grid: Grid, context: Context) -> None:
         nodes = _wait_for_nodes(grid, len(config.clients))
         node_of = {client.id: node for client, node in zip(config.clients, nodes, strict=True)}
-        body(lambda requests: _exchange(grid, node_of, requests))
+
+        def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+            return _exchange(grid, node_of, IN_FLIGHT * actors, requests, deadline_s)
+
+        body(exchange)
 
     threads = config.federation.threads
     run_simulation(
@@ -77,28 +84,45 @@ def _client_app(path: Path) -> ClientApp:
     return app
 
 
-def _exchange(grid: Grid, node_of: dict[str, int], requests: Sequence[Request]) -> Iterator[Reply]:
-    """Push all requests, then give replies as they come. A client that crashed gives an error, not an end."""
+def _exchange(
+    grid: Grid, node_of: Mapping[str, int], in_flight: int, requests: Iterable[Request], deadline_s: float | None
+) -> Iterator[Reply]:
+    """Push requests, at most `in_flight` at once, and give replies as they come.
+
+    A client that crashed gives an error, not an end.
+    """
+    queue = enumerate(requests)
+    began = time.monotonic()
     waiting: dict[str, int] = {}
-    for index, request in enumerate(requests):
-        content = RecordDict({"request": ConfigRecord({"content": request.content})})
-        message = Message(content, node_of[request.client], MessageType.TRAIN)
-        (message_id,) = grid.push_messages([message])
-        waiting[message_id] = index
-    while waiting:
-        for reply in grid.pull_messages(list(waiting)):
-            index = waiting.pop(reply.metadata.reply_to_message_id)
-            if reply.has_error():
-                yield Reply(index, error=(reply.error.reason or "the client crashed").strip().splitlines()[-1])
-                continue
-            record = reply.content["reply"]
-            if "error" in record:
-                yield Reply(index, error=str(record["error"]))
-            else:
-                found = record["content"]
-                assert isinstance(found, bytes)
-                yield Reply(index, found)
-        time.sleep(POLL_S)
+    while True:
+        for index, request in islice(queue, in_flight - len(waiting)):
+            content = RecordDict({"request": ConfigRecord({"content": request.content})})
+            # All clients' data at one place is no client's: any node may answer.
+            node = node_of.get(request.client, min(node_of.values()))
+            (message_id,) = grid.push_messages([Message(content, node, MessageType.TRAIN)])
+            waiting[message_id] = index
+        if not waiting:
+            return
+        found = list(grid.pull_messages(list(waiting)))
+        for reply in found:
+            yield _read(waiting.pop(reply.metadata.reply_to_message_id), reply)
+        if deadline_s is not None and time.monotonic() - began > deadline_s:
+            for index in [*waiting.values(), *(index for index, _ in queue)]:
+                yield Reply(index, error=late(deadline_s))
+            return
+        if not found:
+            time.sleep(POLL_S)
+
+
+def _read(index: int, reply: Message) -> Reply:
+    if reply.has_error():
+        return Reply(index, error=(reply.error.reason or "the client crashed").strip().splitlines()[-1])
+    record = reply.content["reply"]
+    if "error" in record:
+        return Reply(index, error=str(record["error"]))
+    content = record["content"]
+    assert isinstance(content, bytes)
+    return Reply(index, content)
 
 
 def _wait_for_nodes(grid: Grid, count: int) -> list[int]:

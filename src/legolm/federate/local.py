@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from legolm.config import RunConfig
 from legolm.federate.client import ClientRuntime
-from legolm.federate.engine import Body, Reply, Request
+from legolm.federate.engine import Body, Reply, Request, late
 from legolm.rundir import RunDir
 from legolm.types import LegolmError
 
@@ -18,12 +19,18 @@ def run_local(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
     threads = torch.get_num_threads()
     runtime = ClientRuntime(run)
 
-    def exchange(requests: Sequence[Request]) -> Iterator[Reply]:
+    def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+        began = time.monotonic()
         for index, request in enumerate(requests):
-            try:
-                yield Reply(index, runtime.answer(request.content))
-            except LegolmError as error:
-                yield Reply(index, error=str(error))
+            reply = Reply(index)
+            if deadline_s is None or time.monotonic() - began < deadline_s:
+                try:
+                    reply = Reply(index, runtime.answer(request.content))
+                except LegolmError as error:
+                    reply = Reply(index, error=str(error))
+            if deadline_s is not None and time.monotonic() - began > deadline_s:
+                reply = Reply(index, error=late(deadline_s))
+            yield reply
 
     try:
         body(exchange)

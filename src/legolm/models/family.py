@@ -35,31 +35,63 @@ class Module:
 class Family:
     """One architecture: its linear layers by path within a decoder layer, and where the rest is.
 
-    `layers` is the path of the decoder layers in the causal LM. `middle` is the module, within a layer, that reads the
-    hidden states between attention and MLP; None where attention and MLP read the same ones. `fixed` says of a field of
-    `Shape` that structured pruning must leave it alone, and why.
+    `layers` is the path of the decoder layers in the causal LM. `fixed` says of a field of `Shape` that structured
+    pruning must leave it alone, and why.
     """
 
     modules: Mapping[str, Module]
     layers: str = "model.layers"
-    middle: str | None = "post_attention_layernorm"
     fixed: Mapping[str, str] = field(default_factory=dict)
 
 
 _HIDDEN: tuple[Unit, ...] = ("hidden",)
-_LLAMA = Family(
-    {
+
+
+def _separate(attention_norm: str | None = None, mlp_norm: str | None = None) -> dict[str, Module]:
+    """Llama's layout: q, k, v and gate, up by themselves; with the norms between each part and the residual stream."""
+    return {
         "self_attn.q_proj": Module(("query",), "hidden"),
         "self_attn.k_proj": Module(("key",), "hidden"),
         "self_attn.v_proj": Module(("key",), "hidden"),
-        "self_attn.o_proj": Module(_HIDDEN, "query"),
+        "self_attn.o_proj": Module(_HIDDEN, "query", attention_norm),
         "mlp.gate_proj": Module(("neuron",), "hidden"),
         "mlp.up_proj": Module(("neuron",), "hidden"),
-        "mlp.down_proj": Module(_HIDDEN, "neuron"),
+        "mlp.down_proj": Module(_HIDDEN, "neuron", mlp_norm),
     }
-)
 
-FAMILIES: dict[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+
+_LLAMA = Family(_separate())
+_POST_NORMS = _separate("post_attention_layernorm", "post_feedforward_layernorm")
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma3_text": Family(_POST_NORMS),
+    "olmo2": Family(
+        _POST_NORMS,
+        fixed={"kv_groups": "its queries and keys are normalised over all heads together"},
+    ),
+    "phi3": Family(
+        {
+            "self_attn.qkv_proj": Module(("query", "key", "key"), "hidden"),
+            "self_attn.o_proj": Module(_HIDDEN, "query"),
+            "mlp.gate_up_proj": Module(("neuron", "neuron"), "hidden"),
+            "mlp.down_proj": Module(_HIDDEN, "neuron"),
+        }
+    ),
+    "gpt_neox": Family(
+        {
+            "attention.query_key_value": Module(("qkv",), "hidden"),
+            "attention.dense": Module(_HIDDEN, "query"),
+            "mlp.dense_h_to_4h": Module(("neuron",), "hidden"),
+            "mlp.dense_4h_to_h": Module(_HIDDEN, "neuron"),
+        },
+        layers="gpt_neox.layers",
+        fixed={"kv_groups": "its heads must fill the hidden size"},
+    ),
+}
 """By `model_type` of the Hugging Face config."""
 
 
@@ -75,10 +107,13 @@ class Shape:
     queries_per_group: int
     head_dim: int
 
+    def __post_init__(self) -> None:
+        _known(self.family)
+
     @property
     def modules(self) -> Mapping[str, Module]:
         """The linear layers of a decoder layer, in the family's order."""
-        return _known(self.family).modules
+        return FAMILIES[self.family].modules
 
     def module(self, name: str) -> Module:
         """One of `modules`. Raises `LegolmError` for a name that the family does not have."""
@@ -92,7 +127,9 @@ class Shape:
         return next(name for name, module in self.modules.items() if module.cols == unit)
 
     def per_group(self, unit: Unit) -> int:
-        """Rows (or columns) of one KV group in a module cut by `unit`."""
+        """Rows (or columns) of one KV group in a module cut by `unit`; of one neuron, 1."""
+        if unit == "neuron":
+            return 1
         return self.head_dim * {"query": self.queries_per_group, "qkv": self.queries_per_group + 2}.get(unit, 1)
 
     def size(self, unit: Unit) -> int:

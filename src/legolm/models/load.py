@@ -93,7 +93,7 @@ def fingerprint(path: Path) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of a checkpoint's weights, in the order of names."""
     digest = hashlib.sha256()
     entries: list[tuple[str, Path]] = []
-    for file in _weight_files(path):
+    for file in weight_files(path):
         with safe_open(file, framework="pt") as handle:
             entries += [(name, file) for name in handle.keys()]  # noqa: SIM118 (not a dict)
     if not entries:
@@ -109,13 +109,14 @@ def fingerprint(path: Path) -> str:
 def count_parameters(path: Path) -> int:
     """Parameters stored in a checkpoint's weight files; tied ones are stored, and counted, once."""
     total = 0
-    for file in _weight_files(path):
+    for file in weight_files(path):
         with safe_open(file, framework="pt") as handle:
             total += sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
     return total
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint's weights."""
     return sorted(file for file in path.glob("*.safetensors") if file.name != "coverage.safetensors")
 
 

@@ -1,108 +1,121 @@
-"""Cut one block: calibrate, prune, recover, write a normal checkpoint with its manifest."""
+"""Cut blocks: one pass over the LLM's layers for all of them, then recover each and write it with its manifest."""
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from legolm.config import BlockConfig, Precision
-from legolm.coverage import Coverage
-from legolm.data import calibration_tokens
-from legolm.models import Shape, decoder_layers, load_config, load_model, load_tokenizer, save_model, shape_of
+from legolm.config import BlockConfig, CalibrationConfig, Precision
+from legolm.models import CheckpointWriter, LayeredModel, load_model, load_tokenizer, save_model
 from legolm.models.load import count_parameters
-from legolm.prune import magnitude, sparsegpt, wanda  # noqa: F401 (they register themselves)
+from legolm.progress import Progress
 from legolm.prune.calibrate import Stream
+from legolm.prune.cuts import Cut, start_cuts
 from legolm.prune.manifest import Manifest, read_block, write_block
 from legolm.prune.recover import recover
-from legolm.prune.registry import CRITERIA, Criterion, Pattern
-from legolm.prune.structured import cut_structured
-from legolm.prune.target import target_pattern, target_shape
-from legolm.rundir import atomic_folder
+from legolm.prune.target import Base, config_changes, planned_coverage
+from legolm.rundir import atomic_folder, check_room
 from legolm.types import Block
 
-Progress = Callable[[int], None]
+
+@dataclass
+class _Job:
+    """A block in the making, in a folder that gets its name when `closing` closes."""
+
+    spec: BlockConfig
+    cut: Cut
+    folder: Path
+    writer: CheckpointWriter
+    closing: ExitStack
+    layers: int = 0
 
 
-def cut_block(
-    base: Path,
+def cut_blocks(
+    path: Path,
     fingerprint: str,
-    spec: BlockConfig,
-    out: Path,
-    seed: int,
-    precision: Precision = "fp32",
-    progress: Progress = lambda _: None,
-) -> Block:
-    """Cut the block `spec` from the checkpoint at `base` into the folder `out`, whole or not at all.
-
-    Calls progress(1) for each layer cut and each step of recovery. Raises `LegolmError` for bad targets or text.
-    """
-    began = time.perf_counter()
-    shape = shape_of(load_config(base))
-    small = target_shape(spec, shape)
-    tokenizer = load_tokenizer(base)
-    model = load_model(base)
-    coverage = _prune(model, shape, small, spec, tokenizer, seed, precision, progress)
-    details: dict[str, Any] = {"target": spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True)}
-    if spec.recover.steps:
-        details["recover"] = recover(model, coverage, base, tokenizer, spec, precision, seed, progress)
-    details["seconds"] = time.perf_counter() - began
-    with atomic_folder(out) as partial:
-        save_model(model, tokenizer, partial, load_config(base).dtype or torch.float32)
-        manifest = Manifest(
-            name=spec.name,
-            method=spec.method,
-            base_fingerprint=fingerprint,
-            coverage_hash=coverage.hash,
-            parameters=count_parameters(partial),
-            sparsity=coverage.sparsity,
-            details=details,
-        )
-        write_block(manifest, coverage, partial)
-    return read_block(out)
-
-
-def _prune(
-    model: Any,
-    shape: Shape,
-    small: Shape,
-    spec: BlockConfig,
-    tokenizer: Any,
+    wanted: Sequence[tuple[BlockConfig, Path]],
     seed: int,
     precision: Precision,
     progress: Progress,
-) -> Coverage:
-    if spec.method == "dense":
-        return Coverage.full(shape)
-    if spec.method == "structured":
-        tokens = calibration_tokens(spec.calibration, tokenizer, seed)
-        return cut_structured(model, shape, small, tokens, precision, progress)
-    criterion = CRITERIA[spec.method]
-    stream = None
-    if criterion.needs != "nothing":
-        stream = Stream(model, calibration_tokens(spec.calibration, tokenizer, seed), precision)
-    return _cut_unstructured(model, shape, criterion, target_pattern(spec, shape), stream, progress)
+) -> list[Block]:
+    """Cut blocks from the checkpoint at `path` into their folders, each whole or not at all.
+
+    The LLM is read one decoder layer at a time. Blocks with the same calibration share its text and the hidden states
+    of the dense model. Raises `LegolmError` for bad targets, text or disks before anything is written.
+    """
+    began = time.perf_counter()
+    model = LayeredModel(path)
+    base = Base.of(path, fingerprint, model.config)
+    for spec, out in wanted:
+        check_room(out, base.parameters_of(planned_coverage(spec, base).kept_weights) * base.dtype.itemsize)
+    cuts, dense = start_cuts([spec for spec, _ in wanted], model, base, seed, precision, progress)
+    with ExitStack() as stack:
+        jobs = []
+        for (spec, out), cut in zip(wanted, cuts, strict=True):
+            closing = stack.enter_context(ExitStack())
+            folder = closing.enter_context(atomic_folder(out))
+            jobs.append(_Job(spec, cut, folder, CheckpointWriter(folder, base.dtype), closing))
+        _cut(model, jobs, dense, progress)
+        seconds = (time.perf_counter() - began) / len(jobs)
+        dense.clear()  # recovery needs the memory
+        for job in jobs:
+            _finish(job, base, seconds, seed, precision, progress)
+            job.closing.close()
+    return [read_block(out) for _, out in wanted]
 
 
-def _cut_unstructured(
-    model: Any, shape: Shape, criterion: Criterion, pattern: Pattern, stream: Stream | None, progress: Progress
-) -> Coverage:
-    """Zero weights in place, layer by layer, so that each layer is calibrated on what the pruned ones below send."""
-    masks: dict[str, Tensor] = {}
-    for index, layer in enumerate(decoder_layers(model)):
-        moments = {} if stream is None else stream.moments(index, layer, criterion.needs)
-        for name in shape.modules:
-            linear = layer.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            weight, mask = criterion.prune(linear.weight.data, moments.get(name), pattern)
-            linear.weight.data.copy_(weight)
-            masks[f"layers.{index}.{name}"] = mask
-        if stream is not None:
-            stream.advance(index, layer)
-        progress(1)
-    full = Coverage.full(shape)
-    return Coverage(shape, full.layers, full.groups, full.neurons, masks)
+def _cut(
+    model: LayeredModel, jobs: Sequence[_Job], dense: Mapping[CalibrationConfig, Stream], progress: Progress
+) -> None:
+    """The pass over the layers: each goes through the dense model and then to every block."""
+    with progress.stage(f"cut {', '.join(job.spec.name for job in jobs)}", len(model.layers)) as advance:
+        for index in range(len(model.layers)):
+            with model.layer(index) as layer:
+                for one in dense.values():
+                    one.advance(index, layer)
+                for job in jobs:
+                    ready = job.cut.step(index, layer, dense.get(job.spec.calibration))
+                    if ready is not None:
+                        job.writer.add(model.layer_prefix(job.layers), ready.state_dict())
+                        job.layers += 1
+            advance(1)
+    for job in jobs:
+        for name, tensor in model.around():
+            job.writer.add("", {name: tensor})
+        job.writer.close()
+
+
+def _finish(job: _Job, base: Base, seconds: float, seed: int, precision: Precision, progress: Progress) -> None:
+    """Make the folder a checkpoint, recover it, and add the manifest."""
+    began = time.perf_counter()
+    spec, coverage, folder = job.spec, job.cut.coverage, job.folder
+    config, tokenizer = copy.deepcopy(base.config), load_tokenizer(base.path)
+    if coverage.block_shape != base.shape:
+        config.update(config_changes(config, coverage.block_shape, coverage.layers))
+    config.dtype = base.dtype
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    details: dict[str, Any] = {"target": spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True)}
+    if spec.recover.steps:
+        model = load_model(folder)
+        with progress.stage(f"recover {spec.name}", spec.recover.steps) as advance:
+            details["recover"] = recover(model, coverage, base.path, tokenizer, spec, precision, seed, advance)
+        for stale in folder.glob("model*"):
+            stale.unlink()
+        save_model(model, tokenizer, folder, base.dtype)
+    details["seconds"] = seconds + time.perf_counter() - began
+    manifest = Manifest(
+        name=spec.name,
+        method=spec.method,
+        base_fingerprint=base.fingerprint,
+        coverage_hash=coverage.hash,
+        parameters=count_parameters(folder),
+        sparsity=coverage.sparsity,
+        details=details,
+    )
+    write_block(manifest, coverage, folder)

@@ -1,37 +1,98 @@
-"""From a block's target (sparsity or shape) to how many layers, KV groups and neurons it keeps."""
+"""From a block's target to how many layers, KV groups and neurons it keeps."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from legolm.config import BlockConfig
 from legolm.coverage import Coverage
-from legolm.models import Shape
+from legolm.models import FAMILIES, Shape, shape_of
+from legolm.models.load import count_parameters
 from legolm.prune.registry import Pattern
 from legolm.types import LegolmError
 
 MULTIPLE = 8
-"""Widths found from a sparsity are multiples of this: odd widths are slow everywhere."""
+"""Widths found from a budget are multiples of this: odd widths are slow everywhere."""
+FIELDS = {"layers": "num_hidden_layers", "kv_groups": "num_key_value_heads", "neurons": "intermediate_size"}
+"""The field of a Hugging Face config, and of a `BlockConfig`, for each size of a `Shape` that can be cut."""
 
 
-def target_shape(block: BlockConfig, shape: Shape) -> Shape:
-    """The block's shape. Raises `LegolmError` for a target that cannot be met, naming the nearest that can."""
-    if block.method != "structured":
-        return shape
-    wanted: dict[str, Any] = {
-        "layers": block.num_hidden_layers or shape.layers,
-        "kv_groups": block.num_key_value_heads or shape.kv_groups,
-        "neurons": block.intermediate_size or shape.neurons,
-    }
-    names = {"layers": "num_hidden_layers", "kv_groups": "num_key_value_heads", "neurons": "intermediate_size"}
-    for field, size in wanted.items():
-        most = getattr(shape, field)
-        if size > most:
-            raise LegolmError(f"blocks: {block.name!r} wants {names[field]} {size}; the LLM has {most}")
-    if block.sparsity is not None:
-        wanted["neurons"] = _width_for(block, block.sparsity, shape)
-    return replace(shape, **wanted)
+@dataclass(frozen=True)
+class Base:
+    """The LLM on disk: what targets are counted in and blocks are cut from. `parameters` counts what is stored."""
+
+    path: Path
+    fingerprint: str
+    config: Any
+    shape: Shape
+    parameters: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(path: Path, fingerprint: str, config: Any) -> Base:
+        """The checkpoint in a folder. Raises `LegolmError` when its family is not known."""
+        return Base(path, fingerprint, config, shape_of(config), count_parameters(path), config.dtype or torch.float32)
+
+    def parameters_of(self, kept_weights: int) -> int:
+        """Stored parameters of a block that keeps so many of the decoder's linear weights."""
+        return self.parameters - (decoder_weights(self.shape) - kept_weights)
+
+
+def decoder_weights(shape: Shape) -> int:
+    """Linear weights in all decoder layers."""
+    return shape.layers * shape.layer_weights
+
+
+def given_shape(block: BlockConfig, base: Base) -> Shape | None:
+    """The shape that the block names itself; None when it names a budget. Raises `LegolmError` when it cannot be."""
+    sizes = {size: getattr(block, field) for size, field in FIELDS.items()}
+    if block.method == "structured" and not any(sizes.values()):
+        return None
+    wanted = {size: asked or getattr(base.shape, size) for size, asked in sizes.items()}
+    for size, count in wanted.items():
+        most = getattr(base.shape, size)
+        if count > most:
+            raise LegolmError(f"blocks: {block.name!r} wants {FIELDS[size]} {count}; the LLM has {most}")
+        reason = FAMILIES[base.shape.family].fixed.get(size)
+        if count < most and reason:
+            raise LegolmError(
+                f"blocks: {block.name!r} wants {FIELDS[size]} {count}; family {base.shape.family!r} keeps all {most}, "
+                f"because {reason}"
+            )
+    small = replace(base.shape, **wanted)
+    config_changes(base.config, small, tuple(range(small.layers)))
+    return small
+
+
+def shapes_within(block: BlockConfig, base: Base, kept_weights: float | None = None) -> list[Shape]:
+    """Shapes that meet the block's budget (or `kept_weights`), those that cut fewest kinds of units first.
+
+    Each number of layers and KV groups comes with the width that fills the budget: the nearest for a sparsity, the
+    largest for a ceiling. Raises `LegolmError` when there is none, naming the nearest target that can be met.
+    """
+    wanted = _kept_weights(block, base) if kept_weights is None else kept_weights
+    shape, fixed = base.shape, FAMILIES[base.shape.family].fixed
+    per_neuron = sum((*spec.rows, spec.cols).count("neuron") for spec in shape.modules.values()) * shape.hidden
+    found = []
+    heads = [n for n in _counts(shape, "kv_groups", fixed) if _is_taken(base, replace(shape, kv_groups=n))]
+    for layers, groups in product(_counts(shape, "layers", fixed), heads):
+        rest = replace(shape, layers=layers, kv_groups=groups, neurons=0)
+        width = (wanted / layers - rest.layer_weights) / per_neuron / MULTIPLE
+        neurons = MULTIPLE * (round(width) if block.sparsity is not None else int(width // 1))
+        if "neurons" in fixed and neurons < shape.neurons:
+            continue
+        small = replace(rest, neurons=min(neurons, shape.neurons))
+        # A shape with room to spare is one that a deeper or wider one beats.
+        if MULTIPLE <= neurons < shape.neurons + MULTIPLE:
+            found.append(small)
+    if not found:
+        raise _out_of_reach(block, base)
+    return found
 
 
 def target_pattern(block: BlockConfig, shape: Shape) -> Pattern:
@@ -50,11 +111,15 @@ def target_pattern(block: BlockConfig, shape: Shape) -> Pattern:
     return Pattern(1 - kept / group, group)
 
 
-def planned_coverage(block: BlockConfig, shape: Shape) -> Coverage:
-    """Coverage of the right size before anything is cut (the first layers, groups and neurons): for plans only."""
-    small = target_shape(block, shape)
+def planned_coverage(block: BlockConfig, base: Base) -> Coverage:
+    """Coverage of about the right size before anything is cut (the first layers, groups, neurons): for plans only."""
+    small = base.shape
+    if block.method == "structured":
+        # What a speed-up takes is measured when the block is cut; here, weights stand for time.
+        kept = decoder_weights(base.shape) / block.speedup if block.speedup else None
+        small = given_shape(block, base) or shapes_within(block, base, kept)[0]
     groups, neurons = tuple(range(small.kv_groups)), tuple(range(small.neurons))
-    return Coverage(shape, tuple(range(small.layers)), (groups,) * small.layers, (neurons,) * small.layers)
+    return Coverage(base.shape, tuple(range(small.layers)), (groups,) * small.layers, (neurons,) * small.layers)
 
 
 def config_changes(config: Any, small: Shape, layers: tuple[int, ...]) -> dict[str, Any]:
@@ -79,15 +144,40 @@ def config_changes(config: Any, small: Shape, layers: tuple[int, ...]) -> dict[s
     return sizes
 
 
-def _width_for(block: BlockConfig, sparsity: float, shape: Shape) -> int:
-    """MLP width that removes `sparsity` of the decoder's linear weights, to the nearest multiple of 8."""
-    per_neuron = sum((*spec.rows, spec.cols).count("neuron") for spec in shape.modules.values()) * shape.hidden
-    width = shape.neurons - sparsity * shape.layer_weights / per_neuron
-    rounded = round(width / MULTIPLE) * MULTIPLE
-    if rounded < MULTIPLE:
-        most = (shape.neurons - MULTIPLE) * per_neuron / shape.layer_weights
-        raise LegolmError(
-            f"blocks: {block.name!r} wants sparsity {sparsity}; the MLP alone gives at most {most:.3f}; "
-            "give num_hidden_layers, num_key_value_heads and intermediate_size instead"
-        )
-    return min(rounded, shape.neurons)
+def _kept_weights(block: BlockConfig, base: Base) -> float:
+    """Linear weights of the decoder that the block's budget leaves."""
+    whole = decoder_weights(base.shape)
+    if block.sparsity is not None:
+        return (1 - block.sparsity) * whole
+    parameters = block.params if block.params is not None else (block.memory or 0) // base.dtype.itemsize
+    return whole - (base.parameters - parameters)
+
+
+def _counts(shape: Shape, size: str, fixed: Any) -> list[int]:
+    """Numbers of layers or KV groups to consider, most first."""
+    most = getattr(shape, size)
+    return [most] if size in fixed else list(range(most, 0, -1))
+
+
+def _is_taken(base: Base, small: Shape) -> bool:
+    try:
+        config_changes(base.config, small, tuple(range(small.layers)))
+    except LegolmError:
+        return False
+    return True
+
+
+def _out_of_reach(block: BlockConfig, base: Base) -> LegolmError:
+    """The error that says how far a budget can go."""
+    fixed = FAMILIES[base.shape.family].fixed
+    least = {"layers": 1, "kv_groups": 1, "neurons": MULTIPLE}
+    kept = decoder_weights(replace(base.shape, **{size: n for size, n in least.items() if size not in fixed}))  # type: ignore[arg-type]
+    parameters = base.parameters_of(kept)
+    for name, value, smallest, largest in (
+        ("sparsity", block.sparsity, 0, round(1 - kept / decoder_weights(base.shape), 3)),
+        ("params", block.params, parameters, base.parameters),
+        ("memory", block.memory, parameters * base.dtype.itemsize, base.parameters * base.dtype.itemsize),
+    ):
+        if value is not None:
+            return LegolmError(f"blocks: {block.name!r} wants {name} {value}; this model gives {smallest} to {largest}")
+    return LegolmError(f"blocks: {block.name!r} wants speedup {block.speedup}; no shape here has so few weights")

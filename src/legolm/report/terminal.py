@@ -20,18 +20,20 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     for block in plan.blocks:
         sizes = (_count(block.parameters), _mb(block.file_bytes), _mb(block.training_bytes))
         blocks.add_row(block.name, block.method, f"{block.sparsity:.2f}", *sizes)
-    clients = _table("client", "block", ">examples", ">tokens a round", ">sent each way a round")
+    clients = _table("client", "block", ">examples", ">tokens a round", ">received a round", ">sent a round")
     for client in plan.clients:
-        row = (f"{client.examples:,}", f"{client.tokens_per_round:,}", _mb(client.bytes_per_round))
+        row = (f"{client.examples:,}", f"{client.tokens_per_round:,}", _mb(client.bytes_down), _mb(client.bytes_up))
         clients.add_row(client.id, client.block, *row)
     console = Console()
     console.print(blocks, clients)
     federation = config.federation
     console.print(
-        f"{config.aggregate.scheme} ({config.aggregate.denominator}, {config.aggregate.mask}), "
+        f"{config.aggregate.scheme} ({config.aggregate.form}, {config.aggregate.denominator}, "
+        f"{config.aggregate.mask}), codec {federation.codec}, "
         f"{federation.rounds} rounds on {federation.engine}, {plan.actors} clients at once, "
         f"about {_mb(plan.memory_bytes)} of memory and {_mb(plan.disk_bytes)} of disk. Nothing was done.",
         highlight=False,
+        soft_wrap=True,
     )
 
 

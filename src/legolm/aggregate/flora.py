@@ -1,0 +1,59 @@
+"""FLoRA (Wang et al., NeurIPS 2024, arXiv 2409.05976): stacking instead of averaging, for dense clients of any rank.
+
+The server sends all clients' factors stacked, weighted by examples: the exact mean product. Every client merges it into
+its base and starts a fresh adapter. The download grows with the clients: Σ r_k instead of r.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from legolm.aggregate.folding import Folding, Weighted
+from legolm.aggregate.initial import initial_factors
+from legolm.aggregate.scheme import Start, scheme
+from legolm.config import AggregateConfig
+from legolm.coverage import Coverage
+from legolm.types import GlobalAdapter, Tensors
+
+
+@scheme("flora")
+class Flora(Folding):
+    """The fresh adapter comes from a seed of its round, at the client too: it is not sent."""
+
+    unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "rank"
+
+    def __init__(self, start: Start, config: AggregateConfig) -> None:
+        super().__init__(start, config)
+        self.derived_seed = start.seed
+
+    def payload(self, coverage: Coverage, rank: int) -> Tensors:
+        """Nothing: the client makes its adapter itself."""
+        return {}
+
+    def adapter(self, coverage: Coverage, rank: int) -> Tensors:
+        """What is folded; before the first round the fresh adapter, whose product is zero."""
+        return self.fold(coverage, 0) or super().payload(coverage, rank)
+
+    def finish(self) -> GlobalAdapter:
+        """Fold the stack; a fresh adapter."""
+        found = super().finish()
+        self._refresh()
+        return found
+
+    def load_state(self, state: Tensors) -> None:
+        """Go on from `state()`."""
+        super().load_state(state)
+        self._refresh()
+
+    def _next(self, name: str, clients: list[Weighted]) -> tuple[Tensor, Tensor]:
+        eta = self._config.server_learning_rate
+        return torch.cat([eta * share * b for share, b, _ in clients], 1), torch.cat([a for *_, a in clients], 0)
+
+    def _refresh(self) -> None:
+        self.derived_seed = (self._start.seed + len(self._ranks)) % (1 << 63)
+        targets = {name.rpartition(".")[2] for name in self._names}
+        fresh = initial_factors(self._start.shape, targets, self._start.rank, self.derived_seed)
+        self._factors = {key: fresh[key] for key in self._factors}

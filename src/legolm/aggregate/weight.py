@@ -1,0 +1,142 @@
+"""The weight behind each entry of a global adapter, and where a block's entries are.
+
+Structural coverage is separable: within a layer an entry's weight depends on its KV group or neuron (or on neither, on
+the side that is never cut) and on its rank row. So a layer needs one number for each neuron and rank, not one for each
+entry of fourteen factors.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from legolm.coverage import Coverage, parse_key
+from legolm.models.family import Shape, Unit
+from legolm.types import Tensors
+
+PLACEMENTS = 16
+"""Coverages whose indices are kept: blocks are few, and memory must not grow with clients."""
+
+
+class Placement:
+    """Where a block's slice is in the LLM's factors; indices are made once."""
+
+    _known: ClassVar[OrderedDict[str, Placement]] = OrderedDict()
+
+    def __init__(self, coverage: Coverage) -> None:
+        self._coverage = coverage
+        self._index: dict[str, Tensor | None] = {}
+        self._neurons: dict[int, Tensor | slice] = {}
+
+    @classmethod
+    def of(cls, coverage: Coverage) -> Placement:
+        """The placement of a coverage, from the last few used."""
+        known = cls._known
+        if coverage.hash not in known:
+            known[coverage.hash] = Placement(coverage)
+            if len(known) > PLACEMENTS:
+                known.popitem(last=False)
+        known.move_to_end(coverage.hash)
+        return known[coverage.hash]
+
+    def index(self, key: str) -> Tensor | None:
+        """Columns of an A or rows of a B that the block holds; None: all."""
+        if key not in self._index:
+            layer, module, side = parse_key(key)
+            self._index[key] = (self._coverage.cols if side == "A" else self._coverage.rows)(layer, module)
+        return self._index[key]
+
+    def neurons(self, j: int) -> Tensor | slice:
+        """MLP neurons of the block's layer j."""
+        if j not in self._neurons:
+            kept = self._coverage.neurons[j]
+            whole = len(kept) == self._coverage.shape.neurons
+            self._neurons[j] = slice(None) if whole else torch.tensor(kept)
+        return self._neurons[j]
+
+    def add(self, key: str, into: Tensor, value: Tensor, weight: float) -> None:
+        """into += weight · value at the block's entries; `into` is float64, `value` float32 of the block's shape."""
+        index, side = self.index(key), key[-1]
+        rank = value.shape[0] if side == "A" else value.shape[1]
+        if rank < (into.shape[0] if side == "A" else into.shape[1]):
+            into = into[:rank] if side == "A" else into[:, :rank]
+        if index is None:
+            into.add_(value, alpha=weight)
+        else:
+            into.index_add_(1 if side == "A" else 0, index, value.double(), alpha=weight)
+
+
+class EntryWeight:
+    """Σ n_k c_k over clients for every entry of the factors, float64, stored by layer, KV group, neuron and rank row.
+
+    A client of rank r adds its n at rank row r − 1 only; the sum from the end gives what stands behind each row.
+    """
+
+    def __init__(self, shape: Shape, rank: int) -> None:
+        self._shape, self._rank = shape, rank
+        self._tensors: Tensors = {}
+        self._waiting: dict[tuple[str, int], tuple[Coverage, float]] = {}
+
+    def add(self, coverage: Coverage, rank: int, n: float) -> None:
+        """One client of weight `n`. Clients with one block and rank are counted together first."""
+        key = (coverage.hash, rank)
+        self._waiting[key] = (coverage, n + self._waiting.get(key, (coverage, 0.0))[1])
+        if len(self._waiting) > PLACEMENTS:
+            self._settle()
+
+    def _settle(self) -> None:
+        for (_, rank), (coverage, n) in self._waiting.items():
+            placement, last = Placement.of(coverage), rank - 1
+            for j, layer in enumerate(coverage.layers):
+                groups = list(coverage.groups[j])
+                self._of(f"layers.{layer}", 1)[0, last] += n
+                self._of(f"layers.{layer}.kv_groups", self._shape.kv_groups)[groups, last] += n
+                self._of(f"layers.{layer}.neurons", self._shape.neurons)[placement.neurons(j), last] += n
+        self._waiting = {}
+
+    def merge(self, other: EntryWeight) -> None:
+        """Add what another one holds."""
+        other._settle()
+        for name, tensor in other._tensors.items():
+            self._of(name, tensor.shape[0]).add_(tensor)
+
+    def of(self, key: str, factor: Tensor) -> Tensor:
+        """The weights of one factor, in a shape that broadcasts to it; its module's rank may be below the run's."""
+        layer, module, side = parse_key(key)
+        weight = self.units(layer, module, cut=(side == "A") == (self._shape.module(module).cols != "hidden"))
+        return weight.T[: factor.shape[0]] if side == "A" else weight[:, : factor.shape[1]]
+
+    def units(self, layer: int, module: str, cut: bool = True) -> Tensor:
+        """(units of the module's cut side, or 1 for the other side; rank)."""
+        self._settle()
+        spec = self._shape.module(module)
+        units: tuple[Unit, ...] = spec.rows if spec.cols == "hidden" else (spec.cols,)
+        ends = torch.cat([self._ends(layer, unit) for unit in units]) if cut else self._of(f"layers.{layer}", 1)
+        return ends.flip(1).cumsum(1).flip(1)
+
+    def _ends(self, layer: int, unit: Unit) -> Tensor:
+        if unit == "neuron":
+            return self._of(f"layers.{layer}.neurons", self._shape.neurons)
+        groups = self._of(f"layers.{layer}.kv_groups", self._shape.kv_groups)
+        return groups.repeat_interleave(self._shape.per_group(unit), 0)
+
+    def expand(self, factors: Tensors) -> Tensors:
+        """The weights with the keys and shapes of `factors`, float32."""
+        return {key: self.of(key, tensor).float().expand(tensor.shape) for key, tensor in factors.items()}
+
+    def state(self) -> Tensors:
+        """Small tensors, by layer and unit."""
+        self._settle()
+        return dict(self._tensors)
+
+    def load_state(self, state: Tensors) -> None:
+        """Go on from `state()`."""
+        self._tensors, self._waiting = dict(state), {}
+
+    def _of(self, name: str, units: int) -> Tensor:
+        if name not in self._tensors:
+            self._tensors[name] = torch.zeros(units, self._rank, dtype=torch.float64)
+        return self._tensors[name]

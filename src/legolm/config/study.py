@@ -1,0 +1,55 @@
+"""The config of a comparison: one run, and how each variant differs from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from legolm.config.file import override, read, validate
+from legolm.config.section import Section
+from legolm.config.sections import Name, RunConfig
+from legolm.types import LegolmError
+
+
+class Variant(Section):
+    """One scheme or setting: overrides as for `--set`, and perhaps one block for all clients.
+
+    `match_bytes` gives each client the rank at which its new block's adapter has the bytes of its old one's: a client
+    of a small block becomes a dense client of a low rank.
+    """
+
+    name: Name
+    set: dict[str, Any] = Field({})
+    block: str | None = Field(None, description="every client's block, for instance the dense one")
+    match_bytes: bool = False
+
+
+class Study(Section):
+    """`run` is a whole run config, or the path of one beside this file."""
+
+    run: dict[str, Any] | str
+    variants: list[Variant] = Field(min_length=1)
+
+
+def load_study(path: Path) -> tuple[Study, dict[str, RunConfig]]:
+    """The study and each variant's resolved config, by name. Raises `LegolmError`.
+
+    Each variant trains alone only if that is its scheme: a table needs that baseline once.
+    """
+    study = validate(Study, read(path), f"config {path}")
+    raw = read(path.parent / study.run) if isinstance(study.run, str) else study.run
+    configs: dict[str, RunConfig] = {}
+    for variant in study.variants:
+        if variant.name in configs:
+            raise LegolmError(f"config {path}: variants: {variant.name!r} is there twice; names must differ")
+        changed = copy.deepcopy(raw)
+        for key, value in variant.set.items():
+            override(changed, f"{key}={json.dumps(value)}")
+        alone = changed.get("aggregate", {}).get("scheme") == "local_only"
+        override(changed, f"evaluate.local_only={json.dumps(alone)}")
+        configs[variant.name] = validate(RunConfig, changed, f"config {path}: variant {variant.name}")
+    return study, configs

@@ -1,0 +1,195 @@
+"""Ask clients to train and to score, and check what comes back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from legolm import codec, wire
+from legolm.aggregate import Scheme, initial_factors
+from legolm.aggregate.initial import is_frozen
+from legolm.aggregate.scheme import with_prefix
+from legolm.config import RunConfig
+from legolm.coverage import Coverage, slice_factors, tensors_hash
+from legolm.federate import Exchange, Request
+from legolm.progress import Progress
+from legolm.types import Block, LegolmError, Score, Tensors, Update
+
+Phase = Literal["round", "local", "personal"]
+Split = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Who trains, from what, in which phase; `accepted` is each client's last round whose update was added."""
+
+    clients: Sequence[str]
+    scheme: Scheme
+    phase: Phase
+    number: int
+    accepted: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Score one block with one adapter, on behalf of a client, on (client, split) pairs."""
+
+    client: str
+    block: Block
+    factors: Tensors
+    sets: tuple[tuple[str, Split], ...]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came back from one client: its update, or why there is none; bytes of the request and of the reply."""
+
+    client: str
+    update: Update | None
+    reason: str
+    bytes_down: int
+    bytes_up: int
+
+
+class Dispatch:
+    """Speaks to the clients of one run; `block` and `rank` are each client's."""
+
+    def __init__(
+        self, config: RunConfig, run: str, block: Mapping[str, Block], rank: Mapping[str, int], progress: Progress
+    ) -> None:
+        self._config, self._run = config, run
+        self._block, self._rank = block, rank
+        self._progress = progress
+
+    def train(self, order: Order, exchange: Exchange) -> Iterator[Trained]:
+        """Send each client its slice of the global adapter; give its checked update, or why not, as replies come.
+
+        Requests are made when they are sent, and what they share is made once: memory does not grow with clients.
+        """
+        # Dearest first, so that no actor is left with the longest job at the end.
+        clients = sorted(order.clients, key=lambda id: -self._block[id].parameters)
+        sent: dict[tuple[object, ...], wire.Sent] = {}
+        sizes: dict[int, int] = {}
+
+        def shared(id: str) -> wire.Sent:
+            coverage, rank = self._block[id].coverage, self._rank[id]
+            # Only what folds into the base depends on what a client has got before.
+            since = order.accepted.get(id, 0) if order.scheme.folds else 0
+            key = (coverage.hash, rank, since)
+            if key not in sent:
+                sent[key] = self._sent(order, coverage, rank, since)
+            return sent[key]
+
+        def requests() -> Iterator[Request]:
+            for index, id in enumerate(clients):
+                content = wire.pack(self._request(order, id), shared(id).content)
+                sizes[index] = len(content)
+                yield Request(id, content)
+
+        label = f"round {order.number}: train" if order.phase == "round" else f"{order.phase}: train"
+        deadline = self._config.federation.deadline_s if order.phase == "round" else None
+        with self._progress.stage(label, len(clients)) as advance:
+            for reply in exchange(requests(), deadline):
+                id = clients[reply.index]
+                update, reason = None, reply.error
+                if not reason:
+                    try:
+                        request = self._request(order, id)
+                        update = wire.accept(reply.content, request, shared(id), self._block[id].coverage)
+                    except LegolmError as error:
+                        reason = str(error)
+                yield Trained(id, update, reason, sizes.get(reply.index, 0), len(reply.content))
+                advance(1)
+
+    def score(
+        self, jobs: Sequence[Job], exchange: Exchange, label: str, keep: Callable[[int, Sequence[Score]], None]
+    ) -> None:
+        """Send jobs, dearest first, and hand each job's scores to `keep` as they come. Raises `LegolmError`."""
+        order = sorted(range(len(jobs)), key=lambda i: -jobs[i].block.parameters)
+
+        def requests() -> Iterator[Request]:
+            for job in (jobs[i] for i in order):
+                rank = max((t.shape[0] for key, t in job.factors.items() if key.endswith(".A")), default=0)
+                header = wire.EvaluateRequest(**self._header(job.client, job.block, rank), sets=list(job.sets))
+                yield Request(job.client, wire.pack(header, job.factors))
+
+        with self._progress.stage(label, len(jobs)) as advance:
+            for reply in exchange(requests()):
+                if reply.error:
+                    raise LegolmError(f"{label}: {reply.error}")
+                scores, _ = wire.unpack(reply.content, wire.ScoreReply)
+                keep(order[reply.index], scores.scores)
+                advance(1)
+
+    def _sent(self, order: Order, coverage: Coverage, rank: int, since: int) -> wire.Sent:
+        scheme, lora = order.scheme, self._config.lora
+        name = self._codec(order.phase)
+        payload = scheme.payload(coverage, rank)
+        content = codec.encode(payload | with_prefix("fold", scheme.fold(coverage, since)), name)
+        shapes = {key: (tensor.shape[0], tensor.shape[1]) for key, tensor in payload.items()}
+        # The folds do not matter here, nor their part of the scales: decode the payload as a message of its own.
+        start = codec.decode(codec.encode(payload, name), name, shapes)
+        trained = frozenset(start)
+        if scheme.derived_seed is not None:
+            made = initial_factors(
+                coverage.shape, lora.targets, lora.rank, scheme.derived_seed, self._frozen, lora.ranks
+            )
+            start = slice_factors(coverage, made, rank) | start
+            trained = frozenset(key for key in start if not (self._frozen and is_frozen(key, coverage.shape)))
+        return wire.Sent(content, start, trained, tensors_hash(content))
+
+    def _request(self, order: Order, id: str) -> wire.TrainRequest:
+        steps, done, total = steps_of(self._config, order.phase, order.number)
+        everyone = len(self._config.clients) if id == wire.EVERYONE else 1
+        saliency = self._config.aggregate.mask == "saliency" and order.phase == "round"
+        return wire.TrainRequest(
+            **self._header(id, self._block[id], self._rank[id]),
+            phase=order.phase,
+            round=order.number,
+            steps=steps * everyone,
+            done=done * everyone,
+            total=total * everyone,
+            seed=derive_seed(self._config.seed, order.phase, order.number, id),
+            derived_seed=order.scheme.derived_seed,
+            frozen=self._frozen,
+            proximal=order.scheme.proximal if order.phase == "round" else 0.0,
+            codec=self._codec(order.phase),
+            keep=1 - self._block[id].coverage.sparsity if saliency else 1.0,
+            error_feedback=self._config.federation.error_feedback,
+            accepted=order.accepted.get(id, 0),
+        )
+
+    def _codec(self, phase: Phase) -> Literal["none", "bf16", "int8"]:
+        # Only rounds send anything: local and personal training stay at the client.
+        return self._config.federation.codec if phase == "round" else "none"
+
+    @property
+    def _frozen(self) -> bool:
+        return self._config.aggregate.form == "frozen_side"
+
+    def _header(self, id: str, block: Block, rank: int) -> dict[str, Any]:
+        return {
+            "run": self._run,
+            "client": id,
+            "block": block.name,
+            "base_fingerprint": block.base_fingerprint,
+            "coverage_hash": block.coverage.hash,
+            "rank": rank,
+            "scale": self._config.lora.scaling,
+        }
+
+
+def steps_of(config: RunConfig, phase: Phase, number: int) -> tuple[int, int, int]:
+    """(steps to make now, steps made before, steps in all) of a client."""
+    each, rounds = config.train.steps, config.federation.rounds
+    total = rounds * each + config.federation.personal_steps
+    if phase == "round":
+        return each, (number - 1) * each, total
+    return (total, 0, total) if phase == "local" else (total - rounds * each, rounds * each, total)
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from the run's seed and what it is for."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,151 @@
+"""From block configs to cuts ready to take the LLM's layers: their calibration, and the shape that each may keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+
+from legolm.config import BlockConfig, CalibrationConfig, Precision
+from legolm.coverage import Coverage
+from legolm.data import calibration_tokens
+from legolm.models import LayeredModel, Shape, load_tokenizer
+from legolm.models.family import Unit
+from legolm.progress import Progress
+from legolm.prune import magnitude, sparsegpt, wanda  # noqa: F401 (they register themselves)
+from legolm.prune.allocate import SAMPLES, Costs, choose, measure_costs
+from legolm.prune.calibrate import Source, Stream
+from legolm.prune.registry import CRITERIA
+from legolm.prune.speed import shape_for
+from legolm.prune.statistics import load_statistics
+from legolm.prune.structured import StructuredCut
+from legolm.prune.target import Base, given_shape, shapes_within, target_pattern
+from legolm.prune.unstructured import UnstructuredCut
+
+
+class Cut(Protocol):
+    """A block in the making."""
+
+    @property
+    def coverage(self) -> Coverage:
+        """What the block kept."""
+
+    def step(self, index: int, layer: nn.Module, dense: Stream | None) -> nn.Module | None:
+        """Take the LLM's layer `index`; give the block's next layer when it is ready."""
+
+
+class WholeCut:
+    """The block that is the LLM itself."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.coverage = Coverage.full(shape)
+
+    def step(self, index: int, layer: nn.Module, dense: Stream | None) -> nn.Module:
+        """The layer as it is."""
+        return layer
+
+
+def start_cuts(
+    specs: Sequence[BlockConfig], model: LayeredModel, base: Base, seed: int, precision: Precision, progress: Progress
+) -> tuple[list[Cut], dict[CalibrationConfig, Stream]]:
+    """The cuts in the order of `specs`, and the dense model's hidden states for each calibration that needs them.
+
+    Raises `LegolmError` for targets that cannot be met and for text that is missing or too short.
+    """
+    for spec in specs:
+        _check(spec, base)
+    cuts: dict[str, Cut] = {}
+    dense: dict[CalibrationConfig, Stream] = {}
+    for calibration in dict.fromkeys(spec.calibration for spec in specs):
+        users = [spec for spec in specs if spec.calibration == calibration]
+        reading = [spec for spec in users if _reads(spec)]
+        sources: dict[str, Source] = {}
+        shapes: dict[str, tuple[Shape, tuple[int, ...]]] = {}
+        if reading and calibration.statistics:
+            paths = [Path(one).expanduser() for one in calibration.statistics]
+            sources = dict.fromkeys((s.name for s in reading), load_statistics(paths, base.shape, base.fingerprint))
+            every = tuple(range(base.shape.layers))
+            shapes = {s.name: (given_shape(s, base) or base.shape, every) for s in reading}
+        elif reading:
+            text = _Text(calibration, model, base, seed, precision, progress)
+            shapes = {spec.name: text.shape(spec) for spec in reading if spec.method == "structured"}
+            streams = text.streams(len(reading) + bool(shapes))
+            sources = {spec.name: stream for spec, stream in zip(reading, streams, strict=False)}
+            if shapes:
+                dense[calibration] = streams[-1]
+        for spec in users:
+            cuts[spec.name] = _cut(spec, base, shapes, sources.get(spec.name))
+    return [cuts[spec.name] for spec in specs], dense
+
+
+def _cut(
+    spec: BlockConfig, base: Base, shapes: Mapping[str, tuple[Shape, tuple[int, ...]]], source: Source | None
+) -> Cut:
+    if spec.method == "dense":
+        return WholeCut(base.shape)
+    if spec.method == "structured":
+        assert source is not None
+        return StructuredCut(base.shape, *shapes[spec.name], base.config, source)
+    return UnstructuredCut(base.shape, CRITERIA[spec.method], target_pattern(spec, base.shape), source)
+
+
+def _check(spec: BlockConfig, base: Base) -> None:
+    """Raise `LegolmError` for a target that cannot be met, before any work."""
+    if spec.method in CRITERIA:
+        target_pattern(spec, base.shape)
+    elif spec.method == "structured" and not spec.speedup:
+        _ = given_shape(spec, base) or shapes_within(spec, base)
+
+
+def _reads(spec: BlockConfig) -> bool:
+    return spec.method == "structured" or (spec.method in CRITERIA and CRITERIA[spec.method].needs != "nothing")
+
+
+class _Text:
+    """Calibration text, and what several blocks share of it."""
+
+    def __init__(
+        self,
+        calibration: CalibrationConfig,
+        model: LayeredModel,
+        base: Base,
+        seed: int,
+        precision: Precision,
+        progress: Progress,
+    ) -> None:
+        self._model, self._base, self._precision, self._progress = model, base, precision, progress
+        self._tokens = calibration_tokens(calibration, load_tokenizer(base.path), seed)
+        self._costs: dict[bool, Costs] = {}
+
+    def streams(self, count: int) -> list[Stream]:
+        """As many streams from the first layer on."""
+        first = Stream.start(self._model, self._tokens, self._precision)
+        return [first, *(first.fork() for _ in range(count - 1))]
+
+    def shape(self, spec: BlockConfig) -> tuple[Shape, tuple[int, ...]]:
+        """The shape of a structured block and the LLM layers that it keeps."""
+        base = self._base
+        small = given_shape(spec, base)
+        if small is None:
+
+            def best(kept_weights: float | None) -> Shape:
+                shapes = shapes_within(spec, base, kept_weights)
+                return shapes[0] if len(shapes) == 1 else choose(shapes, self._measured(units=True))
+
+            small = shape_for(base, spec.speedup, best, spec.name) if spec.speedup else best(None)
+        if small.layers == base.shape.layers:
+            return small, tuple(range(small.layers))
+        return small, self._measured(units=False).kept_layers(small.layers)
+
+    def _measured(self, units: bool) -> Costs:
+        """What cuts cost, measured once on a part of the text."""
+        if True in self._costs:
+            return self._costs[True]
+        if units not in self._costs:
+            stream = Stream.start(self._model, self._tokens[:SAMPLES], self._precision)
+            wanted: tuple[Unit, ...] = ("query", "neuron") if units else ()
+            with self._progress.stage("measure what cuts cost", self._base.shape.layers) as advance:
+                self._costs[units] = measure_costs(self._model, self._base.shape, stream, wanted, advance)
+        return self._costs[units]

@@ -1,0 +1,84 @@
+"""Which inputs of a matrix to keep: the structured optimal brain surgeon.
+
+Hassibi and Stork (NeurIPS 1992) for single weights; ZipLM (Kurtic et al., arXiv 2302.04089) for whole structures. With
+H = Σ x xᵀ and C = Σ y xᵀ the matrix that answers best is V = C H⁻¹. Dropping a set S of inputs and fitting the rest
+anew costs tr(V_S (H⁻¹_SS)⁻¹ V_Sᵀ) in squared error, and both V and H⁻¹ of what is left follow in closed form. So the
+cheapest units go first, a few at a time, and each choice knows what the ones before it left to be made up for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from legolm.prune.calibrate import Regression
+
+RIDGE = 1e-3
+"""Of the mean diagonal of H, towards the dense weights: calibration text is short."""
+STEP = 64
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """Units kept, ascending, and the squared error summed over tokens at each count on the way: (units left, error)."""
+
+    kept: tuple[int, ...]
+    errors: tuple[tuple[int, float], ...]
+
+
+def eliminate(fit: Regression, weight: Tensor, width: int, count: int, step: int = STEP) -> Elimination:
+    """Drop units (runs of `width` inputs) of `weight` (out, in) until `count` are left.
+
+    One part in `step` of the units that are left goes at a time.
+    """
+    normal, wanted = _ridged(fit, weight)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(normal))
+    matrix, inverse = (wanted @ inverse).float(), inverse.float()
+    kept = torch.arange(weight.shape[1] // width)
+    error = 0.0
+    errors = [(len(kept), error)]
+    while len(kept) > count:
+        costs = _costs(matrix, inverse, width)
+        drop = costs.topk(min(max(1, len(kept) // step), len(kept) - count), largest=False).indices
+        stays = torch.ones(len(kept), dtype=torch.bool)
+        stays[drop] = False
+        gone, left = (~stays).repeat_interleave(width), stays.repeat_interleave(width)
+        # float64 where it is small: the set's own block of H⁻¹.
+        passed = torch.linalg.solve(inverse[gone][:, gone].double(), matrix[:, gone].double().T).T
+        error += float((passed * matrix[:, gone]).sum())
+        matrix = matrix[:, left] - passed.float() @ inverse[gone][:, left]
+        share = torch.linalg.solve(inverse[gone][:, gone].double(), inverse[gone][:, left].double())
+        inverse = inverse[left][:, left] - inverse[left][:, gone] @ share.float()
+        kept = kept[stays]
+        errors.append((len(kept), error))
+    return Elimination(tuple(kept.tolist()), tuple(errors))
+
+
+def refit(fit: Regression, weight: Tensor, cols: Tensor | None) -> Tensor:
+    """argmin over V of Σ‖y − V x[cols]‖² + ridge ‖V − weight[:, cols]‖², solved in float64; the dtype of `weight`."""
+    normal, wanted = _ridged(fit, weight)
+    if cols is not None:
+        normal, wanted = normal[cols][:, cols], wanted[:, cols]
+    fitted: Tensor = torch.linalg.solve(normal, wanted, left=False)
+    return fitted.to(weight.dtype)
+
+
+def _costs(matrix: Tensor, inverse: Tensor, width: int) -> Tensor:
+    """Error that dropping each unit alone would add."""
+    if width == 1:
+        return matrix.square().sum(0) / inverse.diagonal()
+    units = len(inverse) // width
+    blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = matrix.view(-1, units, width).permute(1, 2, 0)
+    costs: Tensor = (torch.linalg.solve(blocks.double(), columns.double()) * columns).sum((1, 2))
+    return costs
+
+
+def _ridged(fit: Regression, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """H and C of the least squares with its ridge, float64."""
+    normal = fit.moments.sum.double()
+    ridge = RIDGE * normal.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    normal.diagonal().add_(ridge)
+    return normal, fit.cross.double() + ridge * weight.double()

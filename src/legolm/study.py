@@ -1,0 +1,234 @@
+"""Compare schemes: one config, several variants, one table (`legolm compare`).
+
+Every variant is a run in its own folder, resumable as any other; blocks of the same recipe are cut once for all. All
+train the same steps of the same batch size a client and round: tokens and bytes are what the runs counted, and where
+budgets differ (fewer clients take part, more is sent) the table says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from legolm.assign import adapter_parameters
+from legolm.config import RunConfig
+from legolm.config.study import Variant, load_study
+from legolm.coverage import Coverage
+from legolm.models import load_config, resolve
+from legolm.pipeline import run
+from legolm.plan import Plan, make_plan
+from legolm.progress import Progress
+from legolm.prune import Base, planned_coverage
+from legolm.report.html import Raw, tag
+from legolm.rundir import atomic_write
+from legolm.types import LegolmError
+
+Record = dict[str, Any]
+COLUMNS = {
+    "llm": "LLM",
+    "own": "own data",
+    "others": "others' data",
+    "bytes_down": "MB received",
+    "bytes_up": "MB sent",
+    "tokens": "tokens",
+    "seconds": "seconds",
+}
+
+
+def compare(path: Path, out: Path) -> list[Record]:
+    """Run every variant in `out`/<name>, write compare.json and compare.html; one record a variant."""
+    study, configs = load_study(path)
+    # All plans first: bad input should not wait for the first run's end.
+    settings = {variant.name: _prepared(configs[variant.name], variant) for variant in study.variants}
+    for config in settings.values():
+        make_plan(config)
+    found = []
+    for name, config in settings.items():
+        summary = run(config, out / name, (out / name).exists(), Progress(), store=out / "blocks")
+        found.append(row(name, config, summary, out / name))
+    atomic_write(out / "compare.json", json.dumps(found, indent=1) + "\n")
+    atomic_write(out / "compare.html", page(found, path.stem))
+    return found
+
+
+def row(name: str, config: RunConfig, summary: Record, folder: Path) -> Record:
+    """A variant's figures: losses after the best round (alone: after local training), costs a client and round.
+
+    Losses are nats per answer token on test data; `tokens` are all that clients trained on in the rounds.
+    """
+    alone = config.aggregate.scheme == "local_only"
+    phase = "local" if alone else "global"
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    wanted = [one for one in records if one["stage"] == "local" or (one["stage"] == "round" and one["round"])]
+    trained = [client for one in wanted for client in _trained(one)]
+    traffic = [count for one in records if one["stage"] == "round" for count in one["bytes"].values()]
+    return {
+        "name": name,
+        "scheme": config.aggregate.scheme,
+        "form": config.aggregate.form,
+        "codec": config.federation.codec,
+        "clients": len(summary["clients"]),
+        "rounds": summary["rounds"],
+        "best_round": summary["best_round"],
+        "llm": summary["llm"]["loss_after"],
+        "llm_before": summary["llm"]["loss_before"],
+        "own": fmean(client["own"][phase] for client in summary["clients"]),
+        "others": _mean(client["others"][phase] for client in summary["clients"]),
+        "bytes_down": _mean(count["down"] for count in traffic) or 0.0,
+        "bytes_up": _mean(count["up"] for count in traffic) or 0.0,
+        "replies": len(traffic),
+        "tokens": sum(one["tokens"] for one in trained),
+        "seconds": sum(one["seconds"] for one in wanted if one["stage"] == "round")
+        or max((one["seconds"] for one in wanted), default=0.0),
+    }
+
+
+def print_comparison(found: Sequence[Record], out: Path) -> None:
+    """The table, and where the page is."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("variant", "scheme", *COLUMNS.values()):
+        table.add_column(column, justify="left" if column in ("variant", "scheme") else "right")
+    for one in found:
+        table.add_row(one["name"], one["scheme"], *(_text(name, one[name]) for name in COLUMNS))
+    console = Console()
+    console.print("Loss per answer token (nats) on test data; MB a client and round; tokens trained on in all", table)
+    console.print(budget(found) + f"\ntable {out / 'compare.html'}", highlight=False, soft_wrap=True)
+
+
+def budget(found: Sequence[Record]) -> str:
+    """Whether all variants had the same tokens and bytes, in words."""
+    tokens = {one["tokens"] for one in found}
+    up = [one["bytes_up"] for one in found if one["bytes_up"]]
+    words = (
+        "All variants trained on the same tokens"
+        if len(tokens) == 1
+        else (f"Tokens differ: {min(tokens):,.0f} to {max(tokens):,.0f}")
+    )
+    if not up:
+        return words + "."
+    if max(up) <= 1.02 * min(up):
+        return words + "; all sent the same bytes (to 2 %)."
+    return words + f"; bytes sent differ: {min(up) / 1e6:.2f} to {max(up) / 1e6:.2f} MB a client and round."
+
+
+def page(found: Sequence[Record], title: str) -> str:
+    """One self-contained HTML page: a plot of loss against bytes, and the table."""
+    head = tag("tr", *(tag("th", text) for text in ("variant", "scheme", *COLUMNS.values())))
+    rows = [
+        tag("tr", tag("th", one["name"]), tag("td", one["scheme"]), *(tag("td", _text(c, one[c])) for c in COLUMNS))
+        for one in found
+    ]
+    body = (
+        tag("h1", f"{title}: schemes compared"),
+        tag("p", "Loss per answer token (nats) on test data against bytes a client and round, both ways."),
+        plot(found),
+        tag("table", tag("thead", head), tag("tbody", *rows)),
+        tag("p", budget(found)),
+    )
+    top = (Raw('<meta charset="utf-8">'), tag("title", title), tag("style", Raw(_STYLE)))
+    return f'<!doctype html>\n<html lang="en">{tag("head", *top)}{tag("body", tag("main", *body))}</html>\n'
+
+
+def plot(found: Sequence[Record]) -> Raw:
+    """Two panels of dots, the LLM's loss and the clients' on all data; bytes on a logarithmic axis."""
+    width, height, left, bottom = 420, 260, 46, 34
+    bytes_of = {one["name"]: one["bytes_down"] + one["bytes_up"] for one in found}
+    sent = [value for value in bytes_of.values() if value > 0] or [1.0]
+    low, high = math.log10(min(sent)) - 0.3, math.log10(max(sent)) + 0.3
+    panels = []
+    for shift, (label, values) in enumerate(
+        (("LLM", [one["llm"] for one in found]), ("blocks, all data", [_everyone(one) for one in found]))
+    ):
+        least, most = min(values), max(values)
+        span = (most - least) or 1.0
+        marks = [tag("text", label, x=left, y=14, class_="name")]
+        for share in (0.0, 0.5, 1.0):
+            y = height - bottom - share * (height - bottom - 30)
+            marks.append(tag("text", f"{least + share * span:.2f}", x=left - 6, y=y + 4, text_anchor="end"))
+            marks.append(tag("line", x1=left, x2=width, y1=y, y2=y, class_="grid"))
+        for one, value in zip(found, values, strict=True):
+            amount = bytes_of[one["name"]]
+            # What sends nothing stands at the left edge.
+            place = (math.log10(amount) - low) / (high - low) if amount else 0.0
+            x, y = left + place * (width - left - 90), height - bottom - (value - least) / span * (height - bottom - 30)
+            marks.append(tag("circle", cx=round(x, 1), cy=round(y, 1), r=4))
+            marks.append(tag("text", one["name"], x=round(x + 7, 1), y=round(y + 4, 1)))
+        for power in range(math.ceil(low), math.floor(high) + 1):
+            x = left + (power - low) / (high - low) * (width - left - 90)
+            marks.append(tag("text", f"{10**power / 1e6:g} MB", x=round(x, 1), y=height - 10, text_anchor="middle"))
+        panels.append(tag("g", *marks, transform=f"translate({shift * (width + 20)} 0)"))
+    drawn = tag("svg", *panels, viewBox=f"0 0 {2 * width + 20} {height}", role="img")
+    return Raw(drawn.replace("text_anchor", "text-anchor"))
+
+
+def _prepared(config: RunConfig, variant: Variant) -> RunConfig:
+    """The variant's block for all clients, with ranks of the same bytes if wanted."""
+    if variant.block is None:
+        return config
+    specs = {spec.name: spec for spec in config.blocks}
+    if variant.block not in specs:
+        raise LegolmError(f"variant {variant.name}: block {variant.block!r} is not one of {', '.join(specs)}")
+    path = resolve(config.model)
+    base = Base.of(path, "", load_config(path))
+    block_of = {client.id: client.block for client in _plan_of(config).clients} if variant.match_bytes else {}
+
+    def size(coverage: Coverage) -> int:
+        return adapter_parameters(coverage, config.lora.targets, config.lora.rank)
+
+    whole = size(planned_coverage(specs[variant.block], base))
+    clients = []
+    for client in config.clients:
+        rank = client.rank
+        if variant.match_bytes:
+            share = size(planned_coverage(specs[block_of[client.id]], base)) / whole
+            rank = max(1, min(config.lora.rank, round((rank or config.lora.rank) * share)))
+        clients.append(client.model_copy(update={"block": variant.block, "profile": None, "rank": rank}))
+    return config.model_copy(update={"clients": clients})
+
+
+def _plan_of(config: RunConfig) -> Plan:
+    """The plan with a scheme that takes any block: the variant's own may not fit before its blocks are changed."""
+    aggregate = config.aggregate.model_copy(update={"scheme": "heteagg"})
+    return make_plan(config.model_copy(update={"aggregate": aggregate}))
+
+
+def _trained(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [record["train"]] if record["stage"] == "local" else list(record["train"].values())
+
+
+def _everyone(one: Record) -> float:
+    """Mean over all (client, data set) pairs: own data is one of as many as there are clients."""
+    count = one["clients"]
+    others = one["others"] if one["others"] is not None else one["own"]
+    return float((one["own"] + (count - 1) * others) / count)
+
+
+def _mean(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _text(column: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if column.startswith("bytes"):
+        return f"{value / 1e6:.2f}"
+    return f"{value:.3f}" if column in ("llm", "own", "others") else f"{value:,.0f}"
+
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#1d2330;background:#fff}main{max-width:62rem;margin:2rem auto;
+padding:0 1rem}
+svg{width:100%;height:auto;font-size:11px}circle{fill:#2f6fde}.grid{stroke:#dde2ea}.name{font-weight:600}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:.35rem .6rem;text-align:right;border-top:1px solid #dde2ea}
+:is(th,td):nth-child(-n+2){text-align:left}
+"""

@@ -1,0 +1,50 @@
+"""A warm start: the best global adapter of an earlier run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from legolm.aggregate.initial import is_frozen
+from legolm.config import RunConfig
+from legolm.rundir import RunDir, read_json
+from legolm.types import Block, LegolmError, Tensors
+
+
+def warm_factors(path: Path, llm: Block, like: Tensors, config: RunConfig) -> Tensors:
+    """Factors of the run in `path` after its best round. Raises `LegolmError` when they do not fit this run.
+
+    `like` are the factors that a cold start has.
+    """
+    run, where = RunDir(path), f"aggregate.start {path}"
+    try:
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise LegolmError(f"{where}: is no run folder with a finished round") from None
+    records = [record for record in map(json.loads, lines) if record["stage"] == "round"]
+    known = read_json(path / "run.json")
+    if known["base_fingerprint"] != llm.base_fingerprint:
+        raise LegolmError(f"{where}: was run on another base model")
+    scale = run.config().lora.scaling
+    if scale != config.lora.scaling:
+        raise LegolmError(f"{where}: has the scale {scale}; this run has {config.lora.scaling}")
+    best = min((record["validation"], record["round"]) for record in records)[1]
+    state = load_file(run.round(best) / "adapter.safetensors")
+    if any(key.startswith("fold.") for key in state):
+        raise LegolmError(f"{where}: scheme {run.config().aggregate.scheme!r} changed the base; take another run")
+    factors: Tensors = {}
+    for key, tensor in like.items():
+        if key not in state or state[key].shape != tensor.shape:
+            found = tuple(state[key].shape) if key in state else "missing"
+            raise LegolmError(f"{where}: {key} is {found}; lora.rank and lora.targets must be this run's")
+        if (
+            config.aggregate.form == "frozen_side"
+            and is_frozen(key, llm.coverage.shape)
+            and not torch.equal(state[key], tensor)
+        ):
+            raise LegolmError(f"{where}: its frozen factors are not this run's; take its form and seed")
+        factors[key] = state[key]
+    return factors

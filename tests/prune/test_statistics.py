@@ -1,0 +1,92 @@
+"""Private calibration: what clients send adds up to what pooled text would give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from legolm.config import BlockConfig, CalibrationConfig
+from legolm.models import fingerprint, load_config, shape_of
+from legolm.progress import Progress
+from legolm.prune import cut_blocks
+from legolm.prune.statistics import Statistics, collect, load_statistics, save_statistics
+from legolm.types import LegolmError
+
+Collect = Callable[..., Path]
+
+
+@pytest.fixture
+def base(tiny: Callable[[str], Path]) -> Path:
+    return tiny("qwen3")
+
+
+@pytest.fixture
+def statistics(base: Path, tmp_path: Path) -> Collect:
+    def make(name: str, tokens: torch.Tensor, needs: str = "full") -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        save_statistics(collect(base, fingerprint(base), tokens, needs, "fp32", Progress()), path)  # type: ignore[arg-type]
+        return path
+
+    return make
+
+
+def load(base: Path, *paths: Path) -> Statistics:
+    return load_statistics(paths, shape_of(load_config(base)), fingerprint(base))
+
+
+@pytest.mark.parametrize("needs", ["full", "diagonal"])
+def test_the_sums_of_three_clients_are_those_of_their_pooled_text(base: Path, statistics: Collect, needs: str) -> None:
+    tokens = torch.randint(250, (11, 32), generator=torch.Generator().manual_seed(0))
+    apart = [statistics(f"client-{i}", part, needs) for i, part in enumerate(tokens.split([1, 4, 6]))]
+    added, pooled = load(base, *apart), load(base, statistics("pooled", tokens, needs))
+    assert set(added.sums) == set(pooled.sums) and len(pooled.sums) == 2 * 4
+    for name, moments in pooled.sums.items():
+        assert added.sums[name].tokens == moments.tokens == 11 * 32
+        torch.testing.assert_close(added.sums[name].sum, moments.sum, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"method": "wanda", "sparsity": 0.5},
+        {"method": "sparsegpt", "pattern": "2:4"},
+        {"method": "structured", "intermediate_size": 40, "num_key_value_heads": 1},
+    ],
+    ids=["wanda", "sparsegpt", "structured"],
+)
+def test_a_block_cut_by_the_sums_is_the_block_cut_by_pooled_sums(
+    target: dict, base: Path, statistics: Collect, tmp_path: Path
+) -> None:
+    tokens = torch.randint(250, (8, 32), generator=torch.Generator().manual_seed(1))
+    apart = [statistics(f"client-{i}", part) for i, part in enumerate(tokens.split(2))]
+    blocks = []
+    for name, files in (("apart", apart), ("pooled", [statistics("pooled", tokens)])):
+        sums = CalibrationConfig(statistics=tuple(map(str, files)))
+        spec = BlockConfig(name="b", calibration=sums, **target)
+        blocks += cut_blocks(base, fingerprint(base), [(spec, tmp_path / name)], 0, "fp32", Progress())
+    assert blocks[0].coverage.hash == blocks[1].coverage.hash
+
+
+def test_files_that_do_not_fit_are_refused(
+    base: Path, tiny: Callable[[str], Path], statistics: Collect, tmp_path: Path
+) -> None:
+    tokens = torch.randint(250, (2, 32))
+    full, squares = statistics("full", tokens), statistics("squares", tokens, "diagonal")
+    with pytest.raises(LegolmError, match="some files are squares only"):
+        load(base, full, squares)
+    with pytest.raises(LegolmError, match="squares only, for wanda"):
+        spec = BlockConfig(
+            name="b", method="sparsegpt", sparsity=0.5, calibration=CalibrationConfig(statistics=(str(squares),))
+        )
+        cut_blocks(base, fingerprint(base), [(spec, tmp_path / "b")], 0, "fp32", Progress())
+    with pytest.raises(LegolmError, match="was collected on another base model"):
+        load_statistics([full], shape_of(load_config(base)), "another")
+    (tmp_path / "rubbish.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(LegolmError, match="not written by `legolm calibrate`"):
+        load(base, tmp_path / "rubbish.safetensors")
+    with pytest.raises(LegolmError, match="not written by `legolm calibrate`"):
+        load(base, tmp_path / "none.safetensors")
+    assert not (tmp_path / "b").exists()
