@@ -1,0 +1,251 @@
+"""How fast does a client train, beside TRL's SFTTrainer and Hugging Face's Trainer? LoRA rank 8 on all linear layers.
+
+    python benchmarks/train_speed.py [--data FILE.jsonl ...] [--model starter] [--steps 3] [--repeats 3]
+
+Without `--data`: the starter data. Each variant trains on the same examples in the same order, 8 a step, in a process
+of its own with one thread; variants take turns, the median of the repeats counts. Speed is non-padding tokens per CPU
+second after one step of warming up. Work is counted as 4 N per token for the N weights of the frozen decoder (forward,
+and backward to activations only) and 4 times the head's per answer token; `fraction_of_matmul_peak` divides it by the
+speed of the best of some bare bf16 products, measured in the same process before and after.
+
+TRL and its Trainer need `pip install -e '.[bench]'`; without them their rows are left out. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+BATCH, RANK, LEARNING_RATE, MAX_LENGTH, PACKED = 8, 8, 1e-3, 512, 1024
+OURS = ("ours", "ours-fp32", "ours-block", "ours-checkpointing")
+OTHERS = ("trl-fp32", "trl-bf16", "trl-bf16-packed", "trl-bf16-checkpointing", "hf-fp32", "hf-bf16")
+
+
+def examples(options: argparse.Namespace) -> list[Any]:
+    """Rendered examples, alternating between the files (or between the starter data's languages)."""
+    from legolm.config import Fields
+    from legolm.data import read_rows, render, starter_parts, to_example
+    from legolm.models import load_tokenizer, resolve
+
+    if options.data:
+        parts = [[to_example(row, Fields()) for row in read_rows(file, "--data")] for file in options.data]
+    else:
+        parts = [list(part.train) for part in starter_parts(0).values()]
+    tokenizer = load_tokenizer(resolve(options.model))
+    wanted = BATCH * (options.steps + 1)
+    mixed = [parts[i % len(parts)][i // len(parts)] for i in range(wanted)]
+    return [render(example, tokenizer, MAX_LENGTH) for example in mixed]
+
+
+def ours(variant: str, rows: list[Any], options: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    from legolm.config import Precision, TrainConfig
+    from legolm.coverage import Coverage, init_factors, slice_factors
+    from legolm.finetune import choose_precision, dtype_of, fit
+    from legolm.models import load_model, resolve, shape_of
+    from legolm.prune import read_block
+
+    precision: Precision = "fp32" if variant == "ours-fp32" else choose_precision("auto")
+    path = Path(options.block) if variant == "ours-block" else resolve(options.model)
+    model = load_model(path, dtype_of(precision))
+    coverage = read_block(path).coverage if variant == "ours-block" else Coverage.full(shape_of(model.config))
+    start = slice_factors(coverage, init_factors(coverage.shape, None, RANK, 0), RANK)
+    config = TrainConfig(
+        batch_size=BATCH, learning_rate=LEARNING_RATE, gradient_checkpointing=variant.endswith("checkpointing")
+    )
+    fit(model, coverage, start, 2.0, rows[:BATCH], config, precision, 1, 0)
+    peak = matmul_peak(torch)
+    began = time.process_time()
+    _, metrics = fit(model, coverage, start, 2.0, rows[BATCH:], config, precision, options.steps, 0)
+    cpu = time.process_time() - began
+    answers = sum(len(row.ids) - row.answer for row in rows[BATCH:])
+    head = model.get_output_embeddings().weight.numel()
+    work = 4 * (coverage.kept_weights * metrics["tokens"] + head * answers)
+    peak = (peak + matmul_peak(torch)) / 2
+    return {
+        "tokens_per_cpu_s": metrics["tokens"] / cpu,
+        "loss": metrics["loss_last"],
+        "fraction_of_matmul_peak": work / cpu / peak,
+        "gflops": work / cpu / 1e9,
+        "matmul_peak_gflops": peak / 1e9,
+    }
+
+
+def matmul_peak(torch: Any) -> float:
+    """Best floating-point operations per CPU second of bare bf16 products of a decoder's sizes."""
+    best = 0.0
+    for rows, inner, columns in ((1024, 576, 1536), (1024, 1536, 576), (1024, 2048, 2048)):
+        x, w = torch.randn(rows, inner).bfloat16(), torch.randn(columns, inner).bfloat16()
+        for _ in range(8):
+            began = time.process_time()
+            torch.nn.functional.linear(x, w)
+            best = max(best, 2 * rows * inner * columns / (time.process_time() - began))
+    return best
+
+
+def theirs(variant: str, rows: list[Any], options: argparse.Namespace) -> dict[str, float]:
+    """TRL's or Hugging Face's trainer on the same token ids, the same order, no evaluation, no saving."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    from legolm.models import resolve
+
+    base = resolve(options.model)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    data = Dataset.from_dict(
+        {
+            "input_ids": [list(row.ids) for row in rows],
+            "labels": [[-100] * row.answer + list(row.ids[row.answer :]) for row in rows],
+        }
+    )
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    packed = variant.endswith("packed")
+    common: dict[str, Any] = {
+        "per_device_train_batch_size": 1 if packed else BATCH,
+        "max_steps": options.steps + 1,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": "bf16" in variant,
+        "gradient_checkpointing": variant.endswith("checkpointing"),
+    }
+    clock = {"tokens": 0, "steps": 0, "began": 0.0}
+
+    def counted(kind: Any) -> Any:
+        class Counted(kind):  # type: ignore[misc]
+            def _get_train_sampler(self, *_: Any) -> Any:
+                return torch.utils.data.SequentialSampler(self.train_dataset)
+
+            def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
+                clock["steps"] += 1
+                if clock["steps"] == 2:
+                    clock["began"] = time.process_time()
+                if clock["steps"] >= 2:
+                    mask = inputs.get("attention_mask")
+                    clock["tokens"] += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+                return super().training_step(model, inputs, *args)
+
+        return Counted
+
+    with tempfile.TemporaryDirectory() as folder:
+        if variant.startswith("trl"):
+            from trl import SFTConfig, SFTTrainer
+
+            settings = SFTConfig(folder, **common, packing=packed, max_length=PACKED if packed else MAX_LENGTH)
+            trainer = counted(SFTTrainer)(
+                model=model, args=settings, train_dataset=data, peft_config=lora, processing_class=tokenizer
+            )
+        else:
+            collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+            trainer = counted(Trainer)(
+                model=get_peft_model(model, lora),
+                args=TrainingArguments(folder, **common),
+                train_dataset=data,
+                data_collator=collator,
+            )
+        trainer.train()
+    cpu = time.process_time() - clock["began"]
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record][1:]
+    return {"tokens_per_cpu_s": clock["tokens"] / cpu, "loss": sum(losses) / len(losses)}
+
+
+def one(options: argparse.Namespace) -> None:
+    """In this process: one variant, once."""
+    import torch
+
+    torch.set_num_threads(1)
+    rows = examples(options)
+    found = (ours if options.variant in OURS else theirs)(options.variant, rows, options)
+    found["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(found))
+
+
+def cut(options: argparse.Namespace, out: Path) -> None:
+    """A structured block of half the decoder's weights."""
+    from legolm.config import BlockConfig, CalibrationConfig
+    from legolm.models import fingerprint, resolve
+    from legolm.progress import Progress
+    from legolm.prune import cut_blocks
+
+    base = resolve(options.model)
+    calibration = CalibrationConfig(samples=8, length=128)
+    spec = BlockConfig(name="half", method="structured", sparsity=0.5, calibration=calibration)
+    cut_blocks(base, fingerprint(base), [(spec, out)], 0, "bf16", Progress())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="starter")
+    parser.add_argument("--data", nargs="*", help="JSON lines with instruction and output")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--variants", nargs="*", default=[*OURS, *OTHERS])
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--block", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.variant:
+        one(options)
+        return
+    there = [variant for variant in options.variants if variant in OURS or variant.startswith("hf")]
+    if importlib.util.find_spec("trl") is not None:
+        there = options.variants
+    if missing := set(options.variants) - set(there):
+        print(f"left out, TRL is not installed: {', '.join(sorted(missing))}", flush=True)
+    results: dict[str, list[dict[str, float]]] = {variant: [] for variant in there}
+    with tempfile.TemporaryDirectory(prefix="legolm-train-") as folder:
+        cut(options, Path(folder) / "half")
+        for repeat in range(options.repeats):
+            for variant in there:
+                command = [sys.executable, *sys.argv, "--variant", variant, "--block", f"{folder}/half"]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                results[variant].append(json.loads(done.stdout.splitlines()[-1]))
+                print(repeat, variant, {k: round(v, 3) for k, v in results[variant][-1].items()}, flush=True)
+
+    def middle(field: str) -> dict[str, float]:
+        return {
+            variant: round(median(row[field] for row in rows), 3)
+            for variant, rows in results.items()
+            if field in rows[0]
+        }
+
+    speed, memory = middle("tokens_per_cpu_s"), middle("peak_rss_mb")
+
+    def ratio(by: str, over: str, of: dict[str, float]) -> float | None:
+        return round(of[by] / of[over], 3) if by in of and over in of else None
+
+    print(
+        json.dumps(
+            {
+                "tokens_per_cpu_s": speed,
+                "ratio_vs_trl_fp32": ratio("ours", "trl-fp32", speed),
+                "ratio_vs_trl_bf16": ratio("ours", "trl-bf16", speed),
+                "ratio_block_vs_llm": ratio("ours-block", "ours", speed),
+                "fraction_of_matmul_peak": middle("fraction_of_matmul_peak").get("ours"),
+                "matmul_peak_gflops": middle("matmul_peak_gflops").get("ours"),
+                "peak_rss_mb": memory,
+                "memory_vs_trl_fp32": ratio("ours", "trl-fp32", memory),
+                "loss": middle("loss"),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
