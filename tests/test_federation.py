@@ -118,8 +118,9 @@ def test_frozen_side_in_int8_sends_an_eighth_and_resumes_exactly(
     for client in raw["clients"]:
         client["block"] = "narrow"
     raw["lora"]["rank"] = 16
-    small = load(raw, tmp_path, "aggregate.form=frozen_side", "federation.codec=int8", "federation.rounds=3")
-    full = load(raw, tmp_path, "aggregate.scheme=fedavg", "federation.rounds=3", "clients.0.block=narrow")
+    lr = "train.learning_rate=0.003"
+    small = load(raw, tmp_path, "aggregate.form=frozen_side", "federation.codec=int8", "federation.rounds=3", lr)
+    full = load(raw, tmp_path, "aggregate.scheme=fedavg", "federation.rounds=3", lr)
     straight, whole = run(small, "straight"), run(full, "full")
     for way in ("bytes_up_per_round", "bytes_down_per_round"):
         assert straight[way] < 0.3 * whole[way]  # headers weigh more on a tiny model

@@ -41,6 +41,7 @@ class _Module:
 class ExactForm(Scheme):
     """S per module as float32 factors of rank `residual_rank`, and the broadcast adapter G of the run's rank."""
 
+    streaming: ClassVar[bool] = False
     secure_sum: ClassVar[bool] = False
 
     def __init__(self, start: Start, config: AggregateConfig) -> None:

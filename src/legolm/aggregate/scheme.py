@@ -33,7 +33,7 @@ class Scheme(ABC):
     """
 
     streaming: ClassVar[bool] = True
-    """Memory does not grow with the number of clients."""
+    """A round's memory is the same for any number of clients."""
     secure_sum: ClassVar[bool] = True
     """A round is a sum of what clients send, so that secure aggregation works on it."""
     unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "block"
