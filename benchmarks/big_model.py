@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCKS: list[dict[str, Any]] = [
-    {"method": "structured", "intermediate_size": 4096, "num_key_value_heads": 6},
+    {"method": "structured", "intermediate_size": 4096, "num_key_value_heads": 4},
     {"method": "wanda", "sparsity": 0.5},
 ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from legolm.config import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.models import FAMILIES, LayeredModel, fingerprint, load_config, load_model, load_tokenizer, shape_of
@@ -16,6 +16,7 @@ from legolm.progress import Progress
 from legolm.prune import Base, cut_blocks, planned_coverage, read_block
 from legolm.prune.calibrate import Regression, Stream
 from legolm.prune.select import refit
+from legolm.prune.target import given_shape, shapes_within
 from legolm.types import Block, LegolmError
 
 NAMES = ("llama",)  # the others: tests/models/test_families.py
@@ -205,6 +206,18 @@ def test_targets_that_cannot_be_met(target: dict, says: str, cut: Callable[..., 
     with pytest.raises(LegolmError, match=says):
         cut("llama", method="structured", **target)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_of_heads_that_the_family_refuses(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=8, head_dim=16, vocab_size=8
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    base = Base(tmp_path, "", config, shape_of(config), 10**6, torch.float32)
+    with pytest.raises(LegolmError, match="llama does not take 3 KV groups of 1 heads .* multiple of"):
+        given_shape(BlockConfig(name="b", method="structured", num_key_value_heads=3), base)
+    offered = shapes_within(BlockConfig(name="b", method="structured", sparsity=0.3), base)
+    assert {shape.kv_groups for shape in offered} <= {1, 2, 4, 8}
 
 
 def test_a_group_that_does_not_divide_is_told(cut: Callable[..., Block]) -> None:

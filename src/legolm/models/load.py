@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -47,7 +48,7 @@ def load_config(path: Path) -> Any:
     """The checkpoint's config."""
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise LegolmError(f"model: {path} has no readable config ({str(error).splitlines()[0]})") from None
 
 

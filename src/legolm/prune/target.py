@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from legolm.config import BlockConfig
 from legolm.coverage import Coverage
@@ -135,7 +136,7 @@ def config_changes(config: Any, small: Shape, layers: tuple[int, ...]) -> dict[s
         sizes["layer_types"] = [config.layer_types[i] for i in layers]
     try:
         type(config)(**(config.to_dict() | sizes))
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise LegolmError(
             f"blocks: {config.model_type} does not take {small.kv_groups} KV groups "
