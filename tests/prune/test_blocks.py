@@ -214,7 +214,7 @@ def test_a_number_of_heads_that_the_family_refuses(tmp_path: Path) -> None:
     )
     config.architectures = ["LlamaForCausalLM"]
     base = Base(tmp_path, "", config, shape_of(config), 10**6, torch.float32)
-    with pytest.raises(LegolmError, match="llama does not take 3 KV groups of 1 heads .* multiple of"):
+    with pytest.raises(LegolmError, match=r"llama does not take 3 KV groups of 1 heads .* multiple of"):
         given_shape(BlockConfig(name="b", method="structured", num_key_value_heads=3), base)
     offered = shapes_within(BlockConfig(name="b", method="structured", sparsity=0.3), base)
     assert {shape.kv_groups for shape in offered} <= {1, 2, 4, 8}
