@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 
-CASES = [(8, 40), (8, 128), (16, 128), (4, 512)]
+CASES = [(8, 40), (8, 128), (16, 128), (4, 512), (2, 2048)]
 
 
 def measure(model: str, batch_size: int, length: int) -> dict[str, float]:
@@ -34,9 +34,19 @@ def measure(model: str, batch_size: int, length: int) -> dict[str, float]:
     lora, train = LoraConfig(), TrainConfig(batch_size=batch_size)
     start = init_factors(coverage.shape, lora.targets, lora.rank, 0)
     ids = tuple(int(token) for token in torch.randint(100, (length,)))
-    fit(load_model(base), coverage, start, lora.scale, [Tokens(ids, length - 8)] * 32, train, "bf16", 2, 0)
+    fit(
+        load_model(base, torch.bfloat16),
+        coverage,
+        start,
+        lora.scale,
+        [Tokens(ids, length - 8)] * 32,
+        train,
+        "bf16",
+        2,
+        0,
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    planned = training_bytes(coverage, count_parameters(base), config.vocab_size, length, train, lora)
+    planned = training_bytes(coverage, count_parameters(base), config.vocab_size, length, train, lora, "bf16")
     return {
         "batch_size": batch_size,
         "length": length,

@@ -15,6 +15,7 @@ from legolm.config import RunConfig
 from legolm.coverage import Coverage
 from legolm.data import render
 from legolm.federate.client import client_data
+from legolm.finetune import choose_precision
 from legolm.memory import available_bytes
 from legolm.models import load_config, load_tokenizer, resolve
 from legolm.prune import Base, planned_coverage, target_pattern
@@ -68,6 +69,7 @@ def make_plan(config: RunConfig) -> Plan:
     # Nothing here asks whose weights they are, and the fingerprint takes time.
     base = Base.of(path, "", model)
     shape, width = base.shape, base.dtype.itemsize
+    precision = choose_precision(config.precision)
     data = client_data(config)
     tokenizer = load_tokenizer(path)
     lengths = {
@@ -89,7 +91,7 @@ def make_plan(config: RunConfig) -> Plan:
                 parameters=parameters,
                 file_bytes=parameters * width,
                 training_bytes=training_bytes(
-                    coverage, parameters, model.vocab_size, longest, config.train, config.lora
+                    coverage, parameters, model.vocab_size, longest, config.train, config.lora, precision
                 ),
             )
         )
@@ -107,7 +109,9 @@ def make_plan(config: RunConfig) -> Plan:
         clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *traffic))
 
     used = [needs[block] for block in set(block_of.values())]
-    whole = training_bytes(Coverage.full(shape), base.parameters, model.vocab_size, longest, config.train, config.lora)
+    whole = training_bytes(
+        Coverage.full(shape), base.parameters, model.vocab_size, longest, config.train, config.lora, precision
+    )
     actors = _actors(config, max(*used, whole))
     size_of = {block.name: block.file_bytes for block in blocks}
     adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
@@ -166,6 +170,6 @@ def _actors(config: RunConfig, need: int) -> int:
     if by_memory < 1:
         raise LegolmError(
             f"memory: one client needs {need / 1e9:.1f} GB beside {SPARE_BYTES / 1e9:.1f} GB for the server; "
-            "lower train.batch_size or train.max_length"
+            "lower train.micro_batch_tokens or train.max_length"
         )
     return max(1, min(cores // config.federation.threads, by_memory, len(config.clients)))

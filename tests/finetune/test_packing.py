@@ -16,7 +16,7 @@ from legolm.data import Tokens
 from legolm.finetune import Head, divergences, hidden_states, lean, pack, packing
 from legolm.finetune.kernels import LoraLinear, RmsNorm
 from legolm.finetune.loss import answer_losses
-from legolm.models import load_model
+from legolm.models import FAMILIES, load_model
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def logits_of(model: Any, examples: list[Tokens]) -> list[torch.Tensor]:
     return [part for _, part in sorted(zip(order, logits.split(packed.lengths), strict=True), key=lambda pair: pair[0])]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("long", [512, 4], ids=["own", "fused"])
 def test_packed_is_one_by_one(
     family: str, long: int, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch

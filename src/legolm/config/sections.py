@@ -92,12 +92,14 @@ class CalibrationConfig(Section):
 
 
 class RecoverConfig(Section):
-    """Distillation from the LLM after the cut, merged into the block. 0 steps: none."""
+    """Distillation from the LLM after the cut, at the first of `steps` and `minutes` done. 0 steps: none."""
 
     steps: int = Field(0, ge=0)
-    batch_size: int = Field(8, ge=1)
-    rank: int = Field(16, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    minutes: float | None = Field(None, gt=0, description="at most; the result then depends on the machine's speed")
+    text: str | None = Field(None, description="like calibration.text, which it is if not given")
+    batch_size: int = Field(8, ge=1, description="windows of calibration.length tokens a step")
+    rank: int | None = Field(16, ge=1, description="of a LoRA that is merged; null trains the weights themselves")
+    learning_rate: float = Field(2e-3, gt=0)
 
 
 class BlockConfig(Section):

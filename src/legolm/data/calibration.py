@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def calibration_tokens(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
-    """Windows of the text that do not overlap, drawn by `seed`: (samples, length) int64.
+def calibration_tokens(
+    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int, fewer: bool = False
+) -> Tensor:
+    """Windows of the text that do not overlap, drawn by `seed`: (samples, length) int64; or, if `fewer`, as are there.
 
     Conversations are rendered with the chat template and packed together; `starter` alternates between some and the
     prose of Python's help topics. Raises `LegolmError` if the text is missing or too short.
@@ -40,12 +42,13 @@ def calibration_tokens(config: CalibrationConfig, tokenizer: PreTrainedTokenizer
         streams = [_prose(read_text(path, "calibration.text"), tokenizer)]
     pools = [_windows(stream, config.length, seed) for stream in streams]
     available = min(len(pool) * len(pools) + place for place, pool in enumerate(pools))
-    if available < config.samples:
+    if available < (1 if fewer else config.samples):
         raise LegolmError(
             f"calibration.samples = {config.samples}: {config.text!r} has {available} samples of "
             f"{config.length} tokens; ask for fewer or shorter ones, or give a longer text"
         )
-    return torch.stack([pools[sample % len(pools)][sample // len(pools)] for sample in range(config.samples)])
+    count = min(available, config.samples)
+    return torch.stack([pools[sample % len(pools)][sample // len(pools)] for sample in range(count)])
 
 
 def _windows(stream: list[int], length: int, seed: int) -> Tensor:

@@ -8,6 +8,7 @@ from legolm.finetune.packing import pack
 from legolm.finetune.precision import choose_device, choose_precision, dtype_of
 from legolm.finetune.predict import answer_logits, autocast
 from legolm.finetune.train import Diverged, fit
+from legolm.finetune.whole import whole
 
 __all__ = [
     "Diverged",
@@ -27,4 +28,5 @@ __all__ = [
     "merged",
     "pack",
     "save_adapter",
+    "whole",
 ]

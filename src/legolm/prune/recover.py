@@ -1,27 +1,34 @@
-"""Recovery after the cut: a short distillation from the LLM on public text, merged into the block.
+"""Recovery after the cut: a short distillation from the LLM on public text.
 
 Merely pruned blocks spend their first rounds repairing themselves; recovered ones learn the task (DESIGN section 3).
+The LLM is the teacher in the same process (Hinton et al., arXiv 1503.02531; Muralidharan et al., "Compact language
+models via pruning and knowledge distillation", arXiv 2407.14679, for pruned LLMs).
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from legolm.config import BlockConfig, Precision
+from legolm.config import BlockConfig, Precision, RecoverConfig
 from legolm.coverage import Coverage, init_factors, slice_factors
 from legolm.data import Tokens, calibration_tokens
-from legolm.finetune import Head, divergences, dtype_of, hidden_states, lean, lora, merge, pack
+from legolm.finetune import Head, divergences, dtype_of, hidden_states, lean, lora, merge, pack, whole
 from legolm.memory import keep_freed_memory
 from legolm.models import load_model
 
 SCALE = 2.0
-AT_ONCE = 1024
+AT_ONCE = 2048
 """Tokens of one forward and backward pass."""
+WINDOW = 4
+"""Steps that the first and the last divergence are the mean of."""
 
 
 def recover(
@@ -34,51 +41,85 @@ def recover(
     seed: int,
     progress: Callable[[int], None],
 ) -> dict[str, float]:
-    """Train a LoRA on KL(LLM ‖ block) per token and merge it under the mask, in place.
+    """Train the block on KL(LLM ‖ block) per token, in place and under its mask.
 
-    Returns the first and last divergence (nats per token, mean of up to four steps). Calls progress(1) each step.
+    The learning rate falls linearly to zero. Returns the first and last divergence (nats per token, mean of up to four
+    steps), steps, tokens and seconds. Calls progress(1) each step.
     """
-    recipe = spec.recover
-    per_step = recipe.batch_size
-    # Another seed than calibration's: recovery should see text that the cut was not fitted on.
-    wanted = spec.calibration.model_copy(update={"samples": recipe.steps * per_step})
-    tokens = calibration_tokens(wanted, tokenizer, seed + 1)
-    start = slice_factors(coverage, init_factors(coverage.shape, None, recipe.rank, seed), recipe.rank)
-    full = Coverage.full(coverage.shape)
+    recipe, began = spec.recover, time.perf_counter()
+    windows = _windows(spec, tokenizer, seed)
     teacher = load_model(base, dtype_of(precision)).to(model.device)
     found: list[float] = []
-    began = time.perf_counter()
     with (
         keep_freed_memory(),
-        lora(teacher, full, {}, SCALE, precision),
-        lora(model, coverage, start, SCALE, precision) as parameters,
+        lora(teacher, Coverage.full(coverage.shape), {}, SCALE, precision),
+        _trainable(model, coverage, recipe, precision, seed) as parameters,
         lean(teacher, precision),
         lean(model, precision),
     ):
-        head, teacher_head = Head.of(model, precision), Head.of(teacher, precision)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps, recipe.learning_rate / 10)
-        for step in range(recipe.steps):
-            batch = tokens[step * per_step : (step + 1) * per_step]
-            total = 0.0
-            for part in torch.split(batch, max(1, AT_ONCE // batch.shape[1])):
-                packing = pack([Tokens(tuple(window.tolist()), 1) for window in part], model.device)
-                with torch.no_grad():
-                    wish = hidden_states(teacher, packing)
-                loss = divergences(hidden_states(model, packing), head, wish, teacher_head).sum() / batch.numel()
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
-            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        heads = Head.of(model, precision), Head.of(teacher, precision)
+        optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+        for _ in range(recipe.steps):
+            left = 1 - _share_done(recipe, len(found), began)
+            if left <= 0:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * left
+            batch = torch.stack(list(itertools.islice(windows, recipe.batch_size)))
+            found.append(_backward(model, teacher, heads, batch))
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
-            found.append(total)
             progress(1)
-        learnt = {key: parameter.detach().cpu() for key, parameter in parameters.items()}
-    merge(model, coverage, learnt, SCALE)
-    window = min(4, len(found))
+    first, last = found[:WINDOW], found[-WINDOW:]
     return {
-        "kl_first": sum(found[:window]) / window,
-        "kl_last": sum(found[-window:]) / window,
+        "kl_first": sum(first) / len(first),
+        "kl_last": sum(last) / len(last),
+        "steps": len(found),
+        "tokens": len(found) * recipe.batch_size * spec.calibration.length,
         "seconds": time.perf_counter() - began,
     }
+
+
+def _windows(spec: BlockConfig, tokenizer: Any, seed: int) -> Iterator[Tensor]:
+    """Endless windows of text (length,), all before any comes again."""
+    recipe = spec.recover
+    wanted = {"samples": recipe.steps * recipe.batch_size, "text": recipe.text or spec.calibration.text}
+    # Another seed than calibration's: recovery should see text that the cut was not fitted on.
+    return itertools.cycle(
+        calibration_tokens(spec.calibration.model_copy(update=wanted), tokenizer, seed + 1, fewer=True)
+    )
+
+
+@contextmanager
+def _trainable(
+    model: Any, coverage: Coverage, recipe: RecoverConfig, precision: Precision, seed: int
+) -> Iterator[list[nn.Parameter]]:
+    """The block's linear weights, or a LoRA that is merged afterwards."""
+    if recipe.rank is None:
+        with whole(model, coverage, precision) as weights:
+            yield weights
+        return
+    start = slice_factors(coverage, init_factors(coverage.shape, None, recipe.rank, seed), recipe.rank)
+    with lora(model, coverage, start, SCALE, precision) as factors:
+        yield list(factors.values())
+    merge(model, coverage, {key: factor.detach() for key, factor in factors.items()}, SCALE)
+
+
+def _share_done(recipe: RecoverConfig, steps: int, began: float) -> float:
+    """Of the steps or of the minutes, whichever is more."""
+    minutes = (time.perf_counter() - began) / 60
+    return max(steps / recipe.steps, 0.0 if recipe.minutes is None else minutes / recipe.minutes)
+
+
+def _backward(model: Any, teacher: Any, heads: tuple[Head, Head], batch: Tensor) -> float:
+    """Add the gradient of the mean divergence over a batch of windows (n, length), and return that mean."""
+    total = 0.0
+    for part in torch.split(batch, max(1, AT_ONCE // batch.shape[1])):
+        packing = pack([Tokens(tuple(window.tolist()), 1) for window in part], model.device)
+        with torch.no_grad():
+            wanted = hidden_states(teacher, packing)
+        loss = divergences(hidden_states(model, packing), heads[0], wanted, heads[1]).sum() / batch.numel()
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total
