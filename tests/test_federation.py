@@ -217,7 +217,7 @@ def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callabl
         (f"aggregate.start={tmp_path}", "is no run folder"),
     ):
         with pytest.raises(LegolmError, match=says):
-            run(load(raw, tmp_path, warm, override), f"bad {override[:9]}")
+            run(load(raw, tmp_path, warm, override), f"bad {says[:12]}")
 
 
 @pytest.mark.parametrize(

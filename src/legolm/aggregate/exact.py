@@ -50,7 +50,7 @@ class ExactForm(Scheme):
         self._names = sorted({key.rpartition(".")[0] for key in self._factors})
         # A warm start's product is where S starts; the usual start's is zero.
         self._product: Tensors = {
-            f"{name}.{side}": self._factors[f"{name}.{side}"]
+            f"{name}.{side}": self._factors[f"{name}.{side}"].clone()
             for name in self._names
             for side in "AB"
             if bool(self._factors[f"{name}.B"].any())
