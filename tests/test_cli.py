@@ -1,21 +1,38 @@
-"""The command as users meet it: a process, its exit code, one line for what is wrong."""
+"""The command as users meet it: its exit code, what it prints, one line for what is wrong."""
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+
+from legolm.cli import main
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
 
 
 def legolm(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "legolm.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    """What the command's entry point does in this process: starting one for each call takes most of a minute."""
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    with (
+        redirect_stdout(out),
+        redirect_stderr(errors),
+        patch.object(sys, "argv", ["legolm", *map(str, arguments)]),
+        warnings.catch_warnings(),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue())
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:
@@ -116,10 +133,39 @@ def test_bad_input_is_one_line_and_nothing_is_written(config: Callable[..., Path
         fails(says, model=str(tmp_path / kind))
 
 
+def test_several_blocks_at_once_and_private_calibration(
+    tiny: Callable[[str], Path], corpus: Path, tmp_path: Path
+) -> None:
+    text = ("--samples", 4, "--length", 64)
+    cut = ("prune", tiny("llama"), "--method", "structured", "--calibration", corpus, *text)
+    done = legolm(*cut, "--sparsity", "0.25,0.5", "--out", tmp_path / "blocks")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "blocks").iterdir()) == ["structured-0.25", "structured-0.5"]
+    for client in "ab":
+        sums = tmp_path / client
+        done = legolm("calibrate", tiny("llama"), "--text", corpus, "--out", sums, *text)
+        assert done.returncode == 0, done.stderr
+    given = ("--statistics", tmp_path / "a", "--statistics", tmp_path / "b")
+    done = legolm(*cut, "--intermediate-size", 40, *given, "--out", tmp_path / "private")
+    assert done.returncode == 0, done.stderr
+    assert_one_line(legolm(*cut, "--sparsity", 0.5, *given, "--out", tmp_path / "x"), "to choose a shape", "text")
+    assert_one_line(legolm(*cut, "--params", "many", "--out", tmp_path / "x"), "`params`", "70M")
+    assert_one_line(legolm(*cut, "--params", 10, "--out", tmp_path / "x"), "wants params 10; this model gives")
+    assert_one_line(legolm(*cut, "--sparsity", 0.5, "--out", tmp_path / "private"), "is already there")
+    assert not (tmp_path / "x").exists()
+
+
+def test_bad_input_ends_a_process_with_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "legolm.cli", "run", str(tmp_path / "none.yaml")]
+    assert_one_line(subprocess.run(command, capture_output=True, text=True), "none.yaml: no such file")
+
+
 def test_help_names_the_commands() -> None:
     done = legolm("--help")
     assert done.returncode == 0
-    assert all(command in done.stdout for command in ("run", "prune", "inspect", "eval", "report"))
+    assert all(
+        command in done.stdout for command in ("run", "compare", "prune", "calibrate", "inspect", "eval", "report")
+    )
 
 
 def test_help_needs_no_heavy_import() -> None:

@@ -86,7 +86,8 @@ def prune(
         "num_key_value_heads": num_key_value_heads,
         "num_hidden_layers": num_hidden_layers,
     }
-    text = {"text": calibration, "samples": samples, "length": length, "statistics": statistics}
+    sums = [str(path) for path in statistics] if statistics else None
+    text = {"text": calibration, "samples": samples, "length": length, "statistics": sums}
     wanted = []
     for target in _each(targets):
         values = "-".join(value.replace(":", "of") for value in target.values())
