@@ -16,7 +16,7 @@ import pytest
 
 from legolm.cli import main
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").rglob("*.yaml"))
 
 
 def legolm(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -72,7 +72,7 @@ def config(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> Callabl
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_loads_and_plans(example: Path) -> None:
-    done = legolm("run", example, "--dry-run")
+    done = legolm("compare" if example.parent.name == "compare" else "run", example, "--dry-run")
     assert done.returncode == 0, done.stderr
     for word in ("block", "client", "tokens a round", "memory", "Nothing was done."):
         assert word in done.stdout

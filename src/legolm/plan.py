@@ -62,20 +62,34 @@ class Plan:
     disk_bytes: int
 
 
-def make_plan(config: RunConfig) -> Plan:
-    """Resolve the model, read the data and add up. Raises `LegolmError` for whatever cannot work."""
+@dataclass(frozen=True)
+class Parts:
+    """Every client's data, and the lengths of its training examples in tokens."""
+
+    data: dict[str, ClientData]
+    lengths: dict[str, list[int]]
+
+
+def read_parts(config: RunConfig) -> Parts:
+    """Read and tokenize the data. Raises `LegolmError` for bad rows or a client without any."""
+    data, tokenizer = client_data(config), load_tokenizer(resolve(config.model))
+    lengths = {
+        client: [len(render(row, tokenizer, config.train.max_length).ids) for row in rows.train]
+        for client, rows in data.items()
+    }
+    return Parts(data, lengths)
+
+
+def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
+    """Resolve the model, read the data unless it is given, add up. Raises `LegolmError` for whatever cannot work."""
     path = resolve(config.model)
     model = load_config(path)
     # Nothing here asks whose weights they are, and the fingerprint takes time.
     base = Base.of(path, "", model)
     shape, width = base.shape, base.dtype.itemsize
     precision = choose_precision(config.precision)
-    data = client_data(config)
-    tokenizer = load_tokenizer(path)
-    lengths = {
-        client: [len(render(row, tokenizer, config.train.max_length).ids) for row in rows.train]
-        for client, rows in data.items()
-    }
+    parts = parts or read_parts(config)
+    data, lengths = parts.data, parts.lengths
     longest = max(max(found) for found in lengths.values())
 
     coverages: dict[str, Coverage] = {}

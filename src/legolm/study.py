@@ -23,7 +23,7 @@ from legolm.config.study import Variant, load_study
 from legolm.coverage import Coverage
 from legolm.models import load_config, resolve
 from legolm.pipeline import run
-from legolm.plan import Plan, make_plan
+from legolm.plan import Parts, Plan, make_plan, read_parts
 from legolm.progress import Progress
 from legolm.prune import Base, planned_coverage
 from legolm.report.html import Raw, tag
@@ -44,17 +44,30 @@ COLUMNS = {
 
 def compare(path: Path, out: Path) -> list[Record]:
     """Run every variant in `out`/<name>, write compare.json and compare.html; one record a variant."""
-    study, configs = load_study(path)
-    # All plans first: bad input should not wait for the first run's end.
-    settings = {variant.name: _prepared(configs[variant.name], variant) for variant in study.variants}
-    for config in settings.values():
-        make_plan(config)
     found = []
-    for name, config in settings.items():
+    # All plans first: bad input should not wait for the first run's end.
+    for name, (config, _) in plans(path).items():
         summary = run(config, out / name, (out / name).exists(), Progress(), store=out / "blocks")
         found.append(row(name, config, summary, out / name))
     atomic_write(out / "compare.json", json.dumps(found, indent=1) + "\n")
     atomic_write(out / "compare.html", page(found, path.stem))
+    return found
+
+
+def plans(path: Path) -> dict[str, tuple[RunConfig, Plan]]:
+    """Config and plan of every variant, by name. Raises `LegolmError` for whatever cannot work."""
+    study, configs = load_study(path)
+    read: dict[str, Parts] = {}
+    found = {}
+    for variant in study.variants:
+        config = configs[variant.name]
+        # Variants mostly differ in the scheme: their data is read once.
+        key = config.model_dump_json(include={"model", "seed", "data", "train"})
+        if key not in read:
+            read[key] = read_parts(config)
+        parts = read[key]
+        config = _prepared(config, variant, parts)
+        found[variant.name] = config, make_plan(config, parts)
     return found
 
 
@@ -169,7 +182,7 @@ def plot(found: Sequence[Record]) -> Raw:
     return Raw(drawn.replace("text_anchor", "text-anchor"))
 
 
-def _prepared(config: RunConfig, variant: Variant) -> RunConfig:
+def _prepared(config: RunConfig, variant: Variant, parts: Parts) -> RunConfig:
     """The variant's block for all clients, with ranks of the same bytes if wanted; `dense` need not be in the run."""
     if variant.block is None:
         return config
@@ -180,7 +193,7 @@ def _prepared(config: RunConfig, variant: Variant) -> RunConfig:
         raise LegolmError(f"variant {variant.name}: block {variant.block!r} is not one of {', '.join(specs)}")
     path = resolve(config.model)
     base = Base.of(path, "", load_config(path))
-    block_of = {client.id: client.block for client in _plan_of(config).clients} if variant.match_bytes else {}
+    block_of = {client.id: client.block for client in _plan_of(config, parts).clients} if variant.match_bytes else {}
 
     def size(coverage: Coverage) -> int:
         return adapter_parameters(coverage, config.lora.targets, config.lora.rank)
@@ -196,10 +209,10 @@ def _prepared(config: RunConfig, variant: Variant) -> RunConfig:
     return config.model_copy(update={"clients": clients, "blocks": list(specs.values())})
 
 
-def _plan_of(config: RunConfig) -> Plan:
+def _plan_of(config: RunConfig, parts: Parts) -> Plan:
     """The plan with a scheme that takes any block: the variant's own may not fit before its blocks are changed."""
     aggregate = config.aggregate.model_copy(update={"scheme": "heteagg"})
-    return make_plan(config.model_copy(update={"aggregate": aggregate}))
+    return make_plan(config.model_copy(update={"aggregate": aggregate}), parts)
 
 
 def _trained(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -71,15 +71,16 @@ def _deal(
 ) -> dict[SplitName, Groups]:
     """Each client's share of every label's examples: equal or Dirichlet, and the same in each split.
 
-    Dirichlet shares are drawn anew while a client lacks examples. After the last draw it is left to
-    `_hold_out` to say who lacks what.
+    Dirichlet shares are drawn anew while a client lacks examples, each time a little more even. After the last draw
+    it is left to `_hold_out` to say who lacks what.
     """
     labels = sorted({label for by_label in groups.values() for label in by_label})
     if config.split.by == "iid":
         draws: Iterable[np.ndarray] = [np.full((len(labels), len(clients)), 1 / len(clients))]
     else:
         rng = np.random.default_rng(random.Random(f"{seed} shares").getrandbits(64))
-        draws = (rng.dirichlet([config.split.alpha] * len(clients), size=len(labels)) for _ in range(_DRAWS))
+        drawn = (rng.dirichlet([config.split.alpha] * len(clients), size=len(labels)) for _ in range(_DRAWS))
+        draws = (shares + (1 / len(clients) - shares) * turn / _DRAWS for turn, shares in enumerate(drawn))
     held_out = len(_SPLITS) - len(groups)
     for shares in draws:
         dealt = {
