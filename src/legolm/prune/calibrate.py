@@ -18,9 +18,6 @@ Needs = Literal["nothing", "diagonal", "full"]
 CHUNK = 4
 """Samples a forward pass: small enough for a laptop's memory, large enough to keep the matrix units busy."""
 
-LEAST_GAIN = 0.1
-"""Of a norm's root mean square gain: channels with less of it take only a part of their error."""
-
 
 class Moments:
     """Second moments of a linear layer's input: sums over tokens of x² (`diagonal`) or x xᵀ (`full`), float32."""
@@ -113,8 +110,8 @@ class Stream:
         assert isinstance(linear, nn.Linear)
         norm = nn.Identity() if module.norm is None else layer.get_submodule(module.norm)
         gain = norm(torch.ones(linear.out_features))
-        # Through a gain near zero an error would ask for the impossible.
-        through = gain / gain.square().clamp(min=LEAST_GAIN**2 * gain.square().mean())
+        # A small gain would blow an error up, and the norm share it out over all channels: those take a part only.
+        through = gain / gain.square().clamp(min=gain.square().mean())
         found = Regression(linear)
         seen: dict[str, Tensor] = {}
         hook = linear.register_forward_hook(lambda _module, inputs, output: seen.update(x=inputs[0], y=output))
