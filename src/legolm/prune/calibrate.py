@@ -24,8 +24,6 @@ CHUNK = 4
 STRIP = 256
 SPILL_SHARE = 8
 """Hidden states that take more than this part of the free memory go to disk."""
-LEAST_GAIN = 0.1
-"""Of a norm's root mean square gain: channels with less of it take only a part of their error."""
 
 
 class Moments:
@@ -169,8 +167,8 @@ class Stream:
         assert isinstance(linear, nn.Linear)
         norm = nn.Identity() if module.norm is None else layer.get_submodule(module.norm)
         gain = norm(torch.ones(linear.out_features))
-        # Through a gain near zero an error would ask for the impossible.
-        through = gain / gain.square().clamp(min=LEAST_GAIN**2 * gain.square().mean())
+        # A small gain would blow an error up, and the norm share it out over all channels: those take a part only.
+        through = gain / gain.square().clamp(min=gain.square().mean())
         found = Regression(linear)
         seen: dict[str, Tensor] = {}
         hook = linear.register_forward_hook(lambda _module, inputs, output: seen.update(x=inputs[0], y=output))
