@@ -13,7 +13,7 @@ from peft import get_peft_model
 from legolm.config import BlockConfig, TrainConfig
 from legolm.coverage import Coverage, init_factors, slice_factors
 from legolm.data import Tokens
-from legolm.finetune import fit, lora, merged
+from legolm.finetune import fit, lora, merged, whole
 from legolm.finetune.masked import MaskedLinear
 from legolm.models import FAMILIES, fingerprint, load_model, shape_of
 from legolm.progress import Progress
@@ -120,3 +120,19 @@ def test_a_loss_that_explodes_is_one_clear_error(tiny: Callable[[str], Path]) ->
     model = load_model(tiny("llama"))
     with pytest.raises(LegolmError, match=r"train\.learning_rate 1e\+30"):
         train(model, Coverage.full(shape_of(model.config)), learning_rate=1e30)
+
+
+def test_whole_weights_train_under_the_mask_and_stay_in_the_model(sparse: Block) -> None:
+    model = load_model(sparse.path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    linear, mask = model.model.layers[0].mlp.up_proj, sparse.coverage.mask(0, "mlp.up_proj")
+    with whole(model, sparse.coverage, "fp32") as parameters:
+        torch.testing.assert_close(model(TEXT).logits, load_model(sparse.path)(TEXT).logits)
+        optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0)
+        model(TEXT).logits.square().mean().backward()
+        optimizer.step()
+        assert torch.equal(linear.weight, before["model.layers.0.mlp.up_proj.weight"])
+    assert bool((linear.weight[~mask] == 0).all())
+    moved = linear.weight[mask] - before["model.layers.0.mlp.up_proj.weight"][mask]
+    torch.testing.assert_close(moved.abs().median(), torch.tensor(0.01), rtol=0.01, atol=0)  # Adam's first step
+    assert torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])

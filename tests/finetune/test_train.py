@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from legolm.config import TrainConfig
+from legolm.config import RunConfig, TrainConfig
 from legolm.coverage import Coverage, init_factors
 from legolm.data import Tokens
+from legolm.federate.client import ClientRuntime
 from legolm.finetune import Diverged, fit
 from legolm.finetune.train import _micro_batches, _with_less_memory, learning_rate
 from legolm.models import load_model, shape_of
+from legolm.rundir import RunDir
 from legolm.types import LegolmError, Tensors
 
 EXAMPLES = [Tokens((10, 20 + i, *range(30, 33 + i % 4), 1), 2) for i in range(12)]
@@ -133,3 +136,27 @@ def test_out_of_memory_halves_the_micro_batch() -> None:
         _with_less_memory(lambda size: torch.empty(1 << 60), 2, [])
     with pytest.raises(RuntimeError, match="shapes cannot"):
         _with_less_memory(lambda size: torch.ones(2, 3) @ torch.ones(2, 3), 2, [])
+
+
+def test_a_client_can_refuse_long_examples(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    rows = [{"instruction": "x" * 9 * place, "output": "y"} for place in range(1, 12)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = tiny("llama")
+
+    def examples(name: str) -> tuple[Tokens, ...]:
+        config = RunConfig(
+            model=str(base),
+            data={"train": str(tmp_path / "c.jsonl")},
+            blocks=[{"name": "a", "method": "dense"}],
+            clients=[{"id": "c", "block": "a"}],
+            train={"max_length": 80, "long_examples": name},
+        )
+        runtime = ClientRuntime(RunDir.open(tmp_path / name, config, resume=False))
+        runtime._load("llm", "")
+        return runtime._examples("c", "train")
+
+    found = examples("truncate")
+    assert any(example.truncated for example in found)
+    assert all(example.truncated == (len(example.ids) == 80) for example in found)
+    with pytest.raises(LegolmError, match=r"example \d+ of 'c' is longer than 80 tokens"):
+        examples("refuse")

@@ -103,19 +103,19 @@ def fit(
         for chosen in _order(len(examples), config.batch_size, seed):
             batch = [examples[i] for i in chosen]
             loss, size = _with_less_memory(partial(_backward, model, head, batch), size, theta)
-            if not math.isfinite(loss.mean):
-                culprits = ", ".join(str(chosen[place]) for place in loss.not_finite)
+            if proximal:
+                for key, parameter in parameters.items():
+                    parameter.grad.add_(parameter.detach() - received[key], alpha=proximal)  # type: ignore[union-attr]
+            norm = float(nn.utils.clip_grad_norm_(theta, config.clip_norm))
+            if not math.isfinite(loss.mean + norm):
+                culprits = ", ".join(str(chosen[place]) for place in loss.not_finite) or "finite, their gradient not"
                 raise Diverged(
                     f"train.learning_rate {config.learning_rate}: the loss is not finite at step "
                     f"{done + len(losses) + 1} (examples {culprits}); lower it",
                     *result(),
                 )
-            with torch.no_grad():
-                for key, parameter in parameters.items():
-                    good[key].copy_(parameter)
-                    if proximal and parameter.grad is not None:
-                        parameter.grad.add_(parameter - received[key], alpha=proximal)
-            nn.utils.clip_grad_norm_(theta, config.clip_norm)
+            for key, parameter in parameters.items():
+                good[key].copy_(parameter.detach())
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
