@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--peer-python", help="Python of an environment with llm-compressor")
-    parser.add_argument("--only", nargs="+", help="only these methods")
+    parser.add_argument("--only", nargs="+", help="only these methods, or methods with their target: wanda-0.5")
     parser.add_argument("--target", help=argparse.SUPPRESS)
     parser.add_argument("--job", choices=("block", "peer", "forward", "dense"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -186,7 +186,8 @@ def main() -> None:
     dense, forward = job("dense"), job("forward")
     blocks, peers = [], []
     for target in BLOCKS:
-        if options.only and target["method"] not in options.only:
+        names = {target["method"], "-".join(map(str, target.values()))}
+        if options.only and not names & set(options.only):
             continue
         blocks.append(job("block", target))
         if options.peer_python and target in PEERS:

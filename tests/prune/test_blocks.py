@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from legolm.config import BlockConfig, CalibrationConfig, RecoverConfig
@@ -118,6 +119,18 @@ def test_recovery_brings_the_block_nearer_to_the_llm_and_keeps_its_sparsity(
     for key, mask in recovered.coverage.masks.items():
         layer, module = int(key.split(".")[1]), key.split(".", 2)[2]
         assert bool((model.model.layers[layer].get_submodule(module).weight[~mask] == 0).all())
+
+
+def test_a_block_has_the_dtype_of_the_llm(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    load_model(tiny("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    load_tokenizer(tiny("llama")).save_pretrained(tmp_path / "half")
+    spec = BlockConfig(name="b", method="magnitude", sparsity=0.5, recover=RecoverConfig(steps=1, batch_size=1))
+    for steps, name in ((0, "cut"), (1, "recovered")):
+        chosen = spec.model_copy(update={"recover": spec.recover.model_copy(update={"steps": steps})})
+        cut_blocks(tmp_path / "half", "f", [(chosen, tmp_path / name)], 0, "fp32", Progress())
+        assert load_config(tmp_path / name).dtype == torch.bfloat16
+        found = load_file(tmp_path / name / "model.safetensors")
+        assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("target", [{"params": "60k"}, {"memory": "240k"}, {"sparsity": 0.5}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -32,7 +33,8 @@ class LayeredModel:
     def __init__(self, path: Path) -> None:
         self.config = load_config(path)
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            # A copy: making the model writes its dtype into the config.
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=torch.float32)
         self._decoder: Any = model.eval().get_decoder()
         self.layers = decoder_layers(model)
         names = {id(module): name for name, module in model.named_modules()}
