@@ -22,8 +22,8 @@ from legolm.config import AggregateConfig
 from legolm.coverage import Coverage, slice_factors
 from legolm.types import GlobalAdapter, Tensors, Update
 
-PIECE = 1 << 16
-"""Entries that are added at once."""
+PIECE = 1 << 17
+"""Entries that are added at once: sum, update and its float64 copy stay in the cache."""
 
 
 class FactorSum(Scheme):
@@ -64,7 +64,7 @@ class FactorSum(Scheme):
         self._examples += n
         placement = Placement.of(coverage)
         if isinstance(update.delta, Flat) and placement.whole and update.rank == self._start.rank:
-            # The whole LLM's update lies as the sums do: one addition, in pieces that stay in the cache.
+            # The whole LLM's update lies as the sums do: one addition.
             for at in range(0, len(self._buffer), PIECE):
                 self._buffer[at : at + PIECE].add_(update.delta.flat[at : at + PIECE], alpha=n)
             return

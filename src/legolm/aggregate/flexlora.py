@@ -12,32 +12,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from legolm.aggregate.adapter import OneAdapter
 from legolm.aggregate.lowrank import ProductSum
-from legolm.aggregate.scheme import Scheme, Start, scheme, under_prefix, with_prefix
-from legolm.aggregate.weight import EntryWeight
-from legolm.config import AggregateConfig
-from legolm.coverage import Coverage, parse_key, slice_factors
-from legolm.types import GlobalAdapter, Tensors, Update
+from legolm.aggregate.scheme import scheme
+from legolm.coverage import Coverage, parse_key
+from legolm.types import Update
 
 
 @scheme("flexlora")
-class FlexLora(Scheme):
+class FlexLora(OneAdapter):
     """Stacked products of the round: r_k (m + n) numbers a client and module, at most the dense matrix."""
 
     streaming: ClassVar[bool] = False
     secure_sum: ClassVar[bool] = False
     unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "rank"
     dense: ClassVar[bool] = True
-
-    def __init__(self, start: Start, config: AggregateConfig) -> None:
-        self._start, self._config = start, config
-        self._factors = dict(start.factors)
-        self._total = EntryWeight(start.shape, start.rank)
-        self._reset()
-
-    def payload(self, coverage: Coverage, rank: int) -> Tensors:
-        """The first `rank` directions."""
-        return slice_factors(coverage, self._factors, rank)
 
     def add(self, update: Update, coverage: Coverage) -> None:
         """Stack the product that the client ended with."""
@@ -49,7 +38,7 @@ class FlexLora(Scheme):
         self._round.add(coverage, update.rank, n)
         self._examples += n
 
-    def finish(self) -> GlobalAdapter:
+    def _make(self) -> None:
         """The SVD of (1 − η) BA + η Σ n_k B_k A_k / Σ n_k, to the run's rank."""
         eta = self._config.server_learning_rate
         for name, products in self._products.items():
@@ -58,20 +47,6 @@ class FlexLora(Scheme):
             if eta != 1:
                 products.add((1 - eta) * b, a)
             self._factors[f"{name}.A"], self._factors[f"{name}.B"] = self._split(*products.best(self._start.rank))
-        self._total.merge(self._round)
-        self._reset()
-        return GlobalAdapter(
-            dict(self._factors), self._total.expand(self._factors), self._start.rank, self._start.scale
-        )
-
-    def state(self) -> Tensors:
-        """Factors by key, and the weights under `weight.`."""
-        return self._factors | with_prefix("weight", self._total.state())
-
-    def load_state(self, state: Tensors) -> None:
-        """Go on from `state()`."""
-        self._factors = {key: state[key] for key in self._factors}
-        self._total.load_state(under_prefix("weight", state))
 
     def _split(self, u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         rank = self._start.rank
@@ -80,6 +55,6 @@ class FlexLora(Scheme):
         return a, b
 
     def _reset(self) -> None:
+        super()._reset()
         self._products: dict[str, ProductSum] = {}
-        self._round = EntryWeight(self._start.shape, self._start.rank)
         self._examples = 0.0

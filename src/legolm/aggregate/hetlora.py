@@ -11,32 +11,22 @@ from typing import ClassVar, Literal
 
 import torch
 
+from legolm.aggregate.adapter import OneAdapter
 from legolm.aggregate.lowrank import frobenius
-from legolm.aggregate.scheme import Scheme, Start, scheme, under_prefix, with_prefix
-from legolm.aggregate.weight import EntryWeight, Placement
-from legolm.config import AggregateConfig
-from legolm.coverage import Coverage, slice_factors
-from legolm.types import GlobalAdapter, Tensors, Update
+from legolm.aggregate.scheme import scheme
+from legolm.aggregate.weight import Placement
+from legolm.coverage import Coverage
+from legolm.types import Update
 
 
 @scheme("hetlora")
-class HetLora(Scheme):
+class HetLora(OneAdapter):
     """Σ ‖ΔW_k‖ · pad(factors) and Σ ‖ΔW_k‖ by module."""
 
     # The weights depend on the values.
     secure_sum: ClassVar[bool] = False
     unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "rank"
     dense: ClassVar[bool] = True
-
-    def __init__(self, start: Start, config: AggregateConfig) -> None:
-        self._start, self._config = start, config
-        self._factors = dict(start.factors)
-        self._total = EntryWeight(start.shape, start.rank)
-        self._reset()
-
-    def payload(self, coverage: Coverage, rank: int) -> Tensors:
-        """The first `rank` rank rows."""
-        return slice_factors(coverage, self._factors, rank)
 
     def add(self, update: Update, coverage: Coverage) -> None:
         """Weigh and pad the factors that the client ended with."""
@@ -49,7 +39,7 @@ class HetLora(Scheme):
                 placement.add(key, self._sum[key], value, weight)
         self._round.add(coverage, update.rank, float(update.examples))
 
-    def finish(self) -> GlobalAdapter:
+    def _make(self) -> None:
         """θ + η (mean − θ) where somebody trained; a module whose products are all zero stays."""
         for key, theta in self._factors.items():
             weight = self._weight.get(key.rpartition(".")[0], 0.0)
@@ -57,22 +47,8 @@ class HetLora(Scheme):
                 old = theta.double()
                 change = self._config.server_learning_rate * (self._sum[key] / weight - old)
                 self._factors[key] = (old + torch.where(self._round.of(key, theta) > 0, change, 0.0)).float()
-        self._total.merge(self._round)
-        self._reset()
-        return GlobalAdapter(
-            dict(self._factors), self._total.expand(self._factors), self._start.rank, self._start.scale
-        )
-
-    def state(self) -> Tensors:
-        """Factors by key, and the weights under `weight.`."""
-        return self._factors | with_prefix("weight", self._total.state())
-
-    def load_state(self, state: Tensors) -> None:
-        """Go on from `state()`."""
-        self._factors = {key: state[key] for key in self._factors}
-        self._total.load_state(under_prefix("weight", state))
 
     def _reset(self) -> None:
+        super()._reset()
         self._sum = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in self._factors.items()}
         self._weight: dict[str, float] = {}
-        self._round = EntryWeight(self._start.shape, self._start.rank)

@@ -13,7 +13,7 @@ from legolm.aggregate.flexlora import FlexLora
 from legolm.aggregate.lowrank import ProductSum
 from legolm.aggregate.scheme import scheme
 from legolm.coverage import Coverage, parse_key
-from legolm.types import GlobalAdapter, Update
+from legolm.types import Update
 
 
 @scheme("raflora")
@@ -35,14 +35,14 @@ class RaFlora(FlexLora):
         self._round.add(coverage, update.rank, n)
         self._examples += n
 
-    def finish(self) -> GlobalAdapter:
+    def _make(self) -> None:
         """Σ over rank rows of their means; then FlexLoRA's SVD."""
         for (name, j), part in self._parts.items():
             whole = self._products.setdefault(name, ProductSum(part.rows, part.cols))
             # FlexLoRA divides by all examples of the round.
             part.scale(rows=torch.full((part.rows,), self._examples / self._behind[j], dtype=torch.float64))
             whole.absorb(part)
-        return super().finish()
+        super()._make()
 
     def _reset(self) -> None:
         super()._reset()

@@ -12,63 +12,38 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from legolm.aggregate.scheme import Scheme, Start, under_prefix, with_prefix
-from legolm.aggregate.weight import EntryWeight, Placement
-from legolm.config import AggregateConfig
-from legolm.coverage import Coverage, slice_factors
-from legolm.types import GlobalAdapter, Tensors, Update
+from legolm.aggregate.adapter import OneAdapter
+from legolm.aggregate.weight import Placement
+from legolm.coverage import Coverage
+from legolm.types import Update
 
 
-class Robust(Scheme):
+class Robust(OneAdapter):
     """Holds the round's updates; θ moves by η times the statistic of the changes."""
 
     streaming: ClassVar[bool] = False
     secure_sum: ClassVar[bool] = False
-
-    def __init__(self, start: Start, config: AggregateConfig) -> None:
-        self._start, self._config = start, config
-        self._factors = dict(start.factors)
-        self._total = EntryWeight(start.shape, start.rank)
-        self._reset()
-
-    def payload(self, coverage: Coverage, rank: int) -> Tensors:
-        """The block's slice of the global adapter."""
-        return slice_factors(coverage, self._factors, rank)
 
     def add(self, update: Update, coverage: Coverage) -> None:
         """Keep the update."""
         self._updates.append((update, coverage))
         self._round.add(coverage, update.rank, float(update.examples))
 
-    def finish(self) -> GlobalAdapter:
+    def _make(self) -> None:
         """θ + η · statistic where somebody trained; elsewhere θ."""
         for key, theta in self._factors.items():
             held = [(one, coverage) for one, coverage in self._updates if key in one.delta]
             if held:
                 change = self.statistic(torch.stack([_spread(key, theta, *one) for one in held]))
                 self._factors[key] = theta + (self._config.server_learning_rate * change.nan_to_num(nan=0.0)).float()
-        self._total.merge(self._round)
-        self._reset()
-        return GlobalAdapter(
-            dict(self._factors), self._total.expand(self._factors), self._start.rank, self._start.scale
-        )
-
-    def state(self) -> Tensors:
-        """Factors by key, and the weights under `weight.`."""
-        return self._factors | with_prefix("weight", self._total.state())
-
-    def load_state(self, state: Tensors) -> None:
-        """Go on from `state()`."""
-        self._factors = {key: state[key] for key in self._factors}
-        self._total.load_state(under_prefix("weight", state))
 
     @abstractmethod
     def statistic(self, changes: Tensor) -> Tensor:
         """Of (clients, rows, columns), float64, over the first dimension; NaN is a coordinate that a client lacks."""
 
     def _reset(self) -> None:
+        super()._reset()
         self._updates: list[tuple[Update, Coverage]] = []
-        self._round = EntryWeight(self._start.shape, self._start.rank)
 
 
 def _spread(key: str, like: Tensor, update: Update, coverage: Coverage) -> Tensor:

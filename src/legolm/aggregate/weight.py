@@ -88,6 +88,7 @@ class EntryWeight:
     def __init__(self, shape: Shape, rank: int) -> None:
         self._shape, self._rank = shape, rank
         self._tensors: Tensors = {}
+        self._sums: Tensors = {}
         self._waiting: dict[tuple[str, int], tuple[Coverage, float]] = {}
 
     def add(self, coverage: Coverage, rank: int, n: float) -> None:
@@ -98,6 +99,8 @@ class EntryWeight:
             self._settle()
 
     def _settle(self) -> None:
+        if self._waiting:
+            self._sums = {}
         for (_, rank), (coverage, n) in self._waiting.items():
             placement, last = Placement.of(coverage), rank - 1
             for j, layer in enumerate(coverage.layers):
@@ -110,6 +113,7 @@ class EntryWeight:
     def merge(self, other: EntryWeight) -> None:
         """Add what another one holds."""
         other._settle()
+        self._sums = {}
         for name, tensor in other._tensors.items():
             self._of(name, tensor.shape[0]).add_(tensor)
 
@@ -122,15 +126,16 @@ class EntryWeight:
     def units(self, layer: int, module: str, cut: bool = True) -> Tensor:
         """(units of the module's cut side, or 1 for the other side; rank)."""
         self._settle()
+        if not cut:
+            return self._behind(f"layers.{layer}", 1)
         spec = self._shape.module(module)
         units: tuple[Unit, ...] = spec.rows if spec.cols == "hidden" else (spec.cols,)
-        ends = torch.cat([self._ends(layer, unit) for unit in units]) if cut else self._of(f"layers.{layer}", 1)
-        return ends.flip(1).cumsum(1).flip(1)
+        return torch.cat([self._along(layer, unit) for unit in units])
 
-    def _ends(self, layer: int, unit: Unit) -> Tensor:
+    def _along(self, layer: int, unit: Unit) -> Tensor:
         if unit == "neuron":
-            return self._of(f"layers.{layer}.neurons", self._shape.neurons)
-        groups = self._of(f"layers.{layer}.kv_groups", self._shape.kv_groups)
+            return self._behind(f"layers.{layer}.neurons", self._shape.neurons)
+        groups = self._behind(f"layers.{layer}.kv_groups", self._shape.kv_groups)
         return groups.repeat_interleave(self._shape.per_group(unit), 0)
 
     def expand(self, factors: Tensors) -> Tensors:
@@ -144,7 +149,13 @@ class EntryWeight:
 
     def load_state(self, state: Tensors) -> None:
         """Go on from `state()`."""
-        self._tensors, self._waiting = dict(state), {}
+        self._tensors, self._sums, self._waiting = dict(state), {}, {}
+
+    def _behind(self, name: str, units: int) -> Tensor:
+        """What stands behind each rank row: the sum from the end. Modules share it, so it is made once."""
+        if name not in self._sums:
+            self._sums[name] = self._of(name, units).flip(1).cumsum(1).flip(1)
+        return self._sums[name]
 
     def _of(self, name: str, units: int) -> Tensor:
         if name not in self._tensors:
