@@ -79,6 +79,8 @@ def ours(name: str, clients: int) -> dict[str, float]:
     for k in range(clients):
         which = k % len(coverages)
         reply = replies[which][k // len(coverages) % 2]
+        if not scheme.streaming:
+            reply = bytes(bytearray(reply))  # what is held must be a reply of its own
         scheme.add(wire.accept(reply, request, sent[which]), coverages[which])
     spent = time.process_time() - began
     began = time.process_time()
