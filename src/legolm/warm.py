@@ -30,7 +30,7 @@ def warm_factors(path: Path, llm: Block, like: Tensors, config: RunConfig) -> Te
         raise LegolmError(f"{where}: was run on another base model")
     scale = run.config().lora.scaling
     if scale != config.lora.scaling:
-        raise LegolmError(f"{where}: has the scale {scale}; this run has {config.lora.scaling}")
+        raise LegolmError(f"{where}: has lora.scale {scale}; this run has {config.lora.scaling}")
     best = min((record["validation"], record["round"]) for record in records)[1]
     state = load_file(run.round(best) / "adapter.safetensors")
     if any(key.startswith("fold.") for key in state):
