@@ -152,6 +152,7 @@ def test_several_blocks_at_once_and_private_calibration(
     assert_one_line(legolm(*cut, "--params", "many", "--out", tmp_path / "x"), "`params`", "70M")
     assert_one_line(legolm(*cut, "--params", 10, "--out", tmp_path / "x"), "wants params 10; this model gives")
     assert_one_line(legolm(*cut, "--sparsity", 0.5, "--out", tmp_path / "private"), "is already there")
+    assert_one_line(legolm(*cut, "--sparsity", "0.5,0.5", "--out", tmp_path / "x"), "structured-0.5 is asked for twice")
     assert not (tmp_path / "x").exists()
 
 

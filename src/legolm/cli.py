@@ -89,12 +89,16 @@ def prune(
     sums = [str(path) for path in statistics] if statistics else None
     text = {"text": calibration, "samples": samples, "length": length, "statistics": sums}
     wanted = []
-    for target in _each(targets):
+    chosen = _each(targets)
+    for target in chosen:
         values = "-".join(value.replace(":", "of") for value in target.values())
-        folder = out if len(_each(targets)) == 1 else out / f"{method}-{values}"
+        folder = out if len(chosen) == 1 else out / f"{method}-{values}"
         block = {"name": folder.name, "method": method, "calibration": text, "recover": {"steps": recover}} | target
         wanted.append((validate(BlockConfig, block, "legolm prune"), folder))
-    for _, folder in wanted:
+    folders = [folder for _, folder in wanted]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise LegolmError(f"legolm prune: {folder.name} is asked for twice; give each target once")
         if folder.exists():
             raise LegolmError(f"--out {folder}: is already there; give another folder")
 
