@@ -10,9 +10,11 @@ fits the calibration text and little else: perplexity 108 instead of 54, benchma
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from legolm.coverage import Coverage
 from legolm.models import Shape
@@ -30,8 +32,7 @@ class StructuredCut:
 
     def __init__(self, shape: Shape, small: Shape, kept: tuple[int, ...], config: Any, source: Source) -> None:
         self._shape, self._small, self._kept, self._source = shape, small, kept, source
-        self._config = copy.deepcopy(config)
-        self._config.update(config_changes(config, small, kept))
+        self._changes = config_changes(config, small, kept)
         self._layer: nn.Module | None = None
         self._at = 0
         self._groups: list[tuple[int, ...]] = []
@@ -49,7 +50,7 @@ class StructuredCut:
             self._neurons.append(tuple(range(shape.neurons)))
             if small.kv_groups < shape.kv_groups:
                 self._cut(self._layer, "query", small.kv_groups, None)
-                _tell(self._layer, self._config)
+                _tell(self._layer, self._changes)
         if self._layer is None or not (index + 1 in self._kept or index + 1 == shape.layers):
             return None
         if small.neurons < shape.neurons or index > self._at:
@@ -88,10 +89,10 @@ class StructuredCut:
             module.out_features, module.in_features = weight.shape
 
 
-def _tell(layer: nn.Module, config: Any) -> None:
-    """Give a layer the config of the cut model: Phi-3's attention splits its fused matrix by it when it runs."""
+def _tell(layer: nn.Module, changes: Mapping[str, Any]) -> None:
+    """Tell a copied layer the cut model's sizes: Phi-3's attention splits its fused matrix by them when it runs."""
     for module in layer.modules():
-        if hasattr(module, "config"):
-            module.config = config
+        if isinstance(module.__dict__.get("config"), PreTrainedConfig):
+            module.config.update(changes)  # type: ignore[union-attr, operator]
         if hasattr(module, "num_key_value_heads"):
-            module.num_key_value_heads = config.num_key_value_heads
+            module.num_key_value_heads = changes["num_key_value_heads"]
