@@ -21,7 +21,7 @@ from legolm.models import load_model, shape_of
 from legolm.rundir import RunDir
 from legolm.types import LegolmError, Tensors
 
-EXAMPLES = [Tokens((10, 20 + i, *range(30, 33 + i % 4), 1), 2) for i in range(12)]
+EXAMPLES = [Tokens((10, 20 + i, *range(30, 33 + 3 * (i % 4)), 1), 2) for i in range(12)]
 
 
 @pytest.fixture(scope="module")

@@ -201,8 +201,8 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (heads, tokens, size), (groups, _, _) = ctx.shapes
         dq, dk, dv = (grad.new_empty(tokens, count, size).transpose(0, 1) for count in (heads, groups, groups))
-        for place, bucket in enumerate(ctx.packing.buckets):
-            q, k, v, weights = ctx.saved_tensors[4 * place : 4 * place + 4]
+        saved = iter(ctx.saved_tensors)  # once: checkpointing gives them once
+        for bucket, q, k, v, weights in zip(ctx.packing.buckets, saved, saved, saved, saved, strict=True):
             g = bucket.take(grad, groups, blank=True)
             scores = torch._softmax_backward_data(g @ v.transpose(1, 2), weights, -1, weights.dtype)
             bucket.put((scores @ k).mul_(ctx.scaling), dq)
