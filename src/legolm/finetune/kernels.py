@@ -60,15 +60,13 @@ class RmsNorm(torch.autograd.Function):
         wide = x.float()
         power = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         inverse = torch.rsqrt(power.div_(x.shape[-1]).add_(eps))
-        out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        torch.mul(wide * inverse, gain, out=out)
         ctx.save_for_backward(x, gain, inverse)
-        return out
+        return (wide * inverse).mul_(gain).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, gain, inverse = ctx.saved_tensors
-        g = grad * gain
-        wide = x.float()
+        # Operations on mixed dtypes cost twice a cast.
+        g, wide = grad.float() * gain, x.float()
         along = (g * wide).sum(-1, keepdim=True) * inverse.pow(3) / x.shape[-1]
         return g.mul_(inverse).addcmul_(wide, along, value=-1).to(x.dtype), None, None, None

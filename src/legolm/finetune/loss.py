@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, log_softmax
+from torch.nn.functional import linear, log_softmax, softmax
 
 from legolm.config import Precision
 from legolm.finetune.precision import dtype_of
@@ -88,10 +88,13 @@ def answer_losses(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
     def rule(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         wanted = labels[part, None]
-        log_p = log_softmax(logits, -1)
-        grad = log_p.exp()
-        grad.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=grad.dtype))
-        return -log_p.gather(1, wanted)[:, 0], grad
+        p = softmax(logits, -1)
+        # log Σ exp from the likeliest token, whose probability cannot vanish: one pass of exp serves both.
+        top, likeliest = logits.max(-1, keepdim=True)
+        total = top - p.gather(1, likeliest).log()
+        losses = (total - logits.gather(1, wanted))[:, 0]
+        p.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=p.dtype))
+        return losses, p
 
     losses: Tensor = _Chunked.apply(hidden, head, rule)  # type: ignore[no-untyped-call]
     return losses

@@ -81,7 +81,7 @@ def fit(
         theta = list(parameters.values())
         received = {key: start[key].to(parameter.device) for key, parameter in parameters.items()}
         good = {key: parameter.detach().clone() for key, parameter in parameters.items()}
-        optimizer = torch.optim.AdamW(theta, lr=config.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(theta, lr=config.learning_rate, weight_decay=0.0, fused=True)
         rate = learning_rate(config, total or steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(done + step))
         seen: set[int] = set()
