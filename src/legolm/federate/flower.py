@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -27,7 +26,10 @@ from legolm.types import LegolmError
 
 POLL_S = 0.1
 IN_FLIGHT = 4
-"""Requests under way for each actor: enough that none waits, and the server's memory does not grow with clients."""
+"""Requests under way for each actor, at least: enough that none waits."""
+IN_FLIGHT_BYTES = 64 << 20
+"""More may be, while they are no bigger than this together: Flower looks at every node in turn, so few at a time are
+slow where there are many clients. Both bounds keep the server's memory from growing with clients."""
 OBJECT_STORE_BYTES = 256 << 20
 
 
@@ -87,27 +89,30 @@ def _client_app(path: Path) -> ClientApp:
 def _exchange(
     grid: Grid, node_of: Mapping[str, int], in_flight: int, requests: Iterable[Request], deadline_s: float | None
 ) -> Iterator[Reply]:
-    """Push requests, at most `in_flight` at once, and give replies as they come.
+    """Push requests, `in_flight` at once and more while they are small, and give replies as they come.
 
     A client that crashed gives an error, not an end.
     """
     queue = enumerate(requests)
     began = time.monotonic()
-    waiting: dict[str, int] = {}
+    waiting: dict[str, tuple[int, int]] = {}  # index and bytes by message
     while True:
-        for index, request in islice(queue, in_flight - len(waiting)):
+        while len(waiting) < in_flight or sum(size for _, size in waiting.values()) < IN_FLIGHT_BYTES:
+            index, request = next(queue, (-1, None))
+            if request is None:
+                break
             content = RecordDict({"request": ConfigRecord({"content": request.content})})
             # All clients' data at one place is no client's: any node may answer.
             node = node_of.get(request.client, min(node_of.values()))
             (message_id,) = grid.push_messages([Message(content, node, MessageType.TRAIN)])
-            waiting[message_id] = index
+            waiting[message_id] = index, len(request.content)
         if not waiting:
             return
         found = list(grid.pull_messages(list(waiting)))
         for reply in found:
-            yield _read(waiting.pop(reply.metadata.reply_to_message_id), reply)
+            yield _read(waiting.pop(reply.metadata.reply_to_message_id)[0], reply)
         if deadline_s is not None and time.monotonic() - began > deadline_s:
-            for index in [*waiting.values(), *(index for index, _ in queue)]:
+            for index in [*(index for index, _ in waiting.values()), *(index for index, _ in queue)]:
                 yield Reply(index, error=late(deadline_s))
             return
         if not found:
