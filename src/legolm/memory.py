@@ -20,6 +20,11 @@ def available_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_bytes() -> int:
+    """The machine's memory."""
+    return int(psutil.virtual_memory().total)
+
+
 def release_memory() -> None:
     """Free models that nobody uses any more, and give their memory back to the system."""
     gc.collect()
@@ -37,8 +42,8 @@ def trim() -> None:
 def keep_freed_memory() -> Iterator[None]:
     """Let glibc keep what is freed for as long as the context lasts, and give it back afterwards.
 
-    Each step of training frees and takes the same gigabyte; handing its pages back and forth costs more than the
-    arithmetic on them.
+    Each step of training, each layer on calibration text, frees and takes the same gigabyte; handing its pages back and
+    forth costs more than the arithmetic on them.
     """
     libc = None
     if sys.platform == "linux":

@@ -168,6 +168,19 @@ def test_memory_that_is_short_changes_nothing(cut: Callable[..., Block], monkeyp
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("family", NAMES)
+def test_chunks_give_the_block_of_one_pass(
+    family: str, cut: Callable[..., Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also: each matrix is cut on what those before it in its layer send, in whatever order the family runs them."""
+    whole = cut(family, out="whole", **LINEARS["sparsegpt"])
+    monkeypatch.setattr("legolm.prune.calibrate.total_bytes", lambda: 0)
+    chunks = cut(family, out="chunks", **LINEARS["sparsegpt"])
+    tokens = torch.arange(20)[None]
+    one, two = (AutoModelForCausalLM.from_pretrained(block.path)(tokens).logits for block in (whole, chunks))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
 def test_a_dense_block_is_the_llm(cut: Callable[..., Block], tiny: Callable[[str], Path]) -> None:
     block = cut("llama", method="dense")
     assert block.sparsity == 0

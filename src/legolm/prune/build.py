@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from legolm.config import BlockConfig, CalibrationConfig, Precision
+from legolm.memory import keep_freed_memory
 from legolm.models import CheckpointWriter, LayeredModel, load_model, load_tokenizer, save_model
 from legolm.models.load import count_parameters
 from legolm.progress import Progress
@@ -60,7 +61,8 @@ def cut_blocks(
             closing = stack.enter_context(ExitStack())
             folder = closing.enter_context(atomic_folder(out))
             jobs.append(_Job(spec, cut, folder, CheckpointWriter(folder, base.dtype), closing))
-        _cut(model, jobs, dense, progress)
+        with keep_freed_memory():
+            _cut(model, jobs, dense, progress)
         seconds = (time.perf_counter() - began) / len(jobs)
         dense.clear()  # recovery needs the memory
         for job in jobs:

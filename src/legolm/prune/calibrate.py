@@ -13,14 +13,18 @@ from torch import Tensor, nn
 
 from legolm.config import Precision
 from legolm.finetune import autocast
-from legolm.memory import available_bytes
+from legolm.memory import available_bytes, total_bytes
 from legolm.models import LayeredModel, Module, family_of
 from legolm.models.family import Family
 from legolm.types import LegolmError
 
 Needs = Literal["nothing", "diagonal", "full"]
 CHUNK = 4
-"""Samples a forward pass: small enough for a laptop's memory, large enough to keep the matrix units busy."""
+"""Samples a forward pass where all at once would take too much: enough to keep the matrix units busy."""
+WHOLE_SHARE = 16
+"""All samples take one forward pass when its activations need no more than this part of the machine's memory."""
+LIVE = 4
+"""Tensors as wide as a layer's widest that are alive at once in it, about."""
 STRIP = 256
 SPILL_SHARE = 8
 """Hidden states that take more than this part of the free memory go to disk."""
@@ -98,11 +102,18 @@ class Regression:
             self.cross.addmm_(outputs.flatten(0, -2).float().T, inputs.flatten(0, -2).float())
 
 
+PruneGroup = Callable[[Sequence[str], Moments], None]
+"""Changes, in place, the linear layers of these names; they read the tensor with these moments."""
+
+
 class Source(Protocol):
     """What a cut asks of the calibration, layer by layer; `layer` is the block's own, as far as it is cut."""
 
-    def moments(self, index: int, layer: nn.Module, needs: Needs) -> Mapping[str, Moments]:
-        """Moments of the inputs of all the layer's linear layers."""
+    def prune(self, index: int, layer: nn.Module, needs: Needs, prune: PruneGroup) -> None:
+        """Let `prune` change the layer's matrices, those that read one tensor at a time, and go on to the next layer.
+
+        They come in the order in which the layer runs them, each with the moments of what it reads.
+        """
 
     def regression(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None) -> Regression:
         """What the linear layer `name` should answer: as it does, or for the layer to give `wanted`."""
@@ -115,10 +126,15 @@ class Stream:
     """Hidden states (samples, length, hidden; float32) of all calibration samples between two decoder layers."""
 
     def __init__(
-        self, hidden: Tensor, arguments: dict[int, list[dict[str, Any]]], family: Family, precision: Precision
+        self,
+        hidden: Tensor,
+        chunk: int,
+        arguments: dict[int, list[dict[str, Any]]],
+        family: Family,
+        precision: Precision,
     ) -> None:
         self.hidden = hidden
-        self._arguments, self._family = arguments, family
+        self._chunk, self._arguments, self._family = chunk, arguments, family
         self._precision: Precision = precision
 
     @staticmethod
@@ -126,24 +142,27 @@ class Stream:
         """What the first decoder layer receives for token ids (samples, length)."""
         hidden = _buffer((*tokens.shape, model.config.hidden_size))
         arguments: dict[int, list[dict[str, Any]]] = {}
+        activations = 4 * LIVE * tokens.numel() * max(model.config.hidden_size, model.config.intermediate_size)
+        chunk = len(tokens) if activations * WHOLE_SHARE <= total_bytes() else CHUNK
         with model.rest() as decoder:
-            for part in _parts(len(tokens)):
+            for part in _parts(len(tokens), chunk):
                 # Chunks of one size have the same masks and positions.
                 recorded: list[dict[str, Any]] = []
                 with _record(model.layers, recorded) as seen:
                     decoder(input_ids=tokens[part], use_cache=False)
                 hidden[part] = seen[0]
                 arguments.setdefault(len(seen[0]), recorded)
-        return Stream(hidden, arguments, family_of(model.config), precision)
+        return Stream(hidden, chunk, arguments, family_of(model.config), precision)
 
     def fork(self) -> Stream:
         """Another stream from here, which another cut goes on with."""
-        return Stream(_buffer(self.hidden.shape).copy_(self.hidden), self._arguments, self._family, self._precision)
+        hidden = _buffer(self.hidden.shape).copy_(self.hidden)
+        return Stream(hidden, self._chunk, self._arguments, self._family, self._precision)
 
     def run(self, index: int, layer: nn.Module) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(samples, input, output) of one decoder layer for each chunk, without moving on."""
         with torch.no_grad(), autocast(self._precision):
-            for part in _parts(len(self.hidden)):
+            for part in _parts(len(self.hidden), self._chunk):
                 hidden = self.hidden[part]
                 yield part, hidden, layer(hidden, **self._arguments[len(hidden)][index])
 
@@ -155,6 +174,50 @@ class Stream:
                     f"calibration: layer {index} gives values that are not finite; check the model's weights"
                 )
             self.hidden[part] = output
+
+    def prune(self, index: int, layer: nn.Module, needs: Needs, prune: PruneGroup) -> None:
+        """Go on through the layer, whose matrices `prune` changes on the way.
+
+        Each is calibrated on what the pruned ones before it send, in the layer itself too (as GPTQ's "true sequential"
+        order has it; one pass instead of one to measure and one to go on). In chunks the layer runs again for each
+        tensor that is read, and only so far.
+        """
+        groups = inputs_of(self._family.modules)
+        if self._chunk < len(self.hidden):
+            for group in groups:
+                moments = _moments(layer, group, needs)
+                for inputs in self._inputs(index, layer, group[0]):
+                    moments.add(inputs)
+                prune(group, moments)
+            self.advance(index, layer)
+            return
+        hooks = []
+        for group in groups:
+            reached = _first_only(group, _moments(layer, group, needs), prune)
+            hooks += [layer.get_submodule(name).register_forward_pre_hook(reached) for name in group]
+        try:
+            self.advance(index, layer)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _inputs(self, index: int, layer: nn.Module, name: str) -> Iterator[Tensor]:
+        """What the linear layer `name` reads in each chunk; what comes after it in the layer does not run."""
+
+        def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _Reached(inputs[0])
+
+        hook = layer.get_submodule(name).register_forward_pre_hook(stop)
+        try:
+            for part in _parts(len(self.hidden), self._chunk):
+                with torch.no_grad(), autocast(self._precision):
+                    try:
+                        layer(self.hidden[part], **self._arguments[len(self.hidden[part])][index])
+                    except _Reached as reached:
+                        found = reached.inputs
+                yield found
+        finally:
+            hook.remove()
 
     def regression(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None) -> Regression:
         """How the matrix that ends attention or MLP should answer: as it does, or for the layer to give `wanted`.
@@ -191,11 +254,9 @@ class Stream:
         shared: dict[str, Moments] = {}
         hooks = []
         for group in inputs_of(self._family.modules):
-            linear = layer.get_submodule(group[0])
-            assert isinstance(linear, nn.Linear)
-            found = Moments(linear.in_features, needs)
+            found = _moments(layer, group, needs)
             shared |= dict.fromkeys(group, found)
-            hooks.append(linear.register_forward_pre_hook(_adder(found)))
+            hooks.append(layer.get_submodule(group[0]).register_forward_pre_hook(_adder(found)))
         try:
             for _ in self.run(index, layer):
                 pass
@@ -207,6 +268,33 @@ class Stream:
 
 def _lower(size: int) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool).tril()
+
+
+class _Reached(Exception):
+    """Ends a forward pass where a linear layer reads `inputs`."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def _moments(layer: nn.Module, group: Sequence[str], needs: Needs) -> Moments:
+    linear = layer.get_submodule(group[0])
+    assert isinstance(linear, nn.Linear)
+    return Moments(linear.in_features, needs)
+
+
+def _first_only(
+    group: Sequence[str], moments: Moments, prune: PruneGroup
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook for all of a group, which acts before the first of them that runs."""
+
+    def reached(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not moments.tokens:
+            moments.add(inputs[0])
+            prune(group, moments)
+
+    return reached
 
 
 def _adder(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -221,8 +309,8 @@ def inputs_of(modules: Mapping[str, Module]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _parts(samples: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, samples)) for start in range(0, samples, CHUNK)]
+def _parts(samples: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
 
 
 def _buffer(shape: Sequence[int]) -> Tensor:

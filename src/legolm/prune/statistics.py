@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from legolm.config import Precision
 from legolm.models import LayeredModel, Shape, shape_of
 from legolm.progress import Progress
-from legolm.prune.calibrate import Moments, Needs, Regression, Stream, inputs_of
+from legolm.prune.calibrate import Moments, Needs, PruneGroup, Regression, Stream, inputs_of
 from legolm.types import LegolmError
 
 
@@ -32,26 +32,30 @@ class Statistics:
     needs: Needs
     sums: Mapping[str, Moments]
 
-    def moments(self, index: int, layer: nn.Module, needs: Needs) -> dict[str, Moments]:
-        """Moments of all the layer's inputs in the dense model. Raises `LegolmError` when they are not enough."""
-        if needs == "full" and self.needs != "full":
-            raise LegolmError(
-                "calibration.statistics: these are squares only, for wanda; run: legolm calibrate --needs full"
-            )
-        groups = inputs_of(self.shape.modules)
-        return {name: self.sums[f"layers.{index}.{group[0]}"] for group in groups for name in group}
+    def prune(self, index: int, layer: nn.Module, needs: Needs, prune: PruneGroup) -> None:
+        """All with the moments in the dense model. Raises `LegolmError` when they are not enough."""
+        for group in inputs_of(self.shape.modules):
+            prune(group, self._moments(index, group[0], needs))
 
     def regression(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None) -> Regression:
-        """The linear layer should answer as it did: W x."""
+        """The linear layer should answer as it did: W x. Raises `LegolmError` when the moments are not enough."""
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         found = Regression(linear)
-        found.moments.absorb(self.moments(index, layer, "full")[name])
+        found.moments.absorb(self._moments(index, name, "full"))
         found.cross += linear.weight.data @ found.moments.sum
         return found
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """Nothing to do: the sums are the dense model's, whatever was cut below."""
+
+    def _moments(self, index: int, name: str, needs: Needs) -> Moments:
+        if needs == "full" and self.needs != "full":
+            raise LegolmError(
+                "calibration.statistics: these are squares only, for wanda; run: legolm calibrate --needs full"
+            )
+        (first,) = (group[0] for group in inputs_of(self.shape.modules) if name in group)
+        return self.sums[f"layers.{index}.{first}"]
 
 
 def collect(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from legolm.prune.registry import Criterion, Pattern
 
 
 class UnstructuredCut:
-    """One block in the making. Each layer is calibrated on what the pruned ones below it send."""
+    """One block in the making. Each matrix is calibrated on what the pruned ones before it send."""
 
     def __init__(self, shape: Shape, criterion: Criterion, pattern: Pattern, source: Source | None) -> None:
         self._shape, self._criterion, self._pattern, self._source = shape, criterion, pattern, source
@@ -23,17 +23,19 @@ class UnstructuredCut:
     def step(self, index: int, layer: nn.Module, dense: Stream | None) -> nn.Module:
         """The pruned copy of an LLM layer."""
         pruned = copy.deepcopy(layer)
-        moments: Mapping[str, Moments] = {}
-        if self._source is not None:
-            moments = self._source.moments(index, pruned, self._criterion.needs)
-        for name in self._shape.modules:
-            linear = pruned.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            weight, mask = self._criterion.prune(linear.weight.data, moments.get(name), self._pattern)
-            linear.weight.data.copy_(weight)
-            self._masks[f"layers.{index}.{name}"] = mask
-        if self._source is not None:
-            self._source.advance(index, pruned)
+
+        def prune(names: Iterable[str], moments: Moments | None) -> None:
+            for name in names:
+                linear = pruned.get_submodule(name)
+                assert isinstance(linear, nn.Linear)
+                weight, mask = self._criterion.prune(linear.weight.data, moments, self._pattern)
+                linear.weight.data.copy_(weight)
+                self._masks[f"layers.{index}.{name}"] = mask
+
+        if self._source is None:
+            prune(self._shape.modules, None)
+        else:
+            self._source.prune(index, pruned, self._criterion.needs, prune)
         return pruned
 
     @property
