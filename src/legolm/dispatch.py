@@ -43,13 +43,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came back from one client: its update, or why there is none; bytes of the request and of the reply."""
+    """What came back from one client: its update, or why there is none; the reply; bytes of the request."""
 
     client: str
     update: Update | None
     reason: str
     bytes_down: int
-    bytes_up: int
+    reply: bytes
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes of the reply."""
+        return len(self.reply)
 
 
 class Dispatch:
@@ -100,7 +105,7 @@ class Dispatch:
                         update = wire.accept(reply.content, request, shared(id))
                     except LegolmError as error:
                         reason = str(error)
-                yield Trained(id, update, reason, sizes.get(reply.index, 0), len(reply.content))
+                yield Trained(id, update, reason, sizes.get(reply.index, 0), reply.content)
                 advance(1)
 
     def score(

@@ -18,7 +18,7 @@ import torch
 
 from legolm.config import RunConfig
 from legolm.federate import Engine, engine_for
-from legolm.finetune import choose_precision, merge, save_adapter
+from legolm.finetune import choose_precision, merge, save_adapter, save_factors
 from legolm.memory import release_memory
 from legolm.models import fingerprint, load_config, load_model, load_tokenizer, save_model
 from legolm.plan import Plan, make_plan
@@ -148,7 +148,8 @@ def _write_final(
     if not left:
         return
     tokenizer, dtype = load_tokenizer(plan.base), load_config(plan.base).dtype or torch.float32
-    best = rounds.best()
+    best, start = rounds.best(), rounds.start_hash()
+    examples = {id: len(rows.train) for id, rows in plan.data.items()}
     with progress.stage("write final models", len(left)) as advance:
         for id in left:
             client = None if id == "llm" else id
@@ -159,6 +160,7 @@ def _write_final(
                 if not block.coverage.masks:
                     base = config.model if client is None else str(block.path)
                     save_adapter(block.coverage, factors, config.lora.scaling, base, partial / "adapter")
+                save_factors(factors, config.lora.scaling, start, partial)
                 save_model(model, tokenizer, partial, dtype)
                 steps = config.federation.personal_steps if client else 0
                 manifest = Manifest(
@@ -168,7 +170,13 @@ def _write_final(
                     coverage_hash=block.coverage.hash,
                     parameters=block.parameters,
                     sparsity=block.sparsity,
-                    details={"client": client, "round": best, "personal_steps": steps},
+                    details={
+                        "client": client,
+                        "round": best,
+                        "personal_steps": steps,
+                        "examples": examples[client] if client else sum(examples.values()),
+                        "model": config.model,
+                    },
                 )
                 write_block(manifest, block.coverage, partial)
             advance(1)

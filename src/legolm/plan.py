@@ -131,6 +131,8 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
     disk = base.parameters * width + sum(size_of.values()) + sum(size_of[client.block] for client in clients)
     disk += adapter * (config.federation.rounds + 1 + 2 * len(clients))
+    if config.federation.keep_updates:
+        disk += config.federation.rounds * sum(client.bytes_up for client in clients)
     return Plan(path, tuple(blocks), tuple(clients), data, actors, SPARE_BYTES + actors * max(*used, whole), disk)
 
 

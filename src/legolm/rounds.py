@@ -9,7 +9,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -23,11 +23,12 @@ from legolm.aggregate import Scheme, Start, initial_factors, make_scheme
 from legolm.aggregate.folding import concatenated
 from legolm.codec import Flat
 from legolm.config import OutlierConfig, RunConfig
-from legolm.dispatch import Dispatch, Job, Order, Split, derive_seed
-from legolm.federate import Exchange
+from legolm.coverage import tensors_hash
+from legolm.dispatch import Dispatch, Job, Order, Split, Trained, derive_seed
+from legolm.federate import Exchange, Reply, Request
 from legolm.finetune import load_adapter
 from legolm.progress import Progress
-from legolm.rundir import RunDir, atomic_folder, read_json
+from legolm.rundir import UPDATES, RunDir, atomic_folder, read_json
 from legolm.types import Block, LegolmError, Score, Tensors, Update
 from legolm.warm import warm_factors
 
@@ -83,12 +84,68 @@ class Rounds:
     def final_factors(self, id: str | None) -> Tensors:
         """What a client (None: the LLM) ends with: its own last adapter if any, else its slice of the best round's."""
         if id is None:
-            return self._scheme(self.best()).adapter(self._llm.coverage, self._config.lora.rank)
+            return self.scheme(self.best()).adapter(self._llm.coverage, self._config.lora.rank)
         if self._personal_steps or not self._rounds:
             stage = "personal" if self._personal_steps else "local"
             factors: Tensors = load_file(self._folder.client_stage(stage, id) / "adapter.safetensors")
             return factors
-        return self._scheme(self.best()).adapter(self._block[id].coverage, self._rank[id])
+        return self.scheme(self.best()).adapter(self._block[id].coverage, self._rank[id])
+
+    def start_hash(self) -> str:
+        """Of the global adapter that the last training started from, in the LLM's coordinates."""
+        return tensors_hash(self.scheme(self.best()).adapter(self._llm.coverage, self._config.lora.rank))
+
+    def replay(self, last: int, without: Collection[str]) -> Scheme:
+        """The scheme after round `last` had these clients' kept updates not been added.
+
+        The others' updates are what they were: what they trained from had the left-out ones in it.
+        """
+        scheme = self.scheme(0)
+        for number in range(1, last + 1):
+            accepted = read_json(self._folder.round(number) / "metrics.json")["accepted"]
+            there = [id for id in accepted if id not in without]
+            for one in self._updates(number, there, self.scheme(number - 1), self._kept(number)):
+                if one.update is None:
+                    raise LegolmError(f"round {number}: the kept update of {one.client}: {one.reason}")
+                scheme.add(one.update, self._block[one.client].coverage)
+            scheme.finish()
+        return scheme
+
+    def scheme(self, number: int | None) -> Scheme:
+        """The scheme as it was after a finished round, or at the very start."""
+        lora, aggregate = self._config.lora, self._config.aggregate
+        seed, frozen = derive_seed(self._config.seed, "adapter"), aggregate.form == "frozen_side"
+        factors = initial_factors(self._llm.coverage.shape, lora.targets, lora.rank, seed, frozen, lora.ranks)
+        if lora.start is not None:
+            factors = load_adapter(Path(lora.start).expanduser(), factors, self._llm.coverage.shape, lora.scaling)
+        if aggregate.start is not None:
+            factors = warm_factors(Path(aggregate.start), self._llm, factors, self._config)
+        scheme = make_scheme(Start(self._llm.coverage.shape, factors, lora.rank, lora.scaling, seed), aggregate)
+        if number is not None:
+            scheme.load_state(load_file(self._folder.round(number) / "adapter.safetensors"))
+        return scheme
+
+    def score_global(self, scheme: Scheme, exchange: Exchange, label: str) -> Record:
+        """The LLM and every distinct block with the global update, on all test and its clients' validation data."""
+        tests: tuple[tuple[str, Split], ...] = tuple((id, "test") for id in self._clients)
+        whole = scheme.adapter(self._llm.coverage, self._config.lora.rank)
+        jobs = [Job(self._clients[0], self._llm, whole, tests)]
+        alike: dict[tuple[str, int], list[str]] = {}
+        for id in self._clients:
+            alike.setdefault((self._block[id].name, self._rank[id]), []).append(id)
+        for (_, rank), ids in alike.items():
+            block = self._block[ids[0]]
+            validation: tuple[tuple[str, Split], ...] = tuple((id, "validation") for id in ids)
+            jobs.append(Job(ids[0], block, scheme.adapter(block.coverage, rank), tests + validation))
+        results: dict[int, Sequence[Score]] = {}
+        self._dispatch.score(jobs, exchange, label, results.__setitem__)
+
+        record: Record = {"llm": self._by_client(results[0]), "clients": {}}
+        losses: list[float] = []
+        for index, ids in enumerate(alike.values(), start=1):
+            record["clients"] |= dict.fromkeys(ids, self._by_client(results[index]))
+            losses += [one.loss for one in results[index][len(tests) :]]
+        return record | {"validation": sum(losses) / len(losses)}
 
     # Stages
 
@@ -97,9 +154,9 @@ class Rounds:
         if self._folder.round(0).exists():
             return
         began = time.perf_counter()
-        scheme = self._scheme(None)
+        scheme = self.scheme(None)
         record = {"stage": "round", "round": 0, "accepted": [], "refused": [], "train": {}, "bytes": {}}
-        record |= self._score_global(scheme, exchange, "before: evaluate")
+        record |= self.score_global(scheme, exchange, "before: evaluate")
         self._keep(self._folder.round(0), scheme.state(), record, began)
 
     def _round(self, number: int, exchange: Exchange) -> None:
@@ -107,39 +164,51 @@ class Rounds:
         if self._folder.round(number).exists():
             return
         began = time.perf_counter()
-        scheme, before = self._scheme(number - 1), self._rounds_so_far()
-        drawn = self._draw(number)
-        usual = usual_size(before)
+        scheme, drawn = self.scheme(number - 1), self._draw(number)
+        # Data at one place gives nobody's update.
+        keeps = self._config.federation.keep_updates and drawn != [wire.EVERYONE]
         train: dict[str, Record] = {}
         refused: dict[str, str] = {}
         traffic: dict[str, dict[str, int]] = {}
-        for one in self._dispatch.train(Order(drawn, scheme, "round", number, last_accepted(before)), exchange):
-            traffic[one.client] = {"up": one.bytes_up, "down": one.bytes_down}
-            update, reason = one.update, one.reason
-            if update is not None:
-                size = size_of(update)
-                update, reason = within(update, size, usual, self._config.aggregate.outliers)
-            if update is None:
-                refused[one.client] = reason
-                continue
-            scheme.add(update, self._block[one.client].coverage)
-            train[one.client] = dict(update.metrics) | {"size": size_of(update)}
-        # Replies came in any order; the record does not depend on it.
-        accepted = [id for id in drawn if id in train]
-        least = self._config.federation.min_replies
-        if len(accepted) < min(least, len(drawn)):
-            reasons = "; ".join(f"{id}: {refused[id]}" for id in drawn if id in refused)
-            raise LegolmError(
-                f"round {number}: {len(accepted)} updates accepted, federation.min_replies is {least} ({reasons})"
-            )
-        scheme.finish()
-        record: Record = {"stage": "round", "round": number, "accepted": accepted}
-        record["refused"] = [{"client": id, "reason": refused[id]} for id in drawn if id in refused]
-        record["train"] = {id: train[id] for id in accepted}
-        # Data at one place travels no more.
-        record["bytes"] = {id: traffic[id] for id in drawn if id in traffic and id != wire.EVERYONE}
-        record |= self._score_global(scheme, exchange, f"round {number}: evaluate")
-        self._keep(self._folder.round(number), scheme.state(), record, began)
+        with atomic_folder(self._folder.round(number)) as folder:
+            for one in self._updates(number, drawn, scheme, exchange):
+                traffic[one.client] = {"up": one.bytes_up, "down": one.bytes_down}
+                if one.update is None:
+                    refused[one.client] = one.reason
+                    continue
+                scheme.add(one.update, self._block[one.client].coverage)
+                train[one.client] = dict(one.update.metrics) | {"size": size_of(one.update)}
+                if keeps:
+                    (folder / UPDATES).mkdir(exist_ok=True)
+                    (folder / UPDATES / f"{one.client}.safetensors").write_bytes(one.reply)
+            # Replies came in any order; the record does not depend on it.
+            accepted = [id for id in drawn if id in train]
+            least = self._config.federation.min_replies
+            if len(accepted) < min(least, len(drawn)):
+                reasons = "; ".join(f"{id}: {refused[id]}" for id in drawn if id in refused)
+                raise LegolmError(
+                    f"round {number}: {len(accepted)} updates accepted, federation.min_replies is {least} ({reasons})"
+                )
+            scheme.finish()
+            record: Record = {"stage": "round", "round": number, "accepted": accepted}
+            record["refused"] = [{"client": id, "reason": refused[id]} for id in drawn if id in refused]
+            record["train"] = {id: train[id] for id in accepted}
+            # Data at one place travels no more.
+            record["bytes"] = {id: traffic[id] for id in drawn if id in traffic and id != wire.EVERYONE}
+            record |= self.score_global(scheme, exchange, f"round {number}: evaluate")
+            _write(folder, scheme.state(), record, began)
+        self._folder.write_metrics(self.records())
+
+    def _updates(self, number: int, clients: Sequence[str], scheme: Scheme, exchange: Exchange) -> Iterator[Trained]:
+        """What clients return for round `number` of this run, checked; `scheme` is the one after the round before."""
+        before = [one for one in self._rounds_so_far() if one["round"] < number]
+        usual = usual_size(before)
+        for one in self._dispatch.train(Order(clients, scheme, "round", number, last_accepted(before)), exchange):
+            if one.update is None:
+                yield one
+            else:
+                update, reason = within(one.update, size_of(one.update), usual, self._config.aggregate.outliers)
+                yield replace(one, update=update, reason=reason)
 
     def _alone(self, stage: Literal["local", "personal"], start: int, exchange: Exchange) -> None:
         """Train each client from round `start` without aggregation; score its block on every client's test data.
@@ -151,7 +220,7 @@ class Rounds:
         if not left:
             return
         began = time.perf_counter()
-        scheme = self._scheme(start)
+        scheme = self.scheme(start)
         own: dict[str, Tensors] = {}
         metrics: dict[str, Record] = {}
         for one in self._dispatch.train(Order(left, scheme, stage, start, {}), exchange):
@@ -192,42 +261,6 @@ class Rounds:
         drawn = set(random.Random(derive_seed(self._config.seed, "draw", number)).sample(there, count))
         return [id for id in there if id in drawn]
 
-    def _score_global(self, scheme: Scheme, exchange: Exchange, label: str) -> Record:
-        """The LLM and every distinct block with the global update, on all test and its clients' validation data."""
-        tests: tuple[tuple[str, Split], ...] = tuple((id, "test") for id in self._clients)
-        whole = scheme.adapter(self._llm.coverage, self._config.lora.rank)
-        jobs = [Job(self._clients[0], self._llm, whole, tests)]
-        alike: dict[tuple[str, int], list[str]] = {}
-        for id in self._clients:
-            alike.setdefault((self._block[id].name, self._rank[id]), []).append(id)
-        for (_, rank), ids in alike.items():
-            block = self._block[ids[0]]
-            validation: tuple[tuple[str, Split], ...] = tuple((id, "validation") for id in ids)
-            jobs.append(Job(ids[0], block, scheme.adapter(block.coverage, rank), tests + validation))
-        results: dict[int, Sequence[Score]] = {}
-        self._dispatch.score(jobs, exchange, label, results.__setitem__)
-
-        record: Record = {"llm": self._by_client(results[0]), "clients": {}}
-        losses: list[float] = []
-        for index, ids in enumerate(alike.values(), start=1):
-            record["clients"] |= dict.fromkeys(ids, self._by_client(results[index]))
-            losses += [one.loss for one in results[index][len(tests) :]]
-        return record | {"validation": sum(losses) / len(losses)}
-
-    def _scheme(self, number: int | None) -> Scheme:
-        """The scheme as it was after a finished round, or at the very start."""
-        lora, aggregate = self._config.lora, self._config.aggregate
-        seed, frozen = derive_seed(self._config.seed, "adapter"), aggregate.form == "frozen_side"
-        factors = initial_factors(self._llm.coverage.shape, lora.targets, lora.rank, seed, frozen, lora.ranks)
-        if lora.start is not None:
-            factors = load_adapter(Path(lora.start).expanduser(), factors, self._llm.coverage.shape, lora.scaling)
-        if aggregate.start is not None:
-            factors = warm_factors(Path(aggregate.start), self._llm, factors, self._config)
-        scheme = make_scheme(Start(self._llm.coverage.shape, factors, lora.rank, lora.scaling, seed), aggregate)
-        if number is not None:
-            scheme.load_state(load_file(self._folder.round(number) / "adapter.safetensors"))
-        return scheme
-
     def _rounds_so_far(self) -> list[Record]:
         return [record for record in self.records() if record["stage"] == "round"]
 
@@ -235,12 +268,22 @@ class Rounds:
         """The first scores are those of every client's test data, in order."""
         return {id: asdict(one) for id, one in zip(self._clients, scores, strict=False)}
 
+    def _kept(self, number: int) -> Exchange:
+        """Answers of round `number` from its folder."""
+
+        def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+            for index, request in enumerate(requests):
+                try:
+                    yield Reply(index, self._folder.update(number, request.client).read_bytes())
+                except OSError as error:
+                    yield Reply(index, error=str(error))
+
+        return exchange
+
     def _keep(self, path: Path, adapter: Tensors, record: Record, began: float) -> None:
-        """Make a stage's folder. `seconds` counts from the stage's begin, also where clients share a stage."""
+        """Make a stage's folder."""
         with atomic_folder(path) as folder:
-            save_file({key: tensor.contiguous() for key, tensor in adapter.items()}, folder / "adapter.safetensors")
-            record = record | {"seconds": time.perf_counter() - began}
-            (folder / "metrics.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            _write(folder, adapter, record, began)
         self._folder.write_metrics(self.records())
 
     def _stages(self) -> list[Path]:
@@ -252,6 +295,13 @@ class Rounds:
         if self._personal_steps:
             paths += [self._folder.client_stage("personal", id) for id in self._clients]
         return paths
+
+
+def _write(folder: Path, adapter: Tensors, record: Record, began: float) -> None:
+    """Fill a stage's folder. `seconds` counts from the stage's begin, also where clients share a stage."""
+    save_file({key: tensor.contiguous() for key, tensor in adapter.items()}, folder / "adapter.safetensors")
+    record = record | {"seconds": time.perf_counter() - began}
+    (folder / "metrics.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def best_round(records: Iterable[Mapping[str, Any]]) -> int:

@@ -21,6 +21,9 @@ from legolm import config as configs
 from legolm.config import RunConfig
 from legolm.types import LegolmError
 
+UPDATES = "updates"
+"""Folder of a round's kept updates within the round's."""
+
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
@@ -130,6 +133,10 @@ class RunDir:
     def round(self, number: int) -> Path:
         """Folder of a finished round; 0 is the start."""
         return self.path / "rounds" / f"{number:04d}"
+
+    def update(self, number: int, client: str) -> Path:
+        """File of an accepted update of a round, where `federation.keep_updates` kept it: the client's reply."""
+        return self.round(number) / UPDATES / f"{client}.safetensors"
 
     def client_state(self, client: str, number: int) -> Path:
         """File of what a client itself keeps after a round."""

@@ -89,7 +89,7 @@ class Update:
     base_fingerprint: str
     coverage_hash: str
     received_hash: str
-    examples: int
+    examples: float
     rank: int
     scale: float
     delta: Mapping[str, Tensor]

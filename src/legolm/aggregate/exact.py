@@ -24,7 +24,7 @@ from legolm.aggregate.lowrank import ProductSum
 from legolm.aggregate.scheme import Scheme, Start, under_prefix, with_prefix
 from legolm.aggregate.weight import EntryWeight, Placement
 from legolm.config import AggregateConfig
-from legolm.coverage import Coverage, parse_key, slice_factors
+from legolm.coverage import Coverage, add_matrix, parse_key, slice_factors
 from legolm.types import GlobalAdapter, Tensors, Update
 
 
@@ -86,6 +86,10 @@ class ExactForm(Scheme):
         self._round.add(coverage, update.rank, n)
         self._examples += n
 
+    def change(self, name: str) -> Tensor:
+        """η N / D of a module, dense (m, n), float64, not truncated; `finish` cannot come after it."""
+        return self._step(name, self._modules[name]).make_dense()
+
     def finish(self) -> GlobalAdapter:
         """S + η N / D, truncated; G from its first directions."""
         for name, module in self._modules.items():
@@ -126,8 +130,8 @@ class ExactForm(Scheme):
         if module.weight is not None:
             change = (pb + db) @ da + db @ pa
             here = torch.ones_like(change) if mask is None else mask.double()
-            _add_block(module.products.make_dense(), coverage, layer, kind, n * here * change)
-            _add_block(module.weight, coverage, layer, kind, n * here)
+            add_matrix(coverage, layer, kind, module.products.make_dense(), n * here * change)
+            add_matrix(coverage, layer, kind, module.weight, n * here)
             return
         placement = Placement.of(coverage)
         a_rows, b_rows = placement.index(f"{name}.A"), placement.index(f"{name}.B")
@@ -174,7 +178,8 @@ class ExactForm(Scheme):
         shape = self._start.shape.matrix(kind)
         return (held[:, None] if along_rows else held[None, :]).expand(shape).clone()
 
-    def _finish_module(self, name: str, module: _Module) -> None:
+    def _step(self, name: str, module: _Module) -> ProductSum:
+        """η N / D of one module."""
         layer, kind, _ = parse_key(f"{name}.A")
         self._flush(module, name)
         products, eta = module.products, self._config.server_learning_rate
@@ -187,6 +192,10 @@ class ExactForm(Scheme):
             held = self._round.units(layer, kind)[:, 0]
             factor = torch.where(held > 0, eta / (held if mean else self._examples), 0.0)
             products.scale(**{"rows" if self._start.shape.module(kind).cols == "hidden" else "cols": factor})
+        return products
+
+    def _finish_module(self, name: str, module: _Module) -> None:
+        products = self._step(name, module)
         if f"{name}.A" in self._product:
             products.add(self._product[f"{name}.B"], self._product[f"{name}.A"])
         rank = self._start.rank
@@ -215,13 +224,3 @@ def _place(value: Tensor, index: Tensor | None, size: int, dim: int) -> Tensor:
     shape = list(value.shape)
     shape[dim] = size
     return torch.zeros(shape, dtype=value.dtype).index_copy_(dim, index, value)
-
-
-def _add_block(into: Tensor, coverage: Coverage, layer: int, module: str, value: Tensor) -> None:
-    rows, cols = coverage.rows(layer, module), coverage.cols(layer, module)
-    if rows is not None:
-        into.index_add_(0, rows, value)
-    elif cols is not None:
-        into.index_add_(1, cols, value)
-    else:
-        into += value

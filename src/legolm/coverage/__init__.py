@@ -2,6 +2,7 @@
 
 from legolm.coverage.maps import Coverage, load_coverage, save_coverage
 from legolm.coverage.slicing import (
+    add_matrix,
     add_slice,
     factor_key,
     factor_shape,
@@ -9,11 +10,13 @@ from legolm.coverage.slicing import (
     modules_of,
     parse_key,
     slice_factors,
+    slice_matrix,
     tensors_hash,
 )
 
 __all__ = [
     "Coverage",
+    "add_matrix",
     "add_slice",
     "factor_key",
     "factor_shape",
@@ -23,5 +26,6 @@ __all__ = [
     "parse_key",
     "save_coverage",
     "slice_factors",
+    "slice_matrix",
     "tensors_hash",
 ]

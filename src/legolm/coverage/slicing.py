@@ -95,6 +95,24 @@ def add_slice(coverage: Coverage, key: str, into: Tensor, rank: int, value: Tens
         into[slice(None) if rows is None else rows, :rank] += value
 
 
+def add_matrix(coverage: Coverage, layer: int, module: str, into: Tensor, value: Tensor) -> None:
+    """Add a block's matrix of a module into the LLM's in place; dtypes are equal."""
+    rows, cols = coverage.rows(layer, module), coverage.cols(layer, module)
+    if rows is not None:
+        into.index_add_(0, rows, value)
+    elif cols is not None:
+        into.index_add_(1, cols, value)
+    else:
+        into += value
+
+
+def slice_matrix(coverage: Coverage, layer: int, module: str, matrix: Tensor) -> Tensor:
+    """The block's part of the LLM's matrix of a module."""
+    rows, cols = coverage.rows(layer, module), coverage.cols(layer, module)
+    matrix = matrix if rows is None else matrix[rows]
+    return matrix if cols is None else matrix[:, cols]
+
+
 def slice_factors(coverage: Coverage, factors: Tensors, rank: int) -> Tensors:
     """The block's slice of a global adapter: the layers, rows, columns and first `rank` rank rows that it holds."""
     held = set(coverage.layers)

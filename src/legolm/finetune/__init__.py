@@ -1,6 +1,6 @@
 """LoRA on a block and the local training loop."""
 
-from legolm.finetune.adapters import load_adapter, save_adapter
+from legolm.finetune.adapters import load_adapter, load_factors, read_adapter, save_adapter, save_factors
 from legolm.finetune.lean import hidden_states, lean
 from legolm.finetune.lora import lora, merge, merged
 from legolm.finetune.loss import Head, divergences
@@ -23,10 +23,13 @@ __all__ = [
     "hidden_states",
     "lean",
     "load_adapter",
+    "load_factors",
     "lora",
     "merge",
     "merged",
     "pack",
+    "read_adapter",
     "save_adapter",
+    "save_factors",
     "whole",
 ]

@@ -20,6 +20,9 @@ from legolm.types import LegolmError
 
 transformers_logging.disable_progress_bar()
 
+OURS = ("coverage.safetensors", "factors.safetensors")
+"""Files in a block's folder that are no part of the checkpoint."""
+
 
 def resolve(model: str) -> Path:
     """Local folder of `starter`, a folder or a hub id (downloaded once). Raises `LegolmError` if there is none."""
@@ -118,7 +121,7 @@ def count_parameters(path: Path) -> int:
 
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint's weights."""
-    return sorted(file for file in path.glob("*.safetensors") if file.name != "coverage.safetensors")
+    return sorted(file for file in path.glob("*.safetensors") if file.name not in OURS)
 
 
 def folder_bytes(path: Path) -> int:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from legolm.config import RunConfig
+from legolm.coverage import Coverage
 from legolm.plan import Plan
 from legolm.types import Block
+
+if TYPE_CHECKING:
+    from legolm.compose import Composition
 
 
 def print_plan(plan: Plan, config: RunConfig) -> None:
@@ -63,6 +67,32 @@ def print_coverage(block: Block) -> None:
     lines = [f"LLM layers cut: {', '.join(map(str, gone)) or 'none'}", f"coverage {coverage.hash}"]
     lines += [f"base {block.base_fingerprint}", *(f"{name} {value}" for name, value in block.details.items())]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def print_composition(wanted: Composition) -> None:
+    """The dry run of `legolm compose`: what each source holds, what the target does, and how much of it is theirs."""
+    table = _table("model", "block", *(f">{size}" for size in ("layers", "KV groups", "neurons")), ">weights held")
+    for column in ("rank", "examples", "weight"):
+        table.add_column(column, justify="right")
+    for source, weight in zip(wanted.sources, wanted.weights, strict=True):
+        rest = (str(source.rank), str(source.examples or ""), f"{weight:.3g}")
+        table.add_row(source.name, source.block.name, *_sizes(source.block.coverage), *rest)
+    table.add_row("target", "", *_sizes(wanted.coverage), "", "", "")
+    settings = ", ".join(f"{name} {value}" for name, value in wanted.method.settings.items())
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{wanted.method.name} ({settings}). Some source holds {wanted.covered:,} of the target's "
+        f"{wanted.coverage.kept_weights:,} linear weights ({wanted.covered / wanted.coverage.kept_weights:.1%}); the "
+        "rest stay as they are. Nothing was written.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _sizes(coverage: Coverage) -> tuple[str, ...]:
+    shape = coverage.block_shape
+    return str(shape.layers), str(shape.kv_groups), f"{shape.neurons:,}", f"{1 - coverage.sparsity:.1%}"
 
 
 def print_summary(summary: Mapping[str, Any], out: Path) -> None:

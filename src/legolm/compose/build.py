@@ -1,0 +1,204 @@
+"""Compose: read one decoder layer of the target's weights at a time, add what the sources learned, write it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from legolm.compose.methods import Method, Part
+from legolm.compose.sources import (
+    Source,
+    given_weights,
+    read_sources,
+    weights_by_examples,
+    weights_by_loss,
+)
+from legolm.compose.target import covered_weights, held, masked_like, parse_sizes, shaped, target_block
+from legolm.coverage import Coverage, slice_matrix
+from legolm.models import CheckpointWriter, LayeredModel, fingerprint, load_config, load_tokenizer, resolve
+from legolm.models.load import count_parameters
+from legolm.progress import Progress
+from legolm.prune import Base, read_block
+from legolm.prune.manifest import Manifest, write_block
+from legolm.prune.target import config_changes
+from legolm.rundir import atomic_folder, check_room
+from legolm.types import Block, LegolmError
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What will be composed. The target's weights are those of `base`, a block's checkpoint or the LLM's.
+
+    `whole`: `base` is the target itself; else it is the LLM, which the target is sliced out of. Weights have mean 1.
+    `covered` counts the target's linear weights that some source holds.
+    """
+
+    sources: list[Source]
+    weights: list[float]
+    method: Method
+    coverage: Coverage
+    base: Base
+    whole: bool
+    covered: int
+
+
+def plan(
+    names: Sequence[str],
+    into: str,
+    base: str | None,
+    method: Method,
+    weights: str | None,
+    validate: str | None,
+    progress: Progress,
+) -> Composition:
+    """Read and check everything; with `validate` also evaluate the sources. Raises `LegolmError` for bad input.
+
+    `into` is `llm`, `union`, sizes, or a block's folder; `base` the LLM, which runs record in their final folders.
+    """
+    if weights is not None and validate is not None:
+        raise LegolmError("--weights and --validate: give one of them")
+    sources = read_sources(names)
+    if method.needs_one_start and (sources[0].start is None or len({source.start for source in sources}) > 1):
+        raise LegolmError(
+            "--form factor: the sources did not start from one adapter (or nobody knows); take --form exact, or "
+            "blocks of one run"
+        )
+    coverages = [source.block.coverage for source in sources]
+    if into in ("llm", "union") or "=" in into:
+        found = _base(base, sources)
+        if into == "llm":
+            coverage = Coverage.full(found.shape)
+        else:
+            coverage = shaped(coverages, found, parse_sizes(into) if into != "union" else None)
+            coverage = masked_like(coverage, coverages) if into == "union" else coverage
+        whole = into == "llm"
+    else:
+        target = _target(into, sources[0].block)
+        found, coverage, whole = (
+            Base.of(target.path, target.base_fingerprint, load_config(target.path)),
+            target.coverage,
+            True,
+        )
+    if weights is not None:
+        numbers = given_weights(weights, sources)
+    elif validate is not None:
+        numbers = weights_by_loss(sources, validate, progress)
+    else:
+        numbers = weights_by_examples(sources)
+    mean = sum(numbers) / len(numbers)
+    covered = covered_weights(coverage, coverages)
+    return Composition(sources, [one / mean for one in numbers], method, coverage, found, whole, covered)
+
+
+def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
+    """Write the composed model: a checkpoint with manifest and coverage. Raises `LegolmError`, and leaves nothing then.
+
+    One decoder layer is in memory at a time, and the changes of one matrix.
+    """
+    coverage, base = wanted.coverage, wanted.base
+    model, tokenizer = LayeredModel(base.path), load_tokenizer(base.path)
+    dense = replace(coverage, masks={}).kept_weights
+    check_room(out, (base.parameters if wanted.whole else base.parameters_of(dense)) * base.dtype.itemsize)
+    with atomic_folder(out) as folder:
+        writer = CheckpointWriter(folder, base.dtype)
+        with progress.stage("compose", len(coverage.layers)) as advance:
+            for j, layer in enumerate(coverage.layers):
+                with model.layer(j if wanted.whole else layer) as module:
+                    writer.add(model.layer_prefix(j), _layer(wanted, layer, module.state_dict()))
+                advance(1)
+        for name, tensor in model.around():
+            writer.add("", {name: tensor})
+        writer.close()
+        config = copy.deepcopy(base.config)
+        if not wanted.whole and coverage.block_shape != base.shape:
+            config.update(config_changes(config, coverage.block_shape, coverage.layers))
+        config.dtype = base.dtype
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        manifest = Manifest(
+            name=out.name,
+            method="composed",
+            base_fingerprint=wanted.sources[0].block.base_fingerprint,
+            coverage_hash=coverage.hash,
+            parameters=count_parameters(folder),
+            sparsity=coverage.sparsity,
+            details={
+                "composed": {
+                    source.name: weight for source, weight in zip(wanted.sources, wanted.weights, strict=True)
+                },
+                "by": {"method": wanted.method.name, **wanted.method.settings},
+            },
+        )
+        write_block(manifest, coverage, folder)
+    return read_block(out)
+
+
+def _layer(wanted: Composition, layer: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The target's tensors of an LLM layer: M ∘ (W + change)."""
+    coverage = wanted.coverage
+    state = dict(state)
+    for module in coverage.shape.modules:
+        name, bias = f"{module}.weight", f"{module}.bias"
+        if not wanted.whole:
+            rows = coverage.rows(layer, module)
+            state[name] = slice_matrix(coverage, layer, module, state[name])
+            if bias in state and rows is not None:
+                state[bias] = state[bias][rows]
+        change = _change(wanted, layer, module)
+        if change is not None:
+            state[name] = state[name] + slice_matrix(coverage, layer, module, change).float()
+        mask = coverage.mask(layer, module)
+        if mask is not None:
+            state[name] = state[name] * mask
+    return state
+
+
+def _change(wanted: Composition, layer: int, module: str) -> Tensor | None:
+    """What the sources that hold the matrix learned, in the LLM's coordinates; zero where none holds an entry."""
+    parts = []
+    for source, weight in zip(wanted.sources, wanted.weights, strict=True):
+        key = f"layers.{layer}.{module}"
+        if f"{key}.A" in source.factors:
+            own = _one_matrix(source.block.coverage, layer, module)
+            parts.append(Part(own, layer, module, source.factors[f"{key}.A"], source.factors[f"{key}.B"], weight))
+    if not parts:
+        return None
+    return torch.where(held([part.coverage for part in parts], layer, module), wanted.method.combine(parts), 0.0)
+
+
+def _one_matrix(coverage: Coverage, layer: int, module: str) -> Coverage:
+    """The coverage of one layer alone, with one matrix's mask."""
+    j, mask = coverage.layers.index(layer), coverage.mask(layer, module)
+    masks = {} if mask is None else {f"layers.{layer}.{module}": mask}
+    return replace(coverage, layers=(layer,), groups=(coverage.groups[j],), neurons=(coverage.neurons[j],), masks=masks)
+
+
+def _base(model: str | None, sources: Sequence[Source]) -> Base:
+    """The LLM that the sources were cut from. Raises `LegolmError` when it is not known, or is another one."""
+    known = next((found for source in sources if (found := source.block.details.get("model"))), None)
+    if model is None and known is None:
+        raise LegolmError("--base: the sources do not say which LLM they were cut from; give it")
+    path = resolve(model or str(known))
+    found, wanted = fingerprint(path), sources[0].block.base_fingerprint
+    if found != wanted:
+        raise LegolmError(
+            f"--base {model or known}: is not the LLM that the blocks were cut from (fingerprint {found[:12]}, theirs "
+            f"{wanted[:12]}); give that one"
+        )
+    return Base.of(path, found, load_config(path))
+
+
+def _target(into: str, source: Block) -> Block:
+    if not Path(into).is_dir():
+        raise LegolmError(
+            f"--into {into}: must be llm, union, sizes (layers=30,kv_groups=3,neurons=1536) or a block's folder"
+        )
+    target = target_block(Path(into))
+    if target.base_fingerprint != source.base_fingerprint:
+        raise LegolmError(f"--into {into}: was cut from another base model than the sources; take a block of theirs")
+    return target

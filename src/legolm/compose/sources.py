@@ -1,0 +1,148 @@
+"""What is composed: trained blocks from folders, checked against each other, and how much each counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from legolm.config import Fields
+from legolm.coverage import Coverage, factor_shape, parse_key
+from legolm.data import read_rows, render, to_example
+from legolm.evaluate import score
+from legolm.finetune import load_factors, merged, read_adapter
+from legolm.models import load_model, load_tokenizer
+from legolm.progress import Progress
+from legolm.prune import read_block
+from legolm.types import Block, LegolmError, Tensors
+from legolm.wire import adapter_keys
+
+BATCH, MAX_LENGTH = 8, 2048
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained block: it changes its weights by B·A (`factors`, float32, in its slice).
+
+    `start` tells which adapter training started from, None where nobody knows. `merged`: the block's own checkpoint
+    has the factors in it.
+    """
+
+    name: str
+    block: Block
+    factors: Tensors
+    start: str | None
+    merged: bool
+
+    @property
+    def modules(self) -> list[str]:
+        """Linear layers that the adapter is on, by the last part of their names."""
+        return sorted({parse_key(key)[1].rpartition(".")[2] for key in self.factors})
+
+    @property
+    def rank(self) -> int:
+        """The highest of its modules."""
+        return max(tensor.shape[0] for key, tensor in self.factors.items() if key.endswith(".A"))
+
+    @property
+    def examples(self) -> int | None:
+        """Training examples, where the run recorded them."""
+        found = self.block.details.get("examples")
+        return found if isinstance(found, int) and found > 0 else None
+
+
+def read_sources(names: Sequence[str]) -> list[Source]:
+    """Read `FOLDER` of a run's final/ or `BLOCK:ADAPTER` with a PEFT adapter.
+
+    Raises `LegolmError` for a missing or foreign adapter, other base models and other LoRA targets.
+    """
+    sources = [_read(name) for name in names]
+    first = sources[0]
+    for other in sources[1:]:
+        if other.block.base_fingerprint != first.block.base_fingerprint:
+            raise LegolmError(
+                f"{other.name}: was cut from another base model than {first.name} (base {_short(other)}, not "
+                f"{_short(first)}); compose blocks of one LLM"
+            )
+        if other.modules != first.modules:
+            raise LegolmError(
+                f"{other.name}: adapts {', '.join(other.modules)}, and {first.name} {', '.join(first.modules)}; "
+                "train them with the same lora.targets"
+            )
+    return sources
+
+
+def given_weights(text: str, sources: Sequence[Source]) -> list[float]:
+    """`1,2,1`: a number above zero a source. Raises `LegolmError`."""
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise LegolmError(f"--weights {text}: write numbers with commas between them, for instance 1,2,1") from None
+    if len(weights) != len(sources) or not all(0 < weight < math.inf for weight in weights):
+        raise LegolmError(f"--weights {text}: give a number above 0 for each of the {len(sources)} sources")
+    return weights
+
+
+def weights_by_examples(sources: Sequence[Source]) -> list[float]:
+    """Numbers of training examples. Raises `LegolmError` where one is not recorded."""
+    for source in sources:
+        if source.examples is None:
+            raise LegolmError(
+                f"{source.name}: no number of training examples is recorded; give --weights or --validate"
+            )
+    return [float(source.examples or 0) for source in sources]
+
+
+def weights_by_loss(sources: Sequence[Source], data: str, progress: Progress) -> list[float]:
+    """softmax(−loss) of the trained blocks on instructions and answers: the mean probability of an answer token.
+
+    The mean is geometric, of the loss in nats a token. Each block is loaded once, alone.
+    """
+    examples = [to_example(row, Fields()) for row in read_rows(data, "--validate")]
+    losses = []
+    with progress.stage("validate", len(sources)) as advance:
+        for source in sources:
+            block, tokenizer = source.block, load_tokenizer(source.block.path)
+            rows = [render(example, tokenizer, MAX_LENGTH) for example in examples]
+            with merged(load_model(block.path), block.coverage, {} if source.merged else source.factors, 1.0) as model:
+                losses.append(score(model, rows, tokenizer.pad_token_id, BATCH, "fp32").loss)
+            advance(1)
+    return torch.tensor(losses, dtype=torch.float64).neg().softmax(0).tolist()
+
+
+def _read(name: str) -> Source:
+    path, _, adapter = ("", "", "") if Path(name).is_dir() else name.rpartition(":")
+    block = read_block(Path(path or name))
+    if path:
+        factors, start = read_adapter(Path(adapter), block.coverage, name), None
+    else:
+        factors, start = load_factors(block.path)
+    source = Source(name, block, factors, start, merged=not path)
+    _check(source, block.coverage)
+    return source
+
+
+def _check(source: Source, coverage: Coverage) -> None:
+    """Raise `LegolmError` unless every layer has both factors of every module, finite and in the block's shape."""
+    if not source.factors:
+        raise LegolmError(f"{source.name}: its adapter is empty")
+    wanted = set(adapter_keys(coverage, source.modules))
+    for key in sorted(wanted | set(source.factors)):
+        tensor = source.factors.get(key)
+        if tensor is None or key not in wanted:
+            raise LegolmError(f"{source.name}: {key} is {'missing' if tensor is None else 'not the block’s'}")
+        shape = factor_shape(coverage, key, tensor.shape[0 if key.endswith(".A") else 1])
+        partner = source.factors.get(f"{key[:-1]}{'B' if key.endswith('.A') else 'A'}")
+        if tuple(tensor.shape) != shape or (
+            partner is not None and key.endswith(".A") and len(tensor) != partner.shape[1]
+        ):
+            raise LegolmError(f"{source.name}: {key} has shape {tuple(tensor.shape)}, which does not fit the block")
+        if not bool(tensor.isfinite().all()):
+            raise LegolmError(f"{source.name}: {key} is not finite")
+
+
+def _short(source: Source) -> str:
+    return source.block.base_fingerprint[:12]

@@ -1,0 +1,318 @@
+"""Folders in, a folder out: what comes back, what stays the LLM's, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from legolm import config as configs
+from legolm import pipeline
+from legolm.compose import choose_method, compose, plan
+from legolm.coverage import Coverage, factor_shape
+from legolm.finetune import merge, save_adapter, save_factors
+from legolm.models import decoder_layers, fingerprint, load_config, load_model, shape_of
+from legolm.progress import Progress
+from legolm.prune import read_block
+from legolm.prune.manifest import Manifest, write_block
+from legolm.types import Block, LegolmError, Tensors
+from legolm.wire import adapter_keys
+from test_cli import assert_one_line, legolm
+
+QUIET = Progress()
+EXACT = choose_method("heteagg", None, None, None)
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Callable[[str], Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three blocks trained alone: a narrow one, one layer with one KV group, an unstructured one."""
+    folder = tmp_path_factory.mktemp("alone")
+    for client in ("fr", "de", "es"):
+        rows = [{"instruction": f"Say {i}", "output": client} for i in range(12 if client == "fr" else 24)]
+        (folder / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calibration = {"text": str(corpus), "samples": 4, "length": 64}
+    half = {"num_key_value_heads": 1, "num_hidden_layers": 1}
+    raw = {
+        "model": str(tiny("llama")),
+        "precision": "fp32",
+        "data": {"train": f"{folder}/*.jsonl"},
+        "blocks": [
+            {"name": "wide", "method": "structured", "intermediate_size": 64, "calibration": calibration},
+            {"name": "half", "method": "structured", "calibration": calibration, **half},
+            {"name": "sparse", "method": "wanda", "sparsity": 0.5, "calibration": calibration},
+        ],
+        "clients": [
+            {"id": "fr", "block": "wide"},
+            {"id": "de", "block": "half", "rank": 2},
+            {"id": "es", "block": "sparse"},
+        ],
+        "lora": {"rank": 4},
+        "train": {"steps": 2, "batch_size": 4, "learning_rate": 0.01},
+        "aggregate": {"scheme": "local_only"},
+        "federation": {"engine": "local", "rounds": 1},
+    }
+    (folder / "run.yaml").write_text(json.dumps(raw))
+    pipeline.run(configs.load(folder / "run.yaml"), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def llm(tiny: Callable[[str], Path]) -> Path:
+    return tiny("llama")
+
+
+def put(sources: list[Path | str], into: str, out: Path, base: Path | None = None, **given: str) -> Block:
+    chosen = choose_method(given.get("method", "heteagg"), given.get("form"), None, None)
+    names = [str(source) for source in sources]
+    weights = given.get("weights", ",".join("1" for _ in sources))
+    wanted = plan(names, into, str(base) if base else None, chosen, weights, None, QUIET)
+    return compose(wanted, out, QUIET)
+
+
+def weights_of(path: Path) -> Tensors:
+    return dict(load_model(path).state_dict())
+
+
+def made(path: Path, llm: Path, coverage: Coverage, seed: int, fingerprint_: str | None = None) -> tuple[Path, Tensors]:
+    """A source without a checkpoint, which composing does not need: coverage, manifest, random factors of rank 2."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = adapter_keys(coverage, None)
+    factors = {key: torch.randn(factor_shape(coverage, key, 2), generator=generator) / 8 for key in keys}
+    path.mkdir()
+    save_factors(factors, 1.0, "start", path)
+    base = fingerprint_ or fingerprint(llm)
+    write_block(Manifest(name=path.name, method="m", base_fingerprint=base, coverage_hash=coverage.hash,
+                         parameters=1, sparsity=coverage.sparsity), coverage, path)  # fmt: skip
+    return path, factors
+
+
+def merged_llm(llm: Path, coverage: Coverage, factors: Tensors) -> Tensors:
+    """What the LLM's own part of a block becomes with these factors: {module name: the block's slice}."""
+    model = load_model(llm)
+    found = {}
+    for layer in coverage.layers:
+        for module in coverage.shape.modules:
+            linear = decoder_layers(model)[layer].get_submodule(module)
+            rows, cols = coverage.rows(layer, module), coverage.cols(layer, module)
+            weight = linear.weight if rows is None else linear.weight[rows]
+            weight = weight if cols is None else weight[:, cols]
+            key = f"layers.{layer}.{module}"
+            found[f"{layer}.{module}"] = weight + factors[f"{key}.B"] @ factors[f"{key}.A"]
+    return found
+
+
+@pytest.mark.parametrize("client", ["fr", "de", "es"])
+@pytest.mark.parametrize("given", [{"form": "exact"}, {"form": "factor"}, {"method": "task_arithmetic"}], ids=str)
+def test_one_block_into_its_own_shape_gives_its_final_checkpoint(
+    run: Path, tmp_path: Path, client: str, given: dict[str, str]
+) -> None:
+    final = run / "final" / client
+    own = run / "blocks" / {"fr": "wide", "de": "half", "es": "sparse"}[client]
+    block = put([final], str(own), tmp_path / "out", **given)
+    before, expected, found = weights_of(own), weights_of(final), weights_of(tmp_path / "out")
+    assert block.coverage.hash == read_block(own).coverage.hash
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+    assert any(not torch.allclose(before[name], tensor, atol=1e-4) for name, tensor in expected.items())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_order_of_sources_does_not_matter(run: Path, tmp_path: Path) -> None:
+    finals = [run / "final" / client for client in ("fr", "de", "es")]
+    put([*finals], "llm", tmp_path / "one", weights="1,2,3")
+    put([*reversed(finals)], "llm", tmp_path / "two", weights="3,2,1")
+    two = weights_of(tmp_path / "two")
+    for name, tensor in weights_of(tmp_path / "one").items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["heteagg", "task_arithmetic"])
+def test_two_disjoint_blocks_stack_into_one_that_has_both(llm: Path, tmp_path: Path, method: str) -> None:
+    shape = shape_of(load_config(llm))
+    left = Coverage(shape, (0, 1), ((0,), (0,)), (tuple(range(40)),) * 2)
+    right = Coverage(shape, (0, 1), ((1,), (1,)), (tuple(range(50, 90)),) * 2)
+    sources = [
+        made(tmp_path / name, llm, one, seed) for seed, (name, one) in enumerate({"l": left, "r": right}.items())
+    ]
+    block = put([path for path, _ in sources], "union", tmp_path / "out", llm, method=method)
+    assert block.coverage.groups == ((0, 1),) * 2
+    assert block.coverage.neurons == ((*range(40), *range(50, 90)),) * 2
+    model = load_model(tmp_path / "out")
+    for j, (one, (_, factors)) in enumerate(zip((left, right), sources, strict=True)):
+        for name, expected in merged_llm(llm, one, factors).items():
+            layer, module = name.split(".", 1)
+            weight = decoder_layers(model)[int(layer)].get_submodule(module).weight
+            spec = shape.module(module)
+            part = torch.arange(len(weight if spec.cols == "hidden" else weight.T)).chunk(2)[j]
+            found = weight[part] if spec.cols == "hidden" else weight[:, part]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_nobody_holds_stays_the_llms(run: Path, llm: Path, tmp_path: Path) -> None:
+    shape = shape_of(load_config(llm))
+    path, _ = made(tmp_path / "a", llm, Coverage(shape, (1,), ((1,),), ((2, 3, 5),)), 0)
+    before = weights_of(llm)
+    for i, given in enumerate(
+        ({"form": "exact"}, {"form": "factor"}, {"method": "task_arithmetic"}, {"method": "ties"})
+    ):
+        put([path], "llm", tmp_path / f"out{i}", llm, **given)
+        after = weights_of(tmp_path / f"out{i}")
+        changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+        assert changed == {f"model.layers.1.{module}.weight" for module in shape.modules}
+        up = after["model.layers.1.mlp.up_proj.weight"] != before["model.layers.1.mlp.up_proj.weight"]
+        o = after["model.layers.1.self_attn.o_proj.weight"] != before["model.layers.1.self_attn.o_proj.weight"]
+        moved = {*up.any(1).nonzero().flatten().tolist()}, {*o.any(0).nonzero().flatten().tolist()}
+        held = {2, 3, 5}, set(range(32, 64))  # KV group 1: two heads of 16
+        # TIES trims, and may leave a whole row or column of what is held.
+        assert all(a <= b for a, b in zip(moved, held, strict=True)) if "ties" in given.values() else moved == held
+    # An unstructured block's dropped weights are the LLM's in the LLM, and dropped in the union.
+    mask = read_block(run / "final" / "es").coverage.masks["layers.0.mlp.up_proj"]
+    name = "model.layers.0.mlp.up_proj.weight"
+    put([run / "final" / "es"], "llm", tmp_path / "whole")
+    assert torch.equal((weights_of(tmp_path / "whole")[name] == before[name]), ~mask)
+    union = put([run / "final" / "es"], "union", tmp_path / "union")
+    assert torch.equal(union.coverage.masks["layers.0.mlp.up_proj"], mask)
+    assert torch.equal(weights_of(tmp_path / "union")[name] == 0, ~mask)
+
+
+def test_a_shape_takes_the_unions_units_and_then_the_llms(llm: Path, tmp_path: Path) -> None:
+    shape = shape_of(load_config(llm))
+    path, _ = made(tmp_path / "a", llm, Coverage(shape, (1,), ((1,),), ((2, 3, 50),)), 0)
+    block = put([path], "layers=2,neurons=6", tmp_path / "out", llm)
+    assert block.coverage.layers == (0, 1)
+    assert block.coverage.groups == ((0,), (1,))
+    assert block.coverage.neurons == ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 50))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.intermediate_size == 6
+    before, after = weights_of(llm), weights_of(tmp_path / "out")
+    assert torch.equal(after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"][:6])
+    for into, nearest in (
+        ("neurons=2", "layers=1,kv_groups=1,neurons=3"),
+        ("layers=3,neurons=1", "layers=2,kv_groups=1,neurons=3"),
+        ("kv_groups=9", "layers=1,kv_groups=2,neurons=3"),
+    ):
+        with pytest.raises(LegolmError, match=f"the nearest shape that can is {nearest}$"):
+            put([path], into, tmp_path / "x", llm)
+
+
+def test_every_family_composes(variant: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    llm = tiny(variant)
+    shape = shape_of(load_config(llm))
+    whole = tuple(range(shape.kv_groups))
+    one = Coverage(shape, (0, 1), (whole,) * 2, (tuple(range(10, 50)), tuple(range(40))))
+    path, factors = made(tmp_path / "a", llm, one, 0)
+    block = put([path], "union", tmp_path / "out", llm)
+    assert block.coverage.hash == one.hash
+    assert block.parameters < read_parameters(llm)
+    assert bool(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(9)[None]).logits.isfinite().all())
+    model = load_model(tmp_path / "out")
+    for name, expected in merged_llm(llm, one, factors).items():
+        layer, module = name.split(".", 1)
+        weight = decoder_layers(model)[int(layer)].get_submodule(module).weight
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+
+
+def read_parameters(path: Path) -> int:
+    return sum(tensor.numel() for tensor in AutoModelForCausalLM.from_pretrained(path).parameters())
+
+
+def test_a_peft_adapter_beside_its_block(run: Path, llm: Path, tmp_path: Path) -> None:
+    block = read_block(run / "blocks" / "half")
+    keys = adapter_keys(block.coverage, ["q_proj", "down_proj"])
+    factors = {key: torch.randn(factor_shape(block.coverage, key, 2)) / 8 for key in keys}
+    save_adapter(block.coverage, factors, 3.0, str(block.path), tmp_path / "adapter")
+    put([f"{block.path}:{tmp_path / 'adapter'}"], str(block.path), tmp_path / "out")
+    model = load_model(block.path)
+    merge(model, block.coverage, factors, 3.0)
+    found = weights_of(tmp_path / "out")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_by_examples_by_hand_and_by_loss(run: Path, tmp_path: Path) -> None:
+    names = [str(run / "final" / client) for client in ("fr", "de")]
+
+    def weights(given: str | None, validate: str | None) -> list[float]:
+        return plan(names, "llm", None, EXACT, given, validate, QUIET).weights
+
+    counts = [read_block(Path(name)).details["examples"] for name in names]
+    assert counts[1] > counts[0]
+    assert weights(None, None) == pytest.approx([2 * count / sum(counts) for count in counts])
+    assert weights("1,3", None) == pytest.approx([0.5, 1.5])
+    data = tmp_path / "v.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"Say {i}", "output": "fr"}) + "\n" for i in range(4)))
+    # Losses as `legolm eval` gives them.
+    from legolm.evaluate.files import evaluate_files
+
+    losses = []
+    for name in names:
+        fields = {"instruction": "instruction", "answer": "output"}
+        losses.append(evaluate_files(name, str(data), None, fields, 64, None, "fp32")[name]["answer loss"])
+    scale = 2 / sum(math.exp(-loss) for loss in losses)
+    assert weights(None, str(data)) == pytest.approx([scale * math.exp(-loss) for loss in losses], rel=1e-4)
+    with pytest.raises(LegolmError, match="give one of them"):
+        weights("1,3", str(data))
+
+
+def test_bad_input_is_one_line(run: Path, llm: Path, tmp_path: Path) -> None:
+    shape = shape_of(load_config(llm))
+    fr, wide = run / "final" / "fr", run / "blocks" / "wide"
+    foreign, _ = made(tmp_path / "foreign", llm, Coverage.full(shape), 0, "f" * 64)
+    other, _ = made(tmp_path / "other", llm, Coverage.full(shape), 0)
+    full = read_block(wide).coverage
+    few = {key: torch.zeros(factor_shape(full, key, 2)) for key in adapter_keys(full, ["q_proj"])}
+    save_adapter(full, few, 1.0, "x", tmp_path / "few")
+
+    def fails(says: str, sources: list[Path | str], into: str = "llm", base: Path | None = None, **given: str) -> None:
+        with pytest.raises(LegolmError, match=re.escape(says)) as caught:
+            put(sources, into, tmp_path / "x", base, **given)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "x").exists()
+
+    fails("was cut from another base model", [fr, foreign])
+    fails("train them with the same lora.targets", [fr, f"{wide}:{tmp_path / 'few'}"])
+    fails("has no factors.safetensors", [wide])
+    fails("no readable adapter_config.json", [f"{wide}:{tmp_path / 'nothing'}"])
+    fails("no manifest.json", [tmp_path / "nothing"])
+    fails("give it", [other])
+    fails("is not the LLM that the blocks were cut from", [foreign], base=llm)
+    fails("did not start from one adapter", [fr, other], form="factor")
+    fails("has an adapter merged already", [fr], into=str(run / "final" / "fr"))
+    fails("was cut from another base model", [foreign], into=str(wide))
+    fails("must be llm, union, sizes", [fr], into="somewhere")
+    fails("did you mean `neurons`", [fr], into="neuron=3")
+    fails("must be a number from 1", [fr], into="neurons=0")
+    fails("a number above 0 for each of the 1 sources", [fr], weights="1,2")
+    fails("write numbers with commas", [fr], weights="one")
+    with pytest.raises(LegolmError, match="give --weights or --validate"):
+        plan([str(other)], "llm", str(llm), EXACT, None, None, QUIET)
+    (broken := tmp_path / "broken").mkdir()
+    for file in other.iterdir():
+        shutil.copy(file, broken)
+    (broken / "factors.safetensors").write_bytes(b"no tensors")
+    fails("broken or not written by legolm", [broken])
+
+
+def test_the_command(run: Path, tmp_path: Path) -> None:
+    sources = (run / "final" / "fr", run / "final" / "de")
+    done = legolm("compose", *sources, "--into", "union", "--out", tmp_path / "out", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    # Both blocks: layers 0 and 1, 2 KV groups, of layer 1 (or 0) all 96 neurons, so that both layers have 96.
+    assert all(word in done.stdout for word in ("target", "61,440 linear weights", "Nothing was written."))
+    assert not (tmp_path / "out").exists()
+    done = legolm("compose", *sources, "--into", "union", "--out", tmp_path / "out", "--method", "ties")
+    assert done.returncode == 0, done.stderr
+    assert legolm("inspect", tmp_path / "out").returncode == 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "Say 1", "output": "fr"}) + "\n")
+    assert legolm("eval", tmp_path / "out", "--data", rows).returncode == 0
+    again = legolm("compose", *sources, "--into", "union", "--out", tmp_path / "out")
+    assert_one_line(again, "is already there; give another folder")
+    assert_one_line(legolm("compose", *sources, "--into", "x", "--out", tmp_path / "x"), "must be llm, union, sizes")
