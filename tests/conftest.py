@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_stay() -> None:
+    """Runs collect garbage whenever they change models: all that is imported need not be looked at each time."""
+    gc.collect()
+    gc.freeze()
+
 
 CHATML = (
     "{% for message in messages %}"

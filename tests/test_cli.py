@@ -164,9 +164,8 @@ def test_bad_input_ends_a_process_with_code_2(tmp_path: Path) -> None:
 def test_help_names_the_commands() -> None:
     done = legolm("--help")
     assert done.returncode == 0
-    assert all(
-        command in done.stdout for command in ("run", "compare", "prune", "calibrate", "inspect", "eval", "report")
-    )
+    commands = ("run", "compare", "prune", "calibrate", "inspect", "eval", "compose", "ablate", "report")
+    assert all(command in done.stdout for command in commands)
 
 
 def test_help_needs_no_heavy_import() -> None:

@@ -232,6 +232,21 @@ def compose(
 
 
 @app.command()
+def ablate(
+    folder: Annotated[Path, typer.Argument(help="run folder, made with federation.keep_updates: true")],
+    out: Annotated[Path | None, typer.Option(help="folder of ablation.json and .html; RUN if not given")] = None,
+    text: Annotated[Path | None, typer.Option(help="a text file for the LLM's perplexity")] = None,
+    length: Annotated[int, typer.Option(help="tokens a perplexity window")] = 512,
+) -> None:
+    """Leave each block, then each client, out of the aggregation. Goes on where an earlier call stopped."""
+    from legolm.ablate import ablate as leave_out
+    from legolm.ablate import print_ablation
+    from legolm.progress import Progress
+
+    print_ablation(leave_out(folder, out or folder, text, length, Progress()), out or folder)
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     """Write `report.html` again from `summary.json`."""
     from legolm.report import write_report

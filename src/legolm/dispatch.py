@@ -67,7 +67,7 @@ class Dispatch:
         self._block, self._rank = block, rank
         self._progress = progress
 
-    def train(self, order: Order, exchange: Exchange) -> Iterator[Trained]:
+    def train(self, order: Order, exchange: Exchange, label: str) -> Iterator[Trained]:
         """Send each client its slice of the global adapter; give its checked update, or why not, as replies come.
 
         Requests are made when they are sent, and what they share is made once: memory does not grow with clients.
@@ -93,7 +93,6 @@ class Dispatch:
                 sizes[index] = len(content)
                 yield Request(id, content)
 
-        label = f"round {order.number}: train" if order.phase == "round" else f"{order.phase}: train"
         deadline = self._config.federation.deadline_s if order.phase == "round" else None
         with self._progress.stage(label, len(clients)) as advance:
             for reply in exchange(requests(), deadline):

@@ -104,7 +104,8 @@ class Rounds:
         for number in range(1, last + 1):
             accepted = read_json(self._folder.round(number) / "metrics.json")["accepted"]
             there = [id for id in accepted if id not in without]
-            for one in self._updates(number, there, self.scheme(number - 1), self._kept(number)):
+            received = self.scheme(number - 1)
+            for one in self._updates(number, there, received, self._kept(number), f"round {number}: replay"):
                 if one.update is None:
                     raise LegolmError(f"round {number}: the kept update of {one.client}: {one.reason}")
                 scheme.add(one.update, self._block[one.client].coverage)
@@ -171,7 +172,7 @@ class Rounds:
         refused: dict[str, str] = {}
         traffic: dict[str, dict[str, int]] = {}
         with atomic_folder(self._folder.round(number)) as folder:
-            for one in self._updates(number, drawn, scheme, exchange):
+            for one in self._updates(number, drawn, scheme, exchange, f"round {number}: train"):
                 traffic[one.client] = {"up": one.bytes_up, "down": one.bytes_down}
                 if one.update is None:
                     refused[one.client] = one.reason
@@ -199,11 +200,14 @@ class Rounds:
             _write(folder, scheme.state(), record, began)
         self._folder.write_metrics(self.records())
 
-    def _updates(self, number: int, clients: Sequence[str], scheme: Scheme, exchange: Exchange) -> Iterator[Trained]:
+    def _updates(
+        self, number: int, clients: Sequence[str], scheme: Scheme, exchange: Exchange, label: str
+    ) -> Iterator[Trained]:
         """What clients return for round `number` of this run, checked; `scheme` is the one after the round before."""
         before = [one for one in self._rounds_so_far() if one["round"] < number]
         usual = usual_size(before)
-        for one in self._dispatch.train(Order(clients, scheme, "round", number, last_accepted(before)), exchange):
+        order = Order(clients, scheme, "round", number, last_accepted(before))
+        for one in self._dispatch.train(order, exchange, label):
             if one.update is None:
                 yield one
             else:
@@ -223,7 +227,7 @@ class Rounds:
         scheme = self.scheme(start)
         own: dict[str, Tensors] = {}
         metrics: dict[str, Record] = {}
-        for one in self._dispatch.train(Order(left, scheme, stage, start, {}), exchange):
+        for one in self._dispatch.train(Order(left, scheme, stage, start, {}), exchange, f"{stage}: train"):
             if one.update is None:
                 raise LegolmError(f"{stage}: client {one.client}: {one.reason}")
             start_factors, delta = one.update.received, one.update.delta

@@ -1,0 +1,256 @@
+"""Leave one out (the paper's figure 5): replay a run's aggregation without a block's clients, or without one client.
+
+The updates are those that the run kept; the others' are what they were while the left-out ones still took part. All
+losses are nats per answer token on test data. A block's is the mean over all clients' data, each set counting the same,
+so that what is lost and what the federation gained over local-only training are in one measure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from legolm.aggregate import Scheme
+from legolm.config import RunConfig
+from legolm.data import read_text
+from legolm.evaluate import perplexity
+from legolm.federate import Exchange
+from legolm.federate.local import run_local
+from legolm.finetune import choose_device, choose_precision, dtype_of, merged
+from legolm.models import fingerprint, load_model, load_tokenizer, resolve
+from legolm.progress import Progress
+from legolm.prune import llm_block, read_block
+from legolm.report.html import Raw, tag
+from legolm.rounds import Rounds
+from legolm.rundir import RunDir, atomic_write, read_json
+from legolm.types import Block, LegolmError
+
+Record = dict[str, Any]
+
+
+def ablate(folder: Path, out: Path, text: Path | None, length: int, progress: Progress) -> Record:
+    """Write `ablation.json` and `ablation.html` into `out`, after each left-out one anew, and give the former.
+
+    `gain` is the mean loss of the clients' blocks trained alone minus that of the same blocks with the global update
+    (None where the run did not train alone); `cost` of a block is their mean loss without its clients' updates minus
+    that with all. `cost_llm` is the same of the LLM. Raises `LegolmError` for a run without kept updates.
+    """
+    run = RunDir(folder)
+    config, summary = _config(run), read_json(folder / "summary.json")
+    identity, last = read_json(folder / "run.json"), int(summary["best_round"])
+    if not last:
+        raise LegolmError(f"run folder {folder}: no round beat its start, which it kept; there is nothing to leave out")
+    block_of = {client["id"]: client["block"] for client in summary["clients"]}
+    blocks = _blocks(run, config, identity["base_fingerprint"])
+    rounds = Rounds(run, config, identity["run"], blocks, block_of, progress)
+    measure = _perplexity(config, blocks["llm"], text, length) if text else None
+
+    what = {"run": identity["run"], "round": last, "text": _text_id(text, length) if text else None}
+    found = _earlier(out / "ablation.json", what)
+    records = rounds.records()
+    by_round = {one["round"]: one for one in records if one["stage"] == "round"}
+    alone = {one["client"]: one["scores"] for one in records if one["stage"] == "local"}
+    found |= {
+        "name": folder.resolve().name,
+        "before": found.get("before") or _losses(by_round[0], rounds.scheme(0), measure),
+        "local": _losses({"clients": alone}, None, None) if alone else None,
+        "all": found.get("all") or _losses(by_round[last], rounds.scheme(last), measure),
+    }
+
+    def body(exchange: Exchange) -> None:
+        done = {tuple(one["clients"]): one for one in found["without"]}
+        found["without"] = []
+        for kind, name, clients in _cases(block_of):
+            if tuple(clients) not in done:
+                scheme = rounds.replay(last, clients)
+                record = rounds.score_global(scheme, exchange, f"without {name}: evaluate")
+                done[tuple(clients)] = _losses(record, scheme, measure)
+            found["without"].append(done[tuple(clients)] | {"kind": kind, "name": name, "clients": clients})
+            _write(found, out)
+
+    run_local(run, config, 1, body)
+    return found
+
+
+def print_ablation(found: Record, out: Path) -> None:
+    """The table, and where the page is."""
+    measures = [measure for measure in _MEASURES if measure in found["all"]]
+    table = Table(box=None, pad_edge=False)
+    for column in ("left out", "", *(text for measure in measures for text in (_MEASURES[measure], "more"))):
+        table.add_column(column, justify="right" if len(table.columns) > 1 else "left")
+    for one in found["without"]:
+        cells = [text for m in measures for text in (f"{one[m]:.3f}", f"{one[m] - found['all'][m]:+.3f}")]
+        table.add_row(one["kind"], one["name"], *cells)
+    for stage, name in _LINES.items():
+        if found[stage]:
+            table.add_row("", name, *(text for m in measures for text in (_number(found[stage].get(m)), "")))
+    console = Console()
+    console.print("Loss per answer token (nats) on all clients' test data without one block, without one client", table)
+    console.print(f"{_verdict(found)}\npage {out / 'ablation.html'}", highlight=False, soft_wrap=True)
+
+
+def page(found: Record) -> str:
+    """One self-contained HTML page: figure 5 for the blocks, for the LLM and for its perplexity."""
+    measures = [measure for measure in _MEASURES if measure in found["all"]]
+    body = (
+        tag("h1", f"{found['name']}: one left out"),
+        tag("p", _verdict(found)),
+        *(tag("section", tag("h2", _MEASURES[measure]), plot(found, measure)) for measure in measures),
+        tag(
+            "p",
+            f"Updates of rounds 1 to {found['round']} as the run kept them, added again without those of the left-out "
+            "clients. Losses are nats per answer token, the mean over all clients’ test data; of blocks, the mean over "
+            "all clients’ blocks, the left-out ones too.",
+        ),
+    )
+    top = (Raw('<meta charset="utf-8">'), tag("title", found["name"]), tag("style", Raw(_STYLE)))
+    return f'<!doctype html>\n<html lang="en">{tag("head", *top)}{tag("body", tag("main", *body))}</html>\n'
+
+
+def plot(found: Record, measure: str) -> Raw:
+    """A bar for each left-out block and client from zero, and lines for local-only training and the global update."""
+    bars = found["without"]
+    lines = {name: found[stage][measure] for stage, name in _LINES.items() if measure in (found[stage] or {})}
+    wide, tall, left, step = 52 * len(bars) + 190, 250, 44, 52
+    most = max([*lines.values(), *(one[measure] for one in bars)]) or 1.0
+
+    def y(value: float) -> float:
+        return round(tall - 70 - (tall - 100) * value / most, 1)
+
+    marks = []
+    for i, one in enumerate(bars):
+        x, value = left + i * step, one[measure]
+        title = tag("title", f"without {one['kind']} {one['name']}: {value:.4f}")
+        size = {"width": step - 14, "height": round(y(0) - y(value), 1)}
+        marks += [
+            tag("rect", title, x=x, y=y(value), class_=one["kind"], **size),
+            tag("text", f"{value:.3f}", x=x + (step - 14) / 2, y=y(value) - 4, text_anchor="middle"),
+            tag("text", one["name"], x=x + 8, y=y(0) + 14, transform=f"rotate(30 {x + 8} {y(0) + 14})"),
+        ]
+    end, free = left + len(bars) * step, tall - 10.0
+    for name, value in sorted(lines.items(), key=lambda line: line[1]):
+        free = min(y(value) + 4, free - 13)  # names of lines that are close go above each other
+        marks += [
+            tag("line", x1=left - 6, x2=end, y1=y(value), y2=y(value), class_="line"),
+            tag("text", f"{name} {value:.3f}", x=end + 6, y=free),
+        ]
+    marks.append(tag("line", x1=left - 6, x2=end, y1=y(0), y2=y(0), class_="axis"))
+    return tag("svg", *marks, viewBox=f"0 0 {wide} {tall}", role="img", aria_label=_MEASURES[measure])
+
+
+_MEASURES = {"blocks": "blocks' loss", "llm": "the LLM's loss", "perplexity": "the LLM's perplexity"}
+_LINES = {"before": "before", "local": "local only", "all": "global update"}
+
+
+def _config(run: RunDir) -> RunConfig:
+    """The run's. Raises `LegolmError` for a run that nothing can be left out of."""
+    where = f"run folder {run.path}"
+    if not run.config_file.is_file():
+        raise LegolmError(f"{where}: no config.yaml; give the folder of a run")
+    config = run.config()
+    if config.aggregate.scheme in ("centralized", "local_only"):
+        raise LegolmError(
+            f"{where}: scheme {config.aggregate.scheme!r} aggregates no updates; there is none to leave out"
+        )
+    if not config.federation.keep_updates:
+        raise LegolmError(f"{where}: its updates were not kept; run it anew with --set federation.keep_updates=true")
+    if not (run.path / "summary.json").is_file():
+        raise LegolmError(f"{where}: no summary.json; finish the run first (legolm run CONFIG --resume)")
+    return config
+
+
+def _blocks(run: RunDir, config: RunConfig, wanted: str) -> dict[str, Block]:
+    base = resolve(config.model)
+    if fingerprint(base) != wanted:
+        raise LegolmError(f"run folder {run.path}: the model changed since the run; its updates are for another one")
+    return {"llm": llm_block(base, wanted)} | {one.name: read_block(run.block(one.name)) for one in config.blocks}
+
+
+def _cases(block_of: Mapping[str, str]) -> list[tuple[str, str, list[str]]]:
+    """(kind, name, clients) of what is left out: each block that somebody has, then each client."""
+    names = dict.fromkeys(block_of.values())
+    blocks = [("block", name, [id for id, own in block_of.items() if own == name]) for name in names]
+    return blocks + [("client", id, [id]) for id in block_of]
+
+
+def _losses(record: Mapping[str, Any], scheme: Scheme | None, measure: Callable[[Scheme], float] | None) -> Record:
+    """Mean losses of what `Rounds.score_global` gives: of the LLM, of each client's block, and of all blocks."""
+    by_client = {id: fmean(one["loss"] for one in scores.values()) for id, scores in record["clients"].items()}
+    found: Record = {"blocks": fmean(by_client.values()), "by_client": by_client}
+    if "llm" in record:
+        found["llm"] = fmean(one["loss"] for one in record["llm"].values())
+    if scheme is not None and measure is not None:
+        found["perplexity"] = measure(scheme)
+    return found
+
+
+def _perplexity(config: RunConfig, llm: Block, text: Path, length: int) -> Callable[[Scheme], float]:
+    """A function that gives the LLM's perplexity on the text with a scheme's global adapter."""
+    precision = choose_precision(config.precision)
+    tokenizer = load_tokenizer(llm.path)
+    model = load_model(llm.path, dtype_of(precision)).to(choose_device(config.device))
+    tokens = torch.tensor(tokenizer.encode(read_text(text, "--text"), add_special_tokens=False, verbose=False))
+
+    def measure(scheme: Scheme) -> float:
+        factors = scheme.adapter(llm.coverage, config.lora.rank)
+        with merged(model, llm.coverage, factors, config.lora.scaling) as whole:
+            return perplexity(whole, tokens, length, precision)
+
+    return measure
+
+
+def _text_id(text: Path, length: int) -> str:
+    """What perplexities stand on."""
+    return f"{hashlib.sha256(read_text(text, '--text').encode()).hexdigest()[:16]} in windows of {length} tokens"
+
+
+def _earlier(path: Path, what: Record) -> Record:
+    """What an earlier call left; another text begins anew. Raises `LegolmError` when it is another run's."""
+    found = read_json(path) if path.exists() else {"without": []} | what
+    if found.get("run") != what["run"]:
+        raise LegolmError(f"--out {path.parent}: holds the ablation of another run; give another folder")
+    return found if found["text"] == what["text"] else {"without": []} | what
+
+
+def _write(found: Record, out: Path) -> None:
+    """Add what follows from the losses, and write both files."""
+    shared, alone = found["all"], found["local"]
+    found["gain"] = alone["blocks"] - shared["blocks"] if alone else None
+    for name, kind, measure in (
+        ("cost", "block", "blocks"),
+        ("cost_clients", "client", "blocks"),
+        ("cost_llm", "block", "llm"),
+    ):
+        left_out = [one for one in found["without"] if one["kind"] == kind]
+        found[name] = {one["name"]: one[measure] - shared[measure] for one in left_out}
+    atomic_write(out / "ablation.json", json.dumps(found, indent=1) + "\n")
+    atomic_write(out / "ablation.html", page(found))
+
+
+def _verdict(found: Record) -> str:
+    """Gain and dearest block in words."""
+    name, most = max(found["cost"].items(), key=lambda one: one[1])
+    words = f"The dearest block to leave out is {name}: {most:+.3f} nats for the clients' blocks on all data."
+    if found["gain"] is None:
+        return words + " This run has no local-only baseline."
+    return words + f" The federation gained {found['gain']:.3f} over local-only training."
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#1d2330;background:#fff}main{max-width:62rem;margin:2rem auto;
+padding:0 1rem}h2{font-size:1.1rem}
+svg{max-width:100%;height:auto;font-size:11px}.block{fill:#2f6fde}.client{fill:#9dbcf2}
+.axis{stroke:#1d2330}.line{stroke:#c2410c;stroke-dasharray:5 3}
+"""

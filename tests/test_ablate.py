@@ -1,0 +1,214 @@
+"""Leave one out: the replay against the run and against sums by hand, the files, going on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from legolm import ablate as ablation
+from legolm import config as configs
+from legolm import pipeline, wire
+from legolm.ablate import ablate
+from legolm.models import fingerprint
+from legolm.progress import Progress
+from legolm.prune import llm_block, read_block
+from legolm.rounds import Rounds
+from legolm.rundir import RunDir
+from legolm.types import LegolmError, Tensors
+from test_cli import assert_one_line, legolm
+
+QUIET = Progress()
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny: Callable[[str], Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clients, two of them with one block."""
+    folder = tmp_path_factory.mktemp("ablate")
+    for client in ("fr", "de", "es"):
+        rows = [{"instruction": f"Say {i}", "output": client} for i in range(20)]
+        (folder / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calibration = {"text": str(corpus), "samples": 4, "length": 64}
+    raw = {
+        "model": str(tiny("llama")),
+        "precision": "fp32",
+        "data": {"train": f"{folder}/*.jsonl", "limit_test": 3, "limit_validation": 2},
+        "blocks": [
+            {"name": "wide", "method": "structured", "intermediate_size": 64, "calibration": calibration},
+            {"name": "sparse", "method": "magnitude", "sparsity": 0.5},
+        ],
+        "clients": [
+            {"id": "fr", "block": "wide"},
+            {"id": "de", "block": "sparse", "rank": 2},
+            {"id": "es", "block": "wide"},
+        ],
+        "lora": {"rank": 4},
+        "train": {"steps": 2, "batch_size": 4, "learning_rate": 0.01},
+        "federation": {"engine": "local", "rounds": 2, "keep_updates": True},
+    }
+    (folder / "run.yaml").write_text(json.dumps(raw))
+    return folder / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def run(config_file: Path) -> Path:
+    pipeline.run(configs.load(config_file), config_file.parent / "run")
+    return config_file.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def other_run(config_file: Path) -> Path:
+    """The exact form over an int8 codec, with clipped updates and no local-only stage."""
+    sets = ["aggregate.form=exact", "federation.codec=int8", "evaluate.local_only=false"]
+    sets += ["aggregate.outliers.action=clip", "aggregate.outliers.factor=1.01"]
+    pipeline.run(configs.load(config_file, sets), config_file.parent / "exact")
+    return config_file.parent / "exact"
+
+
+def rounds_of(folder: Path) -> Rounds:
+    run, summary = RunDir(folder), json.loads((folder / "summary.json").read_text())
+    config = run.config()
+    base = Path(config.model)
+    blocks = {block.name: read_block(run.block(block.name)) for block in config.blocks}
+    blocks["llm"] = llm_block(base, fingerprint(base))
+    block_of = {client["id"]: client["block"] for client in summary["clients"]}
+    return Rounds(run, config, summary["run_id"], blocks, block_of, QUIET)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["run", "other_run"])
+def test_with_nobody_left_out_the_replay_is_the_run(kind: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(kind)
+    for last in (1, 2):
+        expected = load_file(folder / "rounds" / f"{last:04d}" / "adapter.safetensors")
+        found = rounds_of(folder).replay(last, ())
+        assert set(found.state()) == set(expected)
+        for key, tensor in found.state().items():
+            assert torch.equal(tensor, expected[key]), key
+
+
+def test_the_replay_without_a_client_is_the_sum_of_the_others(run: Path) -> None:
+    # Factor form, coverage mean: all train on 14 examples. The wide block has 64 of 96 rows of up_proj's B.
+    key = "layers.1.mlp.up_proj.B"
+    rows = read_block(run / "blocks" / "wide").coverage.rows(1, "mlp.up_proj")
+    assert rows is not None
+    factor = load_file(run / "rounds" / "0000" / "adapter.safetensors")[key].double()
+    for number in (1, 2):
+        total, count = torch.zeros_like(factor), torch.zeros_like(factor)
+        for client, rank in (("fr", 4), ("de", 2)):
+            content = (run / "rounds" / f"{number:04d}" / "updates" / f"{client}.safetensors").read_bytes()
+            header, tensors = wire.unpack(content, wire.UpdateReply)
+            assert header.examples == 14
+            delta = decoded(run, client, tensors, rank)[key].double()
+            held = rows if client == "fr" else torch.arange(len(factor))
+            total[held, :rank] += delta
+            count[held, :rank] += 1
+        factor += torch.where(count > 0, total / count, 0.0)
+        factor = factor.float().double()
+    found = rounds_of(run).replay(2, ["es"]).state()
+    torch.testing.assert_close(found[key].double(), factor, rtol=1e-6, atol=1e-8)
+    start = load_file(run / "rounds" / "0000" / "adapter.safetensors")
+    everyone = rounds_of(run).replay(2, ["fr", "de", "es"]).state()
+    assert all(torch.equal(everyone[key], tensor) for key, tensor in start.items() if key.startswith("layers."))
+
+
+def decoded(run: Path, client: str, tensors: Tensors, rank: int) -> Tensors:
+    """Factors one after the other in the order of their keys."""
+    coverage = read_block(run / "blocks" / ("wide" if client == "fr" else "sparse")).coverage
+    layout = wire.adapter_layout(coverage, wire.adapter_keys(coverage, None), rank)
+    return {key: tensors["factors"][span].view(layout.shapes[key]) for key, span in layout.spans.items()}
+
+
+def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path) -> None:
+    done = legolm("ablate", run, "--out", tmp_path, "--text", corpus, "--length", 64)
+    assert done.returncode == 0, done.stderr
+    assert "dearest block" in done.stdout
+    found = json.loads((tmp_path / "ablation.json").read_text())
+    records, clients = metrics(run), ("fr", "de", "es")
+    local = {one["client"]: one["scores"] for one in records if one["stage"] == "local"}
+    shared = next(one for one in records if one["stage"] == "round" and one["round"] == found["round"])["clients"]
+
+    def mean(scores: dict[str, Any]) -> float:
+        return fmean(scores[client][data]["loss"] for client in clients for data in clients)
+
+    assert found["gain"] == pytest.approx(mean(local) - mean(shared))
+    assert found["all"]["blocks"] == pytest.approx(mean(shared))
+    assert [(one["kind"], one["name"], one["clients"]) for one in found["without"]] == [
+        ("block", "wide", ["fr", "es"]),
+        ("block", "sparse", ["de"]),
+        ("client", "fr", ["fr"]),
+        ("client", "de", ["de"]),
+        ("client", "es", ["es"]),
+    ]
+    for one in found["without"]:
+        cost = found["cost" if one["kind"] == "block" else "cost_clients"][one["name"]]
+        assert cost == pytest.approx(one["blocks"] - found["all"]["blocks"])
+        assert one["perplexity"] > 1
+    assert found["cost"]["wide"] != 0
+    assert found["cost"]["sparse"] == found["cost_clients"]["de"]  # one set of clients, evaluated once
+    assert found["before"]["llm"] > found["all"]["llm"]
+    page = (tmp_path / "ablation.html").read_text()
+    assert page.count("<rect") == 15
+    assert page.count("local only ") == 1  # it has no LLM
+    assert page.count("global update ") == 3
+
+
+def test_it_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, score = [2], Rounds.score_global
+
+    def dies(self: Rounds, *given: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return score(self, *given)
+
+    monkeypatch.setattr(Rounds, "score_global", dies)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(run, tmp_path, None, 64, QUIET)
+    assert len(json.loads((tmp_path / "ablation.json").read_text())["without"]) == 2
+    left[0] = 2  # wide and sparse are there, and sparse is de: fr and es are left
+    found = ablate(run, tmp_path, None, 64, QUIET)
+    assert left == [0]
+    assert len(found["without"]) == 5
+    assert ablate(run, tmp_path, None, 64, QUIET) == found
+
+
+def test_a_run_without_the_local_stage_has_no_such_line(other_run: Path, tmp_path: Path) -> None:
+    found = ablate(other_run, tmp_path, None, 64, QUIET)
+    assert found["local"] is None
+    assert found["gain"] is None
+    assert "local only" not in (tmp_path / "ablation.html").read_text().partition("local-only")[0]
+    assert "no local-only baseline" in ablation.page(found)
+    assert set(found["cost"]) == {"wide", "sparse"}
+
+
+def test_what_cannot_be_ablated_is_one_line(run: Path, other_run: Path, config_file: Path, tmp_path: Path) -> None:
+    assert_one_line(legolm("ablate", tmp_path), "no config.yaml")
+    for sets, says in (
+        (["federation.keep_updates=false"], "run it anew with --set federation.keep_updates=true"),
+        (["aggregate.scheme=local_only"], "aggregates no updates"),
+        ([], "finish the run first"),
+    ):
+        folder = tmp_path / says[:3]
+        RunDir.open(folder, configs.load(config_file, sets), resume=False)
+        assert_one_line(legolm("ablate", folder), says)
+    ablate(other_run, tmp_path / "out", None, 64, QUIET)
+    with pytest.raises(LegolmError, match="holds the ablation of another run"):
+        ablate(run, tmp_path / "out", None, 64, QUIET)
+    changed = tmp_path / "lost"
+    for file in other_run.rglob("*"):
+        if file.is_file() and "final" not in file.parts:
+            (changed / file.relative_to(other_run)).parent.mkdir(parents=True, exist_ok=True)
+            (changed / file.relative_to(other_run)).write_bytes(file.read_bytes())
+    (changed / "rounds" / "0001" / "updates" / "fr.safetensors").unlink()
+    with pytest.raises(LegolmError, match="round 1: the kept update of fr: "):
+        ablate(changed, tmp_path / "new", None, 64, QUIET)
