@@ -118,7 +118,9 @@ def page(found: Record) -> str:
 def plot(found: Record, measure: str) -> Raw:
     """A bar for each left-out block and client from zero, and lines for local-only training and the global update."""
     bars = found["without"]
-    lines = {name: found[stage][measure] for stage, name in _LINES.items() if measure in (found[stage] or {})}
+    # Not the one from before training: it would be far above all others.
+    stages = [stage for stage in ("local", "all") if measure in (found[stage] or {})]
+    lines = {_LINES[stage]: found[stage][measure] for stage in stages}
     wide, tall, left, step = 52 * len(bars) + 190, 250, 44, 52
     most = max([*lines.values(), *(one[measure] for one in bars)]) or 1.0
 
@@ -132,15 +134,15 @@ def plot(found: Record, measure: str) -> Raw:
         size = {"width": step - 14, "height": round(y(0) - y(value), 1)}
         marks += [
             tag("rect", title, x=x, y=y(value), class_=one["kind"], **size),
-            tag("text", f"{value:.3f}", x=x + (step - 14) / 2, y=y(value) - 4, text_anchor="middle"),
-            tag("text", one["name"], x=x + 8, y=y(0) + 14, transform=f"rotate(30 {x + 8} {y(0) + 14})"),
+            tag("text", f"{value:.4g}", x=x + (step - 14) / 2, y=y(value) - 4, text_anchor="middle"),
+            tag("text", one["name"][:14], x=x + 8, y=y(0) + 14, transform=f"rotate(30 {x + 8} {y(0) + 14})"),
         ]
     end, free = left + len(bars) * step, tall - 10.0
     for name, value in sorted(lines.items(), key=lambda line: line[1]):
         free = min(y(value) + 4, free - 13)  # names of lines that are close go above each other
         marks += [
             tag("line", x1=left - 6, x2=end, y1=y(value), y2=y(value), class_="line"),
-            tag("text", f"{name} {value:.3f}", x=end + 6, y=free),
+            tag("text", f"{name} {value:.4g}", x=end + 6, y=free),
         ]
     marks.append(tag("line", x1=left - 6, x2=end, y1=y(0), y2=y(0), class_="axis"))
     return tag("svg", *marks, viewBox=f"0 0 {wide} {tall}", role="img", aria_label=_MEASURES[measure])
