@@ -158,8 +158,8 @@ def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path) 
     assert found["before"]["llm"] > found["all"]["llm"]
     page = (tmp_path / "ablation.html").read_text()
     assert page.count("<rect") == 15
-    assert page.count("local only ") == 1  # it has no LLM
-    assert page.count("global update ") == 3
+    assert page.count(">local only ") == 1  # it has no LLM
+    assert page.count(">global update ") == 3
 
 
 def test_it_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

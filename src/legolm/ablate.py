@@ -243,7 +243,8 @@ def _verdict(found: Record) -> str:
     words = f"The dearest block to leave out is {name}: {most:+.3f} nats for the clients' blocks on all data."
     if found["gain"] is None:
         return words + " This run has no local-only baseline."
-    return words + f" The federation gained {found['gain']:.3f} over local-only training."
+    gained = "less" if found["gain"] >= 0 else "more"
+    return words + f" With the global update they have {abs(found['gain']):.3f} {gained} than with local-only training."
 
 
 def _number(value: float | None) -> str:

@@ -293,6 +293,12 @@ def test_bad_input_is_one_line(run: Path, llm: Path, tmp_path: Path) -> None:
     fails("write numbers with commas", [fr], weights="one")
     with pytest.raises(LegolmError, match="give --weights or --validate"):
         plan([str(other)], "llm", str(llm), EXACT, None, None, QUIET)
+    wrong = made(tmp_path / "wrong", llm, Coverage.full(shape), 0)[1]
+    save_factors(wrong | {"layers.0.mlp.up_proj.B": torch.zeros(96, 3)}, 1.0, "start", tmp_path / "wrong")
+    fails("layers.0.mlp.up_proj.B has shape (96, 3)", [tmp_path / "wrong"])
+    save_factors({key: tensor for key, tensor in wrong.items() if key != "layers.0.mlp.up_proj.B"}, 1.0, "s",
+                 tmp_path / "wrong")  # fmt: skip
+    fails("layers.0.mlp.up_proj.B is missing", [tmp_path / "wrong"])
     (broken := tmp_path / "broken").mkdir()
     for file in other.iterdir():
         shutil.copy(file, broken)

@@ -134,11 +134,9 @@ def _check(source: Source, coverage: Coverage) -> None:
         tensor = source.factors.get(key)
         if tensor is None or key not in wanted:
             raise LegolmError(f"{source.name}: {key} is {'missing' if tensor is None else 'not the block’s'}")
-        shape = factor_shape(coverage, key, tensor.shape[0 if key.endswith(".A") else 1])
-        partner = source.factors.get(f"{key[:-1]}{'B' if key.endswith('.A') else 'A'}")
-        if tuple(tensor.shape) != shape or (
-            partner is not None and key.endswith(".A") and len(tensor) != partner.shape[1]
-        ):
+        # A and B of a module have one rank, A's.
+        rank = len(source.factors.get(f"{key[:-1]}A", tensor))
+        if tuple(tensor.shape) != factor_shape(coverage, key, rank):
             raise LegolmError(f"{source.name}: {key} has shape {tuple(tensor.shape)}, which does not fit the block")
         if not bool(tensor.isfinite().all()):
             raise LegolmError(f"{source.name}: {key} is not finite")

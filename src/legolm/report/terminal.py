@@ -71,7 +71,8 @@ def print_coverage(block: Block) -> None:
 
 def print_composition(wanted: Composition) -> None:
     """The dry run of `legolm compose`: what each source holds, what the target does, and how much of it is theirs."""
-    table = _table("model", "block", *(f">{size}" for size in ("layers", "KV groups", "neurons")), ">weights held")
+    table = _table("source", "block", *(f">{size}" for size in ("layers", "KV groups", "neurons")), ">weights held")
+    table.columns[0].overflow = "fold"
     for column in ("rank", "examples", "weight"):
         table.add_column(column, justify="right")
     for source, weight in zip(wanted.sources, wanted.weights, strict=True):
