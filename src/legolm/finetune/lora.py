@@ -47,13 +47,13 @@ def lora(
     try:
         for linear in patched:
             linear.forward = _Frozen(linear, dtype)  # type: ignore[assignment]
-        for layer, module, linear in _linears(model, coverage, factors):
+        for seed, (layer, module, linear) in enumerate(_linears(model, coverage, factors)):
             a, b = (parameters[factor_key(layer, module, side)] for side in "AB")
             mask = coverage.mask(layer, module)
             if mask is None:
                 linear.forward = _Adapted(linear, dtype, a, b, scale, dropout)
             else:
-                linear.forward = _Masked(linear, dtype, a, b, scale, mask)
+                linear.forward = _Masked(linear, dtype, a, b, scale, mask, seed)
         yield {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
     finally:
         for linear in patched:
@@ -95,9 +95,11 @@ class _Adapted(_Frozen):
 class _Masked(_Frozen):
     """The same under the block's mask."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, a: Tensor, b: Tensor, scale: float, mask: Tensor) -> None:
+    def __init__(
+        self, linear: nn.Linear, dtype: torch.dtype, a: Tensor, b: Tensor, scale: float, mask: Tensor, seed: int
+    ) -> None:
         super().__init__(linear, dtype)
-        self._given = a, b, mask.to(a.device), scale
+        self._given = a, b, mask.to(a.device), scale, seed
 
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = MaskedLinear.apply(x, self._weight, self._bias, *self._given)  # type: ignore[no-untyped-call]
@@ -105,13 +107,13 @@ class _Masked(_Frozen):
 
 
 def merge(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> None:
-    """Merge an adapter into the block in place: W ← M ∘ (W + s·B·A)."""
-    for layer, module, linear in _linears(model, coverage, factors):
+    """Merge an adapter into the block in place: W ← M ∘ (W + s·B·A), rounded as the masked forward rounds it."""
+    for seed, (layer, module, linear) in enumerate(_linears(model, coverage, factors)):
         old = linear.weight.data
         a, b = (factors[factor_key(layer, module, side)].to(old.device) for side in "AB")
         mask = coverage.mask(layer, module)
         mask = None if mask is None else mask.to(old.device)
-        linear.weight.data = merged_weight(old, a, b, scale, mask).to(old.dtype)
+        linear.weight.data = merged_weight(old, a, b, scale, mask, seed)
 
 
 @contextmanager
