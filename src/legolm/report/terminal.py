@@ -16,10 +16,11 @@ from legolm.types import Block
 
 def print_plan(plan: Plan, config: RunConfig) -> None:
     """The dry run: blocks, clients, tokens, bytes, memory."""
-    blocks = _table("block", "method", ">sparsity", ">parameters", ">on disk", ">memory to train")
+    blocks = _table("block", "method", ">sparsity", ">parameters", ">on disk", ">memory to train", ">recovery")
     for block in plan.blocks:
         sizes = (_count(block.parameters), _mb(block.file_bytes), _mb(block.training_bytes))
-        blocks.add_row(block.name, block.method, f"{block.sparsity:.2f}", *sizes)
+        recovery = f"{block.recovery_steps} steps" if block.recovery_steps else "none"
+        blocks.add_row(block.name, block.method, f"{block.sparsity:.2f}", *sizes, recovery)
     clients = _table("client", "block", ">examples", ">tokens a round", ">received a round", ">sent a round")
     for client in plan.clients:
         row = (f"{client.examples:,}", f"{client.tokens_per_round:,}", _mb(client.bytes_down), _mb(client.bytes_up))
