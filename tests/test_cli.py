@@ -70,11 +70,25 @@ def config(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> Callabl
     return write
 
 
+@pytest.fixture
+def public_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins, in the current folder, for the public data that the FLAN examples say how to get."""
+    tasks = ["cola", "definite_pronoun_resolution", "fix_punct", "glue_qqp", "snli", "trec", "web_nlg_en", "wic"]
+    rows = [{"instruction": "Is it?", "output": "yes", "task": task} for task in tasks for _ in range(3)]
+    flan = tmp_path / "data" / "FedDPA" / "data" / "dataset1"
+    (flan / "8").mkdir(parents=True)
+    (flan / "8" / "local_training_0.json").write_text(json.dumps(rows))
+    test = flan / "flan_test_200_selected_nstrict_1.jsonl"
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("public_data")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_loads_and_plans(example: Path) -> None:
     done = legolm("compare" if example.parent.name == "compare" else "run", example, "--dry-run")
     assert done.returncode == 0, done.stderr
-    for word in ("block", "client", "tokens a round", "memory", "Nothing was done."):
+    for word in ("block", "client", "tokens", "memory", "Nothing was done."):
         assert word in done.stdout
 
 
