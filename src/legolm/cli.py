@@ -190,7 +190,7 @@ def evaluate(
     results = evaluate_all(line_up(models, base, adapter), questions, precision)
     print_scores(results)
     if out is not None:
-        write_json(results, out)
+        write_json(results, questions, precision, out)
         typer.echo(out)
 
 

@@ -14,9 +14,12 @@ from unittest.mock import patch
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from legolm.cli import main
+from legolm.coverage import init_factors, slice_factors
 from legolm.evaluate.side_by_side import Subject, line_up, load_subject
+from legolm.finetune import merge, save_adapter
 from legolm.models import decoder_layers, fingerprint, load_model
 from legolm.prune import read_block
 
@@ -90,7 +93,10 @@ def test_a_block_beside_its_llm(
         "eval", *blocks.values(), "--base", tiny("llama"), *given, "--rouge", "--limit", 3, "--out", out
     )
     assert code == 0, errors
-    results = json.loads(out.read_text())
+    content = json.loads(out.read_text())
+    assert (content["precision"], content["limit"], content["length"]) == ("fp32", 3, 128)
+    assert {"lm_eval", "torch"} <= set(content["versions"])
+    results = content["results"]
     names = [str(tiny("llama")), str(blocks["structured"]), str(blocks["wanda"])]
     figures = {(one["task"], one["metric"]): {} for one in results}
     for one in results:
@@ -157,6 +163,20 @@ def test_an_adapter_on_the_llm_and_under_a_blocks_mask(
     assert not torch.equal(weight, before)
 
 
+def test_an_adapter_of_a_run_on_its_block(blocks: dict[str, Path], tmp_path: Path) -> None:
+    block = read_block(blocks["structured"])
+    whole = init_factors(block.coverage.shape, ["q_proj", "down_proj"], 2, seed=0)
+    factors = slice_factors(block.coverage, whole, 2)
+    factors = {key: torch.full_like(tensor, 0.1) if key.endswith("B") else tensor for key, tensor in factors.items()}
+    save_adapter(block.coverage, factors, 2.0, str(block.path), tmp_path / "own")
+    ids = torch.arange(20)[None]
+    loaded = load_subject(Subject("a", block.path, block, tmp_path / "own"))
+    expected = load_model(block.path)
+    merge(expected, block.coverage, factors, 2.0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_bad_input_is_one_line(
     blocks: dict[str, Path],
     tiny: Callable[[str], Path],
@@ -196,6 +216,11 @@ def test_bad_input_is_one_line(
     for change in ({"r": 3}, {"target_modules": ["k_proj"]}, {"peft_type": "NEW"}):
         (wrong / "adapter_config.json").write_text(json.dumps(settings | change))
         fails(llm, "--adapter", wrong, "--data", data, says=("--adapter", "wrong"))
+    tensors = load_file(wrong / "adapter_model.safetensors")
+    moved = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in tensors.items()}
+    save_file(moved, wrong / "adapter_model.safetensors")
+    (wrong / "adapter_config.json").write_text(json.dumps(settings))
+    fails(llm, "--adapter", wrong, "--data", data, says=("the model has no place for", "layers.7."))
     for module, option in (("lm_eval.tasks", ("--tasks", "three")), ("rouge_score", ("--data", data, "--rouge"))):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
         fails(llm, *option, says=("pip install 'legolm[eval]'",))

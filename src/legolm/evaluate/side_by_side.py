@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from legolm.memory import release_memory
 from legolm.models import decoder_layers, fingerprint, load_config, load_model, load_tokenizer, resolve, shape_of
 from legolm.progress import Progress
 from legolm.prune import read_block
+from legolm.report.summary import versions
 from legolm.rundir import atomic_write
 from legolm.types import Block, LegolmError
 
@@ -105,10 +107,12 @@ def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Preci
     return results
 
 
-def write_json(results: Sequence[Result], path: Path) -> None:
-    """All figures, each with what every question gave to it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps([result.as_json() for result in results], indent=1) + "\n")
+def write_json(results: Sequence[Result], questions: Questions, precision: Precision, path: Path) -> None:
+    """All figures, each with what every question gave to it, and how they were got."""
+    asked = {name: getattr(questions, name) for name in ("limit", "length", "windows")}
+    used = versions() | ({"lm_eval": version("lm_eval")} if questions.tasks else {})
+    content = {"precision": precision, **asked, "versions": used, "results": [one.as_json() for one in results]}
+    atomic_write(path, json.dumps(content, indent=1) + "\n")
 
 
 def load_subject(subject: Subject) -> Any:
