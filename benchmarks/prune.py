@@ -8,7 +8,7 @@ is over the first ten windows of 1,024 test tokens, matrix products in bfloat16.
 the block's speed over the dense model's on 512 prompt tokens and on 32 generated ones (both models in bfloat16, medians
 of pairs that take turns); `decode_of_bytes` is the latter over the ratio of their bytes. With `--peer-python`, the
 Python of an environment with llm-compressor, that prunes with the same tokens in turn with ours. `forward_s` is the CPU
-time of the calibration's forward passes alone (two of each layer). Last line: one JSON object.
+time of the calibration's forward pass alone. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -105,10 +105,11 @@ def peer(options: argparse.Namespace, target: dict[str, Any], folder: Path) -> d
 
 
 def forward_s(options: argparse.Namespace) -> float:
-    """CPU seconds of two forward passes of every layer over the calibration tokens."""
+    """CPU seconds of a forward pass of every layer over the calibration tokens."""
     import torch
 
     from legolm.data import calibration_tokens
+    from legolm.memory import keep_freed_memory
     from legolm.models import LayeredModel, load_tokenizer, resolve
     from legolm.prune.calibrate import Stream
 
@@ -117,11 +118,10 @@ def forward_s(options: argparse.Namespace) -> float:
     model = LayeredModel(base)
     began = time.process_time()
     stream = Stream.start(model, calibration_tokens(calibration(options), load_tokenizer(base), 0), "bf16")
-    for index in range(len(model.layers)):
-        with model.layer(index) as layer:
-            for _ in stream.run(index, layer):
-                pass
-            stream.advance(index, layer)
+    with keep_freed_memory():
+        for index in range(len(model.layers)):
+            with model.layer(index) as layer:
+                stream.advance(index, layer)
     return round(time.process_time() - began, 1)
 
 

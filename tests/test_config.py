@@ -91,3 +91,17 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("- 1")
     with pytest.raises(LegolmError, match="must be a mapping"):
         configs.load(tmp_path / "c.yaml")
+
+
+def test_blocks_recover_where_the_rounds_leave_time(tmp_path: Path) -> None:
+    blocks = [
+        {"name": "a", "method": "structured", "sparsity": 0.5},
+        {"name": "b", "method": "structured", "sparsity": 0.5, "recover": {"steps": 3}},
+        {"name": "c", "method": "structured", "sparsity": 0.5, "recover": {"minutes": 0.25}},
+        {"name": "d", "method": "dense"},
+        {"name": "e", "method": "wanda", "sparsity": 0.5, "calibration": {"statistics": ["sums"]}},
+    ]
+    path = write(tmp_path / "c.yaml", MINIMAL | {"blocks": blocks})
+    for rounds, steps, expected in ((3, 5, 0), (2, 8, 16), (9, 8, 40)):
+        found = configs.load(path, [f"federation.rounds={rounds}", f"train.steps={steps}"]).cuts
+        assert [block.recover.most_steps for block in found] == [expected, 3, 15, 0, 0]

@@ -159,23 +159,39 @@ def inspect(block: Annotated[Path, typer.Argument(help="a block's folder")]) -> 
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="`starter`, a block's folder, a checkpoint's folder or a hub id")],
+    models: Annotated[list[str], typer.Argument(help="`starter`, a block's or a checkpoint's folder, or a hub id")],
+    tasks: Annotated[str | None, typer.Option(help="of lm-evaluation-harness: hellaswag,arc_easy")] = None,
+    include: Annotated[Path | None, typer.Option(help="folder of your own YAML tasks; their code runs")] = None,
     data: Annotated[str | None, typer.Option(help="a file of instructions and answers")] = None,
     text: Annotated[Path | None, typer.Option(help="a text file for perplexity")] = None,
+    base: Annotated[str | None, typer.Option(help="the LLM of the blocks, if it is not the starter")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="a PEFT adapter's folder, put on the model")] = None,
+    rouge: Annotated[bool, typer.Option("--rouge", help="also generate the answers, for ROUGE-L; slow")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="only so many questions of each task and of --data")] = None,
     instruction: Annotated[str, typer.Option(help="field of the instruction")] = "instruction",
     answer: Annotated[str, typer.Option(help="field of the answer")] = "output",
-    length: Annotated[int, typer.Option(help="tokens a perplexity window")] = 1024,
-    windows: Annotated[int | None, typer.Option(help="at most this many windows")] = None,
+    length: Annotated[int, typer.Option(min=2, help="tokens a perplexity window")] = 1024,
+    windows: Annotated[int | None, typer.Option(min=1, help="at most this many windows")] = None,
     precision: Precision = "fp32",
+    out: Annotated[Path | None, typer.Option(help="JSON file of all figures, with every question's part")] = None,
 ) -> None:
-    """Loss and exact match on answers, perplexity on text."""
-    if data is None and text is None:
-        raise LegolmError("eval: nothing to evaluate on; give --data, --text or both")
-    from legolm.evaluate.files import evaluate_files
+    """Tasks, answers and perplexity, with standard errors; a block beside its LLM, with a paired test."""
+    if out is not None and out.exists():
+        raise LegolmError(f"--out {out}: is already there; give another file")
+    from legolm.config import Fields
+    from legolm.evaluate import read_questions
+    from legolm.evaluate.side_by_side import evaluate as evaluate_all
+    from legolm.evaluate.side_by_side import line_up, write_json
     from legolm.report.terminal import print_scores
 
-    fields = {"instruction": instruction, "answer": answer}
-    print_scores(evaluate_files(model, data, text, fields, length, windows, precision))
+    wanted = [] if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    fields = Fields(instruction=instruction, answer=answer)
+    questions = read_questions(wanted, include, data, fields, text, limit, rouge, length, windows)
+    results = evaluate_all(line_up(models, base, adapter), questions, precision)
+    print_scores(results)
+    if out is not None:
+        write_json(results, questions, precision, out)
+        typer.echo(out)
 
 
 @app.command()

@@ -105,7 +105,7 @@ def _cut_blocks(
     """Every block of the config, by name, cut or found finished; and the LLM as `llm`."""
     blocks = {"llm": llm_block(plan.base, base_fingerprint)}
     precision = choose_precision(config.precision)
-    left = [spec for spec in config.blocks if not folder.block(spec.name).exists()]
+    left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
     made = {}
     for spec in left:
         recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{precision}"

@@ -27,7 +27,7 @@ SPARE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """Sizes of one block: stored parameters, checkpoint bytes, peak bytes of fine-tuning it."""
+    """One block: stored parameters, checkpoint bytes, peak bytes of fine-tuning it, steps of recovery at most."""
 
     name: str
     method: str
@@ -35,6 +35,7 @@ class PlannedBlock:
     parameters: int
     file_bytes: int
     training_bytes: int
+    recovery_steps: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
 
     coverages: dict[str, Coverage] = {}
     blocks, shaped = [], ("dense", "structured")
-    for spec in config.blocks:
+    for spec in config.cuts:
         coverage = coverages[spec.name] = planned_coverage(spec, base)
         parameters = base.parameters_of(coverage.kept_weights)
         blocks.append(
@@ -107,6 +108,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
                 training_bytes=training_bytes(
                     coverage, parameters, model.vocab_size, longest, config.train, config.lora, precision
                 ),
+                recovery_steps=spec.recover.most_steps,
             )
         )
     needs = {block.name: block.training_bytes for block in blocks}

@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM
 from legolm import config as configs
 from legolm import pipeline
 from legolm.compose import choose_method, compose, plan
+from legolm.config import Fields
 from legolm.coverage import Coverage, factor_shape
+from legolm.data import read_rows, render, to_example
+from legolm.evaluate import score
 from legolm.finetune import merge, save_adapter, save_factors
-from legolm.models import decoder_layers, fingerprint, load_config, load_model, shape_of
+from legolm.models import decoder_layers, fingerprint, load_config, load_model, load_tokenizer, shape_of
 from legolm.progress import Progress
 from legolm.prune import read_block
 from legolm.prune.manifest import Manifest, write_block
@@ -248,13 +251,11 @@ def test_weights_by_examples_by_hand_and_by_loss(run: Path, tmp_path: Path) -> N
     assert weights("1,3", None) == pytest.approx([0.5, 1.5])
     data = tmp_path / "v.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"Say {i}", "output": "fr"}) + "\n" for i in range(4)))
-    # Losses as `legolm eval` gives them.
-    from legolm.evaluate.files import evaluate_files
-
     losses = []
     for name in names:
-        fields = {"instruction": "instruction", "answer": "output"}
-        losses.append(evaluate_files(name, str(data), None, fields, 64, None, "fp32")[name]["answer loss"])
+        tokenizer = load_tokenizer(Path(name))
+        rows = [render(to_example(row, Fields()), tokenizer, 512) for row in read_rows(str(data), "data")]
+        losses.append(score(load_model(Path(name)), rows, tokenizer.pad_token_id, 8, "fp32").loss)
     scale = 2 / sum(math.exp(-loss) for loss in losses)
     assert weights(None, str(data)) == pytest.approx([scale * math.exp(-loss) for loss in losses], rel=1e-4)
     with pytest.raises(LegolmError, match="give one of them"):
@@ -306,7 +307,7 @@ def test_bad_input_is_one_line(run: Path, llm: Path, tmp_path: Path) -> None:
     fails("broken or not written by legolm", [broken])
 
 
-def test_the_command(run: Path, tmp_path: Path) -> None:
+def test_the_command(run: Path, llm: Path, tmp_path: Path) -> None:
     sources = (run / "final" / "fr", run / "final" / "de")
     done = legolm("compose", *sources, "--into", "union", "--out", tmp_path / "out", "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -318,7 +319,7 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     assert legolm("inspect", tmp_path / "out").returncode == 0
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"instruction": "Say 1", "output": "fr"}) + "\n")
-    assert legolm("eval", tmp_path / "out", "--data", rows).returncode == 0
+    assert legolm("eval", tmp_path / "out", "--base", llm, "--data", rows).returncode == 0
     again = legolm("compose", *sources, "--into", "union", "--out", tmp_path / "out")
     assert_one_line(again, "is already there; give another folder")
     assert_one_line(legolm("compose", *sources, "--into", "x", "--out", tmp_path / "x"), "must be llm, union, sizes")

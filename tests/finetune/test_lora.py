@@ -84,7 +84,7 @@ def test_masked_gradients_against_autograd_in_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     x, a, b = (torch.randn(s, generator=generator).requires_grad_() for s in ((2, 5, 6), (3, 6), (4, 3)))
     weight, mask = torch.randn(4, 6, generator=generator), torch.rand(4, 6, generator=generator) > 0.5
-    MaskedLinear.apply(x, weight, None, a, b, mask, 1.5).square().sum().backward()
+    MaskedLinear.apply(x, weight, None, a, b, mask, 1.5, 0).square().sum().backward()
     exact = [t.detach().double().requires_grad_() for t in (x, a, b)]
     (exact[0] @ (mask * (weight.double() + 1.5 * exact[2] @ exact[1])).T).square().sum().backward()
     for found, expected in zip((x, a, b), exact, strict=True):

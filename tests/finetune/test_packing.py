@@ -112,11 +112,28 @@ def test_putting_what_was_taken_gives_the_pack_back(lengths: list[int], groups: 
     assert packed.labels.tolist() == [packed.ids[0, place + 1] for place in packed.predict.tolist()]
 
 
+def joint_of(weight: torch.Tensor, rank: int) -> torch.Tensor:
+    return torch.nn.functional.pad(weight, (0, rank, 0, rank))
+
+
+def test_a_young_adapter_is_not_rounded_away() -> None:
+    """x Wᵀ is about 1/4, where bfloat16's last place is 1/512; the adapter's term of a quarter of it must move some."""
+    torch.manual_seed(0)
+    x, weight = torch.rand(64, 256), torch.rand(512, 256) / 256
+    a, b = torch.ones(1, 256) / 128, torch.full((512, 1), 1 / 2048)
+    y = [
+        LoraLinear.apply(x.bfloat16(), joint_of(weight.bfloat16(), 1), None, a, scale * b, 1.0, 0.0).float()
+        for scale in (0, 1)
+    ]
+    moved = float((y[1] - y[0]).mean())
+    assert moved == pytest.approx(float((x @ a.T @ b.T).mean()), rel=0.1)
+
+
 def test_lora_linear_against_autograd_in_float64() -> None:
     torch.manual_seed(0)
     x, a, b = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((2, 5, 6), (3, 6), (4, 3)))
     weight, bias = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    y = LoraLinear.apply(x, weight, bias, a, b, 1.5, 0.0)
+    y = LoraLinear.apply(x, joint_of(weight, 3), bias, a, b, 1.5, 0.0)
     expected = x @ (weight + 1.5 * b @ a).T + bias
     torch.testing.assert_close(y, expected)
     wanted = torch.autograd.grad(expected.square().sum(), (x, a, b))
@@ -127,7 +144,7 @@ def test_lora_linear_against_autograd_in_float64() -> None:
 def test_lora_dropout_is_on_the_adapters_input_only() -> None:
     x, a, b = torch.ones(1, 1000, 1).requires_grad_(), torch.ones(1, 1), torch.ones(1, 1)
     torch.manual_seed(0)
-    y = LoraLinear.apply(x, torch.zeros(1, 1), None, a, b, 1.0, 0.25)
+    y = LoraLinear.apply(x, joint_of(torch.zeros(1, 1), 1), None, a, b, 1.0, 0.25)
     assert y.unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert float((y == 0).float().mean()) == pytest.approx(0.25, abs=0.05)
     y.sum().backward()

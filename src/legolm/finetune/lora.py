@@ -47,14 +47,18 @@ def lora(
     try:
         for linear in patched:
             linear.forward = _Frozen(linear, dtype)  # type: ignore[assignment]
-        for layer, module, linear in _linears(model, coverage, factors):
+        for seed, (layer, module, linear) in enumerate(_linears(model, coverage, factors)):
             a, b = (parameters[factor_key(layer, module, side)] for side in "AB")
             mask = coverage.mask(layer, module)
-            linear.forward = _Adapted(linear, dtype, a, b, scale, dropout, mask)
+            if mask is None:
+                linear.forward = _Adapted(linear, dtype, a, b, scale, dropout)
+            else:
+                linear.forward = _Masked(linear, dtype, a, b, scale, mask, seed)
         yield {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
     finally:
         for linear in patched:
             linear.__dict__.pop("forward", None)
+            linear.weight.data = linear.weight.data.contiguous()
 
 
 class _Frozen:
@@ -69,39 +73,47 @@ class _Frozen:
 
 
 class _Adapted(_Frozen):
-    """The same with factors A and B, under the mask where there is one."""
+    """The same with factors A and B."""
 
     def __init__(
-        self,
-        linear: nn.Linear,
-        dtype: torch.dtype,
-        a: Tensor,
-        b: Tensor,
-        scale: float,
-        dropout: float,
-        mask: Tensor | None,
+        self, linear: nn.Linear, dtype: torch.dtype, a: Tensor, b: Tensor, scale: float, dropout: float
     ) -> None:
         super().__init__(linear, dtype)
-        self._a, self._b, self._scale, self._dropout = a, b, scale, dropout
-        self._mask = None if mask is None else mask.to(a.device)
+        self._given = a, b, scale, dropout
+        rows, columns = linear.weight.shape
+        self._joint = torch.zeros(rows + len(a), columns + len(a), dtype=dtype, device=a.device)
+        self._joint[:rows, :columns] = self._weight
+        self._weight = self._joint[:rows, :columns]
+        if linear.weight.dtype == dtype:
+            linear.weight.data = self._weight  # one copy in memory
 
     def __call__(self, x: Tensor) -> Tensor:
-        given = (x, self._weight, self._bias, self._a, self._b)
-        if self._mask is None:
-            y: Tensor = LoraLinear.apply(*given, self._scale, self._dropout)  # type: ignore[no-untyped-call]
-        else:
-            y = MaskedLinear.apply(*given, self._mask, self._scale)  # type: ignore[no-untyped-call]
+        y: Tensor = LoraLinear.apply(x, self._joint, self._bias, *self._given)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Masked(_Frozen):
+    """The same under the block's mask."""
+
+    def __init__(
+        self, linear: nn.Linear, dtype: torch.dtype, a: Tensor, b: Tensor, scale: float, mask: Tensor, seed: int
+    ) -> None:
+        super().__init__(linear, dtype)
+        self._given = a, b, mask.to(a.device), scale, seed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = MaskedLinear.apply(x, self._weight, self._bias, *self._given)  # type: ignore[no-untyped-call]
         return y
 
 
 def merge(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> None:
-    """Merge an adapter into the block in place: W ← M ∘ (W + s·B·A)."""
-    for layer, module, linear in _linears(model, coverage, factors):
+    """Merge an adapter into the block in place: W ← M ∘ (W + s·B·A), rounded as the masked forward rounds it."""
+    for seed, (layer, module, linear) in enumerate(_linears(model, coverage, factors)):
         old = linear.weight.data
         a, b = (factors[factor_key(layer, module, side)].to(old.device) for side in "AB")
         mask = coverage.mask(layer, module)
         mask = None if mask is None else mask.to(old.device)
-        linear.weight.data = merged_weight(old, a, b, scale, mask).to(old.dtype)
+        linear.weight.data = merged_weight(old, a, b, scale, mask, seed)
 
 
 @contextmanager

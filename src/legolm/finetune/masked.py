@@ -13,18 +13,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from legolm.rounding import rounded
+
 
 class MaskedLinear(torch.autograd.Function):
     """Saves x (…, in), A (r, in) and B (out, r); W (out, in) and M are frozen. Products in W's dtype."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, mask: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        mask: Tensor,
+        scale: float,
+        seed: int,
     ) -> Tensor:
         low = x.to(weight.dtype)
         ctx.save_for_backward(low, weight, a, b, mask)
-        ctx.scale, ctx.dtype = scale, x.dtype
-        return linear(low, merged_weight(weight, a, b, scale, mask).to(weight.dtype), bias)
+        ctx.scale, ctx.seed, ctx.dtype = scale, seed, x.dtype
+        return linear(low, merged_weight(weight, a, b, scale, mask, seed), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -32,14 +42,14 @@ class MaskedLinear(torch.autograd.Function):
         g = grad.to(weight.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (g @ merged_weight(weight, a, b, ctx.scale, mask).to(weight.dtype)).to(ctx.dtype)
+            dx = (g @ merged_weight(weight, a, b, ctx.scale, mask, ctx.seed)).to(ctx.dtype)
         dense = (g.flatten(0, -2).t() @ x.flatten(0, -2)).float().mul_(mask)
         da = ctx.scale * (b.t() @ dense) if ctx.needs_input_grad[3] else None
         db = ctx.scale * (dense @ a.t()) if ctx.needs_input_grad[4] else None
-        return dx, None, None, da, db, None, None
+        return dx, None, None, da, db, None, None, None
 
 
-def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """M ∘ (W + s·B·A) in float32, whatever the dtype of W; without a mask W + s·B·A."""
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, mask: Tensor | None, seed: int) -> Tensor:
+    """M ∘ (W + s·B·A), without a mask W + s·B·A, rounded once to the dtype of W; the seed decides how (`rounded`)."""
     merged = torch.addmm(weight.float(), b.detach(), a.detach(), alpha=scale)
-    return merged if mask is None else merged.mul_(mask)
+    return rounded(merged if mask is None else merged.mul_(mask), weight.dtype, seed)

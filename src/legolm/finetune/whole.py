@@ -14,6 +14,7 @@ from legolm.config import Precision
 from legolm.coverage import Coverage
 from legolm.finetune.precision import dtype_of
 from legolm.models import decoder_layers
+from legolm.rounding import rounded
 
 
 @contextmanager
@@ -37,9 +38,9 @@ def whole(model: Any, coverage: Coverage, precision: Precision) -> Iterator[list
     try:
         yield [parameter for _, parameter in trained]
     finally:
-        for linear, parameter in trained:
+        for seed, (linear, parameter) in enumerate(trained):
             del linear.forward
-            linear.weight.data = parameter.detach().to(linear.weight.dtype)
+            linear.weight.data = rounded(parameter.detach(), linear.weight.dtype, seed)
 
 
 class _Whole:

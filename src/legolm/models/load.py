@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from legolm.models.family import decoder_layers, family_of
 from legolm.models.starter import starter_path
+from legolm.rounding import rounded
 from legolm.types import LegolmError
 
 transformers_logging.disable_progress_bar()
@@ -86,8 +87,13 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def save_model(model: Any, tokenizer: Any, path: Path, dtype: torch.dtype) -> None:
-    """Write a normal checkpoint in `dtype`. The model in memory takes that dtype too: it is the end of it."""
-    model.to(dtype)
+    """Write a normal checkpoint in `dtype`. The model in memory takes that dtype too: it is the end of it.
+
+    Rounding is stochastic (`rounded`), so that small changes of the weights are not lost.
+    """
+    for seed, parameter in enumerate(model.parameters()):
+        parameter.data = rounded(parameter.data, dtype, seed)
+    model.to(dtype)  # buffers
     model.config.use_cache = True
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

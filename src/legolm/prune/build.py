@@ -103,9 +103,9 @@ def _finish(job: _Job, base: Base, seconds: float, seed: int, precision: Precisi
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     details: dict[str, Any] = {"target": spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True)}
-    if spec.recover.steps:
+    if spec.recover.most_steps:
         model = load_model(folder)
-        with progress.stage(f"recover {spec.name}", spec.recover.steps) as advance:
+        with progress.stage(f"recover {spec.name}", spec.recover.most_steps) as advance:
             details["recover"] = recover(model, coverage, base.path, tokenizer, spec, precision, seed, advance)
         for stale in folder.glob("model*"):
             stale.unlink()

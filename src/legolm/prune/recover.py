@@ -59,7 +59,7 @@ def recover(
     ):
         heads = Head.of(model, precision), Head.of(teacher, precision)
         optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
-        for _ in range(recipe.steps):
+        for _ in range(recipe.most_steps):
             left = 1 - _share_done(recipe, len(found), began)
             if left <= 0:
                 break
@@ -84,7 +84,7 @@ def recover(
 def _windows(spec: BlockConfig, tokenizer: Any, seed: int) -> Iterator[Tensor]:
     """Endless windows of text (length,), all before any comes again."""
     recipe = spec.recover
-    wanted = {"samples": recipe.steps * recipe.batch_size, "text": recipe.text or spec.calibration.text}
+    wanted = {"samples": recipe.most_steps * recipe.batch_size, "text": recipe.text or spec.calibration.text}
     # Another seed than calibration's: recovery should see text that the cut was not fitted on.
     return itertools.cycle(
         calibration_tokens(spec.calibration.model_copy(update=wanted), tokenizer, seed + 1, fewer=True)
@@ -109,7 +109,7 @@ def _trainable(
 def _share_done(recipe: RecoverConfig, steps: int, began: float) -> float:
     """Of the steps or of the minutes, whichever is more."""
     minutes = (time.perf_counter() - began) / 60
-    return max(steps / recipe.steps, 0.0 if recipe.minutes is None else minutes / recipe.minutes)
+    return max(steps / recipe.most_steps, 0.0 if recipe.minutes is None else minutes / recipe.minutes)
 
 
 def _backward(model: Any, teacher: Any, heads: tuple[Head, Head], batch: Tensor) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from legolm.config import RunConfig
 from legolm.coverage import Coverage
+from legolm.evaluate.side_by_side import Result
 from legolm.plan import Plan
 from legolm.types import Block
 
@@ -20,10 +22,11 @@ if TYPE_CHECKING:
 
 def print_plan(plan: Plan, config: RunConfig) -> None:
     """The dry run: blocks, clients, tokens, bytes, memory."""
-    blocks = _table("block", "method", ">sparsity", ">parameters", ">on disk", ">memory to train")
+    blocks = _table("block", "method", ">sparsity", ">parameters", ">on disk", ">memory to train", ">recovery")
     for block in plan.blocks:
         sizes = (_count(block.parameters), _mb(block.file_bytes), _mb(block.training_bytes))
-        blocks.add_row(block.name, block.method, f"{block.sparsity:.2f}", *sizes)
+        recovery = f"{block.recovery_steps} steps" if block.recovery_steps else "none"
+        blocks.add_row(block.name, block.method, f"{block.sparsity:.2f}", *sizes, recovery)
     clients = _table("client", "block", ">examples", ">tokens a round", ">received a round", ">sent a round")
     for client in plan.clients:
         row = (f"{client.examples:,}", f"{client.tokens_per_round:,}", _mb(client.bytes_down), _mb(client.bytes_up))
@@ -117,13 +120,30 @@ def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     )
 
 
-def print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:
-    """One row for each model evaluated."""
-    names = list(dict.fromkeys(name for found in scores.values() for name in found))
-    table = _table("model", *(f">{name}" for name in names))
-    for model, found in scores.items():
-        table.add_row(model, *(f"{found[name]:.3f}" for name in names))
-    Console().print(table)
+def print_scores(results: Sequence[Result]) -> None:
+    """One row a figure and model: value ± standard error, and the paired difference to the model `against`."""
+    table = _table("task", "metric", "model", ">value", ">questions", "against", ">difference", ">p")
+    names = _short({name for one in results for name in (one.model, one.against) if name is not None})
+    for one in results:
+        row = [one.task, one.metric, names[one.model], _with_error(one.figure.value, one.figure.stderr)]
+        row.append(f"{one.figure.count:,}")
+        if one.against is not None and one.comparison is not None:
+            found = one.comparison
+            row += [names[one.against], _with_error(found.difference, found.stderr, "+")]
+            row.append("<0.001" if found.p < 0.001 else f"{found.p:.3f}")
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _short(names: Iterable[str]) -> dict[str, str]:
+    """The last parts of folders' names where those tell them apart."""
+    whole = list(names)
+    last = [name.rsplit("/", 1)[-1] for name in whole]
+    return {name: end if last.count(end) == 1 else name for name, end in zip(whole, last, strict=True)}
+
+
+def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
 
 
 def _table(*columns: str) -> Table:

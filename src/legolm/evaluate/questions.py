@@ -1,0 +1,101 @@
+"""What models are evaluated on, read once, and a model's figures on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from legolm.config import Fields, Precision
+from legolm.data import read_rows, read_text, render, to_example
+from legolm.evaluate.answers import score_each
+from legolm.evaluate.figure import digest, ratio_figure
+from legolm.evaluate.perplexity import window_losses
+from legolm.evaluate.rouge import generate, need_rouge, rouge_l
+from legolm.evaluate.tasks import TaskFigures, Tasks, load_tasks, run_tasks
+from legolm.types import Example, LegolmError
+
+MAX_LENGTH = 2048
+BATCH = 8
+DATA, TEXT = "answers", "text"
+"""Names of the figures on conversations and on running text, beside those of tasks."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Harness tasks, conversations, running text; what is None or empty is not asked.
+
+    `limit`: only so many questions of each task and so many conversations. `rouge`: answers are also generated, for
+    ROUGE-L. `length`, `windows`: tokens a window of the text, and only so many windows.
+    """
+
+    tasks: Tasks | None = None
+    examples: tuple[Example, ...] = ()
+    text: str | None = None
+    limit: int | None = None
+    rouge: bool = False
+    length: int = 1024
+    windows: int | None = None
+
+
+def read_questions(
+    tasks: Sequence[str],
+    include: Path | None,
+    data: str | None,
+    fields: Fields,
+    text: Path | None,
+    limit: int | None = None,
+    rouge: bool = False,
+    length: int = 1024,
+    windows: int | None = None,
+) -> Questions:
+    """Read all inputs before any model is loaded. Raises `LegolmError` for what is missing or broken."""
+    if not tasks and data is None and text is None:
+        raise LegolmError("eval: nothing to evaluate on; give --tasks, --data or --text, or several")
+    if include is not None and not tasks:
+        raise LegolmError("--include: names no task by itself; give --tasks")
+    if rouge:
+        if data is None:
+            raise LegolmError("--rouge: is for answers; give --data")
+        need_rouge()
+    return Questions(
+        tasks=load_tasks(tasks, include) if tasks else None,
+        examples=tuple(to_example(row, fields) for row in read_rows(data, "--data"))[:limit] if data else (),
+        text=None if text is None else read_text(text, "--text"),
+        limit=limit,
+        rouge=rouge,
+        length=length,
+        windows=windows,
+    )
+
+
+def measure(model: Any, tokenizer: Any, questions: Questions, precision: Precision = "fp32") -> TaskFigures:
+    """All figures of a causal LM in memory, by task (`answers` and `text` besides) and metric.
+
+    Losses are nats a token; exact match, ROUGE-L and accuracies are shares of 1.
+    """
+    found: TaskFigures = {}
+    if questions.tasks is not None:
+        found |= run_tasks(model, tokenizer, questions.tasks, questions.limit, precision)
+    if questions.examples:
+        examples = [render(example, tokenizer, MAX_LENGTH) for example in questions.examples]
+        asked = digest(questions.examples)
+        answers = score_each(model, examples, tokenizer.pad_token_id, BATCH, precision)
+        found[DATA] = {
+            "answer loss": ratio_figure(answers.losses, answers.tokens, asked),
+            "exact match": ratio_figure(answers.exact, None, asked),
+        }
+        if questions.rouge:
+            texts = generate(model, examples, tokenizer, BATCH, precision)
+            references = [example.messages[-1].content for example in questions.examples]
+            found[DATA]["ROUGE-L"] = ratio_figure(rouge_l(texts, references), None, asked)
+    if questions.text is not None:
+        tokens = torch.tensor(tokenizer.encode(questions.text, add_special_tokens=False, verbose=False))
+        losses = window_losses(model, tokens, questions.length, precision, questions.windows)
+        predicted = [float(questions.length - 1)] * len(losses)
+        read = digest(tokens[: len(losses) * questions.length].tolist())
+        found[TEXT] = {"perplexity": ratio_figure(losses, predicted, read, exponential=True)}
+    return found

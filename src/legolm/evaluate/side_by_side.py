@@ -1,0 +1,172 @@
+"""Several models on the same questions, each block with its dense LLM beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from legolm.config import Precision
+from legolm.evaluate.figure import Figure
+from legolm.evaluate.paired import Comparison, compare
+from legolm.evaluate.questions import Questions, measure
+from legolm.evaluate.tasks import TaskFigures
+from legolm.finetune import choose_device
+from legolm.finetune.adapters import CONFIG, WEIGHTS
+from legolm.memory import release_memory
+from legolm.models import decoder_layers, fingerprint, load_config, load_model, load_tokenizer, resolve, shape_of
+from legolm.progress import Progress
+from legolm.prune import read_block
+from legolm.report.summary import versions
+from legolm.rundir import atomic_write
+from legolm.types import Block, LegolmError
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate: its folder, the adapter on it, and the name of the model that it is compared with."""
+
+    name: str
+    path: Path
+    block: Block | None = None
+    adapter: Path | None = None
+    against: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One figure of one model, and its comparison with the model `against`."""
+
+    task: str
+    metric: str
+    model: str
+    figure: Figure
+    against: str | None
+    comparison: Comparison | None
+
+    def as_json(self) -> dict[str, Any]:
+        """For `json.dumps`."""
+        names = {"task": self.task, "metric": self.metric, "model": self.model}
+        paired = None if self.comparison is None else {"model": self.against} | asdict(self.comparison)
+        return names | self.figure.as_json() | {"against": paired}
+
+
+def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None = None) -> list[Subject]:
+    """The models in order, each block's dense LLM before it, or the model itself before it with its adapter.
+
+    A block's LLM is `base`, or else the one of `models` or the starter that has the fingerprint in its manifest. Blocks
+    and adapters are compared with their LLM, other models with the first. Raises `LegolmError` when the LLM is not
+    found or `base` is another, and for an adapter on several models.
+    """
+    names = list(dict.fromkeys(models))
+    if adapter is not None and len(names) > 1:
+        raise LegolmError(f"--adapter {adapter}: goes on one model, not on {len(names)}; evaluate them one by one")
+    paths = {name: resolve(name) for name in names}
+    blocks = {name: read_block(path) for name, path in paths.items() if (path / "manifest.json").is_file()}
+    dense = {name: path for name, path in paths.items() if name not in blocks}
+    lineup: dict[str, Subject] = {}
+    for name in names:
+        block = blocks.get(name)
+        llm = name
+        if block is not None:
+            llm, path = _find_base(name, block, base, dense)
+            dense[llm] = path
+        lineup.setdefault(llm, Subject(llm, dense[llm], against=next(iter(lineup), None)))
+        if block is not None or adapter is not None:
+            label = name if adapter is None else f"{name} + {adapter.name}"
+            lineup[label] = Subject(label, paths[name], block, adapter, against=llm)
+    for subject in lineup.values():
+        shape_of(load_config(subject.path))
+    return list(lineup.values())
+
+
+def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Precision = "fp32") -> list[Result]:
+    """Every figure of every model, one model in memory at a time, compared question by question."""
+    found: dict[str, TaskFigures] = {}
+    with Progress().stage("evaluate", len(subjects)) as advance:
+        for subject in reversed(subjects):  # an adapter or a block that does not fit shows before the LLM has its turn
+            model, tokenizer = load_subject(subject), load_tokenizer(subject.path)
+            found[subject.name] = measure(model, tokenizer, questions, precision)
+            del model
+            release_memory()
+            advance(1)
+    results = []
+    for task, metrics in found[subjects[0].name].items():
+        for metric in metrics:
+            for subject in subjects:
+                figure = found[subject.name][task][metric]
+                other = None if subject.against is None else found[subject.against][task][metric]
+                comparison = None if other is None else compare(figure, other)
+                results.append(Result(task, metric, subject.name, figure, subject.against, comparison))
+    return results
+
+
+def write_json(results: Sequence[Result], questions: Questions, precision: Precision, path: Path) -> None:
+    """All figures, each with what every question gave to it, and how they were got."""
+    asked = {name: getattr(questions, name) for name in ("limit", "length", "windows")}
+    used = versions() | ({"lm_eval": version("lm_eval")} if questions.tasks else {})
+    content = {"precision": precision, **asked, "versions": used, "results": [one.as_json() for one in results]}
+    atomic_write(path, json.dumps(content, indent=1) + "\n")
+
+
+def load_subject(subject: Subject) -> Any:
+    """The model on the machine's best device, its adapter on it; on an unstructured block merged under the mask."""
+    model = load_model(subject.path)
+    if subject.adapter is not None:
+        model = _with_adapter(model, subject.adapter)
+        if subject.block is not None and subject.block.coverage.masks:
+            model = model.merge_and_unload()
+            _mask(model, subject.block)
+    return model.to(choose_device("auto")).eval()
+
+
+def _find_base(name: str, block: Block, base: str | None, dense: dict[str, Path]) -> tuple[str, Path]:
+    """Name and folder of the LLM that the block was cut from."""
+    candidates = dict(dense) if base is None else {base: resolve(base)}
+    if base is None:
+        with contextlib.suppress(LegolmError):  # not installed: then it is no candidate
+            candidates.setdefault("starter", resolve("starter"))
+    seen = {}
+    for candidate, path in candidates.items():
+        seen[candidate] = fingerprint(path)
+        if seen[candidate] == block.base_fingerprint:
+            known = [other for other, folder in dense.items() if folder.resolve() == path.resolve()]
+            return (known or [candidate])[0], path
+    have = ", ".join(f"{candidate!r} has {found[:12]}" for candidate, found in seen.items()) or "none is at hand"
+    raise LegolmError(
+        f"--base: block {name} was cut from an LLM of fingerprint {block.base_fingerprint[:12]}; {have}; "
+        "name its LLM with --base MODEL"
+    )
+
+
+def _with_adapter(model: Any, path: Path) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    for file in (CONFIG, WEIGHTS):
+        if not (path / file).is_file():
+            raise LegolmError(f"--adapter {path}: no {file}; give the folder of a PEFT adapter")
+    try:
+        adapted = PeftModel.from_pretrained(model, path)
+        with safe_open(path / WEIGHTS, framework="pt") as file:
+            left = sorted(set(file.keys()) - set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
+    except Exception as error:  # PEFT raises a dozen kinds for an adapter that does not fit
+        raise LegolmError(f"--adapter {path}: does not fit the model ({' '.join(str(error).split())})") from None
+    if left:
+        raise LegolmError(f"--adapter {path}: the model has no place for {left[0]}; give the adapter of this model")
+    return adapted
+
+
+def _mask(model: Any, block: Block) -> None:
+    """Zeros where the block has none of the LLM's weights: a merged adapter fills them."""
+    for place, layer in enumerate(block.coverage.layers):
+        for module in block.coverage.shape.modules:
+            mask = block.coverage.mask(layer, module)
+            if mask is not None:
+                linear: Any = decoder_layers(model)[place].get_submodule(module)
+                linear.weight.data *= mask

@@ -1,0 +1,292 @@
+"""Benchmark tasks through lm-evaluation-harness, on a model in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateError, meta
+
+from legolm.config import Precision
+from legolm.evaluate.figure import Figure, digest, ratio_figure
+from legolm.types import LegolmError
+
+BATCH = 8
+BOOTSTRAPS = 200
+"""Resamples for the standard error (to about 5 %) of the few figures that are no mean over questions: F1, Matthews."""
+NEEDED = ("dataset_path", "doc_to_text", "doc_to_target")
+TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
+SPLITS = ("test_split", "validation_split")
+
+TaskFigures = dict[str, dict[str, Figure]]
+"""By task, and group of tasks, and metric."""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Loaded tasks with their questions, for any number of models; `loaded` is what the harness's evaluator takes."""
+
+    loaded: Any
+
+
+def load_tasks(names: Sequence[str], include: Path | None = None) -> Tasks:
+    """Tasks, groups or tags by name: from the YAML files below the folder `include`, else the harness's own.
+
+    A relative `data_files` of a YAML is looked for beside it, then, as the harness does, in the working directory. A
+    task's YAML may name Python functions in files beside it, which run: include only folders that you trust.
+
+    Raises `LegolmError` when the harness is not installed, for an unknown name (with the nearest), a YAML that is
+    broken or lacks a field, and data that are missing or would have to come from the hub while offline.
+    """
+    manager_of = _need_harness()
+    if include is not None:
+        _check_files(include)
+    manager = manager_of(include_path=include and str(include), include_defaults=False)
+    own = list(manager.all_tasks)
+    files = {name: entry.yaml_path for name, entry in manager.task_index.items()}
+    index = manager.task_index
+    wanted = _reached(names, index)
+    index |= {name: _beside_its_yaml(index[name]) for name in wanted if name in index}
+    if not set(wanted) <= set(own):
+        for name, entry in _harness_index(manager_of).items():
+            index.setdefault(name, entry)
+    for name in names:
+        if name not in index:
+            raise LegolmError(_unknown(name, list(index), own, include))
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name in names:
+        with _one_line(name, files.get(name), index[name].cfg), _quiet():
+            found = manager.load([name])
+        for task_name, task in found["tasks"].items():
+            if task_name in files:
+                _check_fields(task, files[task_name])
+        for part in loaded:
+            loaded[part] |= found.get(part, {})
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(seed=1234)
+    return Tasks(loaded)
+
+
+def run_tasks(
+    model: Any, tokenizer: Any, tasks: Tasks, limit: int | None = None, precision: Precision = "fp32"
+) -> TaskFigures:
+    """Figures of a causal LM, or of one with a PEFT adapter, on the first `limit` questions of each task.
+
+    Means over questions, perplexities and bits per byte hold every question's part and can be compared pairwise; other
+    figures, and those of groups, are the harness's with its own standard error. Raises `LegolmError` where a question
+    lacks a field that the task's templates name.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet():
+        wrapped = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=BATCH,
+            mixed_precision_dtype="bfloat16" if precision == "bf16" else None,
+        )
+        try:
+            results = evaluate(wrapped, tasks.loaded, limit=limit, bootstrap_iters=BOOTSTRAPS)
+        except TemplateError as error:
+            names = ", ".join(tasks.loaded["tasks"])
+            raise LegolmError(f"task {names}: a question has not what its templates name ({error})") from None
+    found: TaskFigures = {}
+    for name, figures in results["results"].items():
+        samples = results["samples"].get(name, [])
+        task = tasks.loaded["tasks"].get(name)
+        aggregations = task.aggregation() if task else {}
+        found[name] = {}
+        for key, value in figures.items():
+            metric, _, pipeline = key.partition(",")
+            if not pipeline or metric.endswith("_stderr"):
+                continue
+            answered = [one for one in samples if one["filter"] == pipeline and metric in one]
+            label = metric if pipeline == "none" else f"{metric} ({pipeline})"
+            stderr = figures.get(f"{metric}_stderr,{pipeline}")
+            found[name][label] = _figure(
+                [one[metric] for one in answered],
+                getattr(aggregations.get(metric), "__name__", ""),
+                digest(one["doc_hash"] for one in answered),
+                Figure(float(value), stderr if isinstance(stderr, float) else None, figures["sample_len"]),
+            )
+    return {name: figures for name, figures in found.items() if figures}
+
+
+def _figure(values: list[Any], aggregation: str, questions: str, harness: Figure) -> Figure:
+    """The harness's figure, with each question's part where its aggregation is a ratio of sums."""
+    if not values:
+        return harness
+    if aggregation == "mean":
+        return ratio_figure([float(value) for value in values], None, questions)
+    if aggregation == "perplexity":
+        return ratio_figure([-float(value) for value in values], None, questions, exponential=True)
+    if aggregation in ("weighted_perplexity", "bits_per_byte"):
+        exponential = aggregation == "weighted_perplexity"
+        unit = 1.0 if exponential else math.log(2)
+        return ratio_figure([-loss / unit for loss, _ in values], [size for _, size in values], questions, exponential)
+    return harness
+
+
+def _need_harness() -> Any:
+    """The harness's `TaskManager`. Raises `LegolmError` when the extra is not installed."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise LegolmError("--tasks needs lm-evaluation-harness; run: pip install 'legolm[eval]'") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # Its bootstrap would fork a process that holds a model and threads, for a second of work.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    return TaskManager
+
+
+def _check_files(include: Path) -> None:
+    """Raises `LegolmError` for YAML that the harness would pass over without a word."""
+    import yaml
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if not include.is_dir():
+        raise LegolmError(f"--include {include}: no such folder; give one with YAML tasks")
+    for path in sorted(include.rglob("*.yaml")):
+        try:
+            load_yaml(path, resolve_func=False)
+        except (yaml.YAMLError, ValueError, OSError) as error:
+            raise LegolmError(f"task file {path}: not a task ({_line(error)})") from None
+
+
+@lru_cache
+def _harness_index(manager_of: Any) -> dict[str, Any]:
+    """The harness's own tasks: it reads 14,000 files, some ten seconds."""
+    return dict(manager_of().task_index)
+
+
+def _reached(names: Sequence[str], index: dict[str, Any]) -> list[str]:
+    """The names, and those that groups and tags of `index` among them hold, in `index` or not."""
+    from lm_eval.tasks._index import Kind
+
+    found: dict[str, None] = {}
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name in found:
+            continue
+        found[name] = None
+        entry = index.get(name)
+        if entry is not None and entry.kind is Kind.TAG:
+            left += entry.tags
+        elif entry is not None and entry.kind is Kind.GROUP:
+            members = entry.cfg.get("task") or []
+            left += [one if isinstance(one, str) else one.get("task") or one.get("group") for one in members]
+    return list(found)
+
+
+def _beside_its_yaml(entry: Any) -> Any:
+    """A task of the user's, its fields checked, its relative data files looked for beside its YAML."""
+    from lm_eval.tasks._index import Kind
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if entry.kind is not Kind.TASK:
+        return entry
+    path = entry.yaml_path
+    try:
+        config = load_yaml(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise LegolmError(f"task file {path}: {_line(error)}") from None
+    missing = [field for field in NEEDED if config.get(field) is None]
+    if "custom_dataset" in config or "use_prompt" in config:
+        missing = []
+    if not any(config.get(split) for split in SPLITS):
+        missing.append(" or ".join(SPLITS))
+    if config.get("output_type") == "multiple_choice" and "doc_to_choice" not in config:
+        missing.append("doc_to_choice")
+    if missing:
+        raise LegolmError(f"task file {path}: no field `{missing[0]}`; add it")
+    options = config.get("dataset_kwargs") or {}
+    if "data_files" not in options:
+        return entry
+    options = options | {"data_files": _located(options["data_files"], path)}
+    # Without the path the harness takes the fields from the entry instead of reading the file again.
+    return replace(entry, yaml_path=None, cfg=config | {"dataset_kwargs": options})
+
+
+def _located(files: Any, yaml_path: Path) -> Any:
+    if isinstance(files, dict):
+        return {split: _located(one, yaml_path) for split, one in files.items()}
+    if isinstance(files, list):
+        return [_located(one, yaml_path) for one in files]
+    name = str(files)
+    if "://" in name or Path(name).is_absolute():
+        return name
+    for folder in (yaml_path.parent, Path.cwd()):
+        if any(folder.glob(name)):
+            return str(folder / name)
+    raise LegolmError(f"task file {yaml_path}: data_files names {name}, which is neither beside it nor in {Path.cwd()}")
+
+
+def _unknown(name: str, known: Sequence[str], own: Sequence[str], include: Path | None) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    said = f"--tasks: no task {name!r}"
+    if include is not None and not own:
+        said += f", and no YAML below {include} has a field `task`"
+    return said + (f"; nearest: {', '.join(close)}" if close else "; list them: lm-eval ls tasks")
+
+
+@contextlib.contextmanager
+def _one_line(name: str, path: Path | None, config: Any) -> Iterator[None]:
+    """What the harness raises for a task's templates and data, as one line."""
+    from datasets.exceptions import DatasetsError
+
+    place = f"task {name!r}" if path is None else f"task file {path}"
+    try:
+        yield
+    except ConnectionError as error:
+        raise LegolmError(
+            f"{place}: its data are not on this machine ({_line(error)}); go online once, or give a YAML task on "
+            "files of your own (--include)"
+        ) from None
+    except (TemplateError, DatasetsError, ValueError, LookupError, TypeError, OSError, ImportError) as error:
+        named = sorted(_fields_of(config or {}))
+        wants = f"; its templates want the data's fields {', '.join(named)}" if named else ""
+        raise LegolmError(f"{place}: {_line(error)}{wants}") from None
+
+
+def _check_fields(task: Any, path: Path) -> None:
+    """The harness takes a field that the data have not for a constant text, and every answer for wrong."""
+    for key in TEMPLATES:
+        field = task.get_config(key)
+        if isinstance(field, str) and field.isidentifier() and field not in task.features:
+            have = ", ".join(task.features)
+            raise LegolmError(f"task file {path}: {key} names the field `{field}`; the data have {have}")
+
+
+def _fields_of(config: dict[str, Any]) -> set[str]:
+    """The data's fields that a task's templates name."""
+    found = set()
+    for text in map(config.get, TEMPLATES):
+        if isinstance(text, str):
+            found |= {text} if text.isidentifier() else meta.find_undeclared_variables(Environment().parse(text))
+    return found
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _quiet() -> AbstractContextManager[Any]:
+    """No progress bars of the harness where nobody watches."""
+    if sys.stderr.isatty():
+        return contextlib.nullcontext()
+    return contextlib.redirect_stderr(io.StringIO())

@@ -1,0 +1,89 @@
+"""Losses, exact match, perplexity and ROUGE-L, example by example."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from legolm.data import render
+from legolm.evaluate import Questions, measure, rouge
+from legolm.evaluate.answers import score, score_each
+from legolm.evaluate.rouge import generate, rouge_l
+from legolm.models import load_model
+from legolm.types import Example, Message
+
+
+def _example(question: str, answer: str) -> Example:
+    return Example((Message("user", question), Message("assistant", answer)))
+
+
+def test_a_model_of_equal_logits_by_hand(unigram: Callable[..., Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    # Each token is one of 260 alike: ln 260 a token, perplexity 260, and no spread at all.
+    questions = Questions(examples=(_example("a", "bc"), _example("defg", "h")), text="x" * 100, length=10)
+    figures = measure(unigram(), tokenizer, questions)
+    loss, text = figures["answers"]["answer loss"], figures["text"]["perplexity"]
+    assert (loss.value, loss.stderr, loss.count) == (pytest.approx(math.log(260)), pytest.approx(0, abs=1e-7), 2)
+    assert (text.value, text.stderr, text.count) == (pytest.approx(260), pytest.approx(0, abs=1e-4), 10)
+    assert figures["answers"]["exact match"].value == 0
+
+
+def test_exact_match_needs_the_end_too(unigram: Callable[..., Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    ends = Questions(examples=(_example("a", "b"),))
+    model = unigram(**{"<|im_end|>": 5.0, "b": 9.0})  # always b, never the end
+    assert measure(model, tokenizer, ends)["answers"]["exact match"].value == 0
+    p = math.exp(9) / (math.exp(9) + math.exp(5) + 258)
+    q = math.exp(5) / (math.exp(9) + math.exp(5) + 258)
+    loss = measure(model, tokenizer, ends)["answers"]["answer loss"].value
+    assert loss == pytest.approx(-(math.log(p) + math.log(q)) / 2, rel=1e-5)
+
+
+def test_each_answer_is_scored_as_if_alone(tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast) -> None:
+    model = load_model(tiny("llama"))
+    examples = [render(_example("a" * (7 * i % 11), "b" * (5 * i % 9) + "c"), tokenizer, 256) for i in range(1, 9)]
+    each = score_each(model, examples, 0, 3, "fp32")
+    alone = [score_each(model, [one], 0, 1, "fp32") for one in examples]
+    np.testing.assert_allclose(each.losses, [float(one.losses[0]) for one in alone], rtol=1e-5)
+    assert each.tokens.tolist() == [len(one.ids) - one.answer for one in examples]
+    whole = score(model, examples, 0, 3, "fp32")
+    assert whole.loss == pytest.approx(each.losses.sum() / each.tokens.sum())
+    assert whole.tokens == each.tokens.sum()
+
+
+def test_rouge_l_by_hand() -> None:
+    # Longest common subsequence "the cat": precision 2/4, recall 2/3, F1 4/7. Words of any script, whatever their case.
+    found = rouge_l(["The cat ran away.", "États-Unis", "other", ""], ["the cat sat", "états unis", "words", "words"])
+    assert found.tolist() == pytest.approx([4 / 7, 1, 0, 0])
+
+
+def test_greedy_answers_end_where_the_template_ends_them(
+    unigram: Callable[..., Any], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rouge, "MAX_NEW_TOKENS", 5)
+    examples = [render(_example(text, "b"), tokenizer, 64) for text in ("a", "longer", "c")]
+    assert generate(unigram(b=9.0), examples, tokenizer, 2, "fp32") == ["bbbbb"] * 3
+    assert generate(unigram(**{"<|im_end|>": 9.0}), examples, tokenizer, 2, "fp32") == [""] * 3
+    asked = Questions(examples=(_example("a", "bbbbb"), _example("a", "c")), rouge=True)
+    assert measure(unigram(b=9.0), tokenizer, asked)["answers"]["ROUGE-L"].value == 0.5
+
+
+def test_generation_is_argmax_token_by_token(
+    tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rouge, "MAX_NEW_TOKENS", 6)
+    model = load_model(tiny("llama"))
+    examples = [render(_example(text, "b"), tokenizer, 64) for text in ("a", "much longer than the other")]
+    for example, answer in zip(examples, generate(model, examples, tokenizer, 2, "fp32"), strict=True):
+        ids = list(example.ids[: example.answer])
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        assert answer == tokenizer.decode(ids[example.answer :], skip_special_tokens=True)

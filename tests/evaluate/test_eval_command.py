@@ -1,0 +1,226 @@
+"""`legolm eval` as users meet it: blocks beside their LLM, adapters, JSON, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from legolm.cli import main
+from legolm.coverage import init_factors, slice_factors
+from legolm.evaluate.side_by_side import Subject, line_up, load_subject
+from legolm.finetune import merge, save_adapter
+from legolm.models import decoder_layers, fingerprint, load_model
+from legolm.prune import read_block
+
+Answer = tuple[int, str, str]
+
+
+def legolm(*arguments: object) -> Answer:
+    """Exit code, output and errors of the command's entry point, in this process."""
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    argv = patch.object(sys, "argv", ["legolm", *map(str, arguments)])
+    with redirect_stdout(out), redirect_stderr(errors), argv:
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, out.getvalue(), errors.getvalue()
+
+
+@pytest.fixture(scope="module")
+def blocks(tiny: Callable[[str], Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A structured and an unstructured block of the tiny Llama."""
+    folder = tmp_path_factory.mktemp("blocks")
+    text = ("--calibration", corpus, "--samples", 4, "--length", 64)
+    for name, target in (("structured", ("--intermediate-size", 64)), ("wanda", ("--sparsity", 0.5))):
+        code, _, errors = legolm("prune", tiny("llama"), "--out", folder / name, "--method", name, *target, *text)
+        assert code == 0, errors
+    return {name: folder / name for name in ("structured", "wanda")}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    rows = [{"instruction": f"Say {i}", "output": "ab" * (i + 1)} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def adapter(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A PEFT adapter whose B is not zero, for every model with the tiny Llama's attention."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(load_model(tiny("llama")), config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_a_block_beside_its_llm(
+    blocks: dict[str, Path],
+    tiny: Callable[[str], Path],
+    tasks: Callable[..., Path],
+    data: Path,
+    corpus: Path,
+    tmp_path: Path,
+) -> None:
+    given = (
+        "--tasks",
+        "three",
+        "--include",
+        tasks(),
+        "--data",
+        data,
+        "--text",
+        corpus,
+        "--length",
+        128,
+        "--windows",
+        5,
+    )
+    out = tmp_path / "new" / "scores.json"
+    code, shown, errors = legolm(
+        "eval", *blocks.values(), "--base", tiny("llama"), *given, "--rouge", "--limit", 3, "--out", out
+    )
+    assert code == 0, errors
+    content = json.loads(out.read_text())
+    assert (content["precision"], content["limit"], content["length"]) == ("fp32", 3, 128)
+    assert {"lm_eval", "torch"} <= set(content["versions"])
+    results = content["results"]
+    names = [str(tiny("llama")), str(blocks["structured"]), str(blocks["wanda"])]
+    figures = {(one["task"], one["metric"]): {} for one in results}
+    for one in results:
+        figures[one["task"], one["metric"]][one["model"]] = one
+    # A multiple-choice task that names no metrics has both accuracies.
+    assert list(figures) == [
+        ("three", "acc"),
+        ("three", "acc_norm"),
+        ("answers", "answer loss"),
+        ("answers", "exact match"),
+        ("answers", "ROUGE-L"),
+        ("text", "perplexity"),
+    ]
+    for (task, metric), rows in figures.items():
+        assert list(rows) == names
+        llm, *cut = rows.values()
+        assert llm["against"] is None
+        for one in rows.values():
+            assert one["count"] == len(one["sums"]) == (5 if task == "text" else 3)
+        for block in cut:
+            assert block["against"]["model"] == names[0]
+            assert block["against"]["difference"] == pytest.approx(block["value"] - llm["value"])
+            assert 0 < block["against"]["p"] <= 1
+            lossy = metric in ("answer loss", "ROUGE-L", "perplexity")
+            assert block["against"]["test"] == ("McNemar" if not lossy or set(block["sums"]) == {0.0} else "sign flips")
+    loss = figures["answers", "answer loss"][names[0]]
+    assert loss["value"] == pytest.approx(sum(loss["sums"]) / sum(loss["weights"]))
+    for word in ("answer loss", "ROUGE-L", "perplexity", "structured", "wanda", "±", str(out)):
+        assert word in shown
+
+
+def test_who_stands_beside_whom(
+    blocks: dict[str, Path], tiny: Callable[[str], Path], adapter: Path, data: Path
+) -> None:
+    llm, other, block = str(tiny("llama")), str(tiny("qwen3")), str(blocks["wanda"])
+
+    def stand(*models: str, **options: Any) -> list[tuple[str, str | None]]:
+        return [(subject.name, subject.against) for subject in line_up(models, **options)]
+
+    assert stand(llm) == [(llm, None)]
+    assert stand(other, llm, other) == [(other, None), (llm, other)]
+    assert stand(block, base=llm) == [(llm, None), (block, llm)]
+    # The LLM is found among the models.
+    assert stand(block, other, llm) == [(llm, None), (block, llm), (other, llm)]
+    assert stand(llm, adapter=adapter) == [(llm, None), (f"{llm} + adapter", llm)]
+    assert stand(block, base=llm, adapter=adapter) == [(llm, None), (f"{block} + adapter", llm)]
+    assert line_up([block], base=llm)[1].block is not None
+
+
+def test_an_adapter_on_the_llm_and_under_a_blocks_mask(
+    blocks: dict[str, Path], tiny: Callable[[str], Path], adapter: Path, data: Path
+) -> None:
+    code, shown, errors = legolm("eval", tiny("llama"), "--adapter", adapter, "--data", data)
+    assert code == 0, errors
+    rows = [line.split() for line in shown.splitlines() if line.startswith("answers  answer loss")]
+    assert len(rows) == 2 and rows[0][4] != rows[1][6]
+    block = read_block(blocks["wanda"])
+    with_adapter = load_subject(Subject("a", block.path, block, adapter))
+    weight = decoder_layers(with_adapter)[0].get_submodule("self_attn.q_proj").weight
+    mask = block.coverage.mask(0, "self_attn.q_proj")
+    assert mask is not None
+    before = decoder_layers(load_model(block.path))[0].get_submodule("self_attn.q_proj").weight
+    assert torch.equal(weight != 0, mask)
+    assert not torch.equal(weight, before)
+
+
+def test_an_adapter_of_a_run_on_its_block(blocks: dict[str, Path], tmp_path: Path) -> None:
+    block = read_block(blocks["structured"])
+    whole = init_factors(block.coverage.shape, ["q_proj", "down_proj"], 2, seed=0)
+    factors = slice_factors(block.coverage, whole, 2)
+    factors = {key: torch.full_like(tensor, 0.1) if key.endswith("B") else tensor for key, tensor in factors.items()}
+    save_adapter(block.coverage, factors, 2.0, str(block.path), tmp_path / "own")
+    ids = torch.arange(20)[None]
+    loaded = load_subject(Subject("a", block.path, block, tmp_path / "own"))
+    expected = load_model(block.path)
+    merge(expected, block.coverage, factors, 2.0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_input_is_one_line(
+    blocks: dict[str, Path],
+    tiny: Callable[[str], Path],
+    tasks: Callable[..., Path],
+    adapter: Path,
+    data: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm, block = tiny("llama"), blocks["structured"]
+
+    def fails(*arguments: object, says: tuple[str, ...]) -> None:
+        code, _, errors = legolm("eval", *arguments)
+        assert code == 2, errors
+        lines = [line for line in errors.splitlines() if line.strip()]
+        assert len(lines) == 1, errors
+        for part in ("error: ", *says):
+            assert part in lines[0]
+
+    short = fingerprint(llm)[:12]
+    fails(llm, says=("nothing to evaluate on",))
+    fails(block, "--data", data, "--base", tiny("qwen3"), says=(short, fingerprint(tiny("qwen3"))[:12], "--base"))
+    fails(block, tiny("qwen3"), "--data", data, says=(short, "name its LLM with --base MODEL"))
+    fails(llm, "--tasks", "thre", "--include", tasks(), says=("no task 'thre'", "nearest: three"))
+    fails(llm, "--tasks", "three", "--include", tasks(doc_to_text=None), says=("three.yaml: no field `doc_to_text`",))
+    fails(llm, "--include", tasks(), "--data", data, says=("--include", "--tasks"))
+    fails(llm, "--text", corpus, "--rouge", says=("--rouge", "--data"))
+    fails(llm, "--data", tmp_path / "none.jsonl", says=("--data", "none.jsonl"))
+    fails(llm, "--data", data, "--out", data, says=("--out", "is already there"))
+    fails(llm, "--text", corpus, "--length", 100_000, says=("a window needs 100000",))
+    fails(tmp_path, "--data", data, says=("has no config.json",))
+    fails(llm, block, "--adapter", adapter, "--data", data, says=("goes on one model, not on 2",))
+    fails(llm, "--adapter", tmp_path, "--data", data, says=("no adapter_config.json",))
+    wrong = adapter.rename(tmp_path / "wrong")
+    settings = json.loads((wrong / "adapter_config.json").read_text())
+    for change in ({"r": 3}, {"target_modules": ["k_proj"]}, {"peft_type": "NEW"}):
+        (wrong / "adapter_config.json").write_text(json.dumps(settings | change))
+        fails(llm, "--adapter", wrong, "--data", data, says=("--adapter", "wrong"))
+    tensors = load_file(wrong / "adapter_model.safetensors")
+    moved = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in tensors.items()}
+    save_file(moved, wrong / "adapter_model.safetensors")
+    (wrong / "adapter_config.json").write_text(json.dumps(settings))
+    fails(llm, "--adapter", wrong, "--data", data, says=("the model has no place for", "layers.7."))
+    for module, option in (("lm_eval.tasks", ("--tasks", "three")), ("rouge_score", ("--data", data, "--rouge"))):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+        fails(llm, *option, says=("pip install 'legolm[eval]'",))

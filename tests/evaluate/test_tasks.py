@@ -1,0 +1,170 @@
+"""Tasks of the harness on models whose answers are known, and what is wrong with a task as one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from legolm.evaluate import compare, load_tasks, run_tasks
+from legolm.types import LegolmError
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "tasks").glob("*.yaml"))
+Write = Callable[..., Path]
+Unigram = Callable[..., Any]
+
+
+def test_three_questions_by_hand(tasks: Write, unigram: Unigram, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of equal logits the shorter choice wins, b; where a is likelier the longer one, aaaa. Gold is a, b, b."""
+    loaded = load_tasks(["three"], tasks())
+    equal, likes_a = (run_tasks(model, tokenizer, loaded)["three"]["acc"] for model in (unigram(), unigram(a=9.0)))
+    assert (equal.value, likes_a.value) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert (equal.stderr, equal.count) == (pytest.approx(1 / 3), 3)
+    # They differ on all three questions: -1, 1, 1. McNemar: 2 (1 + 3) / 8.
+    found = compare(equal, likes_a)
+    assert found is not None
+    assert (found.difference, found.test, found.p) == (pytest.approx(1 / 3), "McNemar", 1.0)
+    assert found.stderr == pytest.approx(2 / 3)  # squares of 4/3, 2/3, 2/3 are 24/9; over n (n - 1) = 6
+    first = run_tasks(unigram(), tokenizer, loaded, limit=2)["three"]["acc"]
+    assert (first.value, first.count) == (0.5, 2)
+    assert compare(first, equal) is None
+
+
+def test_bf16_is_used(tasks: Write, unigram: Unigram, tokenizer: PreTrainedTokenizerFast) -> None:
+    # 9.01 is 9 in bfloat16, so that a and b are alike there and only there.
+    rows = [{"query": "one", "choices": ["b", "a"], "gold": 1}]
+    loaded, model = load_tasks(["three"], tasks(rows)), unigram(a=9.01, b=9.0)
+    assert run_tasks(model, tokenizer, loaded, precision="fp32")["three"]["acc"].value == 1
+    assert run_tasks(model, tokenizer, loaded, precision="bf16")["three"]["acc"].value == 0
+
+
+def test_running_text_in_words_and_bytes(tasks: Write, unigram: Unigram, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each byte is a token of ln 260 nats: log2 260 bits a byte; three words of 13 bytes."""
+    metrics = ["word_perplexity", "bits_per_byte"]
+    folder = tasks(
+        [{"page": "aa bb cc dd e"[:11]}, {"page": "a"}],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{page}}",
+        doc_to_choice=None,
+        metric_list=[{"metric": metric} for metric in metrics],
+    )
+    found = run_tasks(unigram(), tokenizer, load_tasks(["three"], folder))["three"]
+    assert found["bits_per_byte"].value == pytest.approx(math.log2(260), rel=1e-5)
+    assert found["word_perplexity"].value == pytest.approx(260 ** (12 / 5), rel=1e-5)
+    assert found["bits_per_byte"].stderr == pytest.approx(0, abs=1e-5)
+
+
+def test_a_group_beside_its_tasks_and_a_metric_that_is_no_mean(
+    tasks: Write, unigram: Unigram, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = tasks(tag="some", metric_list=[{"metric": "acc"}, {"metric": "f1"}])
+    two = json.loads((folder / "three.yaml").read_text()) | {"task": "again"}
+    (folder / "again.yaml").write_text(json.dumps(two))
+    metric = {"metric": "acc", "aggregation": "mean", "weight_by_size": True}
+    group = {"group": "both", "task": ["three", "again"], "aggregate_metric_list": [metric]}
+    (folder / "both.yaml").write_text(json.dumps(group))
+    found = run_tasks(unigram(), tokenizer, load_tasks(["both"], folder))
+    assert found["both"]["acc"].value == found["again"]["acc"].value == pytest.approx(2 / 3)
+    assert found["both"]["acc"].count == 6
+    # Gold 0, 1, 1 and always 1: precision 2/3, recall 1.
+    assert found["three"]["f1"].value == pytest.approx(0.8)
+    assert compare(found["three"]["f1"], found["three"]["f1"]) is None
+    assert set(load_tasks(["some"], folder).loaded["tasks"]) == {"three", "again"}
+
+
+def test_data_beside_the_yaml_or_in_the_working_directory(
+    tasks: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tasks()
+    monkeypatch.chdir(tmp_path)
+    assert len(load_tasks(["three"], folder).loaded["tasks"]["three"].eval_docs) == 3
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "four.jsonl").write_text((folder / "data" / "three.jsonl").read_text() * 2)
+    for files in ("data/four.jsonl", ["data/f*.jsonl"], str(tmp_path / "data" / "four.jsonl")):
+        folder = tasks(dataset_kwargs={"data_files": {"test": files}})
+        assert len(load_tasks(["three"], folder).loaded["tasks"]["three"].eval_docs) == 6
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_run(
+    example: Path, tasks: Write, unigram: Unigram, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = tasks().rename(tmp_path / "copy")
+    (folder / "three.yaml").unlink()
+    (folder / example.name).write_text(example.read_text())
+    (folder / "data" / "three.jsonl").rename(folder / f"{example.stem}.jsonl")
+    found = run_tasks(unigram(), tokenizer, load_tasks([example.stem], folder))[example.stem]
+    assert found["acc"].value == pytest.approx(2 / 3)
+    assert set(found) == {"acc", "acc_norm"}
+
+
+def test_what_is_wrong_with_a_task_file_is_one_line(tasks: Write, tmp_path: Path) -> None:
+    def fails(*says: str, name: str = "three", rows: list[dict[str, Any]] | None = None, **changes: Any) -> None:
+        folder = tasks(**({} if rows is None else {"rows": rows}), **changes)
+        with pytest.raises(LegolmError) as error:
+            load_tasks([name], folder)
+        assert "\n" not in str(error.value)
+        for part in says:
+            assert part in str(error.value)
+
+    for field in ("dataset_path", "doc_to_text", "doc_to_target", "doc_to_choice"):
+        fails("three.yaml: no field `" + field, **{field: None})
+    fails("three.yaml: no field `test_split or validation_split`", test_split=None)
+    fails("three.yaml", "data_files names none.jsonl", "beside it", dataset_kwargs={"data_files": "none.jsonl"})
+    fails("three.yaml", "/none.jsonl", dataset_kwargs={"data_files": "/none.jsonl"})
+    fails("three.yaml", "gold", "the data have query, choices", rows=[{"query": "a", "choices": ["a", "b"]}])
+    fails("three.yaml", "want the data's fields choices, gold, query", rows=[{"query": "a", "gold": 0}])
+    fails("three.yaml", "'question' is undefined", doc_to_text="{{question}}")
+    fails("three.yaml", "valid", test_split="valid")
+    (tasks() / "data" / "three.jsonl").write_text("{\n")
+    with pytest.raises(LegolmError, match=r"three\.yaml"):
+        load_tasks(["three"], tmp_path / "tasks")
+    fails("no YAML below", "has a field `task`", name="zzz_no_such", task=None)
+    (tasks() / "broken.yaml").write_text("task: [")
+    with pytest.raises(LegolmError, match=r"broken\.yaml: not a task"):
+        load_tasks(["three"], tmp_path / "tasks")
+    with pytest.raises(LegolmError, match="no such folder"):
+        load_tasks(["three"], tmp_path / "none")
+
+
+def test_a_later_question_without_a_field(tasks: Write, unigram: Unigram, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"query": {"text": "a"}, "choices": ["a", "b"], "gold": 0}]
+    folder = tasks([*rows, rows[0] | {"query": None}], doc_to_text="{{query.text}}")
+    with pytest.raises(LegolmError, match="task three: a question has not what its templates name"):
+        run_tasks(unigram(), tokenizer, load_tasks(["three"], folder))
+
+
+def test_the_harness_own_tasks_by_name_and_nothing_waits_for_the_hub(
+    tasks: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(LegolmError, match=r"no task 'thre'; nearest: three"):
+        load_tasks(["thre"], tasks())
+    with pytest.raises(LegolmError, match="no task 'hellaswg'; nearest: hellaswag, "):
+        load_tasks(["hellaswg"])
+    offline = re.escape("task 'hellaswag': its data are not on this machine") + ".*go online once, or give a YAML task"
+    with pytest.raises(LegolmError, match=offline):
+        load_tasks(["three", "hellaswag"], tasks())
+
+
+def test_many_runs_on_one_model_in_memory(tasks: Write, unigram: Unigram, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Tasks are loaded once; each run sees the model as it is then."""
+    loaded, model = load_tasks(["three"], tasks()), unigram()
+    before = run_tasks(model, tokenizer, loaded)["three"]["acc"]
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[tokenizer.convert_tokens_to_ids("a"), 0] = 9.0
+    after = run_tasks(model, tokenizer, loaded)["three"]["acc"]
+    assert (before.value, after.value) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
