@@ -4,7 +4,8 @@
 
 Without `--data`: the starter data. Losses are per answer token on held-out examples, of the model as it would be
 deployed, scored in fp32. Pairs share the seed: the start, the examples and their order. `masked` and `unmasked` train a
-SparseGPT block of half the weights, with the masked forward or with plain LoRA, and both merge under the mask. One
+SparseGPT block of half the weights, with the masked forward or with plain LoRA, and both merge under the mask.
+`rounding` merges an adapter of one step into bfloat16 weights, to the nearest and stochastically, beside float32. One
 thread. Last line: one JSON object.
 """
 
@@ -63,6 +64,21 @@ def trained(
         return score(whole, held, 0, 16, "fp32").loss, speed
 
 
+def rounding(path: Path, real: Coverage, data: Any) -> dict[str, float]:
+    """Held-out losses with an adapter of one step, by what its merge was rounded to."""
+    train, held = data
+    start = init_factors(real.shape, None, RANK, 0)
+    config = TrainConfig(batch_size=BATCH, learning_rate=1e-3)
+    delta, _ = fit(load_model(path, torch.bfloat16), real, start, 2.0, train, config, "bf16", 1, 0)
+    factors = {key: tensor + delta[key] for key, tensor in start.items()}
+    with merged(load_model(path), real, factors, 2.0) as whole:
+        exact = score(whole, held, 0, 16, "fp32").loss
+        nearest = score(whole, held, 0, 16, "bf16").loss  # autocast rounds so
+    with merged(load_model(path, torch.bfloat16), real, factors, 2.0) as whole:
+        stochastic = score(whole, held, 0, 16, "bf16").loss
+    return {"float32": round(exact, 4), "nearest": round(nearest, 4), "stochastic": round(stochastic, 4)}
+
+
 def compare(name: str, pairs: list[tuple[tuple[float, float], tuple[float, float]]]) -> dict[str, Any]:
     """Losses and speeds of both sides, and the mean and standard error of the paired difference of losses."""
     gaps = [one[0] - other[0] for one, other in pairs]
@@ -93,6 +109,7 @@ def main() -> None:
     full = Coverage.full(shape_of(load_model(base).config))
     found: dict[str, Any] = {"steps": options.steps, "before": {}}
     found["before"]["llm"] = round(score(load_model(base), data[1], 0, 16, "fp32").loss, 4)
+    found["rounding"] = rounding(base, full, data)
     with tempfile.TemporaryDirectory(prefix="legolm-quality-") as folder:
         calibration = CalibrationConfig(samples=16, length=128)
         spec = BlockConfig(name="sparse", method="sparsegpt", sparsity=0.5, calibration=calibration)

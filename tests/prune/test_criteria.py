@@ -68,7 +68,7 @@ def reference_sparsegpt(weight: Tensor, inputs: Tensor, sparsity: float) -> tupl
     """Optimal brain surgeon column by column, with the inverse recomputed for the columns that are left."""
     w = weight.double().clone()
     hessian = inputs.double().T @ inputs.double() / len(inputs)
-    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    hessian += 0.03 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     count = w.shape[1]
     # Mask of the (single) block of columns, from the diagonal of each remaining inverse.
     diagonal = torch.stack([torch.linalg.inv(hessian[j:, j:])[0, 0] for j in range(count)])
