@@ -1,12 +1,12 @@
 """What is recovery worth? Perplexity of a block merely cut and recovered, beside the dense LLM trained alike.
 
     python benchmarks/recover.py --text TEST.txt --calibration VALID.txt [--model starter] [--sparsity 0.5]
-        [--minutes 10] [--steps 400] [--batch-size 8] [--learning-rate 1e-3] [--rank R]
+        [--minutes 10] [--steps 1000] [--batch-size 8] [--learning-rate 2e-3] [--rank 32]
 
 A structured block is cut and distilled from the LLM on the calibration text for some minutes, with as many threads as
 there are cores. Text of the test's own kind flatters, so `dense_trained` is the LLM after as many steps of next-token
-training with the same optimizer on the same windows (it cannot be distilled from itself). Perplexity is over windows of
-1,024 test tokens, the first ten. Last line: one JSON object.
+training, of a LoRA of the same rank, with the same optimizer on the same windows (it cannot be distilled from itself).
+Perplexity is over windows of 1,024 test tokens, the first ten. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from legolm.config import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.coverage import Coverage
 from legolm.data import Tokens, calibration_tokens, read_text
 from legolm.evaluate import perplexity
-from legolm.finetune import Head, choose_precision, hidden_states, lean, pack, whole
+from legolm.finetune import Head, choose_precision, hidden_states, lean, pack
 from legolm.finetune.loss import answer_losses
 from legolm.models import fingerprint, load_model, load_tokenizer, resolve, shape_of
 from legolm.progress import Progress
 from legolm.prune import cut_blocks
-from legolm.prune.recover import recover
+from legolm.prune.recover import recover, trainable
 
 
 def train_dense(model: Any, spec: BlockConfig, tokenizer: Any, steps: int) -> None:
@@ -37,7 +37,8 @@ def train_dense(model: Any, spec: BlockConfig, tokenizer: Any, steps: int) -> No
     recipe, precision = spec.recover, choose_precision("auto")
     wanted = {"samples": steps * recipe.batch_size}
     windows = calibration_tokens(spec.calibration.model_copy(update=wanted), tokenizer, 1, fewer=True)
-    with whole(model, Coverage.full(shape_of(model.config)), precision) as weights, lean(model, precision):
+    coverage = Coverage.full(shape_of(model.config))
+    with trainable(model, coverage, recipe, precision, 0) as weights, lean(model, precision):
         head = Head.of(model, precision)
         optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
         for step in range(steps):
@@ -59,10 +60,10 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="text to cut and to recover on")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--steps", type=int, default=400, help="at most; fewer make the learning rate fall sooner")
+    parser.add_argument("--steps", type=int, default=1000, help="at most; fewer make the learning rate fall sooner")
     parser.add_argument("--batch-size", type=int, default=8, help="windows of 256 tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--rank", type=int, help="of a LoRA; the weights themselves if not given")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--rank", type=int, default=32, help="of a LoRA; 0 trains the weights themselves")
     options = parser.parse_args()
     base, precision = resolve(options.model), choose_precision("auto")
     tokenizer = load_tokenizer(base)
@@ -77,7 +78,7 @@ def main() -> None:
             minutes=options.minutes,
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
-            rank=options.rank,
+            rank=options.rank or None,
         ),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,38 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("".join(lines))
     return path
+
+
+TASK = {
+    "task": "three",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "data/three.jsonl"}},
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "doc_to_text": "query",
+    "doc_to_choice": "choices",
+    "doc_to_target": "gold",
+}
+QUESTIONS = [
+    {"query": "one", "choices": ["aaaa", "b"], "gold": 0},
+    {"query": "two", "choices": ["aaaa", "b"], "gold": 1},
+    {"query": "three", "choices": ["aaaa", "b"], "gold": 1},
+]
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A folder with the task `three`, its YAML with `changes` (None leaves a field out) and its data beside it."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def write(rows: list[dict[str, Any]] = QUESTIONS, **changes: Any) -> Path:
+        folder = tmp_path / "tasks"
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        (folder / "data" / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        fields = {key: value for key, value in (TASK | changes).items() if value is not None}
+        (folder / "three.yaml").write_text(json.dumps(fields))  # JSON is YAML
+        return folder
+
+    return write

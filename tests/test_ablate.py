@@ -128,8 +128,9 @@ def decoded(run: Path, client: str, tensors: Tensors, rank: int) -> Tensors:
     return {key: tensors["factors"][span].view(layout.shapes[key]) for key, span in layout.spans.items()}
 
 
-def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path) -> None:
-    done = legolm("ablate", run, "--out", tmp_path, "--text", corpus, "--length", 64)
+def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path, tasks: Callable[..., Path]) -> None:
+    questions = ("--text", corpus, "--length", 64, "--tasks", "three", "--include", tasks())
+    done = legolm("ablate", run, "--out", tmp_path, *questions)
     assert done.returncode == 0, done.stderr
     assert "dearest block" in done.stdout
     found = json.loads((tmp_path / "ablation.json").read_text())
@@ -153,13 +154,14 @@ def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path) 
         cost = found["cost" if one["kind"] == "block" else "cost_clients"][one["name"]]
         assert cost == pytest.approx(one["blocks"] - found["all"]["blocks"])
         assert one["perplexity"] > 1
+        assert one["three acc"] in (pytest.approx(i / 3) for i in range(4))
     assert found["cost"]["wide"] != 0
     assert found["cost"]["sparse"] == found["cost_clients"]["de"]  # one set of clients, evaluated once
     assert found["before"]["llm"] > found["all"]["llm"]
     page = (tmp_path / "ablation.html").read_text()
-    assert page.count("<rect") == 15
+    assert page.count("<rect") == 20
     assert page.count(">local only ") == 1  # it has no LLM
-    assert page.count(">global update ") == 3
+    assert page.count(">global update ") == 4
 
 
 def test_it_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

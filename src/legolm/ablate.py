@@ -7,21 +7,20 @@ so that what is lost and what the federation gained over local-only training are
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from legolm.aggregate import Scheme
 from legolm.config import RunConfig
-from legolm.data import read_text
-from legolm.evaluate import perplexity
+from legolm.evaluate.figure import digest
+from legolm.evaluate.questions import TEXT, Questions
+from legolm.evaluate.questions import measure as measure_all
 from legolm.federate import Exchange
 from legolm.federate.local import run_local
 from legolm.finetune import choose_device, choose_precision, dtype_of, merged
@@ -34,14 +33,16 @@ from legolm.rundir import RunDir, atomic_write, read_json
 from legolm.types import Block, LegolmError
 
 Record = dict[str, Any]
+Measure = Callable[[Scheme], dict[str, float]]
 
 
-def ablate(folder: Path, out: Path, text: Path | None, length: int, progress: Progress) -> Record:
+def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progress) -> Record:
     """Write `ablation.json` and `ablation.html` into `out`, after each left-out one anew, and give the former.
 
     `gain` is the mean loss of the clients' blocks trained alone minus that of the same blocks with the global update
     (None where the run did not train alone); `cost` of a block is their mean loss without its clients' updates minus
-    that with all. `cost_llm` is the same of the LLM. Raises `LegolmError` for a run without kept updates.
+    that with all. `cost_llm` is the same of the LLM, which also answers the `questions`. Raises `LegolmError` for a run
+    without kept updates.
     """
     run = RunDir(folder)
     config, summary = _config(run), read_json(folder / "summary.json")
@@ -51,18 +52,18 @@ def ablate(folder: Path, out: Path, text: Path | None, length: int, progress: Pr
     block_of = {client["id"]: client["block"] for client in summary["clients"]}
     blocks = _blocks(run, config, identity["base_fingerprint"])
     rounds = Rounds(run, config, identity["run"], blocks, block_of, progress)
-    measure = _perplexity(config, blocks["llm"], text, length) if text else None
+    asked = _figures_of(config, blocks["llm"], questions) if questions else None
 
-    what = {"run": identity["run"], "round": last, "text": _text_id(text, length) if text else None}
+    what = {"run": identity["run"], "round": last, "questions": _identify(questions)}
     found = _earlier(out / "ablation.json", what)
     records = rounds.records()
     by_round = {one["round"]: one for one in records if one["stage"] == "round"}
     alone = {one["client"]: one["scores"] for one in records if one["stage"] == "local"}
     found |= {
         "name": folder.resolve().name,
-        "before": found.get("before") or _losses(by_round[0], rounds.scheme(0), measure),
+        "before": found.get("before") or _losses(by_round[0], rounds.scheme(0), asked),
         "local": _losses({"clients": alone}, None, None) if alone else None,
-        "all": found.get("all") or _losses(by_round[last], rounds.scheme(last), measure),
+        "all": found.get("all") or _losses(by_round[last], rounds.scheme(last), asked),
     }
 
     def body(exchange: Exchange) -> None:
@@ -72,7 +73,7 @@ def ablate(folder: Path, out: Path, text: Path | None, length: int, progress: Pr
             if tuple(clients) not in done:
                 scheme = rounds.replay(last, clients)
                 record = rounds.score_global(scheme, exchange, f"without {name}: evaluate")
-                done[tuple(clients)] = _losses(record, scheme, measure)
+                done[tuple(clients)] = _losses(record, scheme, asked)
             found["without"].append(done[tuple(clients)] | {"kind": kind, "name": name, "clients": clients})
             _write(found, out)
 
@@ -82,9 +83,9 @@ def ablate(folder: Path, out: Path, text: Path | None, length: int, progress: Pr
 
 def print_ablation(found: Record, out: Path) -> None:
     """The table, and where the page is."""
-    measures = [measure for measure in _MEASURES if measure in found["all"]]
+    measures = _measures(found)
     table = Table(box=None, pad_edge=False)
-    for column in ("left out", "", *(text for measure in measures for text in (_MEASURES[measure], "more"))):
+    for column in ("left out", "", *(text for measure in measures for text in (_name(measure), "more"))):
         table.add_column(column, justify="right" if len(table.columns) > 1 else "left")
     for one in found["without"]:
         cells = [text for m in measures for text in (f"{one[m]:.3f}", f"{one[m] - found['all'][m]:+.3f}")]
@@ -99,11 +100,10 @@ def print_ablation(found: Record, out: Path) -> None:
 
 def page(found: Record) -> str:
     """One self-contained HTML page: figure 5 for the blocks, for the LLM and for its perplexity."""
-    measures = [measure for measure in _MEASURES if measure in found["all"]]
     body = (
         tag("h1", f"{found['name']}: one left out"),
         tag("p", _verdict(found)),
-        *(tag("section", tag("h2", _MEASURES[measure]), plot(found, measure)) for measure in measures),
+        *(tag("section", tag("h2", _name(measure)), plot(found, measure)) for measure in _measures(found)),
         tag(
             "p",
             f"Updates of rounds 1 to {found['round']} as the run kept them, added again without those of the left-out "
@@ -145,10 +145,17 @@ def plot(found: Record, measure: str) -> Raw:
             tag("text", f"{name} {value:.4g}", x=end + 6, y=free),
         ]
     marks.append(tag("line", x1=left - 6, x2=end, y1=y(0), y2=y(0), class_="axis"))
-    return tag("svg", *marks, viewBox=f"0 0 {wide} {tall}", role="img", aria_label=_MEASURES[measure])
+    return tag("svg", *marks, viewBox=f"0 0 {wide} {tall}", role="img", aria_label=_name(measure))
 
 
-_MEASURES = {"blocks": "blocks' loss", "llm": "the LLM's loss", "perplexity": "the LLM's perplexity"}
+def _measures(found: Record) -> list[str]:
+    return [measure for measure in found["all"] if measure != "by_client"]
+
+
+def _name(measure: str) -> str:
+    return {"blocks": "blocks' loss", "llm": "the LLM's loss"}.get(measure, f"the LLM's {measure}")
+
+
 _LINES = {"before": "before", "local": "local only", "all": "global update"}
 
 
@@ -183,43 +190,47 @@ def _cases(block_of: Mapping[str, str]) -> list[tuple[str, str, list[str]]]:
     return blocks + [("client", id, [id]) for id in block_of]
 
 
-def _losses(record: Mapping[str, Any], scheme: Scheme | None, measure: Callable[[Scheme], float] | None) -> Record:
+def _losses(record: Mapping[str, Any], scheme: Scheme | None, asked: Measure | None) -> Record:
     """Mean losses of what `Rounds.score_global` gives: of the LLM, of each client's block, and of all blocks."""
     by_client = {id: fmean(one["loss"] for one in scores.values()) for id, scores in record["clients"].items()}
     found: Record = {"blocks": fmean(by_client.values()), "by_client": by_client}
     if "llm" in record:
         found["llm"] = fmean(one["loss"] for one in record["llm"].values())
-    if scheme is not None and measure is not None:
-        found["perplexity"] = measure(scheme)
+    if scheme is not None and asked is not None:
+        found |= asked(scheme)
     return found
 
 
-def _perplexity(config: RunConfig, llm: Block, text: Path, length: int) -> Callable[[Scheme], float]:
-    """A function that gives the LLM's perplexity on the text with a scheme's global adapter."""
+def _figures_of(config: RunConfig, llm: Block, questions: Questions) -> Measure:
+    """A function that gives the LLM's figures with a scheme's global adapter."""
     precision = choose_precision(config.precision)
     tokenizer = load_tokenizer(llm.path)
     model = load_model(llm.path, dtype_of(precision)).to(choose_device(config.device))
-    tokens = torch.tensor(tokenizer.encode(read_text(text, "--text"), add_special_tokens=False, verbose=False))
 
-    def measure(scheme: Scheme) -> float:
+    def measure(scheme: Scheme) -> dict[str, float]:
         factors = scheme.adapter(llm.coverage, config.lora.rank)
         with merged(model, llm.coverage, factors, config.lora.scaling) as whole:
-            return perplexity(whole, tokens, length, precision)
+            figures = measure_all(whole, tokenizer, questions, precision)
+        found = ((task, name, figure.value) for task, of_task in figures.items() for name, figure in of_task.items())
+        return {name if task == TEXT else f"{task} {name}": value for task, name, value in found}
 
     return measure
 
 
-def _text_id(text: Path, length: int) -> str:
-    """What perplexities stand on."""
-    return f"{hashlib.sha256(read_text(text, '--text').encode()).hexdigest()[:16]} in windows of {length} tokens"
+def _identify(questions: Questions | None) -> str | None:
+    """What the LLM's figures stand on."""
+    if questions is None:
+        return None
+    tasks = sorted(questions.tasks.loaded["tasks"]) if questions.tasks else []
+    return digest([tasks, questions.limit, questions.text, questions.length])
 
 
 def _earlier(path: Path, what: Record) -> Record:
-    """What an earlier call left; another text begins anew. Raises `LegolmError` when it is another run's."""
+    """What an earlier call left; other questions begin anew. Raises `LegolmError` when it is another run's."""
     found = read_json(path) if path.exists() else {"without": []} | what
     if found.get("run") != what["run"]:
         raise LegolmError(f"--out {path.parent}: holds the ablation of another run; give another folder")
-    return found if found["text"] == what["text"] else {"without": []} | what
+    return found if found.get("questions") == what["questions"] else {"without": []} | what
 
 
 def _write(found: Record, out: Path) -> None:

@@ -184,9 +184,8 @@ def evaluate(
     from legolm.evaluate.side_by_side import line_up, write_json
     from legolm.report.terminal import print_scores
 
-    wanted = [] if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     fields = Fields(instruction=instruction, answer=answer)
-    questions = read_questions(wanted, include, data, fields, text, limit, rouge, length, windows)
+    questions = read_questions(_names(tasks), include, data, fields, text, limit, rouge, length, windows)
     results = evaluate_all(line_up(models, base, adapter), questions, precision)
     print_scores(results)
     if out is not None:
@@ -251,15 +250,23 @@ def compose(
 def ablate(
     folder: Annotated[Path, typer.Argument(help="run folder, made with federation.keep_updates: true")],
     out: Annotated[Path | None, typer.Option(help="folder of ablation.json and .html; RUN if not given")] = None,
+    tasks: Annotated[str | None, typer.Option(help="that the LLM answers: hellaswag,arc_easy")] = None,
+    include: Annotated[Path | None, typer.Option(help="folder of your own YAML tasks; their code runs")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only so many questions of each task")] = None,
     text: Annotated[Path | None, typer.Option(help="a text file for the LLM's perplexity")] = None,
-    length: Annotated[int, typer.Option(help="tokens a perplexity window")] = 512,
+    length: Annotated[int, typer.Option(min=2, help="tokens a perplexity window")] = 512,
 ) -> None:
     """Leave each block, then each client, out of the aggregation. Goes on where an earlier call stopped."""
     from legolm.ablate import ablate as leave_out
     from legolm.ablate import print_ablation
+    from legolm.config import Fields
+    from legolm.evaluate import read_questions
     from legolm.progress import Progress
 
-    print_ablation(leave_out(folder, out or folder, text, length, Progress()), out or folder)
+    questions = None
+    if tasks or text:
+        questions = read_questions(_names(tasks), include, None, Fields(), text, limit, length=length)
+    print_ablation(leave_out(folder, out or folder, questions, Progress()), out or folder)
 
 
 @app.command()
@@ -272,6 +279,10 @@ def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
         raise LegolmError(f"run folder {folder}: no summary.json; finish the run first (legolm run CONFIG --resume)")
     write_report(read_json(folder / "summary.json"), folder / "report.html")
     typer.echo(folder / "report.html")
+
+
+def _names(listed: str | None) -> list[str]:
+    return [name.strip() for name in (listed or "").split(",") if name.strip()]
 
 
 def main() -> None:

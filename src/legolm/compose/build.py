@@ -26,6 +26,7 @@ from legolm.progress import Progress
 from legolm.prune import Base, read_block
 from legolm.prune.manifest import Manifest, write_block
 from legolm.prune.target import config_changes
+from legolm.rounding import rounded
 from legolm.rundir import atomic_folder, check_room
 from legolm.types import Block, LegolmError
 
@@ -139,10 +140,10 @@ def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
 
 
 def _layer(wanted: Composition, layer: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The target's tensors of an LLM layer: M ∘ (W + change)."""
+    """The target's tensors of an LLM layer: M ∘ (W + change), rounded so that small changes stay (`rounded`)."""
     coverage = wanted.coverage
     state = dict(state)
-    for module in coverage.shape.modules:
+    for seed, module in enumerate(coverage.shape.modules, start=layer * len(coverage.shape.modules)):
         name, bias = f"{module}.weight", f"{module}.bias"
         if not wanted.whole:
             rows = coverage.rows(layer, module)
@@ -155,6 +156,7 @@ def _layer(wanted: Composition, layer: int, state: dict[str, Tensor]) -> dict[st
         mask = coverage.mask(layer, module)
         if mask is not None:
             state[name] = state[name] * mask
+        state[name] = rounded(state[name], wanted.base.dtype, seed)
     return state
 
 

@@ -53,7 +53,7 @@ def recover(
     with (
         keep_freed_memory(),
         lora(teacher, Coverage.full(coverage.shape), {}, SCALE, precision),
-        _trainable(model, coverage, recipe, precision, seed) as parameters,
+        trainable(model, coverage, recipe, precision, seed) as parameters,
         lean(teacher, precision),
         lean(model, precision),
     ):
@@ -92,10 +92,10 @@ def _windows(spec: BlockConfig, tokenizer: Any, seed: int) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _trainable(
+def trainable(
     model: Any, coverage: Coverage, recipe: RecoverConfig, precision: Precision, seed: int
 ) -> Iterator[list[nn.Parameter]]:
-    """The block's linear weights, or a LoRA that is merged afterwards."""
+    """What a recipe trains: the block's linear weights, or a LoRA that is merged afterwards."""
     if recipe.rank is None:
         with whole(model, coverage, precision) as weights:
             yield weights
