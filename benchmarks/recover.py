@@ -72,7 +72,7 @@ def main() -> None:
         name="half",
         method="structured",
         sparsity=options.sparsity,
-        calibration=CalibrationConfig(text=options.calibration, samples=32, length=256),
+        calibration=CalibrationConfig(text=options.calibration, samples=64, length=256),
         recover=RecoverConfig(
             steps=options.steps,
             minutes=options.minutes,
