@@ -159,9 +159,9 @@ def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path, 
     assert found["cost"]["sparse"] == found["cost_clients"]["de"]  # one set of clients, evaluated once
     assert found["before"]["llm"] > found["all"]["llm"]
     page = (tmp_path / "ablation.html").read_text()
-    assert page.count("<rect") == 20
+    assert page.count("<rect") == 25
     assert page.count(">local only ") == 1  # it has no LLM
-    assert page.count(">global update ") == 4
+    assert page.count(">global update ") == 5
 
 
 def test_it_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,17 +175,17 @@ def test_it_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Rounds, "score_global", dies)
     with pytest.raises(KeyboardInterrupt):
-        ablate(run, tmp_path, None, 64, QUIET)
+        ablate(run, tmp_path, None, QUIET)
     assert len(json.loads((tmp_path / "ablation.json").read_text())["without"]) == 2
     left[0] = 2  # wide and sparse are there, and sparse is de: fr and es are left
-    found = ablate(run, tmp_path, None, 64, QUIET)
+    found = ablate(run, tmp_path, None, QUIET)
     assert left == [0]
     assert len(found["without"]) == 5
-    assert ablate(run, tmp_path, None, 64, QUIET) == found
+    assert ablate(run, tmp_path, None, QUIET) == found
 
 
 def test_a_run_without_the_local_stage_has_no_such_line(other_run: Path, tmp_path: Path) -> None:
-    found = ablate(other_run, tmp_path, None, 64, QUIET)
+    found = ablate(other_run, tmp_path, None, QUIET)
     assert found["local"] is None
     assert found["gain"] is None
     assert "local only" not in (tmp_path / "ablation.html").read_text().partition("local-only")[0]
@@ -203,9 +203,9 @@ def test_what_cannot_be_ablated_is_one_line(run: Path, other_run: Path, config_f
         folder = tmp_path / says[:3]
         RunDir.open(folder, configs.load(config_file, sets), resume=False)
         assert_one_line(legolm("ablate", folder), says)
-    ablate(other_run, tmp_path / "out", None, 64, QUIET)
+    ablate(other_run, tmp_path / "out", None, QUIET)
     with pytest.raises(LegolmError, match="holds the ablation of another run"):
-        ablate(run, tmp_path / "out", None, 64, QUIET)
+        ablate(run, tmp_path / "out", None, QUIET)
     changed = tmp_path / "lost"
     for file in other_run.rglob("*"):
         if file.is_file() and "final" not in file.parts:
@@ -213,4 +213,4 @@ def test_what_cannot_be_ablated_is_one_line(run: Path, other_run: Path, config_f
             (changed / file.relative_to(other_run)).write_bytes(file.read_bytes())
     (changed / "rounds" / "0001" / "updates" / "fr.safetensors").unlink()
     with pytest.raises(LegolmError, match="round 1: the kept update of fr: "):
-        ablate(changed, tmp_path / "new", None, 64, QUIET)
+        ablate(changed, tmp_path / "new", None, QUIET)
