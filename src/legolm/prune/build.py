@@ -61,8 +61,7 @@ def cut_blocks(
             closing = stack.enter_context(ExitStack())
             folder = closing.enter_context(atomic_folder(out))
             jobs.append(_Job(spec, cut, folder, CheckpointWriter(folder, base.dtype), closing))
-        with keep_freed_memory():
-            _cut(model, jobs, dense, progress)
+        _cut(model, jobs, dense, progress)
         seconds = (time.perf_counter() - began) / len(jobs)
         dense.clear()  # recovery needs the memory
         for job in jobs:
@@ -77,7 +76,8 @@ def _cut(
     """The pass over the layers: each goes through the dense model and then to every block."""
     with progress.stage(f"cut {', '.join(job.spec.name for job in jobs)}", len(model.layers)) as advance:
         for index in range(len(model.layers)):
-            with model.layer(index) as layer:
+            # Within a layer only: what it leaves would pile up between the weights of the next ones.
+            with model.layer(index) as layer, keep_freed_memory():
                 for one in dense.values():
                     one.advance(index, layer)
                 for job in jobs:
