@@ -162,7 +162,7 @@ def load_coverage(path: Path) -> Coverage:
             tuple(tuple(tensors[f"layers.{i}.neurons"].tolist()) for i in layers),
         )
         masks = {
-            key.removesuffix(".mask"): _unpack(
+            key.removesuffix(".mask"): unpack_mask(
                 bits, structure.matrix(int(key.split(".")[1]), key.split(".", 2)[2][:-5])
             )
             for key, bits in tensors.items()
@@ -178,14 +178,16 @@ def _to_tensors(coverage: Coverage) -> dict[str, Tensor]:
     for layer, groups, neurons in zip(coverage.layers, coverage.groups, coverage.neurons, strict=True):
         tensors[f"layers.{layer}.kv_groups"] = torch.tensor(groups, dtype=torch.int32)
         tensors[f"layers.{layer}.neurons"] = torch.tensor(neurons, dtype=torch.int32)
-    return tensors | {f"{key}.mask": _pack(mask) for key, mask in coverage.masks.items()}
+    return tensors | {f"{key}.mask": pack_mask(mask) for key, mask in coverage.masks.items()}
 
 
-def _pack(mask: Tensor) -> Tensor:
+def pack_mask(mask: Tensor) -> Tensor:
+    """A bool mask as bits, uint8: an eighth of its bytes."""
     return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
 
 
-def _unpack(bits: Tensor, shape: tuple[int, int]) -> Tensor:
+def unpack_mask(bits: Tensor, shape: tuple[int, int]) -> Tensor:
+    """What `pack_mask` packed. Raises `ValueError` when it is not of this shape."""
     count = shape[0] * shape[1]
     if bits.dtype != torch.uint8 or bits.numel() != (count + 7) // 8:
         raise ValueError(f"a mask of {bits.numel()} bytes for {count} weights")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from legolm.coverage import Coverage
+from legolm.coverage import Coverage, pack_mask, unpack_mask
 from legolm.models import Shape
 from legolm.prune.calibrate import Moments, Source, Stream
 from legolm.prune.registry import Criterion, Pattern
@@ -18,7 +18,7 @@ class UnstructuredCut:
 
     def __init__(self, shape: Shape, criterion: Criterion, pattern: Pattern, source: Source | None) -> None:
         self._shape, self._criterion, self._pattern, self._source = shape, criterion, pattern, source
-        self._masks: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = {}  # as bits: a byte a weight would be half of the LLM
 
     def step(self, index: int, layer: nn.Module, dense: Stream | None) -> nn.Module:
         """The pruned copy of an LLM layer."""
@@ -30,7 +30,7 @@ class UnstructuredCut:
                 assert isinstance(linear, nn.Linear)
                 weight, mask = self._criterion.prune(linear.weight.data, moments, self._pattern)
                 linear.weight.data.copy_(weight)
-                self._masks[f"layers.{index}.{name}"] = mask
+                self._masks[f"layers.{index}.{name}"] = pack_mask(mask)
 
         if self._source is None:
             prune(self._shape.modules, None)
@@ -42,4 +42,9 @@ class UnstructuredCut:
     def coverage(self) -> Coverage:
         """What the block kept."""
         full = Coverage.full(self._shape)
-        return Coverage(self._shape, full.layers, full.groups, full.neurons, self._masks)
+        masks = {
+            f"layers.{index}.{name}": unpack_mask(self._masks[f"layers.{index}.{name}"], self._shape.matrix(name))
+            for index in range(self._shape.layers)
+            for name in self._shape.modules
+        }
+        return Coverage(self._shape, full.layers, full.groups, full.neurons, masks)
