@@ -18,6 +18,7 @@ from legolm.coverage import Coverage, factor_key, parse_key
 from legolm.finetune.kernels import LoraLinear
 from legolm.finetune.masked import MaskedLinear, merged_weight
 from legolm.finetune.precision import dtype_of
+from legolm.memory import trim
 from legolm.models import decoder_layers
 from legolm.types import Tensors
 
@@ -54,6 +55,7 @@ def lora(
                 linear.forward = _Adapted(linear, dtype, a, b, scale, dropout)
             else:
                 linear.forward = _Masked(linear, dtype, a, b, scale, mask, seed)
+        trim()  # the weights moved into wider matrices: their old places lie scattered between these
         yield {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
     finally:
         for linear in patched:
