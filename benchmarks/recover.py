@@ -1,7 +1,7 @@
 """What is recovery worth? Perplexity of a block merely cut and recovered, beside the dense LLM trained alike.
 
     python benchmarks/recover.py --text TEST.txt --calibration VALID.txt [--model starter] [--sparsity 0.5]
-        [--minutes 10] [--steps 1000] [--batch-size 8] [--learning-rate 2e-3] [--rank 32]
+        [--minutes 10] [--steps 1000] [--batch-size 4] [--learning-rate 2e-3] [--rank 32]
 
 A structured block is cut and distilled from the LLM on the calibration text for some minutes, with as many threads as
 there are cores. Text of the test's own kind flatters, so `dense_trained` is the LLM after as many steps of next-token
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--steps", type=int, default=1000, help="at most; fewer make the learning rate fall sooner")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows of 256 tokens a step")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows of 512 tokens a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=32, help="of a LoRA; 0 trains the weights themselves")
     options = parser.parse_args()
@@ -72,7 +72,7 @@ def main() -> None:
         name="half",
         method="structured",
         sparsity=options.sparsity,
-        calibration=CalibrationConfig(text=options.calibration, samples=64, length=256),
+        calibration=CalibrationConfig(text=options.calibration, samples=32, length=512),
         recover=RecoverConfig(
             steps=options.steps,
             minutes=options.minutes,

@@ -116,6 +116,43 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+LETTERS = {"fr": "abc", "de": "def", "es": "ghi"}
+
+
+@pytest.fixture(scope="session")
+def three_clients(tiny: Callable[[str], Path], corpus: Path) -> Callable[..., dict[str, Any]]:
+    """A run of two rounds in this process: clients that answer with their own `LETTERS`, each with its block.
+
+    Their data go into `folder`; `changes` replace whole sections.
+    """
+    text = {"text": str(corpus), "samples": 4, "length": 64}
+    blocks: dict[str, dict[str, Any]] = {
+        "dense": {"method": "dense"},
+        "wide": {"method": "structured", "intermediate_size": 64, "calibration": text},
+        "half": {"method": "structured", "num_key_value_heads": 1, "num_hidden_layers": 1, "calibration": text},
+        "sparse": {"method": "wanda", "sparsity": 0.5, "calibration": text},
+    }
+
+    def make(folder: Path, holds: tuple[str, str, str], rows: int = 20, **changes: Any) -> dict[str, Any]:
+        (folder / "data").mkdir(parents=True)
+        for client, letters in LETTERS.items():
+            pairs = [{"instruction": f"Say {i}", "output": letters[i % 3] * 2} for i in range(rows)]
+            (folder / "data" / f"{client}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        raw: dict[str, Any] = {
+            "model": str(tiny("llama")),
+            "precision": "fp32",
+            "data": {"train": f"{folder}/data/*.jsonl", "limit_test": 3, "limit_validation": 2},
+            "blocks": [{"name": name, **blocks[name]} for name in dict.fromkeys(holds)],
+            "clients": [{"id": id, "block": block} for id, block in zip(LETTERS, holds, strict=True)],
+            "lora": {"rank": 4},
+            "train": {"steps": 2, "batch_size": 4, "learning_rate": 0.01},
+            "federation": {"engine": "local", "rounds": 2},
+        }
+        return raw | changes
+
+    return make
+
+
 TASK = {
     "task": "three",
     "dataset_path": "json",

@@ -19,7 +19,7 @@ from legolm.ablate import ablate
 from legolm.models import fingerprint
 from legolm.progress import Progress
 from legolm.prune import llm_block, read_block
-from legolm.rounds import Rounds
+from legolm.rounds import Rounds, scores_of
 from legolm.rundir import RunDir
 from legolm.types import LegolmError, Tensors
 from test_cli import assert_one_line, legolm
@@ -28,30 +28,12 @@ QUIET = Progress()
 
 
 @pytest.fixture(scope="module")
-def config_file(tiny: Callable[[str], Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config_file(three_clients: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three clients, two of them with one block."""
     folder = tmp_path_factory.mktemp("ablate")
-    for client in ("fr", "de", "es"):
-        rows = [{"instruction": f"Say {i}", "output": client} for i in range(20)]
-        (folder / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    calibration = {"text": str(corpus), "samples": 4, "length": 64}
-    raw = {
-        "model": str(tiny("llama")),
-        "precision": "fp32",
-        "data": {"train": f"{folder}/*.jsonl", "limit_test": 3, "limit_validation": 2},
-        "blocks": [
-            {"name": "wide", "method": "structured", "intermediate_size": 64, "calibration": calibration},
-            {"name": "sparse", "method": "magnitude", "sparsity": 0.5},
-        ],
-        "clients": [
-            {"id": "fr", "block": "wide"},
-            {"id": "de", "block": "sparse", "rank": 2},
-            {"id": "es", "block": "wide"},
-        ],
-        "lora": {"rank": 4},
-        "train": {"steps": 2, "batch_size": 4, "learning_rate": 0.01},
-        "federation": {"engine": "local", "rounds": 2, "keep_updates": True},
-    }
+    federation = {"engine": "local", "rounds": 2, "keep_updates": True}
+    raw = three_clients(folder, ("wide", "sparse", "wide"), federation=federation)
+    raw["clients"][1]["rank"] = 2
     (folder / "run.yaml").write_text(json.dumps(raw))
     return folder / "run.yaml"
 
@@ -136,7 +118,7 @@ def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path, 
     found = json.loads((tmp_path / "ablation.json").read_text())
     records, clients = metrics(run), ("fr", "de", "es")
     local = {one["client"]: one["scores"] for one in records if one["stage"] == "local"}
-    shared = next(one for one in records if one["stage"] == "round" and one["round"] == found["round"])["clients"]
+    shared = scores_of(next(one for one in records if one["stage"] == "round" and one["round"] == found["round"]))
 
     def mean(scores: dict[str, Any]) -> float:
         return fmean(scores[client][data]["loss"] for client in clients for data in clients)

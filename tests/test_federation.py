@@ -24,35 +24,15 @@ from legolm.rundir import RunDir
 from legolm.study import compare
 from legolm.types import LegolmError
 
-LETTERS = {"fr": "abc", "de": "def", "es": "ghi"}
-
 
 @pytest.fixture
-def raw(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> dict[str, Any]:
-    """Three clients that answer with their own letters: two dense, one with a narrower MLP."""
-    data = tmp_path / "data"
-    data.mkdir()
-    for client, letters in LETTERS.items():
-        rows = [{"instruction": f"Say {i}", "output": letters[i % 3] * 2} for i in range(10)]
-        (data / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    calibration = {"text": str(corpus), "samples": 2, "length": 32}
-    return {
-        "model": str(tiny("llama")),
-        "data": {"train": f"{data}/*.jsonl", "limit_test": 1, "limit_validation": 1},
-        "blocks": [
-            {"name": "dense", "method": "dense"},
-            {"name": "narrow", "method": "structured", "intermediate_size": 48, "calibration": calibration},
-        ],
-        "clients": [
-            {"id": "fr", "block": "dense"},
-            {"id": "de", "block": "dense"},
-            {"id": "es", "block": "narrow"},
-        ],
-        "lora": {"rank": 4},
-        "train": {"steps": 2, "batch_size": 4, "learning_rate": 0.01},
-        "evaluate": {"local_only": False},
-        "federation": {"engine": "local", "rounds": 2},
-    }
+def raw(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
+    """Two dense clients, one with a narrower MLP (`wide`)."""
+    holds = ("dense", "dense", "wide")
+    data = {"train": f"{tmp_path}/data/*.jsonl", "limit_test": 1, "limit_validation": 1}
+    found = three_clients(tmp_path, holds, rows=10, data=data, evaluate={"local_only": False})
+    found["blocks"][1]["intermediate_size"] = 48
+    return found
 
 
 def load(raw: dict[str, Any], tmp_path: Path, *overrides: str) -> RunConfig:
@@ -93,7 +73,9 @@ def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str
     assert rows["heteagg"]["bytes_up"] < rows["fedavg"]["bytes_up"]
     assert rows["hetlora"]["bytes_up"] == pytest.approx(rows["heteagg"]["bytes_up"], rel=0.1)
     assert rows["local_only"]["own"] < rows["local_only"]["llm_before"]
-    assert len(list((tmp_path / "out" / "blocks").iterdir())) == 2
+    # Both blocks are cut once; before training, what all hold scores once for every way of holding it.
+    assert len(list((tmp_path / "out" / "blocks").glob("*/manifest.json"))) == 2
+    assert len(list((tmp_path / "out" / "blocks" / "before").glob("*.json"))) == 3
     html = (tmp_path / "out" / "compare.html").read_text()
     assert "<svg" in html
     assert all(name in html for name in rows)
@@ -116,7 +98,7 @@ def test_frozen_side_in_int8_sends_an_eighth_and_resumes_exactly(
     raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path
 ) -> None:
     for client in raw["clients"]:
-        client["block"] = "narrow"
+        client["block"] = "wide"
     raw["lora"]["rank"] = 16
     lr = "train.learning_rate=0.003"
     small = load(raw, tmp_path, "aggregate.form=frozen_side", "federation.codec=int8", "federation.rounds=3", lr)
@@ -204,6 +186,34 @@ def test_outliers_are_clipped_or_refused(raw: dict[str, Any], run: Callable[...,
     assert "times the median of earlier rounds" in found["refuse"]["refused"][0]["reason"]
 
 
+def test_runs_of_one_store_score_what_is_untrained_once(
+    raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def engine(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def counted(exchange: Exchange) -> Exchange:
+            def ask(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                yield from exchange((asked.append(wire.kind_of(one.content)) or one for one in requests), deadline_s)
+
+            return ask
+
+        run_local(folder, config, actors, lambda exchange: body(counted(exchange)))
+
+    def before(name: str) -> dict[str, Any]:
+        record = json.loads((tmp_path / name / "rounds" / "0000" / "metrics.json").read_text())
+        return {key: record[key] for key in ("llm", "held", "validation")}
+
+    for name, overrides in (("first", ()), ("second", ("aggregate.scheme=median",))):
+        asked.clear()
+        run(load(raw, tmp_path, "federation.rounds=1", *overrides), name, engine=engine)
+        assert asked.count("evaluate") == (4 if name == "first" else 2)  # the LLM, which two clients hold, and `wide`
+    run(load(raw, tmp_path, "train.max_length=48"), "other")
+    pipeline.run(load(raw, tmp_path, "aggregate.scheme=median"), tmp_path / "alone")
+    assert before("first") == before("second") == before("alone")
+    assert len(list((tmp_path / "store" / "before").glob("*.json"))) == 2
+
+
 def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
     first = run(load(raw, tmp_path), "first")
     warm = f"aggregate.start={tmp_path / 'first'}"
@@ -225,11 +235,11 @@ def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callabl
     [
         (
             ("aggregate.scheme=fedavg",),
-            "client 'es' holds block 'narrow' and 'fr' block 'dense', and it averages equal",
+            "client 'es' holds block 'wide' and 'fr' block 'dense', and it averages equal",
         ),
-        (("aggregate.scheme=flexlora",), "client 'es' holds block 'narrow', and it works on the whole LLM"),
+        (("aggregate.scheme=flexlora",), "client 'es' holds block 'wide', and it works on the whole LLM"),
         (("aggregate.scheme=fedavg", "clients.1.rank=2", "federation.capable=true"), "averages equal ranks"),
-        (("federation.capable=true", "clients.0.block=narrow", "clients.1.block=narrow"), "no client holds a dense"),
+        (("federation.capable=true", "clients.0.block=wide", "clients.1.block=wide"), "no client holds a dense"),
         (("aggregate.form=exact", "aggregate.server_optimizer=fedadam"), "needs the dense product's moments"),
         (("aggregate.form=exact", "aggregate.mask=saliency"), "mask 'saliency' is on factors"),
         (("aggregate.scheme=flora", "aggregate.form=exact"), "form 'exact' is heteagg's"),
@@ -245,8 +255,12 @@ def test_what_does_not_go_together(raw: dict[str, Any], tmp_path: Path, override
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "examples" / "compare").glob("*.yaml")))
 def test_every_comparison_of_the_examples_loads(path: Path) -> None:
-    study, found = load_study(path)
+    study, found = load_study(path, ["seed=7", "train.learning_rate=0.5"])
     assert list(found) == [variant.name for variant in study.variants]
+    for variant in study.variants:
+        assert found[variant.name].seed == 7
+        # What a variant says itself stands.
+        assert found[variant.name].train.learning_rate == variant.set.get("train.learning_rate", 0.5)
 
 
 def test_a_broken_comparison_says_where(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -254,7 +268,7 @@ def test_a_broken_comparison_says_where(raw: dict[str, Any], tmp_path: Path) -> 
     for variants, says in (
         ([{"name": "a", "set": {"aggregate.shceme": "median"}}], "variant a: unknown key `aggregate.shceme`"),
         ([{"name": "a"}, {"name": "a"}], "'a' is there twice"),
-        ([{"name": "a", "block": "small"}], "block 'small' is not one of dense, narrow"),
+        ([{"name": "a", "block": "small"}], "block 'small' is not one of dense, wide"),
         ([{"name": "a", "sett": {}}], "unknown key `variants.0.sett`"),
     ):
         path.write_text(json.dumps({"run": raw, "variants": variants}))

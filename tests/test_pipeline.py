@@ -31,43 +31,15 @@ from legolm.prune import read_block
 from legolm.rundir import RunDir
 from legolm.types import LegolmError
 
-LETTERS = {"fr": "abc", "de": "def", "es": "ghi"}
-
 
 @pytest.fixture
-def config_file(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> Path:
-    """Three clients that answer with their own letters; a structured, a smaller and a sparse block."""
-    data = tmp_path / "data"
-    data.mkdir()
-    for client, letters in LETTERS.items():
-        rows = [{"instruction": f"Say {i}", "output": letters[i % 3] * 2} for i in range(20)]
-        (data / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    calibration = {"text": str(corpus), "samples": 4, "length": 64}
-    raw = {
-        "model": str(tiny("llama")),
-        "precision": "fp32",
-        "data": {"train": f"{data}/*.jsonl", "limit_test": 4, "limit_validation": 2},
-        "blocks": [
-            {"name": "wide", "method": "structured", "intermediate_size": 64, "calibration": calibration},
-            {
-                "name": "half",
-                "method": "structured",
-                "num_key_value_heads": 1,
-                "num_hidden_layers": 1,
-                "calibration": calibration,
-                "recover": {"steps": 1, "batch_size": 2},
-            },
-            {"name": "sparse", "method": "sparsegpt", "sparsity": 0.5, "calibration": calibration},
-        ],
-        "clients": [
-            {"id": "fr", "block": "wide"},
-            {"id": "de", "block": "half", "rank": 2},
-            {"id": "es", "block": "sparse"},
-        ],
-        "lora": {"rank": 4},
-        "train": {"steps": 3, "batch_size": 4, "learning_rate": 0.01},
-        "federation": {"engine": "local", "rounds": 2, "personal_steps": 2},
-    }
+def config_file(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
+    """A structured, a smaller and a sparse block, one of them recovered, and a personal step."""
+    federation = {"engine": "local", "rounds": 2, "personal_steps": 2}
+    raw = three_clients(tmp_path, ("wide", "half", "sparse"), federation=federation)
+    raw["blocks"][1]["recover"] = {"steps": 1, "batch_size": 2}
+    raw["blocks"][2]["method"] = "sparsegpt"
+    raw["clients"][1]["rank"] = 2
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(raw))
     return path
@@ -235,7 +207,7 @@ def test_bad_updates_are_refused_and_named_and_the_round_goes_on(config_file: Pa
     ):
         summary = pipeline.run(config, tmp_path / name, engine=tampering_engine(tampers, crash))
         last = summary["history"][-1]
-        assert last["accepted"] == [client for client in LETTERS if client not in reasons]
+        assert last["accepted"] == [client for client in ("fr", "de", "es") if client not in reasons]
         assert {one["client"] for one in last["refused"]} == set(reasons)
         for one in last["refused"]:
             assert reasons[one["client"]] in one["reason"]

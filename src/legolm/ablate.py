@@ -28,7 +28,7 @@ from legolm.models import fingerprint, load_model, load_tokenizer, resolve
 from legolm.progress import Progress
 from legolm.prune import llm_block, read_block
 from legolm.report.html import Raw, tag
-from legolm.rounds import Rounds
+from legolm.rounds import Rounds, scores_of
 from legolm.rundir import RunDir, atomic_write, read_json
 from legolm.types import Block, LegolmError
 
@@ -58,11 +58,11 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     found = _earlier(out / "ablation.json", what)
     records = rounds.records()
     by_round = {one["round"]: one for one in records if one["stage"] == "round"}
-    alone = {one["client"]: one["scores"] for one in records if one["stage"] == "local"}
+    alone = [{"clients": [one["client"]], "scores": one["scores"]} for one in records if one["stage"] == "local"]
     found |= {
         "name": folder.resolve().name,
         "before": found.get("before") or _losses(by_round[0], rounds.scheme(0), asked),
-        "local": _losses({"clients": alone}, None, None) if alone else None,
+        "local": _losses({"held": alone}, None, None) if alone else None,
         "all": found.get("all") or _losses(by_round[last], rounds.scheme(last), asked),
     }
 
@@ -192,7 +192,7 @@ def _cases(block_of: Mapping[str, str]) -> list[tuple[str, str, list[str]]]:
 
 def _losses(record: Mapping[str, Any], scheme: Scheme | None, asked: Measure | None) -> Record:
     """Mean losses of what `Rounds.score_global` gives: of the LLM, of each client's block, and of all blocks."""
-    by_client = {id: fmean(one["loss"] for one in scores.values()) for id, scores in record["clients"].items()}
+    by_client = {id: fmean(one["loss"] for one in scores.values()) for id, scores in scores_of(record).items()}
     found: Record = {"blocks": fmean(by_client.values()), "by_client": by_client}
     if "llm" in record:
         found["llm"] = fmean(one["loss"] for one in record["llm"].values())

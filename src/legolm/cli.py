@@ -197,6 +197,7 @@ def evaluate(
 def compare(
     config: Annotated[Path, typer.Argument(help="YAML with `run` and `variants`; see examples/compare/schemes.yaml")],
     out: Annotated[Path | None, typer.Option(help="folder of all runs; runs/<name of the config> if not given")] = None,
+    set_: Sets = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every plan and stop")] = False,
 ) -> None:
     """Run several schemes on one config and put them in one table. Goes on where an earlier call stopped."""
@@ -206,12 +207,12 @@ def compare(
     if dry_run:
         from legolm.report.terminal import print_plan
 
-        for name, (settings, plan) in plans(config).items():
+        for name, (settings, plan) in plans(config, set_ or ()).items():
             typer.echo(f"\n{name}")
             print_plan(plan, settings)
         return
     out = out or Path("runs") / config.stem
-    print_comparison(run_all(config, out), out)
+    print_comparison(run_all(config, out, set_ or ()), out)
 
 
 @app.command()

@@ -44,7 +44,8 @@ def run(
 ) -> Record:
     """Run `config` in the folder `out` and return its summary. Raises `LegolmError` for bad input.
 
-    `engine` replaces the configured one, for tests and for other transports. Runs with the same `store` share blocks.
+    `engine` replaces the configured one, for tests and for other transports. Runs with the same `store` share blocks
+    and their scores before training.
     """
     began = time.perf_counter()
     config = _with_precision(config, out)
@@ -57,7 +58,8 @@ def run(
 
     blocks = _cut_blocks(folder, config, plan, identity["base_fingerprint"], progress, store)
     block_of = {client.id: client.block for client in plan.clients}
-    rounds = Rounds(folder, config, identity["run"], blocks, block_of, progress)
+    shared = store / "before" if store else None
+    rounds = Rounds(folder, config, identity["run"], blocks, block_of, progress, shared)
     if not rounds.finished:
         engine(folder, config, plan.actors, rounds.run)
     _write_final(folder, config, plan, blocks, block_of, rounds, progress)

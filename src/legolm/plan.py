@@ -27,7 +27,11 @@ SPARE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """One block: stored parameters, checkpoint bytes, peak bytes of fine-tuning it, steps of recovery at most."""
+    """One block: stored parameters, checkpoint bytes, peak bytes and operations a token of fine-tuning it, recovery.
+
+    `token_flops` are the decoder's products: 4 a weight, two forward and two for the input's gradient; the masked
+    forward of unstructured blocks also needs the weights' gradient. `recovery_steps` is the most.
+    """
 
     name: str
     method: str
@@ -35,6 +39,7 @@ class PlannedBlock:
     parameters: int
     file_bytes: int
     training_bytes: int
+    token_flops: int
     recovery_steps: int
 
 
@@ -108,6 +113,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
                 training_bytes=training_bytes(
                     coverage, parameters, model.vocab_size, longest, config.train, config.lora, precision
                 ),
+                token_flops=4 * coverage.kept_weights if spec.method in shaped else 6 * coverage.kept_weights,
                 recovery_steps=spec.recover.most_steps,
             )
         )

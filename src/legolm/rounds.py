@@ -5,6 +5,7 @@ A stage leaves a folder with `adapter.safetensors` and `metrics.json` that appea
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -28,7 +29,7 @@ from legolm.dispatch import Dispatch, Job, Order, Split, Trained, derive_seed
 from legolm.federate import Exchange, Reply, Request
 from legolm.finetune import load_adapter
 from legolm.progress import Progress
-from legolm.rundir import UPDATES, RunDir, atomic_folder, read_json
+from legolm.rundir import UPDATES, RunDir, atomic_folder, atomic_write, read_json
 from legolm.types import Block, LegolmError, Score, Tensors, Update
 from legolm.warm import warm_factors
 
@@ -36,7 +37,10 @@ Record = dict[str, Any]
 
 
 class Rounds:
-    """`blocks` are the cut blocks and the LLM by name, `block_of` the block's name of each client by id."""
+    """`blocks` are the cut blocks and the LLM by name, `block_of` the block's name of each client by id.
+
+    Runs of the same data and blocks that give the same folder as `shared` score them before training once.
+    """
 
     def __init__(
         self,
@@ -46,8 +50,9 @@ class Rounds:
         blocks: dict[str, Block],
         block_of: dict[str, str],
         progress: Progress,
+        shared: Path | None = None,
     ) -> None:
-        self._folder, self._config = folder, config
+        self._folder, self._config, self._shared = folder, config, shared
         self._llm = blocks["llm"]
         self._clients = [client.id for client in config.clients]
         self._block = {id: blocks[name] for id, name in block_of.items()} | {wire.EVERYONE: self._llm}
@@ -129,24 +134,27 @@ class Rounds:
     def score_global(self, scheme: Scheme, exchange: Exchange, label: str) -> Record:
         """The LLM and every distinct block with the global update, on all test and its clients' validation data."""
         tests: tuple[tuple[str, Split], ...] = tuple((id, "test") for id in self._clients)
-        whole = scheme.adapter(self._llm.coverage, self._config.lora.rank)
-        jobs = [Job(self._clients[0], self._llm, whole, tests)]
-        alike: dict[tuple[str, int], list[str]] = {}
+        alike: dict[tuple[str, int], list[str]] = {(self._llm.name, self._config.lora.rank): []}
         for id in self._clients:
-            alike.setdefault((self._block[id].name, self._rank[id]), []).append(id)
-        for (_, rank), ids in alike.items():
-            block = self._block[ids[0]]
+            name = self._llm.name if is_dense(self._block[id]) else self._block[id].name
+            alike.setdefault((name, self._rank[id]), []).append(id)
+        jobs = []
+        for (name, rank), ids in alike.items():
+            block = self._llm if name == self._llm.name else self._block[ids[0]]
             validation: tuple[tuple[str, Split], ...] = tuple((id, "validation") for id in ids)
-            jobs.append(Job(ids[0], block, scheme.adapter(block.coverage, rank), tests + validation))
+            client = ids[0] if ids else self._clients[0]
+            jobs.append(Job(client, block, scheme.adapter(block.coverage, rank), tests + validation))
         results: dict[int, Sequence[Score]] = {}
         self._dispatch.score(jobs, exchange, label, results.__setitem__)
 
-        record: Record = {"llm": self._by_client(results[0]), "clients": {}}
-        losses: list[float] = []
-        for index, ids in enumerate(alike.values(), start=1):
-            record["clients"] |= dict.fromkeys(ids, self._by_client(results[index]))
-            losses += [one.loss for one in results[index][len(tests) :]]
-        return record | {"validation": sum(losses) / len(losses)}
+        # Once for all who hold the same: with each client's own copy a record would grow with their square.
+        held = [
+            {"clients": ids, "scores": self._by_client(results[index])}
+            for index, ids in enumerate(alike.values())
+            if ids
+        ]
+        losses = [one.loss for found in results.values() for one in found[len(tests) :]]
+        return {"llm": self._by_client(results[0]), "held": held, "validation": sum(losses) / len(losses)}
 
     # Stages
 
@@ -157,7 +165,14 @@ class Rounds:
         began = time.perf_counter()
         scheme = self.scheme(None)
         record = {"stage": "round", "round": 0, "accepted": [], "refused": [], "train": {}, "bytes": {}}
-        record |= self.score_global(scheme, exchange, "before: evaluate")
+        known = self._shared_scores()
+        if known and known.exists():
+            record |= read_json(known)
+        else:
+            scored = self.score_global(scheme, exchange, "before: evaluate")
+            record |= scored
+            if known:
+                atomic_write(known, json.dumps(scored) + "\n")
         self._keep(self._folder.round(0), scheme.state(), record, began)
 
     def _round(self, number: int, exchange: Exchange) -> None:
@@ -265,6 +280,23 @@ class Rounds:
         drawn = set(random.Random(derive_seed(self._config.seed, "draw", number)).sample(there, count))
         return [id for id in there if id in drawn]
 
+    def _shared_scores(self) -> Path | None:
+        """Where runs find each other's scores before training; nowhere for one that starts from a trained adapter."""
+        config = self._config
+        if self._shared is None or config.lora.start is not None or config.aggregate.start is not None:
+            return None
+        fields = {"model", "seed", "data", "precision", "device", "lora", "evaluate"}
+        identity = read_json(self._folder.path / "run.json")
+        what = [
+            config.model_dump_json(include=fields, exclude={"evaluate": {"local_only"}}),
+            config.train.max_length,
+            config.train.long_examples,
+            identity["base_fingerprint"],
+            identity["data_fingerprint"],
+            [(id, self._rank[id], (self._block[id].path / "manifest.json").read_text()) for id in self._clients],
+        ]
+        return self._shared / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
+
     def _rounds_so_far(self) -> list[Record]:
         return [record for record in self.records() if record["stage"] == "round"]
 
@@ -306,6 +338,11 @@ def _write(folder: Path, adapter: Tensors, record: Record, began: float) -> None
     save_file({key: tensor.contiguous() for key, tensor in adapter.items()}, folder / "adapter.safetensors")
     record = record | {"seconds": time.perf_counter() - began}
     (folder / "metrics.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def scores_of(record: Mapping[str, Any]) -> dict[str, dict[str, Record]]:
+    """Of a record of `Rounds.score_global`: each client's block's scores, by client, on every client's test data."""
+    return {id: one["scores"] for one in record["held"] for id in one["clients"]}
 
 
 def best_round(records: Iterable[Mapping[str, Any]]) -> int:

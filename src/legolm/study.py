@@ -38,25 +38,30 @@ COLUMNS = {
     "bytes_down": "MB received",
     "bytes_up": "MB sent",
     "tokens": "tokens",
+    "flops": "client TFLOP",
+    "memory": "client MB",
     "seconds": "seconds",
 }
 
 
-def compare(path: Path, out: Path) -> list[Record]:
-    """Run every variant in `out`/<name>, write compare.json and compare.html; one record a variant."""
+def compare(path: Path, out: Path, changes: Sequence[str] = ()) -> list[Record]:
+    """Run every variant in `out`/<name>, write compare.json and compare.html; one record a variant.
+
+    `changes` (`a.b=value`) override the run that the variants vary.
+    """
     found = []
     # All plans first: bad input should not wait for the first run's end.
-    for name, (config, _) in plans(path).items():
+    for name, (config, plan) in plans(path, changes).items():
         summary = run(config, out / name, (out / name).exists(), Progress(), store=out / "blocks")
-        found.append(row(name, config, summary, out / name))
+        found.append(row(name, config, plan, summary, out / name))
     atomic_write(out / "compare.json", json.dumps(found, indent=1) + "\n")
     atomic_write(out / "compare.html", page(found, path.stem))
     return found
 
 
-def plans(path: Path) -> dict[str, tuple[RunConfig, Plan]]:
+def plans(path: Path, changes: Sequence[str] = ()) -> dict[str, tuple[RunConfig, Plan]]:
     """Config and plan of every variant, by name. Raises `LegolmError` for whatever cannot work."""
-    study, configs = load_study(path)
+    study, configs = load_study(path, changes)
     read: dict[str, Parts] = {}
     found = {}
     for variant in study.variants:
@@ -71,10 +76,12 @@ def plans(path: Path) -> dict[str, tuple[RunConfig, Plan]]:
     return found
 
 
-def row(name: str, config: RunConfig, summary: Record, folder: Path) -> Record:
+def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path) -> Record:
     """A variant's figures: losses after the best round (alone: after local training), costs a client and round.
 
-    Losses are nats per answer token on test data; `tokens` are all that clients trained on in the rounds.
+    Losses are nats per answer token on test data. `tokens` are all that clients trained on in the rounds, `flops` the
+    decoder's operations for them (`PlannedBlock.token_flops`), `memory` the mean of what the plan reckons that those
+    who trained need (bytes). Data at one place has no clients, and neither.
     """
     alone = config.aggregate.scheme == "local_only"
     phase = "local" if alone else "global"
@@ -82,6 +89,8 @@ def row(name: str, config: RunConfig, summary: Record, folder: Path) -> Record:
     records = [json.loads(line) for line in lines]
     wanted = [one for one in records if one["stage"] == "local" or (one["stage"] == "round" and one["round"])]
     trained = [client for one in wanted for client in _trained(one)]
+    block_of, block = {one.id: one.block for one in plan.clients}, {one.name: one for one in plan.blocks}
+    at_clients = [(block[block_of[id]], one) for id, one in trained if id in block_of]
     traffic = [count for one in records if one["stage"] == "round" for count in one["bytes"].values()]
     return {
         "name": name,
@@ -98,7 +107,9 @@ def row(name: str, config: RunConfig, summary: Record, folder: Path) -> Record:
         "bytes_down": _mean(count["down"] for count in traffic) or 0.0,
         "bytes_up": _mean(count["up"] for count in traffic) or 0.0,
         "replies": len(traffic),
-        "tokens": sum(one["tokens"] for one in trained),
+        "tokens": sum(one["tokens"] for _, one in trained),
+        "flops": sum(one["tokens"] * held.token_flops for held, one in at_clients),
+        "memory": _mean(held.training_bytes for held, _ in at_clients),
         "seconds": sum(one["seconds"] for one in wanted if one["stage"] == "round")
         or max((one["seconds"] for one in wanted), default=0.0),
     }
@@ -112,7 +123,8 @@ def print_comparison(found: Sequence[Record], out: Path) -> None:
     for one in found:
         table.add_row(one["name"], one["scheme"], *(_text(name, one[name]) for name in COLUMNS))
     console = Console()
-    console.print("Loss per answer token (nats) on test data; MB a client and round; tokens trained on in all", table)
+    console.print("Loss per answer token (nats) on test data; MB received and sent a client and round", table)
+    console.print("Tokens and operations: training of all clients; client MB: what it needs, mean of those who train")
     console.print(budget(found) + f"\ntable {out / 'compare.html'}", highlight=False, soft_wrap=True)
 
 
@@ -215,8 +227,9 @@ def _plan_of(config: RunConfig, parts: Parts) -> Plan:
     return make_plan(config.model_copy(update={"aggregate": aggregate}), parts)
 
 
-def _trained(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [record["train"]] if record["stage"] == "local" else list(record["train"].values())
+def _trained(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Client and metrics of each training."""
+    return [(record["client"], record["train"])] if record["stage"] == "local" else list(record["train"].items())
 
 
 def _everyone(one: Record) -> float:
@@ -236,6 +249,8 @@ def _text(column: str, value: float | None) -> str:
         return ""
     if column.startswith("bytes"):
         return f"{value / 1e6:.2f}"
+    if column in ("flops", "memory"):
+        return f"{value / (1e12 if column == 'flops' else 1e6):,.1f}"
     return f"{value:.3f}" if column in ("llm", "own", "others") else f"{value:,.0f}"
 
 

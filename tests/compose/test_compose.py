@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,33 +35,16 @@ EXACT = choose_method("heteagg", None, None, None)
 
 
 @pytest.fixture(scope="module")
-def run(tiny: Callable[[str], Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(three_clients: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three blocks trained alone: a narrow one, one layer with one KV group, an unstructured one."""
     folder = tmp_path_factory.mktemp("alone")
-    for client in ("fr", "de", "es"):
-        rows = [{"instruction": f"Say {i}", "output": client} for i in range(12 if client == "fr" else 24)]
-        (folder / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    calibration = {"text": str(corpus), "samples": 4, "length": 64}
-    half = {"num_key_value_heads": 1, "num_hidden_layers": 1}
-    raw = {
-        "model": str(tiny("llama")),
-        "precision": "fp32",
-        "data": {"train": f"{folder}/*.jsonl"},
-        "blocks": [
-            {"name": "wide", "method": "structured", "intermediate_size": 64, "calibration": calibration},
-            {"name": "half", "method": "structured", "calibration": calibration, **half},
-            {"name": "sparse", "method": "wanda", "sparsity": 0.5, "calibration": calibration},
-        ],
-        "clients": [
-            {"id": "fr", "block": "wide"},
-            {"id": "de", "block": "half", "rank": 2},
-            {"id": "es", "block": "sparse"},
-        ],
-        "lora": {"rank": 4},
-        "train": {"steps": 2, "batch_size": 4, "learning_rate": 0.01},
-        "aggregate": {"scheme": "local_only"},
-        "federation": {"engine": "local", "rounds": 1},
-    }
+    federation = {"engine": "local", "rounds": 1}
+    holds = ("wide", "half", "sparse")
+    raw = three_clients(folder, holds, rows=24, aggregate={"scheme": "local_only"}, federation=federation)
+    # Not all have as many examples: the default weights differ.
+    few = folder / "data" / "fr.jsonl"
+    few.write_text("".join(few.read_text().splitlines(keepends=True)[:12]))
+    raw["clients"][1]["rank"] = 2
     (folder / "run.yaml").write_text(json.dumps(raw))
     pipeline.run(configs.load(folder / "run.yaml"), folder / "run")
     return folder / "run"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,15 @@ class Study(Section):
     variants: list[Variant] = Field(min_length=1)
 
 
-def load_study(path: Path) -> tuple[Study, dict[str, RunConfig]]:
-    """The study and each variant's resolved config, by name. Raises `LegolmError`.
+def load_study(path: Path, changes: Sequence[str] = ()) -> tuple[Study, dict[str, RunConfig]]:
+    """The study and each variant's resolved config, by name; `changes` are `--set` of the run. Raises `LegolmError`.
 
     Each variant trains alone only if that is its scheme: a table needs that baseline once.
     """
     study = validate(Study, read(path), f"config {path}")
     raw = read(path.parent / study.run) if isinstance(study.run, str) else study.run
+    for change in changes:
+        override(raw, change)
     configs: dict[str, RunConfig] = {}
     for variant in study.variants:
         if variant.name in configs:

@@ -27,9 +27,10 @@ from legolm.types import LegolmError
 POLL_S = 0.1
 IN_FLIGHT = 4
 """Requests under way for each actor, at least: enough that none waits."""
-IN_FLIGHT_BYTES = 64 << 20
-"""More may be, while they are no bigger than this together: Flower looks at every node in turn, so few at a time are
-slow where there are many clients. Both bounds keep the server's memory from growing with clients."""
+MOST_IN_FLIGHT, IN_FLIGHT_BYTES = 16, 64 << 20
+"""For each actor, at most, and bytes of all beyond the least: the server's memory must not grow with clients. Nor must
+its time: Flower looks at every request under way for every node in turn, so few at once make its turns short, but each
+turn ends in a pause, so very few wait for it."""
 OBJECT_STORE_BYTES = 256 << 20
 
 
@@ -44,7 +45,7 @@ def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
         node_of = {client.id: node for client, node in zip(config.clients, nodes, strict=True)}
 
         def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
-            return _exchange(grid, node_of, IN_FLIGHT * actors, requests, deadline_s)
+            return _exchange(grid, node_of, actors, requests, deadline_s)
 
         body(exchange)
 
@@ -87,17 +88,22 @@ def _client_app(path: Path) -> ClientApp:
 
 
 def _exchange(
-    grid: Grid, node_of: Mapping[str, int], in_flight: int, requests: Iterable[Request], deadline_s: float | None
+    grid: Grid, node_of: Mapping[str, int], actors: int, requests: Iterable[Request], deadline_s: float | None
 ) -> Iterator[Reply]:
-    """Push requests, `in_flight` at once and more while they are small, and give replies as they come.
+    """Push requests, a few for each of `actors` and more while they are small, and give replies as they come.
 
     A client that crashed gives an error, not an end.
     """
     queue = enumerate(requests)
     began = time.monotonic()
     waiting: dict[str, tuple[int, int]] = {}  # index and bytes by message
+
+    def room() -> bool:
+        small = len(waiting) < MOST_IN_FLIGHT * actors and sum(n for _, n in waiting.values()) < IN_FLIGHT_BYTES
+        return small or len(waiting) < IN_FLIGHT * actors
+
     while True:
-        while len(waiting) < in_flight or sum(size for _, size in waiting.values()) < IN_FLIGHT_BYTES:
+        while room():
             index, request = next(queue, (-1, None))
             if request is None:
                 break

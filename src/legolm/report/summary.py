@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from legolm.config import RunConfig
+from legolm.rounds import scores_of
 from legolm.types import Block
 
 Record = dict[str, Any]
@@ -77,7 +78,7 @@ def summarize(
 
 
 def _client(id: str, block: str, records: Sequence[Record], before: Record, best: Record) -> Record:
-    phases = {"before": before["clients"][id], "global": best["clients"][id]}
+    phases = {"before": scores_of(before)[id], "global": scores_of(best)[id]}
     for record in records:
         if record["stage"] in ("local", "personal") and record["client"] == id:
             phases[record["stage"]] = record["scores"]
@@ -120,7 +121,7 @@ def _history(record: Record) -> Record:
         "llm": {measure: _mean(record["llm"], measure) for measure in ("loss", "exact_match")},
         "clients": {
             id: {"own": scores[id]["loss"], "others": _others(scores, id, "loss")}
-            for id, scores in record["clients"].items()
+            for id, scores in scores_of(record).items()
         },
         "validation": record["validation"],
         "accepted": record["accepted"],

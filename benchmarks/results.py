@@ -1,0 +1,350 @@
+"""The claims beside every peer: `docs/results.md`, `docs/results.json` and their plots, from the folders of runs.
+
+    legolm compare examples/compare/flan.yaml --out RUNS/flan              # and, with other seeds:
+    legolm compare examples/compare/flan.yaml --out RUNS/flan-1 --set seed=1
+    legolm compare examples/compare/flan_models.yaml --out RUNS/flan_models
+    legolm compare examples/compare/flan_gap.yaml --out RUNS/flan_gap
+    legolm ablate RUNS/flan/heteagg_factor
+    legolm eval starter RUNS/flan/heteagg_factor/final/llm --include examples/tasks --tasks hellaswag,arc_easy
+        --limit 200 --text TEST.txt --windows 20 --precision bf16 --out RUNS/robustness.json
+    python benchmarks/results.py RUNS [--notes benchmarks/results_notes.md] [--out docs]
+
+Only RUNS/flan has to be there; what is missing is left out. One thing is computed here: FedIT's global adapter sliced
+onto the mixed blocks, kept in RUNS/flan/sliced.json. Last line: one JSON object, that of `docs/results.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+from legolm.federate import Exchange
+from legolm.federate.local import run_local
+from legolm.models import fingerprint, resolve
+from legolm.progress import Progress
+from legolm.prune import llm_block, read_block
+from legolm.rounds import Rounds, scores_of
+from legolm.rundir import RunDir, read_json
+
+Record = dict[str, Any]
+FORMS = ("heteagg_factor", "heteagg_frozen_side", "heteagg_exact")
+DEFAULT = "heteagg_factor"
+
+
+def sliced(study: Path) -> dict[str, float]:
+    """Each client's loss over all clients' test data of its own block with FedIT's global adapter sliced onto it."""
+    known = study / "sliced.json"
+    if not known.exists():
+        run, summary = RunDir(study / DEFAULT), read_json(study / DEFAULT / "summary.json")
+        config = run.config()
+        aggregate = config.aggregate.model_copy(update={"start": str(study / "fedit_everyone")})
+        warm = config.model_copy(update={"aggregate": aggregate})
+        base = resolve(config.model)
+        blocks = {"llm": llm_block(base, fingerprint(base))}
+        blocks |= {spec.name: read_block(run.block(spec.name)) for spec in config.blocks}
+        block_of = {client["id"]: client["block"] for client in summary["clients"]}
+        rounds = Rounds(run, warm, summary["run_id"], blocks, block_of, Progress())
+
+        def body(exchange: Exchange) -> None:
+            record = rounds.score_global(rounds.scheme(None), exchange, "FedIT's adapter, sliced")
+            found = {id: fmean(one["loss"] for one in scores.values()) for id, scores in scores_of(record).items()}
+            known.write_text(json.dumps(found, indent=1) + "\n")
+
+        run_local(run, config, 1, body)
+    found: dict[str, float] = read_json(known)
+    return found
+
+
+def rows_of(study: Path) -> list[Record]:
+    """The rows of a finished comparison."""
+    found: list[Record] = json.loads((study / "compare.json").read_text())
+    return found
+
+
+def everything(client: Mapping[str, Any], phase: str, count: int) -> float:
+    """A client's loss over all clients' test data."""
+    return float((client["own"][phase] + (count - 1) * client["others"][phase]) / count)
+
+
+def main_table(seeds: Mapping[str, Path]) -> Record:
+    """The figures of `examples/compare/flan.yaml`, means over seeds; clients are those of the first seed."""
+    rows = {seed: {row["name"]: row for row in rows_of(path)} for seed, path in seeds.items()}
+    first, study = next(iter(rows.values())), next(iter(seeds.values()))
+    losses = {name: [found[name]["llm"] for found in rows.values() if name in found] for name in first}
+    default = {client["id"]: client for client in read_json(study / DEFAULT / "summary.json")["clients"]}
+    alone = {client["id"]: client for client in read_json(study / "local" / "summary.json")["clients"]}
+    onto = sliced(study)
+    clients = [
+        {
+            "id": id,
+            "block": client["block"],
+            "own_before": client["own"]["before"],
+            "own_local": alone[id]["own"]["local"],
+            "own_global": client["own"]["global"],
+            "others_before": client["others"]["before"],
+            "others_local": alone[id]["others"]["local"],
+            "others_global": client["others"]["global"],
+            "all_global": everything(client, "global", len(default)),
+            "all_fedit_sliced": onto[id],
+        }
+        for id, client in default.items()
+    ]
+
+    def ratio(name: str, of: str) -> float:
+        parts = ("bytes_down", "bytes_up") if of == "bytes" else ("flops",)
+        ours, theirs = (sum(first[one][part] for part in parts) for one in (name, "fedit_everyone"))
+        return float(ours / theirs)
+
+    return {
+        "seeds": list(seeds),
+        "clients": clients,
+        "default_scheme": DEFAULT,
+        "llm_before": first[DEFAULT]["llm_before"],
+        "llm_loss": {name: round(fmean(found), 4) for name, found in losses.items()},
+        "llm_spread": {name: round(stdev(found), 4) for name, found in losses.items() if len(found) > 1},
+        "bytes_ratio_vs_fedit": round(ratio(DEFAULT, "bytes"), 4),
+        "compute_ratio_vs_fedit": round(ratio(DEFAULT, "flops"), 4),
+        "bytes_ratios_vs_fedit": {name: round(ratio(name, "bytes"), 4) for name in FORMS if name in first},
+    }
+
+
+def robustness(path: Path) -> Record:
+    """What nobody trained, before and after."""
+    results = read_json(path)["results"]
+    found: Record = {}
+    for one in results:
+        name = "wikitext" if one["metric"] == "perplexity" else f"{one['task']}_{one['metric']}"
+        found[f"{name}_{'before' if one['model'] == results[0]['model'] else 'after'}"] = one["value"]
+    return found
+
+
+def claims(found: Record) -> list[tuple[str, str, bool]]:
+    """What should hold: the claim, what was found, whether it holds."""
+    main, losses = found["mixed_heterogeneous"], found["mixed_heterogeneous"]["llm_loss"]
+    ours, clients = losses[DEFAULT], main["clients"]
+    better = sum(one["others_global"] < one["others_local"] for one in clients)
+    onto = sum(one["all_global"] < one["all_fedit_sliced"] for one in clients)
+    every = [
+        ("every block is better on the others' tasks than trained alone", f"{better} of {len(clients)}",
+         better == len(clients)),
+        ("every block is better on all tasks than with FedIT's adapter sliced onto it", f"{onto} of {len(clients)}",
+         onto == len(clients)),
+    ]  # fmt: skip
+    for name in ("fedit_capable", "hetlora_capable", "flexlora_capable", "flora_capable"):
+        if name in losses:
+            every.append(
+                (f"the LLM is better than {name}'s", f"{ours:.3f} and {losses[name]:.3f}", ours < losses[name])
+            )
+    over = ours / losses["fedit_everyone"] - 1
+    every += [
+        ("the LLM is within 10 % of FedIT's with everyone dense", f"{over:+.1%}", over <= 0.1),
+        ("for under 60 % of its bytes", f"{main['bytes_ratio_vs_fedit']:.0%}", main["bytes_ratio_vs_fedit"] < 0.6),
+        ("and under 75 % of its client compute", f"{main['compute_ratio_vs_fedit']:.0%}",
+         main["compute_ratio_vs_fedit"] < 0.75),
+    ]  # fmt: skip
+    if "omission" in found:
+        gain, cost = found["omission"]["gain"], found["omission"]["cost"]
+        name, most = max(cost.items(), key=lambda one: float(one[1]))
+        every.append(
+            ("leaving out any block costs less than half of what was gained over local only",
+             f"{name} {most:+.3f} of {gain:.3f}", most < gain / 2)
+        )  # fmt: skip
+    if "robustness" in found:
+        ratio = found["robustness"]["wikitext_after"] / found["robustness"]["wikitext_before"] - 1
+        every.append(("the LLM's WikiText perplexity is at most 3 % worse", f"{ratio:+.1%}", ratio <= 0.03))
+    return every
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def study_table(path: Path, spread: Mapping[str, float] | None = None) -> str:
+    """The rows of one comparison."""
+    rows = []
+    for one in rows_of(path):
+        more = f" ± {spread[one['name']]:.3f}" if spread and one["name"] in spread else ""
+        others = "" if one["others"] is None else f"{one['others']:.3f}"
+        memory = "" if one["memory"] is None else f"{one['memory'] / 1e6:,.0f}"
+        rows.append((
+            one["name"], f"{one['llm']:.3f}{more}", f"{one['own']:.3f}", others,
+            f"{one['bytes_down'] / 1e6:.2f}", f"{one['bytes_up'] / 1e6:.2f}", f"{one['tokens']:,.0f}",
+            f"{one['flops'] / 1e12:.0f}", memory, f"{one['seconds'] / 60:.0f}",
+        ))  # fmt: skip
+    return table(
+        ("variant", "LLM", "blocks, own", "blocks, others'", "MB down", "MB up", "tokens", "client TFLOP",
+         "client MB", "min"), rows,
+    )  # fmt: skip
+
+
+def figure_3(study: Path, out: Path) -> None:
+    """Each client's loss on the others' data: alone, and after each global update."""
+    summary = read_json(study / DEFAULT / "summary.json")
+    alone = {client["id"]: client for client in read_json(study / "local" / "summary.json")["clients"]}
+    rounds = [entry["round"] for entry in summary["history"]]
+    figure, axes = plt.subplots(2, 4, figsize=(10, 4.6), sharex=True)
+    for place, client in zip(axes.flat, summary["clients"], strict=False):
+        for data, colour in (("own", "#2f6fde"), ("others", "#c2410c")):
+            line = [entry["clients"][client["id"]][data] for entry in summary["history"]]
+            place.plot(rounds, line, marker="o", color=colour, label=f"{data}, global update")
+            level = alone[client["id"]][data]["local"]
+            place.axhline(level, color=colour, linestyle="--", label=f"{data}, trained alone")
+        place.set_title(f"{client['id']}\n{client['block']}", fontsize=8)
+        place.set_xticks(rounds)
+        place.tick_params(labelsize=7)
+    figure.supxlabel("round", fontsize=8)
+    figure.supylabel("loss, nats an answer token", fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="upper center", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    save(figure, out)
+
+
+def figure_5(found: Record, out: Path) -> None:
+    """The blocks' loss without each block and each client, beside trained alone and the global update."""
+    bars = found["without"]
+    figure, axes = plt.subplots(figsize=(8, 3.4))
+    colours = ["#2f6fde" if one["kind"] == "block" else "#9dbcf2" for one in bars]
+    axes.bar(range(len(bars)), [one["blocks"] for one in bars], color=colours)
+    for name, key in (("global update", "all"), ("trained alone", "local")):
+        if found[key]:
+            axes.axhline(found[key]["blocks"], linestyle="--", color="#c2410c" if key == "all" else "#555", label=name)
+    axes.set_xticks(range(len(bars)), [one["name"] for one in bars], rotation=30, ha="right", fontsize=7)
+    axes.set_ylabel("blocks' loss on all data", fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    save(figure, out)
+
+
+def loss_against_bytes(rows: Sequence[Record], out: Path) -> None:
+    """Where each scheme is: what a client sends and receives, and the LLM's loss."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for one in rows:
+        if sent := (one["bytes_down"] + one["bytes_up"]) / 1e6:
+            axes.plot(sent, one["llm"], "o", color="#2f6fde" if one["name"] in FORMS else "#c2410c")
+            axes.annotate(one["name"], (sent, one["llm"]), textcoords="offset points", xytext=(6, 3), fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlabel("MB a client and round, both ways", fontsize=8)
+    axes.set_ylabel("the LLM's loss, nats an answer token", fontsize=8)
+    figure.tight_layout()
+    save(figure, out)
+
+
+def save(figure: Any, out: Path) -> None:
+    """As SVG that is the same each time."""
+    with plt.rc_context({"svg.hashsalt": "legolm"}):
+        figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)
+
+
+def page(found: Record, runs: Path, plots: str, notes: str) -> str:
+    """`docs/results.md`."""
+    main, study = found["mixed_heterogeneous"], runs / "flan"
+    summary = read_json(study / DEFAULT / "summary.json")
+    machine = summary["machine"]
+    config = RunDir(study / DEFAULT).config()
+    parts = [
+        "# Results\n",
+        f"Written by `python benchmarks/results.py RUNS` from the folders of runs; its first lines have the commands. "
+        f"{summary['model']} is SmolLM2-135M-Instruct; {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['memory_gb']:.0f} GB, one thread a run. Eight clients, one FLAN task each "
+        f"([`examples/flan/mixed.yaml`](../examples/flan/mixed.yaml)), {config.federation.rounds} rounds of "
+        f"{config.train.steps} steps of {config.train.batch_size} examples, {config.data.limit_test} test pairs a "
+        f"task. Losses are nats per answer token on test data, sets counting the same; the LLM has "
+        f"{main['llm_before']:.3f} before training. Seeds: {', '.join(main['seeds'])}.\n",
+        "## What should hold\n",
+        table(("claim", "found", "holds"), [(a, b, "yes" if c else "**no**") for a, b, c in claims(found)]),
+        "## Every scheme, mixed blocks, one task a client\n",
+        study_table(study, main["llm_spread"]),
+        "`capable` leaves out who does not hold the whole LLM (six of eight clients). `everyone` is the ideal that "
+        "weak devices cannot run. `local` has no LLM: its row is the untrained one. Client TFLOP: the decoder's "
+        "operations in all clients' training. Client MB: what training needs by the plan's estimate, mean over those "
+        "who train.\n",
+        f"![loss against bytes]({plots}/bytes.svg)\n",
+        "## Clients after each global update (the paper's figure 3)\n",
+        table(
+            ("client", "block", "own: before", "alone", "global", "others': before", "alone", "global",
+             "all: global", "FedIT's adapter sliced"),
+            [
+                (one["id"], one["block"], *(f"{one[key]:.3f}" for key in (
+                    "own_before", "own_local", "own_global", "others_before", "others_local", "others_global",
+                    "all_global", "all_fedit_sliced")))
+                for one in main["clients"]
+            ],
+        ),
+        f"![clients by round]({plots}/clients.svg)\n",
+    ]  # fmt: skip
+    for name, title in (
+        ("flan_models", "Who holds what, and IID data"),
+        ("flan_gap", "The gap to FedIT with everyone dense"),
+        ("flan_rates", "Learning rates, chosen on validation data"),
+    ):
+        if (runs / name / "compare.json").exists():
+            parts += [f"## {title}\n", study_table(runs / name)]
+    if "omission" in found:
+        omission = found["omission"]
+        parts += [
+            "## One left out (the paper's figure 5)\n",
+            f"Gain over trained alone: {omission['gain']:.3f} nats, mean over all blocks and all data.\n",
+            table(("without block", "blocks lose", "the LLM loses"), [
+                (name, f"{cost:+.3f}", f"{omission['cost_llm'][name]:+.3f}") for name, cost in omission["cost"].items()
+            ]),
+            f"![one left out]({plots}/omission.svg)\n",
+        ]  # fmt: skip
+    if "robustness" in found:
+        names = [key.removesuffix("_before") for key in found["robustness"] if key.endswith("_before")]
+        parts += [
+            "## What nobody trained\n",
+            table(("figure", "LLM before", "after"), [
+                (name, *(f"{found['robustness'][f'{name}_{when}']:.3f}" for when in ("before", "after")))
+                for name in names
+            ]),
+        ]  # fmt: skip
+    return "\n".join([*parts, notes])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder that holds the comparisons' folders")
+    parser.add_argument("--notes", type=Path, default=Path("benchmarks/results_notes.md"), help="what surprised")
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    options = parser.parse_args()
+    runs = options.runs
+    seeds = {"0": runs / "flan"} | {
+        path.name.removeprefix("flan-"): path for path in sorted(runs.glob("flan-*")) if path.is_dir()
+    }
+    found: Record = {"mixed_heterogeneous": main_table(seeds)}
+    ablation = runs / "flan" / DEFAULT / "ablation.json"
+    plots = options.out / "results"
+    plots.mkdir(parents=True, exist_ok=True)
+    if ablation.exists():
+        left_out = read_json(ablation)
+        found["omission"] = {"gain": None, "cost": left_out["cost"], "cost_llm": left_out["cost_llm"]}
+        alone = read_json(runs / "flan" / "local" / "summary.json")["clients"]
+        mean = fmean(everything(client, "local", len(alone)) for client in alone)
+        found["omission"]["gain"] = mean - left_out["all"]["blocks"]
+        left_out["local"] = {"blocks": mean}
+        figure_5(left_out, plots / "omission.svg")
+    if (runs / "robustness.json").exists():
+        found["robustness"] = robustness(runs / "robustness.json")
+    found["claims"] = [{"claim": a, "found": b, "holds": c} for a, b, c in claims(found)]
+    figure_3(runs / "flan", plots / "clients.svg")
+    loss_against_bytes(rows_of(runs / "flan"), plots / "bytes.svg")
+    notes = options.notes.read_text(encoding="utf-8") if options.notes.exists() else ""
+    (options.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.out / "results.md").write_text(page(found, runs, plots.name, notes), encoding="utf-8")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
