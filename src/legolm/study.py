@@ -35,6 +35,7 @@ COLUMNS = {
     "llm": "LLM",
     "own": "own data",
     "others": "others' data",
+    "validation": "validation",
     "bytes_down": "MB received",
     "bytes_up": "MB sent",
     "tokens": "tokens",
@@ -79,7 +80,8 @@ def plans(path: Path, changes: Sequence[str] = ()) -> dict[str, tuple[RunConfig,
 def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path) -> Record:
     """A variant's figures: losses after the best round (alone: after local training), costs a client and round.
 
-    Losses are nats per answer token on test data. `tokens` are all that clients trained on in the rounds, `flops` the
+    Losses are nats per answer token on test data, `validation` on the clients' own validation data: to choose settings
+    by. `tokens` are all that clients trained on in the rounds, `flops` the
     decoder's operations for them (`PlannedBlock.token_flops`), `memory` the mean of what the plan reckons that those
     who trained need (bytes). Data at one place has no clients, and neither.
     """
@@ -104,6 +106,7 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path)
         "llm_before": summary["llm"]["loss_before"],
         "own": fmean(client["own"][phase] for client in summary["clients"]),
         "others": _mean(client["others"][phase] for client in summary["clients"]),
+        "validation": None if alone else min(one["validation"] for one in wanted),
         "bytes_down": _mean(count["down"] for count in traffic) or 0.0,
         "bytes_up": _mean(count["up"] for count in traffic) or 0.0,
         "replies": len(traffic),
@@ -251,7 +254,7 @@ def _text(column: str, value: float | None) -> str:
         return f"{value / 1e6:.2f}"
     if column in ("flops", "memory"):
         return f"{value / (1e12 if column == 'flops' else 1e6):,.1f}"
-    return f"{value:.3f}" if column in ("llm", "own", "others") else f"{value:,.0f}"
+    return f"{value:.3f}" if column in ("llm", "own", "others", "validation") else f"{value:,.0f}"
 
 
 _STYLE = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -130,8 +130,8 @@ class _Text:
         small = given_shape(spec, base)
         if small is None:
 
-            def best(kept_weights: float | None) -> Shape:
-                shapes = shapes_within(spec, base, kept_weights)
+            def best(kept: Callable[[int], float] | None) -> Shape:
+                shapes = shapes_within(spec, base, kept)
                 return shapes[0] if len(shapes) == 1 else choose(shapes, self._measured(units=True))
 
             small = shape_for(base, spec.speedup, best, spec.name) if spec.speedup else best(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -70,19 +71,22 @@ def given_shape(block: BlockConfig, base: Base) -> Shape | None:
     return small
 
 
-def shapes_within(block: BlockConfig, base: Base, kept_weights: float | None = None) -> list[Shape]:
-    """Shapes that meet the block's budget (or `kept_weights`), those that cut fewest kinds of units first.
+def shapes_within(block: BlockConfig, base: Base, kept: Callable[[int], float] | None = None) -> list[Shape]:
+    """Shapes that meet the block's budget, those that cut fewest kinds of units first.
+
+    `kept` gives instead the decoder's weights that are left at a number of layers.
 
     Each number of layers and KV groups comes with the width that fills the budget: the nearest for a sparsity, the
     largest for a ceiling. Raises `LegolmError` when there is none, naming the nearest target that can be met.
     """
-    wanted = _kept_weights(block, base) if kept_weights is None else kept_weights
+    same = 0.0 if kept else _kept_weights(block, base)
     shape, fixed = base.shape, FAMILIES[base.shape.family].fixed
     per_neuron = sum((*spec.rows, spec.cols).count("neuron") for spec in shape.modules.values()) * shape.hidden
     found = []
     heads = [n for n in _counts(shape, "kv_groups", fixed) if _is_taken(base, replace(shape, kv_groups=n))]
     for layers, groups in product(_counts(shape, "layers", fixed), heads):
         rest = replace(shape, layers=layers, kv_groups=groups, neurons=0)
+        wanted = kept(layers) if kept else same
         width = (wanted / layers - rest.layer_weights) / per_neuron / MULTIPLE
         neurons = MULTIPLE * (round(width) if block.sparsity is not None else int(width // 1))
         if "neurons" in fixed and neurons < shape.neurons:
@@ -117,7 +121,8 @@ def planned_coverage(block: BlockConfig, base: Base) -> Coverage:
     small = base.shape
     if block.method == "structured":
         # What a speed-up takes is measured when the block is cut; here, weights stand for time.
-        kept = decoder_weights(base.shape) / block.speedup if block.speedup else None
+        share = decoder_weights(base.shape) / (block.speedup or 1)
+        kept = (lambda layers: share) if block.speedup else None
         small = given_shape(block, base) or shapes_within(block, base, kept)[0]
     groups, neurons = tuple(range(small.kv_groups)), tuple(range(small.neurons))
     return Coverage(base.shape, tuple(range(small.layers)), (groups,) * small.layers, (neurons,) * small.layers)
@@ -181,4 +186,4 @@ def _out_of_reach(block: BlockConfig, base: Base) -> LegolmError:
     ):
         if value is not None:
             return LegolmError(f"blocks: {block.name!r} wants {name} {value}; this model gives {smallest} to {largest}")
-    return LegolmError(f"blocks: {block.name!r} wants speedup {block.speedup}; no shape here has so few weights")
+    return LegolmError(f"blocks: {block.name!r} wants speedup {block.speedup}; no shape here is as fast")
