@@ -39,6 +39,7 @@ BLOCKS: list[dict[str, Any]] = [
     {"method": "structured", "intermediate_size": 512},
     {"method": "structured", "num_key_value_heads": 2, "intermediate_size": 680},
     {"method": "structured", "num_hidden_layers": 22},
+    {"method": "structured", "speedup": 1.5},
 ]
 PEERS = [target for target in BLOCKS if target["method"] in ("wanda", "sparsegpt") and target.get("sparsity") == 0.5]
 WINDOWS, WINDOW, PROMPT, NEW, PAIRS = 10, 1024, 512, 32, 5
