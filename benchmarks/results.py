@@ -9,8 +9,9 @@
         --limit 200 --text TEST.txt --windows 20 --precision bf16 --out RUNS/robustness.json
     python benchmarks/results.py RUNS [--notes benchmarks/results_notes.md] [--out docs]
 
-Only RUNS/flan has to be there; what is missing is left out. One thing is computed here: FedIT's global adapter sliced
-onto the mixed blocks, kept in RUNS/flan/sliced.json. Last line: one JSON object, that of `docs/results.json`.
+Every command from the folder that holds the data (`examples/flan/mixed.yaml` says which). Only RUNS/flan has to be
+there; what is missing is left out. One thing is computed here: FedIT's global adapter sliced onto the mixed blocks,
+kept in RUNS/flan/sliced.json. Last line: one JSON object, that of `docs/results.json`.
 """
 
 from __future__ import annotations

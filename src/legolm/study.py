@@ -33,16 +33,24 @@ from legolm.types import LegolmError
 Record = dict[str, Any]
 COLUMNS = {
     "llm": "LLM",
-    "own": "own data",
-    "others": "others' data",
-    "validation": "validation",
-    "bytes_down": "MB received",
-    "bytes_up": "MB sent",
+    "own": "own",
+    "others": "others'",
+    "validation": "valid.",
+    "bytes_down": "MB down",
+    "bytes_up": "MB up",
     "tokens": "tokens",
-    "flops": "client TFLOP",
-    "memory": "client MB",
-    "seconds": "seconds",
+    "flops": "TFLOP",
+    "memory": "memory",
+    "seconds": "s",
 }
+WIDTH = 100
+"""Characters of the table in a terminal, at least: lines that wrap are better than figures cut off."""
+
+LEGEND = (
+    "Losses: nats per answer token on test data, of the LLM, and of the clients' blocks on their own and others' data; "
+    "valid.: blocks on their own validation data. MB: a client and round. Tokens, TFLOP: training of all clients. "
+    "Memory: MB that training needs, mean of those who train."
+)
 
 
 def compare(path: Path, out: Path, changes: Sequence[str] = ()) -> list[Record]:
@@ -121,13 +129,12 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path)
 def print_comparison(found: Sequence[Record], out: Path) -> None:
     """The table, and where the page is."""
     table = Table(box=None, pad_edge=False)
-    for column in ("variant", "scheme", *COLUMNS.values()):
-        table.add_column(column, justify="left" if column in ("variant", "scheme") else "right")
+    for column in ("variant", *COLUMNS.values()):
+        table.add_column(column, justify="left" if column == "variant" else "right")
     for one in found:
-        table.add_row(one["name"], one["scheme"], *(_text(name, one[name]) for name in COLUMNS))
-    console = Console()
-    console.print("Loss per answer token (nats) on test data; MB received and sent a client and round", table)
-    console.print("Tokens and operations: training of all clients; client MB: what it needs, mean of those who train")
+        table.add_row(one["name"], *(_text(name, one[name]) for name in COLUMNS))
+    console = Console(width=max(WIDTH, Console().width))
+    console.print(table, LEGEND, sep="\n\n")
     console.print(budget(found) + f"\ntable {out / 'compare.html'}", highlight=False, soft_wrap=True)
 
 
@@ -159,6 +166,7 @@ def page(found: Sequence[Record], title: str) -> str:
         tag("p", "Loss per answer token (nats) on test data against bytes a client and round, both ways."),
         plot(found),
         tag("table", tag("thead", head), tag("tbody", *rows)),
+        tag("p", LEGEND),
         tag("p", budget(found)),
     )
     top = (Raw('<meta charset="utf-8">'), tag("title", title), tag("style", Raw(_STYLE)))
