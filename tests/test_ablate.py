@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -67,6 +67,16 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What the run had, and `legolm ablate` has: sums of a decomposition round by the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["run", "other_run"])
 def test_with_nobody_left_out_the_replay_is_the_run(kind: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)

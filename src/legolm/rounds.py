@@ -153,7 +153,8 @@ class Rounds:
             for index, ids in enumerate(alike.values())
             if ids
         ]
-        losses = [one.loss for found in results.values() for one in found[len(tests) :]]
+        # In the jobs' order, not the replies': sums round by it.
+        losses = [one.loss for index in range(len(jobs)) for one in results[index][len(tests) :]]
         return {"llm": self._by_client(results[0]), "held": held, "validation": sum(losses) / len(losses)}
 
     # Stages

@@ -9,7 +9,7 @@ import pytest
 
 from legolm.config import BlockConfig
 from legolm.models import load_config
-from legolm.prune.speed import Clock
+from legolm.prune.speed import Clock, read_clock, speedup
 from legolm.prune.target import Base, shapes_within
 
 
@@ -21,15 +21,23 @@ def test_time_is_told_from_layers_and_weights() -> None:
     assert clock.weights(4.0, 7) < 0
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_clock_is_read_of_any_family(family: str, tiny: Callable[[str], Path]) -> None:
+    base = Base.of(tiny(family), "", load_config(tiny(family)))
+    clock = read_clock(base)  # of five layers too, where the model has two, of two kinds
+    assert clock.fixed >= 0 and clock.layer >= 0 and clock.weight > 0
+    assert speedup(base, base.shape) > 0
+
+
 def test_shapes_within_a_time_use_it_up(tiny: Callable[[str], Path]) -> None:
     base = Base.of(tiny("llama"), "", load_config(tiny("llama")))
     shape = base.shape
     # Two of three parts are the calls of the layers: no width makes two layers as fast as one.
     clock = Clock(fixed=0.0, layer=shape.layer_weights * 2.0, weight=1.0)
     whole = clock.seconds(shape.layers, shape.layers * shape.layer_weights)
-    for speedup, layers in ((1.2, 2), (2.2, 1)):
-        block = BlockConfig(name="b", method="structured", speedup=speedup)
-        wanted = whole / speedup
+    for factor, layers in ((1.2, 2), (2.2, 1)):
+        block = BlockConfig(name="b", method="structured", speedup=factor)
+        wanted = whole / factor
         found = shapes_within(block, base, lambda count, wanted=wanted: clock.weights(wanted, count))  # type: ignore[misc]
         assert {small.layers for small in found} == {layers}
         for small in found:

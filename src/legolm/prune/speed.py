@@ -93,12 +93,12 @@ def _times(base: Base, *shapes: Shape) -> list[tuple[float, float]]:
 
 
 def _model(base: Base, shape: Shape, depth: int) -> torch.nn.Module:
-    kept = tuple(range(depth))
     config = copy.deepcopy(base.config)
     config.update(config_changes(config, shape, tuple(range(shape.layers))))
     config.num_hidden_layers = depth
     if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[i] for i in kept]
+        # In a model of fewer layers than are measured their kinds come again.
+        config.layer_types = [config.layer_types[i % len(config.layer_types)] for i in range(depth)]
     model = AutoModelForCausalLM.from_config(config, dtype=base.dtype)
     return model.eval()  # type: ignore[no-any-return]
 
