@@ -88,10 +88,10 @@ def plans(path: Path, changes: Sequence[str] = ()) -> dict[str, tuple[RunConfig,
 def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path) -> Record:
     """A variant's figures: losses after the best round (alone: after local training), costs a client and round.
 
-    Losses are nats per answer token on test data, `validation` on the clients' own validation data: to choose settings
-    by. `tokens` are all that clients trained on in the rounds, `flops` the
-    decoder's operations for them (`PlannedBlock.token_flops`), `memory` the mean of what the plan reckons that those
-    who trained need (bytes). Data at one place has no clients, and neither.
+    Losses are nats per answer token on test data; `validation` on the clients' own validation data, to choose settings
+    by. `tokens` are all that clients trained on in the rounds, `flops` the decoder's operations for them
+    (`PlannedBlock.token_flops`), `memory` the mean of what the plan reckons that those who trained need (bytes). Data
+    at one place has no clients, and neither.
     """
     alone = config.aggregate.scheme == "local_only"
     phase = "local" if alone else "global"

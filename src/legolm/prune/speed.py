@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from legolm.models import Shape
-from legolm.prune.target import MULTIPLE, Base, config_changes
+from legolm.prune.target import MULTIPLE, Base, config_changes, smallest
 from legolm.types import LegolmError
 
 DEPTHS = (1, 5)
@@ -68,6 +68,12 @@ def shape_for(base: Base, wanted: float, best: Callable[[Callable[[int], float]]
     """
     clock = read_clock(base)
     whole = clock.seconds(base.shape.layers, base.shape.layers * base.shape.layer_weights)
+    least = smallest(base.shape)
+    most = whole / clock.seconds(least.layers, least.layers * least.layer_weights)
+    if wanted > most:
+        raise LegolmError(
+            f"blocks: {name!r} wants speedup {wanted}; no shape here is as fast: at most about {most:.2f}"
+        )
     seconds, fastest = whole / wanted, 1.0
     for _ in range(TRIES):
         budget = seconds

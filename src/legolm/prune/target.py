@@ -50,6 +50,13 @@ def decoder_weights(shape: Shape) -> int:
     return shape.layers * shape.layer_weights
 
 
+def smallest(shape: Shape) -> Shape:
+    """What a family leaves at least."""
+    least = {"layers": 1, "kv_groups": 1, "neurons": MULTIPLE}
+    fixed = FAMILIES[shape.family].fixed
+    return replace(shape, **{size: count for size, count in least.items() if size not in fixed})  # type: ignore[arg-type]
+
+
 def given_shape(block: BlockConfig, base: Base) -> Shape | None:
     """The shape that the block names itself; None when it names a budget. Raises `LegolmError` when it cannot be."""
     sizes = {size: getattr(block, field) for size, field in FIELDS.items()}
@@ -175,15 +182,13 @@ def _is_taken(base: Base, small: Shape) -> bool:
 
 def _out_of_reach(block: BlockConfig, base: Base) -> LegolmError:
     """The error that says how far a budget can go."""
-    fixed = FAMILIES[base.shape.family].fixed
-    least = {"layers": 1, "kv_groups": 1, "neurons": MULTIPLE}
-    kept = decoder_weights(replace(base.shape, **{size: n for size, n in least.items() if size not in fixed}))  # type: ignore[arg-type]
+    kept = decoder_weights(smallest(base.shape))
     parameters = base.parameters_of(kept)
-    for name, value, smallest, largest in (
+    for name, value, least, largest in (
         ("sparsity", block.sparsity, 0, round(1 - kept / decoder_weights(base.shape), 3)),
         ("params", block.params, parameters, base.parameters),
         ("memory", block.memory, parameters * base.dtype.itemsize, base.parameters * base.dtype.itemsize),
     ):
         if value is not None:
-            return LegolmError(f"blocks: {block.name!r} wants {name} {value}; this model gives {smallest} to {largest}")
+            return LegolmError(f"blocks: {block.name!r} wants {name} {value}; this model gives {least} to {largest}")
     return LegolmError(f"blocks: {block.name!r} wants speedup {block.speedup}; no shape here is as fast")

@@ -49,6 +49,7 @@ def summarize(
     """
     rounds = [record for record in records if record["stage"] == "round"]
     best = min(rounds, key=lambda record: (record["validation"], record["round"]))
+    first, last = scores_of(rounds[0]), scores_of(best)
     seconds = _seconds(records, blocks)
     return {
         "run": name,
@@ -65,7 +66,7 @@ def summarize(
         "rounds": len(rounds) - 1,
         "best_round": best["round"],
         "blocks": [_block(block, block_of, rounds[1:]) for block in blocks.values()],
-        "clients": [_client(id, block, records, rounds[0], best) for id, block in block_of.items()],
+        "clients": [_client(id, block, records, first, last) for id, block in block_of.items()],
         "llm": {
             f"{measure}_{when}": _mean(record["llm"], measure)
             for when, record in (("before", rounds[0]), ("after", best))
@@ -77,8 +78,11 @@ def summarize(
     }
 
 
-def _client(id: str, block: str, records: Sequence[Record], before: Record, best: Record) -> Record:
-    phases = {"before": scores_of(before)[id], "global": scores_of(best)[id]}
+def _client(
+    id: str, block: str, records: Sequence[Record], before: Mapping[str, Record], best: Mapping[str, Record]
+) -> Record:
+    """`before` and `best` are `scores_of` those rounds."""
+    phases = {"before": before[id], "global": best[id]}
     for record in records:
         if record["stage"] in ("local", "personal") and record["client"] == id:
             phases[record["stage"]] = record["scores"]
