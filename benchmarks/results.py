@@ -5,6 +5,7 @@
     legolm compare examples/compare/flan_models.yaml --out RUNS/flan_models
     legolm compare examples/compare/flan_gap.yaml --out RUNS/flan_gap
     legolm ablate RUNS/flan/heteagg_factor
+    python benchmarks/server_step.py RUNS/flan/heteagg_factor --out RUNS/server_step.json
     legolm eval starter RUNS/flan/heteagg_factor/final/llm --include examples/tasks --tasks hellaswag,arc_easy
         --limit 200 --text TEST.txt --windows 20 --precision bf16 --out RUNS/robustness.json
     python benchmarks/results.py RUNS [--notes benchmarks/results_notes.md] [--out docs]
@@ -306,6 +307,15 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
     ):
         if (runs / name / "compare.json").exists():
             parts += [f"## {title}\n", study_table(runs / name)]
+    if (runs / "server_step.json").exists():
+        steps = read_json(runs / "server_step.json")
+        parts += [
+            "## What else the server could have done with the first round's updates\n",
+            "The LLM's loss after round 1 (`benchmarks/server_step.py`).\n",
+            table(("setting", "validation", "test"), [
+                (name, f"{one['validation']:.3f}", f"{one['test']:.3f}") for name, one in steps.items()
+            ]),
+        ]  # fmt: skip
     if "omission" in found:
         omission = found["omission"]
         parts += [

@@ -1,0 +1,80 @@
+"""What else could the server have done with the updates of a run's first round?
+
+    python benchmarks/server_step.py RUN [--out FILE.json]
+
+RUN is the folder of a run with `federation.keep_updates`; run from the folder that its data paths are relative to. The
+clients' first updates do not depend on what the server does with them, so each row is what a run with that setting
+would have after one round, exactly: other server learning rates, the other denominator, and without the clients of a
+block. Losses are the LLM's, nats per answer token, means over the clients' sets. One thread.
+Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from legolm.data import load_parts, render
+from legolm.evaluate import score
+from legolm.finetune import choose_precision, dtype_of, merged
+from legolm.models import fingerprint, load_model, load_tokenizer, resolve
+from legolm.progress import Progress
+from legolm.prune import llm_block, read_block
+from legolm.rounds import Rounds
+from legolm.rundir import RunDir, read_json
+
+RATES = (0.5, 0.7, 1.4, 2.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    run, summary = RunDir(options.run), read_json(options.run / "summary.json")
+    config, base = run.config(), resolve(run.config().model)
+    block_of = {client["id"]: client["block"] for client in summary["clients"]}
+    blocks = {"llm": llm_block(base, fingerprint(base))}
+    blocks |= {spec.name: read_block(run.block(spec.name)) for spec in config.blocks}
+    tokenizer, precision = load_tokenizer(base), choose_precision(config.precision)
+    parts = load_parts(config.data, list(block_of), config.seed)
+    data = {
+        split: [
+            [render(example, tokenizer, config.train.max_length) for example in getattr(parts[id], split)]
+            for id in block_of
+        ]
+        for split in ("validation", "test")
+    }
+    model = load_model(base, dtype_of(precision))
+
+    cases: dict[str, tuple[dict[str, Any], list[str]]] = {"as it was": ({}, [])}
+    cases |= {f"server learning rate {rate}": ({"server_learning_rate": rate}, []) for rate in RATES}
+    other = "global_fill" if config.aggregate.denominator == "coverage_mean" else "coverage_mean"
+    cases[f"denominator {other}"] = {"denominator": other}, []
+    for name in dict.fromkeys(block_of.values()):
+        cases[f"without {name}"] = {}, [id for id, own in block_of.items() if own == name]
+
+    found = {}
+    for label, (changes, without) in cases.items():
+        changed = config.model_copy(update={"aggregate": config.aggregate.model_copy(update=changes)})
+        scheme = Rounds(run, changed, summary["run_id"], blocks, block_of, Progress()).replay(1, without)
+        factors = scheme.adapter(blocks["llm"].coverage, config.lora.rank)
+        with merged(model, blocks["llm"].coverage, factors, config.lora.scaling) as whole:
+            found[label] = {
+                split: fmean(score(whole, part, 0, config.evaluate.batch_size, precision).loss for part in sets)
+                for split, sets in data.items()
+            }
+        print(f"{label:28s} { {split: round(loss, 3) for split, loss in found[label].items()} }", flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
