@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from legolm.rundir import atomic_folder, atomic_write
+from legolm.rundir import atomic_folder, atomic_write, check_room
 from legolm.types import LegolmError
 
 
@@ -45,3 +45,13 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(small_di
         save_file({"a": torch.zeros(100_000)}, folder / "a.safetensors")
     assert (small_disk / "old").read_text() == "as it was"
     assert [path.name for path in small_disk.iterdir()] == ["old"]
+
+
+def test_room_is_asked_for_what_is_not_there_yet(small_disk: Path) -> None:
+    run = small_disk / "run"
+    run.mkdir()
+    (run / "block").write_bytes(bytes(40_000))
+    os.link(run / "block", run / "same block")
+    check_room(run, 60_000)  # 40,000 are there, 24,000 are free
+    with pytest.raises(LegolmError, match=r"run: needs 0.0 GB and the disk has 0.0 GB; free some space"):
+        check_room(run, 80_000)

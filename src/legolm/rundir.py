@@ -68,7 +68,10 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 def check_room(out: Path, needed: int) -> None:
-    """Raise `LegolmError` when the disk that will hold a folder has less than `needed` bytes: better now."""
+    """Raise `LegolmError` when the disk has less than `needed` bytes, without those that `out` holds: better now."""
+    # A file with several names, as a comparison's blocks have, is there once.
+    held = {stat.st_ino: stat.st_size for stat in (file.stat() for file in out.rglob("*") if file.is_file())}
+    needed -= sum(held.values())
     folder = out.resolve()
     while not folder.exists():
         folder = folder.parent

@@ -27,7 +27,7 @@ from legolm.plan import Parts, Plan, make_plan, read_parts
 from legolm.progress import Progress
 from legolm.prune import Base, planned_coverage
 from legolm.report.html import Raw, tag
-from legolm.rundir import atomic_write
+from legolm.rundir import atomic_write, check_room
 from legolm.types import LegolmError
 
 Record = dict[str, Any]
@@ -59,8 +59,11 @@ def compare(path: Path, out: Path, changes: Sequence[str] = ()) -> list[Record]:
     `changes` (`a.b=value`) override the run that the variants vary.
     """
     found = []
-    # All plans first: bad input should not wait for the first run's end.
-    for name, (config, plan) in plans(path, changes).items():
+    # All plans first: bad input should not wait for the first run's end, nor a disk that is too small for the last.
+    planned = plans(path, changes)
+    blocks = [sum(block.file_bytes for block in plan.blocks) for _, plan in planned.values()]
+    check_room(out, sum(plan.disk_bytes for _, plan in planned.values()) - sum(blocks) + max(blocks))
+    for name, (config, plan) in planned.items():
         summary = run(config, out / name, (out / name).exists(), Progress(), store=out / "blocks")
         found.append(row(name, config, plan, summary, out / name))
     atomic_write(out / "compare.json", json.dumps(found, indent=1) + "\n")
