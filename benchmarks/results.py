@@ -191,16 +191,17 @@ def study_table(path: Path, spread: Mapping[str, float] | None = None) -> str:
     rows = []
     for one in rows_of(path):
         more = f" ± {spread[one['name']]:.3f}" if spread and one["name"] in spread else ""
-        others = "" if one["others"] is None else f"{one['others']:.3f}"
+        others, held_out = ("" if one[key] is None else f"{one[key]:.3f}" for key in ("others", "validation"))
         memory = "" if one["memory"] is None else f"{one['memory'] / 1e6:,.0f}"
+        rate = RunDir(path / one["name"]).config().train.learning_rate
         rows.append((
-            one["name"], f"{one['llm']:.3f}{more}", f"{one['own']:.3f}", others,
+            one["name"], f"{rate:g}", f"{one['llm']:.3f}{more}", held_out, f"{one['own']:.3f}", others,
             f"{one['bytes_down'] / 1e6:.2f}", f"{one['bytes_up'] / 1e6:.2f}", f"{one['tokens']:,.0f}",
             f"{one['flops'] / 1e12:.0f}", memory, f"{one['seconds'] / 60:.0f}",
         ))  # fmt: skip
     return table(
-        ("variant", "LLM", "blocks, own", "blocks, others'", "MB down", "MB up", "tokens", "client TFLOP",
-         "client MB", "min"), rows,
+        ("variant", "rate", "LLM", "validation", "blocks, own", "blocks, others'", "MB down", "MB up", "tokens",
+         "client TFLOP", "client MB", "min"), rows,
     )  # fmt: skip
 
 
