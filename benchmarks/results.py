@@ -2,6 +2,7 @@
 
     legolm compare examples/compare/flan.yaml --out RUNS/flan              # and, with other seeds:
     legolm compare examples/compare/flan.yaml --out RUNS/flan-1 --set seed=1
+    legolm compare examples/compare/flan_rates.yaml --out RUNS/flan_rates
     legolm compare examples/compare/flan_models.yaml --out RUNS/flan_models
     legolm compare examples/compare/flan_gap.yaml --out RUNS/flan_gap
     legolm ablate RUNS/flan/heteagg_factor
@@ -11,8 +12,8 @@
     python benchmarks/results.py RUNS [--notes benchmarks/results_notes.md] [--out docs]
 
 Every command from the folder that holds the data (`examples/flan/mixed.yaml` says which). Only RUNS/flan has to be
-there; what is missing is left out. One thing is computed here: FedIT's global adapter sliced onto the mixed blocks,
-kept in RUNS/flan/sliced.json. Last line: one JSON object, that of `docs/results.json`.
+there; what is missing is left out. Two things are computed here and kept beside the runs: FedIT's global adapter sliced
+onto the mixed blocks, and each LLM's loss on validation data. Last line: one JSON object, that of `docs/results.json`.
 """
 
 from __future__ import annotations
@@ -29,13 +30,18 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+from legolm.config import RunConfig
+from legolm.data import load_parts, render
+from legolm.evaluate import score
 from legolm.federate import Exchange
 from legolm.federate.local import run_local
-from legolm.models import fingerprint, resolve
+from legolm.finetune import choose_precision, dtype_of, merged
+from legolm.models import fingerprint, load_model, load_tokenizer, resolve
 from legolm.progress import Progress
 from legolm.prune import llm_block, read_block
 from legolm.rounds import Rounds, scores_of
 from legolm.rundir import RunDir, read_json
+from legolm.types import Block
 
 Record = dict[str, Any]
 FORMS = ("heteagg_factor", "heteagg_frozen_side", "heteagg_exact")
@@ -43,28 +49,56 @@ DEFAULT = "heteagg_factor"
 BYTES = ("bytes_down", "bytes_up")
 
 
+def opened(folder: Path, start: Path | None = None) -> tuple[RunConfig, dict[str, Block], Rounds]:
+    """A finished run, its blocks and the LLM by name, and its rounds, as if they began at the end of `start`."""
+    run, summary = RunDir(folder), read_json(folder / "summary.json")
+    config = run.config()
+    if start is not None:
+        config = config.model_copy(update={"aggregate": config.aggregate.model_copy(update={"start": str(start)})})
+    base = resolve(config.model)
+    blocks = {"llm": llm_block(base, fingerprint(base))}
+    blocks |= {spec.name: read_block(run.block(spec.name)) for spec in config.blocks}
+    block_of = {client["id"]: client["block"] for client in summary["clients"]}
+    return config, blocks, Rounds(run, config, summary["run_id"], blocks, block_of, Progress())
+
+
 def sliced(study: Path) -> dict[str, float]:
     """Each client's loss over all clients' test data of its own block with FedIT's global adapter sliced onto it."""
     known = study / "sliced.json"
     if not known.exists():
-        run, summary = RunDir(study / DEFAULT), read_json(study / DEFAULT / "summary.json")
-        config = run.config()
-        aggregate = config.aggregate.model_copy(update={"start": str(study / "fedit_everyone")})
-        warm = config.model_copy(update={"aggregate": aggregate})
-        base = resolve(config.model)
-        blocks = {"llm": llm_block(base, fingerprint(base))}
-        blocks |= {spec.name: read_block(run.block(spec.name)) for spec in config.blocks}
-        block_of = {client["id"]: client["block"] for client in summary["clients"]}
-        rounds = Rounds(run, warm, summary["run_id"], blocks, block_of, Progress())
+        config, _, rounds = opened(study / DEFAULT, study / "fedit_everyone")
 
         def body(exchange: Exchange) -> None:
             record = rounds.score_global(rounds.scheme(None), exchange, "FedIT's adapter, sliced")
             found = {id: fmean(one["loss"] for one in scores.values()) for id, scores in scores_of(record).items()}
             known.write_text(json.dumps(found, indent=1) + "\n")
 
-        run_local(run, config, 1, body)
+        run_local(RunDir(study / DEFAULT), config, 1, body)
     found: dict[str, float] = read_json(known)
     return found
+
+
+def held_out(study: Path, name: str) -> float:
+    """The loss of a run's LLM on the clients' validation data, to choose settings by."""
+    known = study / name / "llm_validation.json"
+    if not known.exists():
+        config, blocks, rounds = opened(study / name)
+        llm, precision = blocks["llm"], choose_precision(config.precision)
+        tokenizer, model = load_tokenizer(llm.path), load_model(llm.path, dtype_of(precision))
+        parts = load_parts(config.data, [client.id for client in config.clients], config.seed)
+        with merged(model, llm.coverage, rounds.final_factors(None), config.lora.scaling) as whole:
+            losses = [
+                score(
+                    whole,
+                    [render(example, tokenizer, config.train.max_length) for example in part.validation],
+                    0,
+                    config.evaluate.batch_size,
+                    precision,
+                ).loss
+                for part in parts.values()
+            ]
+        known.write_text(json.dumps({"loss": fmean(losses)}) + "\n")
+    return float(read_json(known)["loss"])
 
 
 def rows_of(study: Path) -> list[Record]:
@@ -191,16 +225,17 @@ def study_table(path: Path, spread: Mapping[str, float] | None = None) -> str:
     rows = []
     for one in rows_of(path):
         more = f" ± {spread[one['name']]:.3f}" if spread and one["name"] in spread else ""
-        others, held_out = ("" if one[key] is None else f"{one[key]:.3f}" for key in ("others", "validation"))
+        others = "" if one["others"] is None else f"{one['others']:.3f}"
+        chosen_by = "" if one["scheme"] == "local_only" else f"{held_out(path, one['name']):.3f}"
         memory = "" if one["memory"] is None else f"{one['memory'] / 1e6:,.0f}"
         rate = RunDir(path / one["name"]).config().train.learning_rate
         rows.append((
-            one["name"], f"{rate:g}", f"{one['llm']:.3f}{more}", held_out, f"{one['own']:.3f}", others,
+            one["name"], f"{rate:g}", f"{one['llm']:.3f}{more}", chosen_by, f"{one['own']:.3f}", others,
             f"{one['bytes_down'] / 1e6:.2f}", f"{one['bytes_up'] / 1e6:.2f}", f"{one['tokens']:,.0f}",
             f"{one['flops'] / 1e12:.0f}", memory, f"{one['seconds'] / 60:.0f}",
         ))  # fmt: skip
     return table(
-        ("variant", "rate", "LLM", "validation", "blocks, own", "blocks, others'", "MB down", "MB up", "tokens",
+        ("variant", "rate", "LLM", "LLM, validation", "blocks, own", "blocks, others'", "MB down", "MB up", "tokens",
          "client TFLOP", "client MB", "min"), rows,
     )  # fmt: skip
 
