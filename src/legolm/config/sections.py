@@ -236,7 +236,7 @@ class TrainConfig(Section):
     seconds: float | None = Field(None, gt=0, description="a device's time budget; the result depends on its speed")
     batch_size: int = Field(8, ge=1, description="examples a step")
     micro_batch_tokens: int = Field(2048, ge=1, description="tokens at once; a larger batch accumulates over several")
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
     schedule: Literal["constant_linear", "cosine"] = "constant_linear"
     warmup_steps: int = Field(0, ge=0, description="steps of the whole run over which the learning rate rises")
     clip_norm: float = Field(1.0, gt=0)
