@@ -8,7 +8,7 @@
     legolm ablate RUNS/flan/heteagg_factor
     python benchmarks/server_step.py RUNS/flan/heteagg_factor --out RUNS/server_step.json
     legolm eval starter RUNS/flan/heteagg_factor/final/llm --include examples/tasks --tasks hellaswag,arc_easy
-        --limit 200 --text TEST.txt --windows 20 --precision bf16 --out RUNS/robustness.json
+        --limit 100 --text TEST.txt --windows 20 --precision bf16 --out RUNS/robustness.json
     python benchmarks/results.py RUNS [--notes benchmarks/results_notes.md] [--out docs]
 
 Every command from the folder that holds the data (`examples/flan/mixed.yaml` says which). Only RUNS/flan has to be
@@ -309,7 +309,7 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         "# Results\n",
         f"Written by `python benchmarks/results.py RUNS` from the folders of runs; its first lines have the commands. "
         f"{summary['model']} is SmolLM2-135M-Instruct; {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_gb']:.0f} GB, one thread a run. Eight clients, one FLAN task each "
+        f"{machine['memory_gb']:.0f} GB, one thread a run, two runs at a time. Eight clients, one FLAN task each "
         f"([`examples/flan/mixed.yaml`](../examples/flan/mixed.yaml)), {config.federation.rounds} rounds of "
         f"{config.train.steps} steps of {config.train.batch_size} examples, {config.data.limit_test} test pairs a "
         f"task. Losses are nats per answer token on test data, sets counting the same; the LLM has "
