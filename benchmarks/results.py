@@ -281,11 +281,16 @@ def figure_5(found: Record, out: Path) -> None:
 def loss_against_bytes(rows: Sequence[Record], out: Path) -> None:
     """Where each scheme is: what a client sends and receives, and the LLM's loss."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    for one in rows:
-        if sent := (one["bytes_down"] + one["bytes_up"]) / 1e6:
-            axes.plot(sent, one["llm"], "o", color="#2f6fde" if one["name"] in FORMS else "#c2410c")
-            axes.annotate(one["name"], (sent, one["llm"]), textcoords="offset points", xytext=(6, 3), fontsize=7)
-    axes.set_xscale("log")
+    sent = {one["name"]: (one["bytes_down"] + one["bytes_up"]) / 1e6 for one in rows}
+    shown = sorted((one for one in rows if sent[one["name"]]), key=lambda one: float(one["llm"]))
+    for place, one in enumerate(shown):
+        name, below = one["name"], place % 2 == 1  # names of schemes that are close part ways
+        axes.plot(sent[name], one["llm"], "o", color="#2f6fde" if name in FORMS else "#c2410c")
+        axes.annotate(
+            name, (sent[name], one["llm"]), textcoords="offset points", xytext=(-6, -9 if below else 3), ha="right",
+            fontsize=7,
+        )  # fmt: skip
+    axes.set_xlim(0, 1.05 * max(sent.values()))
     axes.set_xlabel("MB a client and round, both ways", fontsize=8)
     axes.set_ylabel("the LLM's loss, nats an answer token", fontsize=8)
     figure.tight_layout()
