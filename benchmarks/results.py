@@ -12,8 +12,8 @@
     python benchmarks/results.py RUNS [--notes benchmarks/results_notes.md] [--out docs]
 
 Every command from the folder that holds the data (`examples/flan/mixed.yaml` says which). Only RUNS/flan has to be
-there; what is missing is left out. Two things are computed here and kept beside the runs: FedIT's global adapter sliced
-onto the mixed blocks, and each LLM's loss on validation data. Last line: one JSON object, that of `docs/results.json`.
+there; what is missing is left out. One thing is computed here and kept beside the runs: FedIT's global adapter sliced
+onto the mixed blocks. Last line: one JSON object, that of `docs/results.json`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,9 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from legolm.config import RunConfig
-from legolm.data import load_parts, render
-from legolm.evaluate import score
 from legolm.federate import Exchange
 from legolm.federate.local import run_local
-from legolm.finetune import choose_precision, dtype_of, merged
-from legolm.models import fingerprint, load_model, load_tokenizer, resolve
+from legolm.models import fingerprint, resolve
 from legolm.progress import Progress
 from legolm.prune import llm_block, read_block
 from legolm.rounds import Rounds, scores_of
@@ -49,56 +46,34 @@ DEFAULT = "heteagg_factor"
 BYTES = ("bytes_down", "bytes_up")
 
 
-def opened(folder: Path, start: Path | None = None) -> tuple[RunConfig, dict[str, Block], Rounds]:
-    """A finished run, its blocks and the LLM by name, and its rounds, as if they began at the end of `start`."""
-    run, summary = RunDir(folder), read_json(folder / "summary.json")
+def opened(folder: Path) -> tuple[RunConfig, dict[str, Block]]:
+    """A finished run's config, and its blocks and the LLM (`llm`) by name."""
+    run = RunDir(folder)
     config = run.config()
-    if start is not None:
-        config = config.model_copy(update={"aggregate": config.aggregate.model_copy(update={"start": str(start)})})
     base = resolve(config.model)
     blocks = {"llm": llm_block(base, fingerprint(base))}
-    blocks |= {spec.name: read_block(run.block(spec.name)) for spec in config.blocks}
-    block_of = {client["id"]: client["block"] for client in summary["clients"]}
-    return config, blocks, Rounds(run, config, summary["run_id"], blocks, block_of, Progress())
+    return config, blocks | {spec.name: read_block(run.block(spec.name)) for spec in config.blocks}
 
 
 def sliced(study: Path) -> dict[str, float]:
     """Each client's loss over all clients' test data of its own block with FedIT's global adapter sliced onto it."""
     known = study / "sliced.json"
     if not known.exists():
-        config, _, rounds = opened(study / DEFAULT, study / "fedit_everyone")
+        run, summary = RunDir(study / DEFAULT), read_json(study / DEFAULT / "summary.json")
+        config, blocks = opened(run.path)
+        start = config.aggregate.model_copy(update={"start": str(study / "fedit_everyone")})
+        config = config.model_copy(update={"aggregate": start})
+        block_of = {client["id"]: client["block"] for client in summary["clients"]}
+        rounds = Rounds(run, config, summary["run_id"], blocks, block_of, Progress())
 
         def body(exchange: Exchange) -> None:
             record = rounds.score_global(rounds.scheme(None), exchange, "FedIT's adapter, sliced")
             found = {id: fmean(one["loss"] for one in scores.values()) for id, scores in scores_of(record).items()}
             known.write_text(json.dumps(found, indent=1) + "\n")
 
-        run_local(RunDir(study / DEFAULT), config, 1, body)
+        run_local(run, config, 1, body)
     found: dict[str, float] = read_json(known)
     return found
-
-
-def held_out(study: Path, name: str) -> float:
-    """The loss of a run's LLM on the clients' validation data, to choose settings by."""
-    known = study / name / "llm_validation.json"
-    if not known.exists():
-        config, blocks, rounds = opened(study / name)
-        llm, precision = blocks["llm"], choose_precision(config.precision)
-        tokenizer, model = load_tokenizer(llm.path), load_model(llm.path, dtype_of(precision))
-        parts = load_parts(config.data, [client.id for client in config.clients], config.seed)
-        with merged(model, llm.coverage, rounds.final_factors(None), config.lora.scaling) as whole:
-            losses = [
-                score(
-                    whole,
-                    [render(example, tokenizer, config.train.max_length) for example in part.validation],
-                    0,
-                    config.evaluate.batch_size,
-                    precision,
-                ).loss
-                for part in parts.values()
-            ]
-        known.write_text(json.dumps({"loss": fmean(losses)}) + "\n")
-    return float(read_json(known)["loss"])
 
 
 def rows_of(study: Path) -> list[Record]:
@@ -226,7 +201,7 @@ def study_table(path: Path, spread: Mapping[str, float] | None = None) -> str:
     for one in rows_of(path):
         more = f" ± {spread[one['name']]:.3f}" if spread and one["name"] in spread else ""
         others = "" if one["others"] is None else f"{one['others']:.3f}"
-        chosen_by = "" if one["scheme"] == "local_only" else f"{held_out(path, one['name']):.3f}"
+        chosen_by = "" if one["scheme"] == "local_only" else f"{one['llm_validation']:.3f}"
         memory = "" if one["memory"] is None else f"{one['memory'] / 1e6:,.0f}"
         rate = RunDir(path / one["name"]).config().train.learning_rate
         rows.append((

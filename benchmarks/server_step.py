@@ -22,11 +22,11 @@ import torch
 from legolm.data import load_parts, render
 from legolm.evaluate import score
 from legolm.finetune import choose_precision, dtype_of, merged
-from legolm.models import fingerprint, load_model, load_tokenizer, resolve
+from legolm.models import load_model, load_tokenizer
 from legolm.progress import Progress
-from legolm.prune import llm_block, read_block
 from legolm.rounds import Rounds
 from legolm.rundir import RunDir, read_json
+from results import opened
 
 RATES = (0.5, 0.7, 1.4, 2.0)
 
@@ -38,10 +38,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     run, summary = RunDir(options.run), read_json(options.run / "summary.json")
-    config, base = run.config(), resolve(run.config().model)
+    config, blocks = opened(options.run)
+    base = blocks["llm"].path
     block_of = {client["id"]: client["block"] for client in summary["clients"]}
-    blocks = {"llm": llm_block(base, fingerprint(base))}
-    blocks |= {spec.name: read_block(run.block(spec.name)) for spec in config.blocks}
     tokenizer, precision = load_tokenizer(base), choose_precision(config.precision)
     parts = load_parts(config.data, list(block_of), config.seed)
     data = {

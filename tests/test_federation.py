@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -16,8 +17,12 @@ from legolm import config as configs
 from legolm import pipeline, wire
 from legolm.config import RunConfig
 from legolm.config.study import load_study
+from legolm.data import render
+from legolm.evaluate import score
 from legolm.federate import Body, Exchange, Reply, Request
+from legolm.federate.client import client_data
 from legolm.federate.local import run_local
+from legolm.models import load_model, load_tokenizer
 from legolm.plan import make_plan
 from legolm.rounds import usual_size
 from legolm.rundir import RunDir
@@ -81,6 +86,24 @@ def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str
     assert all(name in html for name in rows)
     again = compare(path, tmp_path / "out")  # all finished: nothing is trained anew
     assert [one["llm"] for one in again] == [one["llm"] for one in rows.values()]
+
+
+def test_settings_can_be_chosen_by_the_llm_on_everyones_validation_data(
+    raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = load(raw, tmp_path, "federation.rounds=1")
+    run(config, "out", models=False)
+    assert not (tmp_path / "out" / "final").exists()
+    run(config, "out", resume=True)
+    path = tmp_path / "out" / "final" / "llm"
+    model, tokenizer = load_model(path, torch.float32), load_tokenizer(path)
+    record = json.loads((tmp_path / "out" / "rounds" / "0001" / "metrics.json").read_text())
+
+    def loss(id: str) -> float:
+        rows = [render(row, tokenizer, 512) for row in client_data(config)[id].validation]
+        return score(model, rows, 0, 8, "fp32").loss
+
+    assert record["llm_validation"] == pytest.approx(fmean(loss(client.id) for client in config.clients), rel=1e-4)
 
 
 def test_folded_bases_end_in_the_final_models(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
@@ -202,7 +225,7 @@ def test_runs_of_one_store_score_what_is_untrained_once(
 
     def before(name: str) -> dict[str, Any]:
         record = json.loads((tmp_path / name / "rounds" / "0000" / "metrics.json").read_text())
-        return {key: record[key] for key in ("llm", "held", "validation")}
+        return {key: record[key] for key in ("llm", "held", "validation", "llm_validation")}
 
     for name, overrides in (("first", ()), ("second", ("aggregate.scheme=median",))):
         asked.clear()

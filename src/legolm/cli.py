@@ -198,6 +198,9 @@ def compare(
     config: Annotated[Path, typer.Argument(help="YAML with `run` and `variants`; see examples/compare/schemes.yaml")],
     out: Annotated[Path | None, typer.Option(help="folder of all runs; runs/<name of the config> if not given")] = None,
     set_: Sets = None,
+    models: Annotated[
+        bool, typer.Option(help="write every variant's final models; `legolm run --resume` makes left-out ones later")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every plan and stop")] = False,
 ) -> None:
     """Run several schemes on one config and put them in one table. Goes on where an earlier call stopped."""
@@ -212,7 +215,7 @@ def compare(
             print_plan(plan, settings)
         return
     out = out or Path("runs") / config.stem
-    print_comparison(run_all(config, out, set_ or ()), out)
+    print_comparison(run_all(config, out, set_ or (), models), out)
 
 
 @app.command()

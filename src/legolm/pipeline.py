@@ -41,18 +41,19 @@ def run(
     progress: Progress | None = None,
     engine: Engine | None = None,
     store: Path | None = None,
+    models: bool = True,
 ) -> Record:
     """Run `config` in the folder `out` and return its summary. Raises `LegolmError` for bad input.
 
     `engine` replaces the configured one, for tests and for other transports. Runs with the same `store` share blocks
-    and their scores before training.
+    and their scores before training. Without `models` no final models are written; a resumed run would.
     """
     began = time.perf_counter()
     config = _with_precision(config, out)
     progress = progress or Progress()
     engine = engine or engine_for(config)
     plan = make_plan(config)
-    check_room(out, plan.disk_bytes)
+    check_room(out, plan.disk_bytes - (0 if models else plan.models_bytes))
     folder = RunDir.open(out, config, resume)
     identity = _identify(folder, plan)
 
@@ -62,7 +63,8 @@ def run(
     rounds = Rounds(folder, config, identity["run"], blocks, block_of, progress, shared)
     if not rounds.finished:
         engine(folder, config, plan.actors, rounds.run)
-    _write_final(folder, config, plan, blocks, block_of, rounds, progress)
+    if models:
+        _write_final(folder, config, plan, blocks, block_of, rounds, progress)
 
     summary = summarize(
         config, blocks, block_of, rounds.records(), identity, out.resolve().name, time.perf_counter() - began

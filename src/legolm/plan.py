@@ -57,7 +57,10 @@ class PlannedClient:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run. `disk_bytes` is what the run folder will hold, `memory_bytes` the peak over all processes."""
+    """The whole run. `memory_bytes` is the peak over all processes; `disk_bytes` what the run folder will hold.
+
+    `models_bytes` of the latter are the final models.
+    """
 
     base: Path
     blocks: tuple[PlannedBlock, ...]
@@ -66,6 +69,7 @@ class Plan:
     actors: int
     memory_bytes: int
     disk_bytes: int
+    models_bytes: int
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,12 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     actors = _actors(config, max(*used, whole))
     size_of = {block.name: block.file_bytes for block in blocks}
     adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
-    disk = base.parameters * width + sum(size_of.values()) + sum(size_of[client.block] for client in clients)
-    disk += adapter * (config.federation.rounds + 1 + 2 * len(clients))
+    models = base.parameters * width + sum(size_of[client.block] for client in clients) + adapter * (len(clients) + 1)
+    disk = models + sum(size_of.values()) + adapter * (config.federation.rounds + len(clients))
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
-    return Plan(path, tuple(blocks), tuple(clients), data, actors, SPARE_BYTES + actors * max(*used, whole), disk)
+    memory = SPARE_BYTES + actors * max(*used, whole)
+    return Plan(path, tuple(blocks), tuple(clients), data, actors, memory, disk, models)
 
 
 def check_clients(config: RunConfig, block_of: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, Literal
 
 import torch
@@ -132,17 +132,20 @@ class Rounds:
         return scheme
 
     def score_global(self, scheme: Scheme, exchange: Exchange, label: str) -> Record:
-        """The LLM and every distinct block with the global update, on all test and its clients' validation data."""
+        """The LLM and every distinct block with the global update, on all test data and on validation data.
+
+        `validation` is the mean loss of the clients' blocks on their own, `llm_validation` the LLM's on all clients'.
+        """
         tests: tuple[tuple[str, Split], ...] = tuple((id, "test") for id in self._clients)
         alike: dict[tuple[str, int], list[str]] = {(self._llm.name, self._config.lora.rank): []}
         for id in self._clients:
             name = self._llm.name if is_dense(self._block[id]) else self._block[id].name
             alike.setdefault((name, self._rank[id]), []).append(id)
-        jobs = []
+        jobs: list[Job] = []
         for (name, rank), ids in alike.items():
             block = self._llm if name == self._llm.name else self._block[ids[0]]
-            validation: tuple[tuple[str, Split], ...] = tuple((id, "validation") for id in ids)
-            client = ids[0] if ids else self._clients[0]
+            client, asked = (ids[0] if ids else self._clients[0]), (ids if jobs else self._clients)
+            validation: tuple[tuple[str, Split], ...] = tuple((id, "validation") for id in asked)
             jobs.append(Job(client, block, scheme.adapter(block.coverage, rank), tests + validation))
         results: dict[int, Sequence[Score]] = {}
         self._dispatch.score(jobs, exchange, label, results.__setitem__)
@@ -154,8 +157,17 @@ class Rounds:
             if ids
         ]
         # In the jobs' order, not the replies': sums round by it.
-        losses = [one.loss for index in range(len(jobs)) for one in results[index][len(tests) :]]
-        return {"llm": self._by_client(results[0]), "held": held, "validation": sum(losses) / len(losses)}
+        losses = [
+            {id: score.loss for (id, split), score in zip(job.sets, results[index], strict=True) if split != "test"}
+            for index, job in enumerate(jobs)
+        ]
+        own = [losses[index][id] for index, ids in enumerate(alike.values()) for id in ids]
+        return {
+            "llm": self._by_client(results[0]),
+            "held": held,
+            "validation": fmean(own),
+            "llm_validation": fmean(losses[0].values()),
+        }
 
     # Stages
 

@@ -35,6 +35,7 @@ COLUMNS = {
     "llm": "LLM",
     "own": "own",
     "others": "others'",
+    "llm_validation": "LLM valid.",
     "validation": "valid.",
     "bytes_down": "MB down",
     "bytes_up": "MB up",
@@ -48,23 +49,24 @@ WIDTH = 100
 
 LEGEND = (
     "Losses: nats per answer token on test data, of the LLM, and of the clients' blocks on their own and others' data; "
-    "valid.: blocks on their own validation data. MB: a client and round. Tokens, TFLOP: training of all clients. "
-    "Memory: MB that training needs, mean of those who train."
+    "valid.: the LLM on all validation data, blocks on their own. MB: a client and round. Tokens, TFLOP: training of "
+    "all clients. Memory: MB that training needs, mean of those who train."
 )
 
 
-def compare(path: Path, out: Path, changes: Sequence[str] = ()) -> list[Record]:
+def compare(path: Path, out: Path, changes: Sequence[str] = (), models: bool = True) -> list[Record]:
     """Run every variant in `out`/<name>, write compare.json and compare.html; one record a variant.
 
-    `changes` (`a.b=value`) override the run that the variants vary.
+    `changes` (`a.b=value`) override the run that the variants vary. Without `models` no variant writes its final ones.
     """
     found = []
     # All plans first: bad input should not wait for the first run's end, nor a disk that is too small for the last.
     planned = plans(path, changes)
     blocks = [sum(block.file_bytes for block in plan.blocks) for _, plan in planned.values()]
-    check_room(out, sum(plan.disk_bytes for _, plan in planned.values()) - sum(blocks) + max(blocks))
+    needed = sum(plan.disk_bytes - (0 if models else plan.models_bytes) for _, plan in planned.values())
+    check_room(out, needed - sum(blocks) + max(blocks))
     for name, (config, plan) in planned.items():
-        summary = run(config, out / name, (out / name).exists(), Progress(), store=out / "blocks")
+        summary = run(config, out / name, (out / name).exists(), Progress(), store=out / "blocks", models=models)
         found.append(row(name, config, plan, summary, out / name))
     atomic_write(out / "compare.json", json.dumps(found, indent=1) + "\n")
     atomic_write(out / "compare.html", page(found, path.stem))
@@ -91,16 +93,17 @@ def plans(path: Path, changes: Sequence[str] = ()) -> dict[str, tuple[RunConfig,
 def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path) -> Record:
     """A variant's figures: losses after the best round (alone: after local training), costs a client and round.
 
-    Losses are nats per answer token on test data; `validation` on the clients' own validation data, to choose settings
-    by. `tokens` are all that clients trained on in the rounds, `flops` the decoder's operations for them
-    (`PlannedBlock.token_flops`), `memory` the mean of what the plan reckons that those who trained need (bytes). Data
-    at one place has no clients, and neither.
+    Losses are nats per answer token on test data. To choose settings by: `llm_validation`, the LLM's on all clients'
+    validation data, and `validation`, the blocks' on their own clients'. `tokens` are all that clients trained on in
+    the rounds, `flops` the decoder's operations for them (`PlannedBlock.token_flops`), `memory` the mean of what the
+    plan reckons that those who trained need (bytes). Data at one place has no clients, and neither.
     """
     alone = config.aggregate.scheme == "local_only"
     phase = "local" if alone else "global"
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     wanted = [one for one in records if one["stage"] == "local" or (one["stage"] == "round" and one["round"])]
+    best = next(one for one in records if one["stage"] == "round" and one["round"] == summary["best_round"])
     trained = [client for one in wanted for client in _trained(one)]
     block_of, block = {one.id: one.block for one in plan.clients}, {one.name: one for one in plan.blocks}
     at_clients = [(block[block_of[id]], one) for id, one in trained if id in block_of]
@@ -117,7 +120,8 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path)
         "llm_before": summary["llm"]["loss_before"],
         "own": fmean(client["own"][phase] for client in summary["clients"]),
         "others": _mean(client["others"][phase] for client in summary["clients"]),
-        "validation": None if alone else min(one["validation"] for one in wanted),
+        "validation": None if alone else best["validation"],
+        "llm_validation": None if alone else best["llm_validation"],
         "bytes_down": _mean(count["down"] for count in traffic) or 0.0,
         "bytes_up": _mean(count["up"] for count in traffic) or 0.0,
         "replies": len(traffic),
@@ -265,7 +269,7 @@ def _text(column: str, value: float | None) -> str:
         return f"{value / 1e6:.2f}"
     if column in ("flops", "memory"):
         return f"{value / (1e12 if column == 'flops' else 1e6):,.1f}"
-    return f"{value:.3f}" if column in ("llm", "own", "others", "validation") else f"{value:,.0f}"
+    return f"{value:.3f}" if column in ("llm", "own", "others", "validation", "llm_validation") else f"{value:,.0f}"
 
 
 _STYLE = """
