@@ -66,7 +66,7 @@ def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str
     variants[1]["match_bytes"] = True
     path = tmp_path / "study.yaml"
     path.write_text(json.dumps({"run": raw, "variants": variants}))
-    rows = {row["name"]: row for row in compare(path, tmp_path / "out")}
+    rows = {row["name"]: row for row in compare(path, tmp_path / "out", store=tmp_path / "shared")}
     assert list(rows) == [*dense, *mixed]
     for name, row in rows.items():
         if name != "local_only":
@@ -79,8 +79,10 @@ def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str
     assert rows["hetlora"]["bytes_up"] == pytest.approx(rows["heteagg"]["bytes_up"], rel=0.1)
     assert rows["local_only"]["own"] < rows["local_only"]["llm_before"]
     # Both blocks are cut once; before training, what all hold scores once for every way of holding it.
-    assert len(list((tmp_path / "out" / "blocks").glob("*/manifest.json"))) == 2
-    assert len(list((tmp_path / "out" / "blocks" / "before").glob("*.json"))) == 3
+    assert len(list((tmp_path / "shared").glob("*/manifest.json"))) == 2
+    assert len(list((tmp_path / "shared" / "before").glob("*.json"))) == 3
+    # A variant with one block for all does not wait for the others.
+    assert [path.name for path in (tmp_path / "out" / "fedavg" / "blocks").iterdir()] == ["dense"]
     html = (tmp_path / "out" / "compare.html").read_text()
     assert "<svg" in html
     assert all(name in html for name in rows)

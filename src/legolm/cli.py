@@ -201,6 +201,9 @@ def compare(
     models: Annotated[
         bool, typer.Option(help="write every variant's final models; `legolm run --resume` makes left-out ones later")
     ] = True,
+    blocks: Annotated[
+        Path | None, typer.Option(help="folder of cut blocks, to share with other comparisons; OUT/blocks if not given")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every plan and stop")] = False,
 ) -> None:
     """Run several schemes on one config and put them in one table. Goes on where an earlier call stopped."""
@@ -215,7 +218,7 @@ def compare(
             print_plan(plan, settings)
         return
     out = out or Path("runs") / config.stem
-    print_comparison(run_all(config, out, set_ or (), models), out)
+    print_comparison(run_all(config, out, set_ or (), models, blocks), out)
 
 
 @app.command()

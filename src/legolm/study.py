@@ -54,19 +54,22 @@ LEGEND = (
 )
 
 
-def compare(path: Path, out: Path, changes: Sequence[str] = (), models: bool = True) -> list[Record]:
+def compare(
+    path: Path, out: Path, changes: Sequence[str] = (), models: bool = True, store: Path | None = None
+) -> list[Record]:
     """Run every variant in `out`/<name>, write compare.json and compare.html; one record a variant.
 
     `changes` (`a.b=value`) override the run that the variants vary. Without `models` no variant writes its final ones.
+    Comparisons with the same `store` (`out`/blocks if not given) share blocks.
     """
-    found = []
+    found, store = [], store or out / "blocks"
     # All plans first: bad input should not wait for the first run's end, nor a disk that is too small for the last.
     planned = plans(path, changes)
     blocks = [sum(block.file_bytes for block in plan.blocks) for _, plan in planned.values()]
     needed = sum(plan.disk_bytes - (0 if models else plan.models_bytes) for _, plan in planned.values())
     check_room(out, needed - sum(blocks) + max(blocks))
     for name, (config, plan) in planned.items():
-        summary = run(config, out / name, (out / name).exists(), Progress(), store=out / "blocks", models=models)
+        summary = run(config, out / name, (out / name).exists(), Progress(), store=store, models=models)
         found.append(row(name, config, plan, summary, out / name))
     atomic_write(out / "compare.json", json.dumps(found, indent=1) + "\n")
     atomic_write(out / "compare.html", page(found, path.stem))
@@ -236,7 +239,8 @@ def _prepared(config: RunConfig, variant: Variant, parts: Parts) -> RunConfig:
             share = size(planned_coverage(specs[block_of[client.id]], base)) / whole
             rank = max(1, min(config.lora.rank, round((rank or config.lora.rank) * share)))
         clients.append(client.model_copy(update={"block": variant.block, "profile": None, "rank": rank}))
-    return config.model_copy(update={"clients": clients, "blocks": list(specs.values())})
+    # The other blocks would only be cut.
+    return config.model_copy(update={"clients": clients, "blocks": [specs[variant.block]]})
 
 
 def _plan_of(config: RunConfig, parts: Parts) -> Plan:
