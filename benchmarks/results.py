@@ -1,11 +1,12 @@
 """The claims beside every peer: `docs/results.md`, `docs/results.json` and their plots, from the folders of runs.
 
-    legolm compare examples/compare/flan.yaml --out RUNS/flan              # and, with other seeds:
-    legolm compare examples/compare/flan.yaml --out RUNS/flan-1 --set seed=1
-    legolm compare examples/compare/flan_rates.yaml --out RUNS/flan_rates
-    legolm compare examples/compare/flan_models.yaml --out RUNS/flan_models
-    legolm compare examples/compare/flan_gap.yaml --out RUNS/flan_gap
+    legolm compare examples/compare/flan.yaml --out RUNS/flan --blocks RUNS/blocks --no-models   # and another seed:
+    legolm compare examples/compare/flan.yaml --out RUNS/flan-1 --blocks RUNS/blocks --no-models --set seed=1
+    legolm compare examples/compare/flan_rates.yaml --out RUNS/flan_rates --blocks RUNS/blocks --no-models
+    legolm compare examples/compare/flan_models.yaml --out RUNS/flan_models --blocks RUNS/blocks --no-models
+    legolm compare examples/compare/flan_gap.yaml --out RUNS/flan_gap --blocks RUNS/blocks --no-models
     legolm ablate RUNS/flan/heteagg_factor
+    legolm run RUNS/flan/heteagg_factor/config.yaml --out RUNS/flan/heteagg_factor --resume      # its final models
     python benchmarks/server_step.py RUNS/flan/heteagg_factor --out RUNS/server_step.json
     legolm eval starter RUNS/flan/heteagg_factor/final/llm --include examples/tasks --tasks hellaswag,arc_easy
         --limit 100 --text TEST.txt --windows 20 --precision bf16 --out RUNS/robustness.json
@@ -13,13 +14,15 @@
 
 Every command from the folder that holds the data (`examples/flan/mixed.yaml` says which). Only RUNS/flan has to be
 there; what is missing is left out. One thing is computed here and kept beside the runs: FedIT's global adapter sliced
-onto the mixed blocks. Last line: one JSON object, that of `docs/results.json`.
+onto the mixed blocks. What the page is made from is kept in OUT/results/runs, which can be RUNS too: without the
+adapters, a few kilobytes a run. Last line: one JSON object, that of `docs/results.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -44,6 +47,10 @@ Record = dict[str, Any]
 FORMS = ("heteagg_factor", "heteagg_frozen_side", "heteagg_exact")
 DEFAULT = "heteagg_factor"
 BYTES = ("bytes_down", "bytes_up")
+KEPT = (
+    "*.json", "flan*/compare.json", "flan*/sliced.json", "flan*/*/config.yaml", "flan*/*/metrics.jsonl",
+    "flan*/*/summary.json", "flan*/*/ablation.json",
+)  # fmt: skip
 
 
 def opened(folder: Path) -> tuple[RunConfig, dict[str, Block]]:
@@ -82,6 +89,36 @@ def rows_of(study: Path) -> list[Record]:
     return found
 
 
+def clients_of(study: Path) -> list[Record]:
+    """Every client's losses in one seed's comparison: alone, with the global update, with FedIT's adapter sliced."""
+    clients = read_json(study / DEFAULT / "summary.json")["clients"]
+    alone = {client["id"]: client for client in read_json(study / "local" / "summary.json")["clients"]}
+    onto = sliced(study)
+    return [
+        {
+            "id": client["id"],
+            "block": client["block"],
+            "own_before": client["own"]["before"],
+            "own_local": alone[client["id"]]["own"]["local"],
+            "own_global": client["own"]["global"],
+            "others_before": client["others"]["before"],
+            "others_local": alone[client["id"]]["others"]["local"],
+            "others_global": client["others"]["global"],
+            "all_global": everything(client, "global", len(clients)),
+            "all_fedit_sliced": onto[client["id"]],
+        }
+        for client in clients
+    ]
+
+
+def mean_of(records: Sequence[Record]) -> Record:
+    """Records that say the same things, as one: the means of their numbers."""
+    first = records[0]
+    return {
+        key: fmean(one[key] for one in records) if isinstance(value, float) else value for key, value in first.items()
+    }
+
+
 def everything(client: Mapping[str, Any], phase: str, count: int) -> float:
     """A client's loss over all clients' test data."""
     return float((client["own"][phase] + (count - 1) * client["others"][phase]) / count)
@@ -101,28 +138,11 @@ def shaped_compute(study: Path) -> float:
 
 
 def main_table(seeds: Mapping[str, Path]) -> Record:
-    """The figures of `examples/compare/flan.yaml`, means over seeds; clients are those of the first seed."""
+    """The figures of `examples/compare/flan.yaml`, means over seeds; bytes and compute are the first seed's."""
     rows = {seed: {row["name"]: row for row in rows_of(path)} for seed, path in seeds.items()}
     first, study = next(iter(rows.values())), next(iter(seeds.values()))
     losses = {name: [found[name]["llm"] for found in rows.values() if name in found] for name in first}
-    default = {client["id"]: client for client in read_json(study / DEFAULT / "summary.json")["clients"]}
-    alone = {client["id"]: client for client in read_json(study / "local" / "summary.json")["clients"]}
-    onto = sliced(study)
-    clients = [
-        {
-            "id": id,
-            "block": client["block"],
-            "own_before": client["own"]["before"],
-            "own_local": alone[id]["own"]["local"],
-            "own_global": client["own"]["global"],
-            "others_before": client["others"]["before"],
-            "others_local": alone[id]["others"]["local"],
-            "others_global": client["others"]["global"],
-            "all_global": everything(client, "global", len(default)),
-            "all_fedit_sliced": onto[id],
-        }
-        for id, client in default.items()
-    ]
+    clients = [mean_of(same) for same in zip(*map(clients_of, seeds.values()), strict=True)]
 
     def ratio(name: str, *parts: str) -> float:
         ours, theirs = (sum(first[one][part] for part in parts) for one in (name, "fedit_everyone"))
@@ -213,6 +233,35 @@ def study_table(path: Path, spread: Mapping[str, float] | None = None) -> str:
         ("variant", "rate", "LLM", "LLM, validation", "blocks, own", "blocks, others'", "MB down", "MB up", "tokens",
          "client TFLOP", "client MB", "min"), rows,
     )  # fmt: skip
+
+
+def rates_table(runs: Path) -> str:
+    """Each scheme's loss of the LLM on validation data by learning rate; the best is the main table's."""
+    rows = [(row, runs / study) for study in ("flan", "flan_rates") for row in rows_of(runs / study)]
+    found: dict[str, dict[float, float]] = {}
+    for row, study in rows:
+        if row["llm_validation"] is not None:
+            name, rate = row["name"].partition("-")[0], RunDir(study / row["name"]).config().train.learning_rate
+            found.setdefault(name, {})[rate] = row["llm_validation"]
+    rates = sorted({rate for losses in found.values() for rate in losses})
+
+    def cell(losses: Mapping[float, float], rate: float) -> str:
+        text = f"{losses[rate]:.3f}" if rate in losses else ""
+        return f"**{text}**" if rate in losses and losses[rate] == min(losses.values()) else text
+
+    return table(
+        ("scheme", *(f"{rate:g}" for rate in rates)),
+        [(name, *(cell(losses, rate) for rate in rates)) for name, losses in found.items()],
+    )
+
+
+def keep(runs: Path, out: Path) -> None:
+    """Copy what the page is made from."""
+    for path in (path for pattern in KEPT for path in runs.glob(pattern)):
+        copy = out / path.relative_to(runs)
+        if path.resolve() != copy.resolve():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def figure_3(study: Path, out: Path) -> None:
@@ -319,10 +368,15 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
     for name, title in (
         ("flan_models", "Who holds what, and IID data"),
         ("flan_gap", "The gap to FedIT with everyone dense"),
-        ("flan_rates", "Learning rates, chosen on validation data"),
     ):
         if (runs / name / "compare.json").exists():
             parts += [f"## {title}\n", study_table(runs / name)]
+    if (runs / "flan_rates" / "compare.json").exists():
+        parts += [
+            "## Learning rates\n",
+            "Chosen by the LLM's loss on validation data after the last round, 16 pairs a task.\n",
+            rates_table(runs),
+        ]
     if (runs / "server_step.json").exists():
         steps = read_json(runs / "server_step.json")
         parts += [
@@ -378,6 +432,7 @@ def main() -> None:
         figure_5(left_out, plots / "omission.svg")
     if (runs / "robustness.json").exists():
         found["robustness"] = robustness(runs / "robustness.json")
+    keep(runs, plots / "runs")
     found["claims"] = [{"claim": a, "found": b, "holds": c} for a, b, c in claims(found)]
     figure_3(runs / "flan", plots / "clients.svg")
     loss_against_bytes(rows_of(runs / "flan"), plots / "bytes.svg")
