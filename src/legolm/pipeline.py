@@ -28,7 +28,7 @@ from legolm.prune.manifest import Manifest, write_block
 from legolm.report import write_report
 from legolm.report.summary import machine, summarize, versions
 from legolm.rounds import Rounds
-from legolm.rundir import RunDir, atomic_folder, atomic_write, check_room, read_json
+from legolm.rundir import RunDir, atomic_folder, atomic_write, check_room, held_bytes, read_json
 from legolm.types import Block, LegolmError
 
 Record = dict[str, Any]
@@ -53,7 +53,7 @@ def run(
     progress = progress or Progress()
     engine = engine or engine_for(config)
     plan = make_plan(config)
-    check_room(out, plan.disk_bytes - (0 if models else plan.models_bytes))
+    check_room(out, plan.disk_bytes - (0 if models else plan.models_bytes) - held_bytes(out))
     folder = RunDir.open(out, config, resume)
     identity = _identify(folder, plan)
 

@@ -67,11 +67,14 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def held_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder; a file with several names, as a comparison's blocks have, is there once."""
+    stats = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    return sum({stat.st_ino: stat.st_size for stat in stats}.values())
+
+
 def check_room(out: Path, needed: int) -> None:
-    """Raise `LegolmError` when the disk has less than `needed` bytes, without those that `out` holds: better now."""
-    # A file with several names, as a comparison's blocks have, is there once.
-    held = {stat.st_ino: stat.st_size for stat in (file.stat() for file in out.rglob("*") if file.is_file())}
-    needed -= sum(held.values())
+    """Raise `LegolmError` when the disk of `out` has less than `needed` bytes: better before hours of work."""
     folder = out.resolve()
     while not folder.exists():
         folder = folder.parent

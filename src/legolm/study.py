@@ -27,7 +27,7 @@ from legolm.plan import Parts, Plan, make_plan, read_parts
 from legolm.progress import Progress
 from legolm.prune import Base, planned_coverage
 from legolm.report.html import Raw, tag
-from legolm.rundir import atomic_write, check_room
+from legolm.rundir import atomic_write, check_room, held_bytes
 from legolm.types import LegolmError
 
 Record = dict[str, Any]
@@ -67,7 +67,7 @@ def compare(
     planned = plans(path, changes)
     blocks = [sum(block.file_bytes for block in plan.blocks) for _, plan in planned.values()]
     needed = sum(plan.disk_bytes - (0 if models else plan.models_bytes) for _, plan in planned.values())
-    check_room(out, needed - sum(blocks) + max(blocks))
+    check_room(out, needed - sum(blocks) + max(blocks) - held_bytes(out))
     for name, (config, plan) in planned.items():
         summary = run(config, out / name, (out / name).exists(), Progress(), store=store, models=models)
         found.append(row(name, config, plan, summary, out / name))

@@ -52,8 +52,8 @@ def cut_blocks(
     began = time.perf_counter()
     model = LayeredModel(path)
     base = Base.of(path, fingerprint, model.config)
-    for spec, out in wanted:
-        check_room(out, base.parameters_of(planned_coverage(spec, base).kept_weights) * base.dtype.itemsize)
+    weights = sum(base.parameters_of(planned_coverage(spec, base).kept_weights) for spec, _ in wanted)
+    check_room(wanted[0][1], weights * base.dtype.itemsize)
     cuts, dense = start_cuts([spec for spec, _ in wanted], model, base, seed, precision, progress)
     with ExitStack() as stack:
         jobs = []
