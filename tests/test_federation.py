@@ -270,6 +270,9 @@ def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callabl
         (("aggregate.scheme=flora", "aggregate.form=exact"), "form 'exact' is heteagg's"),
         (("aggregate.scheme=median", "aggregate.server_optimizer=fedavgm"), "is for heteagg, fedavg and fedprox"),
         (("aggregate.scheme=local_only",), "set that to true"),
+        (("lora.start=adapter", "aggregate.form=frozen_side"), "keeps random factors, and that adapter has others"),
+        (("lora.start=adapter", "aggregate.scheme=flora"), "lora.start: scheme 'flora' begins with a fresh adapter"),
+        (("aggregate.start=run", "aggregate.scheme=flora"), "aggregate.start: scheme 'flora' begins"),
         (("clients.0.joins=3", "clients.0.leaves=2"), "leaves after round 2, before it joins"),
     ],
 )

@@ -315,6 +315,15 @@ class RunConfig(Section):
                 "lora.ranks: products of another rank in each module need the factor form; take out lora.ranks, or "
                 "use heteagg with form factor or frozen_side"
             )
+        starts = {"lora.start": self.lora.start, "aggregate.start": self.aggregate.start}
+        start = next((name for name, value in starts.items() if value is not None), None)
+        if self.lora.start is not None and self.aggregate.form == "frozen_side":
+            raise ValueError(
+                "lora.start: form 'frozen_side' keeps random factors, and that adapter has others; take form factor or "
+                "exact"
+            )
+        if start is not None and self.aggregate.scheme == "flora":
+            raise ValueError(f"{start}: scheme 'flora' begins with a fresh adapter; take another scheme")
         if self.federation.min_replies > len(self.clients):
             raise ValueError(
                 f"federation.min_replies is {self.federation.min_replies}; there are {len(self.clients)} clients"
