@@ -5,10 +5,10 @@
     legolm compare examples/compare/flan_rates.yaml --out RUNS/flan_rates --blocks RUNS/blocks --no-models
     legolm compare examples/compare/flan_models.yaml --out RUNS/flan_models --blocks RUNS/blocks --no-models
     legolm compare examples/compare/flan_gap.yaml --out RUNS/flan_gap --blocks RUNS/blocks --no-models
-    legolm ablate RUNS/flan/heteagg_factor
-    legolm run RUNS/flan/heteagg_factor/config.yaml --out RUNS/flan/heteagg_factor --resume      # its final models
-    python benchmarks/server_step.py RUNS/flan/heteagg_factor --out RUNS/server_step.json
-    legolm eval starter RUNS/flan/heteagg_factor/final/llm --include examples/tasks --tasks hellaswag,arc_easy
+    legolm ablate RUNS/flan/heteagg_frozen_side
+    legolm run RUNS/flan/heteagg_frozen_side/config.yaml --out RUNS/flan/heteagg_frozen_side --resume    # final models
+    python benchmarks/server_step.py RUNS/flan/heteagg_frozen_side --out RUNS/server_step.json
+    legolm eval starter RUNS/flan/heteagg_frozen_side/final/llm --include examples/tasks --tasks hellaswag,arc_easy
         --limit 100 --text TEST.txt --windows 20 --precision bf16 --out RUNS/robustness.json
     python benchmarks/results.py RUNS [--notes benchmarks/results_notes.md] [--out docs]
 
@@ -45,7 +45,7 @@ from legolm.types import Block
 
 Record = dict[str, Any]
 FORMS = ("heteagg_factor", "heteagg_frozen_side", "heteagg_exact")
-DEFAULT = "heteagg_factor"
+DEFAULT = "heteagg_frozen_side"
 BYTES = ("bytes_down", "bytes_up")
 KEPT = (
     "*.json", "flan*/compare.json", "flan*/sliced.json", "flan*/*/config.yaml", "flan*/*/metrics.jsonl",
@@ -68,7 +68,7 @@ def sliced(study: Path) -> dict[str, float]:
     if not known.exists():
         run, summary = RunDir(study / DEFAULT), read_json(study / DEFAULT / "summary.json")
         config, blocks = opened(run.path)
-        start = config.aggregate.model_copy(update={"start": str(study / "fedit_everyone")})
+        start = config.aggregate.model_copy(update={"start": str(study / "fedit_everyone"), "form": "factor"})
         config = config.model_copy(update={"aggregate": start})
         block_of = {client["id"]: client["block"] for client in summary["clients"]}
         rounds = Rounds(run, config, summary["run_id"], blocks, block_of, Progress())

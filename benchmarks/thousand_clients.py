@@ -116,6 +116,7 @@ def main() -> None:
             ],
             "clients": [{"id": f"c{i:04d}", "block": ("dense", "half")[i % 2]} for i in range(options.clients)],
             "lora": {"rank": 4},
+            "aggregate": {"form": "factor"},
             "train": {"steps": 1, "batch_size": 2, "learning_rate": 0.01},
             "evaluate": {"local_only": False},
             "federation": {"engine": "flower", "rounds": options.rounds},

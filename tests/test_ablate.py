@@ -32,7 +32,7 @@ def config_file(three_clients: Callable[..., dict[str, Any]], tmp_path_factory: 
     """Three clients, two of them with one block."""
     folder = tmp_path_factory.mktemp("ablate")
     federation = {"engine": "local", "rounds": 2, "keep_updates": True}
-    raw = three_clients(folder, ("wide", "sparse", "wide"), federation=federation)
+    raw = three_clients(folder, ("wide", "sparse", "wide"), federation=federation, aggregate={"form": "factor"})
     raw["clients"][1]["rank"] = 2
     (folder / "run.yaml").write_text(json.dumps(raw))
     return folder / "run.yaml"

@@ -63,6 +63,7 @@ def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str
         {"name": name, "set": {"aggregate.scheme": name}, "block": "dense"} for name in dense
     ]
     variants += [{"name": name, "set": {"aggregate.scheme": name}} for name in mixed]
+    variants[4]["set"]["aggregate.form"] = "factor"  # sends as much of an adapter as the others
     variants[1]["match_bytes"] = True
     path = tmp_path / "study.yaml"
     path.write_text(json.dumps({"run": raw, "variants": variants}))
@@ -240,11 +241,19 @@ def test_runs_of_one_store_score_what_is_untrained_once(
 
 
 def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
-    first = run(load(raw, tmp_path), "first")
+    def form(name: str) -> str:
+        return f"aggregate.form={name}"
+
+    frozen = run(load(raw, tmp_path, "federation.rounds=1"), "frozen")
+    first = run(load(raw, tmp_path, form("factor")), "first")
     warm = f"aggregate.start={tmp_path / 'first'}"
-    for overrides in ((), ("aggregate.form=exact",)):
-        second = run(load(raw, tmp_path, warm, *overrides), f"second{len(overrides)}")
-        assert second["llm"]["loss_before"] == pytest.approx(first["llm"]["loss_after"], rel=1e-5)
+    for name, start, before in (
+        ("factor", "first", first),
+        ("exact", "first", first),
+        ("frozen_side", "frozen", frozen),
+    ):
+        second = run(load(raw, tmp_path, f"aggregate.start={tmp_path / start}", form(name)), f"second {name}")
+        assert second["llm"]["loss_before"] == pytest.approx(before["llm"]["loss_after"], rel=1e-5)
     for override, says in (
         ("lora.rank=2", "lora.rank and lora.targets must be this run's"),
         ("lora.scale=1", "has lora.scale 2.0; this run has 1.0"),

@@ -22,7 +22,7 @@ def start(rank: int = 2, targets: tuple[str, ...] = ("up_proj", "o_proj")) -> St
 
 
 def scheme_of(adapter: Start, **settings: object) -> Scheme:
-    return make_scheme(adapter, AggregateConfig(**settings))
+    return make_scheme(adapter, AggregateConfig(**{"form": "factor"} | settings))
 
 
 def update(delta: Tensors, examples: int, rank: int = 2, client: str = "a") -> Update:

@@ -21,7 +21,7 @@ FIRST = Coverage(SHAPE, (0,), ((0,),), ((0,),))
 
 def two_rounds(kind: str, gradients: tuple[float, float], **settings: float) -> list[list[float]]:
     """B of up_proj after each of two rounds: both neurons train in the first, only neuron 0 in the second."""
-    config = AggregateConfig(server_optimizer=kind, **settings)  # type: ignore[arg-type]
+    config = AggregateConfig(form="factor", server_optimizer=kind, **settings)  # type: ignore[arg-type]
     scheme = make_scheme(Start(SHAPE, initial_factors(SHAPE, ["up_proj"], 1, 0), 1, 1.0), config)
     found = []
     for coverage, value in zip((FULL, FIRST), gradients, strict=True):

@@ -32,8 +32,8 @@ BLOCKS = {
 STRUCTURED = ("full", "layer 1", "narrow")
 FORMS = {
     **{name: AggregateConfig(scheme=name) for name in SCHEMES if name not in ("heteagg", "local_only", "centralized")},
-    "heteagg": AggregateConfig(),
-    "heteagg fill": AggregateConfig(denominator="global_fill"),
+    "heteagg": AggregateConfig(form="factor"),
+    "heteagg fill": AggregateConfig(form="factor", denominator="global_fill"),
     "heteagg frozen": AggregateConfig(form="frozen_side"),
     "heteagg exact": AggregateConfig(form="exact", residual="fold"),
 }
@@ -164,7 +164,8 @@ def test_without_updates_nothing_moves(name: str) -> None:
 @given(drawn=many, denominator=st.sampled_from(["coverage_mean", "global_fill"]), eta=st.sampled_from([1.0, 0.3]))
 @settings(max_examples=30, deadline=None)
 def test_factor_form_against_the_reference(drawn: list, denominator: str, eta: float) -> None:  # type: ignore[type-arg]
-    scheme = new(AggregateConfig(denominator=denominator, server_learning_rate=eta))  # type: ignore[arg-type]
+    config = AggregateConfig(form="factor", denominator=denominator, server_learning_rate=eta)  # type: ignore[arg-type]
+    scheme = new(config)
     theta = scheme.adapter(FULL, RANK)
     for _ in range(2):
         clients = make_clients(scheme, drawn, True, True)
@@ -296,7 +297,7 @@ def test_a_liar_moves_the_mean_and_not_the_median_or_the_trimmed_mean() -> None:
     key = "layers.0.mlp.up_proj.B"
     found = {}
     for name, config in {
-        "heteagg": AggregateConfig(),
+        "heteagg": AggregateConfig(form="factor"),
         "median": AggregateConfig(scheme="median"),
         "trimmed_mean": AggregateConfig(scheme="trimmed_mean", trim=0.25),
     }.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,7 +39,9 @@ class AggregateConfig(Section):
     """How updates become one. `heteagg` is the paper's; docs/aggregation.md has the table of schemes."""
 
     scheme: SchemeName = "heteagg"
-    form: Literal["factor", "exact", "frozen_side"] = Field("factor", description="heteagg: what is averaged")
+    form: Literal["factor", "exact", "frozen_side"] = Field(
+        "frozen_side", description="heteagg: what is averaged; other schemes have `factor`"
+    )
     denominator: Literal["coverage_mean", "global_fill"] = Field(
         "coverage_mean", description="heteagg: mean over those who hold an entry, or over all"
     )
@@ -59,6 +61,12 @@ class AggregateConfig(Section):
     trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed_mean: share left out at each end")
     outliers: OutlierConfig = OutlierConfig()
     start: str | None = Field(None, description="run folder whose best global adapter this run starts from")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _form_by_scheme(cls, value: Any) -> Any:
+        other = isinstance(value, dict) and value.get("scheme", "heteagg") != "heteagg"
+        return {"form": "factor"} | value if other else value
 
     @model_validator(mode="after")
     def _options_fit(self) -> AggregateConfig:
