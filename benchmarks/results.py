@@ -14,7 +14,7 @@
 
 Every command from the folder that holds the data (`examples/flan/mixed.yaml` says which). Only RUNS/flan has to be
 there; what is missing is left out. One thing is computed here and kept beside the runs: FedIT's global adapter sliced
-onto the mixed blocks. What the page is made from is kept in OUT/results/runs, which can be RUNS too: without the
+onto the mixed blocks. What the page is made from is kept in OUT/results/records, which can be RUNS too: without the
 adapters, a few kilobytes a run. Last line: one JSON object, that of `docs/results.json`.
 """
 
@@ -138,11 +138,15 @@ def shaped_compute(study: Path) -> float:
 
 
 def main_table(seeds: Mapping[str, Path]) -> Record:
-    """The figures of `examples/compare/flan.yaml`, means over seeds; bytes and compute are the first seed's."""
+    """The figures of `examples/compare/flan.yaml`, means over the seeds that have them.
+
+    Bytes and compute are the first seed's, and clients those of the seeds that also trained alone.
+    """
     rows = {seed: {row["name"]: row for row in rows_of(path)} for seed, path in seeds.items()}
     first, study = next(iter(rows.values())), next(iter(seeds.values()))
     losses = {name: [found[name]["llm"] for found in rows.values() if name in found] for name in first}
-    clients = [mean_of(same) for same in zip(*map(clients_of, seeds.values()), strict=True)]
+    alone = [path for seed, path in seeds.items() if "local" in rows[seed]]
+    clients = [mean_of(same) for same in zip(*map(clients_of, alone), strict=True)]
 
     def ratio(name: str, *parts: str) -> float:
         ours, theirs = (sum(first[one][part] for part in parts) for one in (name, "fedit_everyone"))
@@ -215,17 +219,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def study_table(path: Path, spread: Mapping[str, float] | None = None) -> str:
-    """The rows of one comparison."""
+def study_table(path: Path, main: Record | None = None) -> str:
+    """The rows of one comparison; the LLM's losses are those of `main`, the table of several seeds, if given."""
     rows = []
     for one in rows_of(path):
-        more = f" ± {spread[one['name']]:.3f}" if spread and one["name"] in spread else ""
+        llm = main["llm_loss"][one["name"]] if main else one["llm"]
+        more = f" ± {main['llm_spread'][one['name']]:.3f}" if main and one["name"] in main["llm_spread"] else ""
         others = "" if one["others"] is None else f"{one['others']:.3f}"
         chosen_by = "" if one["scheme"] == "local_only" else f"{one['llm_validation']:.3f}"
         memory = "" if one["memory"] is None else f"{one['memory'] / 1e6:,.0f}"
         rate = RunDir(path / one["name"]).config().train.learning_rate
         rows.append((
-            one["name"], f"{rate:g}", f"{one['llm']:.3f}{more}", chosen_by, f"{one['own']:.3f}", others,
+            one["name"], f"{rate:g}", f"{llm:.3f}{more}", chosen_by, f"{one['own']:.3f}", others,
             f"{one['bytes_down'] / 1e6:.2f}", f"{one['bytes_up'] / 1e6:.2f}", f"{one['tokens']:,.0f}",
             f"{one['flops'] / 1e12:.0f}", memory, f"{one['seconds'] / 60:.0f}",
         ))  # fmt: skip
@@ -336,7 +341,8 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
     config = RunDir(study / DEFAULT).config()
     parts = [
         "# Results\n",
-        f"Written by `python benchmarks/results.py RUNS` from the folders of runs; its first lines have the commands. "
+        "Written by `python benchmarks/results.py RUNS` from the folders of runs; its first lines have the commands. "
+        f"What it read is in [{plots}/records]({plots}/records), from which it can be written again. "
         f"{summary['model']} is SmolLM2-135M-Instruct; {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_gb']:.0f} GB, one thread a run, two runs at a time. Eight clients, one FLAN task each "
         f"([`examples/flan/mixed.yaml`](../examples/flan/mixed.yaml)), {config.federation.rounds} rounds of "
@@ -346,11 +352,11 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         "## What should hold\n",
         table(("claim", "found", "holds"), [(a, b, "yes" if c else "**no**") for a, b, c in claims(found)]),
         "## Every scheme, mixed blocks, one task a client\n",
-        study_table(study, main["llm_spread"]),
-        "`capable` leaves out who does not hold the whole LLM (six of eight clients). `everyone` is the ideal that "
-        "weak devices cannot run. `local` has no LLM: its row is the untrained one. Client TFLOP: the decoder's "
-        "operations in all clients' training. Client MB: what training needs by the plan's estimate, mean over those "
-        "who train.\n",
+        study_table(study, main),
+        "LLM: mean and standard deviation over the seeds that ran; all else is of the first. `capable` leaves out who "
+        "does not hold the whole LLM (six of eight clients). `everyone` is the ideal that weak devices cannot run. "
+        "`local` has no LLM: its row is the untrained one. Client TFLOP: the decoder's operations in all clients' "
+        "training. Client MB: what training needs by the plan's estimate, mean over those who train.\n",
         f"![loss against bytes]({plots}/bytes.svg)\n",
         "## Clients after each global update (the paper's figure 3)\n",
         table(
@@ -432,7 +438,7 @@ def main() -> None:
         figure_5(left_out, plots / "omission.svg")
     if (runs / "robustness.json").exists():
         found["robustness"] = robustness(runs / "robustness.json")
-    keep(runs, plots / "runs")
+    keep(runs, plots / "records")
     found["claims"] = [{"claim": a, "found": b, "holds": c} for a, b, c in claims(found)]
     figure_3(runs / "flan", plots / "clients.svg")
     loss_against_bytes(rows_of(runs / "flan"), plots / "bytes.svg")

@@ -1,0 +1,31 @@
+"""The results page says what its records say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["results.md", "results.json"])
+def test_the_page_is_what_its_records_give(name: str, made_again: Path) -> None:
+    assert (made_again / name).read_text() == (HERE / "docs" / name).read_text()
+
+
+def test_records_are_kept_whole(made_again: Path) -> None:
+    kept, again = HERE / "docs" / "results" / "records", made_again / "results" / "records"
+    files = {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(again): path.read_bytes() for path in again.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made_again(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`docs` from `docs/results/records`."""
+    out = tmp_path_factory.mktemp("docs")
+    command = [sys.executable, HERE / "benchmarks" / "results.py", HERE / "docs" / "results" / "records", "--out", out]
+    subprocess.run([*command, "--notes", HERE / "benchmarks" / "results_notes.md"], check=True, capture_output=True)
+    return out
