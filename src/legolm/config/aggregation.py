@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -65,8 +66,7 @@ class AggregateConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _form_by_scheme(cls, value: Any) -> Any:
-        other = isinstance(value, dict) and value.get("scheme", "heteagg") != "heteagg"
-        return {"form": "factor"} | value if other else value
+        return value | {"form": form_of(value)} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _options_fit(self) -> AggregateConfig:
@@ -88,6 +88,11 @@ class AggregateConfig(Section):
                     f"scheme {self.scheme!r} has its own step"
                 )
         return self
+
+
+def form_of(aggregate: Mapping[str, Any]) -> Any:
+    """The form that a raw section `aggregate` gives or, without one, that its scheme has."""
+    return aggregate.get("form", "frozen_side" if aggregate.get("scheme", "heteagg") == "heteagg" else "factor")
 
 
 class FederationConfig(Section):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from legolm.config.aggregation import AggregateConfig, FederationConfig
+from legolm.config.aggregation import AggregateConfig, FederationConfig, form_of
 from legolm.config.section import Section
 from legolm.types import nearest
 
@@ -281,9 +281,7 @@ class RunConfig(Section):
         aggregate, train = value.get("aggregate", {}), value.get("train", {})
         if not isinstance(aggregate, dict) or not isinstance(train, dict):
             return value
-        frozen_side = aggregate.get("scheme", "heteagg") == "heteagg" and "form" not in aggregate
-        frozen_side = frozen_side or aggregate.get("form") == "frozen_side"
-        return value | {"train": {"learning_rate": 4e-3} | train} if frozen_side else value
+        return value | {"train": {"learning_rate": 4e-3} | train} if form_of(aggregate) == "frozen_side" else value
 
     @field_validator("data", mode="before")
     @classmethod
