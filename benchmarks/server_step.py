@@ -26,7 +26,7 @@ from legolm.models import load_model, load_tokenizer
 from legolm.progress import Progress
 from legolm.rounds import Rounds
 from legolm.rundir import RunDir, read_json
-from results import opened
+from results_read import opened
 
 RATES = (0.5, 0.7, 1.4, 2.0)
 
@@ -66,7 +66,7 @@ def main() -> None:
         factors = scheme.adapter(blocks["llm"].coverage, config.lora.rank)
         with merged(model, blocks["llm"].coverage, factors, config.lora.scaling) as whole:
             found[label] = {
-                split: fmean(score(whole, part, 0, config.evaluate.batch_size, precision).loss for part in sets)
+                split: fmean(score(whole, part, config.evaluate.batch_size, precision).loss for part in sets)
                 for split, sets in data.items()
             }
         print(f"{label:28s} { {split: round(loss, 3) for split, loss in found[label].items()} }", flush=True)

@@ -44,9 +44,7 @@ def main() -> None:
 
     def figures(folder: Path, tests: dict[str, list[Any]]) -> dict[str, float]:
         model = load_model(folder, torch.bfloat16)
-        found = {
-            name: round(score(model, rows, tokenizer.pad_token_id, 8, "bf16").loss, 3) for name, rows in tests.items()
-        }
+        found = {name: round(score(model, rows, 8, "bf16").loss, 3) for name, rows in tests.items()}
         return found | {"perplexity": round(perplexity(model, torch.tensor(ids), WINDOW, "bf16", WINDOWS), 2)}
 
     tests: dict[str, list[Any]] = {}

@@ -61,7 +61,7 @@ def trained(
     speed = metrics["tokens"] / (time.process_time() - began)
     factors = {key: tensor + delta[key] for key, tensor in start.items()}
     with merged(load_model(path), real, factors, 2.0) as whole:
-        return score(whole, held, 0, 16, "fp32").loss, speed
+        return score(whole, held, 16, "fp32").loss, speed
 
 
 def rounding(path: Path, real: Coverage, data: Any) -> dict[str, float]:
@@ -72,10 +72,10 @@ def rounding(path: Path, real: Coverage, data: Any) -> dict[str, float]:
     delta, _ = fit(load_model(path, torch.bfloat16), real, start, 2.0, train, config, "bf16", 1, 0)
     factors = {key: tensor + delta[key] for key, tensor in start.items()}
     with merged(load_model(path), real, factors, 2.0) as whole:
-        exact = score(whole, held, 0, 16, "fp32").loss
-        nearest = score(whole, held, 0, 16, "bf16").loss  # autocast rounds so
+        exact = score(whole, held, 16, "fp32").loss
+        nearest = score(whole, held, 16, "bf16").loss  # autocast rounds so
     with merged(load_model(path, torch.bfloat16), real, factors, 2.0) as whole:
-        stochastic = score(whole, held, 0, 16, "bf16").loss
+        stochastic = score(whole, held, 16, "bf16").loss
     return {"float32": round(exact, 4), "nearest": round(nearest, 4), "stochastic": round(stochastic, 4)}
 
 
@@ -108,13 +108,13 @@ def main() -> None:
     base, data = resolve(options.model), split(options)
     full = Coverage.full(shape_of(load_model(base).config))
     found: dict[str, Any] = {"steps": options.steps, "before": {}}
-    found["before"]["llm"] = round(score(load_model(base), data[1], 0, 16, "fp32").loss, 4)
+    found["before"]["llm"] = round(score(load_model(base), data[1], 16, "fp32").loss, 4)
     found["rounding"] = rounding(base, full, data)
     with tempfile.TemporaryDirectory(prefix="legolm-quality-") as folder:
         calibration = CalibrationConfig(samples=16, length=128)
         spec = BlockConfig(name="sparse", method="sparsegpt", sparsity=0.5, calibration=calibration)
         [block] = cut_blocks(base, fingerprint(base), [(spec, Path(folder) / "sparse")], 0, "bf16", Progress())
-        found["before"]["block"] = round(score(load_model(block.path), data[1], 0, 16, "fp32").loss, 4)
+        found["before"]["block"] = round(score(load_model(block.path), data[1], 16, "fp32").loss, 4)
         print(found, flush=True)
         precisions, masks = [], []
         unmasked = replace(block.coverage, masks={})

@@ -104,7 +104,7 @@ def test_settings_can_be_chosen_by_the_llm_on_everyones_validation_data(
 
     def loss(id: str) -> float:
         rows = [render(row, tokenizer, 512) for row in client_data(config)[id].validation]
-        return score(model, rows, 0, 8, "fp32").loss
+        return score(model, rows, 8, "fp32").loss
 
     assert record["llm_validation"] == pytest.approx(fmean(loss(client.id) for client in config.clients), rel=1e-4)
 

@@ -116,7 +116,7 @@ def test_final_models_load_plainly_and_are_what_was_scored(finished: tuple[RunCo
 
     tokenizer = load_tokenizer(out / "final" / "de")
     rows = [render(row, tokenizer, config.train.max_length) for row in client_data(config)["de"].test]
-    found = score(load_model(out / "final" / "de"), rows, tokenizer.pad_token_id, 16, "fp32")
+    found = score(load_model(out / "final" / "de"), rows, 16, "fp32")
     entry = next(client for client in summary["clients"] if client["id"] == "de")
     assert found.loss == pytest.approx(entry["own"]["personal"], rel=1e-4)
 

@@ -239,7 +239,7 @@ def test_weights_by_examples_by_hand_and_by_loss(run: Path, tmp_path: Path) -> N
     for name in names:
         tokenizer = load_tokenizer(Path(name))
         rows = [render(to_example(row, Fields()), tokenizer, 512) for row in read_rows(str(data), "data")]
-        losses.append(score(load_model(Path(name)), rows, tokenizer.pad_token_id, 8, "fp32").loss)
+        losses.append(score(load_model(Path(name)), rows, 8, "fp32").loss)
     scale = 2 / sum(math.exp(-loss) for loss in losses)
     assert weights(None, str(data)) == pytest.approx([scale * math.exp(-loss) for loss in losses], rel=1e-4)
     with pytest.raises(LegolmError, match="give one of them"):

@@ -3,13 +3,12 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from legolm.data.render import Batch, Tokens, batch, batches, render
+from legolm.data.render import Tokens, render
 from legolm.types import Example, LegolmError, Message
 
 PAIR = Example((Message("user", "Capital of Italy?"), Message("assistant", "Rome")))
@@ -106,72 +105,3 @@ class TestRender:
         assert merging.encode("a\nb") == [0, 3]
         example = Example((Message("user", "a"), Message("assistant", "b")))
         assert render(example, merging, 9) == Tokens(ids=(0, 2, 1, 4), answer=2)
-
-
-class TestBatch:
-    SHORT = Tokens(ids=(5, 6, 7), answer=2)
-    LONG = Tokens(ids=(1, 2, 3, 4, 8), answer=2)
-
-    def test_by_hand(self) -> None:
-        made = batch([self.SHORT, self.LONG], pad_id=0)
-        assert made.input_ids.tolist() == [[0, 0, 5, 6, 7], [1, 2, 3, 4, 8]]
-        assert made.attention_mask.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
-        assert made.position_ids.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
-        assert made.labels.tolist() == [[-100, -100, 7], [3, 4, 8]]
-        assert all(tensor.dtype == torch.int64 for tensor in vars(made).values())
-
-    @given(
-        st.lists(
-            st.tuples(st.integers(1, 6), st.integers(1, 6)).map(
-                lambda sizes: Tokens(ids=tuple(range(1, 1 + sum(sizes))), answer=sizes[0])
-            ),
-            min_size=1,
-            max_size=5,
-        )
-    )
-    @settings(deadline=None)
-    def test_labels_are_the_tokens_after_the_logits_that_are_kept(self, tokens: list[Tokens]) -> None:
-        made = batch(tokens, pad_id=0)
-        kept = made.labels.shape[1]
-        assert kept + 1 <= made.input_ids.shape[1]
-        next_ids = made.input_ids[:, -kept:]
-        learned = made.labels != -100
-        assert torch.equal(made.labels[learned], next_ids[learned])
-        assert learned.sum(1).tolist() == [len(item.ids) - item.answer for item in tokens]
-
-    def test_loss_of_a_model_equals_that_of_each_conversation_alone(self) -> None:
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=12,
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-            )
-        ).eval()
-
-        def loss(made: Batch) -> float:
-            with torch.no_grad():
-                logits = model(
-                    made.input_ids,
-                    attention_mask=made.attention_mask,
-                    position_ids=made.position_ids,
-                    logits_to_keep=made.labels.shape[1] + 1,
-                ).logits[:, :-1]
-            return float(
-                torch.nn.functional.cross_entropy(logits.flatten(0, 1), made.labels.flatten(), reduction="sum")
-            )
-
-        alone = 0.0
-        for item in (self.SHORT, self.LONG):
-            with torch.no_grad():
-                logits = model(torch.tensor([item.ids])).logits[0]
-            for position in range(item.answer, len(item.ids)):
-                alone -= float(logits[position - 1].log_softmax(0)[item.ids[position]])
-        assert loss(batch([self.SHORT, self.LONG], pad_id=0)) == pytest.approx(alone, rel=1e-5)
-
-    def test_batches_are_longest_first(self) -> None:
-        tokens = [Tokens(ids=tuple(range(n)), answer=1) for n in (2, 9, 4, 7, 3)]
-        assert [tuple(b.input_ids.shape) for b in batches(tokens, 2, pad_id=0)] == [(2, 9), (2, 4), (1, 2)]

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from legolm.data import render
+from legolm.data import Tokens, render
 from legolm.evaluate import Questions, measure, rouge
 from legolm.evaluate.answers import score, score_each
 from legolm.evaluate.rouge import generate, rouge_l
-from legolm.models import load_model
+from legolm.models import FAMILIES, load_model
 from legolm.types import Example, Message
 
 
@@ -44,16 +45,35 @@ def test_exact_match_needs_the_end_too(unigram: Callable[..., Any], tokenizer: P
     assert loss == pytest.approx(-(math.log(p) + math.log(q)) / 2, rel=1e-5)
 
 
-def test_each_answer_is_scored_as_if_alone(tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast) -> None:
-    model = load_model(tiny("llama"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_answer_is_scored_as_the_plain_model_does_alone(
+    family: str, tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = load_model(tiny(family))
     examples = [render(_example("a" * (7 * i % 11), "b" * (5 * i % 9) + "c"), tokenizer, 256) for i in range(1, 9)]
-    each = score_each(model, examples, 0, 3, "fp32")
-    alone = [score_each(model, [one], 0, 1, "fp32") for one in examples]
-    np.testing.assert_allclose(each.losses, [float(one.losses[0]) for one in alone], rtol=1e-5)
+    with torch.no_grad():
+        logits = [model(torch.tensor([one.ids])).logits[0, one.answer - 1 : -1].double() for one in examples]
+    answers = [torch.tensor(one.ids[one.answer :]) for one in examples]
+    # One answer that is the likeliest: what `exact` is 1 for.
+    told = [int(found.argmax()) for found in logits[0][:1]]
+    examples.append(Tokens((*examples[0].ids[: examples[0].answer], *told), examples[0].answer))
+    each = score_each(model, examples, 3, "fp32")
+    expected = [float(cross_entropy(found, ids, reduction="sum")) for found, ids in zip(logits, answers, strict=True)]
+    np.testing.assert_allclose(each.losses[:-1], expected, rtol=1e-4)
+    assert each.exact.tolist() == [0.0] * 8 + [1.0]
     assert each.tokens.tolist() == [len(one.ids) - one.answer for one in examples]
-    whole = score(model, examples, 0, 3, "fp32")
+    whole = score(model, examples, 3, "fp32")
     assert whole.loss == pytest.approx(each.losses.sum() / each.tokens.sum())
     assert whole.tokens == each.tokens.sum()
+
+
+def test_a_scored_model_is_as_it_was(tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast) -> None:
+    model = load_model(tiny("llama"))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = model(ids).logits
+        score(model, [render(_example("a", "b"), tokenizer, 64)], 1, "bf16")
+        assert torch.equal(model(ids).logits, before)
 
 
 def test_rouge_l_by_hand() -> None:

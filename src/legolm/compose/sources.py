@@ -108,7 +108,7 @@ def weights_by_loss(sources: Sequence[Source], data: str, progress: Progress) ->
             block, tokenizer = source.block, load_tokenizer(source.block.path)
             rows = [render(example, tokenizer, MAX_LENGTH) for example in examples]
             with merged(load_model(block.path), block.coverage, {} if source.merged else source.factors, 1.0) as model:
-                losses.append(score(model, rows, tokenizer.pad_token_id, BATCH, "fp32").loss)
+                losses.append(score(model, rows, BATCH, "fp32").loss)
             advance(1)
     return torch.tensor(losses, dtype=torch.float64).neg().softmax(0).tolist()
 

@@ -1,7 +1,7 @@
-"""From files, hub data sets and the starter data to clients' examples, token batches and calibration text."""
+"""From files, hub data sets and the starter data to clients' examples, tokens and calibration text."""
 
 from legolm.data.calibration import calibration_tokens
-from legolm.data.render import Batch, Tokens, batch, batches, render
+from legolm.data.render import Tokens, render
 from legolm.data.sources import Row, read_rows, read_text, to_example, with_system
 from legolm.data.split import load_parts
 from legolm.data.starter import CLIENT_LANGUAGES, PUBLIC_LANGUAGES, public_starter_text, starter_parts
@@ -9,11 +9,8 @@ from legolm.data.starter import CLIENT_LANGUAGES, PUBLIC_LANGUAGES, public_start
 __all__ = [
     "CLIENT_LANGUAGES",
     "PUBLIC_LANGUAGES",
-    "Batch",
     "Row",
     "Tokens",
-    "batch",
-    "batches",
     "calibration_tokens",
     "load_parts",
     "public_starter_text",

@@ -1,22 +1,18 @@
-"""Conversations to tokens, and tokens to left-padded batches with labels on the answer only."""
+"""Conversations to tokens, prompt and answer apart."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
 from legolm.types import Example, LegolmError, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -29,21 +25,6 @@ class Tokens:
     ids: tuple[int, ...]
     answer: int
     truncated: bool = False
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Left-padded conversations; all tensors int64.
-
-    `input_ids`, `attention_mask` and `position_ids` are (n, length). `labels` is (n, kept): the last `kept`
-    positions, `kept` the longest answer, with -100 before each answer. Their predictions are the logits at
-    positions -kept - 1 to -2: with `logits_to_keep=kept + 1`, `logits[:, :-1]` aligns with `labels`.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    labels: Tensor
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
@@ -63,29 +44,6 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     answer = answer[: max_length - 1]
     prompt = prompt[-(max_length - len(answer)) :]
     return Tokens(ids=(*prompt, *answer), answer=len(prompt), truncated=truncated)
-
-
-def batch(tokens: Sequence[Tokens], pad_id: int) -> Batch:
-    """Pad on the left to the longest of `tokens` (at least one)."""
-    length = max(len(item.ids) for item in tokens)
-    kept = max(len(item.ids) - item.answer for item in tokens)
-    input_ids = torch.full((len(tokens), length), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full((len(tokens), kept), IGNORED)
-    for row, item in enumerate(tokens):
-        ids = torch.tensor(item.ids)
-        input_ids[row, length - len(ids) :] = ids
-        attention_mask[row, length - len(ids) :] = 1
-        labels[row, kept - len(ids) + item.answer :] = ids[item.answer :]
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    return Batch(input_ids, attention_mask, position_ids, labels)
-
-
-def batches(tokens: Sequence[Tokens], size: int, pad_id: int) -> Iterator[Batch]:
-    """Batches of `size`, longest conversations first: little padding, and memory fails at once or never."""
-    ordered = sorted(tokens, key=lambda item: len(item.ids), reverse=True)
-    for start in range(0, len(ordered), size):
-        yield batch(ordered[start : start + size], pad_id)
 
 
 def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from legolm.config import Precision
-from legolm.data import Tokens, batches
+from legolm.data import Tokens
 from legolm.evaluate.figure import Array
-from legolm.finetune import answer_logits, autocast
+from legolm.finetune import Head, autocast, hidden_states, judged, lean, pack
 from legolm.types import Score
 
 
@@ -26,32 +25,30 @@ class Answers:
     exact: Array
 
 
-def score_each(model: Any, examples: Sequence[Tokens], pad_id: int, batch_size: int, precision: Precision) -> Answers:
+def score_each(model: Any, examples: Sequence[Tokens], batch_size: int, precision: Precision) -> Answers:
     """Loss and exactness of each answer, in the order of `examples`.
 
     Greedy decoding gives the answer and its end exactly when each of their tokens is the likeliest after the true
     ones before it, so one forward pass decides it and nothing is generated.
     """
-    order = sorted(range(len(examples)), key=lambda place: len(examples[place].ids), reverse=True)
-    losses, tokens, exact = (np.zeros(len(examples)) for _ in range(3))
-    done = 0
-    with torch.no_grad(), autocast(precision, model.device.type):
-        for inputs in batches([examples[place] for place in order], batch_size, pad_id):
-            logits = answer_logits(model, inputs).float()
-            labels = inputs.labels.to(logits.device)
-            counted = labels != -100
-            each = cross_entropy(logits.transpose(1, 2), labels, reduction="none").double().sum(1)
-            places = order[done : done + len(labels)]
-            losses[places] = each.cpu().numpy()
-            tokens[places] = counted.sum(1).cpu().numpy()
-            exact[places] = ((logits.argmax(-1) == labels) | ~counted).all(1).cpu().numpy()
-            done += len(labels)
-    return Answers(losses, tokens, exact)
+    # Longest first: examples of similar length share attention, and memory fails at once or never.
+    order = np.array(sorted(range(len(examples)), key=lambda place: -len(examples[place].ids)))
+    losses, exact = np.zeros(len(examples)), np.ones(len(examples))
+    with torch.no_grad(), autocast(precision, model.device.type), lean(model, precision):
+        head = Head.of(model, precision)
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            packing = pack([examples[place] for place in places], model.device)
+            each, right = judged(hidden_states(model, packing)[packing.predict], head, packing.labels)
+            owners = places[packing.owner.cpu().numpy()]
+            np.add.at(losses, owners, each.cpu().double().numpy())
+            np.minimum.at(exact, owners, right.cpu().double().numpy())
+    return Answers(losses, np.array([len(one.ids) - one.answer for one in examples], dtype=np.float64), exact)
 
 
-def score(model: Any, examples: Sequence[Tokens], pad_id: int, batch_size: int, precision: Precision) -> Score:
+def score(model: Any, examples: Sequence[Tokens], batch_size: int, precision: Precision) -> Score:
     """Mean loss (nats) over all answer tokens, and the share of answers that greedy decoding gives exactly."""
-    found = score_each(model, examples, pad_id, batch_size, precision)
+    found = score_each(model, examples, batch_size, precision)
     tokens = int(found.tokens.sum())
     return Score(float(found.losses.sum()) / tokens, float(found.exact.mean()), tokens, len(examples))
 

@@ -83,7 +83,7 @@ def measure(model: Any, tokenizer: Any, questions: Questions, precision: Precisi
     if questions.examples:
         examples = [render(example, tokenizer, MAX_LENGTH) for example in questions.examples]
         asked = digest(questions.examples)
-        answers = score_each(model, examples, tokenizer.pad_token_id, BATCH, precision)
+        answers = score_each(model, examples, BATCH, precision)
         found[DATA] = {
             "answer loss": ratio_figure(answers.losses, answers.tokens, asked),
             "exact match": ratio_figure(answers.exact, None, asked),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from legolm.config import Precision
-from legolm.data import Tokens, batch
+from legolm.data import Tokens
 from legolm.evaluate.figure import Array
 from legolm.finetune import autocast
 from legolm.types import LegolmError
@@ -29,11 +29,11 @@ def generate(
     texts = [""] * len(examples)
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        prompts = batch([Tokens(examples[p].ids[: examples[p].answer], examples[p].answer) for p in places], 0)
+        prompts = [list(examples[place].ids[: examples[place].answer]) for place in places]
+        padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         with torch.no_grad(), autocast(precision, model.device.type):
             output = model.generate(
-                input_ids=prompts.input_ids.to(model.device),
-                attention_mask=prompts.attention_mask.to(model.device),
+                **padded,
                 max_new_tokens=MAX_NEW_TOKENS,
                 do_sample=False,
                 num_beams=1,
@@ -41,7 +41,7 @@ def generate(
                 eos_token_id=sorted(ends),
                 pad_token_id=tokenizer.pad_token_id,
             )
-        for place, ids in zip(places, output[:, prompts.input_ids.shape[1] :], strict=True):
+        for place, ids in zip(places, output[:, padded["input_ids"].shape[1] :], strict=True):
             texts[place] = tokenizer.decode(ids, skip_special_tokens=True)
     return texts
 

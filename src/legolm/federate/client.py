@@ -118,7 +118,7 @@ class ClientRuntime:
             for client, split in request.sets:
                 examples = self._examples(client, split)
                 size = self._config.evaluate.batch_size
-                scores.append(score(model, examples, self._tokenizer.pad_token_id, size, self._precision))
+                scores.append(score(model, examples, size, self._precision))
         return wire.pack(wire.ScoreReply(scores=scores), {})
 
     def _checked(self, request: wire.TrainRequest | wire.EvaluateRequest) -> Block:

@@ -3,17 +3,15 @@
 from legolm.finetune.adapters import load_adapter, load_factors, read_adapter, save_adapter, save_factors
 from legolm.finetune.lean import hidden_states, lean
 from legolm.finetune.lora import lora, merge, merged
-from legolm.finetune.loss import Head, divergences
+from legolm.finetune.loss import Head, divergences, judged
 from legolm.finetune.packing import pack
-from legolm.finetune.precision import choose_device, choose_precision, dtype_of
-from legolm.finetune.predict import answer_logits, autocast
+from legolm.finetune.precision import autocast, choose_device, choose_precision, dtype_of
 from legolm.finetune.train import Diverged, fit
 from legolm.finetune.whole import whole
 
 __all__ = [
     "Diverged",
     "Head",
-    "answer_logits",
     "autocast",
     "choose_device",
     "choose_precision",
@@ -21,6 +19,7 @@ __all__ = [
     "dtype_of",
     "fit",
     "hidden_states",
+    "judged",
     "lean",
     "load_adapter",
     "load_factors",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, log_softmax, softmax
+from torch.nn.functional import cross_entropy, linear, log_softmax, softmax
 
 from legolm.config import Precision
 from legolm.finetune.precision import dtype_of
@@ -98,6 +98,17 @@ def answer_losses(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
     losses: Tensor = _Chunked.apply(hidden, head, rule)  # type: ignore[no-untyped-call]
     return losses
+
+
+def judged(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (nats, float32) and whether the label is the likeliest token, each (n,); arguments as above."""
+    losses, right = torch.empty(len(hidden), device=hidden.device), torch.empty_like(labels, dtype=torch.bool)
+    for start in range(0, len(hidden), CHUNK):
+        part = slice(start, start + CHUNK)
+        logits = head.logits(hidden[part])
+        losses[part] = cross_entropy(logits, labels[part], reduction="none")
+        right[part] = logits.argmax(-1) == labels[part]
+    return losses, right
 
 
 def divergences(hidden: Tensor, head: Head, teacher: Tensor, teacher_head: Head) -> Tensor:

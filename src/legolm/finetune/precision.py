@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Literal
 
@@ -17,6 +18,12 @@ SIZE = 768
 def dtype_of(precision: Precision) -> torch.dtype:
     """The dtype of matrix products."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def autocast(precision: Precision, device: str = "cpu") -> AbstractContextManager[None]:
+    """`bf16`: matrix products in bfloat16 by autocast; `fp32`: as the weights are."""
+    context: AbstractContextManager[None] = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+    return context
 
 
 def choose_precision(wanted: Precision | Literal["auto"]) -> Precision:
