@@ -107,14 +107,14 @@ def test_blocks_recover_where_the_rounds_leave_time(tmp_path: Path) -> None:
         assert [block.recover.most_steps for block in found] == [expected, 3, 15, 0, 0]
 
 
-def test_a_factor_that_trains_alone_has_twice_the_rate(tmp_path: Path) -> None:
+def test_a_factor_that_trains_alone_has_a_higher_rate(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", MINIMAL | {"train": {"steps": 3}})
     for overrides, form, rate in (
-        ([], "frozen_side", 0.004),
+        ([], "frozen_side", 0.003),
         (["aggregate.form=factor"], "factor", 0.002),
         (["aggregate.form=exact"], "exact", 0.002),
         (["aggregate.scheme=fedavg"], "factor", 0.002),
-        (["train.learning_rate=0.003"], "frozen_side", 0.003),
+        (["train.learning_rate=0.005"], "frozen_side", 0.005),
     ):
         found = configs.load(path, overrides)
         assert (found.aggregate.form, found.train.learning_rate, found.train.steps) == (form, rate, 3)

@@ -236,7 +236,7 @@ class TrainConfig(Section):
     seconds: float | None = Field(None, gt=0, description="a device's time budget; the result depends on its speed")
     batch_size: int = Field(8, ge=1, description="examples a step")
     micro_batch_tokens: int = Field(2048, ge=1, description="tokens at once; a larger batch accumulates over several")
-    learning_rate: float = Field(2e-3, gt=0, description="twice as high by default in a run with form frozen_side")
+    learning_rate: float = Field(2e-3, gt=0, description="0.003 by default in a run with form frozen_side")
     schedule: Literal["constant_linear", "cosine"] = "constant_linear"
     warmup_steps: int = Field(0, ge=0, description="steps of the whole run over which the learning rate rises")
     clip_norm: float = Field(1.0, gt=0)
@@ -275,13 +275,13 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _rate_by_form(cls, value: Any) -> Any:
-        """One factor that trains alone needs, and bears, twice the rate of two (docs/results.md)."""
+        """One factor that trains alone needs, and bears, a higher rate than two (docs/results.md)."""
         if not isinstance(value, dict):
             return value
         aggregate, train = value.get("aggregate", {}), value.get("train", {})
         if not isinstance(aggregate, dict) or not isinstance(train, dict):
             return value
-        return value | {"train": {"learning_rate": 4e-3} | train} if form_of(aggregate) == "frozen_side" else value
+        return value | {"train": {"learning_rate": 3e-3} | train} if form_of(aggregate) == "frozen_side" else value
 
     @field_validator("data", mode="before")
     @classmethod
