@@ -9,10 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from datetime import date
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
+import yaml
 
 from legolm.cli import main
 
@@ -79,7 +82,13 @@ def public_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"instruction": "Is it?", "output": "yes", "task": task} for task in tasks for _ in range(3)]
     flan = tmp_path / "data" / "FedDPA" / "data" / "dataset1"
     (flan / "8").mkdir(parents=True)
-    (flan / "8" / "local_training_0.json").write_text(json.dumps(rows))
+    public = flan.with_name("dataset2") / "8"
+    public.mkdir(parents=True)
+    for folder in (flan / "8", public):
+        (folder / "local_training_0.json").write_text(json.dumps(rows))
+    prose = tmp_path / "data" / "pytorch-examples" / "word_language_model" / "data" / "wikitext-2"
+    prose.mkdir(parents=True)
+    (prose / "valid.txt").write_text("Prose.")
     test = flan / "flan_test_200_selected_nstrict_1.jsonl"
     test.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
@@ -141,6 +150,15 @@ def test_bad_input_is_one_line_and_nothing_is_written(config: Callable[..., Path
     (tmp_path / "empty.jsonl").write_text("")
     fails("empty.jsonl", data={"train": str(tmp_path / "empty.jsonl")})
     fails("neither `starter`, a folder", model="no such model")
+    # What would be missed only after the cuts.
+    fails("lora.ranks: 'bogus'", "known: q_proj", sets=("lora.ranks={bogus: 1}",))
+    fails("lora.start: no folder", sets=("aggregate.form=factor", "lora.start=nowhere"))
+    fails("aggregate.start: no folder nowhere", sets=("aggregate.start=nowhere",))
+    fails("block a: calibration.text: no file nowhere.txt", sets=("blocks.0.calibration.text=nowhere.txt",))
+    fails("block a: recover.text: no file", sets=("blocks.0.recover={steps: 1, text: nowhere.txt}",))
+    fails("statistics: no file nowhere", sets=("blocks.0.calibration.statistics=[nowhere]",))
+    if not torch.backends.mps.is_available():
+        fails("device = 'mps'", "take auto", sets=("device=mps",))
     for kind, architecture, says in (
         ("bert", "BertModel", "is not a causal LM"),
         ("gpt2", "GPT2LMHeadModel", "known: llama, mistral, qwen2, qwen3"),
@@ -148,6 +166,45 @@ def test_bad_input_is_one_line_and_nothing_is_written(config: Callable[..., Path
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [architecture]}))
         fails(says, model=str(tmp_path / kind))
+
+
+def test_an_out_that_cannot_be_made_is_refused_before_the_work(config: Callable[..., Path], tmp_path: Path) -> None:
+    path, file = config(), tmp_path / "fr.jsonl"
+    below = ("--out", file / "x")
+    for command in (
+        ("run", path),
+        ("prune", "starter", "--method", "wanda", "--sparsity", "0.5"),
+        ("calibrate", "starter", "--text", file),
+        ("eval", "starter", "--data", file),
+        ("compose", tmp_path, "--into", "llm"),
+        ("ablate", tmp_path),
+    ):
+        assert_one_line(legolm(*command, *below), f"{file} is a file")
+
+
+def test_options_that_would_do_nothing_are_refused(config: Callable[..., Path], tmp_path: Path) -> None:
+    config()
+    data = ("--data", tmp_path / "fr.jsonl")
+    assert_one_line(legolm("eval", "starter", "--base", "nope", *data), "--base nope", "none of starter is a block")
+    assert_one_line(legolm("ablate", tmp_path, "--limit", 3), "give --tasks")
+
+
+@pytest.mark.parametrize(
+    ("variant", "says"),
+    [
+        ({"name": "blocks"}, "'blocks' is the comparison's own"),
+        ({"name": "a", "match_bytes": True}, "match_bytes is for a variant with `block`"),
+        ({"name": "a", "set": {"aggregate": "heteagg"}}, "`aggregate` = 'heteagg'"),
+        ({"name": "a", "set": {"aggregate": None}}, "`aggregate` = None"),
+        ({"name": "a", "set": {"seed": date(2026, 1, 1)}}, "`seed`"),
+    ],
+)
+def test_a_bad_variant_is_one_line(
+    variant: dict[str, object], says: str, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump({"run": str(config()), "variants": [variant]}))
+    assert_one_line(legolm("compare", study, "--dry-run"), says)
 
 
 def test_several_blocks_at_once_and_private_calibration(

@@ -59,7 +59,9 @@ def test_overrides(tmp_path: Path) -> None:
         ({"clients": [{"id": "fr", "block": "a", "rank": 9}]}, "has rank 9; at most lora.rank, 8"),
         ({"federation": {"min_replies": 2}}, "min_replies is 2; there are 1 clients"),
         ({"data": {"split": {"by": "column"}}}, "split by column needs `column`"),
-        ({"data": {"test": 1.5}}, "data.test"),
+        ({"data": {"test": 1.5}}, "`data.test` = 1.5: input should be less than 1"),
+        ({"data": {"test": {}}}, "`data.test` = {}: input should be"),
+        ({"seed": 2**63}, "`seed`"),
     ],
 )  # fmt: skip
 def test_bad_values_are_named(change: dict, says: str, tmp_path: Path) -> None:
@@ -88,6 +90,10 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("a: [1\nb: 2")
     with pytest.raises(LegolmError, match=r"c\.yaml:\d+: not valid YAML"):
         configs.load(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("a: \0")
+    with pytest.raises(LegolmError, match="not valid YAML") as caught:
+        configs.load(tmp_path / "c.yaml")
+    assert "\n" not in str(caught.value)
     (tmp_path / "c.yaml").write_text("- 1")
     with pytest.raises(LegolmError, match="must be a mapping"):
         configs.load(tmp_path / "c.yaml")

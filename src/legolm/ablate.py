@@ -203,7 +203,7 @@ def _losses(record: Mapping[str, Any], scheme: Scheme | None, asked: Measure | N
 
 def _figures_of(config: RunConfig, llm: Block, questions: Questions) -> Measure:
     """A function that gives the LLM's figures with a scheme's global adapter."""
-    precision = choose_precision(config.precision)
+    precision = choose_precision(config.precision, config.device)
     tokenizer = load_tokenizer(llm.path)
     model = load_model(llm.path, dtype_of(precision)).to(choose_device(config.device))
 

@@ -70,7 +70,7 @@ def prune(
     samples: Annotated[int, typer.Option(help="calibration samples")] = 32,
     length: Annotated[int, typer.Option(help="tokens a calibration sample")] = 256,
     recover: Annotated[int, typer.Option(help="distillation steps after the cut")] = 0,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     precision: Precision = "fp32",
 ) -> None:
     """Cut one block, or several at once (`--sparsity 0.25,0.5`): checkpoints with a manifest of what they kept."""
@@ -99,8 +99,7 @@ def prune(
     for folder in folders:
         if folders.count(folder) > 1:
             raise LegolmError(f"legolm prune: {folder.name} is asked for twice; give each target once")
-        if folder.exists():
-            raise LegolmError(f"--out {folder}: is already there; give another folder")
+        _check_new(folder)
 
     from legolm.models import fingerprint, resolve
     from legolm.progress import Progress
@@ -127,15 +126,14 @@ def calibrate(
     ] = "full",
     samples: Annotated[int, typer.Option(help="samples of the text")] = 32,
     length: Annotated[int, typer.Option(help="tokens a sample")] = 256,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     precision: Precision = "fp32",
 ) -> None:
     """Private calibration: write sums of activation statistics, which `legolm prune --statistics` adds up."""
     from legolm.config import CalibrationConfig, validate
 
     settings = validate(CalibrationConfig, {"text": text, "samples": samples, "length": length}, "legolm calibrate")
-    if out.exists():
-        raise LegolmError(f"--out {out}: is already there; give another file")
+    _check_new(out)
 
     from legolm.data import calibration_tokens
     from legolm.models import fingerprint, load_tokenizer, resolve
@@ -176,8 +174,8 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="JSON file of all figures, with every question's part")] = None,
 ) -> None:
     """Tasks, answers and perplexity, with standard errors; a block beside its LLM, with a paired test."""
-    if out is not None and out.exists():
-        raise LegolmError(f"--out {out}: is already there; give another file")
+    if out is not None:
+        _check_new(out)
     from legolm.config import Fields
     from legolm.evaluate import read_questions
     from legolm.evaluate.side_by_side import evaluate as evaluate_all
@@ -236,8 +234,7 @@ def compose(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is held and covered, and stop")] = False,
 ) -> None:
     """Combine what separately trained blocks learned into one block, or into the LLM."""
-    if out.exists():
-        raise LegolmError(f"--out {out}: is already there; give another folder")
+    _check_new(out)
 
     from legolm.compose import choose_method, plan
     from legolm.compose import compose as put_together
@@ -269,10 +266,14 @@ def ablate(
     from legolm.config import Fields
     from legolm.evaluate import read_questions
     from legolm.progress import Progress
+    from legolm.rundir import check_room
 
-    questions = None
-    if tasks or text:
-        questions = read_questions(_names(tasks), include, None, Fields(), text, limit, length=length)
+    check_room(out or folder)
+    names, questions = _names(tasks), None
+    if not names and (include or limit):
+        raise LegolmError("ablate: --include and --limit are of tasks; give --tasks")
+    if names or text:
+        questions = read_questions(names, include, None, Fields(), text, limit, length=length)
     print_ablation(leave_out(folder, out or folder, questions, Progress()), out or folder)
 
 
@@ -286,6 +287,15 @@ def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
         raise LegolmError(f"run folder {folder}: no summary.json; finish the run first (legolm run CONFIG --resume)")
     write_report(read_json(folder / "summary.json"), folder / "report.html")
     typer.echo(folder / "report.html")
+
+
+def _check_new(out: Path) -> None:
+    """Raise `LegolmError` when `--out` is there or cannot be made: before the work, not after it."""
+    from legolm.rundir import check_room
+
+    if out.exists():
+        raise LegolmError(f"--out {out}: is already there; give another one")
+    check_room(out)
 
 
 def _names(listed: str | None) -> list[str]:

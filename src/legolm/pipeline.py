@@ -25,7 +25,7 @@ from legolm.plan import Plan, make_plan
 from legolm.progress import Progress
 from legolm.prune import cut_blocks, llm_block, read_block
 from legolm.prune.manifest import Manifest, write_block
-from legolm.report import write_report
+from legolm.report import need_matplotlib, write_report
 from legolm.report.summary import machine, summarize, versions
 from legolm.rounds import Rounds
 from legolm.rundir import RunDir, atomic_folder, atomic_write, check_room, held_bytes, read_json
@@ -49,6 +49,7 @@ def run(
     and their scores before training. Without `models` no final models are written; a resumed run would.
     """
     began = time.perf_counter()
+    need_matplotlib()
     config = _with_precision(config, out)
     progress = progress or Progress()
     engine = engine or engine_for(config)
@@ -79,7 +80,7 @@ def _with_precision(config: RunConfig, out: Path) -> RunConfig:
     if config.precision != "auto":
         return config
     known = RunDir(out)
-    decided = known.config().precision if known.config_file.exists() else choose_precision("auto")
+    decided = known.config().precision if known.config_file.exists() else choose_precision("auto", config.device)
     return config.model_copy(update={"precision": decided})
 
 
@@ -108,7 +109,7 @@ def _cut_blocks(
 ) -> dict[str, Block]:
     """Every block of the config, by name, cut or found finished; and the LLM as `llm`."""
     blocks = {"llm": llm_block(plan.base, base_fingerprint)}
-    precision = choose_precision(config.precision)
+    precision = choose_precision(config.precision, config.device)
     left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
     made = {}
     for spec in left:

@@ -12,10 +12,10 @@ from legolm.aggregate import scheme_class
 from legolm.assign import adapter_parameters, assign, training_bytes
 from legolm.codec import encoded_bytes
 from legolm.config import RunConfig
-from legolm.coverage import Coverage
-from legolm.data import render
+from legolm.coverage import Coverage, modules_of
+from legolm.data import check_text, render
 from legolm.federate.client import client_data
-from legolm.finetune import choose_precision
+from legolm.finetune import choose_device, choose_precision
 from legolm.memory import available_bytes
 from legolm.models import load_config, load_tokenizer, resolve
 from legolm.prune import Base, planned_coverage, target_pattern
@@ -97,7 +97,10 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     # Nothing here asks whose weights they are, and the fingerprint takes time.
     base = Base.of(path, "", model)
     shape, width = base.shape, base.dtype.itemsize
-    precision = choose_precision(config.precision)
+    choose_device(config.device)
+    precision = choose_precision(config.precision, config.device)
+    check_files(config)
+    modules_of(shape, config.lora.ranks, "lora.ranks")
     parts = parts or read_parts(config)
     data, lengths = parts.data, parts.lengths
     longest = max(max(found) for found in lengths.values())
@@ -147,6 +150,23 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
     memory = SPARE_BYTES + actors * max(*used, whole)
     return Plan(path, tuple(blocks), tuple(clients), data, actors, memory, disk, models)
+
+
+def check_files(config: RunConfig) -> None:
+    """Raise `LegolmError` when a file or folder that the run will need is not there."""
+    for spec in config.cuts:
+        if spec.method != "dense":
+            where = f"block {spec.name}: "
+            for file in spec.calibration.statistics or ():
+                if not Path(file).is_file():
+                    raise LegolmError(f"{where}calibration.statistics: no file {file}")
+            if not spec.calibration.statistics:
+                check_text(spec.calibration.text, f"{where}calibration.text")
+            if spec.recover.text and spec.recover.most_steps:
+                check_text(spec.recover.text, f"{where}recover.text")
+    for field, folder in (("lora.start", config.lora.start), ("aggregate.start", config.aggregate.start)):
+        if folder and not Path(folder).is_dir():
+            raise LegolmError(f"{field}: no folder {folder}")
 
 
 def check_clients(config: RunConfig, block_of: Mapping[str, str]) -> None:

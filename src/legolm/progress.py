@@ -32,7 +32,3 @@ class Progress:
             yield lambda steps: bars.advance(task, steps)
         if not self._console.is_terminal:
             self._console.print(f"done: {label}", highlight=False)
-
-    def say(self, text: str) -> None:
-        """One line."""
-        self._console.print(text, highlight=False)

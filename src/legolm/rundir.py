@@ -73,11 +73,15 @@ def held_bytes(folder: Path) -> int:
     return sum({stat.st_ino: stat.st_size for stat in stats}.values())
 
 
-def check_room(out: Path, needed: int) -> None:
-    """Raise `LegolmError` when the disk of `out` has less than `needed` bytes: better before hours of work."""
+def check_room(out: Path, needed: int = 0) -> None:
+    """Raise `LegolmError` when `out` cannot be made or its disk has less than `needed` bytes: before hours of work."""
     folder = out.resolve()
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        raise LegolmError(f"{out}: {folder} is a file; give another --out")
+    if not os.access(folder, os.W_OK):
+        raise LegolmError(f"{out}: {folder} cannot be written to; give another --out")
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise LegolmError(

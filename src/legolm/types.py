@@ -78,7 +78,7 @@ class Block:
 class Update:
     """What a client returns after training: the change `delta` of each factor it received, in its block's slice.
 
-    `examples` is the weight n_k of DESIGN's HeteAgg: the number of examples the client trained on. `received` is what
+    `examples` is HeteAgg's weight n_k: the number of examples the client trained on. `received` is what
     the change is from: the factors after the codec, with those that the client made itself.
     """
 

@@ -1,4 +1,4 @@
-"""HeteAgg in factor form: the invariants of DESIGN section 2, and numbers checked by hand."""
+"""HeteAgg in factor form: its invariants, and numbers checked by hand."""
 
 from __future__ import annotations
 

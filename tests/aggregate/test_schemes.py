@@ -1,4 +1,4 @@
-"""DESIGN section 2's invariants for every scheme, and each scheme against the dense float64 reference."""
+"""The invariants of every scheme, and each scheme against the dense float64 reference."""
 
 from __future__ import annotations
 

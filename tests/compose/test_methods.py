@@ -137,6 +137,12 @@ def test_one_full_block_with_scaling_1_is_its_delta() -> None:
     assert torch.equal(choose_method("ties", None, None, 1.0).combine([one]), product)
 
 
+@pytest.mark.parametrize("scaling", [math.nan, math.inf])
+def test_a_scaling_that_is_no_number(scaling: float) -> None:
+    with pytest.raises(LegolmError, match="must be a finite number"):
+        choose_method("ties", None, scaling, None)
+
+
 def test_settings_are_those_of_their_method() -> None:
     for chosen, says in (
         (("tie", None, None, None), "did you mean `ties`"),

@@ -56,20 +56,6 @@ def test_rows_and_columns_by_hand() -> None:
     assert coverage.sparsity == pytest.approx(1 - 144 / (3 * 336))
 
 
-@given(coverages())
-@settings(max_examples=30, deadline=None)
-def test_the_way_to_the_llm_and_back(coverage: Coverage) -> None:
-    for layer in range(coverage.shape.layers):
-        for module in coverage.shape.modules:
-            for side, size in zip(("rows", "cols"), coverage.shape.matrix(module), strict=True):
-                places = coverage.located(layer, module, side)  # type: ignore[arg-type]
-                held = getattr(coverage, side)(layer, module) if layer in coverage.layers else torch.tensor([])
-                held = torch.arange(size) if held is None else held
-                assert len(places) == size
-                assert places[held.long()].tolist() == list(range(len(held)))
-                assert int((places == -1).sum()) == size - len(held)
-
-
 @given(coverages(), st.integers(1, 3), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
 def test_slicing_then_merging_equals_merging_then_slicing(coverage: Coverage, rank: int, seed: int) -> None:

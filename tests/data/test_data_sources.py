@@ -115,6 +115,15 @@ class TestReadingErrors:
         path = write(tmp_path / "a.json", '[\n{"a": 1},\n{"b" 2}]')
         assert error_of(path).startswith(f"{path}:3: not valid JSON (")
 
+    @pytest.mark.parametrize("value", ["[" * 100_000, "1" * 5000])
+    def test_json_that_python_does_not_read(self, tmp_path: Path, value: str) -> None:
+        path = write(tmp_path / "a.jsonl", value)
+        assert error_of(path).startswith(f"{path}:1: cannot be read (")
+
+    @pytest.mark.parametrize("pattern", ["da**ta.jsonl", "~nobody-is-here/a.jsonl"])
+    def test_pattern_that_is_none(self, pattern: str) -> None:
+        assert error_of(pattern).startswith(f"data.train: {pattern!r} is no path or pattern (")
+
     def test_json_that_is_no_list(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.json", "{}")
         assert error_of(path).startswith(f"data.train: {path} must be a list of objects")
@@ -185,6 +194,10 @@ class TestExamples:
     def test_empty_text(self, field: str) -> None:
         message = example_error(QUESTION | {field: " \n"})
         assert message == f"a.jsonl:17: `{field}` is empty; fill it or take the row out"
+
+    def test_half_a_character(self) -> None:
+        message = example_error({"instruction": "a", "output": "b\ud800"})
+        assert message.startswith("a.jsonl:17: `output` has half a character at 1")
 
     def test_value_that_is_no_text(self) -> None:
         assert example_error(QUESTION | {"output": 4}) == "a.jsonl:17: `output` must be text, not int"

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from legolm.cli import main
@@ -211,6 +211,12 @@ def test_bad_input_is_one_line(
     fails(tmp_path, "--data", data, says=("has no config.json",))
     fails(llm, block, "--adapter", adapter, "--data", data, says=("goes on one model, not on 2",))
     fails(llm, "--adapter", tmp_path, "--data", data, says=("no adapter_config.json",))
+    other = get_peft_model(load_model(llm), LoraConfig(target_modules=["lm_head"], r=2))
+    other.save_pretrained(tmp_path / "head", save_embedding_layers=False)
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(load_model(llm), prompt).save_pretrained(tmp_path / "prompt")
+    for name in ("head", "prompt"):
+        fails(llm, "--adapter", tmp_path / name, "--data", data, says=("changes the prompt or the head",))
     wrong = adapter.rename(tmp_path / "wrong")
     settings = json.loads((wrong / "adapter_config.json").read_text())
     for change in ({"r": 3}, {"target_modules": ["k_proj"]}, {"peft_type": "NEW"}):

@@ -1,4 +1,4 @@
-"""The exact form of HeteAgg: products are aggregated, not factors (DESIGN section 3).
+"""The exact form of HeteAgg: products are aggregated, not factors (docs/aggregation.md).
 
     Δ_k = B_k A_k − (the product of what client k received)
     S ← S + η Σ_k n_k C_k ∘ Δ_k / D ,    broadcast G = T_r(S)
@@ -42,7 +42,6 @@ class ExactForm(Scheme):
     """S per module as float32 factors of rank `residual_rank`, and the broadcast adapter G of the run's rank."""
 
     streaming: ClassVar[bool] = False
-    secure_sum: ClassVar[bool] = False
 
     def __init__(self, start: Start, config: AggregateConfig) -> None:
         self._start, self._config = start, config

@@ -24,7 +24,6 @@ class FlexLora(OneAdapter):
     """Stacked products of the round: r_k (m + n) numbers a client and module, at most the dense matrix."""
 
     streaming: ClassVar[bool] = False
-    secure_sum: ClassVar[bool] = False
     unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "rank"
     dense: ClassVar[bool] = True
 

@@ -25,7 +25,6 @@ class Folding(Scheme):
     """`_fold` holds all rounds' changes stacked, A (R, in) and B (out, R); `_ranks` each round's share of R."""
 
     streaming: ClassVar[bool] = False
-    secure_sum: ClassVar[bool] = False
     dense: ClassVar[bool] = True
     folds: ClassVar[bool] = True
 

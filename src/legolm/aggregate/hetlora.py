@@ -24,7 +24,6 @@ class HetLora(OneAdapter):
     """Σ ‖ΔW_k‖ · pad(factors) and Σ ‖ΔW_k‖ by module."""
 
     # The weights depend on the values.
-    secure_sum: ClassVar[bool] = False
     unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "rank"
     dense: ClassVar[bool] = True
 

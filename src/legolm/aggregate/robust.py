@@ -22,7 +22,6 @@ class Robust(OneAdapter):
     """Holds the round's updates; θ moves by η times the statistic of the changes."""
 
     streaming: ClassVar[bool] = False
-    secure_sum: ClassVar[bool] = False
 
     def add(self, update: Update, coverage: Coverage) -> None:
         """Keep the update."""

@@ -34,8 +34,6 @@ class Scheme(ABC):
 
     streaming: ClassVar[bool] = True
     """A round's memory is the same for any number of clients."""
-    secure_sum: ClassVar[bool] = True
-    """A round is a sum of what clients send, so that secure aggregation works on it."""
     unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "block"
     """What may differ between clients: nothing, the LoRA rank of dense clients, or the block."""
     dense: ClassVar[bool] = False

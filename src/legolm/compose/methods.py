@@ -6,6 +6,7 @@ does not hold neither votes nor counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -94,6 +95,8 @@ def choose_method(name: str, form: str | None, scaling: float | None, density: f
     settings = own[name] | {setting: value for setting, value in given.items() if value is not None}
     if settings.get("form", "exact") not in ("exact", "factor"):
         raise LegolmError(f"--form {form!r}: must be exact or factor")
+    if not math.isfinite(float(settings.get("scaling", 1.0))):
+        raise LegolmError(f"--scaling {scaling}: must be a finite number")
     if not 0 < float(settings.get("density", 1.0)) <= 1:
         raise LegolmError(f"--density {density}: must be above 0 and at most 1")
     functions: dict[str, Callable[..., Tensor]] = {"heteagg": heteagg, "task_arithmetic": task_arithmetic, "ties": ties}

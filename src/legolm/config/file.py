@@ -5,6 +5,7 @@ An unknown key fails with the nearest known one; every other error names the fie
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from legolm.config.sections import RunConfig
 from legolm.types import LegolmError, nearest
 
 S = TypeVar("S", bound=Section)
+UNION_BRANCH = re.compile(r"(function-|constrained-|list\[|dict\[).*|str")
+"""What pydantic adds to a field's place to say which of its types did not fit."""
 
 
 def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -38,7 +41,7 @@ def read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise LegolmError(f"config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise LegolmError(f"config {path}{where}: not valid YAML ({_one_line(error)})") from None
     if not isinstance(raw, dict):
         raise LegolmError(f"config {path}: must be a mapping of sections, not {type(raw).__name__}")
     return raw
@@ -49,7 +52,7 @@ def validate(kind: type[S], raw: dict[str, Any], source: str) -> S:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise LegolmError(f"{source}: {_explain(error.errors()[0], kind)}") from None
+        raise LegolmError(f"{source}: {_explain(_clearest(error.errors()), kind)}") from None
 
 
 def dump(config: RunConfig) -> str:
@@ -81,14 +84,28 @@ def override(raw: dict[str, Any], change: str) -> None:
         at[keys[-1]] = value
 
 
+def _one_line(error: yaml.YAMLError) -> str:
+    return " ".join(str(getattr(error, "problem", None) or error).split())
+
+
 def _index(items: list[Any], key: str, change: str) -> Any:
     if not key.isdecimal() or int(key) >= len(items):
         raise LegolmError(f"--set {change!r}: {key!r} must be an index from 0 to {len(items) - 1}")
     return items[int(key)]
 
 
+def _place(problem: ErrorDetails) -> list[str | int]:
+    return [part for part in problem["loc"] if isinstance(part, int) or not UNION_BRANCH.fullmatch(part)]
+
+
+def _clearest(problems: list[ErrorDetails]) -> ErrorDetails:
+    """The first field's problem; where it may be of several types, that of the type which the value has."""
+    same = [problem for problem in problems if _place(problem) == _place(problems[0])]
+    return next((problem for problem in same if not problem["type"].endswith("_type")), same[0])
+
+
 def _explain(problem: ErrorDetails, kind: type[BaseModel]) -> str:
-    location = [part for part in problem["loc"] if isinstance(part, int) or not part.startswith(("function-", "list["))]
+    location = _place(problem)
     field = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(kind, location[:-1])

@@ -36,7 +36,7 @@ def _quantity(value: object) -> object:
 
 
 LEAST_RECOVERY, MOST_RECOVERY = 16, 40
-"""Steps of recovery by default: 40 took a FLAN run's loss from 0.92 to 0.70 (DESIGN section 3)."""
+"""Steps of recovery by default: none where the rounds have fewer than the first, and never more than the second."""
 
 Quantity = Annotated[int, BeforeValidator(_quantity), Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -258,7 +258,7 @@ class RunConfig(Section):
     """A whole run: what to cut, who trains on what, how updates are combined."""
 
     model: str = Field("starter", description="`starter`, a local folder or a Hugging Face hub id")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Precision | Literal["auto"] = Field(
         "auto", description="of matrix products, `auto` measures; norms, adapters and sums stay fp32"
     )

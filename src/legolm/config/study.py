@@ -15,6 +15,8 @@ from legolm.config.section import Section
 from legolm.config.sections import Name, RunConfig
 from legolm.types import LegolmError
 
+RESERVED = ("blocks", "compare.json", "compare.html")
+
 
 class Variant(Section):
     """One scheme or setting: overrides as for `--set`, and perhaps one block for all clients.
@@ -47,12 +49,17 @@ def load_study(path: Path, changes: Sequence[str] = ()) -> tuple[Study, dict[str
         override(raw, change)
     configs: dict[str, RunConfig] = {}
     for variant in study.variants:
+        if variant.name in RESERVED:
+            raise LegolmError(f"config {path}: variants: {variant.name!r} is the comparison's own file; rename it")
+        if variant.match_bytes and variant.block is None:
+            raise LegolmError(f"config {path}: variant {variant.name}: match_bytes is for a variant with `block`")
         if variant.name in configs:
             raise LegolmError(f"config {path}: variants: {variant.name!r} is there twice; names must differ")
         changed = copy.deepcopy(raw)
         for key, value in variant.set.items():
-            override(changed, f"{key}={json.dumps(value)}")
-        alone = changed.get("aggregate", {}).get("scheme") == "local_only"
+            override(changed, f"{key}={json.dumps(value, default=str)}")
+        aggregate = changed.get("aggregate")
+        alone = isinstance(aggregate, dict) and aggregate.get("scheme") == "local_only"
         override(changed, f"evaluate.local_only={json.dumps(alone)}")
         configs[variant.name] = validate(RunConfig, changed, f"config {path}: variant {variant.name}")
     return study, configs

@@ -1,6 +1,6 @@
 """Coverage: kept layers, KV groups, neurons and weights, recorded when the block is cut.
 
-The hidden size is never cut, so each module keeps one side whole (DESIGN section 3).
+The hidden size is never cut, so each module keeps one side whole.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -81,16 +80,6 @@ class Coverage:
     def cols(self, layer: int, module: str) -> Tensor | None:
         """Kept input columns, like `rows`."""
         return self._index(layer, self.shape.module(module).cols)
-
-    def located(self, layer: int, module: str, side: Literal["rows", "cols"]) -> Tensor:
-        """The way back: for each row (or column) of the LLM's module its place in the block's, −1 where it has none."""
-        size = self.shape.matrix(module)[side == "cols"]
-        places = torch.full((size,), -1)
-        if layer in self.layers:
-            kept = getattr(self, side)(layer, module)
-            kept = torch.arange(size) if kept is None else kept
-            places[kept] = torch.arange(len(kept))
-        return places
 
     def matrix(self, layer: int, module: str) -> tuple[int, int]:
         """(rows, columns) of a module in the block's slice."""

@@ -34,14 +34,14 @@ def parse_key(key: str) -> tuple[int, str, str]:
     return int(layer), module, side
 
 
-def modules_of(shape: Shape, targets: Iterable[str] | None) -> list[str]:
+def modules_of(shape: Shape, targets: Iterable[str] | None, field: str = "lora.targets") -> list[str]:
     """Modules named by their last part (None: all), in the family's order. Raises `LegolmError` for others."""
     known = {module.rpartition(".")[2]: module for module in shape.modules}
     wanted = list(known if targets is None else targets)
     for name in wanted:
         if name not in known:
             raise LegolmError(
-                f"lora.targets: {name!r} is not a linear layer of family {shape.family!r}; known: {', '.join(known)}"
+                f"{field}: {name!r} is not a linear layer of family {shape.family!r}; known: {', '.join(known)}"
             )
     return [module for name, module in known.items() if name in wanted]
 
@@ -63,7 +63,7 @@ def init_factors(
     generator = torch.Generator().manual_seed(seed)
     factors: Tensors = {}
     modules = modules_of(shape, targets)
-    modules_of(shape, ranks or {})
+    modules_of(shape, ranks or {}, "lora.ranks")
     for layer in range(shape.layers):
         for module in modules:
             rows, cols = shape.matrix(module)

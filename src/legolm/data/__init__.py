@@ -1,6 +1,6 @@
 """From files, hub data sets and the starter data to clients' examples, tokens and calibration text."""
 
-from legolm.data.calibration import calibration_tokens
+from legolm.data.calibration import calibration_tokens, check_text
 from legolm.data.render import Tokens, render
 from legolm.data.sources import Row, read_rows, read_text, to_example, with_system
 from legolm.data.split import load_parts
@@ -12,6 +12,7 @@ __all__ = [
     "Row",
     "Tokens",
     "calibration_tokens",
+    "check_text",
     "load_parts",
     "public_starter_text",
     "read_rows",

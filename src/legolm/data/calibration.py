@@ -14,7 +14,7 @@ from torch import Tensor
 
 from legolm.config import CalibrationConfig
 from legolm.data.render import render
-from legolm.data.sources import DATA_SUFFIXES, read_rows, read_text, to_example
+from legolm.data.sources import DATA_SUFFIXES, check_file, paths_of, read_rows, read_text, to_example
 from legolm.data.starter import public_starter_text
 from legolm.types import Example, LegolmError
 
@@ -49,6 +49,13 @@ def calibration_tokens(
         )
     count = min(available, config.samples)
     return torch.stack([pools[sample % len(pools)][sample // len(pools)] for sample in range(count)])
+
+
+def check_text(text: str, field: str) -> None:
+    """Raise `LegolmError` when `calibration_tokens` would not find the text; `field` names it."""
+    if text not in ("starter", "pydoc"):
+        for path in paths_of(text, field):
+            check_file(path, field)
 
 
 def _windows(stream: list[int], length: int, seed: int) -> Tensor:

@@ -41,13 +41,13 @@ def read_rows(source: str | Sequence[str], field: str) -> Iterator[Row]:
         if item.startswith("hub:"):
             yield from _read_hub(item, field)
         else:
-            for path in _paths(item, field):
+            for path in paths_of(item, field):
                 yield from _read_file(path, field)
 
 
 def read_text(path: Path, field: str) -> str:
     """The whole UTF-8 file. Raises `LegolmError` if it is missing, too large or in another encoding."""
-    _check_file(path, field)
+    check_file(path, field)
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
@@ -91,21 +91,30 @@ def _text(value: Any, field: str, row: Row) -> str:
         raise LegolmError(f"{row.place}: `{field}` must be text, not {type(value).__name__}")
     if not value.strip():
         raise LegolmError(f"{row.place}: `{field}` is empty; fill it or take the row out")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise LegolmError(f"{row.place}: `{field}` has half a character at {error.start} ({error.reason})") from None
     return value
 
 
-def _paths(pattern: str, field: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.exists() or not any(sign in pattern for sign in "*?["):
-        return [path]
-    root = Path(path.anchor)
-    found = sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
+def paths_of(pattern: str, field: str) -> list[Path]:
+    """The file of this name, or all that match the pattern. Raises `LegolmError` when none does."""
+    try:
+        path = Path(pattern).expanduser()
+        if path.exists() or not any(sign in pattern for sign in "*?["):
+            return [path]
+        root = Path(path.anchor)
+        found = sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
+    except (ValueError, RuntimeError, OSError) as error:  # a pattern like a**b, the home of nobody, a name too long
+        raise LegolmError(f"{field}: {pattern!r} is no path or pattern ({_first_line(error)})") from None
     if not found:
         raise LegolmError(f"{field}: {pattern!r} matches no file")
     return found
 
 
-def _check_file(path: Path, field: str) -> None:
+def check_file(path: Path, field: str) -> None:
+    """Raise `LegolmError` unless this is a file of bearable size."""
     if path.is_dir():
         raise LegolmError(f"{field}: {path} is a folder; name its files, for instance {path}/*.jsonl")
     if not path.is_file():
@@ -115,7 +124,7 @@ def _check_file(path: Path, field: str) -> None:
 
 
 def _read_file(path: Path, field: str) -> Iterator[Row]:
-    _check_file(path, field)
+    check_file(path, field)
     if path.suffix not in _READERS:
         raise LegolmError(f"{field}: {path} is of no known kind; known: {', '.join(_READERS)}")
     empty = True
@@ -149,6 +158,8 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise LegolmError(f"{path}:{first_line + error.lineno - 1}: not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+        raise LegolmError(f"{path}:{first_line}: cannot be read ({_first_line(error)})") from None
 
 
 def _read_csv(path: Path, field: str) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
 """Answers, perplexity and benchmark tasks, with standard errors and paired tests."""
 
-from legolm.evaluate.answers import mean_loss, score
+from legolm.evaluate.answers import score
 from legolm.evaluate.figure import Figure, RatioFigure, ratio_figure
 from legolm.evaluate.paired import Comparison, compare
 from legolm.evaluate.perplexity import perplexity
@@ -14,7 +14,6 @@ __all__ = [
     "RatioFigure",
     "compare",
     "load_tasks",
-    "mean_loss",
     "measure",
     "perplexity",
     "ratio_figure",

@@ -51,8 +51,3 @@ def score(model: Any, examples: Sequence[Tokens], batch_size: int, precision: Pr
     found = score_each(model, examples, batch_size, precision)
     tokens = int(found.tokens.sum())
     return Score(float(found.losses.sum()) / tokens, float(found.exact.mean()), tokens, len(examples))
-
-
-def mean_loss(scores: Sequence[Score]) -> float:
-    """Mean of the losses, each set counting the same."""
-    return sum(found.loss for found in scores) / len(scores)

@@ -65,6 +65,8 @@ def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None
     found or `base` is another, and for an adapter on several models.
     """
     names = list(dict.fromkeys(models))
+    if base is not None and not any((resolve(name) / "manifest.json").is_file() for name in names):
+        raise LegolmError(f"--base {base}: is a block's LLM, and none of {', '.join(names)} is a block; leave it out")
     if adapter is not None and len(names) > 1:
         raise LegolmError(f"--adapter {adapter}: goes on one model, not on {len(names)}; evaluate them one by one")
     paths = {name: resolve(name) for name in names}
@@ -147,6 +149,7 @@ def _find_base(name: str, block: Block, base: str | None, dense: dict[str, Path]
 
 def _with_adapter(model: Any, path: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
@@ -157,6 +160,11 @@ def _with_adapter(model: Any, path: Path) -> Any:
             left = sorted(set(file.keys()) - set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
     except Exception as error:  # PEFT raises a dozen kinds for an adapter that does not fit
         raise LegolmError(f"--adapter {path}: does not fit the model ({' '.join(str(error).split())})") from None
+    if adapted.active_peft_config.is_prompt_learning or isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
+        raise LegolmError(
+            f"--adapter {path}: changes the prompt or the head, and eval takes adapters of the decoder's layers; "
+            "merge it into the model first"
+        )
     if left:
         raise LegolmError(f"--adapter {path}: the model has no place for {left[0]}; give the adapter of this model")
     return adapted

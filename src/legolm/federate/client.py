@@ -41,7 +41,7 @@ class ClientRuntime:
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self._config = run.config()
-        self._precision = choose_precision(self._config.precision)
+        self._precision = choose_precision(self._config.precision, self._config.device)
         self._block: Block | None = None
         self._model: Any = None
         self._made: tuple[tuple[int, bool], Tensors] | None = None

@@ -9,7 +9,8 @@ from typing import Literal
 
 import torch
 
-from legolm.config import Precision
+from legolm.config import Device, Precision
+from legolm.types import LegolmError
 
 SIZE = 768
 """Rows and columns of the measured product, about those of a small model's layers."""
@@ -26,21 +27,22 @@ def autocast(precision: Precision, device: str = "cpu") -> AbstractContextManage
     return context
 
 
-def choose_precision(wanted: Precision | Literal["auto"]) -> Precision:
-    """`auto`: bf16 where a bf16 matrix product takes less time than a float32 one on this machine, else fp32."""
+def choose_precision(wanted: Precision | Literal["auto"], device: Device = "auto") -> Precision:
+    """`auto`: bf16 where a bf16 matrix product takes less time than a float32 one on this device, else fp32."""
     if wanted != "auto":
         return wanted
-    device = choose_device("auto")
-    return "bf16" if _seconds(torch.bfloat16, device) < _seconds(torch.float32, device) else "fp32"
+    where = choose_device(device)
+    return "bf16" if _seconds(torch.bfloat16, where) < _seconds(torch.float32, where) else "fp32"
 
 
-def choose_device(wanted: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
-    """`auto`: CUDA, else MPS, else the CPU."""
-    if wanted != "auto":
-        return torch.device(wanted)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def choose_device(wanted: Device) -> torch.device:
+    """`auto`: CUDA, else MPS, else the CPU. Raises `LegolmError` for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        wanted = next(name for name in ("cuda", "mps", "cpu") if there[name])
+    if not there[wanted]:
+        raise LegolmError(f"device = {wanted!r}: is not here, or this build of torch has no part for it; take auto")
+    return torch.device(wanted)
 
 
 @lru_cache

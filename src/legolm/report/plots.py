@@ -6,6 +6,7 @@ serves light and dark. All that belongs to one client carries the class `c{index
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 import re
@@ -119,12 +120,17 @@ def _overview(axes: Any, summary: Mapping[str, Any], data: Data) -> None:
     axes.grid(axis="x", color=_GRID, linewidth=0.7, clip_on=False)
 
 
+def need_matplotlib() -> None:
+    """Raises `LegolmError` when the extra is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise LegolmError("the report needs matplotlib; run: pip install 'legolm[report]'")
+
+
 def _svg(paint: Callable[[Any], None], height: float, label: str, summary: Mapping[str, Any]) -> str:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LegolmError("the report needs matplotlib: pip install 'legolm[report]'") from error
+    need_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     look: dict[str, Any] = dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     look |= {"svg.fonttype": "none", "svg.hashsalt": label, "text.parse_math": False, "font.size": 9}
     stream = io.StringIO()
