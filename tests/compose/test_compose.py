@@ -305,5 +305,5 @@ def test_the_command(run: Path, llm: Path, tmp_path: Path) -> None:
     rows.write_text(json.dumps({"instruction": "Say 1", "output": "fr"}) + "\n")
     assert legolm("eval", tmp_path / "out", "--base", llm, "--data", rows).returncode == 0
     again = legolm("compose", *sources, "--into", "union", "--out", tmp_path / "out")
-    assert_one_line(again, "is already there; give another folder")
+    assert_one_line(again, "is already there; give another one")
     assert_one_line(legolm("compose", *sources, "--into", "x", "--out", tmp_path / "x"), "must be llm, union, sizes")

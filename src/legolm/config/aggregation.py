@@ -74,6 +74,13 @@ class AggregateConfig(Section):
         for name, default in defaults.items():
             if self.scheme != "heteagg" and getattr(self, name) != default:
                 raise ValueError(f"{name} {getattr(self, name)!r} is heteagg's; scheme {self.scheme!r} has none")
+        fields, own = type(self).model_fields, {"proximal": "fedprox", "trim": "trimmed_mean"}
+        for name, scheme in own.items():
+            if self.scheme != scheme and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} {getattr(self, name)!r} is {scheme}'s; scheme {self.scheme!r} has none")
+        for name in ("residual", "residual_rank"):
+            if self.form != "exact" and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} {getattr(self, name)!r} is of form 'exact'; form {self.form!r} has none")
         if self.form == "exact" and self.mask == "saliency":
             raise ValueError("mask 'saliency' is on factors; form 'exact' aggregates products: take mask structure")
         if self.server_optimizer != "none":
