@@ -167,7 +167,8 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         table(("claim", "found", "holds"), [(a, b, "yes" if c else "**no**") for a, b, c in claims(found)]),
         "## Every scheme, mixed blocks, one task a client\n",
         study_table(study, main),
-        "LLM: mean and standard deviation over the seeds that ran; all else is of the first. `capable` leaves out who "
+        "LLM: mean and standard deviation over the seeds that ran, each after the round that is best for it on "
+        "validation data; all else is of the first seed. `capable` leaves out who "
         "does not hold the whole LLM (six of eight clients). `everyone` is the ideal that weak devices cannot run. "
         "`local` has no LLM: its row is the untrained one. Client TFLOP: the decoder's operations in all clients' "
         "training. Client MB: what training needs by the plan's estimate, mean over those who train.\n",
@@ -194,7 +195,7 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
     if (runs / "flan_rates" / "compare.json").exists():
         parts += [
             "## Learning rates\n",
-            "Chosen by the LLM's loss on validation data after the last round, 16 pairs a task.\n",
+            "Chosen by the LLM's loss on validation data, 16 pairs a task; of seed 0.\n",
             rates_table(runs),
         ]
     if (runs / "server_step.json").exists():
@@ -211,8 +212,8 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         parts += [
             "## One left out (the paper's figure 5)\n",
             f"Gain over trained alone: {omission['gain']:.3f} nats, mean over all blocks and all data.\n",
-            table(("without block", "blocks lose", "the LLM loses"), [
-                (name, f"{cost:+.3f}", f"{omission['cost_llm'][name]:+.3f}") for name, cost in omission["cost"].items()
+            table(("without", "", "blocks lose", "the LLM loses"), [
+                (one["name"], one["kind"], f"{one['blocks']:+.3f}", f"{one['llm']:+.3f}") for one in omission["rows"]
             ]),
             f"![one left out]({plots}/omission.svg)\n",
         ]  # fmt: skip
@@ -226,6 +227,15 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
             ]),
         ]  # fmt: skip
     return "\n".join([*parts, notes])
+
+
+def cost_rows(left_out: Record) -> list[Record]:
+    """What the blocks' and the LLM's losses rise by without each block and each client."""
+    return [
+        {key: one[key] for key in ("name", "kind")}
+        | {key: one[key] - left_out["all"][key] for key in ("blocks", "llm")}
+        for one in left_out["without"]
+    ]
 
 
 def main() -> None:
@@ -244,7 +254,7 @@ def main() -> None:
     plots.mkdir(parents=True, exist_ok=True)
     if ablation.exists():
         left_out = read_json(ablation)
-        found["omission"] = {"gain": None, "cost": left_out["cost"], "cost_llm": left_out["cost_llm"]}
+        found["omission"] = {"gain": None, "cost": left_out["cost"], "rows": cost_rows(left_out)}
         alone = read_json(runs / "flan" / "local" / "summary.json")["clients"]
         mean = fmean(everything(client, "local", len(alone)) for client in alone)
         found["omission"]["gain"] = mean - left_out["all"]["blocks"]

@@ -60,8 +60,18 @@ def sliced(study: Path) -> dict[str, float]:
 
 
 def rows_of(study: Path) -> list[Record]:
-    """The rows of a finished comparison."""
+    """The rows of a finished comparison.
+
+    The LLM's figures are those of the round that is best for *it* by validation data. A run keeps the round that is
+    best for the clients' blocks, which for schemes over the capable clients alone would choose badly.
+    """
     found: list[Record] = json.loads((study / "compare.json").read_text())
+    for row in (one for one in found if one["llm_validation"] is not None):
+        lines = (study / row["name"] / "metrics.jsonl").read_text().splitlines()
+        rounds = [one for one in map(json.loads, lines) if one["stage"] == "round"]
+        best = min(rounds, key=lambda one: float(one["llm_validation"]))
+        row["llm"] = fmean(one["loss"] for one in best["llm"].values())
+        row["llm_validation"] = best["llm_validation"]
     return found
 
 
