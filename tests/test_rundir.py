@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from legolm.rundir import atomic_folder, atomic_write, check_room, held_bytes
+from legolm.rundir import atomic_folder, atomic_write, check_room, held_bytes, read_json
 from legolm.types import LegolmError
 
 
@@ -55,3 +55,10 @@ def test_room_is_asked_for_what_is_not_there_yet(small_disk: Path) -> None:
     check_room(run, 60_000 - held_bytes(run))  # 40,000 are there, 24,000 are free
     with pytest.raises(LegolmError, match=r"run: needs 0.0 GB and the disk has 0.0 GB; free some space"):
         check_room(run, 80_000 - held_bytes(run))
+
+
+def test_a_file_of_another_version_is_named(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"llm": {}}')
+    assert read_json(tmp_path / "summary.json", "llm") == {"llm": {}}
+    with pytest.raises(LegolmError, match=r"summary\.json: no `clients`, another version wrote it"):
+        read_json(tmp_path / "summary.json", "llm", "clients")

@@ -45,8 +45,8 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     without kept updates.
     """
     run = RunDir(folder)
-    config, summary = _config(run), read_json(folder / "summary.json")
-    identity, last = read_json(folder / "run.json"), int(summary["best_round"])
+    config, summary = _config(run), read_json(folder / "summary.json", "best_round", "clients")
+    identity, last = read_json(folder / "run.json", "run", "base_fingerprint"), int(summary["best_round"])
     if not last:
         raise LegolmError(f"run folder {folder}: no round beat its start, which it kept; there is nothing to leave out")
     block_of = {client["id"]: client["block"] for client in summary["clients"]}
@@ -227,7 +227,7 @@ def _identify(questions: Questions | None) -> str | None:
 
 def _earlier(path: Path, what: Record) -> Record:
     """What an earlier call left; other questions begin anew. Raises `LegolmError` when it is another run's."""
-    found = read_json(path) if path.exists() else {"without": []} | what
+    found = read_json(path, "without") if path.exists() else {"without": []} | what
     if found.get("run") != what["run"]:
         raise LegolmError(f"--out {path.parent}: holds the ablation of another run; give another folder")
     return found if found.get("questions") == what["questions"] else {"without": []} | what

@@ -285,7 +285,10 @@ def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
 
     if not (folder / "summary.json").is_file():
         raise LegolmError(f"run folder {folder}: no summary.json; finish the run first (legolm run CONFIG --resume)")
-    write_report(read_json(folder / "summary.json"), folder / "report.html")
+    summary = read_json(
+        folder / "summary.json", "machine", "blocks", "clients", "history", "llm", "seconds", "versions"
+    )
+    write_report(summary, folder / "report.html")
     typer.echo(folder / "report.html")
 
 

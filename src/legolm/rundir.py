@@ -90,14 +90,16 @@ def check_room(out: Path, needed: int = 0) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the run. Raises `LegolmError` when it is broken."""
+def read_json(path: Path, *fields: str) -> dict[str, Any]:
+    """A JSON object from a file of the run. Raises `LegolmError` when it is broken or lacks one of the fields."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LegolmError(f"{path}: cannot be read ({error}); start the run again in a new folder") from None
     if not isinstance(value, dict):
         raise LegolmError(f"{path}: must hold a JSON object; start the run again in a new folder")
+    if missing := [field for field in fields if field not in value]:
+        raise LegolmError(f"{path}: no `{missing[0]}`, another version wrote it; start the run again in a new folder")
     return value
 
 
