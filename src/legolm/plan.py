@@ -59,7 +59,8 @@ class PlannedClient:
 class Plan:
     """The whole run. `memory_bytes` is the peak over all processes; `disk_bytes` what the run folder will hold.
 
-    `models_bytes` of the latter are the final models.
+    `models_bytes` of the latter are the final models. The peak counts training; actors that also score have held up to
+    a third more (docs/training.md).
     """
 
     base: Path
