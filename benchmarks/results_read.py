@@ -67,12 +67,16 @@ def rows_of(study: Path) -> list[Record]:
     """
     found: list[Record] = json.loads((study / "compare.json").read_text())
     for row in (one for one in found if one["llm_validation"] is not None):
-        lines = (study / row["name"] / "metrics.jsonl").read_text().splitlines()
-        rounds = [one for one in map(json.loads, lines) if one["stage"] == "round"]
-        best = min(rounds, key=lambda one: float(one["llm_validation"]))
+        best = min(rounds_of(study / row["name"]), key=lambda one: float(one["llm_validation"]))
         row["llm"] = fmean(one["loss"] for one in best["llm"].values())
         row["llm_validation"] = best["llm_validation"]
     return found
+
+
+def rounds_of(run: Path) -> list[Record]:
+    """What a run recorded of its rounds, that before training among them."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [one for one in map(json.loads, lines) if one["stage"] == "round"]
 
 
 def clients_of(study: Path) -> list[Record]:
@@ -113,10 +117,9 @@ def everything(client: Mapping[str, Any], phase: str, count: int) -> float:
 def shaped_compute(study: Path) -> float:
     """Operations of the clients with dense or structured blocks, over those of dense clients on the same tokens."""
     blocks = {one["name"]: one for one in read_json(study / DEFAULT / "summary.json")["blocks"]}
-    lines = (study / DEFAULT / "metrics.jsonl").read_text().splitlines()
     spent = dense = 0.0
-    for record in (json.loads(line) for line in lines):
-        for id, one in record["train"].items() if record["stage"] == "round" else ():
+    for record in rounds_of(study / DEFAULT):
+        for id, one in record["train"].items():
             block = next(found for found in blocks.values() if id in found["clients"])
             if block["method"] in ("dense", "structured"):
                 spent, dense = spent + block["coverage"]["weights"] * one["tokens"], dense + one["tokens"]

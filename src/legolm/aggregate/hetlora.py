@@ -23,7 +23,6 @@ from legolm.types import Update
 class HetLora(OneAdapter):
     """Σ ‖ΔW_k‖ · pad(factors) and Σ ‖ΔW_k‖ by module."""
 
-    # The weights depend on the values.
     unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "rank"
     dense: ClassVar[bool] = True
 

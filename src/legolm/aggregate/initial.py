@@ -26,7 +26,6 @@ def initial_factors(
     """
     if not frozen_side:
         return init_factors(shape, targets, rank, seed, ranks)
-    modules_of(shape, ranks or {}, "lora.ranks")
     generator = torch.Generator().manual_seed(seed)
     factors: Tensors = {}
     for layer in range(shape.layers):

@@ -70,13 +70,11 @@ class AggregateConfig(Section):
 
     @model_validator(mode="after")
     def _options_fit(self) -> AggregateConfig:
-        defaults = {"form": "factor", "denominator": "coverage_mean", "mask": "structure"}
-        for name, default in defaults.items():
-            if self.scheme != "heteagg" and getattr(self, name) != default:
-                raise ValueError(f"{name} {getattr(self, name)!r} is heteagg's; scheme {self.scheme!r} has none")
-        fields, own = type(self).model_fields, {"proximal": "fedprox", "trim": "trimmed_mean"}
-        for name, scheme in own.items():
-            if self.scheme != scheme and getattr(self, name) != fields[name].default:
+        fields = type(self).model_fields
+        owners = dict.fromkeys(("form", "denominator", "mask"), "heteagg")
+        for name, scheme in (owners | {"proximal": "fedprox", "trim": "trimmed_mean"}).items():
+            usual = "factor" if name == "form" else fields[name].default
+            if self.scheme != scheme and getattr(self, name) != usual:
                 raise ValueError(f"{name} {getattr(self, name)!r} is {scheme}'s; scheme {self.scheme!r} has none")
         for name in ("residual", "residual_rank"):
             if self.form != "exact" and getattr(self, name) != fields[name].default:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from legolm.config.file import override, read, validate
 from legolm.config.section import Section
@@ -30,6 +30,14 @@ class Variant(Section):
     block: str | None = Field(None, description="every client's block; `dense`, the whole LLM, is always there")
     match_bytes: bool = False
 
+    @model_validator(mode="after")
+    def _fits(self) -> Variant:
+        if self.name in RESERVED:
+            raise ValueError(f"name {self.name!r} is the comparison's own file; take another")
+        if self.match_bytes and self.block is None:
+            raise ValueError(f"{self.name}: match_bytes is for a variant with `block`")
+        return self
+
 
 class Study(Section):
     """`run` is a whole run config, or the path of one beside this file."""
@@ -49,10 +57,6 @@ def load_study(path: Path, changes: Sequence[str] = ()) -> tuple[Study, dict[str
         override(raw, change)
     configs: dict[str, RunConfig] = {}
     for variant in study.variants:
-        if variant.name in RESERVED:
-            raise LegolmError(f"config {path}: variants: {variant.name!r} is the comparison's own file; rename it")
-        if variant.match_bytes and variant.block is None:
-            raise LegolmError(f"config {path}: variant {variant.name}: match_bytes is for a variant with `block`")
         if variant.name in configs:
             raise LegolmError(f"config {path}: variants: {variant.name!r} is there twice; names must differ")
         changed = copy.deepcopy(raw)

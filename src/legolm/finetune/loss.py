@@ -6,7 +6,7 @@ losses in large-vocabulary language models", arXiv 2411.09009, do it in one kern
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,10 @@ class Head:
         return grad.to(self.weight.dtype) @ self.weight
 
 
+def _chunks(count: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, count, CHUNK))
+
+
 class _Chunked(torch.autograd.Function):
     """Loss of each position; its gradient is made in the forward pass, while the logits are there."""
 
@@ -68,8 +72,7 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Head, rule: Rule) -> Tensor:  # type: ignore[override]
         losses = torch.empty(len(hidden), device=hidden.device)
         grads = torch.empty_like(hidden)
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
+        for part in _chunks(len(hidden)):
             logits = head.logits(hidden[part])
             losses[part], grad = rule(logits, part)
             if ctx.needs_input_grad[0]:
@@ -103,8 +106,7 @@ def answer_losses(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 def judged(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy (nats, float32) and whether the label is the likeliest token, each (n,); arguments as above."""
     losses, right = torch.empty(len(hidden), device=hidden.device), torch.empty_like(labels, dtype=torch.bool)
-    for start in range(0, len(hidden), CHUNK):
-        part = slice(start, start + CHUNK)
+    for part in _chunks(len(hidden)):
         logits = head.logits(hidden[part])
         losses[part] = cross_entropy(logits, labels[part], reduction="none")
         right[part] = logits.argmax(-1) == labels[part]
