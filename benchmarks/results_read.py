@@ -60,16 +60,8 @@ def sliced(study: Path) -> dict[str, float]:
 
 
 def rows_of(study: Path) -> list[Record]:
-    """The rows of a finished comparison.
-
-    The LLM's figures are those of the round that is best for *it* by validation data. A run keeps the round that is
-    best for the clients' blocks, which for schemes over the capable clients alone would choose badly.
-    """
+    """The rows of a finished comparison."""
     found: list[Record] = json.loads((study / "compare.json").read_text())
-    for row in (one for one in found if one["llm_validation"] is not None):
-        best = min(rounds_of(study / row["name"]), key=lambda one: float(one["llm_validation"]))
-        row["llm"] = fmean(one["loss"] for one in best["llm"].values())
-        row["llm_validation"] = best["llm_validation"]
     return found
 
 

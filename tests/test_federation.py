@@ -24,6 +24,7 @@ from legolm.federate.client import client_data
 from legolm.federate.local import run_local
 from legolm.models import load_model, load_tokenizer
 from legolm.plan import make_plan
+from legolm.prune import read_block
 from legolm.rounds import usual_size
 from legolm.rundir import RunDir
 from legolm.study import compare
@@ -107,6 +108,29 @@ def test_settings_can_be_chosen_by_the_llm_on_everyones_validation_data(
         return score(model, rows, 8, "fp32").loss
 
     assert record["llm_validation"] == pytest.approx(fmean(loss(client.id) for client in config.clients), rel=1e-4)
+
+
+def test_the_llm_and_the_blocks_each_end_with_their_own_best_round(
+    raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    config, out = load(raw, tmp_path, "aggregate.form=factor"), tmp_path / "out"
+    run(config, models=False)
+    for number, losses in (
+        (1, {"validation": 0.2, "llm_validation": 0.1}),
+        (2, {"validation": 0.1, "llm_validation": 0.2}),
+    ):
+        path = out / "rounds" / f"000{number}" / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | losses))
+    summary = run(config, resume=True)
+    rounds = summary["history"]
+    assert (summary["best_round"], summary["llm"]["best_round"]) == (2, 1)
+    assert summary["llm"]["loss_after"] == rounds[1]["llm"]["loss"] != rounds[2]["llm"]["loss"]
+    assert summary["clients"][0]["own"]["global"] == rounds[2]["clients"]["fr"]["own"]
+    for id, number in (("llm", 1), ("fr", 2)):  # both dense: their adapters are the global one
+        ended = load_file(out / "final" / id / "factors.safetensors")
+        known = load_file(out / "rounds" / f"000{number}" / "adapter.safetensors")
+        assert all(torch.equal(ended[key], known[key]) for key in ended)
+        assert read_block(out / "final" / id).details["round"] == number
 
 
 def test_folded_bases_end_in_the_final_models(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:

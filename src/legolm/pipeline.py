@@ -153,7 +153,6 @@ def _write_final(
     if not left:
         return
     tokenizer, dtype = load_tokenizer(plan.base), load_config(plan.base).dtype or torch.float32
-    best, start = rounds.best(), rounds.start_hash()
     examples = {id: len(rows.train) for id, rows in plan.data.items()}
     with progress.stage("write final models", len(left)) as advance:
         for id in left:
@@ -165,7 +164,7 @@ def _write_final(
                 if not block.coverage.masks:
                     base = config.model if client is None else str(block.path)
                     save_adapter(block.coverage, factors, config.lora.scaling, base, partial / "adapter")
-                save_factors(factors, config.lora.scaling, start, partial)
+                save_factors(factors, config.lora.scaling, rounds.start_hash(client), partial)
                 save_model(model, tokenizer, partial, dtype)
                 steps = config.federation.personal_steps if client else 0
                 manifest = Manifest(
@@ -177,7 +176,7 @@ def _write_final(
                     sparsity=block.sparsity,
                     details={
                         "client": client,
-                        "round": best,
+                        "round": rounds.final_round(client),
                         "personal_steps": steps,
                         "examples": examples[client] if client else sum(examples.values()),
                         "model": config.model,

@@ -34,6 +34,7 @@ from legolm.types import Block, LegolmError, Score, Tensors, Update
 from legolm.warm import warm_factors
 
 Record = dict[str, Any]
+Criterion = Literal["validation", "llm_validation"]
 
 
 class Rounds:
@@ -71,7 +72,7 @@ class Rounds:
         for number in range(1, self._rounds + 1):
             self._round(number, exchange)
         if self._personal_steps:
-            self._alone("personal", self.best(), exchange)
+            self._alone("personal", self.best("validation"), exchange)
 
     @property
     def finished(self) -> bool:
@@ -82,23 +83,28 @@ class Rounds:
         """The metrics of every finished stage, in order."""
         return [read_json(path / "metrics.json") for path in self._stages() if path.exists()]
 
-    def best(self) -> int:
-        """The finished round with the lowest mean loss on the clients' validation data; the earlier of equals."""
-        return best_round(self.records())
+    def best(self, by: Criterion) -> int:
+        """The finished round that is the best by this."""
+        return int(best_round(self.records(), by)["round"])
+
+    def final_round(self, id: str | None) -> int:
+        """The round whose global update a client's block (None: the LLM) ends with, or takes its last steps from."""
+        return self.best("llm_validation" if id is None else "validation")
 
     def final_factors(self, id: str | None) -> Tensors:
-        """What a client (None: the LLM) ends with: its own last adapter if any, else its slice of the best round's."""
+        """What a client (None: the LLM) ends with: its own last adapter if any, else its slice of its best round's."""
+        final = self.scheme(self.final_round(id))
         if id is None:
-            return self.scheme(self.best()).adapter(self._llm.coverage, self._config.lora.rank)
+            return final.adapter(self._llm.coverage, self._config.lora.rank)
         if self._personal_steps or not self._rounds:
             stage = "personal" if self._personal_steps else "local"
             factors: Tensors = load_file(self._folder.client_stage(stage, id) / "adapter.safetensors")
             return factors
-        return self.scheme(self.best()).adapter(self._block[id].coverage, self._rank[id])
+        return final.adapter(self._block[id].coverage, self._rank[id])
 
-    def start_hash(self) -> str:
+    def start_hash(self, id: str | None) -> str:
         """Of the global adapter that the last training started from, in the LLM's coordinates."""
-        return tensors_hash(self.scheme(self.best()).adapter(self._llm.coverage, self._config.lora.rank))
+        return tensors_hash(self.scheme(self.final_round(id)).adapter(self._llm.coverage, self._config.lora.rank))
 
     def replay(self, last: int, without: Collection[str]) -> Scheme:
         """The scheme after round `last` had these clients' kept updates not been added.
@@ -358,9 +364,13 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, dict[str, Record]]:
     return {id: one["scores"] for one in record["held"] for id in one["clients"]}
 
 
-def best_round(records: Iterable[Mapping[str, Any]]) -> int:
-    """The round with the lowest mean loss on validation data, the earlier of equals, among the records of a run."""
-    return int(min((one["validation"], one["round"]) for one in records if one["stage"] == "round")[1])
+def best_round(records: Iterable[Mapping[str, Any]], by: Criterion) -> Mapping[str, Any]:
+    """Of a run's records that of the round with the lowest loss on validation data, the earlier of equals.
+
+    `validation` is the mean of the clients' blocks on their own data, `llm_validation` the LLM's on everyone's: where
+    few clients train or blocks are far from the LLM, the two are best at different times.
+    """
+    return min((one for one in records if one["stage"] == "round"), key=lambda one: (one[by], one["round"]))
 
 
 def is_dense(block: Block) -> bool:

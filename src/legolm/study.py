@@ -27,6 +27,7 @@ from legolm.plan import Parts, Plan, make_plan, read_parts
 from legolm.progress import Progress
 from legolm.prune import Base, planned_coverage
 from legolm.report.html import Raw, tag
+from legolm.rounds import best_round
 from legolm.rundir import atomic_write, check_room, held_bytes
 from legolm.types import LegolmError
 
@@ -94,7 +95,9 @@ def plans(path: Path, changes: Sequence[str] = ()) -> dict[str, tuple[RunConfig,
 
 
 def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path) -> Record:
-    """A variant's figures: losses after the best round (alone: after local training), costs a client and round.
+    """A variant's figures: the LLM's loss after the round that is best for it, the blocks' after that best for them.
+
+    (Alone: after local training.) Costs are a client's in a round.
 
     Losses are nats per answer token on test data. To choose settings by: `llm_validation`, the LLM's on all clients'
     validation data, and `validation`, the blocks' on their own clients'. `tokens` are all that clients trained on in
@@ -106,7 +109,6 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     wanted = [one for one in records if one["stage"] == "local" or (one["stage"] == "round" and one["round"])]
-    best = next(one for one in records if one["stage"] == "round" and one["round"] == summary["best_round"])
     trained = [client for one in wanted for client in _trained(one)]
     block_of, block = {one.id: one.block for one in plan.clients}, {one.name: one for one in plan.blocks}
     at_clients = [(block[block_of[id]], one) for id, one in trained if id in block_of]
@@ -123,8 +125,8 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path)
         "llm_before": summary["llm"]["loss_before"],
         "own": fmean(client["own"][phase] for client in summary["clients"]),
         "others": _mean(client["others"][phase] for client in summary["clients"]),
-        "validation": None if alone else best["validation"],
-        "llm_validation": None if alone else best["llm_validation"],
+        "validation": None if alone else best_round(records, "validation")["validation"],
+        "llm_validation": None if alone else best_round(records, "llm_validation")["llm_validation"],
         "bytes_down": _mean(count["down"] for count in traffic) or 0.0,
         "bytes_up": _mean(count["up"] for count in traffic) or 0.0,
         "replies": len(traffic),

@@ -56,6 +56,7 @@ def entry(
         "llm": {"loss": loss, "exact_match": 0.1},
         "clients": clients,
         "validation": loss + 0.125,
+        "llm_validation": loss + 0.25,
         "accepted": ["fr"] if number else [],
         "refused": refused,
         "bytes_up": 10_000_000,
@@ -87,7 +88,13 @@ def summary() -> dict[str, Any]:
             client("de", "layers-20", scores(4.5, 2.2, 2.4, 2.0), scores(4.25, 3.5, 3.0, 3.1)),
             client("fr", "mlp-1024", scores(4.0, 1.8, 2.0, 1.8), scores(4.25, 4.5, 2.0, 2.1)),
         ],
-        "llm": {"loss_before": 4.0, "loss_after": 1.5, "exact_match_before": 0.02, "exact_match_after": 0.2},
+        "llm": {
+            "best_round": 2,
+            "loss_before": 4.0,
+            "loss_after": 1.5,
+            "exact_match_before": 0.02,
+            "exact_match_after": 0.2,
+        },
         "bytes_up_per_round": 10_000_000,
         "bytes_down_per_round": 10_500_000,
         "history": [
@@ -128,7 +135,7 @@ def test_the_verdict_is_what_one_computes_by_hand(summary: dict[str, Any]) -> No
 
 
 def test_the_verdict_does_not_hide_bad_news(summary: dict[str, Any]) -> None:
-    summary["llm"]["loss_after"], summary["best_round"] = 5.0, 0
+    summary["llm"] |= {"loss_after": 5.0, "best_round": 0}
     for each in summary["clients"]:
         each["own"]["personal"] = each["own"]["local"] + 1
         each["others"]["global"] = each["others"]["local"] + 1
@@ -228,6 +235,7 @@ def test_nobody_has_others_data_or_rounds(summary: dict[str, Any]) -> None:
     for each in summary["clients"]:
         each["others"] = dict.fromkeys(each["others"])
     summary["history"], summary["rounds"] = summary["history"][:1], 0
+    summary["best_round"] = summary["llm"]["best_round"] = 0
     assert len(verdict(summary)) == 2
     assert render(summary).count("<svg") == 4
     summary["history"] = []

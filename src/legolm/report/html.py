@@ -60,7 +60,7 @@ def verdict(summary: Summary) -> list[tuple[str, str]]:
     text += f" ({_change(after, before)})" if before and after is not None else ""
     text += f", its exact answers from {_percent(llm.get('exact_match_before'))} to "
     text += f"{_percent(llm.get('exact_match_after'))}."
-    if summary.get("best_round") == 0:
+    if llm["best_round"] == 0:
         text += " No round beat the start on the validation data, so the start is kept."
     found = [(f"{_loss(before)} → {_loss(after)}", text)]
 
@@ -182,23 +182,36 @@ def _blocks(summary: Summary) -> Raw:
 def _rounds(summary: Summary) -> Raw:
     rows = []
     for entry in summary["history"]:
-        kept, accepted = entry["round"] == summary.get("best_round"), entry["accepted"]
+        accepted = entry["accepted"]
         why = [tag("div", tag("b", one["client"]), f": {one['reason']}") for one in entry["refused"]]
-        loss = _loss(entry["validation"])
+        validation = [
+            tag("td", tag("b", "★ ", _loss(loss)) if entry["round"] == best else _loss(loss))
+            for loss, best in (
+                (entry["validation"], summary["best_round"]),
+                (entry["llm_validation"], summary["llm"]["best_round"]),
+            )
+        ]
         cells = (
             tag("th", entry["round"] or "0 (before)", scope="row"),
             tag("td", f"{len(accepted)}: {', '.join(map(str, accepted))}" if accepted else "–", class_="wrap"),
             tag("td", *why or "–", class_="wrap bad" if why else None),
-            tag("td", tag("b", "★ ", loss) if kept else loss),
+            *validation,
             tag("td", _loss(entry["llm"]["loss"])),
             tag("td", _percent(entry["llm"].get("exact_match"))),
             *(_n(entry.get(f"bytes_{way}"), 2, 1e6) for way in ("up", "down")),
             _n(entry.get("seconds"), 1),
         )
         rows.append(tag("tr", *cells))
-    names = ("round", "accepted", "refused", "validation loss (nats/token)", "LLM loss (nats/token)", "LLM exact match")
-    note = tag("p", "★ the round with the lowest validation loss: the one that is kept.", class_="soft")
-    return _section("Rounds", _table((*names, "up (MB)", "down (MB)", "time (s)"), rows, 3), note)
+    names = [
+        "round",
+        "accepted",
+        "refused",
+        "blocks, validation loss (nats/token)",
+        "LLM, validation loss (nats/token)",
+    ]
+    names += ["LLM loss (nats/token)", "LLM exact match", "up (MB)", "down (MB)", "time (s)"]
+    text = "★ the lowest validation loss: the round that is kept, for the blocks and for the LLM."
+    return _section("Rounds", _table(names, rows, 3), tag("p", text, class_="soft"))
 
 
 def _time(summary: Summary) -> Raw:

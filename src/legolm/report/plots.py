@@ -67,7 +67,7 @@ def overview(summary: Mapping[str, Any], data: Data) -> str:
 def _curves(axes: Any, summary: Mapping[str, Any], data: Data) -> None:
     history, (low, high) = summary["history"], _limits(summary)
     rounds = [entry["round"] for entry in history]
-    kept = rounds.index(summary["best_round"]) if summary.get("best_round") in rounds else -1
+    kept, llm_kept = (rounds.index(one["best_round"]) for one in (summary, summary["llm"]))
     gap = max(0.7, 0.18 * rounds[-1])
     columns = {stage: rounds[-1] + i * gap for i, stage in enumerate(_after(summary, data), start=1)}
     end = max(columns.values(), default=rounds[-1])
@@ -87,8 +87,8 @@ def _curves(axes: Any, summary: Mapping[str, Any], data: Data) -> None:
         names.append((finish, _short(client["id"]), style))
     llm = [_nan(entry["llm"]["loss"]) for entry in history]
     axes.plot(rounds, llm, linewidth=3, marker="o", markersize=4, color=_INK, zorder=4)
-    axes.plot([rounds[kept], end], [llm[kept]] * 2, linewidth=0.9, linestyle=(0, (1, 2)), color=_INK)
-    names.append((llm[kept], "LLM", {"color": _INK}))
+    axes.plot([rounds[llm_kept], end], [llm[llm_kept]] * 2, linewidth=0.9, linestyle=(0, (1, 2)), color=_INK)
+    names.append((llm[llm_kept], "LLM", {"color": _INK}))
     names = sorted((name for name in names if not math.isnan(name[0])), key=lambda name: name[:2])
     if len(names) <= _NAMED_LINES + 1:
         heights = _spread([name[0] for name in names], 0.043 * (high - low), low, high)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from legolm.config import RunConfig
-from legolm.rounds import scores_of
+from legolm.rounds import best_round, scores_of
 from legolm.types import Block
 
 Record = dict[str, Any]
@@ -45,10 +45,11 @@ def summarize(
 ) -> Record:
     """The content of `summary.json`; losses are nats per answer token on test data, sets counting the same.
 
-    `own` is a client's own test data, `others` the mean over the other clients'; `global` is the best round's.
+    `own` is a client's own test data, `others` the mean over the other clients'; `global` is `best_round`'s. The LLM's
+    are those of the round that is the best for it, `llm.best_round`.
     """
     rounds = [record for record in records if record["stage"] == "round"]
-    best = min(rounds, key=lambda record: (record["validation"], record["round"]))
+    best, llm_best = best_round(rounds, "validation"), best_round(rounds, "llm_validation")
     first, last = scores_of(rounds[0]), scores_of(best)
     seconds = _seconds(records, blocks)
     return {
@@ -67,9 +68,10 @@ def summarize(
         "best_round": best["round"],
         "blocks": [_block(block, block_of, rounds[1:]) for block in blocks.values()],
         "clients": [_client(id, block, records, first, last) for id, block in block_of.items()],
-        "llm": {
+        "llm": {"best_round": llm_best["round"]}
+        | {
             f"{measure}_{when}": _mean(record["llm"], measure)
-            for when, record in (("before", rounds[0]), ("after", best))
+            for when, record in (("before", rounds[0]), ("after", llm_best))
             for measure in ("loss", "exact_match")
         },
         "bytes_up_per_round": _traffic(rounds[1:], "up", block_of),
@@ -128,6 +130,7 @@ def _history(record: Record) -> Record:
             for id, scores in scores_of(record).items()
         },
         "validation": record["validation"],
+        "llm_validation": record["llm_validation"],
         "accepted": record["accepted"],
         "refused": record["refused"],
         "bytes_up": _traffic([record], "up", record["bytes"]),

@@ -113,7 +113,7 @@ def print_summary(summary: Mapping[str, Any], out: Path) -> None:
     llm = summary["llm"]
     console.print(
         f"LLM on all clients' test data: {llm['loss_before']:.2f} before, {llm['loss_after']:.2f} after round "
-        f"{summary['best_round']} of {summary['rounds']}. {summary['wall_s']:.0f} s.\n"
+        f"{llm['best_round']} of {summary['rounds']}. {summary['wall_s']:.0f} s.\n"
         f"report {out / 'report.html'}\nmodels {out / 'final'}",
         highlight=False,
         soft_wrap=True,
