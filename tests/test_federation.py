@@ -193,6 +193,13 @@ def test_clients_join_leave_and_are_drawn(raw: dict[str, Any], run: Callable[...
     assert [entry["accepted"] for entry in only["history"]] == [[], ["fr", "de"], ["fr", "de"]]
 
 
+def test_a_round_with_nobody_is_refused_before_anything_is_cut(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["clients"][0]["leaves"], raw["clients"][1]["joins"], raw["clients"][2]["leaves"] = 1, 3, 2
+    make_plan(load(raw, tmp_path, "federation.rounds=3"))
+    with pytest.raises(LegolmError, match="round 2: no client takes part"):  # `es` has a block
+        make_plan(load(raw, tmp_path, "federation.rounds=3", "federation.capable=true"))
+
+
 def test_late_replies_are_dropped_by_name(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(LegolmError, match=r"0 updates accepted.*fr: late: no answer within federation.deadline_s"):
         run(load(raw, tmp_path, "federation.deadline_s=0.000001"))

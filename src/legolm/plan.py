@@ -179,6 +179,12 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str]) -> None:
     taking = [c for c in config.clients if not config.federation.capable or method[block_of[c.id]] == "dense"]
     if not taking:
         raise LegolmError("federation.capable: no client holds a dense block; add one or set it to false")
+    rounds = 0 if name == "local_only" else config.federation.rounds
+    for number in range(1, rounds + 1):
+        if not any(client.there(number) for client in taking):
+            raise LegolmError(
+                f"round {number}: no client takes part; change clients' joins and leaves, or federation.capable"
+            )
     if kind.unequal_shapes == "block":
         return
     first = taking[0]

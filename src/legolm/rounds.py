@@ -288,13 +288,9 @@ class Rounds:
         there = [
             client.id
             for client in self._config.clients
-            if client.joins <= number and (client.leaves is None or number <= client.leaves)
+            if client.there(number)
             if not federation.capable or is_dense(self._block[client.id])
         ]
-        if not there:
-            raise LegolmError(
-                f"round {number}: no client takes part; change clients' joins and leaves, or federation.capable"
-            )
         count = min(len(there), max(math.ceil(federation.fraction * len(there)), federation.min_replies))
         drawn = set(random.Random(derive_seed(self._config.seed, "draw", number)).sample(there, count))
         return [id for id in there if id in drawn]

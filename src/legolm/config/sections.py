@@ -188,6 +188,10 @@ class ClientConfig(Section):
             raise ValueError(f"leaves after round {self.leaves}, before it joins in round {self.joins}")
         return self
 
+    def there(self, number: int) -> bool:
+        """Whether it can take part in this round."""
+        return self.joins <= number and (self.leaves is None or number <= self.leaves)
+
 
 class LoraConfig(Section):
     """The adapter. Its scale s is the same for all clients, whatever their rank.

@@ -22,7 +22,7 @@ from legolm.coverage import Coverage, slice_factors, tensors_hash
 from legolm.data import Tokens, load_parts, render
 from legolm.evaluate import score
 from legolm.finetune import choose_device, choose_precision, dtype_of, fit, merged
-from legolm.memory import keep_freed_memory, release_memory
+from legolm.memory import keep_freed_memory, release_memory, trim
 from legolm.models import load_model, load_tokenizer, resolve
 from legolm.prune import llm_block, read_block
 from legolm.rundir import RunDir, atomic_write
@@ -173,6 +173,7 @@ class ClientRuntime:
             else:
                 self._block = read_block(self._run.block(name))
             self._model = load_model(self._block.path, dtype_of(self._precision)).to(choose_device(self._config.device))
+            trim()  # what reading took would stand under all that follows
         return self._block
 
     def _examples(self, client: str, split: Literal["train", "validation", "test"]) -> tuple[Tokens, ...]:
