@@ -5,8 +5,14 @@
     legolm compare examples/compare/flan_rates.yaml --out RUNS/flan_rates --blocks RUNS/blocks --no-models
     legolm compare examples/compare/flan_models.yaml --out RUNS/flan_models --blocks RUNS/blocks --no-models
     legolm compare examples/compare/flan_gap.yaml --out RUNS/flan_gap --blocks RUNS/blocks --no-models
+    legolm run examples/flan/public.yaml --out RUNS/public
+    legolm compare examples/compare/flan_warm.yaml --out RUNS/flan_warm --blocks RUNS/blocks --no-models
+        --set aggregate.start=RUNS/public
     legolm ablate RUNS/flan/heteagg_frozen_side
     legolm run RUNS/flan/heteagg_frozen_side/config.yaml --out RUNS/flan/heteagg_frozen_side --resume    # final models
+    legolm run RUNS/flan/local/config.yaml --out RUNS/flan/local --resume    # final models
+    python benchmarks/compose.py RUNS/flan/local --group snli,cola --group snli,cola,wic,definite_pronoun_resolution
+        --out RUNS/compose.json
     python benchmarks/server_step.py RUNS/flan/heteagg_frozen_side --out RUNS/server_step.json
     legolm eval starter RUNS/flan/heteagg_frozen_side/final/llm --include examples/tasks --tasks hellaswag,arc_easy
         --limit 100 --text TEST.txt --windows 20 --precision bf16 --out RUNS/robustness.json
@@ -81,6 +87,29 @@ def rates_table(runs: Path) -> str:
         ("scheme", *(f"{rate:g}" for rate in rates)),
         [(name, *(cell(losses, rate) for rate in rates)) for name, losses in found.items()],
     )
+
+
+def gap_table(runs: Path) -> str:
+    """What may bring the LLM nearer to FedIT's, beside the two as they are in the main table; on validation data."""
+    rows = [row for row in rows_of(runs / "flan") if row["name"] in (DEFAULT, "fedit_everyone")]
+    rows += rows_of(runs / "flan_gap")
+    warm = rows_of(runs / "flan_warm") if (runs / "flan_warm" / "compare.json").exists() else []
+    rows += [row | {"name": f"{row['name']}, warm start"} for row in warm]
+    return table(
+        ("variant", "LLM, validation", "blocks, validation", "rounds", "MB down and up, all rounds"),
+        [
+            (one["name"], f"{one['llm_validation']:.3f}", f"{one['validation']:.3f}", one["rounds"],
+             f"{one['rounds'] * (one['bytes_down'] + one['bytes_up']) / 1e6:.1f}")
+            for one in rows
+        ],
+    )  # fmt: skip
+
+
+def compose_table(found: Sequence[Record]) -> str:
+    """A column a group of clients; a row a way to compose their blocks, after what they are without."""
+    rows = [(name, *(f"{one[name]:.3f}" for one in found)) for name in ("before", "apart", "own")]
+    rows += [(name, *(f"{one['composed'][name]:.3f}" for one in found)) for name in found[0]["composed"]]
+    return table(("", *(", ".join(one["clients"]) for one in found)), rows)
 
 
 def figure_3(study: Path, out: Path) -> None:
@@ -186,12 +215,18 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         ),
         f"![clients by round]({plots}/clients.svg)\n",
     ]  # fmt: skip
-    for name, title in (
-        ("flan_models", "Who holds what, and IID data"),
-        ("flan_gap", "The gap to FedIT with everyone dense"),
-    ):
-        if (runs / name / "compare.json").exists():
-            parts += [f"## {title}\n", study_table(runs / name)]
+    if (runs / "flan_models" / "compare.json").exists():
+        parts += [
+            "## Who holds what, and IID data\n",
+            f"As {DEFAULT} above, which is the mixed blocks' row for one task a client.\n",
+            study_table(runs / "flan_models"),
+        ]
+    if (runs / "flan_gap" / "compare.json").exists():
+        parts += [
+            "## The gap to FedIT with everyone dense\n",
+            "On validation data, of seed 0. Names: `examples/compare/flan_gap.yaml` and `flan_warm.yaml`.\n",
+            gap_table(runs),
+        ]
     if (runs / "flan_rates" / "compare.json").exists():
         parts += [
             "## Learning rates\n",
@@ -202,11 +237,16 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         steps = read_json(runs / "server_step.json")
         parts += [
             "## What else the server could have done with the first round's updates\n",
-            "The LLM's loss after round 1 (`benchmarks/server_step.py`).\n",
-            table(("setting", "validation", "test"), [
-                (name, f"{one['validation']:.3f}", f"{one['test']:.3f}") for name, one in steps.items()
-            ]),
+            "The LLM's loss on validation data after round 1 (`benchmarks/server_step.py`); of seed 0.\n",
+            table(("setting", "LLM, validation"), [(name, f"{loss:.3f}") for name, loss in steps.items()]),
         ]  # fmt: skip
+    if (runs / "compose.json").exists():
+        parts += [
+            "## Blocks trained apart, composed (the paper's figure 4)\n",
+            "Mean loss on the test data of these clients, of seed 0. `before`: the LLM's; `apart`: of each block that "
+            "trained alone, on all of them; `own`: on its own client's (`benchmarks/compose.py`).\n",
+            compose_table(read_json(runs / "compose.json")["groups"]),
+        ]
     if "omission" in found:
         omission = found["omission"]
         parts += [

@@ -4,9 +4,8 @@
 
 RUN is the folder of a run with `federation.keep_updates`; run from the folder that its data paths are relative to. The
 clients' first updates do not depend on what the server does with them, so each row is what a run with that setting
-would have after one round, exactly: other server learning rates, the other denominator, and without the clients of a
-block. Losses are the LLM's, nats per answer token, means over the clients' sets. One thread.
-Last line: one JSON object.
+would have after one round, exactly: other server learning rates, and the other denominator. Losses are the LLM's on
+validation data, nats per answer token, means over the clients' sets. One thread. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -43,33 +42,24 @@ def main() -> None:
     block_of = {client["id"]: client["block"] for client in summary["clients"]}
     tokenizer, precision = load_tokenizer(base), choose_precision(config.precision)
     parts = load_parts(config.data, list(block_of), config.seed)
-    data = {
-        split: [
-            [render(example, tokenizer, config.train.max_length) for example in getattr(parts[id], split)]
-            for id in block_of
-        ]
-        for split in ("validation", "test")
-    }
+    data = [
+        [render(example, tokenizer, config.train.max_length) for example in parts[id].validation] for id in block_of
+    ]
     model = load_model(base, dtype_of(precision))
 
-    cases: dict[str, tuple[dict[str, Any], list[str]]] = {"as it was": ({}, [])}
-    cases |= {f"server learning rate {rate}": ({"server_learning_rate": rate}, []) for rate in RATES}
+    cases: dict[str, dict[str, Any]] = {"as it was": {}}
+    cases |= {f"server learning rate {rate}": {"server_learning_rate": rate} for rate in RATES}
     other = "global_fill" if config.aggregate.denominator == "coverage_mean" else "coverage_mean"
-    cases[f"denominator {other}"] = {"denominator": other}, []
-    for name in dict.fromkeys(block_of.values()):
-        cases[f"without {name}"] = {}, [id for id, own in block_of.items() if own == name]
+    cases[f"denominator {other}"] = {"denominator": other}
 
     found = {}
-    for label, (changes, without) in cases.items():
+    for label, changes in cases.items():
         changed = config.model_copy(update={"aggregate": config.aggregate.model_copy(update=changes)})
-        scheme = Rounds(run, changed, summary["run_id"], blocks, block_of, Progress()).replay(1, without)
+        scheme = Rounds(run, changed, summary["run_id"], blocks, block_of, Progress()).replay(1, ())
         factors = scheme.adapter(blocks["llm"].coverage, config.lora.rank)
         with merged(model, blocks["llm"].coverage, factors, config.lora.scaling) as whole:
-            found[label] = {
-                split: fmean(score(whole, part, config.evaluate.batch_size, precision).loss for part in sets)
-                for split, sets in data.items()
-            }
-        print(f"{label:28s} { {split: round(loss, 3) for split, loss in found[label].items()} }", flush=True)
+            found[label] = fmean(score(whole, part, config.evaluate.batch_size, precision).loss for part in data)
+        print(f"{label:28s} {found[label]:.3f}", flush=True)
         if options.out:
             options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))

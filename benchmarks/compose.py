@@ -1,0 +1,81 @@
+"""What becomes of blocks of different shape that were trained apart, composed into a larger one (the paper's figure 4)?
+
+    python benchmarks/compose.py RUN --group snli,cola [--group snli,cola,wic] [--out FILE.json]
+
+RUN is the folder of a `local_only` run with its final models; run from the folder that its data paths are relative to.
+Each group of clients, and all of them, is composed into the union of what they hold and into the LLM, by every method
+at its default settings. Losses are nats per answer token on the group's test data, means over its clients' sets: of the
+LLM before, of each client's block on all of the group's sets (`apart`) and on its own alone (`own`), and of what was
+composed. One thread. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from legolm.compose import choose_method, compose, plan
+from legolm.data import load_parts, render
+from legolm.evaluate import score
+from legolm.finetune import choose_precision, dtype_of
+from legolm.models import load_model, load_tokenizer, resolve
+from legolm.progress import Progress
+from legolm.rundir import RunDir
+
+METHODS = (("heteagg", "exact"), ("heteagg", "factor"), ("task_arithmetic", None), ("ties", None))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--group", action="append", default=[], help="client ids, with commas between")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    run = RunDir(options.run)
+    config = run.config()
+    ids = [client.id for client in config.clients]
+    parts = load_parts(config.data, ids, config.seed)
+    base, progress = resolve(config.model), Progress()
+    tokenizer, precision = load_tokenizer(base), choose_precision(config.precision)
+    sets = {id: [render(one, tokenizer, config.train.max_length) for one in parts[id].test] for id in ids}
+
+    def losses(path: Path, group: list[str]) -> dict[str, float]:
+        model = load_model(path, dtype_of(precision))
+        return {id: score(model, sets[id], config.evaluate.batch_size, precision).loss for id in group}
+
+    alone = {id: losses(run.final(id), ids) for id in ids}
+    before = losses(base, ids)
+    found: list[dict[str, Any]] = []
+    for group in [*(one.split(",") for one in options.group), ids]:
+        known = {
+            "clients": group,
+            "before": fmean(before[id] for id in group),
+            "apart": fmean(alone[block][id] for block in group for id in group),
+            "own": fmean(alone[id][id] for id in group),
+            "composed": {},
+        }
+        found.append(known)
+        for into in ("union", "llm"):
+            for name, form in METHODS:
+                with tempfile.TemporaryDirectory() as folder:
+                    out = Path(folder) / "composed"
+                    sources = [str(run.final(id)) for id in group]
+                    wanted = plan(sources, into, None, choose_method(name, form, None, None), None, None, progress)
+                    compose(wanted, out, progress)
+                    label = f"{into}, {name}{f' ({form})' if form else ''}"
+                    known["composed"][label] = fmean(losses(out, group).values())
+                print(f"{', '.join(group)}: {label} {known['composed'][label]:.3f}", flush=True)
+                if options.out:
+                    options.out.write_text(json.dumps({"groups": found}, indent=1) + "\n")
+    print(json.dumps({"groups": found}))
+
+
+if __name__ == "__main__":
+    main()
