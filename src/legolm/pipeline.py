@@ -153,18 +153,20 @@ def _write_final(
     if not left:
         return
     tokenizer, dtype = load_tokenizer(plan.base), load_config(plan.base).dtype or torch.float32
+    llm_best, best = rounds.best("llm_validation"), rounds.best("validation")
+    start = {number: rounds.start_hash(number) for number in {llm_best, best}}
     examples = {id: len(rows.train) for id, rows in plan.data.items()}
     with progress.stage("write final models", len(left)) as advance:
         for id in left:
             client = None if id == "llm" else id
-            block = blocks[block_of.get(id, "llm")]
+            block, number = blocks[block_of.get(id, "llm")], best if client else llm_best
             model, factors = load_model(block.path), rounds.final_factors(client)
             merge(model, block.coverage, factors, config.lora.scaling)
             with atomic_folder(folder.final(id)) as partial:
                 if not block.coverage.masks:
                     base = config.model if client is None else str(block.path)
                     save_adapter(block.coverage, factors, config.lora.scaling, base, partial / "adapter")
-                save_factors(factors, config.lora.scaling, rounds.start_hash(client), partial)
+                save_factors(factors, config.lora.scaling, start[number], partial)
                 save_model(model, tokenizer, partial, dtype)
                 steps = config.federation.personal_steps if client else 0
                 manifest = Manifest(
@@ -176,7 +178,7 @@ def _write_final(
                     sparsity=block.sparsity,
                     details={
                         "client": client,
-                        "round": rounds.final_round(client),
+                        "round": number,
                         "personal_steps": steps,
                         "examples": examples[client] if client else sum(examples.values()),
                         "model": config.model,

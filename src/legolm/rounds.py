@@ -87,24 +87,19 @@ class Rounds:
         """The finished round that is the best by this."""
         return int(best_round(self.records(), by)["round"])
 
-    def final_round(self, id: str | None) -> int:
-        """The round whose global update a client's block (None: the LLM) ends with, or takes its last steps from."""
-        return self.best("llm_validation" if id is None else "validation")
-
     def final_factors(self, id: str | None) -> Tensors:
         """What a client (None: the LLM) ends with: its own last adapter if any, else its slice of its best round's."""
-        final = self.scheme(self.final_round(id))
         if id is None:
-            return final.adapter(self._llm.coverage, self._config.lora.rank)
+            return self.scheme(self.best("llm_validation")).adapter(self._llm.coverage, self._config.lora.rank)
         if self._personal_steps or not self._rounds:
             stage = "personal" if self._personal_steps else "local"
             factors: Tensors = load_file(self._folder.client_stage(stage, id) / "adapter.safetensors")
             return factors
-        return final.adapter(self._block[id].coverage, self._rank[id])
+        return self.scheme(self.best("validation")).adapter(self._block[id].coverage, self._rank[id])
 
-    def start_hash(self, id: str | None) -> str:
-        """Of the global adapter that the last training started from, in the LLM's coordinates."""
-        return tensors_hash(self.scheme(self.final_round(id)).adapter(self._llm.coverage, self._config.lora.rank))
+    def start_hash(self, number: int) -> str:
+        """Of the global adapter after this round, from which a last training starts, in the LLM's coordinates."""
+        return tensors_hash(self.scheme(number).adapter(self._llm.coverage, self._config.lora.rank))
 
     def replay(self, last: int, without: Collection[str]) -> Scheme:
         """The scheme after round `last` had these clients' kept updates not been added.
