@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +17,12 @@ from legolm import ablate as ablation
 from legolm import config as configs
 from legolm import pipeline, wire
 from legolm.ablate import ablate
-from legolm.models import fingerprint
+from legolm.config import Fields
+from legolm.evaluate import read_questions
+from legolm.evaluate.perplexity import perplexity
+from legolm.evaluate.questions import Questions
+from legolm.finetune import merged
+from legolm.models import fingerprint, load_model, load_tokenizer
 from legolm.progress import Progress
 from legolm.prune import llm_block, read_block
 from legolm.rounds import Rounds, scores_of
@@ -145,8 +151,11 @@ def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path, 
     for one in found["without"]:
         cost = found["cost" if one["kind"] == "block" else "cost_clients"][one["name"]]
         assert cost == pytest.approx(one["blocks"] - found["all"]["blocks"])
-        assert one["perplexity"] > 1
-        assert one["three acc"] in (pytest.approx(i / 3) for i in range(4))
+        assert one["perplexity"] == pytest.approx(perplexity_without(run, one["clients"], corpus), rel=1e-5)
+        paired = one["paired"]["perplexity"]
+        assert paired["difference"] == pytest.approx(one["perplexity"] - found["all"]["perplexity"])
+        assert 0 < paired["p"] <= 1
+        assert one["stderr"]["perplexity"] > 0
     assert found["cost"]["wide"] != 0
     assert found["cost"]["sparse"] == found["cost_clients"]["de"]  # one set of clients, evaluated once
     assert found["before"]["llm"] > found["all"]["llm"]
@@ -154,6 +163,36 @@ def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path, 
     assert page.count("<rect") == 25
     assert page.count(">local only ") == 1  # it has no LLM
     assert page.count(">global update ") == 5
+
+
+def perplexity_without(run: Path, clients: Sequence[str], corpus: Path) -> float:
+    rounds, config = rounds_of(run), RunDir(run).config()
+    base = Path(config.model)
+    coverage = llm_block(base, "").coverage
+    factors = rounds.replay(json.loads((run / "summary.json").read_text())["best_round"], clients).adapter(coverage, 4)
+    tokens = torch.tensor(load_tokenizer(base).encode(corpus.read_text(), add_special_tokens=False))
+    with merged(load_model(base), coverage, factors, config.lora.scaling) as model:
+        return perplexity(model, tokens, 64, "fp32")
+
+
+def test_other_data_are_another_run_and_other_questions_begin_anew(
+    run: Path, tmp_path: Path, tasks: Callable[..., Path]
+) -> None:
+    def asked() -> Questions:
+        return read_questions(["three"], tasks(rows), None, Fields(), None)
+
+    rows = [{"query": f"{number}", "choices": ["a", "b"], "gold": 0} for number in range(3)]
+    found = ablate(run, tmp_path / "out", asked(), QUIET)
+    assert ablate(run, tmp_path / "out", asked(), QUIET) == found
+    rows[0]["gold"] = 1
+    other = ablate(run, tmp_path / "out", asked(), QUIET)
+    assert other["questions"] != found["questions"]
+    assert abs(other["all"]["three acc"] - found["all"]["three acc"]) == pytest.approx(1 / 3)
+    identity = json.loads((run / "run.json").read_text())
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(identity | {"data_fingerprint": "of other data"}))
+    with pytest.raises(LegolmError, match="the data changed since the run"):
+        ablate(tmp_path / "run", tmp_path / "new", None, QUIET)
 
 
 def test_it_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,11 @@ def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str
     assert rows["heteagg"]["bytes_up"] < rows["fedavg"]["bytes_up"]
     assert rows["hetlora"]["bytes_up"] == pytest.approx(rows["heteagg"]["bytes_up"], rel=0.1)
     assert rows["local_only"]["own"] < rows["local_only"]["llm_before"]
+    # To choose alone's settings by: each client's own validation data, on the block that it ends with.
+    alone = tmp_path / "out" / "local_only"
+    config = RunDir(alone).config()
+    losses = [validation_loss(alone / "final" / client.id, config, client.id) for client in config.clients]
+    assert rows["local_only"]["validation"] == pytest.approx(fmean(losses), rel=1e-3)
     # Both blocks are cut once; before training, what all hold scores once for every way of holding it.
     assert len(list((tmp_path / "shared").glob("*/manifest.json"))) == 2
     assert len(list((tmp_path / "shared" / "before").glob("*.json"))) == 3
@@ -100,14 +105,16 @@ def test_settings_can_be_chosen_by_the_llm_on_everyones_validation_data(
     assert not (tmp_path / "out" / "final").exists()
     run(config, "out", resume=True)
     path = tmp_path / "out" / "final" / "llm"
-    model, tokenizer = load_model(path, torch.float32), load_tokenizer(path)
     record = json.loads((tmp_path / "out" / "rounds" / "0001" / "metrics.json").read_text())
+    losses = [validation_loss(path, config, client.id) for client in config.clients]
+    assert record["llm_validation"] == pytest.approx(fmean(losses), rel=1e-4)
 
-    def loss(id: str) -> float:
-        rows = [render(row, tokenizer, 512) for row in client_data(config)[id].validation]
-        return score(model, rows, 8, "fp32").loss
 
-    assert record["llm_validation"] == pytest.approx(fmean(loss(client.id) for client in config.clients), rel=1e-4)
+def validation_loss(model: Path, config: RunConfig, client: str) -> float:
+    """Of a finished model on a client's validation data."""
+    tokenizer = load_tokenizer(model)
+    rows = [render(row, tokenizer, 512) for row in client_data(config)[client].validation]
+    return score(load_model(model, torch.float32), rows, 8, "fp32").loss
 
 
 def test_the_llm_and_the_blocks_each_end_with_their_own_best_round(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,10 +20,13 @@ from rich.table import Table
 
 from legolm.aggregate import Scheme
 from legolm.config import RunConfig
-from legolm.evaluate.figure import digest
+from legolm.data import data_fingerprint
+from legolm.evaluate.figure import Figure, digest
+from legolm.evaluate.paired import compare
 from legolm.evaluate.questions import TEXT, Questions
 from legolm.evaluate.questions import measure as measure_all
 from legolm.federate import Exchange
+from legolm.federate.client import client_data
 from legolm.federate.local import run_local
 from legolm.finetune import choose_device, choose_precision, dtype_of, merged
 from legolm.models import fingerprint, load_model, load_tokenizer, resolve
@@ -33,7 +38,7 @@ from legolm.rundir import RunDir, atomic_write, read_json
 from legolm.types import Block, LegolmError
 
 Record = dict[str, Any]
-Measure = Callable[[Scheme], dict[str, float]]
+Measure = Callable[[Scheme], dict[str, Figure]]
 
 
 def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progress) -> Record:
@@ -46,13 +51,20 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     """
     run = RunDir(folder)
     config, summary = _config(run), read_json(folder / "summary.json", "best_round", "clients")
-    identity, last = read_json(folder / "run.json", "run", "base_fingerprint"), int(summary["best_round"])
+    identity = read_json(folder / "run.json", "run", "base_fingerprint", "data_fingerprint")
+    last = int(summary["best_round"])
     if not last:
         raise LegolmError(f"run folder {folder}: no round beat its start, which it kept; there is nothing to leave out")
+    if data_fingerprint(client_data(config)) != identity["data_fingerprint"]:
+        raise LegolmError(f"run folder {folder}: the data changed since the run; its losses are of other questions")
     block_of = {client["id"]: client["block"] for client in summary["clients"]}
     blocks = _blocks(run, config, identity["base_fingerprint"])
     rounds = Rounds(run, config, identity["run"], blocks, block_of, progress)
-    asked = _figures_of(config, blocks["llm"], questions) if questions else None
+    asked = _figures_of(config, blocks["llm"], questions)
+
+    @cache
+    def with_all() -> dict[str, Figure]:
+        return asked(rounds.scheme(last))
 
     what = {"run": identity["run"], "round": last, "questions": _identify(questions)}
     found = _earlier(out / "ablation.json", what)
@@ -61,9 +73,9 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     alone = [{"clients": [one["client"]], "scores": one["scores"]} for one in records if one["stage"] == "local"]
     found |= {
         "name": folder.resolve().name,
-        "before": found.get("before") or _losses(by_round[0], rounds.scheme(0), asked),
-        "local": _losses({"held": alone}, None, None) if alone else None,
-        "all": found.get("all") or _losses(by_round[last], rounds.scheme(last), asked),
+        "before": found.get("before") or _losses(by_round[0], asked(rounds.scheme(0))),
+        "local": _losses({"held": alone}, {}) if alone else None,
+        "all": found.get("all") or _losses(by_round[last], with_all()),
     }
 
     def body(exchange: Exchange) -> None:
@@ -73,7 +85,10 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
             if tuple(clients) not in done:
                 scheme = rounds.replay(last, clients)
                 record = rounds.score_global(scheme, exchange, f"without {name}: evaluate")
-                done[tuple(clients)] = _losses(record, scheme, asked)
+                figures = asked(scheme)
+                done[tuple(clients)] = _losses(record, figures) | {
+                    "paired": {name: _paired(figure, with_all()[name]) for name, figure in figures.items()}
+                }
             found["without"].append(done[tuple(clients)] | {"kind": kind, "name": name, "clients": clients})
             _write(found, out)
 
@@ -88,7 +103,7 @@ def print_ablation(found: Record, out: Path) -> None:
     for column in ("left out", "", *(text for measure in measures for text in (_name(measure), "more"))):
         table.add_column(column, justify="right" if len(table.columns) > 1 else "left")
     for one in found["without"]:
-        cells = [text for m in measures for text in (f"{one[m]:.3f}", f"{one[m] - found['all'][m]:+.3f}")]
+        cells = [text for m in measures for text in (f"{one[m]:.3f}", _more(one, found["all"], m))]
         table.add_row(one["kind"], one["name"], *cells)
     for stage, name in _LINES.items():
         if found[stage]:
@@ -108,7 +123,8 @@ def page(found: Record) -> str:
             "p",
             f"Updates of rounds 1 to {found['round']} as the run kept them, added again without those of the left-out "
             "clients. Losses are nats per answer token, the mean over all clients’ test data; of blocks, the mean over "
-            "all clients’ blocks, the left-out ones too.",
+            "all clients’ blocks, the left-out ones too. Whiskers: one standard error. A bar under the pointer shows "
+            "the difference to all together, with the p of the paired test on the same questions.",
         ),
     )
     top = (Raw('<meta charset="utf-8">'), tag("title", found["name"]), tag("style", Raw(_STYLE)))
@@ -130,13 +146,18 @@ def plot(found: Record, measure: str) -> Raw:
     marks = []
     for i, one in enumerate(bars):
         x, value = left + i * step, one[measure]
-        title = tag("title", f"without {one['kind']} {one['name']}: {value:.4f}")
+        spread = one.get("stderr", {}).get(measure) or 0.0
+        top, middle = y(min(value + spread, most)), x + (step - 14) / 2
+        said = f"{value:.4f} ± {spread:.4f}" if spread else f"{value:.4f}"
+        title = tag("title", f"without {one['kind']} {one['name']}: {said} ({_more(one, found['all'], measure)})")
         size = {"width": step - 14, "height": round(y(0) - y(value), 1)}
         marks += [
             tag("rect", title, x=x, y=y(value), class_=one["kind"], **size),
-            tag("text", f"{value:.4g}", x=x + (step - 14) / 2, y=y(value) - 4, text_anchor="middle"),
+            tag("text", f"{value:.4g}", x=middle, y=top - 4, text_anchor="middle"),
             tag("text", one["name"][:14], x=x + 8, y=y(0) + 14, transform=f"rotate(30 {x + 8} {y(0) + 14})"),
         ]
+        if spread:
+            marks.append(tag("line", x1=middle, x2=middle, y1=y(max(value - spread, 0)), y2=top, class_="spread"))
     end, free = left + len(bars) * step, tall - 10.0
     for name, value in sorted(lines.items(), key=lambda line: line[1]):
         free = min(y(value) + 4, free - 13)  # names of lines that are close go above each other
@@ -148,8 +169,14 @@ def plot(found: Record, measure: str) -> Raw:
     return tag("svg", *marks, viewBox=f"0 0 {wide} {tall}", role="img", aria_label=_name(measure))
 
 
+def _more(one: Record, shared: Record, measure: str) -> str:
+    """How much more than with all, and the paired test's p where there is one."""
+    paired = one.get("paired", {}).get(measure)
+    return f"{one[measure] - shared[measure]:+.3f}" + (f", p {paired['p']:.2g}" if paired else "")
+
+
 def _measures(found: Record) -> list[str]:
-    return [measure for measure in found["all"] if measure != "by_client"]
+    return [measure for measure in found["all"] if measure not in ("by_client", "stderr")]
 
 
 def _name(measure: str) -> str:
@@ -190,29 +217,39 @@ def _cases(block_of: Mapping[str, str]) -> list[tuple[str, str, list[str]]]:
     return blocks + [("client", id, [id]) for id in block_of]
 
 
-def _losses(record: Mapping[str, Any], scheme: Scheme | None, asked: Measure | None) -> Record:
-    """Mean losses of what `Rounds.score_global` gives: of the LLM, of each client's block, and of all blocks."""
+def _losses(record: Mapping[str, Any], figures: Mapping[str, Figure]) -> Record:
+    """Mean losses of what `Rounds.score_global` gives: of the LLM, of each client's block, and of all blocks.
+
+    And the LLM's other figures, with their standard errors.
+    """
     by_client = {id: fmean(one["loss"] for one in scores.values()) for id, scores in scores_of(record).items()}
     found: Record = {"blocks": fmean(by_client.values()), "by_client": by_client}
     if "llm" in record:
         found["llm"] = fmean(one["loss"] for one in record["llm"].values())
-    if scheme is not None and asked is not None:
-        found |= asked(scheme)
-    return found
+    found |= {name: figure.value for name, figure in figures.items()}
+    return found | {"stderr": {name: figure.stderr for name, figure in figures.items()}}
 
 
-def _figures_of(config: RunConfig, llm: Block, questions: Questions) -> Measure:
+def _paired(figure: Figure, other: Figure) -> Record | None:
+    """The paired test against the global update, question by question."""
+    comparison = compare(figure, other)
+    return None if comparison is None else asdict(comparison)
+
+
+def _figures_of(config: RunConfig, llm: Block, questions: Questions | None) -> Measure:
     """A function that gives the LLM's figures with a scheme's global adapter."""
+    if questions is None:
+        return lambda scheme: {}
     precision = choose_precision(config.precision, config.device)
     tokenizer = load_tokenizer(llm.path)
     model = load_model(llm.path, dtype_of(precision)).to(choose_device(config.device))
 
-    def measure(scheme: Scheme) -> dict[str, float]:
+    def measure(scheme: Scheme) -> dict[str, Figure]:
         factors = scheme.adapter(llm.coverage, config.lora.rank)
         with merged(model, llm.coverage, factors, config.lora.scaling) as whole:
             figures = measure_all(whole, tokenizer, questions, precision)
-        found = ((task, name, figure.value) for task, of_task in figures.items() for name, figure in of_task.items())
-        return {name if task == TEXT else f"{task} {name}": value for task, name, value in found}
+        found = ((task, name, figure) for task, of_task in figures.items() for name, figure in of_task.items())
+        return {name if task == TEXT else f"{task} {name}": figure for task, name, figure in found}
 
     return measure
 
@@ -221,7 +258,7 @@ def _identify(questions: Questions | None) -> str | None:
     """What the LLM's figures stand on."""
     if questions is None:
         return None
-    tasks = sorted(questions.tasks.loaded["tasks"]) if questions.tasks else []
+    tasks = questions.tasks.asked(questions.limit) if questions.tasks else None
     return digest([tasks, questions.limit, questions.text, questions.length])
 
 
@@ -266,5 +303,5 @@ _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1d2330;background:#fff}main{max-width:62rem;margin:2rem auto;
 padding:0 1rem}h2{font-size:1.1rem}
 svg{max-width:100%;height:auto;font-size:11px}.block{fill:#2f6fde}.client{fill:#9dbcf2}
-.axis{stroke:#1d2330}.line{stroke:#c2410c;stroke-dasharray:5 3}
+.axis,.spread{stroke:#1d2330}.line{stroke:#c2410c;stroke-dasharray:5 3}
 """

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from legolm.config import RunConfig
+from legolm.data import data_fingerprint
 from legolm.federate import Engine, engine_for
 from legolm.finetune import choose_precision, merge, save_adapter, save_factors
 from legolm.memory import release_memory
@@ -86,11 +87,10 @@ def _with_precision(config: RunConfig, out: Path) -> RunConfig:
 
 def _identify(folder: RunDir, plan: Plan) -> Record:
     """`run.json`: what the run stands on. Raises `LegolmError` when it changed since the run started."""
-    data = hashlib.sha256(repr(sorted(plan.data.items())).encode()).hexdigest()
     found = {
         "run": hashlib.sha256(folder.config_file.read_bytes()).hexdigest()[:16],
         "base_fingerprint": fingerprint(plan.base),
-        "data_fingerprint": data,
+        "data_fingerprint": data_fingerprint(plan.data),
         "machine": machine(),
         "versions": versions(),
     }

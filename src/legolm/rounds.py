@@ -264,11 +264,12 @@ class Rounds:
             own[one.client] = concatenated(ended, scheme.fold(self._block[one.client].coverage, 0))
             metrics[one.client] = dict(one.update.metrics)
         tests: tuple[tuple[str, Split], ...] = tuple((id, "test") for id in self._clients)
-        jobs = [Job(id, self._block[id], own[id], tests) for id in left]
+        jobs = [Job(id, self._block[id], own[id], (*tests, (id, "validation"))) for id in left]
 
         def keep(index: int, scores: Sequence[Score]) -> None:
             id = left[index]
-            record = {"stage": stage, "client": id, "scores": self._by_client(scores), "train": metrics[id]}
+            record: Record = {"stage": stage, "client": id, "scores": self._by_client(scores), "train": metrics[id]}
+            record["validation"] = scores[-1].loss
             self._keep(self._folder.client_stage(stage, id), own[id], record, began)
 
         self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep)

@@ -125,7 +125,9 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path)
         "llm_before": summary["llm"]["loss_before"],
         "own": fmean(client["own"][phase] for client in summary["clients"]),
         "others": _mean(client["others"][phase] for client in summary["clients"]),
-        "validation": None if alone else best_round(records, "validation")["validation"],
+        "validation": fmean(one["validation"] for one in wanted)
+        if alone
+        else best_round(records, "validation")["validation"],
         "llm_validation": None if alone else best_round(records, "llm_validation")["llm_validation"],
         "bytes_down": _mean(count["down"] for count in traffic) or 0.0,
         "bytes_up": _mean(count["up"] for count in traffic) or 0.0,

@@ -3,7 +3,7 @@
 from legolm.data.calibration import calibration_tokens, check_text
 from legolm.data.render import Tokens, render
 from legolm.data.sources import Row, read_rows, read_text, to_example, with_system
-from legolm.data.split import load_parts
+from legolm.data.split import data_fingerprint, load_parts
 from legolm.data.starter import CLIENT_LANGUAGES, PUBLIC_LANGUAGES, public_starter_text, starter_parts
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Tokens",
     "calibration_tokens",
     "check_text",
+    "data_fingerprint",
     "load_parts",
     "public_starter_text",
     "read_rows",

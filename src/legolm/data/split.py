@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -44,6 +45,11 @@ def load_parts(config: DataConfig, clients: Sequence[str], seed: int) -> dict[st
         groups = _deal(groups, list(dict.fromkeys(clients)), config, seed)
     _check_known(clients, groups["train"])
     return {client: _finish(_hold_out(client, groups, config, seed), config) for client in clients}
+
+
+def data_fingerprint(data: Mapping[str, ClientData]) -> str:
+    """SHA-256 over every client's examples, by client."""
+    return hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()
 
 
 def _group(source: str | list[str], split: SplitName, config: DataConfig) -> Groups:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import json
 import logging
 import math
 import os
@@ -38,6 +39,14 @@ class Tasks:
     """Loaded tasks with their questions, for any number of models; `loaded` is what the harness's evaluator takes."""
 
     loaded: Any
+
+    def asked(self, limit: int | None) -> str:
+        """Digest of what the first `limit` questions of each task are asked, and how."""
+        found: list[object] = []
+        for name, task in sorted(self.loaded["tasks"].items()):
+            found.append((name, sorted(task.dump_config().items(), key=str)))
+            found += [json.dumps(doc, sort_keys=True, default=str) for _, doc in task.doc_iterator(limit=limit)]
+        return digest(found)
 
 
 def load_tasks(names: Sequence[str], include: Path | None = None) -> Tasks:
