@@ -299,7 +299,7 @@ def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callabl
         (f"aggregate.start={tmp_path}", "is no run folder"),
     ):
         with pytest.raises(LegolmError, match=says):
-            run(load(raw, tmp_path, warm, override), f"bad {says[:12]}")
+            make_plan(load(raw, tmp_path, warm, override))
 
 
 @pytest.mark.parametrize(
@@ -339,6 +339,16 @@ def test_every_comparison_of_the_examples_loads(path: Path) -> None:
         assert found[variant.name].seed == 7
         # What a variant says itself stands.
         assert found[variant.name].train.learning_rate == variant.set.get("train.learning_rate", 0.5)
+
+
+def test_a_folder_of_another_run_is_found_before_the_first_variant_runs(raw: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(json.dumps({"run": raw, "variants": [{"name": "a"}, {"name": "b"}]}))
+    (tmp_path / "out" / "b").mkdir(parents=True)
+    (tmp_path / "out" / "b" / "notes.txt").write_text("mine")
+    with pytest.raises(LegolmError, match=r"out/b: is not empty and not a run"):
+        compare(path, tmp_path / "out")
+    assert not (tmp_path / "out" / "a").exists()
 
 
 def test_a_broken_comparison_says_where(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -166,9 +166,9 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Option(help="a PEFT adapter's folder, put on the model")] = None,
     rouge: Annotated[bool, typer.Option("--rouge", help="also generate the answers, for ROUGE-L; slow")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="only so many questions of each task and of --data")] = None,
-    instruction: Annotated[str, typer.Option(help="field of the instruction")] = "instruction",
-    answer: Annotated[str, typer.Option(help="field of the answer")] = "output",
-    length: Annotated[int, typer.Option(min=2, help="tokens a perplexity window")] = 1024,
+    instruction: Annotated[str | None, typer.Option(help="field of the instruction, `instruction`")] = None,
+    answer: Annotated[str | None, typer.Option(help="field of the answer, `output`")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="tokens a perplexity window, 1024")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="at most this many windows")] = None,
     precision: Precision = "fp32",
     out: Annotated[Path | None, typer.Option(help="JSON file of all figures, with every question's part")] = None,
@@ -182,7 +182,8 @@ def evaluate(
     from legolm.evaluate.side_by_side import line_up, write_json
     from legolm.report.terminal import print_scores
 
-    fields = Fields(instruction=instruction, answer=answer)
+    named = {name: field for name, field in (("instruction", instruction), ("answer", answer)) if field is not None}
+    fields = Fields(**named) if named else None
     questions = read_questions(_names(tasks), include, data, fields, text, limit, rouge, length, windows)
     results = evaluate_all(line_up(models, base, adapter), questions, precision)
     print_scores(results)
@@ -258,22 +259,19 @@ def ablate(
     include: Annotated[Path | None, typer.Option(help="folder of your own YAML tasks; their code runs")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only so many questions of each task")] = None,
     text: Annotated[Path | None, typer.Option(help="a text file for the LLM's perplexity")] = None,
-    length: Annotated[int, typer.Option(min=2, help="tokens a perplexity window")] = 512,
+    length: Annotated[int | None, typer.Option(min=2, help="tokens a perplexity window, 1024")] = None,
 ) -> None:
     """Leave each block, then each client, out of the aggregation. Goes on where an earlier call stopped."""
     from legolm.ablate import ablate as leave_out
     from legolm.ablate import print_ablation
-    from legolm.config import Fields
     from legolm.evaluate import read_questions
     from legolm.progress import Progress
     from legolm.rundir import check_room
 
     check_room(out or folder)
     names, questions = _names(tasks), None
-    if not names and (include or limit):
-        raise LegolmError("ablate: --include and --limit are of tasks; give --tasks")
-    if names or text:
-        questions = read_questions(names, include, None, Fields(), text, limit, length=length)
+    if names or text or include or limit or length:
+        questions = read_questions(names, include, None, None, text, limit, length=length)
     print_ablation(leave_out(folder, out or folder, questions, Progress()), out or folder)
 
 

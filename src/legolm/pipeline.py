@@ -51,7 +51,7 @@ def run(
     """
     began = time.perf_counter()
     need_matplotlib()
-    config = _with_precision(config, out)
+    config = with_precision(config, out)
     progress = progress or Progress()
     engine = engine or engine_for(config)
     plan = make_plan(config)
@@ -76,7 +76,7 @@ def run(
     return summary
 
 
-def _with_precision(config: RunConfig, out: Path) -> RunConfig:
+def with_precision(config: RunConfig, out: Path) -> RunConfig:
     """Decide `precision: auto` once a run: a resumed one keeps what its first part had."""
     if config.precision != "auto":
         return config

@@ -17,9 +17,10 @@ from legolm.data import check_text, render
 from legolm.federate.client import client_data
 from legolm.finetune import choose_device, choose_precision
 from legolm.memory import available_bytes
-from legolm.models import load_config, load_tokenizer, resolve
-from legolm.prune import Base, planned_coverage, target_pattern
+from legolm.models import fingerprint, load_config, load_tokenizer, resolve
+from legolm.prune import Base, llm_block, planned_coverage, target_pattern
 from legolm.types import ClientData, LegolmError
+from legolm.warm import start_factors
 
 SPARE_BYTES = 1 << 30
 """Memory left to the server and the system when actors are counted."""
@@ -129,6 +130,8 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     block_of = assign(config, needs, {block.name: block.parameters for block in blocks})
 
     check_clients(config, block_of)
+    if config.lora.start is not None or config.aggregate.start is not None:
+        start_factors(config, llm_block(path, fingerprint(path)))
     clients = []
     for client in config.clients:
         block = block_of[client.id]

@@ -20,18 +20,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from legolm import wire
-from legolm.aggregate import Scheme, Start, initial_factors, make_scheme
+from legolm.aggregate import Scheme, Start, make_scheme
 from legolm.aggregate.folding import concatenated
 from legolm.codec import Flat
 from legolm.config import OutlierConfig, RunConfig
 from legolm.coverage import tensors_hash
 from legolm.dispatch import Dispatch, Job, Order, Split, Trained, derive_seed
 from legolm.federate import Exchange, Reply, Request
-from legolm.finetune import load_adapter
 from legolm.progress import Progress
 from legolm.rundir import UPDATES, RunDir, atomic_folder, atomic_write, read_json
 from legolm.types import Block, LegolmError, Score, Tensors, Update
-from legolm.warm import warm_factors
+from legolm.warm import start_factors
 
 Record = dict[str, Any]
 Criterion = Literal["validation", "llm_validation"]
@@ -120,14 +119,10 @@ class Rounds:
 
     def scheme(self, number: int | None) -> Scheme:
         """The scheme as it was after a finished round, or at the very start."""
-        lora, aggregate = self._config.lora, self._config.aggregate
-        seed, frozen = derive_seed(self._config.seed, "adapter"), aggregate.form == "frozen_side"
-        factors = initial_factors(self._llm.coverage.shape, lora.targets, lora.rank, seed, frozen, lora.ranks)
-        if lora.start is not None:
-            factors = load_adapter(Path(lora.start).expanduser(), factors, self._llm.coverage.shape, lora.scaling)
-        if aggregate.start is not None:
-            factors = warm_factors(Path(aggregate.start), self._llm, factors, self._config)
-        scheme = make_scheme(Start(self._llm.coverage.shape, factors, lora.rank, lora.scaling, seed), aggregate)
+        lora, seed = self._config.lora, derive_seed(self._config.seed, "adapter")
+        factors = start_factors(self._config, self._llm)
+        start = Start(self._llm.coverage.shape, factors, lora.rank, lora.scaling, seed)
+        scheme = make_scheme(start, self._config.aggregate)
         if number is not None:
             scheme.load_state(load_file(self._folder.round(number) / "adapter.safetensors"))
         return scheme

@@ -113,21 +113,27 @@ class RunDir:
     def open(path: Path, config: RunConfig, resume: bool) -> RunDir:
         """Start a run in a new or empty folder, or go on with one. Raises `LegolmError` when it is another's."""
         run = RunDir(path)
-        text = configs.dump(config)
+        run.check(config, resume)
         if run.config_file.exists():
-            if run.config_file.read_text(encoding="utf-8") != text:
-                raise LegolmError(
-                    f"run folder {path}: belongs to another config (see its config.yaml); give another --out"
-                )
-            if not resume:
-                raise LegolmError(f"run folder {path}: already there; add --resume to go on, or give another --out")
             for stale in path.rglob(".*.partial"):
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise LegolmError(f"run folder {path}: is not empty and not a run; give another --out")
         else:
-            atomic_write(run.config_file, text)
+            atomic_write(run.config_file, configs.dump(config))
         return run
+
+    def check(self, config: RunConfig, resume: bool) -> None:
+        """Raise `LegolmError` unless the folder is new, empty, or this config's and may be resumed."""
+        if self.config_file.exists():
+            if self.config_file.read_text(encoding="utf-8") != configs.dump(config):
+                raise LegolmError(
+                    f"run folder {self.path}: belongs to another config (see its config.yaml); give another --out"
+                )
+            if not resume:
+                raise LegolmError(
+                    f"run folder {self.path}: already there; add --resume to go on, or give another --out"
+                )
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise LegolmError(f"run folder {self.path}: is not empty and not a run; give another --out")
 
     @property
     def config_file(self) -> Path:

@@ -22,13 +22,13 @@ from legolm.config import BlockConfig, RunConfig
 from legolm.config.study import Variant, load_study
 from legolm.coverage import Coverage
 from legolm.models import load_config, resolve
-from legolm.pipeline import run
+from legolm.pipeline import run, with_precision
 from legolm.plan import Parts, Plan, make_plan, read_parts
 from legolm.progress import Progress
 from legolm.prune import Base, planned_coverage
 from legolm.report.html import Raw, tag
 from legolm.rounds import best_round
-from legolm.rundir import atomic_write, check_room, held_bytes
+from legolm.rundir import RunDir, atomic_write, check_room, held_bytes
 from legolm.types import LegolmError
 
 Record = dict[str, Any]
@@ -64,11 +64,13 @@ def compare(
     Comparisons with the same `store` (`out`/blocks if not given) share blocks.
     """
     found, store = [], store or out / "blocks"
-    # All plans first: bad input should not wait for the first run's end, nor a disk that is too small for the last.
+    # All first: bad input should not wait for the first run's end, nor another's folder or a small disk for the last.
     planned = plans(path, changes)
     blocks = [sum(block.file_bytes for block in plan.blocks) for _, plan in planned.values()]
     needed = sum(plan.disk_bytes - (0 if models else plan.models_bytes) for _, plan in planned.values())
     check_room(out, needed - sum(blocks) + max(blocks) - held_bytes(out))
+    for name, (config, _) in planned.items():
+        RunDir(out / name).check(with_precision(config, out / name), resume=True)
     for name, (config, plan) in planned.items():
         summary = run(config, out / name, (out / name).exists(), Progress(), store=store, models=models)
         found.append(row(name, config, plan, summary, out / name))

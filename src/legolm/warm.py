@@ -1,4 +1,4 @@
-"""A warm start: the best global adapter of an earlier run."""
+"""What the rounds start from: fresh factors, a PEFT adapter, or the best global adapter of an earlier run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from legolm.aggregate import initial_factors
 from legolm.aggregate.initial import is_frozen
 from legolm.config import RunConfig
+from legolm.dispatch import derive_seed
+from legolm.finetune import load_adapter
 from legolm.rundir import RunDir, read_json
 from legolm.types import Block, LegolmError, Tensors
 
 
-def warm_factors(path: Path, llm: Block, like: Tensors, config: RunConfig) -> Tensors:
-    """Factors of the run in `path` after its best round. Raises `LegolmError` when they do not fit this run.
+def start_factors(config: RunConfig, llm: Block) -> Tensors:
+    """The LLM's factors before the first round. Raises `LegolmError` for a start that does not fit this run."""
+    lora, aggregate, shape = config.lora, config.aggregate, llm.coverage.shape
+    seed, frozen = derive_seed(config.seed, "adapter"), aggregate.form == "frozen_side"
+    factors = initial_factors(shape, lora.targets, lora.rank, seed, frozen, lora.ranks)
+    if lora.start is not None:
+        factors = load_adapter(Path(lora.start).expanduser(), factors, shape, lora.scaling)
+    if aggregate.start is not None:
+        factors = _warm_factors(Path(aggregate.start), llm, factors, config)
+    return factors
 
-    `like` are the factors that a cold start has.
-    """
+
+def _warm_factors(path: Path, llm: Block, like: Tensors, config: RunConfig) -> Tensors:
+    """Factors of the run in `path` after its best round; `like` are those that a cold start has."""
     run, where = RunDir(path), f"aggregate.start {path}"
     try:
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -204,10 +206,29 @@ def test_bad_input_is_one_line(
     fails(llm, "--tasks", "thre", "--include", tasks(), says=("no task 'thre'", "nearest: three"))
     fails(llm, "--tasks", "three", "--include", tasks(doc_to_text=None), says=("three.yaml: no field `doc_to_text`",))
     fails(llm, "--include", tasks(), "--data", data, says=("--include", "--tasks"))
+    for option, wants in (("--limit", "--tasks or --data"), ("--answer", "--data")):
+        fails(llm, "--text", corpus, option, 3, says=(option, f"is of {wants}"))
+    for option in ("--length", "--windows"):
+        fails(llm, "--data", data, option, 3, says=(option, "is of --text"))
+    # Before the tasks have their hours.
+    asked = ("--tasks", "three", "--include", tasks(), "--text", corpus, "--length")
+    with monkeypatch.context() as patched:
+        patched.setattr("legolm.evaluate.questions.run_tasks", None)
+        fails(llm, *asked, 10**6, says=("--length 1000000: the model takes 512 tokens",))
+    learned = tmp_path / "learned"
+    shutil.copytree(llm, learned)
+    shutil.copytree(adapter, learned / "adapter")
+    fails(learned, "--adapter", learned / "adapter", "--data", data, says=("is merged into", "already"))
+    weights = load_file(learned / "model.safetensors")
+    name = next(name for name in weights if name.endswith("down_proj.weight"))
+    save_file(weights | {name: weights[name] * math.nan}, learned / "model.safetensors", {"format": "pt"})
+    fails(learned, "--data", data, says=("learned", f"{name} is not finite"))
     fails(llm, "--text", corpus, "--rouge", says=("--rouge", "--data"))
     fails(llm, "--data", tmp_path / "none.jsonl", says=("--data", "none.jsonl"))
     fails(llm, "--data", data, "--out", data, says=("--out", "is already there"))
-    fails(llm, "--text", corpus, "--length", 100_000, says=("a window needs 100000",))
+    short_text = tmp_path / "short.txt"
+    short_text.write_text("a few words")
+    fails(llm, "--text", short_text, "--length", 64, says=("a window needs 64",))
     fails(tmp_path, "--data", data, says=("has no config.json",))
     fails(llm, block, "--adapter", adapter, "--data", data, says=("goes on one model, not on 2",))
     fails(llm, "--adapter", tmp_path, "--data", data, says=("no adapter_config.json",))

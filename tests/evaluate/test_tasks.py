@@ -120,11 +120,18 @@ def test_what_is_wrong_with_a_task_file_is_one_line(tasks: Write, tmp_path: Path
         fails("three.yaml: no field `" + field, **{field: None})
     fails("three.yaml: no field `test_split or validation_split`", test_split=None)
     fails("three.yaml", "data_files names none.jsonl", "beside it", dataset_kwargs={"data_files": "none.jsonl"})
-    fails("three.yaml", "/none.jsonl", dataset_kwargs={"data_files": "/none.jsonl"})
+    fails("three.yaml", "/none.jsonl", dataset_kwargs={"data_files": {"test": "/none.jsonl"}})
+    fails("three.yaml", "test_split is 'test'", "make train", dataset_kwargs={"data_files": "data/three.jsonl"})
     fails("three.yaml", "gold", "the data have query, choices", rows=[{"query": "a", "choices": ["a", "b"]}])
     fails("three.yaml", "want the data's fields choices, gold, query", rows=[{"query": "a", "gold": 0}])
     fails("three.yaml", "'question' is undefined", doc_to_text="{{question}}")
-    fails("three.yaml", "valid", test_split="valid")
+    fails("three.yaml", "test_split is 'valid'; its data_files make test", test_split="valid")
+    for gold in (2, -1):
+        both = [{"query": "a", "choices": ["a", "b"], "gold": one} for one in (0, gold)]
+        fails(f"question 2: the right choice is {gold}, and it has choices 0 to 1", rows=both)
+    both = [{"query": "a", "choices": ["a", "b"], "gold": gold} for gold in ("b", "c")]
+    fails("question 2: the right choice is 'c', and it has choices 0 to 1", rows=both)
+    load_tasks(["three"], tasks(both), limit=1)
     (tasks() / "data" / "three.jsonl").write_text("{\n")
     with pytest.raises(LegolmError, match=r"three\.yaml"):
         load_tasks(["three"], tmp_path / "tasks")

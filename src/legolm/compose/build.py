@@ -79,6 +79,8 @@ def plan(
             coverage = masked_like(coverage, coverages) if into == "union" else coverage
         whole = into == "llm"
     else:
+        if base is not None:
+            raise LegolmError(f"--base {base}: {into} has its own weights; leave it out")
         target = _target(into, sources[0].block)
         found, coverage, whole = (
             Base.of(target.path, target.base_fingerprint, load_config(target.path)),

@@ -14,6 +14,7 @@ from legolm.coverage import Coverage, factor_shape, parse_key
 from legolm.data import read_rows, render, to_example
 from legolm.evaluate import score
 from legolm.finetune import load_factors, merged, read_adapter
+from legolm.finetune.adapters import FACTORS
 from legolm.models import load_model, load_tokenizer
 from legolm.progress import Progress
 from legolm.prune import read_block
@@ -57,8 +58,12 @@ class Source:
 def read_sources(names: Sequence[str]) -> list[Source]:
     """Read `FOLDER` of a run's final/ or `BLOCK:ADAPTER` with a PEFT adapter.
 
-    Raises `LegolmError` for a missing or foreign adapter, other base models and other LoRA targets.
+    Raises `LegolmError` for a missing or foreign adapter, the same source twice, other base models and other LoRA
+    targets.
     """
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise LegolmError(f"{name}: is given twice; give it once, with more weight (--weights)")
     sources = [_read(name) for name in names]
     first = sources[0]
     for other in sources[1:]:
@@ -117,6 +122,11 @@ def _read(name: str) -> Source:
     path, _, adapter = ("", "", "") if Path(name).is_dir() else name.rpartition(":")
     block = read_block(Path(path or name))
     if path:
+        if (block.path / FACTORS).is_file():
+            raise LegolmError(
+                f"{name}: {path} has what it learned merged already, and the adapter would hide it; give {path} alone, "
+                "or the block that the adapter was trained on"
+            )
         factors, start = read_adapter(Path(adapter), block.coverage, name), None
     else:
         factors, start = load_factors(block.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,9 @@ class Figure:
     count: int
 
     def as_json(self) -> dict[str, Any]:
-        """For `json.dumps`."""
-        return {"value": self.value, "stderr": self.stderr, "count": self.count}
+        """For `json.dumps`; null for an undefined figure of the harness, which JSON has no number for."""
+        value = self.value if math.isfinite(self.value) else None
+        return {"value": value, "stderr": self.stderr, "count": self.count}
 
 
 @dataclass(frozen=True)

@@ -16,22 +16,27 @@ from legolm.finetune import autocast
 from legolm.types import LegolmError
 
 
-def window_losses(model: Any, tokens: Tensor, length: int, precision: Precision, windows: int | None = None) -> Array:
-    """Loss (nats) summed over the `length` - 1 predictions of each window: (windows,) float64.
+def text_windows(tokens: Tensor, length: int, most: int | None = None) -> Tensor:
+    """The first `most` windows (windows, length) of a text's ids (n,), side by side; the rest of it is left out.
 
-    The windows do not overlap; `tokens` is int64, one dimension. Raises `LegolmError` when it is shorter than one.
+    Raises `LegolmError` when the text is shorter than one.
     """
-    found = tokens[: len(tokens) // length * length].view(-1, length)[:windows]
+    found = tokens[: len(tokens) // length * length].view(-1, length)[:most]
     if not len(found):
         raise LegolmError(f"text: {len(tokens)} tokens; a window needs {length}; give more text or a smaller --length")
+    return found
+
+
+def window_losses(model: Any, windows: Tensor, precision: Precision) -> Array:
+    """Loss (nats) summed over the predictions of each window of ids (windows, length), all but its first: float64."""
     losses = []
     with torch.no_grad(), autocast(precision, model.device.type):
-        for window in found.to(model.device):
+        for window in windows.to(model.device):
             logits = model(input_ids=window[None]).logits[0, :-1].float()
             losses.append(float(cross_entropy(logits, window[1:], reduction="sum").double()))
     return np.array(losses)
 
 
 def perplexity(model: Any, tokens: Tensor, length: int, precision: Precision, windows: int | None = None) -> float:
-    """exp of the mean loss over the windows of `window_losses`."""
-    return math.exp(window_losses(model, tokens, length, precision, windows).mean() / (length - 1))
+    """exp of the mean loss over the windows of `text_windows`."""
+    return math.exp(window_losses(model, text_windows(tokens, length, windows), precision).mean() / (length - 1))

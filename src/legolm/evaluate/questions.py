@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from legolm.config import Fields, Precision
 from legolm.data import read_rows, read_text, render, to_example
 from legolm.evaluate.answers import score_each
 from legolm.evaluate.figure import digest, ratio_figure
-from legolm.evaluate.perplexity import window_losses
+from legolm.evaluate.perplexity import text_windows, window_losses
 from legolm.evaluate.rouge import generate, need_rouge, rouge_l
 from legolm.evaluate.tasks import TaskFigures, Tasks, load_tasks, run_tasks
 from legolm.types import Example, LegolmError
@@ -45,29 +46,39 @@ def read_questions(
     tasks: Sequence[str],
     include: Path | None,
     data: str | None,
-    fields: Fields,
+    fields: Fields | None,
     text: Path | None,
     limit: int | None = None,
     rouge: bool = False,
-    length: int = 1024,
+    length: int | None = None,
     windows: int | None = None,
 ) -> Questions:
-    """Read all inputs before any model is loaded. Raises `LegolmError` for what is missing or broken."""
+    """Read all inputs before any model is loaded.
+
+    Raises `LegolmError` for what is missing or broken, and for a setting of what is not asked.
+    """
+    for option, given, wants, there in (
+        ("--include", include, "--tasks", tasks),
+        ("--limit", limit, "--tasks or --data", tasks or data),
+        ("--rouge", rouge or None, "--data", data),
+        ("--instruction, --answer", fields, "--data", data),
+        ("--length", length, "--text", text),
+        ("--windows", windows, "--text", text),
+    ):
+        if given is not None and not there:
+            raise LegolmError(f"{option}: is of {wants}, which is not given; add it, or leave {option} out")
     if not tasks and data is None and text is None:
-        raise LegolmError("eval: nothing to evaluate on; give --tasks, --data or --text, or several")
-    if include is not None and not tasks:
-        raise LegolmError("--include: names no task by itself; give --tasks")
+        raise LegolmError("nothing to evaluate on; give --tasks, --data or --text, or several")
     if rouge:
-        if data is None:
-            raise LegolmError("--rouge: is for answers; give --data")
         need_rouge()
+    fields = fields or Fields()
     return Questions(
-        tasks=load_tasks(tasks, include) if tasks else None,
+        tasks=load_tasks(tasks, include, limit) if tasks else None,
         examples=tuple(to_example(row, fields) for row in read_rows(data, "--data"))[:limit] if data else (),
         text=None if text is None else read_text(text, "--text"),
         limit=limit,
         rouge=rouge,
-        length=length,
+        length=length or Questions.length,
         windows=windows,
     )
 
@@ -75,9 +86,11 @@ def read_questions(
 def measure(model: Any, tokenizer: Any, questions: Questions, precision: Precision = "fp32") -> TaskFigures:
     """All figures of a causal LM in memory, by task (`answers` and `text` besides) and metric.
 
-    Losses are nats a token; exact match, ROUGE-L and accuracies are shares of 1.
+    Losses are nats a token; exact match, ROUGE-L and accuracies are shares of 1. Raises `LegolmError`, before anything
+    is measured, for a text or a model that is too short for a window.
     """
     found: TaskFigures = {}
+    windows = None if questions.text is None else _windows(model, tokenizer, questions)
     if questions.tasks is not None:
         found |= run_tasks(model, tokenizer, questions.tasks, questions.limit, precision)
     if questions.examples:
@@ -92,10 +105,18 @@ def measure(model: Any, tokenizer: Any, questions: Questions, precision: Precisi
             texts = generate(model, examples, tokenizer, BATCH, precision)
             references = [example.messages[-1].content for example in questions.examples]
             found[DATA]["ROUGE-L"] = ratio_figure(rouge_l(texts, references), None, asked)
-    if questions.text is not None:
-        tokens = torch.tensor(tokenizer.encode(questions.text, add_special_tokens=False, verbose=False))
-        losses = window_losses(model, tokens, questions.length, precision, questions.windows)
+    if windows is not None:
+        losses = window_losses(model, windows, precision)
         predicted = [float(questions.length - 1)] * len(losses)
-        read = digest(tokens[: len(losses) * questions.length].tolist())
-        found[TEXT] = {"perplexity": ratio_figure(losses, predicted, read, exponential=True)}
+        asked = digest(windows.flatten().tolist())
+        found[TEXT] = {"perplexity": ratio_figure(losses, predicted, asked, exponential=True)}
     return found
+
+
+def _windows(model: Any, tokenizer: Any, questions: Questions) -> Tensor:
+    """Token ids (windows, length) of the text. Raises `LegolmError` when it, or the model, is too short for one."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and questions.length > most:
+        raise LegolmError(f"--length {questions.length}: the model takes {most} tokens; give a smaller one")
+    tokens = torch.tensor(tokenizer.encode(questions.text, add_special_tokens=False, verbose=False))
+    return text_windows(tokens, questions.length, questions.windows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 
 from legolm.config import Precision
-from legolm.evaluate.figure import Figure
+from legolm.evaluate.figure import Figure, RatioFigure
 from legolm.evaluate.paired import Comparison, compare
 from legolm.evaluate.questions import Questions, measure
 from legolm.evaluate.tasks import TaskFigures
@@ -70,6 +71,11 @@ def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None
     if adapter is not None and len(names) > 1:
         raise LegolmError(f"--adapter {adapter}: goes on one model, not on {len(names)}; evaluate them one by one")
     paths = {name: resolve(name) for name in names}
+    if adapter is not None and adapter.resolve().parent == paths[names[0]].resolve():
+        raise LegolmError(
+            f"--adapter {adapter}: is merged into {names[0]} already; leave it out, or give the block that it was "
+            "trained on"
+        )
     blocks = {name: read_block(path) for name, path in paths.items() if (path / "manifest.json").is_file()}
     dense = {name: path for name, path in paths.items() if name not in blocks}
     lineup: dict[str, Subject] = {}
@@ -95,6 +101,7 @@ def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Preci
         for subject in reversed(subjects):  # an adapter or a block that does not fit shows before the LLM has its turn
             model, tokenizer = load_subject(subject), load_tokenizer(subject.path)
             found[subject.name] = measure(model, tokenizer, questions, precision)
+            _check_finite(subject.name, found[subject.name])
             del model
             release_memory()
             advance(1)
@@ -118,14 +125,28 @@ def write_json(results: Sequence[Result], questions: Questions, precision: Preci
 
 
 def load_subject(subject: Subject) -> Any:
-    """The model on the machine's best device, its adapter on it; on an unstructured block merged under the mask."""
+    """The model on the machine's best device, its adapter on it; on an unstructured block merged under the mask.
+
+    Raises `LegolmError` for an adapter that does not fit, and weights that are not finite.
+    """
     model = load_model(subject.path)
     if subject.adapter is not None:
         model = _with_adapter(model, subject.adapter)
         if subject.block is not None and subject.block.coverage.masks:
             model = model.merge_and_unload()
             _mask(model, subject.block)
+    broken = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise LegolmError(f"model {subject.name}: {broken[0]} is not finite; its figures would say nothing")
     return model.to(choose_device("auto")).eval()
+
+
+def _check_finite(name: str, found: TaskFigures) -> None:
+    """A loss that overflowed has no error and no test. The harness's own may be undefined, as F1 without a hit."""
+    for task, metrics in found.items():
+        for metric, figure in metrics.items():
+            if isinstance(figure, RatioFigure) and not math.isfinite(figure.value):
+                raise LegolmError(f"model {name}: {task} {metric} is {figure.value}; try --precision fp32")
 
 
 def _find_base(name: str, block: Block, base: str | None, dense: dict[str, Path]) -> tuple[str, Path]:

@@ -49,14 +49,15 @@ class Tasks:
         return digest(found)
 
 
-def load_tasks(names: Sequence[str], include: Path | None = None) -> Tasks:
+def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | None = None) -> Tasks:
     """Tasks, groups or tags by name: from the YAML files below the folder `include`, else the harness's own.
 
     A relative `data_files` of a YAML is looked for beside it, then, as the harness does, in the working directory. A
     task's YAML may name Python functions in files beside it, which run: include only folders that you trust.
 
     Raises `LegolmError` when the harness is not installed, for an unknown name (with the nearest), a YAML that is
-    broken or lacks a field, and data that are missing or would have to come from the hub while offline.
+    broken or lacks a field, data that are missing or would have to come from the hub while offline, and a right choice,
+    among the first `limit` questions of a YAML task, that is none of the choices.
     """
     manager_of = _need_harness()
     if include is not None:
@@ -80,6 +81,7 @@ def load_tasks(names: Sequence[str], include: Path | None = None) -> Tasks:
         for task_name, task in found["tasks"].items():
             if task_name in files:
                 _check_fields(task, files[task_name])
+                _check_golds(task, files[task_name], limit)
         for part in loaded:
             loaded[part] |= found.get(part, {})
     for task in loaded["tasks"].values():
@@ -227,6 +229,7 @@ def _beside_its_yaml(entry: Any) -> Any:
     if "data_files" not in options:
         return entry
     options = options | {"data_files": _located(options["data_files"], path)}
+    _check_splits(config, options["data_files"], path)
     # Without the path the harness takes the fields from the entry instead of reading the file again.
     return replace(entry, yaml_path=None, cfg=config | {"dataset_kwargs": options})
 
@@ -279,6 +282,30 @@ def _check_fields(task: Any, path: Path) -> None:
         if isinstance(field, str) and field.isidentifier() and field not in task.features:
             have = ", ".join(task.features)
             raise LegolmError(f"task file {path}: {key} names the field `{field}`; the data have {have}")
+
+
+def _check_golds(task: Any, path: Path, limit: int | None) -> None:
+    """The harness takes a right choice that is none of the choices for a wrong answer, whatever the model says."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for number, doc in task.doc_iterator(limit=limit):
+        choices = task.doc_to_choice(doc)
+        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        for one in gold if isinstance(gold, list) else [gold]:
+            if one not in (range(len(choices)) if isinstance(one, int) else choices):
+                raise LegolmError(
+                    f"task file {path}: question {number + 1}: the right choice is {one!r}, and it has choices 0 to "
+                    f"{len(choices) - 1}; correct its data or doc_to_target"
+                )
+
+
+def _check_splits(config: dict[str, Any], files: Any, path: Path) -> None:
+    """Raise `LegolmError` for a split that the data files do not make."""
+    made = list(files) if isinstance(files, dict) else ["train"]
+    for field in SPLITS:
+        split = config.get(field)
+        if split and str(split).partition("[")[0] not in made:
+            raise LegolmError(f"task file {path}: {field} is {split!r}; its data_files make {', '.join(made)}")
 
 
 def _fields_of(config: dict[str, Any]) -> set[str]:
