@@ -82,6 +82,7 @@ class TestReading:
             assert (name, split) == ("org/name", "test")
             return [QUESTION]
 
+        monkeypatch.setattr(sources, "hub_answers", lambda: True)
         monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
         (row,) = rows("hub:org/name:test")
         assert (row.stem, row.place, to_example(row, Fields())) == ("name", "hub:org/name:test row 1", PAIR)
@@ -174,9 +175,15 @@ class TestReadingErrors:
             raise ConnectionError("cannot reach the hub\nlong story")
 
         monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
-        message = error_of("hub:org/name")
-        assert message.startswith("data.train: 'hub:org/name' cannot be loaded (cannot reach the hub); set HF_HUB_")
-        assert message.endswith("or give a file")
+        for answers, offline, says in (
+            (True, False, " (cannot reach the hub); give a file"),
+            (False, True, " (cannot reach the hub); give a file"),  # from what was downloaded before, at once
+            (False, False, ", the hub does not answer; set HF_HUB_OFFLINE=1 to use what was downloaded before, or give"
+             " a file"),
+        ):  # fmt: skip
+            monkeypatch.setattr(sources, "hub_answers", lambda answers=answers: answers)
+            monkeypatch.setattr(sources, "wants_offline", lambda offline=offline: offline)
+            assert error_of("hub:org/name") == f"data.train: 'hub:org/name' cannot be loaded{says}"
 
 
 class TestExamples:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from legolm import hub
 from legolm.evaluate import compare, load_tasks, run_tasks
+from legolm.models import resolve
 from legolm.types import LegolmError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "tasks").glob("*.yaml"))
@@ -164,6 +166,29 @@ def test_the_harness_own_tasks_by_name_and_nothing_waits_for_the_hub(
     offline = re.escape("task 'hellaswag': its data are not on this machine") + ".*go online once, or give a YAML task"
     with pytest.raises(LegolmError, match=offline):
         load_tasks(["three", "hellaswag"], tasks())
+
+
+def test_a_hub_that_does_not_answer_is_found_at_once(tasks: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody said offline, and there is no network: one try, where the hub's clients go on for half a minute."""
+    tried = []
+
+    def refused(address: tuple[str, int], timeout: float) -> None:
+        tried.append(address)
+        raise OSError("unreachable")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub.socket, "create_connection", refused)
+    hub.hub_answers.cache_clear()
+    with pytest.raises(LegolmError, match="no task 'hellaswg'; nearest: hellaswag, "):
+        load_tasks(["hellaswg"])
+    for names, folder in ((["hellaswag"], None), (["three"], tasks(dataset_path="owner/three", dataset_kwargs=None))):
+        with pytest.raises(LegolmError, match="which does not answer; go online, set HF_HUB_OFFLINE=1"):
+            load_tasks(names, folder)
+    with pytest.raises(LegolmError, match="it does not answer, and no earlier download is here"):
+        resolve("owner/model")
+    assert len(tried) == 1
+    hub.hub_answers.cache_clear()
 
 
 def test_many_runs_on_one_model_in_memory(tasks: Write, unigram: Unigram, tokenizer: PreTrainedTokenizerFast) -> None:

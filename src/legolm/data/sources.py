@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from legolm.config import Fields
+from legolm.hub import hub_answers, wants_offline
 from legolm.types import Example, LegolmError, Message
 
 MAX_BYTES = 4 * 10**9
@@ -200,13 +201,15 @@ def _read_hub(source: str, field: str) -> Iterator[Row]:
         from datasets import load_dataset
     except ImportError:
         raise LegolmError(f"{field}: {source!r} needs datasets; run: pip install 'legolm[data]'") from None
+    if not wants_offline() and not hub_answers():
+        raise LegolmError(
+            f"{field}: {source!r} cannot be loaded, the hub does not answer; set HF_HUB_OFFLINE=1 to use what was "
+            "downloaded before, or give a file"
+        )
     try:
         rows = load_dataset(name, split=split or "train")
-    except Exception as error:  # the hub's client raises a dozen kinds: offline, not found, gated
-        raise LegolmError(
-            f"{field}: {source!r} cannot be loaded ({_first_line(error)}); "
-            "set HF_HUB_OFFLINE=1 to use what was downloaded before, or give a file"
-        ) from None
+    except Exception as error:  # the hub's client raises a dozen kinds: not downloaded before, not found, gated
+        raise LegolmError(f"{field}: {source!r} cannot be loaded ({_first_line(error)}); give a file") from None
     for number, row in enumerate(rows, 1):
         yield Row(dict(row), name.rpartition("/")[2], name, f"{source} row {number}")
 

@@ -21,6 +21,7 @@ from jinja2 import Environment, TemplateError, meta
 
 from legolm.config import Precision
 from legolm.evaluate.figure import Figure, digest, ratio_figure
+from legolm.hub import hub_answers, wants_offline
 from legolm.types import LegolmError
 
 BATCH = 8
@@ -74,6 +75,9 @@ def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | N
     for name in names:
         if name not in index:
             raise LegolmError(_unknown(name, list(index), own, include))
+    for name in wanted:
+        if name not in own:
+            _need_hub(f"task {name!r}")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         with _one_line(name, files.get(name), index[name].cfg), _quiet():
@@ -227,11 +231,22 @@ def _beside_its_yaml(entry: Any) -> Any:
         raise LegolmError(f"task file {path}: no field `{missing[0]}`; add it")
     options = config.get("dataset_kwargs") or {}
     if "data_files" not in options:
+        if "custom_dataset" not in config and not Path(str(config["dataset_path"])).exists():
+            _need_hub(f"task file {path}")
         return entry
     options = options | {"data_files": _located(options["data_files"], path)}
     _check_splits(config, options["data_files"], path)
     # Without the path the harness takes the fields from the entry instead of reading the file again.
     return replace(entry, yaml_path=None, cfg=config | {"dataset_kwargs": options})
+
+
+def _need_hub(place: str) -> None:
+    """Raise `LegolmError` at once when the hub does not answer. Told to be offline, its clients ask their cache."""
+    if not wants_offline() and not hub_answers():
+        raise LegolmError(
+            f"{place}: its data come from the hub, which does not answer; go online, set HF_HUB_OFFLINE=1 to use what "
+            "was downloaded before, or give a YAML task on files of your own (--include)"
+        )
 
 
 def _located(files: Any, yaml_path: Path) -> Any:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from legolm.hub import hub_answers, wants_offline
 from legolm.models.family import decoder_layers, family_of
 from legolm.models.starter import starter_path
 from legolm.rounding import rounded
@@ -40,11 +41,15 @@ def resolve(model: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    offline = wants_offline() or not hub_answers()
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises a dozen kinds: offline, not found, gated, network
+        return Path(snapshot_download(model, allow_patterns=patterns, local_files_only=offline))
+    except Exception as error:  # the hub client raises a dozen kinds: not found, gated, network
         reason = str(error).strip().splitlines()[0]
+        if offline:
+            reason = "HF_HUB_OFFLINE is set" if wants_offline() else "it does not answer"
+            reason = f"{reason}, and no earlier download is here"
         raise LegolmError(f"model: {model!r} cannot be had from the hub ({reason}); give a local folder") from None
 
 

@@ -1,0 +1,30 @@
+"""Whether the Hugging Face hub can be asked, known in seconds: its clients retry for half a minute or more."""
+
+from __future__ import annotations
+
+import socket
+from functools import lru_cache
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from huggingface_hub import constants
+
+PATIENCE_S = 5.0
+
+
+def wants_offline() -> bool:
+    """Whether the user said so (HF_HUB_OFFLINE=1)."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+@lru_cache
+def hub_answers() -> bool:
+    """Whether the hub's host takes connections; behind a proxy only the hub's own clients can tell, and may try."""
+    address = urlsplit(constants.ENDPOINT)
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((address.hostname, address.port or 443), PATIENCE_S).close()
+    except OSError:
+        return False
+    return True
