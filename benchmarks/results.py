@@ -6,6 +6,7 @@
     legolm compare examples/compare/flan_rates.yaml --out RUNS/flan_rates-1 --blocks RUNS/blocks --no-models
         --set seed=1
     legolm compare examples/compare/flan_models.yaml --out RUNS/flan_models --blocks RUNS/blocks --no-models
+    legolm compare examples/compare/flan_ideal.yaml --out RUNS/flan_ideal --blocks RUNS/blocks --no-models
     legolm compare examples/compare/flan_gap.yaml --out RUNS/flan_gap --blocks RUNS/blocks --no-models
     legolm run examples/flan/public.yaml --out RUNS/public
     legolm compare examples/compare/flan_warm.yaml --out RUNS/flan_warm --blocks RUNS/blocks --no-models
@@ -16,14 +17,16 @@
     python benchmarks/compose.py RUNS/flan/local --group snli,cola --group snli,cola,wic,definite_pronoun_resolution
         --out RUNS/compose.json
     python benchmarks/server_step.py RUNS/flan/heteagg_frozen_side --out RUNS/server_step.json
-    legolm eval starter RUNS/flan/heteagg_frozen_side/final/llm --include examples/tasks --tasks hellaswag,arc_easy
-        --limit 100 --text TEST.txt --windows 20 --precision bf16 --out RUNS/robustness.json
+    legolm eval starter RUN/final/llm RUN/blocks/structured-25 RUN/final/snli RUN/blocks/structured-50 RUN/final/cola
+        RUN/blocks/sparsegpt-50 RUN/final/wic RUN/blocks/structured-75 RUN/final/definite_pronoun_resolution
+        --include examples/tasks --tasks hellaswag,arc_easy,arc_challenge --limit 200 --text TEST.txt --windows 20
+        --precision bf16 --out RUNS/robustness.json    # RUN: RUNS/flan/heteagg_frozen_side; TEST.txt: WikiText-2's
     python benchmarks/results.py RUNS [--notes benchmarks/results_notes.md] [--out docs]
 
 Every command from the folder that holds the data (`examples/flan/mixed.yaml` says which). Only RUNS/flan has to be
-there; what is missing is left out. One thing is computed here and kept beside the runs: FedIT's global adapter sliced
-onto the mixed blocks. What the page is made from is kept in OUT/results/records, which can be RUNS too: without the
-adapters, a few kilobytes a run. Last line: one JSON object, that of `docs/results.json`.
+there, whole; what else is missing is left out. One thing is computed here and kept beside the runs: FedIT's global
+adapter sliced onto the mixed blocks. What the page is made from is kept in OUT/results/records, which can be RUNS too:
+without the adapters, a few kilobytes a run. Last line: one JSON object, that of `docs/results.json`.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from legolm.rundir import RunDir, read_json
-from results_read import DEFAULT, FORMS, Record, claims, everything, keep, main_table, robustness, rows_of
+from results_read import DEFAULT, FORMS, Record, claims, cpu_of, everything, keep, main_table, robustness, rows_of
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -52,16 +55,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def study_table(path: Path, main: Record | None = None) -> str:
     """The rows of one comparison; the LLM's losses are those of `main`, the table of several seeds, if given."""
-    rows = []
+    rows, usual = [], cpu_of(path.parent / "flan" / DEFAULT)
     for one in rows_of(path):
         llm = main["llm_loss"][one["name"]] if main else one["llm"]
         more = f" ± {main['llm_spread'][one['name']]:.3f}" if main and one["name"] in main["llm_spread"] else ""
         others = "" if one["others"] is None else f"{one['others']:.3f}"
-        chosen_by = "" if one["scheme"] == "local_only" else f"{one['llm_validation']:.3f}"
+        chosen_by = "" if one["llm_validation"] is None else f"{one['llm_validation']:.3f}"
         memory = "" if one["memory"] is None else f"{one['memory'] / 1e6:,.0f}"
+        mark = "" if cpu_of(path / one["name"]) == usual else " †"
         rate = RunDir(path / one["name"]).config().train.learning_rate
         rows.append((
-            one["name"], f"{rate:g}", f"{llm:.3f}{more}", chosen_by, f"{one['own']:.3f}", others,
+            one["name"] + mark, f"{rate:g}", f"{llm:.3f}{more}", chosen_by, f"{one['own']:.3f}", others,
             f"{one['bytes_down'] / 1e6:.2f}", f"{one['bytes_up'] / 1e6:.2f}", f"{one['tokens']:,.0f}",
             f"{one['flops'] / 1e12:.0f}", memory, f"{one['seconds'] / 60:.0f}",
         ))  # fmt: skip
@@ -71,16 +75,23 @@ def study_table(path: Path, main: Record | None = None) -> str:
     )  # fmt: skip
 
 
+def other_cpus(runs: Path, usual: str) -> list[str]:
+    """What else runs were made on than the first."""
+    return sorted({cpu_of(path.parent) for path in runs.glob("flan*/*/summary.json")} - {usual})
+
+
 def rates_table(runs: Path) -> str:
     """Each scheme's loss of the LLM on validation data by learning rate and seed; that of the main table is bold."""
     found: dict[str, dict[float, list[float]]] = {}
     chosen: dict[str, float] = {}
-    studies = [runs / name for name in ("flan", "flan-1", "flan_rates", "flan_rates-1")]
+    studies = [runs / name for name in ("flan", "flan-1", "flan_ideal", "flan_rates", "flan_rates-1")]
     for study in (study for study in studies if (study / "compare.json").exists()):
-        for row in (row for row in rows_of(study) if row["llm_validation"] is not None):
+        for row in rows_of(study):
             name, rate = row["name"].partition("-")[0], RunDir(study / row["name"]).config().train.learning_rate
-            chosen.setdefault(name, rate)  # the main table comes first
-            found.setdefault(name, {}).setdefault(rate, []).append(row["llm_validation"])
+            loss = row["validation" if row["scheme"] == "local_only" else "llm_validation"]
+            if loss is not None:
+                chosen.setdefault(name, rate)  # the tables come first
+                found.setdefault(name, {}).setdefault(rate, []).append(loss)
     rates = sorted({rate for losses in found.values() for rate in losses})
 
     def cell(name: str, rate: float) -> str:
@@ -185,6 +196,8 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
     summary = read_json(study / DEFAULT / "summary.json")
     machine = summary["machine"]
     config = RunDir(study / DEFAULT).config()
+    others = ", ".join(other_cpus(runs, machine["cpu"]))
+    footnote = f" †: run on another processor ({others}), whose products round otherwise.\n" if others else "\n"
     parts = [
         "# Results\n",
         "Written by `python benchmarks/results.py RUNS` from the folders of runs; its first lines have the commands. "
@@ -200,12 +213,13 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         "## Every scheme, mixed blocks, one task a client\n",
         study_table(study, main),
         "LLM: mean and standard deviation over the seeds that ran, each after the round that is best for it on "
-        "validation data; all else is of the first seed. `capable` leaves out who "
+        "validation data; all else in this table is of the first seed. `capable` leaves out who "
         "does not hold the whole LLM (six of eight clients). `everyone` is the ideal that weak devices cannot run. "
         "`local` has no LLM: its row is the untrained one. Client TFLOP: the decoder's operations in all clients' "
-        "training. Client MB: what training needs by the plan's estimate, mean over those who train.\n",
+        "training. Client MB: what training needs by the plan's estimate, mean over those who train." + footnote,
         f"![loss against bytes]({plots}/bytes.svg)\n",
         "## Clients after each global update (the paper's figure 3)\n",
+        "Means of the seeds; the plot is of the first.\n",
         table(
             ("client", "block", "own: before", "alone", "global", "others': before", "alone", "global",
              "all: global", "FedIT's adapter sliced"),
@@ -224,6 +238,13 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
             f"As {DEFAULT} above, which is the mixed blocks' row for one task a client.\n",
             study_table(runs / "flan_models"),
         ]
+    if (runs / "flan_ideal" / "compare.json").exists():
+        parts += [
+            "## The rank schemes over everyone, the ideal\n",
+            "Everyone holds the whole LLM, at the rank at which an adapter has the bytes of the client's own block's "
+            "(`match_bytes`). FedIT's row at rank 8 for all is fedit_everyone above.\n",
+            study_table(runs / "flan_ideal"),
+        ]
     if (runs / "flan_gap" / "compare.json").exists():
         parts += [
             "## The gap to FedIT with everyone dense\n",
@@ -234,7 +255,8 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         parts += [
             "## Learning rates\n",
             "The LLM's loss on validation data, 16 pairs a task, of seed 0, or of seeds 0 and 1; bold: what the tables "
-            "above have. From 0.002 up and down until it gets worse; by the mean where both seeds ran.\n",
+            "above have. From 0.002 up and down until it gets worse; by the mean where both seeds ran. For `local`, "
+            "which has no LLM, the mean loss of clients' blocks on their own validation data.\n",
             rates_table(runs),
         ]
     if (runs / "server_step.json").exists():
@@ -262,15 +284,22 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
             f"![one left out]({plots}/omission.svg)\n",
         ]  # fmt: skip
     if "robustness" in found:
-        names = [key.removesuffix("_before") for key in found["robustness"] if key.endswith("_before")]
+        models = found["robustness"]["models"]
         parts += [
             "## What nobody trained\n",
-            table(("figure", "LLM before", "after"), [
-                (name, *(f"{found['robustness'][f'{name}_{when}']:.3f}" for when in ("before", "after")))
-                for name in names
+            "Before and after the federation, and the difference ± its standard error with the p of the paired test "
+            "(`legolm eval`); of seed 0.\n",
+            table(("figure", *models), [
+                (name, *(changed(models[model][name]) for model in models)) for name in models["LLM"]
             ]),
         ]  # fmt: skip
     return "\n".join([*parts, notes])
+
+
+def changed(one: Record) -> str:
+    """A figure before and after, with the paired test."""
+    p = "p < 0.001" if one["p"] < 0.001 else f"p {one['p']:.2g}"
+    return f"{one['before']:.3f} → {one['after']:.3f} ({one['difference']:+.3f} ± {one['stderr']:.3f}, {p})"
 
 
 def cost_rows(left_out: Record) -> list[Record]:
@@ -305,7 +334,7 @@ def main() -> None:
         left_out["local"] = {"blocks": mean}
         figure_5(left_out, plots / "omission.svg")
     if (runs / "robustness.json").exists():
-        found["robustness"] = robustness(runs / "robustness.json")
+        found["robustness"] = robustness(runs / "robustness.json", runs / "flan" / DEFAULT)
     keep(runs, plots / "records")
     found["claims"] = [{"claim": a, "found": b, "holds": c} for a, b, c in claims(found)]
     figure_3(runs / "flan", plots / "clients.svg")

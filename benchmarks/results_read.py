@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, cast
 
 from legolm.config import RunConfig
+from legolm.evaluate.figure import ratio_figure
+from legolm.evaluate.paired import Comparison, compare
 from legolm.federate import Exchange
 from legolm.federate.local import run_local
 from legolm.models import fingerprint, resolve
@@ -60,9 +63,16 @@ def sliced(study: Path) -> dict[str, float]:
 
 
 def rows_of(study: Path) -> list[Record]:
-    """The rows of a finished comparison."""
+    """The rows of a finished comparison; ends the program where there is none."""
+    if not (study / "compare.json").exists():
+        raise SystemExit(f"{study}: no compare.json; finish its comparison first")
     found: list[Record] = json.loads((study / "compare.json").read_text())
     return found
+
+
+def cpu_of(run: Path) -> str:
+    """The processor that a run was made on."""
+    return str(read_json(run / "summary.json")["machine"]["cpu"])
 
 
 def rounds_of(run: Path) -> list[Record]:
@@ -147,14 +157,32 @@ def main_table(seeds: Mapping[str, Path]) -> Record:
     }
 
 
-def robustness(path: Path) -> Record:
-    """What nobody trained, before and after."""
-    results = read_json(path)["results"]
-    found: Record = {}
+def robustness(path: Path, run: Path) -> Record:
+    """What nobody trained, before and after: the LLM's figures, and those of every block beside them (`models`).
+
+    Every figure there has the two values, and the paired test of after against before. Blocks with the same global
+    update are one model: one client's stands for all of them.
+    """
+    summary, results = read_json(run / "summary.json"), read_json(path)["results"]
+    block_of = {client["id"]: client["block"] for client in summary["clients"]} | {"llm": "LLM"}
+    models: Record = {}
     for one in results:
         name = "wikitext" if one["metric"] == "perplexity" else f"{one['task']}_{one['metric']}"
-        found[f"{name}_{'before' if one['model'] == results[0]['model'] else 'after'}"] = one["value"]
-    return found
+        place = Path(one["model"])
+        after = place.parent.name == "final"
+        model = block_of[place.name] if after else "LLM" if one["model"] == summary["model"] else place.name
+        figure = ratio_figure(one["sums"], one.get("weights"), name, exponential=one["metric"] == "perplexity")
+        models.setdefault(model, {}).setdefault(name, {})["after" if after else "before"] = figure
+    figures = {
+        model: {
+            name: {"before": pair["before"].value, "after": pair["after"].value}
+            | asdict(cast(Comparison, compare(pair["after"], pair["before"])))
+            for name, pair in found.items()
+        }
+        for model, found in models.items()
+    }
+    llm = {f"{name}_{when}": one[when] for name, one in figures["LLM"].items() for when in ("before", "after")}
+    return llm | {"models": figures}
 
 
 def claims(found: Record) -> list[tuple[str, str, bool]]:

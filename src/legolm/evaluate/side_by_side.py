@@ -117,11 +117,12 @@ def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Preci
 
 
 def write_json(results: Sequence[Result], questions: Questions, precision: Precision, path: Path) -> None:
-    """All figures, each with what every question gave to it, and how they were got."""
+    """All figures, one a line, each with what every question gave to it, and how they were got."""
     asked = {name: getattr(questions, name) for name in ("limit", "length", "windows")}
     used = versions() | ({"lm_eval": version("lm_eval")} if questions.tasks else {})
-    content = {"precision": precision, **asked, "versions": used, "results": [one.as_json() for one in results]}
-    atomic_write(path, json.dumps(content, indent=1) + "\n")
+    head = json.dumps({"precision": precision, **asked, "versions": used}, indent=1).removesuffix("\n}")
+    lines = ",\n  ".join(json.dumps(one.as_json()) for one in results)
+    atomic_write(path, f'{head},\n "results": [\n  {lines}\n ]\n}}\n')
 
 
 def load_subject(subject: Subject) -> Any:
