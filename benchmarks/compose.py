@@ -62,15 +62,17 @@ def main() -> None:
             "composed": {},
         }
         found.append(known)
+        made: dict[tuple[str, str, str | None], float] = {}  # with a dense block the union is the LLM
         for into in ("union", "llm"):
             for name, form in METHODS:
-                with tempfile.TemporaryDirectory() as folder:
-                    out = Path(folder) / "composed"
-                    sources = [str(run.final(id)) for id in group]
-                    wanted = plan(sources, into, None, choose_method(name, form, None, None), None, None, progress)
-                    compose(wanted, out, progress)
-                    label = f"{into}, {name}{f' ({form})' if form else ''}"
-                    known["composed"][label] = fmean(losses(out, group).values())
+                sources = [str(run.final(id)) for id in group]
+                wanted = plan(sources, into, None, choose_method(name, form, None, None), None, None, progress)
+                key, label = (wanted.coverage.hash, name, form), f"{into}, {name}{f' ({form})' if form else ''}"
+                if key not in made:
+                    with tempfile.TemporaryDirectory() as folder:
+                        compose(wanted, Path(folder) / "composed", progress)
+                        made[key] = fmean(losses(Path(folder) / "composed", group).values())
+                known["composed"][label] = made[key]
                 print(f"{', '.join(group)}: {label} {known['composed'][label]:.3f}", flush=True)
                 if options.out:
                     options.out.write_text(json.dumps({"groups": found}, indent=1) + "\n")
