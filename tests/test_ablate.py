@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from legolm import ablate as ablation
 from legolm import config as configs
 from legolm import pipeline, wire
 from legolm.ablate import ablate
-from legolm.config import Fields
 from legolm.evaluate import read_questions
 from legolm.evaluate.perplexity import perplexity
 from legolm.evaluate.questions import Questions
@@ -179,7 +179,7 @@ def test_other_data_are_another_run_and_other_questions_begin_anew(
     run: Path, tmp_path: Path, tasks: Callable[..., Path]
 ) -> None:
     def asked() -> Questions:
-        return read_questions(["three"], tasks(rows), None, Fields(), None)
+        return read_questions(["three"], tasks(rows), None, None, None)
 
     rows = [{"query": f"{number}", "choices": ["a", "b"], "gold": 0} for number in range(3)]
     found = ablate(run, tmp_path / "out", asked(), QUIET)
@@ -193,6 +193,32 @@ def test_other_data_are_another_run_and_other_questions_begin_anew(
     (tmp_path / "run" / "run.json").write_text(json.dumps(identity | {"data_fingerprint": "of other data"}))
     with pytest.raises(LegolmError, match="the data changed since the run"):
         ablate(tmp_path / "run", tmp_path / "new", None, QUIET)
+
+
+def test_files_that_are_not_the_runs_are_one_line(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "summary.json"
+    summary = json.loads(path.read_text())
+    for changes in ({"best_round": 7}, {"best_round": None}, {"clients": 5}, {"clients": [{}]}, {"clients": []}):
+        path.write_text(json.dumps(summary | changes))
+        with pytest.raises(LegolmError, match=r"summary\.json: its clients or best_round are not the config's"):
+            ablate(tmp_path / "run", tmp_path / "out", None, QUIET)
+    (tmp_path / "out").mkdir()
+    for content in ("{", "[]", '{"without": "x"}', '{"without": [{"clients": ["fr"]}]}', '{"without": []}'):
+        (tmp_path / "out" / "ablation.json").write_text(content)
+        with pytest.raises(LegolmError, match=r"ablation\.json: is broken .*; delete it, or give another --out"):
+            ablate(run, tmp_path / "out", None, QUIET)
+
+
+def test_bars_and_whiskers_stay_within_the_plot() -> None:
+    bars = [
+        {"kind": "block", "name": name, "m": value, "stderr": {"m": 0.5}} for name, value in (("a", 1.0), ("b", -0.5))
+    ]
+    plot = ablation.plot({"without": bars, "local": None, "all": {"m": 0.5}}, "m")
+    # From -1 to 1.5 in 150 points above 180.
+    drawn = [[float(one) for one in re.findall(rf'{side}="(.*?)"', plot)] for side in ("y1", "y2")]
+    assert [tuple(ends) for ends in zip(*drawn, strict=True)][:2] == [(90.0, 30.0), (180.0, 120.0)]
+    assert re.findall(r"<rect [^>]*", plot)[1].count('y="120.0"') == 1
 
 
 def test_it_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

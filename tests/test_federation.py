@@ -95,6 +95,9 @@ def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str
     assert all(name in html for name in rows)
     again = compare(path, tmp_path / "out")  # all finished: nothing is trained anew
     assert [one["llm"] for one in again] == [one["llm"] for one in rows.values()]
+    lines = (alone / "metrics.jsonl").read_text().replace('"validation": ', '"not": ')  # as earlier runs have it
+    (alone / "metrics.jsonl").write_text(lines)
+    assert next(one for one in compare(path, tmp_path / "out") if one["name"] == "local_only")["validation"] is None
 
 
 def test_settings_can_be_chosen_by_the_llm_on_everyones_validation_data(
@@ -292,11 +295,15 @@ def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callabl
     ):
         second = run(load(raw, tmp_path, f"aggregate.start={tmp_path / start}", form(name)), f"second {name}")
         assert second["llm"]["loss_before"] == pytest.approx(before["llm"]["loss_after"], rel=1e-5)
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "first", broken)
+    (broken / "metrics.jsonl").write_text("{}\n")
     for override, says in (
         ("lora.rank=2", "lora.rank and lora.targets must be this run's"),
         ("lora.scale=1", "has lora.scale 2.0; this run has 1.0"),
         ("aggregate.form=frozen_side", "its frozen factors are not this run's"),
         (f"aggregate.start={tmp_path}", "is no run folder"),
+        (f"aggregate.start={broken}", "is no run folder"),
     ):
         with pytest.raises(LegolmError, match=says):
             make_plan(load(raw, tmp_path, warm, override))

@@ -23,7 +23,7 @@ from legolm.config import RunConfig
 from legolm.data import data_fingerprint
 from legolm.evaluate.figure import Figure, digest
 from legolm.evaluate.paired import compare
-from legolm.evaluate.questions import TEXT, Questions
+from legolm.evaluate.questions import TEXT, Questions, check_finite
 from legolm.evaluate.questions import measure as measure_all
 from legolm.federate import Exchange
 from legolm.federate.client import client_data
@@ -36,6 +36,9 @@ from legolm.report.html import Raw, tag
 from legolm.rounds import Rounds, scores_of
 from legolm.rundir import RunDir, atomic_write, read_json
 from legolm.types import Block, LegolmError
+
+WIDTH = 140
+"""Characters of the table in a terminal, at least: lines that wrap are better than figures cut off."""
 
 Record = dict[str, Any]
 Measure = Callable[[Scheme], dict[str, Figure]]
@@ -50,14 +53,13 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     without kept updates.
     """
     run = RunDir(folder)
-    config, summary = _config(run), read_json(folder / "summary.json", "best_round", "clients")
+    config = _config(run)
     identity = read_json(folder / "run.json", "run", "base_fingerprint", "data_fingerprint")
-    last = int(summary["best_round"])
+    last, block_of = _finished(folder / "summary.json", config)
     if not last:
         raise LegolmError(f"run folder {folder}: no round beat its start, which it kept; there is nothing to leave out")
     if data_fingerprint(client_data(config)) != identity["data_fingerprint"]:
         raise LegolmError(f"run folder {folder}: the data changed since the run; its losses are of other questions")
-    block_of = {client["id"]: client["block"] for client in summary["clients"]}
     blocks = _blocks(run, config, identity["base_fingerprint"])
     rounds = Rounds(run, config, identity["run"], blocks, block_of, progress)
     asked = _figures_of(config, blocks["llm"], questions)
@@ -101,14 +103,14 @@ def print_ablation(found: Record, out: Path) -> None:
     measures = _measures(found)
     table = Table(box=None, pad_edge=False)
     for column in ("left out", "", *(text for measure in measures for text in (_name(measure), "more"))):
-        table.add_column(column, justify="right" if len(table.columns) > 1 else "left")
+        table.add_column(column, justify="right" if len(table.columns) > 1 else "left", no_wrap=len(table.columns) > 1)
     for one in found["without"]:
         cells = [text for m in measures for text in (f"{one[m]:.3f}", _more(one, found["all"], m))]
         table.add_row(one["kind"], one["name"], *cells)
     for stage, name in _LINES.items():
         if found[stage]:
             table.add_row("", name, *(text for m in measures for text in (_number(found[stage].get(m)), "")))
-    console = Console()
+    console = Console(width=max(WIDTH, Console().width))
     console.print("Loss per answer token (nats) on all clients' test data without one block, without one client", table)
     console.print(f"{_verdict(found)}\npage {out / 'ablation.html'}", highlight=False, soft_wrap=True)
 
@@ -138,26 +140,29 @@ def plot(found: Record, measure: str) -> Raw:
     stages = [stage for stage in ("local", "all") if measure in (found[stage] or {})]
     lines = {_LINES[stage]: found[stage][measure] for stage in stages}
     wide, tall, left, step = 52 * len(bars) + 190, 250, 44, 52
-    most = max([*lines.values(), *(one[measure] for one in bars)]) or 1.0
+    spreads = [one.get("stderr", {}).get(measure) or 0.0 for one in bars]
+    values = [one[measure] for one in bars]
+    most = max(0.0, *lines.values(), *(v + spread for v, spread in zip(values, spreads, strict=True))) or 1.0
+    least = min(0.0, *(v - spread for v, spread in zip(values, spreads, strict=True)))
 
     def y(value: float) -> float:
-        return round(tall - 70 - (tall - 100) * value / most, 1)
+        return round(float(tall - 70 - (tall - 100) * (value - least) / (most - least)), 1)
 
     marks = []
-    for i, one in enumerate(bars):
+    for i, (one, spread) in enumerate(zip(bars, spreads, strict=True)):
         x, value = left + i * step, one[measure]
-        spread = one.get("stderr", {}).get(measure) or 0.0
-        top, middle = y(min(value + spread, most)), x + (step - 14) / 2
+        middle = x + (step - 14) / 2
         said = f"{value:.4f} ± {spread:.4f}" if spread else f"{value:.4f}"
         title = tag("title", f"without {one['kind']} {one['name']}: {said} ({_more(one, found['all'], measure)})")
-        size = {"width": step - 14, "height": round(y(0) - y(value), 1)}
+        size = {"width": step - 14, "height": round(abs(y(0) - y(value)), 1)}
         marks += [
-            tag("rect", title, x=x, y=y(value), class_=one["kind"], **size),
-            tag("text", f"{value:.4g}", x=middle, y=top - 4, text_anchor="middle"),
-            tag("text", one["name"][:14], x=x + 8, y=y(0) + 14, transform=f"rotate(30 {x + 8} {y(0) + 14})"),
+            tag("rect", title, x=x, y=min(y(0), y(value)), class_=one["kind"], **size),
+            tag("text", f"{value:.4g}", x=middle, y=y(value + spread) - 4, text_anchor="middle"),
+            tag("text", one["name"][:14], x=x + 8, y=tall - 56, transform=f"rotate(30 {x + 8} {tall - 56})"),
         ]
         if spread:
-            marks.append(tag("line", x1=middle, x2=middle, y1=y(max(value - spread, 0)), y2=top, class_="spread"))
+            ends = {"y1": y(value - spread), "y2": y(value + spread)}
+            marks.append(tag("line", x1=middle, x2=middle, class_="spread", **ends))
     end, free = left + len(bars) * step, tall - 10.0
     for name, value in sorted(lines.items(), key=lambda line: line[1]):
         free = min(y(value) + 4, free - 13)  # names of lines that are close go above each other
@@ -201,6 +206,20 @@ def _config(run: RunDir) -> RunConfig:
     if not (run.path / "summary.json").is_file():
         raise LegolmError(f"{where}: no summary.json; finish the run first (legolm run CONFIG --resume)")
     return config
+
+
+def _finished(path: Path, config: RunConfig) -> tuple[int, dict[str, str]]:
+    """The round that a finished run kept for the blocks, and each client's block."""
+    found = read_json(path, "best_round", "clients")
+    try:
+        last, block_of = found["best_round"], {client["id"]: client["block"] for client in found["clients"]}
+    except (TypeError, KeyError):
+        last, block_of = None, {}
+    ids, names = [client.id for client in config.clients], {block.name for block in config.blocks}
+    fits = list(block_of) == ids and names >= set(block_of.values())
+    if not fits or last not in range(config.federation.rounds + 1):
+        raise LegolmError(f"{path}: its clients or best_round are not the config's; write it anew: legolm run --resume")
+    return last, block_of
 
 
 def _blocks(run: RunDir, config: RunConfig, wanted: str) -> dict[str, Block]:
@@ -248,6 +267,7 @@ def _figures_of(config: RunConfig, llm: Block, questions: Questions | None) -> M
         factors = scheme.adapter(llm.coverage, config.lora.rank)
         with merged(model, llm.coverage, factors, config.lora.scaling) as whole:
             figures = measure_all(whole, tokenizer, questions, precision)
+        check_finite(figures, "the LLM with the global update")
         found = ((task, name, figure) for task, of_task in figures.items() for name, figure in of_task.items())
         return {name if task == TEXT else f"{task} {name}": figure for task, name, figure in found}
 
@@ -263,11 +283,19 @@ def _identify(questions: Questions | None) -> str | None:
 
 
 def _earlier(path: Path, what: Record) -> Record:
-    """What an earlier call left; other questions begin anew. Raises `LegolmError` when it is another run's."""
-    found = read_json(path, "without") if path.exists() else {"without": []} | what
+    """What an earlier call left; other questions begin anew. Raises `LegolmError` for another run's or a broken one."""
+    begun: Record = {"without": []} | what
+    if not path.exists():
+        return begun
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        [(one["clients"], one["blocks"], one["llm"]) for one in found["without"]]
+        [(found[stage]["blocks"], found[stage]["llm"]) for stage in ("before", "all")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LegolmError(f"{path}: is broken ({error!r}); delete it, or give another --out") from None
     if found.get("run") != what["run"]:
         raise LegolmError(f"--out {path.parent}: holds the ablation of another run; give another folder")
-    return found if found.get("questions") == what["questions"] else {"without": []} | what
+    return found if found.get("questions") == what["questions"] else begun
 
 
 def _write(found: Record, out: Path) -> None:

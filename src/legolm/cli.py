@@ -270,6 +270,8 @@ def ablate(
 
     check_room(out or folder)
     names, questions = _names(tasks), None
+    if limit and not names:
+        raise LegolmError("--limit: only with --tasks; give that too, or leave it out")
     if names or text or include or limit or length:
         questions = read_questions(names, include, None, None, text, limit, length=length)
     print_ablation(leave_out(folder, out or folder, questions, Progress()), out or folder)
@@ -300,7 +302,10 @@ def _check_new(out: Path) -> None:
 
 
 def _names(listed: str | None) -> list[str]:
-    return [name.strip() for name in (listed or "").split(",") if name.strip()]
+    names = [name.strip() for name in (listed or "").split(",") if name.strip()]
+    if listed is not None and not names:
+        raise LegolmError(f"--tasks {listed!r}: names no task; write names with commas between them")
+    return names
 
 
 def main() -> None:

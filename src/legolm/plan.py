@@ -96,7 +96,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     """Resolve the model, read the data unless it is given, add up. Raises `LegolmError` for whatever cannot work."""
     path = resolve(config.model)
     model = load_config(path)
-    # Nothing here asks whose weights they are, and the fingerprint takes time.
+    # Nothing here but a start asks whose weights they are, and the fingerprint takes time.
     base = Base.of(path, "", model)
     shape, width = base.shape, base.dtype.itemsize
     choose_device(config.device)

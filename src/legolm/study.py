@@ -127,7 +127,7 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path)
         "llm_before": summary["llm"]["loss_before"],
         "own": fmean(client["own"][phase] for client in summary["clients"]),
         "others": _mean(client["others"][phase] for client in summary["clients"]),
-        "validation": fmean(one["validation"] for one in wanted)
+        "validation": _mean(one.get("validation") for one in wanted)  # runs of before it was recorded have none
         if alone
         else best_round(records, "validation")["validation"],
         "llm_validation": None if alone else best_round(records, "llm_validation")["llm_validation"],

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from legolm.aggregate import initial_factors
@@ -34,17 +35,17 @@ def _warm_factors(path: Path, llm: Block, like: Tensors, config: RunConfig) -> T
     run, where = RunDir(path), f"aggregate.start {path}"
     try:
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        records = [record for record in map(json.loads, lines) if record["stage"] == "round"]
+        best = min((record["validation"], record["round"]) for record in records)[1]
+        state = load_file(run.round(best) / "adapter.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         raise LegolmError(f"{where}: is no run folder with a finished round") from None
-    records = [record for record in map(json.loads, lines) if record["stage"] == "round"]
-    known = read_json(path / "run.json")
+    known = read_json(path / "run.json", "base_fingerprint")
     if known["base_fingerprint"] != llm.base_fingerprint:
         raise LegolmError(f"{where}: was run on another base model")
     scale = run.config().lora.scaling
     if scale != config.lora.scaling:
         raise LegolmError(f"{where}: has lora.scale {scale}; this run has {config.lora.scaling}")
-    best = min((record["validation"], record["round"]) for record in records)[1]
-    state = load_file(run.round(best) / "adapter.safetensors")
     if any(key.startswith("fold.") for key in state):
         raise LegolmError(f"{where}: scheme {run.config().aggregate.scheme!r} changed the base; take another run")
     factors: Tensors = {}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from legolm import config as configs
@@ -269,6 +270,17 @@ def test_bad_input_is_one_line(run: Path, llm: Path, tmp_path: Path) -> None:
     fails("give it", [other])
     fails("is not the LLM that the blocks were cut from", [foreign], base=llm)
     fails("fr: is given twice", [fr, other, fr])
+    fails("final/fr: is given twice", [fr, f"{run}/final/../final/fr"])
+    shutil.copytree(run / "final" / "de", tmp_path / "nan")
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    broken = {key: tensor * math.nan if "down_proj" in key else tensor for key, tensor in weights.items()}
+    save_file(broken, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    data = tmp_path / "v.jsonl"
+    data.write_text(json.dumps({"instruction": "Say", "output": "fr"}) + "\n")
+    with pytest.raises(LegolmError, match=f"nan: its loss on {data} is nan; its weights are broken"):
+        plan([str(fr), str(tmp_path / "nan")], "llm", None, EXACT, None, str(data), QUIET)
+    (tmp_path / "nan" / "factors.safetensors").unlink()
+    fails("mlp.down_proj.weight of layer", [fr], into=str(tmp_path / "nan"))
     fails("merged already, and the adapter would hide it", [f"{fr}:{fr / 'adapter'}"])
     fails("has its own weights", [fr], into=str(wide), base=llm)
     fails("did not start from one adapter", [fr, other], form="factor")

@@ -201,15 +201,17 @@ def test_bad_input_is_one_line(
 
     short = fingerprint(llm)[:12]
     fails(llm, says=("nothing to evaluate on",))
+    fails(llm, "--tasks", " , ", "--data", data, says=("--tasks ' , ': names no task",))
+    fails(llm, "--data", "", says=("--data",))
     fails(block, "--data", data, "--base", tiny("qwen3"), says=(short, fingerprint(tiny("qwen3"))[:12], "--base"))
     fails(block, tiny("qwen3"), "--data", data, says=(short, "name its LLM with --base MODEL"))
     fails(llm, "--tasks", "thre", "--include", tasks(), says=("no task 'thre'", "nearest: three"))
     fails(llm, "--tasks", "three", "--include", tasks(doc_to_text=None), says=("three.yaml: no field `doc_to_text`",))
     fails(llm, "--include", tasks(), "--data", data, says=("--include", "--tasks"))
     for option, wants in (("--limit", "--tasks or --data"), ("--answer", "--data")):
-        fails(llm, "--text", corpus, option, 3, says=(option, f"is of {wants}"))
+        fails(llm, "--text", corpus, option, 3, says=(option, f"only with {wants}"))
     for option in ("--length", "--windows"):
-        fails(llm, "--data", data, option, 3, says=(option, "is of --text"))
+        fails(llm, "--data", data, option, 3, says=(option, "only with --text"))
     # Before the tasks have their hours.
     asked = ("--tasks", "three", "--include", tasks(), "--text", corpus, "--length")
     with monkeypatch.context() as patched:
@@ -218,6 +220,9 @@ def test_bad_input_is_one_line(
     learned = tmp_path / "learned"
     shutil.copytree(llm, learned)
     shutil.copytree(adapter, learned / "adapter")
+    beside = line_up([str(learned)], adapter=learned / "adapter")  # a plain model that has an adapter in its folder
+    assert len(beside) == 2
+    save_file({}, learned / "factors.safetensors")  # a folder of final/: they are merged
     fails(learned, "--adapter", learned / "adapter", "--data", data, says=("is merged into", "already"))
     weights = load_file(learned / "model.safetensors")
     name = next(name for name in weights if name.endswith("down_proj.weight"))

@@ -134,6 +134,22 @@ def test_what_is_wrong_with_a_task_file_is_one_line(tasks: Write, tmp_path: Path
     both = [{"query": "a", "choices": ["a", "b"], "gold": gold} for gold in ("b", "c")]
     fails("question 2: the right choice is 'c', and it has choices 0 to 1", rows=both)
     load_tasks(["three"], tasks(both), limit=1)
+    fails("is the right choice of question 1 one of its choices?", rows=[{"query": "a", "choices": ["a"], "gold": 3}])
+    # The harness takes several right choices by their places.
+    for gold in (["b"], []):
+        many = [{"query": "a", "choices": ["a", "b"], "gold": one} for one in ([0, 1], gold)]
+        fails("question 2: the right choice is", rows=many)
+    bare = [{"query": "a", "choices": ["a", "b"], "gold": 0}, {"query": "b", "choices": None, "gold": 0}]
+    fails("three.yaml", "'NoneType'", rows=bare)
+    fails("three.yaml", "'x' is undefined", doc_to_target="{{x.y}}")
+    for members, says in (
+        ([{"task": "inner", "dataset_path": "json"}], "holds a task within a group"),
+        ("three", "task 'both': holds no task"),
+    ):
+        (tasks() / "both.yaml").write_text(json.dumps({"group": "both", "task": members}))
+        with pytest.raises(LegolmError, match=says):
+            load_tasks(["both"], tmp_path / "tasks")
+    (tmp_path / "tasks" / "both.yaml").unlink()
     (tasks() / "data" / "three.jsonl").write_text("{\n")
     with pytest.raises(LegolmError, match=r"three\.yaml"):
         load_tasks(["three"], tmp_path / "tasks")

@@ -158,6 +158,8 @@ def _layer(wanted: Composition, layer: int, state: dict[str, Tensor]) -> dict[st
         mask = coverage.mask(layer, module)
         if mask is not None:
             state[name] = state[name] * mask
+        if not bool(state[name].isfinite().all()):
+            raise LegolmError(f"{wanted.base.path}: {name} of layer {layer} is not finite; its weights are broken")
         state[name] = rounded(state[name], wanted.base.dtype, seed)
     return state
 

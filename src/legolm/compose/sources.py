@@ -61,9 +61,12 @@ def read_sources(names: Sequence[str]) -> list[Source]:
     Raises `LegolmError` for a missing or foreign adapter, the same source twice, other base models and other LoRA
     targets.
     """
-    for place, name in enumerate(names):
-        if name in names[:place]:
+    known: set[tuple[Path, ...]] = set()
+    for name in names:
+        folders = tuple(folder.resolve() for folder in _folders(name))
+        if folders in known:
             raise LegolmError(f"{name}: is given twice; give it once, with more weight (--weights)")
+        known.add(folders)
     sources = [_read(name) for name in names]
     first = sources[0]
     for other in sources[1:]:
@@ -114,23 +117,31 @@ def weights_by_loss(sources: Sequence[Source], data: str, progress: Progress) ->
             rows = [render(example, tokenizer, MAX_LENGTH) for example in examples]
             with merged(load_model(block.path), block.coverage, {} if source.merged else source.factors, 1.0) as model:
                 losses.append(score(model, rows, BATCH, "fp32").loss)
+            if not math.isfinite(losses[-1]):
+                raise LegolmError(f"{source.name}: its loss on {data} is {losses[-1]}; its weights are broken")
             advance(1)
     return torch.tensor(losses, dtype=torch.float64).neg().softmax(0).tolist()
 
 
+def _folders(name: str) -> list[Path]:
+    """Of `FOLDER` the folder, of `BLOCK:ADAPTER` both."""
+    block, _, adapter = ("", "", "") if Path(name).is_dir() else name.rpartition(":")
+    return [Path(block), Path(adapter)] if block else [Path(name)]
+
+
 def _read(name: str) -> Source:
-    path, _, adapter = ("", "", "") if Path(name).is_dir() else name.rpartition(":")
-    block = read_block(Path(path or name))
-    if path:
-        if (block.path / FACTORS).is_file():
+    folder, *adapter = _folders(name)
+    block = read_block(folder)
+    if adapter:
+        if (folder / FACTORS).is_file():
             raise LegolmError(
-                f"{name}: {path} has what it learned merged already, and the adapter would hide it; give {path} alone, "
-                "or the block that the adapter was trained on"
+                f"{name}: {folder} has what it learned merged already, and the adapter would hide it; give {folder} "
+                "alone, or the block that the adapter was trained on"
             )
-        factors, start = read_adapter(Path(adapter), block.coverage, name), None
+        factors, start = read_adapter(adapter[0], block.coverage, name), None
     else:
         factors, start = load_factors(block.path)
-    source = Source(name, block, factors, start, merged=not path)
+    source = Source(name, block, factors, start, merged=not adapter)
     _check(source, block.coverage)
     return source
 

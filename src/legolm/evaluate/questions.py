@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from legolm.config import Fields, Precision
 from legolm.data import read_rows, read_text, render, to_example
 from legolm.evaluate.answers import score_each
-from legolm.evaluate.figure import digest, ratio_figure
+from legolm.evaluate.figure import RatioFigure, digest, ratio_figure
 from legolm.evaluate.perplexity import text_windows, window_losses
 from legolm.evaluate.rouge import generate, need_rouge, rouge_l
 from legolm.evaluate.tasks import TaskFigures, Tasks, load_tasks, run_tasks
@@ -59,14 +60,14 @@ def read_questions(
     """
     for option, given, wants, there in (
         ("--include", include, "--tasks", tasks),
-        ("--limit", limit, "--tasks or --data", tasks or data),
-        ("--rouge", rouge or None, "--data", data),
-        ("--instruction, --answer", fields, "--data", data),
-        ("--length", length, "--text", text),
-        ("--windows", windows, "--text", text),
+        ("--limit", limit, "--tasks or --data", tasks or data is not None),
+        ("--rouge", rouge or None, "--data", data is not None),
+        ("--instruction, --answer", fields, "--data", data is not None),
+        ("--length", length, "--text", text is not None),
+        ("--windows", windows, "--text", text is not None),
     ):
         if given is not None and not there:
-            raise LegolmError(f"{option}: is of {wants}, which is not given; add it, or leave {option} out")
+            raise LegolmError(f"{option}: only with {wants}; give that too, or leave it out")
     if not tasks and data is None and text is None:
         raise LegolmError("nothing to evaluate on; give --tasks, --data or --text, or several")
     if rouge:
@@ -74,7 +75,7 @@ def read_questions(
     fields = fields or Fields()
     return Questions(
         tasks=load_tasks(tasks, include, limit) if tasks else None,
-        examples=tuple(to_example(row, fields) for row in read_rows(data, "--data"))[:limit] if data else (),
+        examples=() if data is None else tuple(to_example(row, fields) for row in read_rows(data, "--data"))[:limit],
         text=None if text is None else read_text(text, "--text"),
         limit=limit,
         rouge=rouge,
@@ -111,6 +112,17 @@ def measure(model: Any, tokenizer: Any, questions: Questions, precision: Precisi
         asked = digest(windows.flatten().tolist())
         found[TEXT] = {"perplexity": ratio_figure(losses, predicted, asked, exponential=True)}
     return found
+
+
+def check_finite(found: TaskFigures, whose: str) -> None:
+    """Raise `LegolmError` for a loss that overflowed: it has no error and no test.
+
+    The harness's own figures may be undefined, as F1 without a hit.
+    """
+    for task, metrics in found.items():
+        for metric, figure in metrics.items():
+            if isinstance(figure, RatioFigure) and not math.isfinite(figure.value):
+                raise LegolmError(f"{whose}: {task} {metric} is {figure.value}; compute in fp32, or mend the model")
 
 
 def _windows(model: Any, tokenizer: Any, questions: Questions) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -14,12 +13,12 @@ from typing import Any
 from safetensors import safe_open
 
 from legolm.config import Precision
-from legolm.evaluate.figure import Figure, RatioFigure
+from legolm.evaluate.figure import Figure
 from legolm.evaluate.paired import Comparison, compare
-from legolm.evaluate.questions import Questions, measure
+from legolm.evaluate.questions import Questions, check_finite, measure
 from legolm.evaluate.tasks import TaskFigures
 from legolm.finetune import choose_device
-from legolm.finetune.adapters import CONFIG, WEIGHTS
+from legolm.finetune.adapters import CONFIG, FACTORS, WEIGHTS
 from legolm.memory import release_memory
 from legolm.models import decoder_layers, fingerprint, load_config, load_model, load_tokenizer, resolve, shape_of
 from legolm.progress import Progress
@@ -71,7 +70,8 @@ def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None
     if adapter is not None and len(names) > 1:
         raise LegolmError(f"--adapter {adapter}: goes on one model, not on {len(names)}; evaluate them one by one")
     paths = {name: resolve(name) for name in names}
-    if adapter is not None and adapter.resolve().parent == paths[names[0]].resolve():
+    holder = paths[names[0]]
+    if adapter is not None and adapter.resolve().parent == holder.resolve() and (holder / FACTORS).is_file():
         raise LegolmError(
             f"--adapter {adapter}: is merged into {names[0]} already; leave it out, or give the block that it was "
             "trained on"
@@ -101,7 +101,7 @@ def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Preci
         for subject in reversed(subjects):  # an adapter or a block that does not fit shows before the LLM has its turn
             model, tokenizer = load_subject(subject), load_tokenizer(subject.path)
             found[subject.name] = measure(model, tokenizer, questions, precision)
-            _check_finite(subject.name, found[subject.name])
+            check_finite(found[subject.name], f"model {subject.name}")
             del model
             release_memory()
             advance(1)
@@ -140,14 +140,6 @@ def load_subject(subject: Subject) -> Any:
     if broken:
         raise LegolmError(f"model {subject.name}: {broken[0]} is not finite; its figures would say nothing")
     return model.to(choose_device("auto")).eval()
-
-
-def _check_finite(name: str, found: TaskFigures) -> None:
-    """A loss that overflowed has no error and no test. The harness's own may be undefined, as F1 without a hit."""
-    for task, metrics in found.items():
-        for metric, figure in metrics.items():
-            if isinstance(figure, RatioFigure) and not math.isfinite(figure.value):
-                raise LegolmError(f"model {name}: {task} {metric} is {figure.value}; try --precision fp32")
 
 
 def _find_base(name: str, block: Block, base: str | None, dense: dict[str, Path]) -> tuple[str, Path]:

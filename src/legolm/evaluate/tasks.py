@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -42,11 +43,14 @@ class Tasks:
     loaded: Any
 
     def asked(self, limit: int | None) -> str:
-        """Digest of what the first `limit` questions of each task are asked, and how."""
-        found: list[object] = []
+        """Digest of what the first `limit` questions of each task are asked, and how; of all groups too."""
+        found: list[object] = [sorted(self.loaded["groups"])]
         for name, task in sorted(self.loaded["tasks"].items()):
-            found.append((name, sorted(task.dump_config().items(), key=str)))
-            found += [json.dumps(doc, sort_keys=True, default=str) for _, doc in task.doc_iterator(limit=limit)]
+            # Where a function has no source its text has an address, which is another one in each process.
+            found.append((name, re.sub(" at 0x[0-9a-f]+", "", str(sorted(task.dump_config().items(), key=str)))))
+            shown = task.fewshot_docs() if task.get_config("num_fewshot") else ()
+            docs = [*shown, *(doc for _, doc in task.doc_iterator(limit=limit))]
+            found += [json.dumps(doc, sort_keys=True, default=str) for doc in docs]
         return digest(found)
 
 
@@ -84,8 +88,11 @@ def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | N
             found = manager.load([name])
         for task_name, task in found["tasks"].items():
             if task_name in files:
-                _check_fields(task, files[task_name])
-                _check_golds(task, files[task_name], limit)
+                with _one_line(task_name, files[task_name], index[task_name].cfg):
+                    _check_fields(task, files[task_name])
+                    _check_golds(task, files[task_name], limit)
+        if not found["tasks"]:
+            raise LegolmError(f"task {name!r}: holds no task; give its YAML a list `task`")
         for part in loaded:
             loaded[part] |= found.get(part, {})
     for task in loaded["tasks"].values():
@@ -203,9 +210,19 @@ def _reached(names: Sequence[str], index: dict[str, Any]) -> list[str]:
         if entry is not None and entry.kind is Kind.TAG:
             left += entry.tags
         elif entry is not None and entry.kind is Kind.GROUP:
-            members = entry.cfg.get("task") or []
-            left += [one if isinstance(one, str) else one.get("task") or one.get("group") for one in members]
+            left += _members(entry.cfg.get("task"))
     return list(found)
+
+
+def _members(listed: Any) -> list[str]:
+    """Names of the tasks and groups in a group's list; a group in the list has its own."""
+    if not isinstance(listed, list):
+        return []
+    found: list[str] = []
+    for one in listed:
+        inner = one.get("task") or one.get("group") if isinstance(one, dict) else one
+        found += _members(inner) if isinstance(inner, list) else [str(inner)]
+    return found
 
 
 def _beside_its_yaml(entry: Any) -> Any:
@@ -213,9 +230,12 @@ def _beside_its_yaml(entry: Any) -> Any:
     from lm_eval.tasks._index import Kind
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    if entry.kind is not Kind.TASK:
-        return entry
     path = entry.yaml_path
+    if entry.kind is not Kind.TASK:
+        for one in (entry.cfg or {}).get("task") or ():
+            if isinstance(one, dict) and "dataset_path" in one:
+                raise LegolmError(f"task file {path}: holds a task within a group; give it a file of its own")
+        return entry
     try:
         config = load_yaml(path)
     except (ImportError, AttributeError, ValueError) as error:
@@ -284,7 +304,9 @@ def _one_line(name: str, path: Path | None, config: Any) -> Iterator[None]:
             f"{place}: its data are not on this machine ({_line(error)}); go online once, or give a YAML task on "
             "files of your own (--include)"
         ) from None
-    except (TemplateError, DatasetsError, ValueError, LookupError, TypeError, OSError, ImportError) as error:
+    except IndexError as error:  # the harness tries the first question
+        raise LegolmError(f"{place}: {_line(error)}; is the right choice of question 1 one of its choices?") from None
+    except (TemplateError, DatasetsError, ValueError, KeyError, TypeError, SyntaxError, OSError, ImportError) as error:
         named = sorted(_fields_of(config or {}))
         wants = f"; its templates want the data's fields {', '.join(named)}" if named else ""
         raise LegolmError(f"{place}: {_line(error)}{wants}") from None
@@ -301,13 +323,14 @@ def _check_fields(task: Any, path: Path) -> None:
 
 def _check_golds(task: Any, path: Path, limit: int | None) -> None:
     """The harness takes a right choice that is none of the choices for a wrong answer, whatever the model says."""
-    if task.OUTPUT_TYPE != "multiple_choice":
+    if task.OUTPUT_TYPE != "multiple_choice" or task.get_config("process_results"):
         return
     for number, doc in task.doc_iterator(limit=limit):
         choices = task.doc_to_choice(doc)
         gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-        for one in gold if isinstance(gold, list) else [gold]:
-            if one not in (range(len(choices)) if isinstance(one, int) else choices):
+        many = isinstance(gold, list)  # of places; the harness cannot look up several texts
+        for one in (gold or [None]) if many else [gold]:
+            if one not in (range(len(choices)) if many or isinstance(one, int) else choices):
                 raise LegolmError(
                     f"task file {path}: question {number + 1}: the right choice is {one!r}, and it has choices 0 to "
                     f"{len(choices) - 1}; correct its data or doc_to_target"
