@@ -75,6 +75,12 @@ def study_table(path: Path, main: Record | None = None) -> str:
     )  # fmt: skip
 
 
+def seeds_of(runs: Path) -> dict[str, Path]:
+    """The main table's comparisons by seed."""
+    others = {path.name.removeprefix("flan-"): path for path in sorted(runs.glob("flan-[0-9]*")) if path.is_dir()}
+    return {"0": runs / "flan"} | others
+
+
 def other_cpus(runs: Path, usual: str) -> list[str]:
     """What else runs were made on than the first."""
     return sorted({cpu_of(path.parent) for path in runs.glob("flan*/*/summary.json")} - {usual})
@@ -89,8 +95,8 @@ def rates_table(runs: Path) -> str:
         for row in rows_of(study):
             name, rate = row["name"].partition("-")[0], RunDir(study / row["name"]).config().train.learning_rate
             loss = row["validation" if row["scheme"] == "local_only" else "llm_validation"]
+            chosen.setdefault(name, rate)  # the tables come first
             if loss is not None:
-                chosen.setdefault(name, rate)  # the tables come first
                 found.setdefault(name, {}).setdefault(rate, []).append(loss)
     rates = sorted({rate for losses in found.values() for rate in losses})
 
@@ -109,12 +115,16 @@ def gap_table(runs: Path) -> str:
     rows += rows_of(runs / "flan_gap")
     warm = rows_of(runs / "flan_warm") if (runs / "flan_warm" / "compare.json").exists() else []
     rows += [row | {"name": f"{row['name']}, warm start"} for row in warm]
+    return settings_table(rows)
+
+
+def settings_table(rows: Sequence[Record]) -> str:
+    """What settings are chosen by, and what they cost."""
     return table(
         ("variant", "LLM, validation", "blocks, validation", "rounds", "MB down and up, all rounds"),
         [
             (one["name"], f"{one['llm_validation']:.3f}", f"{one['validation']:.3f}", one["rounds"],
-             f"{one['rounds'] * (one['bytes_down'] + one['bytes_up']) / 1e6:.1f}")
-            for one in rows
+             f"{one['rounds'] * (one['bytes_down'] + one['bytes_up']) / 1e6:.1f}") for one in rows
         ],
     )  # fmt: skip
 
@@ -196,6 +206,8 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
     summary = read_json(study / DEFAULT / "summary.json")
     machine = summary["machine"]
     config = RunDir(study / DEFAULT).config()
+    cpus = {seed: cpu_of(path / DEFAULT) for seed, path in seeds_of(runs).items()}
+    seeds = [seed if cpu == machine["cpu"] else f"{seed} (on {cpu})" for seed, cpu in cpus.items()]
     others = ", ".join(other_cpus(runs, machine["cpu"]))
     footnote = f" †: run on another processor ({others}), whose products round otherwise.\n" if others else "\n"
     parts = [
@@ -207,7 +219,7 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         f"([`examples/flan/mixed.yaml`](../examples/flan/mixed.yaml)), {config.federation.rounds} rounds of "
         f"{config.train.steps} steps of {config.train.batch_size} examples, {config.data.limit_test} test pairs a "
         f"task. Losses are nats per answer token on test data, sets counting the same; the LLM has "
-        f"{main['llm_before']:.3f} before training. Seeds: {', '.join(main['seeds'])}.\n",
+        f"{main['llm_before']:.3f} before training. Seeds: {', '.join(seeds)}.\n",
         "## What should hold\n",
         table(("claim", "found", "holds"), [(a, b, "yes" if c else "**no**") for a, b, c in claims(found)]),
         "## Every scheme, mixed blocks, one task a client\n",
@@ -244,6 +256,13 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
             "Everyone holds the whole LLM, at the rank at which an adapter has the bytes of the client's own block's "
             "(`match_bytes`). FedIT's row at rank 8 for all is fedit_everyone above.\n",
             study_table(runs / "flan_ideal"),
+        ]
+    if (runs / "flan_settings" / "compare.json").exists():
+        parts += [
+            "## The defaults, one changed at a time\n",
+            f"On validation data, of seed 0, on {cpu_of(runs / 'flan_settings' / 'default')}. Names: "
+            f"`examples/compare/flan_settings.yaml`; `default` is {DEFAULT}.\n",
+            settings_table(rows_of(runs / "flan_settings")),
         ]
     if (runs / "flan_gap" / "compare.json").exists():
         parts += [
@@ -318,10 +337,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"))
     options = parser.parse_args()
     runs = options.runs
-    seeds = {"0": runs / "flan"} | {
-        path.name.removeprefix("flan-"): path for path in sorted(runs.glob("flan-[0-9]*")) if path.is_dir()
-    }
-    found: Record = {"mixed_heterogeneous": main_table(seeds)}
+    found: Record = {"mixed_heterogeneous": main_table(seeds_of(runs))}
     ablation = runs / "flan" / DEFAULT / "ablation.json"
     plots = options.out / "results"
     plots.mkdir(parents=True, exist_ok=True)

@@ -168,6 +168,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="only so many questions of each task and of --data")] = None,
     instruction: Annotated[str | None, typer.Option(help="field of the instruction, `instruction`")] = None,
     answer: Annotated[str | None, typer.Option(help="field of the answer, `output`")] = None,
+    messages: Annotated[str | None, typer.Option(help="instead of both: field of a list of role and content")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="tokens a perplexity window, 1024")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="at most this many windows")] = None,
     precision: Precision = "fp32",
@@ -182,7 +183,10 @@ def evaluate(
     from legolm.evaluate.side_by_side import line_up, write_json
     from legolm.report.terminal import print_scores
 
-    named = {name: field for name, field in (("instruction", instruction), ("answer", answer)) if field is not None}
+    given = {"instruction": instruction, "answer": answer, "messages": messages}
+    named = {name: field for name, field in given.items() if field is not None}
+    if messages is not None and len(named) > 1:
+        raise LegolmError(f"--messages {messages}: instead of --instruction and --answer; give the one or the others")
     fields = Fields(**named) if named else None
     questions = read_questions(_names(tasks), include, data, fields, text, limit, rouge, length, windows)
     results = evaluate_all(line_up(models, base, adapter), questions, precision)

@@ -130,6 +130,17 @@ def test_a_block_beside_its_llm(
         assert word in shown
 
 
+def test_chats_and_pairs_are_the_same_questions(tiny: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    roles = (("user", "instruction"), ("assistant", "output"))
+    chats = [{"chat": [{"role": role, "content": row[field]} for role, field in roles]} for row in rows]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    given = ((data,), (tmp_path / "chats.jsonl", "--messages", "chat"))
+    found = [legolm("eval", tiny("llama"), "--data", *arguments) for arguments in given]
+    assert found[0] == found[1]
+    assert found[0][0] == 0
+
+
 def test_who_stands_beside_whom(
     blocks: dict[str, Path], tiny: Callable[[str], Path], adapter: Path, data: Path
 ) -> None:
@@ -210,6 +221,8 @@ def test_bad_input_is_one_line(
     fails(llm, "--include", tasks(), "--data", data, says=("--include", "--tasks"))
     for option, wants in (("--limit", "--tasks or --data"), ("--answer", "--data")):
         fails(llm, "--text", corpus, option, 3, says=(option, f"only with {wants}"))
+    fails(llm, "--data", data, "--messages", "chat", "--answer", "a", says=("instead of --instruction and --answer",))
+    fails(llm, "--data", data, "--messages", "chat", says=("`chat`", "instruction, output"))
     for option in ("--length", "--windows"):
         fails(llm, "--data", data, option, 3, says=(option, "only with --text"))
     # Before the tasks have their hours.

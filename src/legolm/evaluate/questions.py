@@ -62,7 +62,7 @@ def read_questions(
         ("--include", include, "--tasks", tasks),
         ("--limit", limit, "--tasks or --data", tasks or data is not None),
         ("--rouge", rouge or None, "--data", data is not None),
-        ("--instruction, --answer", fields, "--data", data is not None),
+        ("--instruction, --answer, --messages", fields, "--data", data is not None),
         ("--length", length, "--text", text is not None),
         ("--windows", windows, "--text", text is not None),
     ):
