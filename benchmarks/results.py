@@ -12,6 +12,8 @@
     legolm compare examples/compare/flan_warm.yaml --out RUNS/flan_warm --blocks RUNS/blocks --no-models
         --set aggregate.start=RUNS/public
     legolm ablate RUNS/flan/heteagg_frozen_side
+    legolm ablate RUNS/flan/heteagg_frozen_side --out RUNS/hellaswag --include examples/tasks --tasks hellaswag
+        --limit 200
     legolm run RUNS/flan/heteagg_frozen_side/config.yaml --out RUNS/flan/heteagg_frozen_side --resume    # final models
     legolm run RUNS/flan/local/config.yaml --out RUNS/flan/local --resume    # final models
     python benchmarks/compose.py RUNS/flan/local --group snli,cola --group snli,cola,wic,definite_pronoun_resolution
@@ -302,6 +304,14 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
             ]),
             f"![one left out]({plots}/omission.svg)\n",
         ]  # fmt: skip
+    if (runs / "hellaswag" / "ablation.json").exists():
+        asked = read_json(runs / "hellaswag" / "ablation.json")
+        parts += [
+            "The paper's measure, the LLM's accuracy on HellaSwag, which no client trains (200 questions; difference "
+            f"to all together ± standard error, paired test): {asked['before']['hellaswag acc']:.3f} before, "
+            f"{asked['all']['hellaswag acc']:.3f} with all.\n",
+            table(("without", "", "accuracy"), [(one["name"], one["kind"], left_out(one)) for one in asked["without"]]),
+        ]
     if "robustness" in found:
         models = found["robustness"]["models"]
         parts += [
@@ -313,6 +323,12 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
             ]),
         ]  # fmt: skip
     return "\n".join([*parts, notes])
+
+
+def left_out(one: Record) -> str:
+    """The LLM's accuracy without a block or client, with the paired test against all together."""
+    paired = one["paired"]["hellaswag acc"]
+    return f"{one['hellaswag acc']:.3f} ({paired['difference']:+.3f} ± {paired['stderr']:.3f}, p {paired['p']:.2g})"
 
 
 def changed(one: Record) -> str:

@@ -27,8 +27,8 @@ FORMS = ("heteagg_factor", "heteagg_frozen_side", "heteagg_exact")
 DEFAULT = "heteagg_frozen_side"
 BYTES = ("bytes_down", "bytes_up")
 KEPT = (
-    "*.json", "flan*/compare.json", "flan*/sliced.json", "flan*/*/config.yaml", "flan*/*/metrics.jsonl",
-    "flan*/*/summary.json", "flan*/*/ablation.json",
+    "*.json", "hellaswag/ablation.json", "flan*/compare.json", "flan*/sliced.json", "flan*/*/config.yaml",
+    "flan*/*/metrics.jsonl", "flan*/*/summary.json", "flan*/*/ablation.json",
 )  # fmt: skip
 
 
