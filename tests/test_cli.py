@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
 
@@ -113,7 +114,8 @@ def test_prune_eval_and_report(
     assert done.returncode == 0, done.stderr
     # q, o 64x64, k, v 32x64 and three 96x64 in a layer; 64 of 96 neurons are left: 24,576 of 30,720 weights.
     assert "80.0%" in done.stdout
-    assert_one_line(legolm("inspect", tmp_path), "no manifest.json; give a folder that `legolm prune` wrote")
+    for path in (tmp_path, tmp_path / "b" / "config.json"):
+        assert_one_line(legolm("inspect", path), "no manifest.json; give a folder that `legolm prune` wrote")
     path = config()
     asked = ("--data", tmp_path / "fr.jsonl", "--text", corpus, "--length", 128)
     done = legolm("eval", tmp_path / "b", "--base", tiny("llama"), *asked)
@@ -121,6 +123,9 @@ def test_prune_eval_and_report(
     assert all(word in done.stdout for word in ("answer loss", "exact match", "perplexity"))
     assert legolm("run", path, "--out", tmp_path / "run").returncode == 0
     page = tmp_path / "run" / "report.html"
+    # The LLM of a run's final block is the one that the run recorded.
+    own = legolm("eval", tmp_path / "run" / "final" / "fr", "--data", tmp_path / "fr.jsonl")
+    assert own.returncode == 0, own.stderr
     before = page.read_text()
     page.unlink()
     assert legolm("report", tmp_path / "run").returncode == 0
@@ -150,11 +155,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(config: Callable[..., Path
     (tmp_path / "empty.jsonl").write_text("")
     fails("empty.jsonl", data={"train": str(tmp_path / "empty.jsonl")})
     fails("neither `starter`, a folder", model="no such model")
+    (tmp_path / "chats.jsonl").write_text('{"messages": []}\n')
     # What would be missed only after the cuts.
     fails("lora.ranks: 'bogus'", "known: q_proj", sets=("lora.ranks={bogus: 1}",))
     fails("lora.start: no folder", sets=("aggregate.form=factor", "lora.start=nowhere"))
     fails("aggregate.start: no folder nowhere", sets=("aggregate.start=nowhere",))
     fails("block a: calibration.text: no file nowhere.txt", sets=("blocks.0.calibration.text=nowhere.txt",))
+    fails("chats.jsonl:1: no field `instruction`", sets=(f"blocks.0.calibration.text={tmp_path}/chats.jsonl",))
+    fails("train example 0 of 'fr' is longer than 16", sets=("train.long_examples=refuse", "train.max_length=16"))
     fails("block a: recover.text: no file", sets=("blocks.0.recover={steps: 1, text: nowhere.txt}",))
     fails("statistics: no file nowhere", sets=("blocks.0.calibration.statistics=[nowhere]",))
     if not torch.backends.mps.is_available():
@@ -186,7 +194,7 @@ def test_options_that_would_do_nothing_are_refused(config: Callable[..., Path], 
     config()
     data = ("--data", tmp_path / "fr.jsonl")
     assert_one_line(legolm("eval", "starter", "--base", "nope", *data), "--base nope", "none of starter is a block")
-    assert_one_line(legolm("ablate", tmp_path, "--limit", 3), "give --tasks")
+    assert_one_line(legolm("ablate", tmp_path, "--limit", 3), "only with --tasks")
 
 
 @pytest.mark.parametrize(
@@ -216,10 +224,12 @@ def test_several_blocks_at_once_and_private_calibration(
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "blocks").iterdir()) == ["structured-0.25", "structured-0.5"]
     for client in "ab":
-        sums = tmp_path / client
+        sums = tmp_path / "sums" / client  # its folder is made
         done = legolm("calibrate", tiny("llama"), "--text", corpus, "--out", sums, *text)
         assert done.returncode == 0, done.stderr
-    given = ("--statistics", tmp_path / "a", "--statistics", tmp_path / "b")
+    given = ("--statistics", tmp_path / "sums" / "a", "--statistics", tmp_path / "sums" / "b")
+    twice = (*given, "--statistics", tmp_path / "sums" / ".." / "sums" / "a")
+    assert_one_line(legolm(*cut, "--sparsity", 0.5, *twice, "--out", tmp_path / "x"), "a file is given twice")
     done = legolm(*cut, "--intermediate-size", 40, *given, "--out", tmp_path / "private")
     assert done.returncode == 0, done.stderr
     assert_one_line(legolm(*cut, "--sparsity", 0.5, *given, "--out", tmp_path / "x"), "to choose a shape", "text")
@@ -240,6 +250,11 @@ def test_help_names_the_commands() -> None:
     assert done.returncode == 0
     commands = ("run", "compare", "prune", "calibrate", "inspect", "eval", "compose", "ablate", "report")
     assert all(command in done.stdout for command in commands)
+
+
+def test_help_says_what_arguments_are_and_the_version_is_told() -> None:
+    assert "hub id" in legolm("eval", "--help").stdout
+    assert legolm("--version").stdout == f"{version('legolm')}\n"
 
 
 def test_help_needs_no_heavy_import() -> None:

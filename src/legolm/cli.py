@@ -14,17 +14,29 @@ import typer
 
 from legolm.types import LegolmError
 
-app = typer.Typer(
-    help="Cut small language models out of a large one, fine-tune each where its data lives, "
-    "put what they learned back together.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Config = Annotated[Path, typer.Argument(help="YAML config of the run; see examples/")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="of matrix products")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="override a value: a.b=value; may be repeated")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("legolm"))
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and stop")
+]
+
+
+@app.callback()
+def main_options(version: Version = False) -> None:
+    """Cut small models out of a large one, fine-tune each where its data lives, put what they learned back together."""
 
 
 @app.command()
@@ -46,6 +58,8 @@ def run(
 
         print_plan(make_plan(settings), settings)
         return
+    if resume and not out.exists():
+        typer.echo(f"{out}: nothing to resume; starting", err=True)
     from legolm.pipeline import run as run_pipeline
     from legolm.report.terminal import print_summary
 
@@ -87,6 +101,8 @@ def prune(
         "num_hidden_layers": num_hidden_layers,
     }
     sums = [str(path) for path in statistics] if statistics else None
+    if statistics and len({path.resolve() for path in statistics}) < len(statistics):
+        raise LegolmError("--statistics: a file is given twice; its client would count twice")
     text = {"text": calibration, "samples": samples, "length": length, "statistics": sums}
     wanted = []
     chosen = _each(targets)
@@ -272,6 +288,8 @@ def ablate(
     from legolm.progress import Progress
     from legolm.rundir import check_room
 
+    if not folder.is_dir():
+        raise LegolmError(f"run folder {folder}: no such folder; give that of a run")
     check_room(out or folder)
     names, questions = _names(tasks), None
     if limit and not names:

@@ -13,7 +13,7 @@ from legolm.assign import adapter_parameters, assign, training_bytes
 from legolm.codec import encoded_bytes
 from legolm.config import RunConfig
 from legolm.coverage import Coverage, modules_of
-from legolm.data import check_text, render
+from legolm.data import check_text, check_whole, render
 from legolm.federate.client import client_data
 from legolm.finetune import choose_device, choose_precision
 from legolm.memory import available_bytes
@@ -83,8 +83,13 @@ class Parts:
 
 
 def read_parts(config: RunConfig) -> Parts:
-    """Read and tokenize the data. Raises `LegolmError` for bad rows or a client without any."""
+    """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones."""
     data, tokenizer = client_data(config), load_tokenizer(resolve(config.model))
+    if config.train.long_examples == "refuse":
+        most = min(config.train.max_length, load_config(resolve(config.model)).max_position_embeddings)
+        for client, rows in data.items():
+            for split in ("train", "validation", "test"):
+                check_whole([render(row, tokenizer, most) for row in getattr(rows, split)], most, split, client)
     lengths = {
         client: [len(render(row, tokenizer, config.train.max_length).ids) for row in rows.train]
         for client, rows in data.items()
@@ -132,13 +137,15 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     check_clients(config, block_of)
     if config.lora.start is not None or config.aggregate.start is not None:
         start_factors(config, llm_block(path, fingerprint(path)))
-    clients = []
+    clients, method = [], {found.name: found.method for found in blocks}
     for client in config.clients:
         block = block_of[client.id]
         mean_length = sum(lengths[client.id]) / len(lengths[client.id])
         tokens = round(config.train.steps * config.train.batch_size * mean_length)
         sparsity = next(found.sparsity for found in blocks if found.name == block)
-        traffic = _traffic(config, coverages[block], client.rank or config.lora.rank, sparsity)
+        traffic = (0, 0)
+        if not config.federation.capable or method[block] == "dense":
+            traffic = _traffic(config, coverages[block], client.rank or config.lora.rank, sparsity)
         clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *traffic))
 
     used = [needs[block] for block in set(block_of.values())]
@@ -165,9 +172,9 @@ def check_files(config: RunConfig) -> None:
                 if not Path(file).is_file():
                     raise LegolmError(f"{where}calibration.statistics: no file {file}")
             if not spec.calibration.statistics:
-                check_text(spec.calibration.text, f"{where}calibration.text")
+                check_text(spec.calibration.text, spec.calibration.fields, f"{where}calibration.text")
             if spec.recover.text and spec.recover.most_steps:
-                check_text(spec.recover.text, f"{where}recover.text")
+                check_text(spec.recover.text, spec.calibration.fields, f"{where}recover.text")
     for field, folder in (("lora.start", config.lora.start), ("aggregate.start", config.aggregate.start)):
         if folder and not Path(folder).is_dir():
             raise LegolmError(f"{field}: no folder {folder}")
@@ -208,7 +215,9 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str]) -> None:
 
 
 def _traffic(config: RunConfig, coverage: Coverage, rank: int, sparsity: float) -> tuple[int, int]:
-    """Bytes (down, up) of one client's tensors in a round."""
+    """Bytes (down, up) of one client's tensors in a round that it takes part in."""
+    if config.aggregate.scheme in ("local_only", "centralized"):
+        return 0, 0
     frozen_side, codec = config.aggregate.form == "frozen_side", config.federation.codec
     keys = wire.adapter_keys(coverage, config.lora.targets, trained=frozen_side)
     own = wire.adapter_layout(coverage, keys, rank, config.lora.ranks)

@@ -18,7 +18,7 @@ from legolm.config.sections import RunConfig
 from legolm.types import LegolmError, nearest
 
 S = TypeVar("S", bound=Section)
-UNION_BRANCH = re.compile(r"(function-|constrained-|list\[|dict\[).*|str")
+UNION_BRANCH = re.compile(r"(function-|constrained-|list\[|dict\[|literal\[).*|str")
 """What pydantic adds to a field's place to say which of its types did not fit."""
 
 

@@ -263,7 +263,7 @@ class RunConfig(Section):
 
     model: str = Field("starter", description="`starter`, a local folder or a Hugging Face hub id")
     seed: int = Field(0, ge=0, lt=2**63)
-    precision: Precision | Literal["auto"] = Field(
+    precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of matrix products, `auto` measures; norms, adapters and sums stay fp32"
     )
     device: Device = "auto"

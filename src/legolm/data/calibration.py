@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from legolm.config import CalibrationConfig
+from legolm.config import CalibrationConfig, Fields
 from legolm.data.render import render
 from legolm.data.sources import DATA_SUFFIXES, check_file, paths_of, read_rows, read_text, to_example
 from legolm.data.starter import public_starter_text
@@ -51,9 +51,15 @@ def calibration_tokens(
     return torch.stack([pools[sample % len(pools)][sample // len(pools)] for sample in range(count)])
 
 
-def check_text(text: str, field: str) -> None:
-    """Raise `LegolmError` when `calibration_tokens` would not find the text; `field` names it."""
-    if text not in ("starter", "pydoc"):
+def check_text(text: str, fields: Fields, field: str) -> None:
+    """Raise `LegolmError` when `calibration_tokens` would not find the text, or no conversations in its rows.
+
+    `field` names it.
+    """
+    if Path(text).suffix in DATA_SUFFIXES:
+        for row in read_rows(text, field):
+            to_example(row, fields)
+    elif text not in ("starter", "pydoc"):
         for path in paths_of(text, field):
             check_file(path, field)
 

@@ -46,6 +46,16 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     return Tokens(ids=(*prompt, *answer), answer=len(prompt), truncated=truncated)
 
 
+def check_whole(examples: Sequence[Tokens], length: int, split: str, client: str) -> None:
+    """Raise `LegolmError` when one of them had more than `length` tokens."""
+    for place, example in enumerate(examples):
+        if example.truncated:
+            raise LegolmError(
+                f"data: {split} example {place} of {client!r} is longer than {length} tokens; raise "
+                "train.max_length as far as the model's context allows, or set train.long_examples=truncate"
+            )
+
+
 def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The prompt, and the answer with what ends the assistant's turn."""
     content = messages[-1].content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -60,9 +59,9 @@ class Result:
 def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None = None) -> list[Subject]:
     """The models in order, each block's dense LLM before it, or the model itself before it with its adapter.
 
-    A block's LLM is `base`, or else the one of `models` or the starter that has the fingerprint in its manifest. Blocks
-    and adapters are compared with their LLM, other models with the first. Raises `LegolmError` when the LLM is not
-    found or `base` is another, and for an adapter on several models.
+    A block's LLM is `base`, or else the one that has the fingerprint in its manifest: of `models`, the starter and what
+    the run of a final block recorded. Blocks and adapters are compared with their LLM, other models with the first.
+    Raises `LegolmError` when the LLM is not found or `base` is another, and for an adapter on several models.
     """
     names = list(dict.fromkeys(models))
     if base is not None and not any((resolve(name) / "manifest.json").is_file() for name in names):
@@ -144,12 +143,16 @@ def load_subject(subject: Subject) -> Any:
 
 def _find_base(name: str, block: Block, base: str | None, dense: dict[str, Path]) -> tuple[str, Path]:
     """Name and folder of the LLM that the block was cut from."""
-    candidates = dict(dense) if base is None else {base: resolve(base)}
-    if base is None:
-        with contextlib.suppress(LegolmError):  # not installed: then it is no candidate
-            candidates.setdefault("starter", resolve("starter"))
-    seen = {}
-    for candidate, path in candidates.items():
+    recorded = block.details.get("model")
+    names = [base] if base is not None else [*dense, "starter", *([recorded] if isinstance(recorded, str) else [])]
+    seen: dict[str, str] = {}
+    for candidate in dict.fromkeys(names):
+        try:
+            path = dense.get(candidate) or resolve(candidate)
+        except LegolmError:
+            if base is not None:
+                raise
+            continue  # the starter is not installed, or the recorded one not here: then it is no candidate
         seen[candidate] = fingerprint(path)
         if seen[candidate] == block.base_fingerprint:
             known = [other for other, folder in dense.items() if folder.resolve() == path.resolve()]

@@ -19,7 +19,7 @@ from legolm.aggregate.folding import concatenated
 from legolm.aggregate.scheme import under_prefix, with_prefix
 from legolm.config import RunConfig
 from legolm.coverage import Coverage, slice_factors, tensors_hash
-from legolm.data import Tokens, load_parts, render
+from legolm.data import Tokens, check_whole, load_parts, render
 from legolm.evaluate import score
 from legolm.finetune import choose_device, choose_precision, dtype_of, fit, merged
 from legolm.memory import keep_freed_memory, release_memory, trim
@@ -183,12 +183,8 @@ class ClientRuntime:
             length = min(self._config.train.max_length, self._model.config.max_position_embeddings)
             rows = getattr(self._data[client], split)
             tokens = tuple(render(row, self._tokenizer, length) for row in rows)
-            refused = [place for place, one in enumerate(tokens) if one.truncated]
-            if refused and self._config.train.long_examples == "refuse":
-                raise LegolmError(
-                    f"data: {split} example {refused[0]} of {client!r} is longer than {length} tokens; raise "
-                    "train.max_length as far as the model's context allows, or set train.long_examples=truncate"
-                )
+            if self._config.train.long_examples == "refuse":
+                check_whole(tokens, length, split, client)
             self._tokens[client, split] = tokens
         return self._tokens[client, split]
 

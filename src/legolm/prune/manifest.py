@@ -39,7 +39,7 @@ def read_block(path: Path) -> Block:
     """Read a block folder. Raises `LegolmError` when a file is missing, broken or does not fit the others."""
     try:
         manifest = Manifest.model_validate_json((path / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise LegolmError(f"block {path}: no manifest.json; give a folder that `legolm prune` wrote") from None
     except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0]

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from legolm.config import Precision
 from legolm.models import LayeredModel, Shape, shape_of
 from legolm.progress import Progress
 from legolm.prune.calibrate import Moments, Needs, PruneGroup, Regression, Stream, inputs_of
+from legolm.rundir import atomic_write
 from legolm.types import LegolmError
 
 
@@ -85,7 +86,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "tokens": {name: moments.tokens for name, moments in statistics.sums.items()},
     }
     tensors = {name: moments.packed() for name, moments in statistics.sums.items()}
-    save_file(tensors, path, metadata={"legolm": json.dumps(header)})
+    atomic_write(path, save(tensors, metadata={"legolm": json.dumps(header)}))
 
 
 def load_statistics(paths: Sequence[Path], shape: Shape, fingerprint: str) -> Statistics:
