@@ -276,8 +276,9 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         parts += [
             "## Learning rates\n",
             "The LLM's loss on validation data, 16 pairs a task, of seed 0, or of seeds 0 and 1; bold: what the tables "
-            "above have. From 0.002 up and down until it gets worse; by the mean where both seeds ran. For `local`, "
-            "which has no LLM, the mean loss of clients' blocks on their own validation data.\n",
+            "above have. From 0.002 up and down until it gets worse; by the mean where both seeds ran. `everyone` "
+            "of the rank schemes: at FedIT's rate and the half of it. For `local`, which has no LLM, the mean loss of "
+            "clients' blocks on their own validation data.\n",
             rates_table(runs),
         ]
     if (runs / "server_step.json").exists():
