@@ -77,6 +77,11 @@ def kept(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None else tensor[rows]
 
 
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Of the whole matrix: how far single entries are off depends on how the processor rounds."""
+    return float((found - expected).norm() / expected.norm())
+
+
 def test_the_table_has_every_linear_layer_and_its_size(variant: str, tiny: Callable[[str], Path]) -> None:
     model = load_model(tiny(variant))
     shape = shape_of(model.config)
@@ -111,7 +116,7 @@ def test_fitting_to_what_the_layer_gives_changes_nothing(variant: str, unit: Any
     given = after.hidden if unit == "neuron" else None
     fit = stream.regression(0, layer, name, given)
     weight = linear(model, 0, name).weight
-    torch.testing.assert_close(refit(fit, weight, None), weight, rtol=1e-2, atol=1e-4)
+    assert relative_error(refit(fit, weight, None), weight) < 1e-2
 
 
 @pytest.mark.parametrize(("variant", "nothing"), [("gemma3_text", -1.0), ("olmo2", 0.0)])
@@ -126,7 +131,7 @@ def test_a_norm_that_lets_nothing_of_a_channel_through(
     after.advance(0, layer)
     weight = linear(model, 0, "mlp.down_proj").weight
     fitted = refit(stream.regression(0, layer, "mlp.down_proj", after.hidden), weight, None)
-    torch.testing.assert_close(fitted, weight, rtol=1e-2, atol=1e-4)
+    assert relative_error(fitted, weight) < 1e-2
 
 
 @pytest.mark.parametrize("target", SHAPES.values(), ids=SHAPES)
