@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -40,6 +40,7 @@ class TestRender:
         assert answer == "Madrid<|im_end|>"
 
     @given(answer=st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), length=st.integers(2, 90))
+    @example(answer=">", length=10)  # as the end of the turn ends
     @settings(max_examples=50, deadline=None)
     def test_any_answer_comes_back_and_no_length_is_exceeded(
         self, tokenizer: PreTrainedTokenizerFast, answer: str, length: int

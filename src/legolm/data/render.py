@@ -14,6 +14,9 @@ from legolm.types import Example, LegolmError, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MARK = "(the answer)"
+"""In an answer's place it shows what the template writes before and after, whatever the answer begins or ends with."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -63,23 +66,24 @@ def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> t
         prompt = "".join(f"{message.content}\n" for message in messages[:-1])
         return prompt, content + _end(tokenizer)
     turns = [{"role": message.role, "content": message.content} for message in messages]
+    marked_turns = [*turns[:-1], turns[-1] | {"content": _MARK}]
     try:
         prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        whole, marked = (tokenizer.apply_chat_template(one, tokenize=False) for one in (turns, marked_turns))
     except TemplateError as error:
         raise LegolmError(
             f"model: its chat template refuses the data ({error}); mend `data.system` or the messages"
         ) from None
+    before, _, after = marked.rpartition(_MARK)
     if not whole.startswith(prompt):
         # The template puts more in the generation prompt (`<think>`) than it leaves in a finished turn. Then
         # the prompt is what both share, but nothing of the answer, which may begin like what was left out.
-        before_answer = whole.rpartition(content.strip())[0] or whole
-        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, before_answer, strict=False))
-        prompt = "".join(sign for sign, _ in pairs)
+        shared = takewhile(lambda signs: len(set(signs)) == 1, zip(prompt, before, whole, strict=False))
+        prompt = "".join(signs[0] for signs in shared)
     # Whitespace after the end of the turn belongs to the next turn: nobody generates it.
     answer = whole[len(prompt) :].rstrip()
     # A template that writes nothing after the answer would teach the model never to stop.
-    return prompt, answer + _end(tokenizer) if answer.endswith(content.rstrip()) else answer
+    return prompt, answer if after.strip() else answer + _end(tokenizer)
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> str:
