@@ -19,7 +19,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## every figure of the README
+bench: $(READY)  ## the demo's figures in the README
 	$(BIN)/python benchmarks/demo.py
 
 clean:  ## the virtual environment and the demo's run

@@ -1,16 +1,19 @@
 """The claims beside every peer: `docs/results.md`, `docs/results.json` and their plots, from the folders of runs.
 
-    legolm compare examples/compare/flan.yaml --out RUNS/flan --blocks RUNS/blocks --no-models   # and another seed:
+    legolm compare examples/compare/flan.yaml --out RUNS/flan --blocks RUNS/blocks --no-models   # and other seeds:
     legolm compare examples/compare/flan.yaml --out RUNS/flan-1 --blocks RUNS/blocks --no-models --set seed=1
+    legolm compare examples/compare/flan.yaml --out RUNS/flan-2 --blocks RUNS/blocks --no-models --set seed=2
     legolm compare examples/compare/flan_rates.yaml --out RUNS/flan_rates --blocks RUNS/blocks --no-models
     legolm compare examples/compare/flan_rates.yaml --out RUNS/flan_rates-1 --blocks RUNS/blocks --no-models
         --set seed=1
     legolm compare examples/compare/flan_models.yaml --out RUNS/flan_models --blocks RUNS/blocks --no-models
     legolm compare examples/compare/flan_ideal.yaml --out RUNS/flan_ideal --blocks RUNS/blocks --no-models
+    legolm compare examples/compare/flan_settings.yaml --out RUNS/flan_settings --blocks RUNS/blocks --no-models
     legolm compare examples/compare/flan_gap.yaml --out RUNS/flan_gap --blocks RUNS/blocks --no-models
     legolm run examples/flan/public.yaml --out RUNS/public
     legolm compare examples/compare/flan_warm.yaml --out RUNS/flan_warm --blocks RUNS/blocks --no-models
         --set aggregate.start=RUNS/public
+    legolm run examples/flan/mixed.yaml --out RUNS/personal --set train.steps=6 --set federation.personal_steps=4
     legolm ablate RUNS/flan/heteagg_frozen_side
     legolm ablate RUNS/flan/heteagg_frozen_side --out RUNS/hellaswag --include examples/tasks --tasks hellaswag
         --limit 200
@@ -131,6 +134,16 @@ def settings_table(rows: Sequence[Record]) -> str:
     )  # fmt: skip
 
 
+def personal_table(run: Path) -> str:
+    """The blocks' losses on their own and the others' data, stage by stage."""
+    clients, phases = read_json(run / "summary.json")["clients"], ("before", "local", "global", "personal")
+    rows = [
+        (name, *(f"{fmean(client[key][phase] for client in clients):.3f}" for phase in phases))
+        for name, key in (("own task", "own"), ("the others' tasks", "others"))
+    ]
+    return table(("", "before", "alone", "global update", "personal step"), rows)
+
+
 def compose_table(found: Sequence[Record]) -> str:
     """A column a group of clients; a row a way to compose their blocks, after what they are without."""
     rows = [(name, *(f"{one[name]:.3f}" for one in found)) for name in ("before", "apart", "own")]
@@ -225,12 +238,15 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         "## What should hold\n",
         table(("claim", "found", "holds"), [(a, b, "yes" if c else "**no**") for a, b, c in claims(found)]),
         "## Every scheme, mixed blocks, one task a client\n",
+        "`examples/compare/flan.yaml`.\n",
         study_table(study, main),
         "LLM: mean and standard deviation over the seeds that ran, each after the round that is best for it on "
-        "validation data; all else in this table is of the first seed. `capable` leaves out who "
-        "does not hold the whole LLM (six of eight clients). `everyone` is the ideal that weak devices cannot run. "
+        "validation data; all else in this table is of the first seed. `capable` leaves out who does not hold the "
+        "whole LLM (six of eight clients; that of the SparseGPT block too, though zeros save no memory yet: "
+        "fedit_three_capable below has it). `everyone` is the ideal that weak devices cannot run. "
         "`local` has no LLM: its row is the untrained one. Client TFLOP: the decoder's operations in all clients' "
-        "training. Client MB: what training needs by the plan's estimate, mean over those who train." + footnote,
+        "training. Client MB: what training needs by the plan's estimate, mean over those who train. Min: wall time of "
+        "the rounds, most of it scoring, for which mixed blocks are more models than one." + footnote,
         f"![loss against bytes]({plots}/bytes.svg)\n",
         "## Clients after each global update (the paper's figure 3)\n",
         "Means of the seeds; the plot is of the first.\n",
@@ -246,17 +262,27 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         ),
         f"![clients by round]({plots}/clients.svg)\n",
     ]  # fmt: skip
+    if (runs / "personal" / "summary.json").exists():
+        parts += [
+            "## The personal step\n",
+            "As many steps as above, spent otherwise: two rounds of six, and four of each client's own at the end "
+            "(`federation.personal_steps`). Means over the clients' blocks, of seed 0, on "
+            f"{cpu_of(runs / 'personal')}.\n",
+            personal_table(runs / "personal"),
+        ]
     if (runs / "flan_models" / "compare.json").exists():
         parts += [
             "## Who holds what, and IID data\n",
-            f"As {DEFAULT} above, which is the mixed blocks' row for one task a client.\n",
+            f"As {DEFAULT} above, which is the mixed blocks' row for one task a client "
+            "(`examples/compare/flan_models.yaml`); fedit_three_capable: FedIT over three clients instead of two.\n",
             study_table(runs / "flan_models"),
         ]
     if (runs / "flan_ideal" / "compare.json").exists():
         parts += [
             "## The rank schemes over everyone, the ideal\n",
             "Everyone holds the whole LLM, at the rank at which an adapter has the bytes of the client's own block's "
-            "(`match_bytes`). FedIT's row at rank 8 for all is fedit_everyone above.\n",
+            "(`match_bytes`; `examples/compare/flan_ideal.yaml`). FedIT's row at rank 8 for all is fedit_everyone "
+            "above.\n",
             study_table(runs / "flan_ideal"),
         ]
     if (runs / "flan_settings" / "compare.json").exists():
@@ -276,9 +302,9 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         parts += [
             "## Learning rates\n",
             "The LLM's loss on validation data, 16 pairs a task, of seed 0, or of seeds 0 and 1; bold: what the tables "
-            "above have. From 0.002 up and down until it gets worse; by the mean where both seeds ran. `everyone` "
-            "of the rank schemes: at FedIT's rate and the half of it. For `local`, which has no LLM, the mean loss of "
-            "clients' blocks on their own validation data.\n",
+            "above have, the others are of `examples/compare/flan_rates.yaml`. From 0.002 up and down until it gets "
+            "worse; by the mean where both seeds ran. `everyone` of the rank schemes: at FedIT's rate and the half of "
+            "it. For `local`, which has no LLM, the mean loss of clients' blocks on their own validation data.\n",
             rates_table(runs),
         ]
     if (runs / "server_step.json").exists():
@@ -310,7 +336,8 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         parts += [
             "The paper's measure, the LLM's accuracy on HellaSwag, which no client trains (200 questions; difference "
             f"to all together ± standard error, paired test): {asked['before']['hellaswag acc']:.3f} before, "
-            f"{asked['all']['hellaswag acc']:.3f} with all.\n",
+            f"{asked['all']['hellaswag acc']:.3f} with all. (The next table's LLM is the "
+            "written checkpoint, rounded to bfloat16.)\n",
             table(("without", "", "accuracy"), [(one["name"], one["kind"], left_out(one)) for one in asked["without"]]),
         ]
     if "robustness" in found:
