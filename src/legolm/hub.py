@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from functools import lru_cache
 from threading import Thread
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from urllib.request import getproxies
 from huggingface_hub import constants
 
 PATIENCE_S = 5.0
+KNOWN_S = 60.0
 
 
 def wants_offline() -> bool:
@@ -18,22 +20,31 @@ def wants_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-@lru_cache
 def hub_answers() -> bool:
-    """Whether the hub's host takes connections; behind a proxy only the hub's own clients can tell, and may try."""
+    """Whether the hub's host takes connections, asked again after `KNOWN_S`.
+
+    Behind a proxy only the hub's own clients can tell, and may try.
+    """
     address = urlsplit(constants.ENDPOINT)
-    if address.scheme in getproxies():
+    if {address.scheme, "all"} & getproxies().keys():
         return True
+    port = address.port or (80 if address.scheme == "http" else 443)
+    return _answers(address.hostname, port, int(time.monotonic() / KNOWN_S))
+
+
+@lru_cache(1)
+def _answers(host: str | None, port: int, _when: int) -> bool:
     answered: list[bool] = []
 
     def knock() -> None:
         try:
-            socket.create_connection((address.hostname, address.port or 443), PATIENCE_S).close()
+            # A host may have several addresses, the first of them dead.
+            socket.create_connection((host, port), PATIENCE_S / 3).close()
         except OSError:
             return
         answered.append(True)
 
-    # In a thread: names are resolved, and a host's other addresses tried, without a limit.
+    # In a thread: names are resolved, and addresses tried, without a limit.
     thread = Thread(target=knock, daemon=True)
     thread.start()
     thread.join(PATIENCE_S)

@@ -284,7 +284,9 @@ def test_bad_input_is_one_line(run: Path, llm: Path, tmp_path: Path) -> None:
     fails("merged already, and the adapter would hide it", [f"{fr}:{fr / 'adapter'}"])
     fails("has its own weights", [fr], into=str(wide), base=llm)
     fails("did not start from one adapter", [fr, other], form="factor")
-    fails("has an adapter merged already", [fr], into=str(run / "final" / "fr"))
+    fails("has learned something already", [fr], into=str(run / "final" / "fr"))
+    assert put([fr], "union", tmp_path / "once").method == "composed"
+    fails("has learned something already", [fr], into=str(tmp_path / "once"))
     fails("was cut from another base model", [foreign], into=str(wide))
     fails("must be llm, union, sizes", [fr], into="somewhere")
     fails("did you mean `neurons`", [fr], into="neuron=3")
@@ -306,7 +308,7 @@ def test_bad_input_is_one_line(run: Path, llm: Path, tmp_path: Path) -> None:
     fails("broken or not written by legolm", [broken])
 
 
-def test_the_command(run: Path, llm: Path, tmp_path: Path) -> None:
+def test_the_command(run: Path, tmp_path: Path) -> None:
     sources = (run / "final" / "fr", run / "final" / "de")
     done = legolm("compose", *sources, "--into", "union", "--out", tmp_path / "out", "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -318,7 +320,10 @@ def test_the_command(run: Path, llm: Path, tmp_path: Path) -> None:
     assert legolm("inspect", tmp_path / "out").returncode == 0
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"instruction": "Say 1", "output": "fr"}) + "\n")
-    assert legolm("eval", tmp_path / "out", "--base", llm, "--data", rows).returncode == 0
+    assert legolm("eval", tmp_path / "out", "--data", rows).returncode == 0  # its LLM is what the sources recorded
+    shutil.copytree(run / "blocks" / "wide", tmp_path / "rate=0.1")
+    into = legolm("compose", *sources, "--into", tmp_path / "rate=0.1", "--out", tmp_path / "in", "--dry-run")
+    assert into.returncode == 0, into.stderr
     again = legolm("compose", *sources, "--into", "union", "--out", tmp_path / "out")
     assert_one_line(again, "is already there; give another one")
     assert_one_line(legolm("compose", *sources, "--into", "x", "--out", tmp_path / "x"), "must be llm, union, sizes")

@@ -230,6 +230,10 @@ def test_bad_input_is_one_line(
     with monkeypatch.context() as patched:
         patched.setattr("legolm.evaluate.questions.run_tasks", None)
         fails(llm, *asked, 10**6, says=("--length 1000000: the model takes 512 tokens",))
+    long = tmp_path / "long.jsonl"
+    long.write_text(data.read_text() + json.dumps({"instruction": "a" * 600, "output": "b"}) + "\n")
+    number = len(long.read_text().splitlines())
+    fails(llm, "--data", long, says=(f"--data: conversation {number} has more than the 512 tokens",))
     learned = tmp_path / "learned"
     shutil.copytree(llm, learned)
     shutil.copytree(adapter, learned / "adapter")

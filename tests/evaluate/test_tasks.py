@@ -134,7 +134,7 @@ def test_what_is_wrong_with_a_task_file_is_one_line(tasks: Write, tmp_path: Path
     both = [{"query": "a", "choices": ["a", "b"], "gold": gold} for gold in ("b", "c")]
     fails("question 2: the right choice is 'c', and it has choices 0 to 1", rows=both)
     load_tasks(["three"], tasks(both), limit=1)
-    fails("is the right choice of question 1 one of its choices?", rows=[{"query": "a", "choices": ["a"], "gold": 3}])
+    fails("or its right choice none of its choices?", rows=[{"query": "a", "choices": ["a"], "gold": 3}])
     # The harness takes several right choices by their places.
     for gold in (["b"], []):
         many = [{"query": "a", "choices": ["a", "b"], "gold": one} for one in ([0, 1], gold)]
@@ -159,6 +159,26 @@ def test_what_is_wrong_with_a_task_file_is_one_line(tasks: Write, tmp_path: Path
         load_tasks(["three"], tmp_path / "tasks")
     with pytest.raises(LegolmError, match="no such folder"):
         load_tasks(["three"], tmp_path / "none")
+
+
+def test_what_functions_beside_a_task_file_raise_is_one_line(tasks: Write) -> None:
+    folder = tasks()
+    config = json.loads((folder / "three.yaml").read_text())
+    lines = [f"{key}: {json.dumps(value)}" for key, value in config.items() if key != "doc_to_target"]
+    second = f"doc['query'] == {json.loads((folder / 'data' / 'three.jsonl').read_text().splitlines()[1])['query']!r}"
+    for number, (code, says) in enumerate(
+        (
+            ("def gold(doc):\n    return nothing\n", "name 'nothing' is not defined"),
+            ("def gold(doc)\n", r"three\.yaml: expected ':'"),
+            ("nothing\n", r"three\.yaml: name 'nothing' is not defined"),
+            (f"def gold(doc):\n    return [][0] if {second} else 0\n", "question 2: list index out of range"),
+        )
+    ):
+        (folder / f"mine{number}.py").write_text(code)
+        (folder / "three.yaml").write_text("\n".join([*lines, f"doc_to_target: !function mine{number}.gold", ""]))
+        with pytest.raises(LegolmError, match=says) as error:
+            load_tasks(["three"], folder)
+        assert "\n" not in str(error.value)
 
 
 def test_a_later_question_without_a_field(tasks: Write, unigram: Unigram, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -195,7 +215,7 @@ def test_a_hub_that_does_not_answer_is_found_at_once(tasks: Write, monkeypatch: 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "getproxies", dict)
     monkeypatch.setattr(hub.socket, "create_connection", refused)
-    hub.hub_answers.cache_clear()
+    hub._answers.cache_clear()
     with pytest.raises(LegolmError, match="no task 'hellaswg'; nearest: hellaswag, "):
         load_tasks(["hellaswg"])
     for names, folder in ((["hellaswag"], None), (["three"], tasks(dataset_path="owner/three", dataset_kwargs=None))):
@@ -204,7 +224,12 @@ def test_a_hub_that_does_not_answer_is_found_at_once(tasks: Write, monkeypatch: 
     with pytest.raises(LegolmError, match="it does not answer, and no earlier download is here"):
         resolve("owner/model")
     assert len(tried) == 1
-    hub.hub_answers.cache_clear()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://mirror")
+    assert not hub.hub_answers()
+    assert tried[1] == ("mirror", 80)
+    monkeypatch.setattr(hub, "getproxies", lambda: {"all": "http://proxy"})
+    assert hub.hub_answers()
+    hub._answers.cache_clear()
 
 
 def test_many_runs_on_one_model_in_memory(tasks: Write, unigram: Unigram, tokenizer: PreTrainedTokenizerFast) -> None:

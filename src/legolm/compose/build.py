@@ -44,6 +44,7 @@ class Composition:
     method: Method
     coverage: Coverage
     base: Base
+    model: str | None
     whole: bool
     covered: int
 
@@ -70,8 +71,9 @@ def plan(
             "blocks of one run"
         )
     coverages = [source.block.coverage for source in sources]
-    if into in ("llm", "union") or "=" in into:
-        found = _base(base, sources)
+    model = base or next((known for source in sources if (known := source.block.details.get("model"))), None)
+    if into in ("llm", "union") or ("=" in into and not Path(into).is_dir()):
+        found = _base(model, sources)
         if into == "llm":
             coverage = Coverage.full(found.shape)
         else:
@@ -95,7 +97,7 @@ def plan(
         numbers = weights_by_examples(sources)
     mean = sum(numbers) / len(numbers)
     covered = covered_weights(coverage, coverages)
-    return Composition(sources, [one / mean for one in numbers], method, coverage, found, whole, covered)
+    return Composition(sources, [one / mean for one in numbers], method, coverage, found, model, whole, covered)
 
 
 def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
@@ -135,7 +137,8 @@ def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
                     source.name: weight for source, weight in zip(wanted.sources, wanted.weights, strict=True)
                 },
                 "by": {"method": wanted.method.name, **wanted.method.settings},
-            },
+            }
+            | ({"model": wanted.model} if wanted.model else {}),
         )
         write_block(manifest, coverage, folder)
     return read_block(out)
@@ -186,14 +189,13 @@ def _one_matrix(coverage: Coverage, layer: int, module: str) -> Coverage:
 
 def _base(model: str | None, sources: Sequence[Source]) -> Base:
     """The LLM that the sources were cut from. Raises `LegolmError` when it is not known, or is another one."""
-    known = next((found for source in sources if (found := source.block.details.get("model"))), None)
-    if model is None and known is None:
+    if model is None:
         raise LegolmError("--base: the sources do not say which LLM they were cut from; give it")
-    path = resolve(model or str(known))
+    path = resolve(model)
     found, wanted = fingerprint(path), sources[0].block.base_fingerprint
     if found != wanted:
         raise LegolmError(
-            f"--base {model or known}: is not the LLM that the blocks were cut from (fingerprint {found[:12]}, theirs "
+            f"--base {model}: is not the LLM that the blocks were cut from (fingerprint {found[:12]}, theirs "
             f"{wanted[:12]}); give that one"
         )
     return Base.of(path, found, load_config(path))

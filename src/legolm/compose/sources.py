@@ -11,17 +11,17 @@ import torch
 
 from legolm.config import Fields
 from legolm.coverage import Coverage, factor_shape, parse_key
-from legolm.data import read_rows, render, to_example
+from legolm.data import read_rows, render_whole, to_example
 from legolm.evaluate import score
 from legolm.finetune import load_factors, merged, read_adapter
 from legolm.finetune.adapters import FACTORS
-from legolm.models import load_model, load_tokenizer
+from legolm.models import load_config, load_model, load_tokenizer
 from legolm.progress import Progress
 from legolm.prune import read_block
 from legolm.types import Block, LegolmError, Tensors
 from legolm.wire import adapter_keys
 
-BATCH, MAX_LENGTH = 8, 2048
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def weights_by_loss(sources: Sequence[Source], data: str, progress: Progress) ->
     with progress.stage("validate", len(sources)) as advance:
         for source in sources:
             block, tokenizer = source.block, load_tokenizer(source.block.path)
-            rows = [render(example, tokenizer, MAX_LENGTH) for example in examples]
+            length = load_config(block.path).max_position_embeddings
+            rows = render_whole(examples, tokenizer, length, "--validate")
             with merged(load_model(block.path), block.coverage, {} if source.merged else source.factors, 1.0) as model:
                 losses.append(score(model, rows, BATCH, "fp32").loss)
             if not math.isfinite(losses[-1]):

@@ -21,9 +21,10 @@ SIZES = ("layers", "kv_groups", "neurons")
 
 def target_block(path: Path) -> Block:
     """A block to compose into. Raises `LegolmError` when it has learned something already, which would count twice."""
-    if (path / FACTORS).is_file():
-        raise LegolmError(f"--into {path}: has an adapter merged already; give the block that it was trained from")
-    return read_block(path)
+    block = read_block(path)
+    if (path / FACTORS).is_file() or block.method == "composed":
+        raise LegolmError(f"--into {path}: has learned something already; give the block that was cut")
+    return block
 
 
 def parse_sizes(text: str) -> dict[str, int]:

@@ -49,6 +49,20 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     return Tokens(ids=(*prompt, *answer), answer=len(prompt), truncated=truncated)
 
 
+def render_whole(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int, option: str
+) -> list[Tokens]:
+    """All conversations. Raises `LegolmError` for one of more than `length` tokens, the model's context."""
+    found = [render(example, tokenizer, length) for example in examples]
+    for place, one in enumerate(found, 1):
+        if one.truncated:
+            raise LegolmError(
+                f"{option}: conversation {place} has more than the {length} tokens that the model takes; shorten it, "
+                "or leave it out"
+            )
+    return found
+
+
 def check_whole(examples: Sequence[Tokens], length: int, split: str, client: str) -> None:
     """Raise `LegolmError` when one of them had more than `length` tokens."""
     for place, example in enumerate(examples):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from legolm.config import Fields, Precision
-from legolm.data import read_rows, read_text, render, to_example
+from legolm.data import read_rows, read_text, render_whole, to_example
 from legolm.evaluate.answers import score_each
 from legolm.evaluate.figure import RatioFigure, digest, ratio_figure
 from legolm.evaluate.perplexity import text_windows, window_losses
@@ -20,7 +20,6 @@ from legolm.evaluate.rouge import generate, need_rouge, rouge_l
 from legolm.evaluate.tasks import TaskFigures, Tasks, load_tasks, run_tasks
 from legolm.types import Example, LegolmError
 
-MAX_LENGTH = 2048
 BATCH = 8
 DATA, TEXT = "answers", "text"
 """Names of the figures on conversations and on running text, beside those of tasks."""
@@ -88,14 +87,15 @@ def measure(model: Any, tokenizer: Any, questions: Questions, precision: Precisi
     """All figures of a causal LM in memory, by task (`answers` and `text` besides) and metric.
 
     Losses are nats a token; exact match, ROUGE-L and accuracies are shares of 1. Raises `LegolmError`, before anything
-    is measured, for a text or a model that is too short for a window.
+    is measured, for a text or a model that is too short for a window, and for a conversation too long for the model.
     """
     found: TaskFigures = {}
-    windows = None if questions.text is None else _windows(model, tokenizer, questions)
+    most = model.config.max_position_embeddings
+    windows = None if questions.text is None else _windows(most, tokenizer, questions)
+    examples = render_whole(questions.examples, tokenizer, most, "--data")
     if questions.tasks is not None:
         found |= run_tasks(model, tokenizer, questions.tasks, questions.limit, precision)
-    if questions.examples:
-        examples = [render(example, tokenizer, MAX_LENGTH) for example in questions.examples]
+    if examples:
         asked = digest(questions.examples)
         answers = score_each(model, examples, BATCH, precision)
         found[DATA] = {
@@ -117,7 +117,7 @@ def measure(model: Any, tokenizer: Any, questions: Questions, precision: Precisi
 def check_finite(found: TaskFigures, whose: str) -> None:
     """Raise `LegolmError` for a loss that overflowed: it has no error and no test.
 
-    The harness's own figures may be undefined, as F1 without a hit.
+    The harness's own figures may be undefined.
     """
     for task, metrics in found.items():
         for metric, figure in metrics.items():
@@ -125,10 +125,9 @@ def check_finite(found: TaskFigures, whose: str) -> None:
                 raise LegolmError(f"{whose}: {task} {metric} is {figure.value}; compute in fp32, or mend the model")
 
 
-def _windows(model: Any, tokenizer: Any, questions: Questions) -> Tensor:
+def _windows(most: int, tokenizer: Any, questions: Questions) -> Tensor:
     """Token ids (windows, length) of the text. Raises `LegolmError` when it, or the model, is too short for one."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    if most is not None and questions.length > most:
+    if questions.length > most:
         raise LegolmError(f"--length {questions.length}: the model takes {most} tokens; give a smaller one")
     tokens = torch.tensor(tokenizer.encode(questions.text, add_special_tokens=False, verbose=False))
     return text_windows(tokens, questions.length, questions.windows)

@@ -31,6 +31,8 @@ BOOTSTRAPS = 200
 NEEDED = ("dataset_path", "doc_to_text", "doc_to_target")
 TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 SPLITS = ("test_split", "validation_split")
+PLACES = ("dataset_path", "dataset_kwargs", "metadata")
+"""Where a task's files lie: the same questions from elsewhere are the same questions."""
 
 TaskFigures = dict[str, dict[str, Figure]]
 """By task, and group of tasks, and metric."""
@@ -46,8 +48,9 @@ class Tasks:
         """Digest of what the first `limit` questions of each task are asked, and how; of all groups too."""
         found: list[object] = [sorted(self.loaded["groups"])]
         for name, task in sorted(self.loaded["tasks"].items()):
+            config = {key: value for key, value in task.dump_config().items() if key not in PLACES}
             # Where a function has no source its text has an address, which is another one in each process.
-            found.append((name, re.sub(" at 0x[0-9a-f]+", "", str(sorted(task.dump_config().items(), key=str)))))
+            found.append((name, re.sub(" at 0x[0-9a-f]+", "", str(sorted(config.items(), key=str)))))
             shown = task.fewshot_docs() if task.get_config("num_fewshot") else ()
             docs = [*shown, *(doc for _, doc in task.doc_iterator(limit=limit))]
             found += [json.dumps(doc, sort_keys=True, default=str) for doc in docs]
@@ -238,7 +241,7 @@ def _beside_its_yaml(entry: Any) -> Any:
         return entry
     try:
         config = load_yaml(path)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # its functions' files run here
         raise LegolmError(f"task file {path}: {_line(error)}") from None
     missing = [field for field in NEEDED if config.get(field) is None]
     if "custom_dataset" in config or "use_prompt" in config:
@@ -293,9 +296,7 @@ def _unknown(name: str, known: Sequence[str], own: Sequence[str], include: Path 
 
 @contextlib.contextmanager
 def _one_line(name: str, path: Path | None, config: Any) -> Iterator[None]:
-    """What the harness raises for a task's templates and data, as one line."""
-    from datasets.exceptions import DatasetsError
-
+    """What the harness raises for a task's templates, functions and data, as one line."""
     place = f"task {name!r}" if path is None else f"task file {path}"
     try:
         yield
@@ -305,8 +306,12 @@ def _one_line(name: str, path: Path | None, config: Any) -> Iterator[None]:
             "files of your own (--include)"
         ) from None
     except IndexError as error:  # the harness tries the first question
-        raise LegolmError(f"{place}: {_line(error)}; is the right choice of question 1 one of its choices?") from None
-    except (TemplateError, DatasetsError, ValueError, KeyError, TypeError, SyntaxError, OSError, ImportError) as error:
+        raise LegolmError(
+            f"{place}: {_line(error)}; is a choice of question 1 empty, or its right choice none of its choices?"
+        ) from None
+    except LegolmError:
+        raise
+    except Exception as error:  # whatever the user's own functions raise
         named = sorted(_fields_of(config or {}))
         wants = f"; its templates want the data's fields {', '.join(named)}" if named else ""
         raise LegolmError(f"{place}: {_line(error)}{wants}") from None
@@ -326,8 +331,11 @@ def _check_golds(task: Any, path: Path, limit: int | None) -> None:
     if task.OUTPUT_TYPE != "multiple_choice" or task.get_config("process_results"):
         return
     for number, doc in task.doc_iterator(limit=limit):
-        choices = task.doc_to_choice(doc)
-        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        try:
+            choices = task.doc_to_choice(doc)
+            gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        except Exception as error:  # whatever the user's own functions raise
+            raise LegolmError(f"task file {path}: question {number + 1}: {_line(error)}") from None
         many = isinstance(gold, list)  # of places; the harness cannot look up several texts
         for one in (gold or [None]) if many else [gold]:
             if one not in (range(len(choices)) if many or isinstance(one, int) else choices):
