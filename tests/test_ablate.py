@@ -127,11 +127,16 @@ def decoded(run: Path, client: str, tensors: Tensors, rank: int) -> Tensors:
 
 
 def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path, tasks: Callable[..., Path]) -> None:
-    questions = ("--text", corpus, "--length", 64, "--tasks", "three", "--include", tasks())
+    folder = tasks(metric_list=[{"metric": metric} for metric in ("acc", "acc_norm", "f1")])
+    questions = ("--text", corpus, "--length", 64, "--tasks", "three", "--include", folder)
     done = legolm("ablate", run, "--out", tmp_path, *questions)
     assert done.returncode == 0, done.stderr
     assert "dearest block" in done.stdout
     found = json.loads((tmp_path / "ablation.json").read_text())
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("block", "client"))]
+    assert [(row[0], row[1], row[2]) for row in rows] == [  # nothing is cut off, however many columns there are
+        (one["kind"], one["name"], f"{one['blocks']:.3f}") for one in found["without"]
+    ]
     records, clients = metrics(run), ("fr", "de", "es")
     local = {one["client"]: one["scores"] for one in records if one["stage"] == "local"}
     shared = scores_of(next(one for one in records if one["stage"] == "round" and one["round"] == found["round"]))
@@ -160,9 +165,10 @@ def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path, 
     assert found["cost"]["sparse"] == found["cost_clients"]["de"]  # one set of clients, evaluated once
     assert found["before"]["llm"] > found["all"]["llm"]
     page = (tmp_path / "ablation.html").read_text()
-    assert page.count("<rect") == 25
+    assert page.count("<rect") == 30
+    assert page.count('text-anchor="middle"') == 30
     assert page.count(">local only ") == 1  # it has no LLM
-    assert page.count(">global update ") == 5
+    assert page.count(">global update ") == 6
 
 
 def perplexity_without(run: Path, clients: Sequence[str], corpus: Path) -> float:
@@ -175,17 +181,20 @@ def perplexity_without(run: Path, clients: Sequence[str], corpus: Path) -> float
         return perplexity(model, tokens, 64, "fp32")
 
 
-def test_other_data_are_another_run_and_other_questions_begin_anew(
+def test_other_data_are_another_run_and_other_questions_want_another_folder(
     run: Path, tmp_path: Path, tasks: Callable[..., Path]
 ) -> None:
-    def asked() -> Questions:
-        return read_questions(["three"], tasks(rows), None, None, None)
+    def asked(elsewhere: Path | None = None) -> Questions:
+        folder = tasks(rows)
+        return read_questions(["three"], folder.rename(elsewhere) if elsewhere else folder, None, None, None)
 
     rows = [{"query": f"{number}", "choices": ["a", "b"], "gold": 0} for number in range(3)]
     found = ablate(run, tmp_path / "out", asked(), QUIET)
-    assert ablate(run, tmp_path / "out", asked(), QUIET) == found
+    assert ablate(run, tmp_path / "out", asked(tmp_path / "elsewhere"), QUIET) == found
     rows[0]["gold"] = 1
-    other = ablate(run, tmp_path / "out", asked(), QUIET)
+    with pytest.raises(LegolmError, match="holds an ablation with other questions; give another folder"):
+        ablate(run, tmp_path / "out", asked(), QUIET)
+    other = ablate(run, tmp_path / "other", asked(), QUIET)
     assert other["questions"] != found["questions"]
     assert abs(other["all"]["three acc"] - found["all"]["three acc"]) == pytest.approx(1 / 3)
     identity = json.loads((run / "run.json").read_text())

@@ -32,11 +32,14 @@ def test_overrides(tmp_path: Path) -> None:
     found = configs.load(path, ["train.steps=3", "blocks.0.sparsity=0.25", "data.limit_test=5", "seed=7"])
     assert (found.train.steps, found.blocks[0].sparsity, found.data.limit_test, found.seed) == (3, 0.25, 5, 7)
     assert found.data.train == "starter"
+    found = configs.load(path, ["aggregate.start=~/run", "lora.start=~/adapter", "aggregate.form=factor"])
+    assert (found.aggregate.start, found.lora.start) == (str(Path.home() / "run"), str(Path.home() / "adapter"))
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"lora": {"start": "~nobody_here/adapter"}}, "'~nobody_here/adapter' is in the home of nobody"),
         ({"trian": {}}, "unknown key `trian`; did you mean `train`?"),
         ({"train": {"step": 4}}, "unknown key `train.step`; did you mean `steps`?"),
         ({"data": {"split": {"by": "iid", "colum": "x"}}}, "unknown key `data.split.colum`; did you mean `column`?"),

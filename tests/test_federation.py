@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from legolm import config as configs
 from legolm import pipeline, wire
@@ -27,7 +27,7 @@ from legolm.plan import make_plan
 from legolm.prune import read_block
 from legolm.rounds import usual_size
 from legolm.rundir import RunDir
-from legolm.study import compare
+from legolm.study import compare, plans
 from legolm.types import LegolmError
 
 
@@ -298,6 +298,10 @@ def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callabl
     broken = tmp_path / "broken"
     shutil.copytree(tmp_path / "first", broken)
     (broken / "metrics.jsonl").write_text("{}\n")
+    infinite = tmp_path / "infinite"
+    shutil.copytree(tmp_path / "first", infinite)
+    for adapter in infinite.glob("rounds/*/adapter.safetensors"):
+        save_file({key: tensor / 0 for key, tensor in load_file(adapter).items()}, adapter)
     for override, says in (
         ("lora.rank=2", "lora.rank and lora.targets must be this run's"),
         ("lora.scale=1", "has lora.scale 2.0; this run has 1.0"),
@@ -307,6 +311,8 @@ def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callabl
     ):
         with pytest.raises(LegolmError, match=says):
             make_plan(load(raw, tmp_path, warm, override))
+    with pytest.raises(LegolmError, match=r"aggregate.start: layers.* is not finite; take another adapter"):
+        make_plan(load(raw, tmp_path, f"aggregate.start={infinite}", form("factor")))
 
 
 @pytest.mark.parametrize(
@@ -356,6 +362,16 @@ def test_a_folder_of_another_run_is_found_before_the_first_variant_runs(raw: dic
     with pytest.raises(LegolmError, match=r"out/b: is not empty and not a run"):
         compare(path, tmp_path / "out")
     assert not (tmp_path / "out" / "a").exists()
+
+
+def test_a_variant_may_change_who_takes_part(raw: dict[str, Any], tmp_path: Path) -> None:
+    path, fewer = tmp_path / "study.yaml", raw["clients"][:2]
+    variants = [{"name": "two", "set": {"clients": fewer}}, {"name": "three"}]
+    data = raw["data"] | {"split": {"by": "iid"}}
+    path.write_text(json.dumps({"run": raw | {"data": data}, "variants": variants}))
+    for name, (config, plan) in plans(path).items():
+        assert [client.examples for client in plan.clients] == [client.examples for client in make_plan(config).clients]
+        assert len(plan.clients) == {"two": 2, "three": 3}[name]
 
 
 def test_a_broken_comparison_says_where(raw: dict[str, Any], tmp_path: Path) -> None:

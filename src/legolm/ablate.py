@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from legolm.aggregate import Scheme
@@ -33,12 +32,10 @@ from legolm.models import fingerprint, load_model, load_tokenizer, resolve
 from legolm.progress import Progress
 from legolm.prune import llm_block, read_block
 from legolm.report.html import Raw, tag
+from legolm.report.terminal import wide_enough
 from legolm.rounds import Rounds, scores_of
 from legolm.rundir import RunDir, atomic_write, read_json
 from legolm.types import Block, LegolmError
-
-WIDTH = 140
-"""Characters of the table in a terminal, at least: lines that wrap are better than figures cut off."""
 
 Record = dict[str, Any]
 Measure = Callable[[Scheme], dict[str, Figure]]
@@ -103,14 +100,14 @@ def print_ablation(found: Record, out: Path) -> None:
     measures = _measures(found)
     table = Table(box=None, pad_edge=False)
     for column in ("left out", "", *(text for measure in measures for text in (_name(measure), "more"))):
-        table.add_column(column, justify="right" if len(table.columns) > 1 else "left", no_wrap=len(table.columns) > 1)
+        table.add_column(column, justify="right" if len(table.columns) > 1 else "left")
     for one in found["without"]:
         cells = [text for m in measures for text in (f"{one[m]:.3f}", _more(one, found["all"], m))]
         table.add_row(one["kind"], one["name"], *cells)
     for stage, name in _LINES.items():
         if found[stage]:
             table.add_row("", name, *(text for m in measures for text in (_number(found[stage].get(m)), "")))
-    console = Console(width=max(WIDTH, Console().width))
+    console = wide_enough(table)
     console.print("Loss per answer token (nats) on all clients' test data without one block, without one client", table)
     console.print(f"{_verdict(found)}\npage {out / 'ablation.html'}", highlight=False, soft_wrap=True)
 
@@ -283,19 +280,20 @@ def _identify(questions: Questions | None) -> str | None:
 
 
 def _earlier(path: Path, what: Record) -> Record:
-    """What an earlier call left; other questions begin anew. Raises `LegolmError` for another run's or a broken one."""
-    begun: Record = {"without": []} | what
+    """What an earlier call left. Raises `LegolmError` for another run's, one with other questions, and a broken one."""
     if not path.exists():
-        return begun
+        return {"without": []} | what
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: Record = json.loads(path.read_text(encoding="utf-8"))
         [(one["clients"], one["blocks"], one["llm"]) for one in found["without"]]
         [(found[stage]["blocks"], found[stage]["llm"]) for stage in ("before", "all")]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LegolmError(f"{path}: is broken ({error!r}); delete it, or give another --out") from None
     if found.get("run") != what["run"]:
         raise LegolmError(f"--out {path.parent}: holds the ablation of another run; give another folder")
-    return found if found.get("questions") == what["questions"] else begun
+    if found.get("questions") != what["questions"]:
+        raise LegolmError(f"--out {path.parent}: holds an ablation with other questions; give another folder")
+    return found
 
 
 def _write(found: Record, out: Path) -> None:

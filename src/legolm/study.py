@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from legolm.assign import adapter_parameters
@@ -27,6 +26,7 @@ from legolm.plan import Parts, Plan, make_plan, read_parts
 from legolm.progress import Progress
 from legolm.prune import Base, planned_coverage
 from legolm.report.html import Raw, tag
+from legolm.report.terminal import wide_enough
 from legolm.rounds import best_round
 from legolm.rundir import RunDir, atomic_write, check_room, held_bytes
 from legolm.types import LegolmError
@@ -45,9 +45,6 @@ COLUMNS = {
     "memory": "memory",
     "seconds": "s",
 }
-WIDTH = 100
-"""Characters of the table in a terminal, at least: lines that wrap are better than figures cut off."""
-
 LEGEND = (
     "Losses: nats per answer token on test data, of the LLM, and of the clients' blocks on their own and others' data; "
     "valid.: the LLM on all validation data, blocks on their own. MB: a client and round. Tokens, TFLOP: training of "
@@ -87,7 +84,7 @@ def plans(path: Path, changes: Sequence[str] = ()) -> dict[str, tuple[RunConfig,
     for variant in study.variants:
         config = configs[variant.name]
         # Variants mostly differ in the scheme: their data is read once.
-        key = config.model_dump_json(include={"model", "seed", "data", "train"})
+        key = config.model_dump_json(include={"model", "seed", "data", "train", "clients"})
         if key not in read:
             read[key] = read_parts(config)
         parts = read[key]
@@ -149,7 +146,7 @@ def print_comparison(found: Sequence[Record], out: Path) -> None:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for one in found:
         table.add_row(one["name"], *(_text(name, one[name]) for name in COLUMNS))
-    console = Console(width=max(WIDTH, Console().width))
+    console = wide_enough(table)
     console.print(table, LEGEND, sep="\n\n")
     console.print(budget(found) + f"\ntable {out / 'compare.html'}", highlight=False, soft_wrap=True)
 
@@ -217,8 +214,7 @@ def plot(found: Sequence[Record]) -> Raw:
             x = left + (power - low) / (high - low) * (width - left - 90)
             marks.append(tag("text", f"{10**power / 1e6:g} MB", x=round(x, 1), y=height - 10, text_anchor="middle"))
         panels.append(tag("g", *marks, transform=f"translate({shift * (width + 20)} 0)"))
-    drawn = tag("svg", *panels, viewBox=f"0 0 {2 * width + 20} {height}", role="img")
-    return Raw(drawn.replace("text_anchor", "text-anchor"))
+    return tag("svg", *panels, viewBox=f"0 0 {2 * width + 20} {height}", role="img")
 
 
 def _prepared(config: RunConfig, variant: Variant, parts: Parts) -> RunConfig:

@@ -24,9 +24,13 @@ def start_factors(config: RunConfig, llm: Block) -> Tensors:
     seed, frozen = derive_seed(config.seed, "adapter"), aggregate.form == "frozen_side"
     factors = initial_factors(shape, lora.targets, lora.rank, seed, frozen, lora.ranks)
     if lora.start is not None:
-        factors = load_adapter(Path(lora.start).expanduser(), factors, shape, lora.scaling)
+        factors = load_adapter(Path(lora.start), factors, shape, lora.scaling)
     if aggregate.start is not None:
         factors = _warm_factors(Path(aggregate.start), llm, factors, config)
+    for key, tensor in factors.items():
+        if not bool(tensor.isfinite().all()):
+            field = "lora.start" if aggregate.start is None else "aggregate.start"
+            raise LegolmError(f"{field}: {key} is not finite; take another adapter")
     return factors
 
 

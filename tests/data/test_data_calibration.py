@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from legolm.config import CalibrationConfig, Fields
-from legolm.data.calibration import calibration_tokens
+from legolm.data.calibration import calibration_tokens, check_text
 from legolm.types import LegolmError
 
 
@@ -73,3 +73,14 @@ def test_missing_file_and_wrong_encoding(tokenizer: PreTrainedTokenizerFast, tmp
     path.write_bytes(b"ok\n\xff")
     with pytest.raises(LegolmError, match=r"text.txt:2: not UTF-8"):
         calibration_tokens(CalibrationConfig(text=str(path)), tokenizer, seed=0)
+    with pytest.raises(LegolmError, match=r"text.txt:2: not UTF-8"):  # what a plan asks
+        check_text(str(path), Fields(), "calibration.text")
+
+
+def test_a_pattern_is_all_files_that_match_it(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    for name, text in (("b", "bbbb"), ("a", "aaa")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    pattern = f"{tmp_path}/*.txt"
+    check_text(pattern, Fields(), "calibration.text")
+    (tokens,) = calibration_tokens(CalibrationConfig(text=pattern, samples=1, length=8), tokenizer, seed=0)
+    assert tokenizer.decode(tokens) == "aaa\nbbbb"

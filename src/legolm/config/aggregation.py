@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from legolm.config.section import Section
+from legolm.config.section import LocalPath, Section
 
 SchemeName = Literal[
     "heteagg",
@@ -61,7 +61,7 @@ class AggregateConfig(Section):
     proximal: float = Field(0.01, gt=0, description="fedprox: μ")
     trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed_mean: share left out at each end")
     outliers: OutlierConfig = OutlierConfig()
-    start: str | None = Field(None, description="run folder whose best global adapter this run starts from")
+    start: LocalPath | None = Field(None, description="run folder whose best global adapter this run starts from")
 
     @model_validator(mode="before")
     @classmethod

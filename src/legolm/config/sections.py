@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from legolm.config.aggregation import AggregateConfig, FederationConfig, form_of
-from legolm.config.section import Section
+from legolm.config.section import LocalPath, Section
 from legolm.types import nearest
 
 Precision = Literal["fp32", "bf16"]
@@ -92,7 +92,7 @@ class CalibrationConfig(Section):
     fields: Fields = Fields()
     samples: int = Field(32, ge=1)
     length: int = Field(256, ge=8, description="tokens a sample")
-    statistics: tuple[str, ...] | None = Field(None, description="files of `legolm calibrate`; they are added up")
+    statistics: tuple[LocalPath, ...] | None = Field(None, description="files of `legolm calibrate`; they are added up")
 
 
 class RecoverConfig(Section):
@@ -206,7 +206,7 @@ class LoraConfig(Section):
     scale: float = Field(2.0, gt=0)
     rslora: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
-    start: str | None = None
+    start: LocalPath | None = None
     targets: list[str] | None = Field(
         None, min_length=1, description="linear layers by the last part of their names; all of them if not given"
     )

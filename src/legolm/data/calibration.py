@@ -14,7 +14,7 @@ from torch import Tensor
 
 from legolm.config import CalibrationConfig, Fields
 from legolm.data.render import render
-from legolm.data.sources import DATA_SUFFIXES, check_file, paths_of, read_rows, read_text, to_example
+from legolm.data.sources import DATA_SUFFIXES, paths_of, read_rows, read_text, to_example
 from legolm.data.starter import public_starter_text
 from legolm.types import Example, LegolmError
 
@@ -30,16 +30,15 @@ def calibration_tokens(
     Conversations are rendered with the chat template and packed together; `starter` alternates between some and the
     prose of Python's help topics. Raises `LegolmError` if the text is missing or too short.
     """
-    path = Path(config.text).expanduser()
     if config.text in ("starter", "pydoc"):
         streams = [_prose("\n".join(topics.values()), tokenizer)]
         if config.text == "starter":
             streams.insert(0, _conversations(public_starter_text(), config, tokenizer, seed))
-    elif path.suffix in DATA_SUFFIXES:
+    elif Path(config.text).suffix in DATA_SUFFIXES:
         rows = read_rows(config.text, "calibration.text")
         streams = [_conversations([to_example(row, config.fields) for row in rows], config, tokenizer, seed)]
     else:
-        streams = [_prose(read_text(path, "calibration.text"), tokenizer)]
+        streams = [_prose(_read_prose(config.text, "calibration.text"), tokenizer)]
     pools = [_windows(stream, config.length, seed) for stream in streams]
     available = min(len(pool) * len(pools) + place for place, pool in enumerate(pools))
     if available < (1 if fewer else config.samples):
@@ -60,8 +59,12 @@ def check_text(text: str, fields: Fields, field: str) -> None:
         for row in read_rows(text, field):
             to_example(row, fields)
     elif text not in ("starter", "pydoc"):
-        for path in paths_of(text, field):
-            check_file(path, field)
+        _read_prose(text, field)
+
+
+def _read_prose(text: str, field: str) -> str:
+    """The file of this name, or all that match the pattern, in order."""
+    return "\n".join(read_text(path, field) for path in paths_of(text, field))
 
 
 def _windows(stream: list[int], length: int, seed: int) -> Tensor:

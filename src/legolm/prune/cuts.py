@@ -64,7 +64,7 @@ def start_cuts(
         sources: dict[str, Source] = {}
         shapes: dict[str, tuple[Shape, tuple[int, ...]]] = {}
         if reading and calibration.statistics:
-            paths = [Path(one).expanduser() for one in calibration.statistics]
+            paths = [Path(one) for one in calibration.statistics]
             sources = dict.fromkeys((s.name for s in reading), load_statistics(paths, base.shape, base.fingerprint))
             every = tuple(range(base.shape.layers))
             shapes = {s.name: (given_shape(s, base) or base.shape, every) for s in reading}

@@ -26,8 +26,9 @@ class Raw(str):
 
 
 def tag(name: str, *children: object, **attributes: object) -> Raw:
-    """An element; `class_` stands for the attribute class, and an attribute that is None or empty is left out."""
-    marks = "".join(f' {key.strip("_")}="{escape(str(value))}"' for key, value in attributes.items() if value)
+    """An element; `class_` is the attribute class, `text_anchor` text-anchor; one that is None or empty is left out."""
+    names = {key: key.strip("_").replace("_", "-") for key in attributes}
+    marks = "".join(f' {names[key]}="{escape(str(value))}"' for key, value in attributes.items() if value)
     inside = "".join(child if isinstance(child, Raw) else escape(str(child)) for child in children)
     return Raw(f"<{name}{marks}>{inside}</{name}>")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,12 @@ if TYPE_CHECKING:
     from legolm.compose import Composition
 
 
+def wide_enough(*tables: Table) -> Console:
+    """As wide as the tables, whatever the terminal: lines that wrap are better than figures cut off."""
+    console, wide = Console(), Console(width=10_000)
+    return Console(width=max(console.width, *(wide.measure(table).maximum for table in tables)))
+
+
 def print_plan(plan: Plan, config: RunConfig) -> None:
     """The dry run: blocks, clients, tokens, bytes, memory."""
     blocks = _table("block", "method", ">sparsity", ">parameters", ">on disk", ">memory to train", ">recovery")
@@ -31,7 +36,7 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     for client in plan.clients:
         row = (f"{client.examples:,}", f"{client.tokens_per_round:,}", _mb(client.bytes_down), _mb(client.bytes_up))
         clients.add_row(client.id, client.block, *row)
-    console = Console()
+    console = wide_enough(blocks, clients)
     console.print(blocks, clients)
     federation = config.federation
     console.print(
@@ -50,7 +55,7 @@ def print_blocks(blocks: Sequence[Block]) -> None:
     for block in blocks:
         row = (f"{block.sparsity:.3f}", _count(block.parameters), _mb(block.file_bytes), str(block.path))
         table.add_row(block.name, block.method, *row)
-    Console().print(table)
+    wide_enough(table).print(table)
 
 
 def print_coverage(block: Block) -> None:
@@ -64,7 +69,7 @@ def print_coverage(block: Block) -> None:
         kept = coverage.kept_in(layer) / shape.layer_weights
         groups = ", ".join(map(str, coverage.groups[j]))
         table.add_row(str(j), str(layer), groups, f"{len(coverage.neurons[j]):,}", f"{kept:.1%}")
-    console = Console()
+    console = wide_enough(table)
     console.print(table)
     gone = sorted(set(range(shape.layers)) - set(coverage.layers))
     lines = [f"LLM layers cut: {', '.join(map(str, gone)) or 'none'}", f"coverage {coverage.hash}"]
@@ -75,7 +80,6 @@ def print_coverage(block: Block) -> None:
 def print_composition(wanted: Composition) -> None:
     """The dry run of `legolm compose`: what each source holds, what the target does, and how much of it is theirs."""
     table = _table("source", "block", *(f">{size}" for size in ("layers", "KV groups", "neurons")), ">weights held")
-    table.columns[0].overflow = "fold"
     for column in ("rank", "examples", "weight"):
         table.add_column(column, justify="right")
     for source, weight in zip(wanted.sources, wanted.weights, strict=True):
@@ -83,7 +87,7 @@ def print_composition(wanted: Composition) -> None:
         table.add_row(source.name, source.block.name, *_sizes(source.block.coverage), *rest)
     table.add_row("target", "", *_sizes(wanted.coverage), "", "", "")
     settings = ", ".join(f"{name} {value}" for name, value in wanted.method.settings.items())
-    console = Console()
+    console = wide_enough(table)
     console.print(table)
     console.print(
         f"{wanted.method.name} ({settings}). Some source holds {wanted.covered:,} of the target's "
@@ -108,7 +112,7 @@ def print_summary(summary: Mapping[str, Any], out: Path) -> None:
             client[kind].get(phase) for kind in ("own", "others") for phase in ("before", "local", "global", "personal")
         ]
         table.add_row(client["id"], client["block"], *("" if loss is None else f"{loss:.2f}" for loss in losses))
-    console = Console()
+    console = wide_enough(table)
     console.print("Loss per answer token (nats) on test data", table)
     llm = summary["llm"]
     console.print(
@@ -132,7 +136,7 @@ def print_scores(results: Sequence[Result]) -> None:
             row += [names[one.against], _with_error(found.difference, found.stderr, "+")]
             row.append("<0.001" if found.p < 0.001 else f"{found.p:.3f}")
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    wide_enough(table).print(table)
 
 
 def _short(names: Iterable[str]) -> dict[str, str]:
