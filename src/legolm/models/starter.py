@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,5 +97,12 @@ def _is_whole(folder: Path) -> bool:
 def _checksum(path: Path) -> str:
     if not path.is_file():
         return ""
+    found = path.stat()
+    return _digest(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache
+def _digest(path: Path, _changed: int, _size: int) -> str:
+    """Read once as long as nobody changes the file: a plan asks many times."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
