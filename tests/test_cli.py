@@ -118,7 +118,7 @@ def test_prune_eval_and_report(
         assert_one_line(legolm("inspect", path), "no manifest.json; give a folder that `legolm prune` wrote")
     path = config()
     asked = ("--data", tmp_path / "fr.jsonl", "--text", corpus, "--length", 128)
-    done = legolm("eval", tmp_path / "b", "--base", tiny("llama"), *asked)
+    done = legolm("eval", tmp_path / "b", *asked)  # its LLM is the one that it was cut from
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in ("answer loss", "exact match", "perplexity"))
     assert legolm("run", path, "--out", tmp_path / "run").returncode == 0

@@ -215,7 +215,12 @@ def test_bad_input_is_one_line(
     fails(llm, "--tasks", " , ", "--data", data, says=("--tasks ' , ': names no task",))
     fails(llm, "--data", "", says=("--data",))
     fails(block, "--data", data, "--base", tiny("qwen3"), says=(short, fingerprint(tiny("qwen3"))[:12], "--base"))
-    fails(block, tiny("qwen3"), "--data", data, says=(short, "name its LLM with --base MODEL"))
+    moved = tmp_path / "moved"  # to where its LLM is not
+    shutil.copytree(block, moved)
+    manifest = json.loads((moved / "manifest.json").read_text())
+    manifest["details"]["model"] = "/nowhere"
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    fails(moved, tiny("qwen3"), "--data", data, says=(short, "name its LLM with --base MODEL"))
     fails(llm, "--tasks", "thre", "--include", tasks(), says=("no task 'thre'", "nearest: three"))
     fails(llm, "--tasks", "three", "--include", tasks(doc_to_text=None), says=("three.yaml: no field `doc_to_text`",))
     fails(llm, "--include", tasks(), "--data", data, says=("--include", "--tasks"))

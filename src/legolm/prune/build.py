@@ -102,7 +102,10 @@ def _finish(job: _Job, base: Base, seconds: float, seed: int, precision: Precisi
     config.dtype = base.dtype
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    details: dict[str, Any] = {"target": spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True)}
+    details: dict[str, Any] = {
+        "target": spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True),
+        "model": str(base.path.resolve()),
+    }
     if spec.recover.most_steps:
         model = load_model(folder)
         with progress.stage(f"recover {spec.name}", spec.recover.most_steps) as advance:
