@@ -30,7 +30,7 @@ def test_int8_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["none", "bf16", "int8"])
 @given(seed=st.integers(0, 99), keep=st.sampled_from([1.0, 0.5, 0.1]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_what_arrives_is_near_and_the_rest_is_zero(name: codec.Codec, seed: int, keep: float) -> None:
     given_ = factors(seed)
     sent = codec.encode(given_, name, keep)

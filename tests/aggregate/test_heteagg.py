@@ -65,7 +65,7 @@ def test_server_learning_rate_scales_the_step() -> None:
 
 
 @given(st.permutations(range(4)), st.sampled_from(["coverage_mean", "global_fill"]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_order_of_arrival_changes_nothing(order: list[int], denominator: str) -> None:
     cases = [(FULL, 2, 3), (LAYER_1, 1, 10), (OTHER, 2, 1), (LAYER_1, 2, 1000)]
     results = []

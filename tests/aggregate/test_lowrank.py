@@ -14,7 +14,7 @@ from legolm.aggregate.lowrank import ProductSum, frobenius
     rows=st.integers(2, 30), cols=st.integers(2, 30), ranks=st.lists(st.integers(1, 4), min_size=1, max_size=6),
     rank=st.integers(1, 5), dense=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_best_is_the_best(rows: int, cols: int, ranks: list[int], rank: int, dense: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     total, whole = ProductSum(rows, cols), torch.zeros(rows, cols, dtype=torch.float64)

@@ -103,7 +103,7 @@ def test_one_full_client_gets_its_own_update_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 @given(drawn=many, shuffle=st.randoms())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_order_of_arrival_changes_nothing(name: str, drawn: list, shuffle: random.Random) -> None:  # type: ignore[type-arg]
     results = []
     for turn in range(2):
@@ -162,7 +162,7 @@ def test_without_updates_nothing_moves(name: str) -> None:
 
 
 @given(drawn=many, denominator=st.sampled_from(["coverage_mean", "global_fill"]), eta=st.sampled_from([1.0, 0.3]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_factor_form_against_the_reference(drawn: list, denominator: str, eta: float) -> None:  # type: ignore[type-arg]
     config = AggregateConfig(form="factor", denominator=denominator, server_learning_rate=eta)  # type: ignore[arg-type]
     scheme = new(config)
@@ -178,7 +178,7 @@ def test_factor_form_against_the_reference(drawn: list, denominator: str, eta: f
 
 
 @given(drawn=many, denominator=st.sampled_from(["coverage_mean", "global_fill"]), eta=st.sampled_from([1.0, 0.3]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_exact_form_against_the_reference(drawn: list, denominator: str, eta: float) -> None:  # type: ignore[type-arg]
     """Two rounds with everything of the residual kept: S is exact, and G is its best approximation."""
     config = AggregateConfig(

@@ -97,7 +97,7 @@ drawn = st.lists(
 
 @pytest.mark.parametrize("name", ["exact", "task_arithmetic", "ties"])
 @given(module=st.sampled_from([UP, DOWN]), many=drawn)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_against_loops_in_float64(name: str, module: str, many: list) -> None:  # type: ignore[type-arg]
     parts = [part(module, *one) for one in many]
     torch.testing.assert_close(METHODS[name].combine(parts), reference(name, parts), rtol=1e-9, atol=1e-12)
@@ -105,7 +105,7 @@ def test_against_loops_in_float64(name: str, module: str, many: list) -> None:  
 
 @pytest.mark.parametrize("name", METHODS)
 @given(module=st.sampled_from([UP, DOWN]), many=drawn, shuffle=st.randoms())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_order_changes_nothing(name: str, module: str, many: list, shuffle: random.Random) -> None:  # type: ignore[type-arg]
     parts = [part(module, *one) for one in many]
     shuffled = list(parts)

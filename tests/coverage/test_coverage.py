@@ -57,7 +57,7 @@ def test_rows_and_columns_by_hand() -> None:
 
 
 @given(coverages(), st.integers(1, 3), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_slicing_then_merging_equals_merging_then_slicing(coverage: Coverage, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     whole = {
@@ -79,7 +79,7 @@ def test_slicing_then_merging_equals_merging_then_slicing(coverage: Coverage, ra
 
 
 @given(coverages(), st.integers(1, 3), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_adding_a_slice_is_the_transpose_of_slicing(coverage: Coverage, rank: int, seed: int) -> None:
     """<slice(x), y> = <x, place(y)> for all x and y: nothing lands where the block does not read."""
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +96,7 @@ def test_adding_a_slice_is_the_transpose_of_slicing(coverage: Coverage, rank: in
 
 
 @given(coverages(), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_files_give_back_what_was_saved(
     tmp_path_factory: pytest.TempPathFactory, coverage: Coverage, bits: bool
 ) -> None:
@@ -124,7 +124,7 @@ def test_hash_tells_coverages_apart() -> None:
 
 
 @given(coverages())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_count_what_the_units_say(coverage: Coverage) -> None:
     """Each row is of the LLM's, once, ascending, and as many as kept groups and neurons make."""
     shape = coverage.shape

@@ -41,7 +41,7 @@ class TestRender:
 
     @given(answer=st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), length=st.integers(2, 90))
     @example(answer=">", length=10)  # as the end of the turn ends
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_any_answer_comes_back_and_no_length_is_exceeded(
         self, tokenizer: PreTrainedTokenizerFast, answer: str, length: int
     ) -> None:

@@ -133,7 +133,7 @@ class TestDealing:
             assert max(sizes) - min(sizes) <= 1
         assert len(set(everything(parts))) == 3 * rows
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(
         # Each client needs a row for training, validation and test: 20 rows serve four clients, however uneven.
         topics=st.lists(st.integers(20, 30), min_size=1, max_size=4),

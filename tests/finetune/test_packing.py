@@ -97,7 +97,7 @@ def test_buckets_by_hand() -> None:
     assert found[1].rows is None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(2, 20), min_size=1, max_size=8), st.integers(1, 2))
 def test_putting_what_was_taken_gives_the_pack_back(lengths: list[int], groups: int) -> None:
     packed = pack(some(*lengths), CPU)

@@ -35,7 +35,7 @@ def least_loss(inputs: Tensor, wanted: Tensor, weight: Tensor, kept: list[int]) 
 
 
 @given(st.integers(0, 1000), st.sampled_from([1, 2, 3]))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_the_errors_on_the_way_are_those_of_least_squares(seed: int, width: int) -> None:
     inputs, wanted, weight, fit = problem(12, 5, 210, seed)
     found = eliminate(fit, weight, width, 2)
