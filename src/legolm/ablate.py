@@ -57,6 +57,8 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
         raise LegolmError(f"run folder {folder}: no round beat its start, which it kept; there is nothing to leave out")
     if data_fingerprint(client_data(config)) != identity["data_fingerprint"]:
         raise LegolmError(f"run folder {folder}: the data changed since the run; its losses are of other questions")
+    what = {"run": identity["run"], "round": last, "questions": _identify(questions)}
+    found = _earlier(out / "ablation.json", what)
     blocks = _blocks(run, config, identity["base_fingerprint"])
     rounds = Rounds(run, config, identity["run"], blocks, block_of, progress)
     asked = _figures_of(config, blocks["llm"], questions)
@@ -65,8 +67,6 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     def with_all() -> dict[str, Figure]:
         return asked(rounds.scheme(last))
 
-    what = {"run": identity["run"], "round": last, "questions": _identify(questions)}
-    found = _earlier(out / "ablation.json", what)
     records = rounds.records()
     by_round = {one["round"]: one for one in records if one["stage"] == "round"}
     alone = [{"clients": [one["client"]], "scores": one["scores"]} for one in records if one["stage"] == "local"]

@@ -117,13 +117,13 @@ def prune(
             raise LegolmError(f"legolm prune: {folder.name} is asked for twice; give each target once")
         _check_new(folder)
 
-    from legolm.models import fingerprint, resolve
+    from legolm.models import fingerprint, lasting_name, resolve
     from legolm.progress import Progress
     from legolm.prune import cut_blocks
     from legolm.report.terminal import print_blocks
 
     base = resolve(model)
-    print_blocks(cut_blocks(base, fingerprint(base), wanted, seed, precision, Progress()))
+    print_blocks(cut_blocks(base, fingerprint(base), wanted, seed, precision, Progress(), lasting_name(model)))
 
 
 def _each(targets: dict[str, str | None]) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ def wants_offline() -> bool:
 
 
 def hub_answers() -> bool:
-    """Whether the hub's host takes connections, asked again after `KNOWN_S`.
+    """Whether the hub's host takes connections; an answer holds for `KNOWN_S` at most.
 
     Behind a proxy only the hub's own clients can tell, and may try.
     """

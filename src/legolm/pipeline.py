@@ -21,7 +21,7 @@ from legolm.data import data_fingerprint
 from legolm.federate import Engine, engine_for
 from legolm.finetune import choose_precision, merge, save_adapter, save_factors
 from legolm.memory import release_memory
-from legolm.models import fingerprint, load_config, load_model, load_tokenizer, save_model
+from legolm.models import fingerprint, lasting_name, load_config, load_model, load_tokenizer, save_model
 from legolm.plan import Plan, make_plan
 from legolm.progress import Progress
 from legolm.prune import cut_blocks, llm_block, read_block
@@ -118,7 +118,8 @@ def _cut_blocks(
         made[spec.name] = store / name if store else folder.block(spec.name)
     wanted = [(spec, made[spec.name]) for spec in left if not made[spec.name].exists()]
     if wanted:
-        cut_blocks(plan.base, base_fingerprint, wanted, config.seed, precision, progress)
+        model = lasting_name(config.model)
+        cut_blocks(plan.base, base_fingerprint, wanted, config.seed, precision, progress, model)
     for spec in left if store else ():
         with atomic_folder(folder.block(spec.name)) as partial:
             shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=_link)
@@ -181,7 +182,7 @@ def _write_final(
                         "round": number,
                         "personal_steps": steps,
                         "examples": examples[client] if client else sum(examples.values()),
-                        "model": config.model,
+                        "model": lasting_name(config.model),
                     },
                 )
                 write_block(manifest, block.coverage, partial)

@@ -84,7 +84,8 @@ def plans(path: Path, changes: Sequence[str] = ()) -> dict[str, tuple[RunConfig,
     for variant in study.variants:
         config = configs[variant.name]
         # Variants mostly differ in the scheme: their data is read once.
-        key = config.model_dump_json(include={"model", "seed", "data", "train", "clients"})
+        shared: dict[str, Any] = dict.fromkeys(("model", "seed", "data", "train"), True)
+        key = config.model_dump_json(include=shared | {"clients": {"__all__": {"id", "data"}}})
         if key not in read:
             read[key] = read_parts(config)
         parts = read[key]

@@ -269,6 +269,14 @@ def test_bad_input_is_one_line(run: Path, llm: Path, tmp_path: Path) -> None:
     fails("no manifest.json", [tmp_path / "nothing"])
     fails("give it", [other])
     fails("is not the LLM that the blocks were cut from", [foreign], base=llm)
+    moved = tmp_path / "moved"
+    shutil.copytree(fr, moved)
+    for recorded in ("/gone", 5):
+        manifest = json.loads((fr / "manifest.json").read_text())
+        manifest["details"]["model"] = recorded
+        (moved / "manifest.json").write_text(json.dumps(manifest))
+        fails("record no LLM that is here", [moved])
+        assert plan([str(moved), str(run / "final" / "de")], "llm", None, EXACT, None, None, QUIET).model == str(llm)
     fails("fr: is given twice", [fr, other, fr])
     fails("final/fr: is given twice", [fr, f"{run}/final/../final/fr"])
     shutil.copytree(run / "final" / "de", tmp_path / "nan")

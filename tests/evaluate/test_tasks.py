@@ -127,6 +127,7 @@ def test_what_is_wrong_with_a_task_file_is_one_line(tasks: Write, tmp_path: Path
     fails("three.yaml", "gold", "the data have query, choices", rows=[{"query": "a", "choices": ["a", "b"]}])
     fails("three.yaml", "want the data's fields choices, gold, query", rows=[{"query": "a", "gold": 0}])
     fails("three.yaml", "'question' is undefined", doc_to_text="{{question}}")
+    fails("three.yaml", "unexpected end of template", doc_to_text="{{query")
     fails("three.yaml", "test_split is 'valid'; its data_files make test", test_split="valid")
     for gold in (2, -1):
         both = [{"query": "a", "choices": ["a", "b"], "gold": one} for one in (0, gold)]
@@ -161,7 +162,9 @@ def test_what_is_wrong_with_a_task_file_is_one_line(tasks: Write, tmp_path: Path
         load_tasks(["three"], tmp_path / "none")
 
 
-def test_what_functions_beside_a_task_file_raise_is_one_line(tasks: Write) -> None:
+def test_what_functions_beside_a_task_file_raise_is_one_line(
+    tasks: Write, unigram: Unigram, tokenizer: PreTrainedTokenizerFast
+) -> None:
     folder = tasks()
     config = json.loads((folder / "three.yaml").read_text())
     lines = [f"{key}: {json.dumps(value)}" for key, value in config.items() if key != "doc_to_target"]
@@ -179,6 +182,11 @@ def test_what_functions_beside_a_task_file_raise_is_one_line(tasks: Write) -> No
         with pytest.raises(LegolmError, match=says) as error:
             load_tasks(["three"], folder)
         assert "\n" not in str(error.value)
+    (folder / "last.py").write_text("def results(doc, answers):\n    return doc['nothing']\n")
+    lines += [f"doc_to_target: {json.dumps(config['doc_to_target'])}", "process_results: !function last.results", ""]
+    (folder / "three.yaml").write_text("\n".join(lines))
+    with pytest.raises(LegolmError, match="task three: KeyError: 'nothing'"):
+        run_tasks(unigram(), tokenizer, load_tasks(["three"], folder))
 
 
 def test_a_later_question_without_a_field(tasks: Write, unigram: Unigram, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -214,6 +222,7 @@ def test_a_hub_that_does_not_answer_is_found_at_once(tasks: Write, monkeypatch: 
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub, "KNOWN_S", math.inf)
     monkeypatch.setattr(hub.socket, "create_connection", refused)
     hub._answers.cache_clear()
     with pytest.raises(LegolmError, match="no task 'hellaswg'; nearest: hellaswag, "):

@@ -20,7 +20,15 @@ from legolm.compose.sources import (
 )
 from legolm.compose.target import covered_weights, held, masked_like, parse_sizes, shaped, target_block
 from legolm.coverage import Coverage, slice_matrix
-from legolm.models import CheckpointWriter, LayeredModel, fingerprint, load_config, load_tokenizer, resolve
+from legolm.models import (
+    CheckpointWriter,
+    LayeredModel,
+    fingerprint,
+    lasting_name,
+    load_config,
+    load_tokenizer,
+    resolve,
+)
 from legolm.models.load import count_parameters
 from legolm.progress import Progress
 from legolm.prune import Base, read_block
@@ -35,7 +43,8 @@ from legolm.types import Block, LegolmError
 class Composition:
     """What will be composed. The target's weights are those of `base`, a block's checkpoint or the LLM's.
 
-    `whole`: `base` is the target itself; else it is the LLM, which the target is sliced out of. Weights have mean 1.
+    `whole`: `base` is the target itself; else it is the LLM, which the target is sliced out of. `model` is what finds
+    the LLM, if known. Weights have mean 1.
     `covered` counts the target's linear weights that some source holds.
     """
 
@@ -71,9 +80,9 @@ def plan(
             "blocks of one run"
         )
     coverages = [source.block.coverage for source in sources]
-    model = base or next((known for source in sources if (known := source.block.details.get("model"))), None)
+    model: str | None
     if into in ("llm", "union") or ("=" in into and not Path(into).is_dir()):
-        found = _base(model, sources)
+        model, found = _base(base, sources)
         if into == "llm":
             coverage = Coverage.full(found.shape)
         else:
@@ -84,6 +93,7 @@ def plan(
         if base is not None:
             raise LegolmError(f"--base {base}: {into} has its own weights; leave it out")
         target = _target(into, sources[0].block)
+        model = target.details.get("model")
         found, coverage, whole = (
             Base.of(target.path, target.base_fingerprint, load_config(target.path)),
             target.coverage,
@@ -187,18 +197,29 @@ def _one_matrix(coverage: Coverage, layer: int, module: str) -> Coverage:
     return replace(coverage, layers=(layer,), groups=(coverage.groups[j],), neurons=(coverage.neurons[j],), masks=masks)
 
 
-def _base(model: str | None, sources: Sequence[Source]) -> Base:
-    """The LLM that the sources were cut from. Raises `LegolmError` when it is not known, or is another one."""
-    if model is None:
-        raise LegolmError("--base: the sources do not say which LLM they were cut from; give it")
-    path = resolve(model)
-    found, wanted = fingerprint(path), sources[0].block.base_fingerprint
-    if found != wanted:
-        raise LegolmError(
-            f"--base {model}: is not the LLM that the blocks were cut from (fingerprint {found[:12]}, theirs "
-            f"{wanted[:12]}); give that one"
-        )
-    return Base.of(path, found, load_config(path))
+def _base(given: str | None, sources: Sequence[Source]) -> tuple[str, Base]:
+    """Name and checkpoint of the LLM that the sources were cut from: `given`, or one that they record.
+
+    Raises `LegolmError` when none of these is it.
+    """
+    wanted = sources[0].block.base_fingerprint
+    recorded = [name for source in sources if isinstance(name := source.block.details.get("model"), str)]
+    for name in dict.fromkeys(recorded) if given is None else [given]:
+        try:
+            path = resolve(name)
+        except LegolmError:
+            if given is not None:
+                raise
+            continue
+        found = fingerprint(path)
+        if found == wanted:
+            return lasting_name(name), Base.of(path, found, load_config(path))
+        if given is not None:
+            raise LegolmError(
+                f"--base {given}: is not the LLM that the blocks were cut from (fingerprint {found[:12]}, theirs "
+                f"{wanted[:12]}); give that one"
+            )
+    raise LegolmError("--base: the sources record no LLM that is here and is what they were cut from; give it")
 
 
 def _target(into: str, source: Block) -> Block:

@@ -23,7 +23,7 @@ def target_block(path: Path) -> Block:
     """A block to compose into. Raises `LegolmError` when it has learned something already, which would count twice."""
     block = read_block(path)
     if (path / FACTORS).is_file() or block.method == "composed":
-        raise LegolmError(f"--into {path}: has learned something already; give the block that was cut")
+        raise LegolmError(f"--into {path}: has learned something already; give the block as it was cut")
     return block
 
 

@@ -59,8 +59,8 @@ class Result:
 def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None = None) -> list[Subject]:
     """The models in order, each block's dense LLM before it, or the model itself before it with its adapter.
 
-    A block's LLM is `base`, or else the one that has the fingerprint in its manifest: of `models`, the starter and what
-    the run of a final block recorded. Blocks and adapters are compared with their LLM, other models with the first.
+    A block's LLM is `base`, or else the one that has the fingerprint in its manifest: of `models`, what
+    the block records, and the starter. Blocks and adapters are compared with their LLM, other models with the first.
     Raises `LegolmError` when the LLM is not found or `base` is another, and for an adapter on several models.
     """
     names = list(dict.fromkeys(models))
@@ -144,7 +144,7 @@ def load_subject(subject: Subject) -> Any:
 def _find_base(name: str, block: Block, base: str | None, dense: dict[str, Path]) -> tuple[str, Path]:
     """Name and folder of the LLM that the block was cut from."""
     recorded = block.details.get("model")
-    names = [base] if base is not None else [*dense, "starter", *([recorded] if isinstance(recorded, str) else [])]
+    names = [base] if base is not None else [*dense, *([recorded] if isinstance(recorded, str) else []), "starter"]
     seen: dict[str, str] = {}
     for candidate in dict.fromkeys(names):
         try:

@@ -129,6 +129,9 @@ def run_tasks(
         except TemplateError as error:
             names = ", ".join(tasks.loaded["tasks"])
             raise LegolmError(f"task {names}: a question has not what its templates name ({error})") from None
+        except (LookupError, TypeError, ValueError, AttributeError, NameError, ArithmeticError) as error:
+            names = ", ".join(tasks.loaded["tasks"])
+            raise LegolmError(f"task {names}: {type(error).__name__}: {_line(error)}") from error
     found: TaskFigures = {}
     for name, figures in results["results"].items():
         samples = results["samples"].get(name, [])
@@ -358,7 +361,9 @@ def _fields_of(config: dict[str, Any]) -> set[str]:
     """The data's fields that a task's templates name."""
     found = set()
     for text in map(config.get, TEMPLATES):
-        if isinstance(text, str):
+        if not isinstance(text, str):
+            continue
+        with contextlib.suppress(TemplateError):
             found |= {text} if text.isidentifier() else meta.find_undeclared_variables(Environment().parse(text))
     return found
 

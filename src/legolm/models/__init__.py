@@ -2,7 +2,7 @@
 
 from legolm.models.family import FAMILIES, Family, Module, Shape, decoder_layers, family_of, shape_of
 from legolm.models.layered import CheckpointWriter, LayeredModel
-from legolm.models.load import fingerprint, load_config, load_model, load_tokenizer, resolve, save_model
+from legolm.models.load import fingerprint, lasting_name, load_config, load_model, load_tokenizer, resolve, save_model
 
 __all__ = [
     "FAMILIES",
@@ -14,6 +14,7 @@ __all__ = [
     "decoder_layers",
     "family_of",
     "fingerprint",
+    "lasting_name",
     "load_config",
     "load_model",
     "load_tokenizer",

@@ -53,6 +53,11 @@ def resolve(model: str) -> Path:
         raise LegolmError(f"model: {model!r} cannot be had from the hub ({reason}); give a local folder") from None
 
 
+def lasting_name(model: str) -> str:
+    """What finds the model from any folder: `starter` and hub ids as they are, a folder as its whole path."""
+    return str(Path(model).resolve()) if model != "starter" and Path(model).is_dir() else model
+
+
 def load_config(path: Path) -> Any:
     """The checkpoint's config."""
     try:

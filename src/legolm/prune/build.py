@@ -43,8 +43,11 @@ def cut_blocks(
     seed: int,
     precision: Precision,
     progress: Progress,
+    model_name: str | None = None,
 ) -> list[Block]:
     """Cut blocks from the checkpoint at `path` into their folders, each whole or not at all.
+
+    They record `model_name`, or the path, as the LLM that they were cut from.
 
     The LLM is read one decoder layer at a time. Blocks with the same calibration share its text and the hidden states
     of the dense model. Raises `LegolmError` for bad targets, text or disks before anything is written.
@@ -65,7 +68,7 @@ def cut_blocks(
         seconds = (time.perf_counter() - began) / len(jobs)
         dense.clear()  # recovery needs the memory
         for job in jobs:
-            _finish(job, base, seconds, seed, precision, progress)
+            _finish(job, base, model_name or str(path.resolve()), seconds, seed, precision, progress)
             job.closing.close()
     return [read_block(out) for _, out in wanted]
 
@@ -92,7 +95,9 @@ def _cut(
         job.writer.close()
 
 
-def _finish(job: _Job, base: Base, seconds: float, seed: int, precision: Precision, progress: Progress) -> None:
+def _finish(
+    job: _Job, base: Base, model_name: str, seconds: float, seed: int, precision: Precision, progress: Progress
+) -> None:
     """Make the folder a checkpoint, recover it, and add the manifest."""
     began = time.perf_counter()
     spec, coverage, folder = job.spec, job.cut.coverage, job.folder
@@ -104,7 +109,7 @@ def _finish(job: _Job, base: Base, seconds: float, seed: int, precision: Precisi
     tokenizer.save_pretrained(folder)
     details: dict[str, Any] = {
         "target": spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True),
-        "model": str(base.path.resolve()),
+        "model": model_name,
     }
     if spec.recover.most_steps:
         model = load_model(folder)

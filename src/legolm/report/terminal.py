@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 def wide_enough(*tables: Table) -> Console:
     """As wide as the tables, whatever the terminal: lines that wrap are better than figures cut off."""
-    console, wide = Console(), Console(width=10_000)
-    return Console(width=max(console.width, *(wide.measure(table).maximum for table in tables)))
+    console = Console()
+    wide = Console(width=10_000, height=console.height)
+    width = max(console.width, *(wide.measure(table).maximum for table in tables))
+    return Console(width=width, height=console.height)  # without a height Rich takes 80 columns on a dumb terminal
 
 
 def print_plan(plan: Plan, config: RunConfig) -> None:
