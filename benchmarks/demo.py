@@ -23,13 +23,13 @@ import psutil
 CONFIG = Path(__file__).parent.parent / "examples" / "demo.yaml"
 
 
-def run_and_watch(command: list[str]) -> tuple[float, int]:
-    """(wall seconds, peak bytes of proportional set size over the process tree)."""
+def run_and_watch(command: list[str]) -> tuple[float, list[int]]:
+    """(wall seconds, bytes of each process of the tree when their sum was highest: proportional set sizes)."""
     began = time.perf_counter()
     process = psutil.Popen(command)
-    peak = 0
+    peak: list[int] = []
     while process.poll() is None:
-        peak = max(peak, sum(map(memory, [process, *children(process)])))
+        peak = max(peak, [*map(memory, [process, *children(process)])], key=sum)
         time.sleep(0.5)
     if process.returncode:
         sys.exit(process.returncode)
@@ -51,7 +51,7 @@ def memory(process: psutil.Process) -> int:
         return 0
 
 
-def figures(summary: dict[str, Any], wall_s: float, peak: int) -> dict[str, Any]:
+def figures(summary: dict[str, Any], wall_s: float, peak: list[int]) -> dict[str, Any]:
     clients = summary["clients"]
 
     def mean(kind: str, phase: str) -> float:
@@ -59,7 +59,8 @@ def figures(summary: dict[str, Any], wall_s: float, peak: int) -> dict[str, Any]
 
     return {
         "wall_s": round(wall_s, 1),
-        "peak_memory_gb": round(peak / 1e9, 2),
+        "peak_memory_gb": round(sum(peak) / 1e9, 2),
+        "largest_processes_gb": [round(one / 1e9, 2) for one in sorted(peak, reverse=True)[:3]],
         "llm_loss_before": round(summary["llm"]["loss_before"], 3),
         "llm_loss_after": round(summary["llm"]["loss_after"], 3),
         "own": {phase: mean("own", phase) for phase in ("before", "local", "global", "personal")},
