@@ -95,7 +95,7 @@ def rates_table(runs: Path) -> str:
     """Each scheme's loss of the LLM on validation data by learning rate and seed; that of the main table is bold."""
     found: dict[str, dict[float, list[float]]] = {}
     chosen: dict[str, float] = {}
-    studies = [runs / name for name in ("flan", "flan-1", "flan_ideal", "flan_rates", "flan_rates-1")]
+    studies = [runs / name for name in ("flan", "flan_ideal", "flan_rates", "flan-1", "flan_rates-1")]
     for study in (study for study in studies if (study / "compare.json").exists()):
         for row in rows_of(study):
             name, rate = row["name"].partition("-")[0], RunDir(study / row["name"]).config().train.learning_rate
@@ -242,9 +242,9 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         study_table(study, main),
         "LLM: mean and standard deviation over the seeds that ran, each after the round that is best for it on "
         "validation data; all else in this table is of the first seed. `capable` leaves out who does not hold the "
-        "whole LLM (six of eight clients; that of the SparseGPT block too, though zeros save no memory yet: "
-        "fedit_three_capable below has it). `everyone` is the ideal that weak devices cannot run. "
-        "`local` has no LLM: its row is the untrained one. Client TFLOP: the decoder's operations in all clients' "
+        "whole LLM (six of eight clients); `three_capable` counts the device of the SparseGPT block in, whose zeros "
+        "save no memory yet. `everyone` is the ideal that weak devices cannot run. `local` has no LLM: its row is the "
+        "untrained one. Client TFLOP: the decoder's operations in all clients' "
         "training. Client MB: what training needs by the plan's estimate, mean over those who train. Min: wall time of "
         "the rounds, most of it scoring, for which mixed blocks are more models than one." + footnote,
         f"![loss against bytes]({plots}/bytes.svg)\n",
@@ -274,7 +274,7 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         parts += [
             "## Who holds what, and IID data\n",
             f"As {DEFAULT} above, which is the mixed blocks' row for one task a client "
-            "(`examples/compare/flan_models.yaml`); fedit_three_capable: FedIT over three clients instead of two.\n",
+            "(`examples/compare/flan_models.yaml`).\n",
             study_table(runs / "flan_models"),
         ]
     if (runs / "flan_ideal" / "compare.json").exists():

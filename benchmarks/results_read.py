@@ -197,7 +197,7 @@ def claims(found: Record) -> list[tuple[str, str, bool]]:
         ("every block is better on all tasks than with FedIT's adapter sliced onto it", f"{onto} of {len(clients)}",
          onto == len(clients)),
     ]  # fmt: skip
-    for name in ("fedit_capable", "hetlora_capable", "flexlora_capable", "flora_capable"):
+    for name in ("fedit_capable", "fedit_three_capable", "hetlora_capable", "flexlora_capable", "flora_capable"):
         if name in losses:
             every.append(
                 (f"the LLM is better than {name}'s", f"{ours:.3f} and {losses[name]:.3f}", ours < losses[name])
