@@ -22,8 +22,10 @@ from legolm.prune import Base, llm_block, planned_coverage, target_pattern
 from legolm.types import ClientData, LegolmError
 from legolm.warm import start_factors
 
-SPARE_BYTES = 1 << 30
-"""Memory left to the server and the system when actors are counted."""
+SPARE_BYTES = 3 << 29
+"""Memory left to the server, Flower's own processes and the system when actors are counted."""
+ACTOR_SHARE = 1.5
+"""What an actor holds over one training: it trains and scores many blocks in turn (measured by benchmarks/demo.py)."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,7 @@ class PlannedClient:
 class Plan:
     """The whole run. `memory_bytes` is the peak over all processes; `disk_bytes` what the run folder will hold.
 
-    `models_bytes` of the latter are the final models. The peak counts training; actors that also score have held up to
-    a third more (docs/training.md).
+    `models_bytes` of the latter are the final models.
     """
 
     base: Path
@@ -152,14 +153,15 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     whole = training_bytes(
         Coverage.full(shape), base.parameters, model.vocab_size, longest, config.train, config.lora, precision
     )
-    actors = _actors(config, max(*used, whole))
+    actor = int(max(*used, whole) * (ACTOR_SHARE if config.federation.engine == "flower" else 1))
+    actors = _actors(config, actor)
     size_of = {block.name: block.file_bytes for block in blocks}
     adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
     models = base.parameters * width + sum(size_of[client.block] for client in clients) + adapter * (len(clients) + 1)
     disk = models + sum(size_of.values()) + adapter * (config.federation.rounds + len(clients))
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
-    memory = SPARE_BYTES + actors * max(*used, whole)
+    memory = SPARE_BYTES + actors * actor
     return Plan(path, tuple(blocks), tuple(clients), data, actors, memory, disk, models)
 
 
