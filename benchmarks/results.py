@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -189,18 +189,19 @@ def figure_5(found: Record, out: Path) -> None:
     save(figure, out)
 
 
-def loss_against_bytes(rows: Sequence[Record], out: Path) -> None:
+def loss_against_bytes(rows: Sequence[Record], losses: Mapping[str, float], out: Path) -> None:
     """Where each scheme is: what a client sends and receives, and the LLM's loss."""
     figure, axes = plt.subplots(figsize=(7, 4))
     sent = {one["name"]: (one["bytes_down"] + one["bytes_up"]) / 1e6 for one in rows}
-    shown = sorted((one for one in rows if sent[one["name"]]), key=lambda one: float(one["llm"]))
-    for place, one in enumerate(shown):
-        name, below = one["name"], place % 2 == 1  # names of schemes that are close part ways
-        axes.plot(sent[name], one["llm"], "o", color="#2f6fde" if name in FORMS else "#c2410c")
+    shown = sorted((name for name in sent if sent[name]), key=lambda name: losses[name])
+    gap = 0.04 * (losses[shown[-1]] - losses[shown[0]])
+    named: dict[float, float] = {}  # the height of the last name above each amount
+    for name in shown:
+        axes.plot(sent[name], losses[name], "o", color="#2f6fde" if name in FORMS else "#c2410c")
+        named[sent[name]] = height = max(losses[name], named.get(sent[name], 0.0) + gap)
         axes.annotate(
-            name, (sent[name], one["llm"]), textcoords="offset points", xytext=(-6, -9 if below else 3), ha="right",
-            fontsize=7,
-        )  # fmt: skip
+            name, (sent[name], height), textcoords="offset points", xytext=(-6, 0), ha="right", va="center", fontsize=7
+        )
     axes.set_xlim(0, 1.05 * max(sent.values()))
     axes.set_xlabel("MB a client and round, both ways", fontsize=8)
     axes.set_ylabel("the LLM's loss, nats an answer token", fontsize=8)
@@ -398,7 +399,8 @@ def main() -> None:
     keep(runs, plots / "records")
     found["claims"] = [{"claim": a, "found": b, "holds": c} for a, b, c in claims(found)]
     figure_3(runs / "flan", plots / "clients.svg")
-    loss_against_bytes(rows_of(runs / "flan"), plots / "bytes.svg")
+    losses = found["mixed_heterogeneous"]["llm_loss"]
+    loss_against_bytes(rows_of(runs / "flan"), losses, plots / "bytes.svg")
     notes = options.notes.read_text(encoding="utf-8") if options.notes.exists() else ""
     (options.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     (options.out / "results.md").write_text(page(found, runs, plots.name, notes), encoding="utf-8")
