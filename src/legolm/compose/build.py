@@ -23,7 +23,7 @@ from legolm.coverage import Coverage, slice_matrix
 from legolm.models import (
     CheckpointWriter,
     LayeredModel,
-    fingerprint,
+    find_fingerprint,
     lasting_name,
     load_config,
     load_tokenizer,
@@ -204,21 +204,17 @@ def _base(given: str | None, sources: Sequence[Source]) -> tuple[str, Base]:
     """
     wanted = sources[0].block.base_fingerprint
     recorded = [name for source in sources if isinstance(name := source.block.details.get("model"), str)]
-    for name in dict.fromkeys(recorded) if given is None else [given]:
-        try:
-            path = resolve(name)
-        except LegolmError:
-            if given is not None:
-                raise
-            continue
-        found = fingerprint(path)
-        if found == wanted:
-            return lasting_name(name), Base.of(path, found, load_config(path))
-        if given is not None:
-            raise LegolmError(
-                f"--base {given}: is not the LLM that the blocks were cut from (fingerprint {found[:12]}, theirs "
-                f"{wanted[:12]}); give that one"
-            )
+    if given is not None:
+        resolve(given)  # says why if it cannot be found
+    name, seen = find_fingerprint(wanted, recorded if given is None else [given])
+    if name is not None:
+        path = resolve(name)
+        return lasting_name(name), Base.of(path, wanted, load_config(path))
+    if given is not None:
+        raise LegolmError(
+            f"--base {given}: is not the LLM that the blocks were cut from (fingerprint {seen[given][:12]}, theirs "
+            f"{wanted[:12]}); give that one"
+        )
     raise LegolmError("--base: the sources record no LLM that is here and is what they were cut from; give it")
 
 

@@ -19,7 +19,7 @@ from legolm.evaluate.tasks import TaskFigures
 from legolm.finetune import choose_device
 from legolm.finetune.adapters import CONFIG, FACTORS, WEIGHTS
 from legolm.memory import release_memory
-from legolm.models import decoder_layers, fingerprint, load_config, load_model, load_tokenizer, resolve, shape_of
+from legolm.models import decoder_layers, find_fingerprint, load_config, load_model, load_tokenizer, resolve, shape_of
 from legolm.progress import Progress
 from legolm.prune import read_block
 from legolm.report.summary import versions
@@ -145,18 +145,13 @@ def _find_base(name: str, block: Block, base: str | None, dense: dict[str, Path]
     """Name and folder of the LLM that the block was cut from."""
     recorded = block.details.get("model")
     names = [base] if base is not None else [*dense, *([recorded] if isinstance(recorded, str) else []), "starter"]
-    seen: dict[str, str] = {}
-    for candidate in dict.fromkeys(names):
-        try:
-            path = dense.get(candidate) or resolve(candidate)
-        except LegolmError:
-            if base is not None:
-                raise
-            continue  # the starter is not installed, or the recorded one not here: then it is no candidate
-        seen[candidate] = fingerprint(path)
-        if seen[candidate] == block.base_fingerprint:
-            known = [other for other, folder in dense.items() if folder.resolve() == path.resolve()]
-            return (known or [candidate])[0], path
+    if base is not None:
+        resolve(base)  # says why if it cannot be found
+    llm, seen = find_fingerprint(block.base_fingerprint, names)
+    if llm is not None:
+        path = resolve(llm)
+        known = [other for other, folder in dense.items() if folder.resolve() == path.resolve()]
+        return (known or [llm])[0], path
     have = ", ".join(f"{candidate!r} has {found[:12]}" for candidate, found in seen.items()) or "none is at hand"
     raise LegolmError(
         f"--base: block {name} was cut from an LLM of fingerprint {block.base_fingerprint[:12]}; {have}; "

@@ -117,6 +117,7 @@ def run_tasks(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    names = ", ".join(tasks.loaded["tasks"])
     with _quiet():
         wrapped = HFLM(
             pretrained=model,
@@ -127,10 +128,8 @@ def run_tasks(
         try:
             results = evaluate(wrapped, tasks.loaded, limit=limit, bootstrap_iters=BOOTSTRAPS)
         except TemplateError as error:
-            names = ", ".join(tasks.loaded["tasks"])
             raise LegolmError(f"task {names}: a question has not what its templates name ({error})") from None
         except (LookupError, TypeError, ValueError, AttributeError, NameError, ArithmeticError) as error:
-            names = ", ".join(tasks.loaded["tasks"])
             raise LegolmError(f"task {names}: {type(error).__name__}: {_line(error)}") from error
     found: TaskFigures = {}
     for name, figures in results["results"].items():

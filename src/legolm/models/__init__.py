@@ -2,7 +2,16 @@
 
 from legolm.models.family import FAMILIES, Family, Module, Shape, decoder_layers, family_of, shape_of
 from legolm.models.layered import CheckpointWriter, LayeredModel
-from legolm.models.load import fingerprint, lasting_name, load_config, load_model, load_tokenizer, resolve, save_model
+from legolm.models.load import (
+    find_fingerprint,
+    fingerprint,
+    lasting_name,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve,
+    save_model,
+)
 
 __all__ = [
     "FAMILIES",
@@ -13,6 +22,7 @@ __all__ = [
     "Shape",
     "decoder_layers",
     "family_of",
+    "find_fingerprint",
     "fingerprint",
     "lasting_name",
     "load_config",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,23 @@ def resolve(model: str) -> Path:
             reason = "HF_HUB_OFFLINE is set" if wants_offline() else "it does not answer"
             reason = f"{reason}, and no earlier download is here"
         raise LegolmError(f"model: {model!r} cannot be had from the hub ({reason}); give a local folder") from None
+
+
+def find_fingerprint(wanted: str, models: Iterable[str]) -> tuple[str | None, dict[str, str]]:
+    """The first of the models that has this fingerprint, if any, and those of all that were looked at.
+
+    A model that is not here is passed over. Raises `LegolmError` for one whose weights cannot be read.
+    """
+    seen: dict[str, str] = {}
+    for model in dict.fromkeys(models):
+        try:
+            path = resolve(model)
+        except LegolmError:
+            continue
+        seen[model] = fingerprint(path)
+        if seen[model] == wanted:
+            return model, seen
+    return None, seen
 
 
 def lasting_name(model: str) -> str:
