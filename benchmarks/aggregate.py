@@ -18,6 +18,8 @@ import sys
 import time
 from typing import Any
 
+from legolm.adapter.flat import Layout
+
 RANK, SCALE = 8, 2.0
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STREAMING = ("heteagg factor", "heteagg frozen_side", "heteagg exact", "mixed blocks factor")
@@ -37,10 +39,12 @@ def peak_mb() -> float:
 def ours(name: str, clients: int) -> dict[str, float]:
     import torch
 
-    from legolm import codec, wire
-    from legolm.aggregate import Start, initial_factors, make_scheme
+    from legolm.adapter import initial_factors, slice_factors, tensors_hash
+    from legolm.aggregate import Start, make_scheme
+    from legolm.block import Coverage
     from legolm.config import AggregateConfig
-    from legolm.coverage import Coverage, slice_factors, tensors_hash
+    from legolm.federate.wire import codec
+    from legolm.federate.wire import messages as wire
 
     sizes = shape()
     scheme_name, _, form = name.removeprefix("mixed blocks ").partition(" ")
@@ -66,7 +70,7 @@ def ours(name: str, clients: int) -> dict[str, float]:
         payload = scheme.payload(coverage, RANK)
         given = payload or slice_factors(coverage, start.factors, RANK)
         encoded = codec.encode(payload, "none")
-        sent.append(wire.Sent(encoded, given, codec.Layout.of(given), 0, tensors_hash(encoded)))
+        sent.append(wire.Sent(encoded, given, Layout.of(given), 0, tensors_hash(encoded)))
         header = wire.UpdateReply(
             **fields, rank=RANK, scale=SCALE, round=1, received_hash=sent[-1].hash, examples=50, metrics={}
         )
@@ -95,7 +99,7 @@ def flower(clients: int) -> dict[str, float]:
     from flwr.serverapp.strategy import FedAvg
     from flwr.supercore.task_identity import TaskIdentity
 
-    from legolm.aggregate import initial_factors
+    from legolm.adapter import initial_factors
 
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # else a message needs a running server
     like = initial_factors(shape(), TARGETS, RANK, 0)

@@ -70,8 +70,8 @@ def make(folder: Path, layers: int) -> None:
 def cut(folder: Path, out: Path, target: dict[str, Any], samples: int, length: int) -> dict[str, Any]:
     """In this process: cut one block."""
     from legolm.config import BlockConfig, CalibrationConfig
-    from legolm.progress import Progress
     from legolm.prune import cut_blocks
+    from legolm.system import Progress
 
     text = CalibrationConfig(text="pydoc", samples=samples, length=length)
     began, cpu = time.perf_counter(), time.process_time()

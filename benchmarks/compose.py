@@ -23,10 +23,9 @@ import torch
 from legolm.compose import choose_method, compose, plan
 from legolm.data import load_parts, render
 from legolm.evaluate import score
-from legolm.finetune import choose_precision, dtype_of
-from legolm.models import load_model, load_tokenizer, resolve
-from legolm.progress import Progress
-from legolm.rundir import RunDir
+from legolm.models import choose_precision, dtype_of, load_model, load_tokenizer, resolve
+from legolm.runs import RunDir
+from legolm.system import Progress
 
 METHODS = (("heteagg", "exact"), ("heteagg", "factor"), ("task_arithmetic", None), ("ties", None))
 

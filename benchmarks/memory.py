@@ -20,13 +20,13 @@ def measure(model: str, batch_size: int, length: int) -> dict[str, float]:
     """Train two steps in this process; (peak resident, estimate) in bytes."""
     import torch
 
-    from legolm.assign import training_bytes
+    from legolm.adapter import init_factors
+    from legolm.block import Coverage
     from legolm.config import LoraConfig, TrainConfig
-    from legolm.coverage import Coverage, init_factors
     from legolm.data import Tokens
     from legolm.finetune import fit
-    from legolm.models import load_config, load_model, resolve, shape_of
-    from legolm.models.load import count_parameters
+    from legolm.models import count_parameters, load_config, load_model, resolve, shape_of
+    from legolm.plan.needs import training_bytes
 
     base = resolve(model)
     config = load_config(base)

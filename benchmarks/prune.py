@@ -50,10 +50,9 @@ def cut(options: argparse.Namespace, target: dict[str, Any], out: Path) -> dict[
     import torch
 
     from legolm.config import BlockConfig
-    from legolm.models import fingerprint, load_model, resolve
-    from legolm.models.load import folder_bytes
-    from legolm.progress import Progress
+    from legolm.models import fingerprint, folder_bytes, load_model, resolve
     from legolm.prune import cut_blocks
+    from legolm.system import Progress
 
     torch.set_num_threads(1)
     base = resolve(options.model)
@@ -110,9 +109,9 @@ def forward_s(options: argparse.Namespace) -> float:
     import torch
 
     from legolm.data import calibration_tokens
-    from legolm.memory import keep_freed_memory
     from legolm.models import LayeredModel, load_tokenizer, resolve
     from legolm.prune.calibrate import Stream
+    from legolm.system import keep_freed_memory
 
     torch.set_num_threads(1)
     base = resolve(options.model)

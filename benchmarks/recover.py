@@ -20,16 +20,26 @@ from typing import Any
 
 import torch
 
+from legolm.block import Coverage
 from legolm.config import BlockConfig, CalibrationConfig, RecoverConfig
-from legolm.coverage import Coverage
 from legolm.data import Tokens, calibration_tokens, read_text
 from legolm.evaluate import perplexity
-from legolm.finetune import Head, choose_precision, hidden_states, lean, pack
-from legolm.finetune.loss import answer_losses
-from legolm.models import fingerprint, load_model, load_tokenizer, resolve, shape_of
-from legolm.progress import Progress
+from legolm.models import (
+    Head,
+    answer_losses,
+    choose_precision,
+    fingerprint,
+    hidden_states,
+    lean,
+    load_model,
+    load_tokenizer,
+    pack,
+    resolve,
+    shape_of,
+)
 from legolm.prune import cut_blocks
 from legolm.prune.recover import recover, trainable
+from legolm.system import Progress
 
 
 def train_dense(model: Any, spec: BlockConfig, tokenizer: Any, steps: int) -> None:

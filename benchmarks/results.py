@@ -48,7 +48,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from legolm.rundir import RunDir, read_json
+from legolm.runs import RunDir
+from legolm.system import read_json
 from results_read import DEFAULT, FORMS, Record, claims, cpu_of, everything, keep, main_table, robustness, rows_of
 
 

@@ -10,17 +10,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, cast
 
+from legolm.block import Block, llm_block, read_block
 from legolm.config import RunConfig
+from legolm.evaluate import compare
 from legolm.evaluate.figure import ratio_figure
-from legolm.evaluate.paired import Comparison, compare
-from legolm.federate import Exchange
-from legolm.federate.local import run_local
+from legolm.evaluate.paired import Comparison
+from legolm.federate.server import Rounds, scores_of
+from legolm.federate.transport import Exchange, run_local
 from legolm.models import fingerprint, resolve
-from legolm.progress import Progress
-from legolm.prune import llm_block, read_block
-from legolm.rounds import Rounds, scores_of
-from legolm.rundir import RunDir, read_json
-from legolm.types import Block
+from legolm.runs import RunDir
+from legolm.system import Progress, read_json
 
 Record = dict[str, Any]
 FORMS = ("heteagg_factor", "heteagg_frozen_side", "heteagg_exact")

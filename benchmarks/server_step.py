@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from legolm.adapter import merged
 from legolm.data import load_parts, render
 from legolm.evaluate import score
-from legolm.finetune import choose_precision, dtype_of, merged
-from legolm.models import load_model, load_tokenizer
-from legolm.progress import Progress
-from legolm.rounds import Rounds
-from legolm.rundir import RunDir, read_json
+from legolm.federate.server import Rounds
+from legolm.models import choose_precision, dtype_of, load_model, load_tokenizer
+from legolm.runs import RunDir
+from legolm.system import Progress, read_json
 from results_read import opened
 
 RATES = (0.5, 0.7, 1.4, 2.0)

@@ -22,8 +22,8 @@ from legolm.config import BlockConfig, CalibrationConfig, Fields
 from legolm.data import read_rows, read_text, render, to_example
 from legolm.evaluate import perplexity, score
 from legolm.models import fingerprint, load_model, load_tokenizer, resolve
-from legolm.progress import Progress
 from legolm.prune import cut_blocks
+from legolm.system import Progress
 
 SAMPLES, LENGTH, WINDOW, WINDOWS, MAX_LENGTH = 32, 512, 1024, 10, 1024
 

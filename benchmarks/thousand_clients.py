@@ -69,12 +69,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    from legolm import pipeline, wire
+    from legolm import pipeline
     from legolm.config import RunConfig, validate
-    from legolm.federate import Body, Exchange, Reply, Request
-    from legolm.federate.flower import run_flower
-    from legolm.rundir import RunDir
-    from legolm.types import Score
+    from legolm.federate.transport import Exchange, Reply, Request
+    from legolm.federate.transport.engine import Body
+    from legolm.federate.transport.flower import run_flower
+    from legolm.federate.wire import messages as wire
+    from legolm.runs import RunDir, Score
 
     memory: list[float] = []
 

@@ -22,14 +22,16 @@ from typing import Any
 
 import torch
 
+from legolm.adapter import init_factors, merged
+from legolm.block import Coverage
 from legolm.config import BlockConfig, CalibrationConfig, Fields, Precision, TrainConfig
-from legolm.coverage import Coverage, init_factors
-from legolm.data import read_rows, render, starter_parts, to_example
+from legolm.data import read_rows, render, to_example
+from legolm.data.starter import starter_parts
 from legolm.evaluate import score
-from legolm.finetune import dtype_of, fit, merged
-from legolm.models import fingerprint, load_model, load_tokenizer, resolve, shape_of
-from legolm.progress import Progress
+from legolm.finetune import fit
+from legolm.models import dtype_of, fingerprint, load_model, load_tokenizer, resolve, shape_of
 from legolm.prune import cut_blocks
+from legolm.system import Progress
 
 BATCH, RANK, HELD_OUT = 8, 8, 64
 

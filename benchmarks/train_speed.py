@@ -37,7 +37,8 @@ OTHERS = ("trl-fp32", "trl-bf16", "trl-bf16-packed", "trl-bf16-checkpointing", "
 def examples(options: argparse.Namespace) -> list[Any]:
     """Rendered examples, alternating between the files (or between the starter data's languages)."""
     from legolm.config import Fields
-    from legolm.data import read_rows, render, starter_parts, to_example
+    from legolm.data import read_rows, render, to_example
+    from legolm.data.starter import starter_parts
     from legolm.models import load_tokenizer, resolve
 
     if options.data:
@@ -53,11 +54,11 @@ def examples(options: argparse.Namespace) -> list[Any]:
 def ours(variant: str, rows: list[Any], options: argparse.Namespace) -> dict[str, float]:
     import torch
 
+    from legolm.adapter import init_factors, slice_factors
+    from legolm.block import Coverage, read_block
     from legolm.config import Precision, TrainConfig
-    from legolm.coverage import Coverage, init_factors, slice_factors
-    from legolm.finetune import choose_precision, dtype_of, train
-    from legolm.models import load_model, resolve, shape_of
-    from legolm.prune import read_block
+    from legolm.finetune import train
+    from legolm.models import choose_precision, dtype_of, load_model, resolve, shape_of
 
     precision: Precision = "fp32" if variant == "ours-fp32" else choose_precision("auto")
     path = Path(options.block) if variant == "ours-block" else resolve(options.model)
@@ -194,8 +195,8 @@ def cut(options: argparse.Namespace, out: Path) -> None:
     """A structured block of half the decoder's weights."""
     from legolm.config import BlockConfig, CalibrationConfig
     from legolm.models import fingerprint, resolve
-    from legolm.progress import Progress
     from legolm.prune import cut_blocks
+    from legolm.system import Progress
 
     base = resolve(options.model)
     calibration = CalibrationConfig(samples=8, length=128)

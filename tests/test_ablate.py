@@ -14,20 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from legolm import ablate as ablation
 from legolm import config as configs
-from legolm import pipeline, wire
-from legolm.ablate import ablate
-from legolm.evaluate import read_questions
+from legolm import pipeline
+from legolm.adapter import Tensors, adapter_keys, merged
+from legolm.adapter.flat import adapter_layout
+from legolm.block import llm_block, read_block
+from legolm.errors import LegolmError
+from legolm.evaluate import Questions, read_questions
 from legolm.evaluate.perplexity import perplexity
-from legolm.evaluate.questions import Questions
-from legolm.finetune import merged
+from legolm.federate.server import Rounds, scores_of
+from legolm.federate.wire import messages as wire
 from legolm.models import fingerprint, load_model, load_tokenizer
-from legolm.progress import Progress
-from legolm.prune import llm_block, read_block
-from legolm.rounds import Rounds, scores_of
-from legolm.rundir import RunDir
-from legolm.types import LegolmError, Tensors
+from legolm.runs import RunDir
+from legolm.study import leave_one_out
+from legolm.study.leave_one_out import ablate
+from legolm.system import Progress
 from test_cli import assert_one_line, legolm
 
 QUIET = Progress()
@@ -122,7 +123,7 @@ def test_the_replay_without_a_client_is_the_sum_of_the_others(run: Path) -> None
 def decoded(run: Path, client: str, tensors: Tensors, rank: int) -> Tensors:
     """Factors one after the other in the order of their keys."""
     coverage = read_block(run / "blocks" / ("wide" if client == "fr" else "sparse")).coverage
-    layout = wire.adapter_layout(coverage, wire.adapter_keys(coverage, None), rank)
+    layout = adapter_layout(coverage, adapter_keys(coverage, None), rank)
     return {key: tensors["factors"][span].view(layout.shapes[key]) for key, span in layout.spans.items()}
 
 
@@ -223,7 +224,7 @@ def test_bars_and_whiskers_stay_within_the_plot() -> None:
     bars = [
         {"kind": "block", "name": name, "m": value, "stderr": {"m": 0.5}} for name, value in (("a", 1.0), ("b", -0.5))
     ]
-    plot = ablation.plot({"without": bars, "local": None, "all": {"m": 0.5}}, "m")
+    plot = leave_one_out.plot({"without": bars, "local": None, "all": {"m": 0.5}}, "m")
     # From -1 to 1.5 in 150 points above 180.
     drawn = [[float(one) for one in re.findall(rf'{side}="(.*?)"', plot)] for side in ("y1", "y2")]
     assert [tuple(ends) for ends in zip(*drawn, strict=True)][:2] == [(90.0, 30.0), (180.0, 120.0)]
@@ -255,7 +256,7 @@ def test_a_run_without_the_local_stage_has_no_such_line(other_run: Path, tmp_pat
     assert found["local"] is None
     assert found["gain"] is None
     assert "local only" not in (tmp_path / "ablation.html").read_text().partition("local-only")[0]
-    assert "no local-only baseline" in ablation.page(found)
+    assert "no local-only baseline" in leave_one_out.page(found)
     assert set(found["cost"]) == {"wide", "sparse"}
 
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from legolm import codec
-from legolm.types import LegolmError, Tensors
+from legolm.adapter import Tensors
+from legolm.errors import LegolmError
+from legolm.federate.wire import codec
 
 SHAPES = {"layers.0.mlp.up_proj.A": (2, 6), "layers.0.mlp.up_proj.B": (5, 2), "layers.1.mlp.down_proj.A": (2, 3)}
 LAYOUT = codec.Layout(SHAPES)

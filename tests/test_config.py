@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from legolm import config as configs
-from legolm.types import LegolmError
+from legolm.errors import LegolmError
 
 MINIMAL = {
     "blocks": [{"name": "a", "method": "structured", "sparsity": 0.5}],

@@ -14,21 +14,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from legolm import config as configs
-from legolm import pipeline, wire
-from legolm.config import RunConfig
-from legolm.config.study import load_study
-from legolm.data import render
+from legolm import pipeline
+from legolm.block import read_block
+from legolm.config import RunConfig, load_study
+from legolm.data import client_data, render
+from legolm.errors import LegolmError
 from legolm.evaluate import score
-from legolm.federate import Body, Exchange, Reply, Request
-from legolm.federate.client import client_data
-from legolm.federate.local import run_local
+from legolm.federate.server.loop import usual_size
+from legolm.federate.transport import Exchange, Reply, Request, run_local
+from legolm.federate.transport.engine import Body
+from legolm.federate.wire import messages as wire
 from legolm.models import load_model, load_tokenizer
 from legolm.plan import make_plan
-from legolm.prune import read_block
-from legolm.rounds import usual_size
-from legolm.rundir import RunDir
+from legolm.runs import RunDir
 from legolm.study import compare, plans
-from legolm.types import LegolmError
 
 
 @pytest.fixture

@@ -19,17 +19,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from legolm import config as configs
-from legolm import pipeline, wire
+from legolm import pipeline
+from legolm.block import read_block
 from legolm.config import RunConfig
-from legolm.data import render
+from legolm.data import client_data, render
+from legolm.errors import LegolmError
 from legolm.evaluate import score
-from legolm.federate import Body, Exchange, Reply, Request
-from legolm.federate.client import client_data
-from legolm.federate.local import run_local
+from legolm.federate.transport import Exchange, Reply, Request, run_local
+from legolm.federate.transport.engine import Body
+from legolm.federate.wire import messages as wire
 from legolm.models import load_model, load_tokenizer
-from legolm.prune import read_block
-from legolm.rundir import RunDir
-from legolm.types import LegolmError
+from legolm.runs import RunDir
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from legolm.rounding import rounded
+from legolm.models import rounded
 
 
 def test_a_quarter_of_the_last_place_is_rounded_up_in_a_quarter_of_the_cases() -> None:

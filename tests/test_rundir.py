@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from legolm.rundir import atomic_folder, atomic_write, check_room, held_bytes, read_json
-from legolm.types import LegolmError
+from legolm.errors import LegolmError
+from legolm.system import atomic_folder, atomic_write, check_room, held_bytes, read_json
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from legolm import codec, wire
-from legolm.coverage import Coverage, init_factors, slice_factors, tensors_hash
+from legolm.adapter import Tensors, init_factors, slice_factors, tensors_hash
+from legolm.block import Coverage
+from legolm.errors import LegolmError
+from legolm.federate.wire import codec
+from legolm.federate.wire import messages as wire
 from legolm.models import Shape
-from legolm.types import LegolmError, Tensors
 
 SHAPE = Shape("llama", layers=2, hidden=4, neurons=3, kv_groups=2, queries_per_group=1, head_dim=2)
 COVERAGE = Coverage(SHAPE, (1,), ((0,),), ((0, 2),))

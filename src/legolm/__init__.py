@@ -1,6 +1,6 @@
 """Language model building blocks: prune, fine-tune where the data lives, aggregate, compose (arXiv 2410.18287)."""
 
-from legolm.types import LegolmError
+from legolm.errors import LegolmError
 
 __all__ = ["LegolmError", "__version__"]
 

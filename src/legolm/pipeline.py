@@ -16,21 +16,37 @@ from typing import Any
 
 import torch
 
+from legolm.adapter import merge, save_adapter, save_factors
+from legolm.block import Block, Manifest, llm_block, read_block, write_block
 from legolm.config import RunConfig
 from legolm.data import data_fingerprint
-from legolm.federate import Engine, engine_for
-from legolm.finetune import choose_precision, merge, save_adapter, save_factors
-from legolm.memory import release_memory
-from legolm.models import fingerprint, lasting_name, load_config, load_model, load_tokenizer, save_model
+from legolm.errors import LegolmError
+from legolm.federate.server import Rounds
+from legolm.federate.transport import Engine, engine_for
+from legolm.models import (
+    choose_precision,
+    fingerprint,
+    lasting_name,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
 from legolm.plan import Plan, make_plan
-from legolm.progress import Progress
-from legolm.prune import cut_blocks, llm_block, read_block
-from legolm.prune.manifest import Manifest, write_block
-from legolm.report import need_matplotlib, write_report
-from legolm.report.summary import machine, summarize, versions
-from legolm.rounds import Rounds
-from legolm.rundir import RunDir, atomic_folder, atomic_write, check_room, held_bytes, read_json
-from legolm.types import Block, LegolmError
+from legolm.prune import cut_blocks
+from legolm.report import need_matplotlib, summarize, write_report
+from legolm.runs import RunDir
+from legolm.system import (
+    Progress,
+    atomic_folder,
+    atomic_write,
+    check_room,
+    held_bytes,
+    machine,
+    read_json,
+    release_memory,
+    versions,
+)
 
 Record = dict[str, Any]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from legolm.coverage import Coverage, parse_key
+from legolm.adapter import Tensors, parse_key
+from legolm.block import Coverage
 from legolm.models import Shape
-from legolm.types import Tensors
 
 
 @dataclass

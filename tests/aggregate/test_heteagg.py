@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from legolm.adapter import Tensors, Update, init_factors
 from legolm.aggregate import Scheme, Start, make_scheme
+from legolm.block import Coverage
 from legolm.config import AggregateConfig
-from legolm.coverage import Coverage, init_factors
 from legolm.models import Shape
-from legolm.types import Tensors, Update
 
 SHAPE = Shape("llama", layers=2, hidden=4, neurons=3, kv_groups=2, queries_per_group=1, head_dim=2)
 UP_A, UP_B = "layers.1.mlp.up_proj.A", "layers.1.mlp.up_proj.B"

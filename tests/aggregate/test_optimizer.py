@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from legolm.aggregate import Start, initial_factors, make_scheme
+from legolm.adapter import Tensors, Update, initial_factors
+from legolm.aggregate import Start, make_scheme
+from legolm.block import Coverage
 from legolm.config import AggregateConfig
-from legolm.coverage import Coverage
 from legolm.models import Shape
-from legolm.types import Tensors, Update
 
 SHAPE = Shape("llama", layers=1, hidden=2, neurons=2, kv_groups=1, queries_per_group=1, head_dim=2)
 KEY = "layers.0.mlp.up_proj.B"

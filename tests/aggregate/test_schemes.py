@@ -10,11 +10,12 @@ from dense_reference import Client, exact_form, factor_form, mean_product, place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from legolm.aggregate import SCHEMES, Scheme, Start, initial_factors, make_scheme
+from legolm.adapter import Tensors, Update, initial_factors, slice_factors
+from legolm.aggregate import Scheme, Start, make_scheme
+from legolm.aggregate.scheme import SCHEMES
+from legolm.block import Coverage
 from legolm.config import AggregateConfig
-from legolm.coverage import Coverage, slice_factors
 from legolm.models import Shape
-from legolm.types import Tensors, Update
 
 SHAPE = Shape("llama", layers=2, hidden=6, neurons=5, kv_groups=2, queries_per_group=1, head_dim=3)
 TARGETS = ["q_proj", "o_proj", "up_proj", "down_proj"]

@@ -17,18 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from legolm import config as configs
 from legolm import pipeline
+from legolm.adapter import Tensors, adapter_keys, factor_shape, merge, save_adapter, save_factors
+from legolm.block import Block, Coverage, Manifest, read_block, write_block
 from legolm.compose import choose_method, compose, plan
 from legolm.config import Fields
-from legolm.coverage import Coverage, factor_shape
 from legolm.data import read_rows, render, to_example
+from legolm.errors import LegolmError
 from legolm.evaluate import score
-from legolm.finetune import merge, save_adapter, save_factors
 from legolm.models import decoder_layers, fingerprint, load_config, load_model, load_tokenizer, shape_of
-from legolm.progress import Progress
-from legolm.prune import read_block
-from legolm.prune.manifest import Manifest, write_block
-from legolm.types import Block, LegolmError, Tensors
-from legolm.wire import adapter_keys
+from legolm.system import Progress
 from test_cli import assert_one_line, legolm
 
 QUIET = Progress()

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from legolm.block import Coverage
 from legolm.compose import choose_method
 from legolm.compose.methods import Part
-from legolm.coverage import Coverage
+from legolm.errors import LegolmError
 from legolm.models import Shape
-from legolm.types import LegolmError
 
 SHAPE = Shape("llama", layers=1, hidden=4, neurons=5, kv_groups=1, queries_per_group=1, head_dim=4)
 UP, DOWN = "mlp.up_proj", "mlp.down_proj"

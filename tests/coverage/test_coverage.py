@@ -10,18 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from legolm.coverage import (
-    Coverage,
-    add_slice,
-    factor_key,
-    factor_shape,
-    init_factors,
-    load_coverage,
-    save_coverage,
-    slice_factors,
-)
+from legolm.adapter import factor_key, factor_shape, init_factors, slice_factors
+from legolm.adapter.slices import add_slice
+from legolm.block import Coverage
+from legolm.block.coverage import load_coverage, save_coverage
+from legolm.errors import LegolmError
 from legolm.models import FAMILIES, Shape
-from legolm.types import LegolmError
 
 SHAPE = Shape("llama", layers=3, hidden=8, neurons=6, kv_groups=2, queries_per_group=2, head_dim=2)
 

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from legolm.config import CalibrationConfig, Fields
-from legolm.data.calibration import calibration_tokens, check_text
-from legolm.types import LegolmError
+from legolm.data import calibration_tokens, check_text
+from legolm.errors import LegolmError
 
 
 def test_starter_alternates_conversations_and_prose(tokenizer: PreTrainedTokenizerFast) -> None:

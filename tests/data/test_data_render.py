@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from legolm.data.render import Tokens, render
-from legolm.types import Example, LegolmError, Message
+from legolm.data import Example, Tokens
+from legolm.data.examples import Message
+from legolm.data.render import render
+from legolm.errors import LegolmError
 
 PAIR = Example((Message("user", "Capital of Italy?"), Message("assistant", "Rome")))
 PROMPT = "<|im_start|>user\nCapital of Italy?<|im_end|>\n<|im_start|>assistant\n"

@@ -11,9 +11,10 @@ import pytest
 from pyarrow import parquet
 
 from legolm.config import Fields
-from legolm.data import sources
-from legolm.data.sources import Row, read_rows, to_example, with_system
-from legolm.types import Example, LegolmError, Message
+from legolm.data import Example, read_rows, sources, to_example
+from legolm.data.examples import Message
+from legolm.data.sources import Row, with_system
+from legolm.errors import LegolmError
 
 QUESTION = {"instruction": "2 + 2?", "output": "4"}
 PAIR = Example((Message("user", "2 + 2?"), Message("assistant", "4")))

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from legolm.config import DataConfig, Split
-from legolm.data.split import load_parts
-from legolm.types import ClientData, Example, LegolmError
+from legolm.config import DataConfig
+from legolm.config.sections import Split
+from legolm.data import ClientData, Example, load_parts
+from legolm.errors import LegolmError
 
 
 def write(path: Path, count: int, topic: str = "t", start: int = 0) -> str:

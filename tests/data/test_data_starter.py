@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
+from legolm.data import ClientData, Example
 from legolm.data.starter import CLIENT_LANGUAGES, PUBLIC_LANGUAGES, public_starter_text, starter_parts
-from legolm.types import ClientData, Example, LegolmError
+from legolm.errors import LegolmError
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from legolm.data import Tokens, render
-from legolm.evaluate import Questions, measure, rouge
-from legolm.evaluate.answers import score, score_each
+from legolm.data import Example, Tokens, render
+from legolm.data.examples import Message
+from legolm.evaluate import Questions, measure, rouge, score
+from legolm.evaluate.answers import score_each
 from legolm.evaluate.rouge import generate, rouge_l
 from legolm.models import FAMILIES, load_model
-from legolm.types import Example, Message
 
 
 def _example(question: str, answer: str) -> Example:

@@ -18,12 +18,12 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from legolm.adapter import init_factors, merge, save_adapter, slice_factors
+from legolm.block import read_block
 from legolm.cli import main
-from legolm.coverage import init_factors, slice_factors
-from legolm.evaluate.side_by_side import Subject, line_up, load_subject
-from legolm.finetune import merge, save_adapter
+from legolm.evaluate import line_up
+from legolm.evaluate.side_by_side import Subject, load_subject
 from legolm.models import decoder_layers, fingerprint, load_model
-from legolm.prune import read_block
 
 Answer = tuple[int, str, str]
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legolm.evaluate import Figure, RatioFigure, compare, ratio_figure
+from legolm.evaluate import Figure, compare
+from legolm.evaluate.figure import RatioFigure, ratio_figure
 from legolm.evaluate.paired import FLIPS, mcnemar, sign_flips
 
 SUMS = st.floats(-10, 10, allow_nan=False)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from legolm import hub
-from legolm.evaluate import compare, load_tasks, run_tasks
+from legolm.errors import LegolmError
+from legolm.evaluate import compare
+from legolm.evaluate.tasks import load_tasks, run_tasks
 from legolm.models import resolve
-from legolm.types import LegolmError
+from legolm.system import hub
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "tasks").glob("*.yaml"))
 Write = Callable[..., Path]

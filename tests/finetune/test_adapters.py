@@ -11,13 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from legolm.adapter import Tensors, init_factors, load_adapter, merged, save_adapter, slice_factors
+from legolm.block import Block, Coverage
 from legolm.config import BlockConfig, CalibrationConfig
-from legolm.coverage import Coverage, init_factors, slice_factors
-from legolm.finetune import load_adapter, merged, save_adapter
+from legolm.errors import LegolmError
 from legolm.models import fingerprint, load_model, shape_of
-from legolm.progress import Progress
 from legolm.prune import cut_blocks
-from legolm.types import Block, LegolmError, Tensors
+from legolm.system import Progress
 
 TEXT = torch.arange(1, 21)[None]
 

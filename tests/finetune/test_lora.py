@@ -10,15 +10,15 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 
+from legolm.adapter import Tensors, init_factors, merged, slice_factors
+from legolm.block import Block, Coverage
 from legolm.config import BlockConfig, TrainConfig
-from legolm.coverage import Coverage, init_factors, slice_factors
 from legolm.data import Tokens
-from legolm.finetune import fit, lora, merged, whole
-from legolm.finetune.masked import MaskedLinear
+from legolm.errors import LegolmError
+from legolm.finetune import MaskedLinear, fit, lora, whole
 from legolm.models import FAMILIES, fingerprint, load_model, shape_of
-from legolm.progress import Progress
 from legolm.prune import cut_blocks
-from legolm.types import Block, LegolmError, Tensors
+from legolm.system import Progress
 
 MODULES = FAMILIES["llama"].modules
 TARGETS = [module.rpartition(".")[2] for module in MODULES]

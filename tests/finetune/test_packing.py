@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, kl_div, rms_norm
 
 from legolm.data import Tokens
-from legolm.finetune import Head, divergences, hidden_states, lean, pack, packing
-from legolm.finetune.kernels import LoraLinear, RmsNorm
-from legolm.finetune.loss import answer_losses
-from legolm.models import FAMILIES, load_model
+from legolm.finetune import LoraLinear
+from legolm.models import FAMILIES, Head, answer_losses, divergences, hidden_states, lean, load_model, pack, packing
+from legolm.models.norm import RmsNorm
 
 CPU = torch.device("cpu")
 

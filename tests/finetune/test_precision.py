@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from legolm.config import RunConfig
-from legolm.finetune import choose_device, choose_precision, dtype_of, precision
+from legolm.models import choose_device, choose_precision, dtype_of, precision
 from legolm.pipeline import with_precision
-from legolm.rundir import RunDir
+from legolm.runs import RunDir
 
 
 @pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(2.0, 1.0, "bf16"), (1.0, 2.0, "fp32")])

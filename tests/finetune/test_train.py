@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from legolm.adapter import Tensors, init_factors
+from legolm.block import Coverage
 from legolm.config import RunConfig, TrainConfig
-from legolm.coverage import Coverage, init_factors
 from legolm.data import Tokens
+from legolm.errors import LegolmError
 from legolm.federate.client import ClientRuntime
-from legolm.finetune import Diverged, fit
-from legolm.finetune.train import _micro_batches, _with_less_memory, learning_rate
+from legolm.finetune import fit
+from legolm.finetune.train import Diverged, _micro_batches, _with_less_memory, learning_rate
 from legolm.models import load_model, shape_of
-from legolm.rundir import RunDir
-from legolm.types import LegolmError, Tensors
+from legolm.runs import RunDir
 
 EXAMPLES = [Tokens((10, 20 + i, *range(30, 33 + 3 * (i % 4)), 1), 2) for i in range(12)]
 

@@ -11,24 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from legolm.adapter import Tensors, factor_key, factor_shape, init_factors, merged, modules_of, slice_factors
+from legolm.block import Block, Coverage
 from legolm.config import BlockConfig, CalibrationConfig
-from legolm.coverage import Coverage, factor_key, factor_shape, init_factors, modules_of, slice_factors
-from legolm.finetune import lora, merged
-from legolm.models import (
-    FAMILIES,
-    LayeredModel,
-    Shape,
-    decoder_layers,
-    fingerprint,
-    load_config,
-    load_model,
-    shape_of,
-)
-from legolm.progress import Progress
+from legolm.errors import LegolmError
+from legolm.finetune import lora
+from legolm.models import FAMILIES, LayeredModel, Shape, decoder_layers, fingerprint, load_config, load_model, shape_of
 from legolm.prune import cut_blocks
 from legolm.prune.calibrate import Stream
 from legolm.prune.select import refit
-from legolm.types import Block, LegolmError, Tensors
+from legolm.system import Progress
 
 TOKENS = torch.arange(2, 202).view(5, 40)
 SHAPES: dict[str, dict[str, Any]] = {

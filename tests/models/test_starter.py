@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from legolm.errors import LegolmError
 from legolm.models import load_config, load_tokenizer, starter
-from legolm.types import LegolmError
 
 PATH = "from legolm.models.starter import starter_path; print(starter_path())"
 

@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from legolm.block import Base, Block, read_block
 from legolm.config import BlockConfig, CalibrationConfig, RecoverConfig
+from legolm.errors import LegolmError
 from legolm.models import FAMILIES, LayeredModel, fingerprint, load_config, load_model, load_tokenizer, shape_of
-from legolm.progress import Progress
-from legolm.prune import Base, cut_blocks, planned_coverage, read_block
+from legolm.prune import cut_blocks, planned_coverage
 from legolm.prune.calibrate import Regression, Stream
 from legolm.prune.select import refit
 from legolm.prune.target import given_shape, shapes_within
-from legolm.types import Block, LegolmError
+from legolm.system import Progress
 
 NAMES = ("llama",)  # the others: tests/models/test_families.py
 LINEARS = {

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from legolm.prune import magnitude, sparsegpt, wanda
+from legolm.errors import LegolmError
+from legolm.prune import Pattern, magnitude, sparsegpt, wanda
 from legolm.prune.calibrate import Moments
-from legolm.prune.registry import CRITERIA, Pattern, keep_largest
-from legolm.types import LegolmError
+from legolm.prune.registry import CRITERIA, keep_largest
 
 
 def layer(rows: int = 12, cols: int = 20, tokens: int = 400) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from legolm.block import Base
 from legolm.config import BlockConfig
 from legolm.models import load_config
 from legolm.prune.speed import Clock, read_clock, speedup
-from legolm.prune.target import Base, shapes_within
+from legolm.prune.target import shapes_within
 
 
 def test_time_is_told_from_layers_and_weights() -> None:

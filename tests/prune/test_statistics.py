@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from legolm.config import BlockConfig, CalibrationConfig
+from legolm.errors import LegolmError
 from legolm.models import fingerprint, load_config, shape_of
-from legolm.progress import Progress
-from legolm.prune import cut_blocks
-from legolm.prune.statistics import Statistics, collect, load_statistics, save_statistics
-from legolm.types import LegolmError
+from legolm.prune import collect, cut_blocks, save_statistics
+from legolm.prune.statistics import Statistics, load_statistics
+from legolm.system import Progress
 
 Collect = Callable[..., Path]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from legolm.report import write_report
-from legolm.report.html import Raw, render, tag, verdict
+from legolm.errors import LegolmError
+from legolm.report import Raw, tag, write_report
+from legolm.report.html import render, verdict
 from legolm.report.plots import _spread, number
-from legolm.types import LegolmError
 
 HOSTILE = '<script>alert("$x_1$")</script>'
 

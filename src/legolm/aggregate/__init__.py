@@ -14,7 +14,8 @@ from legolm.aggregate import (  # noqa: F401 (each registers itself)
     raflora,
     trimmed_mean,
 )
-from legolm.aggregate.initial import initial_factors
+from legolm.aggregate.exact import ExactForm
 from legolm.aggregate.scheme import SCHEMES, Scheme, Start, make_scheme, scheme_class
+from legolm.aggregate.weight import EntryWeight
 
-__all__ = ["SCHEMES", "Scheme", "Start", "initial_factors", "make_scheme", "scheme_class"]
+__all__ = ["SCHEMES", "EntryWeight", "ExactForm", "Scheme", "Start", "make_scheme", "scheme_class"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from legolm.aggregate.scheme import Scheme, Start, under_prefix, with_prefix
+from legolm.adapter import GlobalAdapter, Tensors, slice_factors, under_prefix, with_prefix
+from legolm.aggregate.scheme import Scheme, Start
 from legolm.aggregate.weight import EntryWeight
+from legolm.block import Coverage
 from legolm.config import AggregateConfig
-from legolm.coverage import Coverage, slice_factors
-from legolm.types import GlobalAdapter, Tensors
 
 
 class OneAdapter(Scheme):

@@ -20,12 +20,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from legolm.adapter import GlobalAdapter, Tensors, Update, parse_key, slice_factors, under_prefix, with_prefix
 from legolm.aggregate.lowrank import ProductSum
-from legolm.aggregate.scheme import Scheme, Start, under_prefix, with_prefix
+from legolm.aggregate.scheme import Scheme, Start
 from legolm.aggregate.weight import EntryWeight, Placement
+from legolm.block import Coverage, add_matrix
 from legolm.config import AggregateConfig
-from legolm.coverage import Coverage, add_matrix, parse_key, slice_factors
-from legolm.types import GlobalAdapter, Tensors, Update
 
 
 class _Module:

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import torch
 
-from legolm.aggregate.initial import is_frozen
+from legolm.adapter import Flat, GlobalAdapter, Tensors, Update, is_frozen, slice_factors, under_prefix, with_prefix
 from legolm.aggregate.optimizer import ServerOptimizer
-from legolm.aggregate.scheme import Scheme, Start, under_prefix, with_prefix
+from legolm.aggregate.scheme import Scheme, Start
 from legolm.aggregate.weight import EntryWeight, Placement
-from legolm.codec import Flat
+from legolm.block import Coverage
 from legolm.config import AggregateConfig
-from legolm.coverage import Coverage, slice_factors
-from legolm.types import GlobalAdapter, Tensors, Update
 
 PIECE = 1 << 17
 """Entries that are added at once: sum, update and its float64 copy stay in the cache."""

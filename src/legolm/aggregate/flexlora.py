@@ -12,11 +12,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from legolm.adapter import Update, parse_key
 from legolm.aggregate.adapter import OneAdapter
 from legolm.aggregate.lowrank import ProductSum
 from legolm.aggregate.scheme import scheme
-from legolm.coverage import Coverage, parse_key
-from legolm.types import Update
+from legolm.block import Coverage
 
 
 @scheme("flexlora")

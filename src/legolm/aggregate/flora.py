@@ -11,12 +11,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from legolm.adapter import GlobalAdapter, Tensors, initial_factors
 from legolm.aggregate.folding import Folding, Weighted
-from legolm.aggregate.initial import initial_factors
 from legolm.aggregate.scheme import Start, scheme
+from legolm.block import Coverage
 from legolm.config import AggregateConfig
-from legolm.coverage import Coverage
-from legolm.types import GlobalAdapter, Tensors
 
 
 @scheme("flora")

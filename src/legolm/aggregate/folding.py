@@ -11,11 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from legolm.aggregate.scheme import Scheme, Start, under_prefix, with_prefix
+from legolm.adapter import GlobalAdapter, Tensors, Update, slice_factors, under_prefix, with_prefix
+from legolm.adapter.slices import concatenated
+from legolm.aggregate.scheme import Scheme, Start
 from legolm.aggregate.weight import EntryWeight
+from legolm.block import Coverage
 from legolm.config import AggregateConfig
-from legolm.coverage import Coverage, slice_factors
-from legolm.types import GlobalAdapter, Tensors, Update
 
 Weighted = tuple[float, Tensor, Tensor]
 """A client's share of the examples, its B and its A, float64."""
@@ -102,10 +103,3 @@ class Folding(Scheme):
         self._held: dict[str, list[Weighted]] = {}
         self._round = EntryWeight(self._start.shape, self._start.rank)
         self._examples = 0.0
-
-
-def concatenated(one: Tensors, two: Tensors) -> Tensors:
-    """One adapter whose product is the sum of both: their rank rows one after the other."""
-    if not one or not two:
-        return one or two
-    return {key: torch.cat([tensor, two[key]], 0 if key.endswith(".A") else 1) for key, tensor in one.items()}

@@ -11,12 +11,12 @@ from typing import ClassVar, Literal
 
 import torch
 
+from legolm.adapter import Update
 from legolm.aggregate.adapter import OneAdapter
 from legolm.aggregate.lowrank import frobenius
 from legolm.aggregate.scheme import scheme
 from legolm.aggregate.weight import Placement
-from legolm.coverage import Coverage
-from legolm.types import Update
+from legolm.block import Coverage
 
 
 @scheme("hetlora")

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from legolm.aggregate.scheme import under_prefix, with_prefix
+from legolm.adapter import Tensors, under_prefix, with_prefix
 from legolm.config import AggregateConfig
-from legolm.types import Tensors
 
 
 class ServerOptimizer:

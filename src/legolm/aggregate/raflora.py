@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 
+from legolm.adapter import Update, parse_key
 from legolm.aggregate.flexlora import FlexLora
 from legolm.aggregate.lowrank import ProductSum
 from legolm.aggregate.scheme import scheme
-from legolm.coverage import Coverage, parse_key
-from legolm.types import Update
+from legolm.block import Coverage
 
 
 @scheme("raflora")

@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from legolm.adapter import Update
 from legolm.aggregate.adapter import OneAdapter
 from legolm.aggregate.weight import Placement
-from legolm.coverage import Coverage
-from legolm.types import Update
+from legolm.block import Coverage
 
 
 class Robust(OneAdapter):

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
+from legolm.adapter import GlobalAdapter, Tensors, Update
+from legolm.block import Coverage
 from legolm.config import AggregateConfig
-from legolm.coverage import Coverage
-from legolm.models.family import Shape
-from legolm.types import GlobalAdapter, Tensors, Update
+from legolm.models import Shape
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,3 @@ def scheme_class(config: AggregateConfig) -> type[Scheme]:
 def make_scheme(start: Start, config: AggregateConfig) -> Scheme:
     """The configured scheme at the start of a run."""
     return scheme_class(config)(start, config)
-
-
-def with_prefix(prefix: str, tensors: Tensors) -> Tensors:
-    """For `state()`: the same tensors under `prefix.`."""
-    return {f"{prefix}.{key}": tensor for key, tensor in tensors.items()}
-
-
-def under_prefix(prefix: str, state: Tensors) -> Tensors:
-    """The tensors that `with_prefix` put under `prefix.`."""
-    start = f"{prefix}."
-    return {key.removeprefix(start): tensor for key, tensor in state.items() if key.startswith(start)}

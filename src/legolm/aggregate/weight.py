@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from legolm.coverage import Coverage, parse_key
-from legolm.models.family import Shape, Unit
-from legolm.types import Tensors
+from legolm.adapter import Tensors, parse_key
+from legolm.block import Coverage
+from legolm.models import Shape, Unit
 
 PLACEMENTS = 16
 """Coverages whose indices are kept: blocks are few, and memory must not grow with clients."""

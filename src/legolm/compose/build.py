@@ -10,33 +10,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from legolm.block import Base, Block, Coverage, Manifest, config_changes, read_block, slice_matrix, write_block
 from legolm.compose.methods import Method, Part
-from legolm.compose.sources import (
-    Source,
-    given_weights,
-    read_sources,
-    weights_by_examples,
-    weights_by_loss,
-)
+from legolm.compose.sources import Source, given_weights, read_sources, weights_by_examples, weights_by_loss
 from legolm.compose.target import covered_weights, held, masked_like, parse_sizes, shaped, target_block
-from legolm.coverage import Coverage, slice_matrix
+from legolm.errors import LegolmError
 from legolm.models import (
     CheckpointWriter,
     LayeredModel,
+    count_parameters,
     find_fingerprint,
     lasting_name,
     load_config,
     load_tokenizer,
     resolve,
+    rounded,
 )
-from legolm.models.load import count_parameters
-from legolm.progress import Progress
-from legolm.prune import Base, read_block
-from legolm.prune.manifest import Manifest, write_block
-from legolm.prune.target import config_changes
-from legolm.rounding import rounded
-from legolm.rundir import atomic_folder, check_room
-from legolm.types import Block, LegolmError
+from legolm.system import Progress, atomic_folder, check_room
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from legolm.aggregate import Start, make_scheme
-from legolm.aggregate.exact import ExactForm
+from legolm.adapter import Update, factor_key
+from legolm.aggregate import ExactForm, Start, make_scheme
+from legolm.block import Coverage, add_matrix
 from legolm.config import AggregateConfig
-from legolm.coverage import Coverage, add_matrix, factor_key
+from legolm.errors import LegolmError, nearest
 from legolm.models import Shape
-from legolm.types import LegolmError, Update, nearest
 
 Form = Literal["exact", "factor"]
 METHODS = ("heteagg", "task_arithmetic", "ties")

@@ -9,17 +9,14 @@ from pathlib import Path
 
 import torch
 
+from legolm.adapter import FACTORS, Tensors, adapter_keys, factor_shape, load_factors, merged, parse_key, read_adapter
+from legolm.block import Block, Coverage, read_block
 from legolm.config import Fields
-from legolm.coverage import Coverage, factor_shape, parse_key
 from legolm.data import read_rows, render_whole, to_example
+from legolm.errors import LegolmError
 from legolm.evaluate import score
-from legolm.finetune import load_factors, merged, read_adapter
-from legolm.finetune.adapters import FACTORS
 from legolm.models import load_config, load_model, load_tokenizer
-from legolm.progress import Progress
-from legolm.prune import read_block
-from legolm.types import Block, LegolmError, Tensors
-from legolm.wire import adapter_keys
+from legolm.system import Progress
 
 BATCH = 8
 

@@ -9,12 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from legolm.coverage import Coverage, add_matrix, slice_matrix
-from legolm.finetune.adapters import FACTORS
+from legolm.adapter import FACTORS
+from legolm.block import Base, Block, Coverage, add_matrix, config_changes, read_block, slice_matrix
+from legolm.errors import LegolmError, nearest
 from legolm.models import Shape
-from legolm.prune import Base, read_block
-from legolm.prune.target import config_changes
-from legolm.types import Block, LegolmError, nearest
 
 SIZES = ("layers", "kv_groups", "neurons")
 

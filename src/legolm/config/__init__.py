@@ -18,6 +18,7 @@ from legolm.config.sections import (
     Split,
     TrainConfig,
 )
+from legolm.config.study import Variant, load_study
 
 __all__ = [
     "AggregateConfig",
@@ -38,7 +39,9 @@ __all__ = [
     "RunConfig",
     "Split",
     "TrainConfig",
+    "Variant",
     "dump",
     "load",
+    "load_study",
     "validate",
 ]

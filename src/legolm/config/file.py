@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from legolm.config.section import Section
 from legolm.config.sections import RunConfig
-from legolm.types import LegolmError, nearest
+from legolm.errors import LegolmError, nearest
 
 S = TypeVar("S", bound=Section)
 UNION_BRANCH = re.compile(r"(function-|constrained-|list\[|dict\[|literal\[).*|str")

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from legolm.config.aggregation import AggregateConfig, FederationConfig, form_of
 from legolm.config.section import LocalPath, Section
-from legolm.types import nearest
+from legolm.errors import nearest
 
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]

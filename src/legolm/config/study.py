@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from legolm.config.file import override, read, validate
 from legolm.config.section import Section
 from legolm.config.sections import Name, RunConfig
-from legolm.types import LegolmError
+from legolm.errors import LegolmError
 
 RESERVED = ("blocks", "compare.json", "compare.html")
 

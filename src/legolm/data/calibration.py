@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from legolm.config import CalibrationConfig, Fields
+from legolm.data.examples import Example
 from legolm.data.render import render
 from legolm.data.sources import DATA_SUFFIXES, paths_of, read_rows, read_text, to_example
 from legolm.data.starter import public_starter_text
-from legolm.types import Example, LegolmError
+from legolm.errors import LegolmError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from legolm.types import Example, LegolmError, Message
+from legolm.data.examples import Example, Message
+from legolm.errors import LegolmError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from legolm.config import Fields
-from legolm.hub import hub_answers, wants_offline
-from legolm.types import Example, LegolmError, Message
+from legolm.data.examples import Example, Message
+from legolm.errors import LegolmError
+from legolm.system import hub_answers, wants_offline
 
 MAX_BYTES = 4 * 10**9
 ROLES = ("system", "user", "assistant")

@@ -10,10 +10,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from legolm.config import DataConfig
+from legolm.config import DataConfig, RunConfig
+from legolm.data.examples import ClientData, Example
 from legolm.data.sources import Row, read_rows, to_example, with_system
 from legolm.data.starter import SplitName, starter_parts
-from legolm.types import ClientData, Example, LegolmError
+from legolm.errors import LegolmError
 
 Groups = dict[str, list[Example]]
 """Examples by what decides whose they are: file stem, column value or client; "" where only chance does."""
@@ -159,3 +160,10 @@ def _refuse_what_starter_ignores(config: DataConfig) -> None:
     for name in ("validation", "test", "fields", "split"):
         if getattr(config, name) != DataConfig.model_fields[name].default:
             raise LegolmError(f"data.{name}: the starter data has its own; take it out or change data.train")
+
+
+def client_data(config: RunConfig) -> dict[str, ClientData]:
+    """Every client's data, by client id."""
+    parts = {client.id: client.data or client.id for client in config.clients}
+    loaded = load_parts(config.data, list(dict.fromkeys(parts.values())), config.seed)
+    return {client: loaded[part] for client, part in parts.items()}

@@ -11,7 +11,8 @@ import random
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from legolm.types import ClientData, Example, LegolmError, Message
+from legolm.data.examples import ClientData, Example, Message
+from legolm.errors import LegolmError
 
 CLIENT_LANGUAGES = ("fr", "de", "es", "it", "nl", "pt", "sv", "pl")
 PUBLIC_LANGUAGES = ("da", "nb", "fi", "cs", "ro", "hu", "ca", "hr")

@@ -1,23 +1,25 @@
 """Answers, perplexity and benchmark tasks, with standard errors and paired tests."""
 
 from legolm.evaluate.answers import score
-from legolm.evaluate.figure import Figure, RatioFigure, ratio_figure
-from legolm.evaluate.paired import Comparison, compare
+from legolm.evaluate.figure import Figure, digest
+from legolm.evaluate.paired import compare
 from legolm.evaluate.perplexity import perplexity
-from legolm.evaluate.questions import Questions, measure, read_questions
-from legolm.evaluate.tasks import load_tasks, run_tasks
+from legolm.evaluate.questions import TEXT, Questions, check_finite, measure, read_questions
+from legolm.evaluate.side_by_side import Result, evaluate, line_up, write_json
 
 __all__ = [
-    "Comparison",
+    "TEXT",
     "Figure",
     "Questions",
-    "RatioFigure",
+    "Result",
+    "check_finite",
     "compare",
-    "load_tasks",
+    "digest",
+    "evaluate",
+    "line_up",
     "measure",
     "perplexity",
-    "ratio_figure",
     "read_questions",
-    "run_tasks",
     "score",
+    "write_json",
 ]

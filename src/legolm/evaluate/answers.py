@@ -12,8 +12,8 @@ import torch
 from legolm.config import Precision
 from legolm.data import Tokens
 from legolm.evaluate.figure import Array
-from legolm.finetune import Head, autocast, hidden_states, judged, lean, pack
-from legolm.types import Score
+from legolm.models import Head, autocast, hidden_states, judged, lean, pack
+from legolm.runs import Score
 
 
 @dataclass(frozen=True)

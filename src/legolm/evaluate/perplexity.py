@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from legolm.config import Precision
+from legolm.errors import LegolmError
 from legolm.evaluate.figure import Array
-from legolm.finetune import autocast
-from legolm.types import LegolmError
+from legolm.models import autocast
 
 
 def text_windows(tokens: Tensor, length: int, most: int | None = None) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 
 from legolm.config import Precision
 from legolm.data import Tokens
+from legolm.errors import LegolmError
 from legolm.evaluate.figure import Array
-from legolm.finetune import autocast
-from legolm.types import LegolmError
+from legolm.models import autocast
 
 MAX_NEW_TOKENS = 128
 """An answer that has not ended by then is scored as it is."""

@@ -11,20 +11,25 @@ from typing import Any
 
 from safetensors import safe_open
 
+from legolm.adapter import CONFIG, FACTORS, WEIGHTS
+from legolm.block import Block, read_block
 from legolm.config import Precision
+from legolm.errors import LegolmError
 from legolm.evaluate.figure import Figure
 from legolm.evaluate.paired import Comparison, compare
 from legolm.evaluate.questions import Questions, check_finite, measure
 from legolm.evaluate.tasks import TaskFigures
-from legolm.finetune import choose_device
-from legolm.finetune.adapters import CONFIG, FACTORS, WEIGHTS
-from legolm.memory import release_memory
-from legolm.models import decoder_layers, find_fingerprint, load_config, load_model, load_tokenizer, resolve, shape_of
-from legolm.progress import Progress
-from legolm.prune import read_block
-from legolm.report.summary import versions
-from legolm.rundir import atomic_write
-from legolm.types import Block, LegolmError
+from legolm.models import (
+    choose_device,
+    decoder_layers,
+    find_fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve,
+    shape_of,
+)
+from legolm.system import Progress, atomic_write, release_memory, versions
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from typing import Any
 from jinja2 import Environment, TemplateError, meta
 
 from legolm.config import Precision
+from legolm.errors import LegolmError
 from legolm.evaluate.figure import Figure, digest, ratio_figure
-from legolm.hub import hub_answers, wants_offline
-from legolm.types import LegolmError
+from legolm.system import hub_answers, wants_offline
 
 BATCH = 8
 BOOTSTRAPS = 200

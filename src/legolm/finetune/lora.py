@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as linear_function
 
+from legolm.adapter import Tensors, factor_key
+from legolm.adapter.merge import _linears
+from legolm.block import Coverage
 from legolm.config import Precision
-from legolm.coverage import Coverage, factor_key, parse_key
 from legolm.finetune.kernels import LoraLinear
-from legolm.finetune.masked import MaskedLinear, merged_weight
-from legolm.finetune.precision import dtype_of
-from legolm.memory import trim
-from legolm.models import decoder_layers
-from legolm.types import Tensors
+from legolm.finetune.masked import MaskedLinear
+from legolm.models import decoder_layers, dtype_of
+from legolm.system import trim
 
 
 @contextmanager
@@ -106,33 +106,3 @@ class _Masked(_Frozen):
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = MaskedLinear.apply(x, self._weight, self._bias, *self._given)  # type: ignore[no-untyped-call]
         return y
-
-
-def merge(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> None:
-    """Merge an adapter into the block in place: W ← M ∘ (W + s·B·A), rounded as the masked forward rounds it."""
-    for seed, (layer, module, linear) in enumerate(_linears(model, coverage, factors)):
-        old = linear.weight.data
-        a, b = (factors[factor_key(layer, module, side)].to(old.device) for side in "AB")
-        mask = coverage.mask(layer, module)
-        mask = None if mask is None else mask.to(old.device)
-        linear.weight.data = merged_weight(old, a, b, scale, mask, seed)
-
-
-@contextmanager
-def merged(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> Iterator[Any]:
-    """The block as it would be deployed with this adapter; afterwards it is as it was, bit for bit."""
-    before = [(linear, linear.weight.data) for _, _, linear in _linears(model, coverage, factors)]
-    merge(model, coverage, factors, scale)
-    try:
-        yield model
-    finally:
-        for linear, weight in before:
-            linear.weight.data = weight
-
-
-def _linears(model: Any, coverage: Coverage, factors: Tensors) -> Iterator[tuple[int, str, Any]]:
-    """(LLM layer, module, linear layer) of all that an adapter touches."""
-    touched = sorted({parse_key(key)[:2] for key in factors})
-    layers = dict(zip(coverage.layers, decoder_layers(model), strict=True))
-    for layer, module in touched:
-        yield layer, module, layers[layer].get_submodule(module)

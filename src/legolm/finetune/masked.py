@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from legolm.rounding import rounded
+from legolm.adapter.merge import merged_weight
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -47,9 +47,3 @@ class MaskedLinear(torch.autograd.Function):
         da = ctx.scale * (b.t() @ dense) if ctx.needs_input_grad[3] else None
         db = ctx.scale * (dense @ a.t()) if ctx.needs_input_grad[4] else None
         return dx, None, None, da, db, None, None, None
-
-
-def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, mask: Tensor | None, seed: int) -> Tensor:
-    """M ∘ (W + s·B·A), without a mask W + s·B·A, rounded once to the dtype of W; the seed decides how (`rounded`)."""
-    merged = torch.addmm(weight.float(), b.detach(), a.detach(), alpha=scale)
-    return rounded(merged if mask is None else merged.mul_(mask), weight.dtype, seed)

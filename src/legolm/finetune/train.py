@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from legolm.adapter import Tensors
+from legolm.block import Coverage
 from legolm.config import Precision, TrainConfig
-from legolm.coverage import Coverage
 from legolm.data import Tokens
-from legolm.finetune.lean import hidden_states, lean
+from legolm.errors import LegolmError
 from legolm.finetune.lora import lora
-from legolm.finetune.loss import Head, answer_losses
-from legolm.finetune.packing import pack
-from legolm.memory import keep_freed_memory
-from legolm.types import LegolmError, Tensors
+from legolm.models import Head, answer_losses, hidden_states, lean, pack
+from legolm.system import keep_freed_memory
 
 WINDOW = 8
 """Steps that the first and the last loss are the mean of."""

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as linear_function
 
+from legolm.block import Coverage
 from legolm.config import Precision
-from legolm.coverage import Coverage
-from legolm.finetune.precision import dtype_of
-from legolm.models import decoder_layers
-from legolm.rounding import rounded
+from legolm.models import decoder_layers, dtype_of, rounded
 
 
 @contextmanager

@@ -1,10 +1,14 @@
 """Where layers, heads and MLPs live in each model family; finding, loading, saving and fingerprinting models."""
 
-from legolm.models.family import FAMILIES, Family, Module, Shape, decoder_layers, family_of, shape_of
+from legolm.models.family import FAMILIES, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
+from legolm.models.head import CHUNK, Head, answer_losses, divergences, judged
 from legolm.models.layered import CheckpointWriter, LayeredModel
+from legolm.models.lean import hidden_states, lean
 from legolm.models.load import (
+    count_parameters,
     find_fingerprint,
     fingerprint,
+    folder_bytes,
     lasting_name,
     load_config,
     load_model,
@@ -12,23 +16,43 @@ from legolm.models.load import (
     resolve,
     save_model,
 )
+from legolm.models.packing import LONG, pack
+from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of
+from legolm.models.rounding import rounded
 
 __all__ = [
+    "CHUNK",
     "FAMILIES",
+    "LONG",
     "CheckpointWriter",
     "Family",
+    "Head",
     "LayeredModel",
     "Module",
     "Shape",
+    "Unit",
+    "answer_losses",
+    "autocast",
+    "choose_device",
+    "choose_precision",
+    "count_parameters",
     "decoder_layers",
+    "divergences",
+    "dtype_of",
     "family_of",
     "find_fingerprint",
     "fingerprint",
+    "folder_bytes",
+    "hidden_states",
+    "judged",
     "lasting_name",
+    "lean",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "pack",
     "resolve",
+    "rounded",
     "save_model",
     "shape_of",
 ]

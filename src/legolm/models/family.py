@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from legolm.types import LegolmError
+from legolm.errors import LegolmError
 
 Unit = Literal["hidden", "query", "key", "qkv", "neuron"]
 """What rows or columns of a matrix belong to. `hidden` is never cut; query, key (and value) by KV group.

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from legolm.errors import LegolmError
 from legolm.models.family import decoder_layers
 from legolm.models.load import load_config, weight_files
-from legolm.types import LegolmError
 
 SHARD_BYTES = 256 << 20
 """A shard is written once it holds as much: what is waiting to be written counts as memory too."""

@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from legolm.hub import hub_answers, wants_offline
+from legolm.errors import LegolmError
 from legolm.models.family import decoder_layers, family_of
+from legolm.models.rounding import rounded
 from legolm.models.starter import starter_path
-from legolm.rounding import rounded
-from legolm.types import LegolmError
+from legolm.system import hub_answers, wants_offline
 
 transformers_logging.disable_progress_bar()
 

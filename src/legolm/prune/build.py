@@ -10,18 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from legolm.block import Base, Block, Manifest, config_changes, read_block, write_block
 from legolm.config import BlockConfig, CalibrationConfig, Precision
-from legolm.memory import keep_freed_memory
-from legolm.models import CheckpointWriter, LayeredModel, load_model, load_tokenizer, save_model
-from legolm.models.load import count_parameters
-from legolm.progress import Progress
+from legolm.models import CheckpointWriter, LayeredModel, count_parameters, load_model, load_tokenizer, save_model
 from legolm.prune.calibrate import Stream
 from legolm.prune.cuts import Cut, start_cuts
-from legolm.prune.manifest import Manifest, read_block, write_block
 from legolm.prune.recover import recover
-from legolm.prune.target import Base, config_changes, planned_coverage
-from legolm.rundir import atomic_folder, check_room
-from legolm.types import Block
+from legolm.prune.target import planned_coverage
+from legolm.system import Progress, atomic_folder, check_room, keep_freed_memory
 
 
 @dataclass

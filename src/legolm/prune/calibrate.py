@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from legolm.config import Precision
-from legolm.finetune import autocast
-from legolm.memory import available_bytes, total_bytes
-from legolm.models import LayeredModel, Module, family_of
-from legolm.models.family import Family
-from legolm.types import LegolmError
+from legolm.errors import LegolmError
+from legolm.models import Family, LayeredModel, Module, autocast, family_of
+from legolm.system import available_bytes, total_bytes
 
 Needs = Literal["nothing", "diagonal", "full"]
 CHUNK = 4

@@ -8,12 +8,10 @@ from typing import Protocol
 
 from torch import nn
 
+from legolm.block import Base, Coverage
 from legolm.config import BlockConfig, CalibrationConfig, Precision
-from legolm.coverage import Coverage
 from legolm.data import calibration_tokens
-from legolm.models import LayeredModel, Shape, load_tokenizer
-from legolm.models.family import Unit
-from legolm.progress import Progress
+from legolm.models import LayeredModel, Shape, Unit, load_tokenizer
 from legolm.prune import magnitude, sparsegpt, wanda  # noqa: F401 (they register themselves)
 from legolm.prune.allocate import SAMPLES, Costs, choose, measure_costs
 from legolm.prune.calibrate import Source, Stream
@@ -21,8 +19,9 @@ from legolm.prune.registry import CRITERIA
 from legolm.prune.speed import shape_for
 from legolm.prune.statistics import load_statistics
 from legolm.prune.structured import StructuredCut
-from legolm.prune.target import Base, given_shape, shapes_within, target_pattern
+from legolm.prune.target import given_shape, shapes_within, target_pattern
 from legolm.prune.unstructured import UnstructuredCut
+from legolm.system import Progress
 
 
 class Cut(Protocol):

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from legolm.adapter import init_factors, merge, slice_factors
+from legolm.block import Coverage
 from legolm.config import BlockConfig, Precision, RecoverConfig
-from legolm.coverage import Coverage, init_factors, slice_factors
 from legolm.data import Tokens, calibration_tokens
-from legolm.finetune import Head, divergences, dtype_of, hidden_states, lean, lora, merge, pack, whole
-from legolm.memory import keep_freed_memory
-from legolm.models import load_model
+from legolm.finetune import lora, whole
+from legolm.models import Head, divergences, dtype_of, hidden_states, lean, load_model, pack
+from legolm.system import keep_freed_memory
 
 SCALE = 2.0
 AT_ONCE = 2048

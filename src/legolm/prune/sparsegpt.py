@@ -7,9 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from legolm.errors import LegolmError
 from legolm.prune.calibrate import Moments
 from legolm.prune.registry import Pattern, criterion
-from legolm.types import LegolmError
 
 BLOCK = 128
 DAMP = 0.03

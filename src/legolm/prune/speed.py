@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM
 
+from legolm.block import Base, config_changes
+from legolm.errors import LegolmError
 from legolm.models import Shape
-from legolm.prune.target import MULTIPLE, Base, config_changes, smallest
-from legolm.types import LegolmError
+from legolm.prune.target import MULTIPLE, smallest
 
 DEPTHS = (1, 5)
 TURNS, TOKENS = 7, 8

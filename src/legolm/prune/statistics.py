@@ -17,11 +17,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from legolm.config import Precision
+from legolm.errors import LegolmError
 from legolm.models import LayeredModel, Shape, shape_of
-from legolm.progress import Progress
 from legolm.prune.calibrate import Moments, Needs, PruneGroup, Regression, Stream, inputs_of
-from legolm.rundir import atomic_write
-from legolm.types import LegolmError
+from legolm.system import Progress, atomic_write
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from legolm.coverage import Coverage
-from legolm.models import Shape
-from legolm.models.family import Unit
+from legolm.block import Coverage, config_changes
+from legolm.models import Shape, Unit
 from legolm.prune.calibrate import Source, Stream
 from legolm.prune.select import eliminate, refit
-from legolm.prune.target import config_changes
 
 
 class StructuredCut:

@@ -3,51 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
-
+from legolm.block import Coverage
+from legolm.block.base import Base, config_changes, decoder_weights
 from legolm.config import BlockConfig
-from legolm.coverage import Coverage
-from legolm.models import FAMILIES, Shape, shape_of
-from legolm.models.load import count_parameters
+from legolm.errors import LegolmError
+from legolm.models import FAMILIES, Shape
 from legolm.prune.registry import Pattern
-from legolm.types import LegolmError
 
 MULTIPLE = 8
 """Widths found from a budget are multiples of this: odd widths are slow everywhere."""
 FIELDS = {"layers": "num_hidden_layers", "kv_groups": "num_key_value_heads", "neurons": "intermediate_size"}
 """The field of a Hugging Face config, and of a `BlockConfig`, for each size of a `Shape` that can be cut."""
-
-
-@dataclass(frozen=True)
-class Base:
-    """The LLM on disk: what targets are counted in and blocks are cut from. `parameters` counts what is stored."""
-
-    path: Path
-    fingerprint: str
-    config: Any
-    shape: Shape
-    parameters: int
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(path: Path, fingerprint: str, config: Any) -> Base:
-        """The checkpoint in a folder. Raises `LegolmError` when its family is not known."""
-        return Base(path, fingerprint, config, shape_of(config), count_parameters(path), config.dtype or torch.float32)
-
-    def parameters_of(self, kept_weights: int) -> int:
-        """Stored parameters of a block that keeps so many of the decoder's linear weights."""
-        return self.parameters - (decoder_weights(self.shape) - kept_weights)
-
-
-def decoder_weights(shape: Shape) -> int:
-    """Linear weights in all decoder layers."""
-    return shape.layers * shape.layer_weights
 
 
 def smallest(shape: Shape) -> Shape:
@@ -133,28 +103,6 @@ def planned_coverage(block: BlockConfig, base: Base) -> Coverage:
         small = given_shape(block, base) or shapes_within(block, base, kept)[0]
     groups, neurons = tuple(range(small.kv_groups)), tuple(range(small.neurons))
     return Coverage(base.shape, tuple(range(small.layers)), (groups,) * small.layers, (neurons,) * small.layers)
-
-
-def config_changes(config: Any, small: Shape, layers: tuple[int, ...]) -> dict[str, Any]:
-    """What a Hugging Face config must say of a block. Raises `LegolmError` when the family refuses the shape."""
-    sizes: dict[str, Any] = {
-        "num_hidden_layers": small.layers,
-        "num_key_value_heads": small.kv_groups,
-        "num_attention_heads": small.kv_groups * small.queries_per_group,
-        "head_dim": small.head_dim,
-        "intermediate_size": small.neurons,
-    }
-    if getattr(config, "layer_types", None) is not None:
-        sizes["layer_types"] = [config.layer_types[i] for i in layers]
-    try:
-        type(config)(**(config.to_dict() | sizes))
-    except (ValueError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise LegolmError(
-            f"blocks: {config.model_type} does not take {small.kv_groups} KV groups "
-            f"of {small.queries_per_group} heads ({reason}); choose another num_key_value_heads"
-        ) from None
-    return sizes
 
 
 def _kept_weights(block: BlockConfig, base: Base) -> float:

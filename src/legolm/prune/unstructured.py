@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from legolm.coverage import Coverage, pack_mask, unpack_mask
+from legolm.block import Coverage, pack_mask, unpack_mask
 from legolm.models import Shape
 from legolm.prune.calibrate import Moments, Source, Stream
 from legolm.prune.registry import Criterion, Pattern

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from legolm.report.plots import Data, curves, number, ordered, overview, shade
-from legolm.rundir import atomic_write
+from legolm.system import atomic_write
 
 Summary = Mapping[str, Any]
 STAGES = {"before": "before", "local": "local only", "global": "global update", "personal": "personal step"}

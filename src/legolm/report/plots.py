@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, Literal
 
-from legolm.types import LegolmError
+from legolm.errors import LegolmError
 
 Data = Literal["own", "others"]
 COLOURS = 6

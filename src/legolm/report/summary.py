@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
+from legolm.block import Block
 from legolm.config import RunConfig
-from legolm.rounds import best_round, scores_of
-from legolm.types import Block
+from legolm.federate.server import best_round, scores_of
 
 Record = dict[str, Any]
-PACKAGES = ("legolm", "torch", "transformers", "peft", "safetensors", "flwr", "numpy")
-
-
-def machine() -> Record:
-    """What the run ran on."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_gb": round(memory / 1e9, 1)}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            found[package] = "not installed"
-    return found
 
 
 def summarize(
@@ -166,12 +144,3 @@ def _others(scores: Mapping[str, Record], client: str, measure: str) -> float | 
     """Mean over the other clients' data; None for a client alone."""
     rest = {id: found for id, found in scores.items() if id != client}
     return _mean(rest, measure) if rest else None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from legolm.block import Block, Coverage
 from legolm.config import RunConfig
-from legolm.coverage import Coverage
-from legolm.evaluate.side_by_side import Result
+from legolm.evaluate import Result
 from legolm.plan import Plan
-from legolm.types import Block
 
 if TYPE_CHECKING:
     from legolm.compose import Composition

@@ -1,0 +1,62 @@
+"""LoRA adapters: keys, slices, start, flat form, files, merging, and what a client learned."""
+
+from legolm.adapter.change import GlobalAdapter, Update
+from legolm.adapter.files import (
+    CONFIG,
+    FACTORS,
+    WEIGHTS,
+    load_adapter,
+    load_factors,
+    read_adapter,
+    save_adapter,
+    save_factors,
+)
+from legolm.adapter.flat import Flat, Layout
+from legolm.adapter.keys import (
+    Tensors,
+    adapter_keys,
+    adapter_parameters,
+    factor_key,
+    factor_shape,
+    is_frozen,
+    modules_of,
+    parse_key,
+    under_prefix,
+    with_prefix,
+)
+from legolm.adapter.merge import merge, merged, merged_weight
+from legolm.adapter.slices import concatenated, slice_factors, tensors_hash
+from legolm.adapter.start import init_factors, initial_factors
+
+__all__ = [
+    "CONFIG",
+    "FACTORS",
+    "WEIGHTS",
+    "Flat",
+    "GlobalAdapter",
+    "Layout",
+    "Tensors",
+    "Update",
+    "adapter_keys",
+    "adapter_parameters",
+    "concatenated",
+    "factor_key",
+    "factor_shape",
+    "init_factors",
+    "initial_factors",
+    "is_frozen",
+    "load_adapter",
+    "load_factors",
+    "merge",
+    "merged",
+    "merged_weight",
+    "modules_of",
+    "parse_key",
+    "read_adapter",
+    "save_adapter",
+    "save_factors",
+    "slice_factors",
+    "tensors_hash",
+    "under_prefix",
+    "with_prefix",
+]

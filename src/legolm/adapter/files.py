@@ -1,0 +1,161 @@
+"""Adapters on disk: in PEFT's format, for `PeftModel.from_pretrained` on the block, and as factors by key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig as PeftLoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from legolm.adapter.keys import Tensors, factor_key, parse_key
+from legolm.block import Coverage
+from legolm.errors import LegolmError
+from legolm.models import FAMILIES, Shape
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FACTORS = "factors.safetensors"
+
+
+def save_adapter(coverage: Coverage, factors: Tensors, scale: float, base: str, path: Path) -> None:
+    """Write the adapter of a block; `base` is the block's folder or hub id.
+
+    Raises `LegolmError` for an unstructured block: PEFT would compute the unmasked product, another function.
+    """
+    if coverage.masks:
+        raise LegolmError(
+            f"adapter {path}: an unstructured block's adapter works under its mask only; merge it instead"
+        )
+    ranks = {parse_key(key)[1]: tensor.shape[0] for key, tensor in factors.items() if key.endswith(".A")}
+    most = max(ranks.values())
+    own = {module: rank for module, rank in ranks.items() if rank != most}
+    config = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=most,
+        lora_alpha=scale * most,  # type: ignore[arg-type]
+        target_modules=sorted(ranks),
+        rank_pattern=own,
+        alpha_pattern={module: scale * rank for module, rank in own.items()},
+        inference_mode=True,
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(path)
+    place = {layer: j for j, layer in enumerate(coverage.layers)}
+    tensors = {}
+    for key, tensor in factors.items():
+        layer, module, side = parse_key(key)
+        name = f"{_prefix(coverage.shape)}{place[layer]}.{module}.lora_{side}.weight"
+        tensors[name] = tensor.contiguous()
+    save_file(tensors, path / WEIGHTS)
+
+
+def load_adapter(path: Path, into: Tensors, shape: Shape, scale: float) -> Tensors:
+    """A run's start: `into` (the usual start, rank r) with a PEFT LoRA of the LLM in its first rank rows.
+
+    The adapter's own scale goes into B. Raises `LegolmError` for what `read_adapter` refuses, for modules that do not
+    train, ranks above r and shapes of another model.
+    """
+    where = f"lora.start {path}"
+    factors = {key: tensor.clone() for key, tensor in into.items()}
+    for key, tensor in read_adapter(path, Coverage.full(shape), where).items():
+        _, module, side = parse_key(key)
+        if key not in factors:
+            raise LegolmError(f"{where}: has an adapter on {module}, which lora.targets leaves out; add it")
+        whole = factors[key]
+        rank, size = (tensor.shape[0], tensor.shape[1]) if side == "A" else (tensor.shape[1], tensor.shape[0])
+        most, wanted = (whole.shape[0], whole.shape[1]) if side == "A" else (whole.shape[1], whole.shape[0])
+        if size != wanted:
+            raise LegolmError(f"{where}: {key} is for {size} features; the model has {wanted}")
+        if rank > most:
+            raise LegolmError(f"{where}: {module} has rank {rank}; raise lora.rank (now {most}) to it")
+        if side == "A":
+            whole[:rank] = tensor
+        else:
+            whole[:, :rank] = tensor / scale
+    return factors
+
+
+def read_adapter(path: Path, coverage: Coverage, where: str) -> Tensors:
+    """Factors (float32) of a PEFT LoRA of a block; its scale goes into B, so that it changes weights by B·A.
+
+    `where` begins errors. Raises `LegolmError` for what is no plain LoRA of the block (DoRA, modules_to_save, biases).
+    """
+    config = _read_config(path, where)
+    try:
+        tensors = load_file(path / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise LegolmError(f"{where}: no readable {WEIGHTS} ({error})") from None
+    factors = {}
+    for name, tensor in tensors.items():
+        key, module = _key_of(name, where, coverage)
+        factor = tensor.float()
+        factors[key] = factor if key.endswith(".A") else factor * _scale_of(config, module, tensor.shape[1])
+    return factors
+
+
+def save_factors(factors: Tensors, scale: float, start: str, path: Path) -> None:
+    """Write the factors of any block, unstructured ones too, into its folder: what `legolm compose` reads.
+
+    `start` is the hash of the global adapter that training started from: factors of one start can be averaged.
+    """
+    header = json.dumps({"schema_number": 1, "scale": scale, "start": start})
+    tensors = {key: tensor.contiguous() for key, tensor in factors.items()}
+    save_file(tensors, path / FACTORS, metadata={"legolm": header})
+
+
+def load_factors(path: Path) -> tuple[Tensors, str]:
+    """(factors with the scale in B, hash of their start) from a block's folder. Raises `LegolmError`."""
+    try:
+        with safe_open(path / FACTORS, framework="pt") as handle:
+            header = json.loads((handle.metadata() or {})["legolm"])
+            factors = {key: handle.get_tensor(key).float() for key in handle.keys()}  # noqa: SIM118 (not a dict)
+        scale, start = float(header["scale"]), str(header["start"])
+    except FileNotFoundError:
+        raise LegolmError(
+            f"{path}: has no {FACTORS}; give a folder of a run's final/, or BLOCK:ADAPTER with a PEFT adapter's folder"
+        ) from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise LegolmError(f"{path / FACTORS}: broken or not written by legolm ({error})") from None
+    return {key: tensor * scale if key.endswith(".B") else tensor for key, tensor in factors.items()}, start
+
+
+def _prefix(shape: Shape) -> str:
+    return f"base_model.model.{FAMILIES[shape.family].layers}."
+
+
+def _key_of(name: str, where: str, coverage: Coverage) -> tuple[str, str]:
+    """(factor key, module) of a tensor's name."""
+    shape = coverage.shape
+    layer, _, rest = name.removeprefix(_prefix(shape)).partition(".")
+    module, _, side = rest.removesuffix(".weight").rpartition(".lora_")
+    if not name.startswith(_prefix(shape)) or not layer.isdecimal() or module not in shape.modules:
+        raise LegolmError(f"{where}: {name} is not a LoRA factor of a linear layer of {shape.family!r}")
+    if int(layer) >= len(coverage.layers):
+        raise LegolmError(f"{where}: {name} is of another model, which has more than {len(coverage.layers)} layers")
+    return factor_key(coverage.layers[int(layer)], module, side), module
+
+
+def _read_config(path: Path, where: str) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LegolmError(f"{where}: no readable {CONFIG} ({error}); give a PEFT adapter's folder") from None
+    if config.get("peft_type") != "LORA":
+        raise LegolmError(f"{where}: is {config.get('peft_type')}; only LoRA adapters can be averaged")
+    for field, plain in (("use_dora", False), ("modules_to_save", None), ("bias", "none"), ("fan_in_fan_out", False)):
+        if config.get(field, plain) not in (plain, [], None):
+            raise LegolmError(
+                f"{where}: {field} is {config[field]!r}; such an adapter is more than B·A and cannot be "
+                f"averaged; train one with {field} {plain!r}"
+            )
+    return config
+
+
+def _scale_of(config: dict[str, Any], module: str, rank: int) -> float:
+    """What PEFT multiplies B·A of a module by."""
+    own = [alpha for name, alpha in (config.get("alpha_pattern") or {}).items() if f".{module}".endswith(f".{name}")]
+    alpha = float(own[0] if own else config["lora_alpha"])
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)

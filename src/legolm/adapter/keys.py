@@ -1,0 +1,89 @@
+"""The keys of an adapter's factors, and their shapes in a block's slice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from legolm.block import Coverage
+from legolm.errors import LegolmError
+from legolm.models import Shape
+
+Tensors = dict[str, Tensor]
+"""Adapter factors keyed `layers.{LLM layer}.{module}.{A|B}`: A is (rank, in), B is (out, rank), float32."""
+
+
+def factor_key(layer: int, module: str, side: str) -> str:
+    """`layers.{LLM layer}.{module}.{A|B}`."""
+    return f"layers.{layer}.{module}.{side}"
+
+
+def parse_key(key: str) -> tuple[int, str, str]:
+    """(LLM layer, module, side) of a factor key. Raises `LegolmError` when it is not one."""
+    head, _, rest = key.partition(".")
+    layer, _, rest = rest.partition(".")
+    module, _, side = rest.rpartition(".")
+    if head != "layers" or not layer.isdecimal() or not module or side not in ("A", "B"):
+        raise LegolmError(f"adapter: {key!r} is not a key of the form layers.N.module.A or .B")
+    return int(layer), module, side
+
+
+def modules_of(shape: Shape, targets: Iterable[str] | None, field: str = "lora.targets") -> list[str]:
+    """Modules named by their last part (None: all), in the family's order. Raises `LegolmError` for others."""
+    known = {module.rpartition(".")[2]: module for module in shape.modules}
+    wanted = list(known if targets is None else targets)
+    for name in wanted:
+        if name not in known:
+            raise LegolmError(
+                f"{field}: {name!r} is not a linear layer of family {shape.family!r}; known: {', '.join(known)}"
+            )
+    return [module for name, module in known.items() if name in wanted]
+
+
+def factor_shape(coverage: Coverage, key: str, rank: int) -> tuple[int, int]:
+    """Shape of a factor in the block's slice."""
+    layer, module, side = parse_key(key)
+    rows, cols = coverage.matrix(layer, module)
+    return (rank, cols) if side == "A" else (rows, rank)
+
+
+def adapter_keys(coverage: Coverage, targets: Iterable[str] | None, trained: bool = False) -> list[str]:
+    """Keys of a block's factors; `trained`: without those of the side that stays in the frozen-side form."""
+    shape = coverage.shape
+    modules = modules_of(shape, targets)
+    keys = (factor_key(layer, module, side) for layer in coverage.layers for module in modules for side in "AB")
+    return [key for key in keys if not (trained and is_frozen(key, shape))]
+
+
+def frozen_side_of(shape: Shape, module: str) -> str:
+    """The factor on the side that no block ever cuts: A where rows are cut, B where columns are."""
+    return "A" if shape.module(module).cols == "hidden" else "B"
+
+
+def is_frozen(key: str, shape: Shape) -> bool:
+    """Whether a factor stays as it started in the frozen-side form."""
+    _, module, side = parse_key(key)
+    return side == frozen_side_of(shape, module)
+
+
+def adapter_parameters(coverage: Coverage, targets: list[str] | None, rank: int) -> int:
+    """Entries of A and B over all modules that a block holds."""
+    shapes = (
+        factor_shape(coverage, f"layers.{layer}.{module}.{side}", rank)
+        for layer in coverage.layers
+        for module in modules_of(coverage.shape, targets)
+        for side in "AB"
+    )
+    return sum(rows * cols for rows, cols in shapes)
+
+
+def with_prefix(prefix: str, tensors: Tensors) -> Tensors:
+    """For `state()`: the same tensors under `prefix.`."""
+    return {f"{prefix}.{key}": tensor for key, tensor in tensors.items()}
+
+
+def under_prefix(prefix: str, state: Tensors) -> Tensors:
+    """The tensors that `with_prefix` put under `prefix.`."""
+    start = f"{prefix}."
+    return {key.removeprefix(start): tensor for key, tensor in state.items() if key.startswith(start)}

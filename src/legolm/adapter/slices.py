@@ -1,0 +1,59 @@
+"""Adapters between the LLM's coordinates and a block's slice.
+
+Factor A of a module is (rank, in) and B is (out, rank). A block holds some columns of A, some rows of B and the first
+`rank` of the LLM's rank rows. `slice_factors` reads a block's slice out of a global adapter;
+`add_slice` adds one into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from legolm.adapter.keys import Tensors, parse_key
+from legolm.block import Coverage
+
+
+def _cut(coverage: Coverage, key: str, tensor: Tensor, rank: int) -> Tensor:
+    """The block's slice of one global factor, a copy."""
+    layer, module, side = parse_key(key)
+    if side == "A":
+        cols = coverage.cols(layer, module)
+        return (tensor[:rank] if cols is None else tensor[:rank, cols]).clone()
+    rows = coverage.rows(layer, module)
+    return (tensor[:, :rank] if rows is None else tensor[rows, :rank]).clone()
+
+
+def add_slice(coverage: Coverage, key: str, into: Tensor, rank: int, value: Tensor | float) -> None:
+    """Add a block's slice of rank `rank`, or one number on all of it, into a global factor in place."""
+    layer, module, side = parse_key(key)
+    if side == "A":
+        cols = coverage.cols(layer, module)
+        into[:rank, slice(None) if cols is None else cols] += value
+    else:
+        rows = coverage.rows(layer, module)
+        into[slice(None) if rows is None else rows, :rank] += value
+
+
+def slice_factors(coverage: Coverage, factors: Tensors, rank: int) -> Tensors:
+    """The block's slice of a global adapter: the layers, rows, columns and first `rank` rank rows that it holds."""
+    held = set(coverage.layers)
+    return {key: _cut(coverage, key, tensor, rank) for key, tensor in factors.items() if parse_key(key)[0] in held}
+
+
+def tensors_hash(tensors: Tensors) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def concatenated(one: Tensors, two: Tensors) -> Tensors:
+    """One adapter whose product is the sum of both: their rank rows one after the other."""
+    if not one or not two:
+        return one or two
+    return {key: torch.cat([tensor, two[key]], 0 if key.endswith(".A") else 1) for key, tensor in one.items()}

@@ -1,0 +1,21 @@
+"""Blocks: what each holds of the LLM, and how it lies on disk."""
+
+from legolm.block.base import Base, config_changes
+from legolm.block.block import Block
+from legolm.block.coverage import Coverage, add_matrix, pack_mask, slice_matrix, unpack_mask
+from legolm.block.manifest import Manifest, llm_block, read_block, write_block
+
+__all__ = [
+    "Base",
+    "Block",
+    "Coverage",
+    "Manifest",
+    "add_matrix",
+    "config_changes",
+    "llm_block",
+    "pack_mask",
+    "read_block",
+    "slice_matrix",
+    "unpack_mask",
+    "write_block",
+]

@@ -1,0 +1,68 @@
+"""A block on disk: a Hugging Face checkpoint, `coverage.safetensors` and `manifest.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from legolm.block.block import Block
+from legolm.block.coverage import Coverage, load_coverage, save_coverage
+from legolm.errors import LegolmError
+from legolm.models import count_parameters, folder_bytes, load_config, shape_of
+
+
+class Manifest(BaseModel):
+    """What `manifest.json` holds; anything else is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_number: Literal[1] = 1
+    name: str
+    method: str
+    base_fingerprint: str
+    coverage_hash: str
+    parameters: int
+    sparsity: float
+    details: dict[str, Any] = {}
+
+
+def write_block(manifest: Manifest, coverage: Coverage, path: Path) -> None:
+    """Add manifest and coverage to a checkpoint folder."""
+    save_coverage(coverage, path / "coverage.safetensors")
+    (path / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_block(path: Path) -> Block:
+    """Read a block folder. Raises `LegolmError` when a file is missing, broken or does not fit the others."""
+    try:
+        manifest = Manifest.model_validate_json((path / "manifest.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise LegolmError(f"block {path}: no manifest.json; give a folder that `legolm prune` wrote") from None
+    except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise LegolmError(f"block {path}: manifest.json is broken ({reason}); cut the block again") from None
+    coverage = load_coverage(path / "coverage.safetensors")
+    if coverage.hash != manifest.coverage_hash:
+        raise LegolmError(f"block {path}: coverage.safetensors is not the one of its manifest; cut the block again")
+    return Block(
+        name=manifest.name,
+        path=path,
+        method=manifest.method,
+        coverage=coverage,
+        base_fingerprint=manifest.base_fingerprint,
+        parameters=manifest.parameters,
+        sparsity=manifest.sparsity,
+        file_bytes=folder_bytes(path),
+        details=manifest.details,
+    )
+
+
+def llm_block(path: Path, base_fingerprint: str) -> Block:
+    """The LLM itself as the block `llm` with full coverage."""
+    shape = shape_of(load_config(path))
+    return Block(
+        "llm", path, "dense", Coverage.full(shape), base_fingerprint, count_parameters(path), 0.0, folder_bytes(path)
+    )

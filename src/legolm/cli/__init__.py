@@ -1,0 +1,5 @@
+"""The command `legolm`."""
+
+from legolm.cli.main import main
+
+__all__ = ["main"]

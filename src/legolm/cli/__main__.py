@@ -1,0 +1,5 @@
+"""`python -m legolm.cli`."""
+
+from legolm.cli.main import main
+
+main()

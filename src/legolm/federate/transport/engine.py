@@ -1,0 +1,47 @@
+"""The one interface that engines share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from legolm.config import RunConfig
+from legolm.runs import RunDir
+
+
+@dataclass(frozen=True)
+class Request:
+    """Bytes for one client (`legolm.wire`)."""
+
+    client: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to the request of this index: bytes, or why there are none."""
+
+    index: int
+    content: bytes = b""
+    error: str = ""
+
+
+class Exchange(Protocol):
+    """A way to reach the clients."""
+
+    def __call__(self, requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+        """Take requests as clients can be asked, and give each reply as it comes, in any order.
+
+        A client that has not answered after `deadline_s` seconds gives an error instead; its late answer is dropped.
+        """
+
+
+def late(deadline_s: float) -> str:
+    """The error of a reply that did not come in time."""
+    return f"late: no answer within federation.deadline_s, {deadline_s:g} s"
+
+
+Body = Callable[[Exchange], None]
+Engine = Callable[[RunDir, RunConfig, int, Body], None]
+"""(run folder, config, actors at once, body): call `body` once with a way to reach the clients."""

@@ -1,0 +1,142 @@
+"""The Flower simulation runtime (message API): one virtual node a client, a bounded number of actors at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Actors work in threads, and glibc gives each a heap of its own that fills with holes: a quarter more memory.
+os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from legolm.config import RunConfig
+from legolm.errors import LegolmError
+from legolm.federate.transport.engine import Body, Reply, Request, late
+from legolm.runs import RunDir
+
+POLL_S = 0.1
+IN_FLIGHT = 4
+"""Requests under way for each actor, at least: enough that none waits."""
+MOST_IN_FLIGHT, IN_FLIGHT_BYTES = 16, 64 << 20
+"""For each actor, at most, and bytes of all beyond the least: the server's memory must not grow with clients. Nor must
+its time: Flower looks at every request under way for every node in turn, so few at once make its turns short, but each
+turn ends in a pause, so very few wait for it."""
+OBJECT_STORE_BYTES = 256 << 20
+
+
+def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+    """Run `body` as a Flower ServerApp; its requests are answered by ClientApps in at most `actors` processes."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        nodes = _wait_for_nodes(grid, len(config.clients))
+        node_of = {client.id: node for client, node in zip(config.clients, nodes, strict=True)}
+
+        def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+            return _exchange(grid, node_of, actors, requests, deadline_s)
+
+        body(exchange)
+
+    threads = config.federation.threads
+    run_simulation(
+        server_app=server,
+        client_app=_client_app(run.path.resolve()),
+        num_supernodes=len(config.clients),
+        backend_config={
+            "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
+            # Ray would start an actor for each core it finds and take a third of the memory for its store.
+            "init_args": {
+                "num_cpus": actors * threads,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "log_to_driver": False,
+                "logging_level": logging.ERROR,
+                "_node_ip_address": "127.0.0.1",
+            },
+        },
+    )
+
+
+def _client_app(path: Path) -> ClientApp:
+    app = ClientApp()
+
+    def answer(message: Message, context: Context) -> Message:
+        from legolm.federate.client import client_runtime
+
+        record = message.content["request"]
+        content = record["content"]
+        assert isinstance(content, bytes)
+        try:
+            reply = ConfigRecord({"content": client_runtime(path).answer(content)})
+        except LegolmError as error:
+            reply = ConfigRecord({"error": str(error)})
+        return Message(RecordDict({"reply": reply}), reply_to=message)
+
+    app.train()(answer)
+    return app
+
+
+def _exchange(
+    grid: Grid, node_of: Mapping[str, int], actors: int, requests: Iterable[Request], deadline_s: float | None
+) -> Iterator[Reply]:
+    """Push requests, a few for each of `actors` and more while they are small, and give replies as they come.
+
+    A client that crashed gives an error, not an end.
+    """
+    queue = enumerate(requests)
+    began = time.monotonic()
+    waiting: dict[str, tuple[int, int]] = {}  # index and bytes by message
+
+    def room() -> bool:
+        small = len(waiting) < MOST_IN_FLIGHT * actors and sum(n for _, n in waiting.values()) < IN_FLIGHT_BYTES
+        return small or len(waiting) < IN_FLIGHT * actors
+
+    while True:
+        while room():
+            index, request = next(queue, (-1, None))
+            if request is None:
+                break
+            content = RecordDict({"request": ConfigRecord({"content": request.content})})
+            # All clients' data at one place is no client's: any node may answer.
+            node = node_of.get(request.client, min(node_of.values()))
+            (message_id,) = grid.push_messages([Message(content, node, MessageType.TRAIN)])
+            waiting[message_id] = index, len(request.content)
+        if not waiting:
+            return
+        found = list(grid.pull_messages(list(waiting)))
+        for reply in found:
+            yield _read(waiting.pop(reply.metadata.reply_to_message_id)[0], reply)
+        if deadline_s is not None and time.monotonic() - began > deadline_s:
+            for index in [*(index for index, _ in waiting.values()), *(index for index, _ in queue)]:
+                yield Reply(index, error=late(deadline_s))
+            return
+        if not found:
+            time.sleep(POLL_S)
+
+
+def _read(index: int, reply: Message) -> Reply:
+    if reply.has_error():
+        return Reply(index, error=(reply.error.reason or "the client crashed").strip().splitlines()[-1])
+    record = reply.content["reply"]
+    if "error" in record:
+        return Reply(index, error=str(record["error"]))
+    content = record["content"]
+    assert isinstance(content, bytes)
+    return Reply(index, content)
+
+
+def _wait_for_nodes(grid: Grid, count: int) -> list[int]:
+    while len(nodes := sorted(grid.get_node_ids())) < count:
+        time.sleep(POLL_S)
+    return nodes

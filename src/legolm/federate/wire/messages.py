@@ -1,0 +1,198 @@
+"""Requests and replies as bytes: one safetensors file each, its header a checked model in the metadata.
+
+Nothing here trusts the other side: sizes are bounded, headers validated, no pickle. `accept` is the gate in front of
+the aggregation: an update is refused, with the reason, before a byte of it is added.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
+from safetensors.torch import save as safetensors_save
+
+from legolm.adapter import Layout, Tensors, Update
+from legolm.adapter.flat import check_finite
+from legolm.config import Codec
+from legolm.errors import LegolmError
+from legolm.federate.wire import codec as codecs
+from legolm.runs import Score
+
+# Tensors of a message are views of its bytes; nobody writes to them.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+MAX_BYTES = 2 << 30
+MAX_HEADER = 64 << 20
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_number: Literal[1] = 1
+    run: str
+    client: str
+    block: str
+    base_fingerprint: str
+    coverage_hash: str
+    rank: int
+    scale: float
+
+
+class TrainRequest(_Header):
+    """Train the adapter that comes with it, the block's slice. `phase` is `round`, `local` or `personal`.
+
+    `done` and `total` count the client's steps before this request and in the whole run: they set the learning rate.
+    With `derived_seed` the client makes factors itself: those of the side that does not train if `frozen`, else all.
+    `fold.` tensors, of rank `fold_rank`, change its base from now on. `accepted` is the last round whose update of this
+    client was added: the client's own state goes on from there. The reply comes in this `codec`, with the `keep` share
+    of its entries.
+    """
+
+    kind: Literal["train"] = "train"
+    phase: Literal["round", "local", "personal"]
+    round: int
+    steps: int
+    done: int
+    total: int
+    seed: int
+    derived_seed: int | None = None
+    frozen: bool = False
+    fold_rank: int = 0
+    proximal: float = 0.0
+    codec: Codec = "none"
+    keep: float = 1.0
+    error_feedback: bool = False
+    accepted: int = 0
+
+
+class EvaluateRequest(_Header):
+    """Score the block, merged with the adapter that comes with it, on (client, split) pairs."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    sets: list[tuple[str, Literal["validation", "test"]]]
+
+
+class UpdateReply(_Header):
+    """Header of an update; the tensors are the change of each factor."""
+
+    kind: Literal["update"] = "update"
+    round: int
+    received_hash: str
+    examples: int
+    metrics: dict[str, float]
+
+    @field_serializer("metrics")
+    def _fixed_width(self, metrics: dict[str, float]) -> dict[str, str]:
+        # A clock's digits must not change how many bytes a run sends.
+        return {name: f"{value:+.16e}" for name, value in metrics.items()}
+
+
+class ScoreReply(BaseModel):
+    """Scores in the order of the request's sets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["scores"] = "scores"
+    scores: list[Score]
+
+
+EVERYONE = "*"
+"""The client that holds all clients' data and the LLM: the centralized baseline."""
+REPLIED = ("run", "round", "client", "block", "base_fingerprint", "coverage_hash", "rank", "scale")
+"""Fields of a request that come back in the reply."""
+Header = TypeVar("Header", bound=BaseModel)
+
+
+def pack(header: BaseModel, tensors: Tensors) -> bytes:
+    """One safetensors file with the header in its metadata."""
+    content: bytes = safetensors_save(tensors, metadata={"legolm": header.model_dump_json()})
+    return content
+
+
+def unpack(content: bytes, kind: type[Header]) -> tuple[Header, Tensors]:
+    """The header as `kind` and the tensors. Raises `LegolmError` for anything broken, oversized or of another kind."""
+    if len(content) > MAX_BYTES:
+        raise LegolmError(f"message of {len(content)} bytes; at most {MAX_BYTES}")
+    try:
+        metadata, tensors = _parse(content)
+        return kind.model_validate_json(metadata), tensors
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise LegolmError(f"message header: {where}: {problem['msg']}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise LegolmError(f"message is broken ({error})") from None
+
+
+def kind_of(content: bytes) -> str:
+    """The `kind` in a message's header."""
+    try:
+        return str(json.loads(_header(content)["__metadata__"]["legolm"])["kind"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise LegolmError(f"message is broken ({error})") from None
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What goes to all clients of one coverage and rank: the tensors, and what training starts from after the codec.
+
+    `start` has the factors that the client makes itself, too; `trained` is the layout of those that change.
+    """
+
+    content: Tensors
+    start: Tensors
+    trained: Layout
+    fold_rank: int
+    hash: str
+
+
+def accept(content: bytes, request: TrainRequest, sent: Sent) -> Update:
+    """Check a reply against what was asked and what was sent, and return its update.
+
+    Raises `LegolmError` with the first mismatch of header, keys, shape, dtype or finiteness.
+    """
+    reply, tensors = unpack(content, UpdateReply)
+    expected: dict[str, object] = {field: getattr(request, field) for field in REPLIED} | {"received_hash": sent.hash}
+    for name, value in expected.items():
+        if getattr(reply, name) != value:
+            raise LegolmError(f"{name} is {getattr(reply, name)!r}; asked for {value!r}")
+    if reply.examples < 1:
+        raise LegolmError(f"examples is {reply.examples}; must be at least 1")
+    delta = codecs.decode(tensors, request.codec, sent.trained, request.keep)
+    check_finite(delta)
+    return Update(
+        **{field: getattr(reply, field) for field in (*REPLIED, "received_hash", "examples", "metrics")},
+        delta=delta,
+        received=sent.start,
+    )
+
+
+def _header(content: bytes) -> dict[str, Any]:
+    size = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or size > min(MAX_HEADER, len(content) - 8):
+        raise ValueError("not a safetensors message")
+    header = json.loads(content[8 : 8 + size])
+    if not isinstance(header, dict):
+        raise ValueError("not a safetensors message")
+    return header
+
+
+def _parse(content: bytes) -> tuple[str, Tensors]:
+    """A safetensors message's metadata and tensors, as views of the message: the library copies each tensor twice."""
+    header = _header(content)
+    start = 8 + int.from_bytes(content[:8], "little")
+    metadata = header.pop("__metadata__")["legolm"]
+    tensors: Tensors = {}
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and start + end <= len(content)
+        count = math.prod(shape)
+        if not whole or end - begin != count * dtype.itemsize or (start + begin) % dtype.itemsize:
+            raise ValueError(f"{name}: its size does not fit")
+        flat = torch.frombuffer(content, dtype=dtype, count=count, offset=start + begin) if count else torch.zeros(0)
+        tensors[name] = flat.view(shape)
+    return str(metadata), tensors

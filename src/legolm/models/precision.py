@@ -1,0 +1,57 @@
+"""In what the matrix products run: measured, not guessed; and on which device."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from legolm.config import Device, Precision
+from legolm.errors import LegolmError
+
+SIZE = 768
+"""Rows and columns of the measured product, about those of a small model's layers."""
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The dtype of matrix products."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def autocast(precision: Precision, device: str = "cpu") -> AbstractContextManager[None]:
+    """`bf16`: matrix products in bfloat16 by autocast; `fp32`: as the weights are."""
+    context: AbstractContextManager[None] = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+    return context
+
+
+def choose_precision(wanted: Precision | Literal["auto"], device: Device = "auto") -> Precision:
+    """`auto`: bf16 where a bf16 matrix product takes less time than a float32 one on this device, else fp32."""
+    if wanted != "auto":
+        return wanted
+    where = choose_device(device)
+    return "bf16" if _seconds(torch.bfloat16, where) < _seconds(torch.float32, where) else "fp32"
+
+
+def choose_device(wanted: Device) -> torch.device:
+    """`auto`: CUDA, else MPS, else the CPU. Raises `LegolmError` for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        wanted = next(name for name in ("cuda", "mps", "cpu") if there[name])
+    if not there[wanted]:
+        raise LegolmError(f"device = {wanted!r}: is not here, or this build of torch has no part for it; take auto")
+    return torch.device(wanted)
+
+
+@lru_cache
+def _seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of one product, the best of five."""
+    x = torch.ones(SIZE, SIZE, dtype=dtype, device=device)
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        float((x @ x)[0, 0])  # reading a value waits for the device
+        times.append(time.perf_counter() - began)
+    return min(times[1:])

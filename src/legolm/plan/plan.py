@@ -1,0 +1,246 @@
+"""What a run will do and need, before it does anything: the dry run, the disk check and the number of actors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from legolm.adapter import adapter_parameters, modules_of
+from legolm.adapter.flat import adapter_layout
+from legolm.adapter.keys import adapter_keys
+from legolm.aggregate import scheme_class
+from legolm.block import Base, Coverage, llm_block
+from legolm.config import RunConfig
+from legolm.data import ClientData, check_text, check_whole, client_data, render
+from legolm.errors import LegolmError
+from legolm.federate.server import start_factors
+from legolm.federate.wire import encoded_bytes
+from legolm.models import choose_device, choose_precision, fingerprint, load_config, load_tokenizer, resolve
+from legolm.plan.assign import assign
+from legolm.plan.needs import training_bytes
+from legolm.prune import planned_coverage, target_pattern
+from legolm.system import available_bytes
+
+SPARE_BYTES = 3 << 29
+"""Memory left to the server, Flower's own processes and the system when actors are counted."""
+ACTOR_SHARE = 1.5
+"""What an actor holds over one training: it trains and scores many blocks in turn (measured by benchmarks/demo.py)."""
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """One block: stored parameters, checkpoint bytes, peak bytes and operations a token of fine-tuning it, recovery.
+
+    `token_flops` are the decoder's products: 4 a weight, two forward and two for the input's gradient; the masked
+    forward of unstructured blocks also needs the weights' gradient. `recovery_steps` is the most.
+    """
+
+    name: str
+    method: str
+    sparsity: float
+    parameters: int
+    file_bytes: int
+    training_bytes: int
+    token_flops: int
+    recovery_steps: int
+
+
+@dataclass(frozen=True)
+class PlannedClient:
+    """One client's work in a round: examples held, tokens trained on, bytes of tensors each way (headers are more)."""
+
+    id: str
+    block: str
+    examples: int
+    tokens_per_round: int
+    bytes_down: int
+    bytes_up: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run. `memory_bytes` is the peak over all processes; `disk_bytes` what the run folder will hold.
+
+    `models_bytes` of the latter are the final models.
+    """
+
+    base: Path
+    blocks: tuple[PlannedBlock, ...]
+    clients: tuple[PlannedClient, ...]
+    data: dict[str, ClientData]
+    actors: int
+    memory_bytes: int
+    disk_bytes: int
+    models_bytes: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Every client's data, and the lengths of its training examples in tokens."""
+
+    data: dict[str, ClientData]
+    lengths: dict[str, list[int]]
+
+
+def read_parts(config: RunConfig) -> Parts:
+    """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones."""
+    data, tokenizer = client_data(config), load_tokenizer(resolve(config.model))
+    if config.train.long_examples == "refuse":
+        most = min(config.train.max_length, load_config(resolve(config.model)).max_position_embeddings)
+        for client, rows in data.items():
+            for split in ("train", "validation", "test"):
+                check_whole([render(row, tokenizer, most) for row in getattr(rows, split)], most, split, client)
+    lengths = {
+        client: [len(render(row, tokenizer, config.train.max_length).ids) for row in rows.train]
+        for client, rows in data.items()
+    }
+    return Parts(data, lengths)
+
+
+def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
+    """Resolve the model, read the data unless it is given, add up. Raises `LegolmError` for whatever cannot work."""
+    path = resolve(config.model)
+    model = load_config(path)
+    # Nothing here but a start asks whose weights they are, and the fingerprint takes time.
+    base = Base.of(path, "", model)
+    shape, width = base.shape, base.dtype.itemsize
+    choose_device(config.device)
+    precision = choose_precision(config.precision, config.device)
+    check_files(config)
+    modules_of(shape, config.lora.ranks, "lora.ranks")
+    parts = parts or read_parts(config)
+    data, lengths = parts.data, parts.lengths
+    longest = max(max(found) for found in lengths.values())
+
+    coverages: dict[str, Coverage] = {}
+    blocks, shaped = [], ("dense", "structured")
+    for spec in config.cuts:
+        coverage = coverages[spec.name] = planned_coverage(spec, base)
+        parameters = base.parameters_of(coverage.kept_weights)
+        blocks.append(
+            PlannedBlock(
+                name=spec.name,
+                method=spec.method,
+                sparsity=coverage.sparsity if spec.method in shaped else target_pattern(spec, shape).sparsity,
+                parameters=parameters,
+                file_bytes=parameters * width,
+                training_bytes=training_bytes(
+                    coverage, parameters, model.vocab_size, longest, config.train, config.lora, precision
+                ),
+                token_flops=4 * coverage.kept_weights if spec.method in shaped else 6 * coverage.kept_weights,
+                recovery_steps=spec.recover.most_steps,
+            )
+        )
+    needs = {block.name: block.training_bytes for block in blocks}
+    block_of = assign(config, needs, {block.name: block.parameters for block in blocks})
+
+    check_clients(config, block_of)
+    if config.lora.start is not None or config.aggregate.start is not None:
+        start_factors(config, llm_block(path, fingerprint(path)))
+    clients, method = [], {found.name: found.method for found in blocks}
+    for client in config.clients:
+        block = block_of[client.id]
+        mean_length = sum(lengths[client.id]) / len(lengths[client.id])
+        tokens = round(config.train.steps * config.train.batch_size * mean_length)
+        sparsity = next(found.sparsity for found in blocks if found.name == block)
+        traffic = (0, 0)
+        if not config.federation.capable or method[block] == "dense":
+            traffic = _traffic(config, coverages[block], client.rank or config.lora.rank, sparsity)
+        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *traffic))
+
+    used = [needs[block] for block in set(block_of.values())]
+    whole = training_bytes(
+        Coverage.full(shape), base.parameters, model.vocab_size, longest, config.train, config.lora, precision
+    )
+    actor = int(max(*used, whole) * (ACTOR_SHARE if config.federation.engine == "flower" else 1))
+    actors = _actors(config, actor)
+    size_of = {block.name: block.file_bytes for block in blocks}
+    adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
+    models = base.parameters * width + sum(size_of[client.block] for client in clients) + adapter * (len(clients) + 1)
+    disk = models + sum(size_of.values()) + adapter * (config.federation.rounds + len(clients))
+    if config.federation.keep_updates:
+        disk += config.federation.rounds * sum(client.bytes_up for client in clients)
+    memory = SPARE_BYTES + actors * actor
+    return Plan(path, tuple(blocks), tuple(clients), data, actors, memory, disk, models)
+
+
+def check_files(config: RunConfig) -> None:
+    """Raise `LegolmError` when a file or folder that the run will need is not there."""
+    for spec in config.cuts:
+        if spec.method != "dense":
+            where = f"block {spec.name}: "
+            for file in spec.calibration.statistics or ():
+                if not Path(file).is_file():
+                    raise LegolmError(f"{where}calibration.statistics: no file {file}")
+            if not spec.calibration.statistics:
+                check_text(spec.calibration.text, spec.calibration.fields, f"{where}calibration.text")
+            if spec.recover.text and spec.recover.most_steps:
+                check_text(spec.recover.text, spec.calibration.fields, f"{where}recover.text")
+    for field, folder in (("lora.start", config.lora.start), ("aggregate.start", config.aggregate.start)):
+        if folder and not Path(folder).is_dir():
+            raise LegolmError(f"{field}: no folder {folder}")
+
+
+def check_clients(config: RunConfig, block_of: Mapping[str, str]) -> None:
+    """Raise `LegolmError` when the scheme cannot put these clients' updates together."""
+    name, kind = config.aggregate.scheme, scheme_class(config.aggregate)
+    method = {block.name: block.method for block in config.blocks}
+    if name == "centralized":
+        return
+    taking = [c for c in config.clients if not config.federation.capable or method[block_of[c.id]] == "dense"]
+    if not taking:
+        raise LegolmError("federation.capable: no client holds a dense block; add one or set it to false")
+    rounds = 0 if name == "local_only" else config.federation.rounds
+    for number in range(1, rounds + 1):
+        if not any(client.there(number) for client in taking):
+            raise LegolmError(
+                f"round {number}: no client takes part; change clients' joins and leaves, or federation.capable"
+            )
+    if kind.unequal_shapes == "block":
+        return
+    first = taking[0]
+    for client in taking:
+        block, rank = block_of[client.id], client.rank or config.lora.rank
+        why = ""
+        if kind.dense and method[block] != "dense":
+            why = f"holds block {block!r}, and it works on the whole LLM"
+        elif block != block_of[first.id] and (method[block], method[block_of[first.id]]) != ("dense", "dense"):
+            why = f"holds block {block!r} and {first.id!r} block {block_of[first.id]!r}, and it averages equal shapes"
+        elif kind.unequal_shapes == "no" and rank != (first.rank or config.lora.rank):
+            why = f"has rank {rank} and {first.id!r} {first.rank or config.lora.rank}, and it averages equal ranks"
+        if why:
+            raise LegolmError(
+                f"aggregate.scheme {name!r}: client {client.id!r} {why}; "
+                "take heteagg, or leave such clients out (federation.capable: true)"
+            )
+
+
+def _traffic(config: RunConfig, coverage: Coverage, rank: int, sparsity: float) -> tuple[int, int]:
+    """Bytes (down, up) of one client's tensors in a round that it takes part in."""
+    if config.aggregate.scheme in ("local_only", "centralized"):
+        return 0, 0
+    frozen_side, codec = config.aggregate.form == "frozen_side", config.federation.codec
+    keys = adapter_keys(coverage, config.lora.targets, trained=frozen_side)
+    own = adapter_layout(coverage, keys, rank, config.lora.ranks)
+    up = encoded_bytes(own, codec, 1 - sparsity if config.aggregate.mask == "saliency" else 1.0)
+    # FLoRA and FedEx-LoRA send what the last round changed in the base.
+    ranks = sum(client.rank or config.lora.rank for client in config.clients)
+    fold = {"flora": ranks, "fedex_lora": ranks + config.lora.rank}.get(config.aggregate.scheme, 0)
+    down = 0 if config.aggregate.scheme == "flora" else encoded_bytes(own, codec)
+    return down + encoded_bytes(adapter_layout(coverage, keys, fold), codec), up
+
+
+def _actors(config: RunConfig, need: int) -> int:
+    """As many clients at once as cores and memory allow, and never more than there are."""
+    if config.federation.engine == "local":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    by_memory = (available_bytes() - SPARE_BYTES) // need
+    if by_memory < 1:
+        raise LegolmError(
+            f"memory: one client needs {need / 1e9:.1f} GB beside {SPARE_BYTES / 1e9:.1f} GB for the server; "
+            "lower train.micro_batch_tokens or train.max_length"
+        )
+    return max(1, min(cores // config.federation.threads, by_memory, len(config.clients)))

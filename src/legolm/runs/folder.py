@@ -1,0 +1,106 @@
+"""The run folder: atomic writes, what is finished, and whose run it is.
+
+A folder appears under its final name only when it is whole (written beside, synced, renamed), so whatever is there
+after a kill is finished and whatever is not is done again.
+"""
+
+from __future__ import annotations
+
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from legolm import config as configs
+from legolm.config import RunConfig
+from legolm.errors import LegolmError
+from legolm.system import atomic_write
+
+UPDATES = "updates"
+"""Folder of a round's kept updates within the round's."""
+
+
+
+
+
+
+
+
+
+
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths in a run folder. `config.yaml` is its identity: another config is another run."""
+
+    path: Path
+
+    @staticmethod
+    def open(path: Path, config: RunConfig, resume: bool) -> RunDir:
+        """Start a run in a new or empty folder, or go on with one. Raises `LegolmError` when it is another's."""
+        run = RunDir(path)
+        run.check(config, resume)
+        if run.config_file.exists():
+            for stale in path.rglob(".*.partial"):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        else:
+            atomic_write(run.config_file, configs.dump(config))
+        return run
+
+    def check(self, config: RunConfig, resume: bool) -> None:
+        """Raise `LegolmError` unless the folder is new, empty, or this config's and may be resumed."""
+        if self.config_file.exists():
+            if self.config_file.read_text(encoding="utf-8") != configs.dump(config):
+                raise LegolmError(
+                    f"run folder {self.path}: belongs to another config (see its config.yaml); give another --out"
+                )
+            if not resume:
+                raise LegolmError(
+                    f"run folder {self.path}: already there; add --resume to go on, or give another --out"
+                )
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise LegolmError(f"run folder {self.path}: is not empty and not a run; give another --out")
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    def config(self) -> RunConfig:
+        """The resolved config, validated again."""
+        return configs.load(self.config_file)
+
+    def block(self, name: str) -> Path:
+        """Folder of a cut block."""
+        return self.path / "blocks" / name
+
+    def round(self, number: int) -> Path:
+        """Folder of a finished round; 0 is the start."""
+        return self.path / "rounds" / f"{number:04d}"
+
+    def update(self, number: int, client: str) -> Path:
+        """File of an accepted update of a round, where `federation.keep_updates` kept it: the client's reply."""
+        return self.round(number) / UPDATES / f"{client}.safetensors"
+
+    def client_state(self, client: str, number: int) -> Path:
+        """File of what a client itself keeps after a round."""
+        return self.path / "clients" / client / f"{number:04d}.safetensors"
+
+    def client_stage(self, stage: str, client: str) -> Path:
+        """Folder of what one client did outside the rounds: `local` or `personal`."""
+        return self.path / stage / client
+
+    def final(self, name: str) -> Path:
+        """Folder of a finished model: the LLM's or a client's block."""
+        return self.path / "final" / name
+
+    def write_metrics(self, records: list[dict[str, Any]]) -> None:
+        """Rewrite `metrics.jsonl` from the finished stages: after a kill no line is missing, broken or there twice."""
+        atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+
+

@@ -1,0 +1,27 @@
+"""The machine and its files: whole writes, memory, the hub, progress, seeds."""
+
+from legolm.system.files import atomic_folder, atomic_write, check_room, held_bytes, read_json
+from legolm.system.hub import hub_answers, wants_offline
+from legolm.system.machine import machine, versions
+from legolm.system.memory import available_bytes, keep_freed_memory, release_memory, total_bytes, trim
+from legolm.system.progress import Progress
+from legolm.system.seeds import derive_seed
+
+__all__ = [
+    "Progress",
+    "atomic_folder",
+    "atomic_write",
+    "available_bytes",
+    "check_room",
+    "derive_seed",
+    "held_bytes",
+    "hub_answers",
+    "keep_freed_memory",
+    "machine",
+    "read_json",
+    "release_memory",
+    "total_bytes",
+    "trim",
+    "versions",
+    "wants_offline",
+]

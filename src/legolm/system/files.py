@@ -1,0 +1,108 @@
+"""Files that appear whole or not at all, and room for them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from legolm.errors import LegolmError
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path` when the block ends well and vanishes when it does not.
+
+    Raises `LegolmError` when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        partial.mkdir()
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+        _sync(path.parent)
+    except Exception as error:
+        if _disk_full(error):
+            raise LegolmError(f"{path}: the disk is full; free some space and run again with --resume") from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all. Raises `LegolmError` when the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        _sync(partial)
+        partial.replace(path)
+    except OSError as error:
+        if _disk_full(error):
+            raise LegolmError(f"{path}: the disk is full; free some space and run again with --resume") from None
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def held_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder; a file with several names, as a comparison's blocks have, is there once."""
+    stats = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    return sum({stat.st_ino: stat.st_size for stat in stats}.values())
+
+
+def check_room(out: Path, needed: int = 0) -> None:
+    """Raise `LegolmError` when `out` cannot be made or its disk has less than `needed` bytes: before hours of work."""
+    folder = out.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise LegolmError(f"{out}: {folder} is a file; give another --out")
+    if not os.access(folder, os.W_OK):
+        raise LegolmError(f"{out}: {folder} cannot be written to; give another --out")
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise LegolmError(
+            f"{out}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
+            "free some space or give another --out"
+        )
+
+
+def read_json(path: Path, *fields: str) -> dict[str, Any]:
+    """A JSON object from a file of the run. Raises `LegolmError` when it is broken or lacks one of the fields."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LegolmError(f"{path}: cannot be read ({error}); start the run again in a new folder") from None
+    if not isinstance(value, dict):
+        raise LegolmError(f"{path}: must hold a JSON object; start the run again in a new folder")
+    if missing := [field for field in fields if field not in value]:
+        raise LegolmError(f"{path}: no `{missing[0]}`, another version wrote it; start the run again in a new folder")
+    return value
+
+
+def _disk_full(error: BaseException) -> bool:
+    # safetensors reports a full disk as its own error, with the system's words in it.
+    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
+        "No space left on device" in str(error) or "os error 28" in str(error)
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
