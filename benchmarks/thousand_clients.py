@@ -82,7 +82,7 @@ def main() -> None:
     def unscored(requests: Iterable[Request]) -> Iterator[Reply]:
         for index, request in enumerate(requests):
             asked, _ = wire.unpack(request.content, wire.EvaluateRequest)
-            scores = wire.ScoreReply(scores=[Score(1.0, 0.0, 1, 1)] * len(asked.sets))
+            scores = wire.ScoreReply(scores=[Score(loss=1.0, exact_match=0.0, tokens=1, examples=1)] * len(asked.sets))
             yield Reply(index, wire.pack(scores, {}))
 
     def engine(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:

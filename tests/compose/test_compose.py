@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from helpers import assert_one_line, legolm
 from legolm import config as configs
 from legolm import pipeline
 from legolm.adapter import Tensors, adapter_keys, factor_shape, merge, save_adapter, save_factors
@@ -26,7 +27,6 @@ from legolm.errors import LegolmError
 from legolm.evaluate import score
 from legolm.models import decoder_layers, fingerprint, load_config, load_model, load_tokenizer, shape_of
 from legolm.system import Progress
-from test_cli import assert_one_line, legolm
 
 QUIET = Progress()
 EXACT = choose_method("heteagg", None, None, None)

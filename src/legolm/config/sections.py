@@ -252,10 +252,27 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What is measured beside the global update."""
+    """What is measured, and who may: `everyone` scores on everyone's data, which only a simulation can; with `own` a
+    client scores its own data only, and the LLM is scored on the server's own rows (`server_data`), or not at all.
+    """
 
     batch_size: int = Field(16, ge=1)
     local_only: bool = Field(True, description="also train each client alone for as many steps in all")
+    scores: Literal["everyone", "own"] = "everyone"
+    others: int | None = Field(
+        None, ge=0, description="other clients whose data a block is scored on; all of up to 16 clients, else 8 of them"
+    )
+    server_data: str | list[str] | None = Field(
+        None, description="scores own: rows of the server's own, with the fields of `data`, for the LLM"
+    )
+
+    @model_validator(mode="after")
+    def _own_data(self) -> EvaluateConfig:
+        for name in ("others", "server_data"):
+            other = {"others": "everyone", "server_data": "own"}[name]
+            if getattr(self, name) is not None and self.scores != other:
+                raise ValueError(f"{name}: is for scores {other!r}; take it out, or set that")
+        return self
 
 
 class RunConfig(Section):

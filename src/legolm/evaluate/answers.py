@@ -50,4 +50,9 @@ def score(model: Any, examples: Sequence[Tokens], batch_size: int, precision: Pr
     """Mean loss (nats) over all answer tokens, and the share of answers that greedy decoding gives exactly."""
     found = score_each(model, examples, batch_size, precision)
     tokens = int(found.tokens.sum())
-    return Score(float(found.losses.sum()) / tokens, float(found.exact.mean()), tokens, len(examples))
+    return Score(
+        loss=float(found.losses.sum()) / tokens,
+        exact_match=float(found.exact.mean()),
+        tokens=tokens,
+        examples=len(examples),
+    )

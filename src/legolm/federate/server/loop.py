@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
@@ -307,7 +307,7 @@ class Rounds:
 
     def _by_client(self, scores: Sequence[Score]) -> dict[str, Record]:
         """The first scores are those of every client's test data, in order."""
-        return {id: asdict(one) for id, one in zip(self._clients, scores, strict=False)}
+        return {id: one.model_dump() for id, one in zip(self._clients, scores, strict=False)}
 
     def _kept(self, number: int) -> Exchange:
         """Answers of round `number` from its folder."""

@@ -343,7 +343,7 @@ def test_what_does_not_go_together(raw: dict[str, Any], tmp_path: Path, override
         make_plan(load(raw, tmp_path, *overrides))
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "examples" / "compare").glob("*.yaml")))
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples" / "compare").glob("*.yaml")))
 def test_every_comparison_of_the_examples_loads(path: Path) -> None:
     study, found = load_study(path, ["seed=7", "train.learning_rate=0.5"])
     assert list(found) == [variant.name for variant in study.variants]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import assert_one_line, legolm
 from legolm import config as configs
 from legolm import pipeline
 from legolm.adapter import Tensors, adapter_keys, merged
@@ -29,7 +30,6 @@ from legolm.runs import RunDir
 from legolm.study import leave_one_out
 from legolm.study.leave_one_out import ablate
 from legolm.system import Progress
-from test_cli import assert_one_line, legolm
 
 QUIET = Progress()
 

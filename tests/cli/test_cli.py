@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
 
-from legolm.cli import main
+from helpers import assert_one_line, legolm
 
 EXAMPLES = sorted(
-    path for path in (Path(__file__).parent.parent / "examples").rglob("*.yaml") if path.parent.name != "tasks"
+    path for path in (Path(__file__).parents[2] / "examples").rglob("*.yaml") if path.parent.name != "tasks"
 )
-
-
-def legolm(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """What the command's entry point does in this process: starting one for each call takes most of a minute."""
-    out, errors, code = io.StringIO(), io.StringIO(), 0
-    with (
-        redirect_stdout(out),
-        redirect_stderr(errors),
-        patch.object(sys, "argv", ["legolm", *map(str, arguments)]),
-        warnings.catch_warnings(),
-    ):
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue())
-
-
-def assert_one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    for part in says:
-        assert part in lines[0]
 
 
 @pytest.fixture
