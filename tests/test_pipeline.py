@@ -25,9 +25,9 @@ from legolm.config import RunConfig
 from legolm.data import client_data, render
 from legolm.errors import LegolmError
 from legolm.evaluate import score
+from legolm.federate import wire
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
-from legolm.federate.wire import messages as wire
 from legolm.models import load_model, load_tokenizer
 from legolm.runs import RunDir
 
@@ -213,10 +213,6 @@ def test_bad_updates_are_refused_and_named_and_the_round_goes_on(config_file: Pa
             assert reasons[one["client"]] in one["reason"]
         state = load_file(tmp_path / name / "rounds" / "0001" / "adapter.safetensors")
         assert all(bool(tensor.isfinite().all()) for tensor in state.values())
-        if name == "nan":  # layer 1 of the wide block is also the sparse one's: only its weight is behind it
-            examples = 14
-            weight = state["weight.layers.1.neurons"]
-            assert set(weight.flatten().tolist()) <= {0.0, examples, 2.0 * examples}
 
 
 def test_too_few_updates_stop_the_run_with_the_reasons(config_file: Path, tmp_path: Path) -> None:

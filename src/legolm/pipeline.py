@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from legolm.models import (
 from legolm.plan import Plan, make_plan
 from legolm.prune import cut_blocks
 from legolm.report import need_matplotlib, summarize, write_report
-from legolm.runs import RunDir
+from legolm.runs import Identity, RunDir, dump_record, read_record
 from legolm.system import (
     Progress,
     atomic_folder,
@@ -43,7 +44,6 @@ from legolm.system import (
     check_room,
     held_bytes,
     machine,
-    read_json,
     release_memory,
     versions,
 )
@@ -75,18 +75,18 @@ def run(
     folder = RunDir.open(out, config, resume)
     identity = _identify(folder, plan)
 
-    blocks = _cut_blocks(folder, config, plan, identity["base_fingerprint"], progress, store)
+    blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store)
     block_of = {client.id: client.block for client in plan.clients}
     shared = store / "before" if store else None
-    rounds = Rounds(folder, config, identity["run"], blocks, block_of, progress, shared)
+    rounds = Rounds(folder, config, identity.run, blocks, block_of, progress, shared)
     if not rounds.finished:
         engine(folder, config, plan.actors, rounds.run)
     if models:
         _write_final(folder, config, plan, blocks, block_of, rounds, progress)
 
-    summary = summarize(
-        config, blocks, block_of, rounds.records(), identity, out.resolve().name, time.perf_counter() - began
-    )
+    records = [one.model_dump() for one in rounds.records()]
+    seconds = time.perf_counter() - began
+    summary = summarize(config, blocks, block_of, records, identity.model_dump(), out.resolve().name, seconds)
     atomic_write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_report(summary, out / "report.html")
     return summary
@@ -101,21 +101,24 @@ def with_precision(config: RunConfig, out: Path) -> RunConfig:
     return config.model_copy(update={"precision": decided})
 
 
-def _identify(folder: RunDir, plan: Plan) -> Record:
+def _identify(folder: RunDir, plan: Plan) -> Identity:
     """`run.json`: what the run stands on. Raises `LegolmError` when it changed since the run started."""
-    found = {
-        "run": hashlib.sha256(folder.config_file.read_bytes()).hexdigest()[:16],
-        "base_fingerprint": fingerprint(plan.base),
-        "data_fingerprint": data_fingerprint(plan.data),
-        "machine": machine(),
-        "versions": versions(),
-    }
+    found = Identity(
+        run=hashlib.sha256(folder.config_file.read_bytes()).hexdigest()[:16],
+        base_fingerprint=fingerprint(plan.base),
+        data_fingerprint=data_fingerprint(plan.data),
+        machine=machine(),
+        versions=versions(),
+    )
     path = folder.path / "run.json"
     if not path.exists():
-        atomic_write(path, json.dumps(found, indent=2) + "\n")
-    known = read_json(path)
-    for name, what in (("base_fingerprint", "model"), ("data_fingerprint", "data")):
-        if known.get(name) != found[name]:
+        atomic_write(path, dump_record(found))
+    known = read_record(path, Identity)
+    for changed, what in (
+        (known.base_fingerprint != found.base_fingerprint, "model"),
+        (known.data_fingerprint != found.data_fingerprint, "data"),
+    ):
+        if changed:
             raise LegolmError(f"run folder {folder.path}: the {what} changed since the run started; give another --out")
     return known
 
@@ -127,8 +130,10 @@ def _cut_blocks(
     blocks = {"llm": llm_block(plan.base, base_fingerprint)}
     precision = choose_precision(config.precision, config.device)
     left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
-    made = {}
+    made = {spec.name: Path(spec.path) for spec in left if spec.path is not None}
     for spec in left:
+        if spec.path is not None:
+            continue
         recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{precision}"
         name = f"{spec.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
         made[spec.name] = store / name if store else folder.block(spec.name)
@@ -136,12 +141,14 @@ def _cut_blocks(
     if wanted:
         model = lasting_name(config.model)
         cut_blocks(plan.base, base_fingerprint, wanted, config.seed, precision, progress, model)
-    for spec in left if store else ():
+    for spec in left:
+        if made[spec.name] == folder.block(spec.name):
+            continue
         with atomic_folder(folder.block(spec.name)) as partial:
             shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=_link)
     for spec in config.blocks:
         path = folder.block(spec.name)
-        blocks[spec.name] = read_block(path)
+        blocks[spec.name] = replace(read_block(path), name=spec.name)
         if blocks[spec.name].base_fingerprint != base_fingerprint:
             raise LegolmError(f"block {path}: was cut from another base model; remove it and run again with --resume")
     release_memory()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from legolm.adapter import Tensors, Update, initial_factors
+from legolm.adapter import Change, Tensors, initial_factors
 from legolm.aggregate import Start, make_scheme
 from legolm.block import Coverage
 from legolm.config import AggregateConfig
@@ -22,13 +22,15 @@ FIRST = Coverage(SHAPE, (0,), ((0,),), ((0,),))
 def two_rounds(kind: str, gradients: tuple[float, float], **settings: float) -> list[list[float]]:
     """B of up_proj after each of two rounds: both neurons train in the first, only neuron 0 in the second."""
     config = AggregateConfig(form="factor", server_optimizer=kind, **settings)  # type: ignore[arg-type]
-    scheme = make_scheme(Start(SHAPE, initial_factors(SHAPE, ["up_proj"], 1, 0), 1, 1.0), config)
+    scheme = make_scheme(config)
+    scheme.begin(Start(SHAPE, lambda: initial_factors(SHAPE, ["up_proj"], 1, 0), 1, server=config))
     found = []
     for coverage, value in zip((FULL, FIRST), gradients, strict=True):
         sent = scheme.payload(coverage, 1)
         delta: Tensors = {key: torch.full_like(tensor, value) for key, tensor in sent.items()}
-        scheme.add(Update("r", 1, "a", "b", "f", "c", "h", 3, 1, 1.0, delta, sent), coverage)
-        found.append(scheme.finish().factors[KEY].flatten().tolist())
+        scheme.add(Change(delta, sent, 3, 1), coverage)
+        scheme.finish()
+        found.append(scheme.state()[KEY].flatten().tolist())
     return found
 
 

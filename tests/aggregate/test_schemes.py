@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,10 @@ from dense_reference import Client, exact_form, factor_form, mean_product, place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from legolm.adapter import Tensors, Update, initial_factors, slice_factors
+from legolm.adapter import Change, Tensors, initial_factors, slice_factors
 from legolm.aggregate import Scheme, Start, make_scheme
-from legolm.aggregate.scheme import SCHEMES
 from legolm.block import Coverage
-from legolm.config import AggregateConfig
+from legolm.config import SCHEMES, AggregateConfig
 from legolm.models import Shape
 
 SHAPE = Shape("llama", layers=2, hidden=6, neurons=5, kv_groups=2, queries_per_group=1, head_dim=3)
@@ -32,7 +32,7 @@ BLOCKS = {
 }  # fmt: skip
 STRUCTURED = ("full", "layer 1", "narrow")
 FORMS = {
-    **{name: AggregateConfig(scheme=name) for name in SCHEMES if name not in ("heteagg", "local_only", "centralized")},
+    **{name: AggregateConfig(scheme=name) for name in SCHEMES if name != "heteagg"},
     "heteagg": AggregateConfig(form="factor"),
     "heteagg fill": AggregateConfig(form="factor", denominator="global_fill"),
     "heteagg frozen": AggregateConfig(form="frozen_side"),
@@ -42,9 +42,11 @@ ANY_BLOCK = [name for name in FORMS if name.startswith("heteagg") or name in ("m
 ANY_RANK = [*ANY_BLOCK, "hetlora", "flexlora", "flora", "raflora"]
 
 
-def new(config: AggregateConfig, rank: int = RANK) -> Scheme:
-    factors = initial_factors(SHAPE, TARGETS, rank, 0, config.form == "frozen_side")
-    return make_scheme(Start(SHAPE, factors, rank, 2.0), config)
+def new(config: AggregateConfig, rank: int = RANK, state: Tensors | None = None) -> Scheme:
+    scheme = make_scheme(config)
+    make = partial(initial_factors, SHAPE, TARGETS, rank, 0, scheme.frozen_side)
+    scheme.begin(Start(SHAPE, make, rank, server=config), state)
+    return scheme
 
 
 def client(scheme: Scheme, coverage: Coverage, rank: int, n: int, seed: int) -> Client:
@@ -58,8 +60,7 @@ def client(scheme: Scheme, coverage: Coverage, rank: int, n: int, seed: int) -> 
 
 
 def add(scheme: Scheme, one: Client) -> None:
-    update = Update("r", 1, "a", "b", "f", "c", "h", one.n, one.rank, 2.0, one.delta, one.received)
-    scheme.add(update, one.coverage)
+    scheme.add(Change(one.delta, one.received, one.n, one.rank), one.coverage)
 
 
 def products(scheme: Scheme, coverage: Coverage = FULL, rank: int = RANK) -> Tensors:
@@ -122,10 +123,9 @@ def test_order_of_arrival_changes_nothing(name: str, drawn: list, shuffle: rando
 @pytest.mark.parametrize("name", ANY_BLOCK)
 def test_what_nobody_covers_does_not_move(name: str) -> None:
     scheme = new(FORMS[name])
-    before = scheme.adapter(FULL, RANK)
     for seed in range(3):
         add(scheme, client(scheme, BLOCKS["layer 1"], 2, 5, seed))
-    found = scheme.finish()
+    scheme.finish()
     after = products(scheme)
     assert not after["layers.0.mlp.up_proj"].any()
     moved = after["layers.1.mlp.up_proj"].abs().sum(1) > 1e-6
@@ -133,9 +133,6 @@ def test_what_nobody_covers_does_not_move(name: str) -> None:
     if name in ("heteagg exact", "heteagg frozen"):  # in factor form B moves for all, and meets the start's A there
         moved = after["layers.1.mlp.down_proj"].abs().sum(0) > 1e-6
         assert moved.tolist() == [True, False, True, False, False]
-    for key, weight in found.weight.items():
-        if name != "heteagg exact":  # its factors are re-made from the product
-            assert not bool(((found.factors[key] != before[key]) & (weight == 0)).any())
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -146,9 +143,7 @@ def test_a_run_goes_on_from_a_saved_state(name: str) -> None:
             for i in range(2):
                 add(scheme, client(scheme, FULL, RANK, 3 + i, seed=2 * seed + i))
             scheme.finish()
-        state = {key: tensor.clone() for key, tensor in saved.state().items()}
-        saved = new(FORMS[name])
-        saved.load_state(state)
+        saved = new(FORMS[name], state={key: tensor.clone() for key, tensor in saved.state().items()})
     one, two = straight.state(), saved.state()
     assert set(one) == set(two)
     assert all(torch.equal(one[key], two[key]) for key in one)

@@ -38,7 +38,7 @@ def run(three_clients: Callable[..., dict[str, Any]], tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("alone")
     federation = {"engine": "local", "rounds": 1}
     holds = ("wide", "half", "sparse")
-    raw = three_clients(folder, holds, rows=24, aggregate={"scheme": "local_only"}, federation=federation)
+    raw = three_clients(folder, holds, rows=24, aggregate={"form": "factor"}, federation=federation | {"mode": "alone"})
     # Not all have as many examples: the default weights differ.
     few = folder / "data" / "fr.jsonl"
     few.write_text("".join(few.read_text().splitlines(keepends=True)[:12]))

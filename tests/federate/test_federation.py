@@ -20,13 +20,13 @@ from legolm.config import RunConfig, load_study
 from legolm.data import client_data, render
 from legolm.errors import LegolmError
 from legolm.evaluate import score
-from legolm.federate.server.loop import usual_size
+from legolm.federate import wire
+from legolm.federate.server.gate import usual_size
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
-from legolm.federate.wire import messages as wire
 from legolm.models import load_model, load_tokenizer
 from legolm.plan import make_plan
-from legolm.runs import RunDir
+from legolm.runs import RoundRecord, RunDir
 from legolm.study import compare, plans
 
 
@@ -58,32 +58,34 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str, Any], tmp_path: Path) -> None:
     dense = ("fedavg", "hetlora", "flora", "fedex_lora")
-    mixed = ("heteagg", "median", "local_only", "centralized")
+    mixed = ("heteagg", "median")
+    modes = ("alone", "pooled")
     variants: list[dict[str, Any]] = [
         {"name": name, "set": {"aggregate.scheme": name}, "block": "dense"} for name in dense
     ]
     variants += [{"name": name, "set": {"aggregate.scheme": name}} for name in mixed]
+    variants += [{"name": name, "set": {"federation.mode": name, "aggregate.form": "factor"}} for name in modes]
     variants[4]["set"]["aggregate.form"] = "factor"  # sends as much of an adapter as the others
     variants[1]["match_bytes"] = True
     path = tmp_path / "study.yaml"
     path.write_text(json.dumps({"run": raw, "variants": variants}))
     rows = {row["name"]: row for row in compare(path, tmp_path / "out", store=tmp_path / "shared")}
-    assert list(rows) == [*dense, *mixed]
+    assert list(rows) == [*dense, *mixed, *modes]
     for name, row in rows.items():
-        if name != "local_only":
+        if name != "alone":
             assert row["llm"] < row["llm_before"], name
-        assert (row["bytes_up"] > 0) == (name not in ("local_only", "centralized"))
+        assert (row["bytes_up"] > 0) == (name not in modes)
     # FLoRA's download is all clients' stack, of three times the rank; in the first of two rounds nothing.
     assert rows["flora"]["bytes_down"] == pytest.approx(1.5 * rows["fedavg"]["bytes_down"], rel=0.1)
     assert rows["fedavg"]["bytes_up"] == pytest.approx(rows["flora"]["bytes_up"], rel=0.01)
     assert rows["heteagg"]["bytes_up"] < rows["fedavg"]["bytes_up"]
     assert rows["hetlora"]["bytes_up"] == pytest.approx(rows["heteagg"]["bytes_up"], rel=0.1)
-    assert rows["local_only"]["own"] < rows["local_only"]["llm_before"]
+    assert rows["alone"]["own"] < rows["alone"]["llm_before"]
     # To choose alone's settings by: each client's own validation data, on the block that it ends with.
-    alone = tmp_path / "out" / "local_only"
+    alone = tmp_path / "out" / "alone"
     config = RunDir(alone).config()
     losses = [validation_loss(alone / "final" / client.id, config, client.id) for client in config.clients]
-    assert rows["local_only"]["validation"] == pytest.approx(fmean(losses), rel=1e-3)
+    assert rows["alone"]["validation"] == pytest.approx(fmean(losses), rel=1e-3)
     # Both blocks are cut once; before training, what all hold scores once for every way of holding it.
     assert len(list((tmp_path / "shared").glob("*/manifest.json"))) == 2
     assert len(list((tmp_path / "shared" / "before").glob("*.json"))) == 3
@@ -96,7 +98,7 @@ def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str
     assert [one["llm"] for one in again] == [one["llm"] for one in rows.values()]
     lines = (alone / "metrics.jsonl").read_text().replace('"validation": ', '"not": ')  # as earlier runs have it
     (alone / "metrics.jsonl").write_text(lines)
-    assert next(one for one in compare(path, tmp_path / "out") if one["name"] == "local_only")["validation"] is None
+    assert next(one for one in compare(path, tmp_path / "out") if one["name"] == "alone")["validation"] is None
 
 
 def test_settings_can_be_chosen_by_the_llm_on_everyones_validation_data(
@@ -244,7 +246,7 @@ def test_outliers_are_clipped_or_refused(raw: dict[str, Any], run: Callable[...,
         run(load(raw, tmp_path, f"aggregate.outliers.action={action}"), action, engine=engine)
         records = [json.loads(line) for line in (tmp_path / action / "metrics.jsonl").read_text().splitlines()]
         found[action] = records[-1]
-        usual = usual_size(records[:2])
+        usual = usual_size([RoundRecord.model_validate(one) for one in records[:2]])
     assert usual is not None
     assert found["none"]["train"]["de"]["size"] > 100 * usual
     assert found["clip"]["train"]["de"]["size"] == pytest.approx(3 * usual, rel=1e-4)
@@ -324,14 +326,17 @@ def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callabl
         (("aggregate.scheme=flexlora",), "client 'es' holds block 'wide', and it works on the whole LLM"),
         (("aggregate.scheme=fedavg", "clients.1.rank=2", "federation.capable=true"), "averages equal ranks"),
         (("federation.capable=true", "clients.0.block=wide", "clients.1.block=wide"), "no client holds a dense"),
-        (("aggregate.form=exact", "aggregate.server_optimizer=fedadam"), "needs the dense product's moments"),
+        (("aggregate.form=exact", "aggregate.server_optimizer=fedadam"), "has its own step"),
         (("aggregate.form=exact", "aggregate.mask=saliency"), "mask 'saliency' is on factors"),
-        (("aggregate.scheme=flora", "aggregate.form=exact"), "form 'exact' is heteagg's"),
-        (("aggregate.proximal=0.1",), "proximal 0.1 is fedprox's"),
-        (("aggregate.scheme=median", "aggregate.trim=0.1"), "trim 0.1 is trimmed_mean's"),
+        (("aggregate.scheme=flora", "aggregate.form=exact"), "`aggregate.form` of scheme 'flora'; it is heteagg's"),
+        (("aggregate.proximal=0.1",), "`aggregate.proximal` of scheme 'heteagg'; it is fedprox's"),
+        (
+            ("aggregate.scheme=median", "aggregate.trim=0.1"),
+            "`aggregate.trim` of scheme 'median'; it is trimmed_mean's",
+        ),
         (("aggregate.residual=fold",), "residual 'fold' is of form 'exact'"),
-        (("aggregate.scheme=median", "aggregate.server_optimizer=fedavgm"), "is for heteagg, fedavg and fedprox"),
-        (("aggregate.scheme=local_only",), "set that to true"),
+        (("aggregate.scheme=median", "aggregate.server_optimizer=fedavgm"), "has its own step"),
+        (("federation.mode=alone",), "set that to true"),
         (("lora.start=adapter", "aggregate.form=frozen_side"), "keeps random factors, and that adapter has others"),
         (("lora.start=adapter", "aggregate.scheme=flora"), "lora.start: scheme 'flora' begins with a fresh adapter"),
         (("aggregate.start=run", "aggregate.scheme=flora"), "aggregate.start: scheme 'flora' begins"),

@@ -15,7 +15,7 @@ from legolm.block import Block, Coverage
 from legolm.config import BlockConfig, TrainConfig
 from legolm.data import Tokens
 from legolm.errors import LegolmError
-from legolm.finetune import MaskedLinear, fit, lora, whole
+from legolm.finetune import MaskedLinear, Task, fit, lora, whole
 from legolm.models import FAMILIES, fingerprint, load_model, shape_of
 from legolm.prune import cut_blocks
 from legolm.system import Progress
@@ -99,7 +99,7 @@ def train(model: object, coverage: Coverage, **settings: object) -> tuple[Tensor
     config = TrainConfig(batch_size=4, learning_rate=settings.pop("learning_rate", 0.01))
     start = slice_factors(coverage, init_factors(coverage.shape, TARGETS, 4, seed=1), 4)
     steps, seed, precision = settings.pop("steps", 30), settings.pop("seed", 0), settings.pop("precision", "fp32")
-    return fit(model, coverage, start, 2.0, examples(), config, precision, steps, seed)
+    return fit(Task(model, coverage, start, 2.0, examples(), config, precision, steps, seed))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

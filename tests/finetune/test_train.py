@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +12,12 @@ import torch
 
 from legolm.adapter import Tensors, init_factors
 from legolm.block import Coverage
-from legolm.config import RunConfig, TrainConfig
+from legolm.config import TrainConfig
 from legolm.data import Tokens
 from legolm.errors import LegolmError
-from legolm.federate.client import ClientRuntime
-from legolm.finetune import fit
+from legolm.finetune import Task, fit
 from legolm.finetune.train import Diverged, _micro_batches, _with_less_memory, learning_rate
 from legolm.models import load_model, shape_of
-from legolm.runs import RunDir
 
 EXAMPLES = [Tokens((10, 20 + i, *range(30, 33 + 3 * (i % 4)), 1), 2) for i in range(12)]
 
@@ -36,7 +33,7 @@ def train(
     config = TrainConfig(**{"batch_size": 4, "learning_rate": 0.01} | settings)
     coverage = Coverage.full(shape_of(model.config))
     start = init_factors(coverage.shape, None, 4, seed=1)
-    return fit(model, coverage, start, 2.0, examples, config, "fp32", steps, 3, **(fit_with or {}))
+    return fit(Task(model, coverage, start, 2.0, examples, config, "fp32", steps, 3, **(fit_with or {})))
 
 
 def difference(one: Tensors, other: Tensors) -> float:
@@ -137,27 +134,3 @@ def test_out_of_memory_halves_the_micro_batch() -> None:
         _with_less_memory(lambda size: torch.empty(1 << 60), 2, [])
     with pytest.raises(RuntimeError, match="shapes cannot"):
         _with_less_memory(lambda size: torch.ones(2, 3) @ torch.ones(2, 3), 2, [])
-
-
-def test_a_client_can_refuse_long_examples(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    rows = [{"instruction": "x" * 9 * place, "output": "y"} for place in range(1, 12)]
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    base = tiny("llama")
-
-    def examples(name: str) -> tuple[Tokens, ...]:
-        config = RunConfig(
-            model=str(base),
-            data={"train": str(tmp_path / "c.jsonl")},
-            blocks=[{"name": "a", "method": "dense"}],
-            clients=[{"id": "c", "block": "a"}],
-            train={"max_length": 80, "long_examples": name},
-        )
-        runtime = ClientRuntime(RunDir.open(tmp_path / name, config, resume=False))
-        runtime._load("llm", "")
-        return runtime._examples("c", "train")
-
-    found = examples("truncate")
-    assert any(example.truncated for example in found)
-    assert all(example.truncated == (len(example.ids) == 80) for example in found)
-    with pytest.raises(LegolmError, match=r"example \d+ of 'c' is longer than 80 tokens"):
-        examples("refuse")

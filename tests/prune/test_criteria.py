@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from legolm.config import CRITERIA
 from legolm.errors import LegolmError
-from legolm.prune import Pattern, magnitude, sparsegpt, wanda
+from legolm.prune import Pattern
 from legolm.prune.calibrate import Moments
-from legolm.prune.registry import CRITERIA, keep_largest
+from legolm.prune.registry import keep_largest
+
+
+def cut(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    return CRITERIA.entry(name).make().prune
 
 
 def layer(rows: int = 12, cols: int = 20, tokens: int = 400) -> tuple[Tensor, Tensor]:
@@ -48,14 +55,14 @@ def test_exactly_the_share_is_dropped_even_when_all_are_equal(size: int, sparsit
 
 
 def test_magnitude_by_hand() -> None:
-    weight, mask = magnitude.prune(torch.tensor([[1.0, -5.0], [0.5, 2.0]]), None, Pattern(0.5))
+    weight, mask = cut("magnitude")(torch.tensor([[1.0, -5.0], [0.5, 2.0]]), None, Pattern(0.5))
     assert weight.tolist() == [[0.0, -5.0], [0.0, 2.0]]
     assert mask.tolist() == [[False, True], [False, True]]
 
 
 def test_wanda_agrees_with_float64() -> None:
     weight, inputs = layer()
-    found, mask = wanda.prune(weight, moments_of(inputs, "diagonal"), Pattern(0.4))
+    found, mask = cut("wanda")(weight, moments_of(inputs, "diagonal"), Pattern(0.4))
     scores = weight.double().abs() * inputs.double().norm(dim=0)
     for row in range(len(weight)):
         order = sorted(range(weight.shape[1]), key=lambda j: float(scores[row, j]))
@@ -84,7 +91,7 @@ def reference_sparsegpt(weight: Tensor, inputs: Tensor, sparsity: float) -> tupl
 
 def test_sparsegpt_agrees_with_float64() -> None:
     weight, inputs = layer()
-    found, mask = sparsegpt.prune(weight, moments_of(inputs, "full"), Pattern(0.5))
+    found, mask = cut("sparsegpt")(weight, moments_of(inputs, "full"), Pattern(0.5))
     expected, expected_mask = reference_sparsegpt(weight, inputs, 0.5)
     assert torch.equal(mask, expected_mask)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
@@ -96,8 +103,8 @@ def test_sparsegpt_over_several_blocks_beats_wanda_on_the_outputs() -> None:
     dense = inputs @ weight.T
     errors = {}
     for name, (pruned, mask) in {
-        "sparsegpt": sparsegpt.prune(weight, moments_of(inputs, "full"), Pattern(0.5)),
-        "wanda": wanda.prune(weight, moments_of(inputs, "diagonal"), Pattern(0.5)),
+        "sparsegpt": cut("sparsegpt")(weight, moments_of(inputs, "full"), Pattern(0.5)),
+        "wanda": cut("wanda")(weight, moments_of(inputs, "diagonal"), Pattern(0.5)),
     }.items():
         assert abs(float((~mask).float().mean()) - 0.5) < 0.01
         errors[name] = float((inputs @ pruned.T - dense).square().mean())
@@ -107,19 +114,19 @@ def test_sparsegpt_over_several_blocks_beats_wanda_on_the_outputs() -> None:
 def test_sparsegpt_prunes_dead_columns_and_refuses_infinite_moments() -> None:
     weight, inputs = layer()
     inputs[:, 4] = 0
-    found, _ = sparsegpt.prune(weight, moments_of(inputs, "full"), Pattern(0.3))
+    found, _ = cut("sparsegpt")(weight, moments_of(inputs, "full"), Pattern(0.3))
     assert bool((found[:, 4] == 0).all())
     broken = moments_of(inputs, "full")
     broken.add(torch.full((1, 20), float("inf")))
     with pytest.raises(LegolmError, match=r"calibration\.samples"):
-        sparsegpt.prune(weight, broken, Pattern(0.3))
+        cut("sparsegpt")(weight, broken, Pattern(0.3))
 
 
 @pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4)])
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_n_of_m_in_every_group(criterion: str, kept: int, group: int) -> None:
     weight, inputs = layer(rows=6, cols=16)
-    found, mask = CRITERIA[criterion].prune(weight, moments_of(inputs, "full"), Pattern(1 - kept / group, group))
+    found, mask = cut(criterion)(weight, moments_of(inputs, "full"), Pattern(1 - kept / group, group))
     assert bool((mask.unflatten(1, (-1, group)).sum(-1) == kept).all())
     assert bool((found[~mask] == 0).all())
 
@@ -127,5 +134,5 @@ def test_n_of_m_in_every_group(criterion: str, kept: int, group: int) -> None:
 def test_two_of_four_wanda_by_hand() -> None:
     moments = Moments(4, "diagonal")
     moments.add(torch.tensor([[1.0, 10.0, 1.0, 1.0]]))
-    _, mask = wanda.prune(torch.tensor([[5.0, 1.0, 3.0, -4.0]]), moments, Pattern(0.5, 4))
+    _, mask = cut("wanda")(torch.tensor([[5.0, 1.0, 3.0, -4.0]]), moments, Pattern(0.5, 4))
     assert mask.tolist() == [[True, True, False, False]]

@@ -23,8 +23,8 @@ from legolm.block import llm_block, read_block
 from legolm.errors import LegolmError
 from legolm.evaluate import Questions, read_questions
 from legolm.evaluate.perplexity import perplexity
+from legolm.federate import wire
 from legolm.federate.server import Rounds, scores_of
-from legolm.federate.wire import messages as wire
 from legolm.models import fingerprint, load_model, load_tokenizer
 from legolm.runs import RunDir
 from legolm.study import leave_one_out
@@ -264,7 +264,7 @@ def test_what_cannot_be_ablated_is_one_line(run: Path, other_run: Path, config_f
     assert_one_line(legolm("ablate", tmp_path), "no config.yaml")
     for sets, says in (
         (["federation.keep_updates=false"], "run it anew with --set federation.keep_updates=true"),
-        (["aggregate.scheme=local_only"], "aggregates no updates"),
+        (["federation.mode=alone"], "aggregates no updates"),
         ([], "finish the run first"),
     ):
         folder = tmp_path / says[:3]

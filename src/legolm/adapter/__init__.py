@@ -1,6 +1,6 @@
 """LoRA adapters: keys, slices, start, flat form, files, merging, and what a client learned."""
 
-from legolm.adapter.change import GlobalAdapter, Update
+from legolm.adapter.change import Change
 from legolm.adapter.files import (
     CONFIG,
     FACTORS,
@@ -11,7 +11,7 @@ from legolm.adapter.files import (
     save_adapter,
     save_factors,
 )
-from legolm.adapter.flat import Flat, Layout
+from legolm.adapter.flat import Flat, Layout, adapter_layout, check_finite
 from legolm.adapter.keys import (
     Tensors,
     adapter_keys,
@@ -32,13 +32,14 @@ __all__ = [
     "CONFIG",
     "FACTORS",
     "WEIGHTS",
+    "Change",
     "Flat",
-    "GlobalAdapter",
     "Layout",
     "Tensors",
-    "Update",
     "adapter_keys",
+    "adapter_layout",
     "adapter_parameters",
+    "check_finite",
     "concatenated",
     "factor_key",
     "factor_shape",

@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from legolm.adapter.keys import Tensors
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 @dataclass(frozen=True)
-class Update:
-    """What a client returns after training: the change `delta` of each factor it received, in its block's slice.
+class Change:
+    """The difference `delta` of each trained factor from what the client received, in its block's slice (float32).
 
-    `examples` is HeteAgg's weight n_k: the number of examples the client trained on. `received` is what
-    the change is from: the factors after the codec, with those that the client made itself.
+    `received` is what the change is from: the factors after the codec, with those that the client made itself.
+    `examples` is the client's weight n_k, the number of examples that it trained on; `rank` its LoRA rank.
     """
 
-    run: str
-    round: int
-    client: str
-    block: str
-    base_fingerprint: str
-    coverage_hash: str
-    received_hash: str
-    examples: float
-    rank: int
-    scale: float
     delta: Mapping[str, Tensor]
     received: Tensors
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class GlobalAdapter:
-    """The aggregated adapter in the LLM's coordinates.
-
-    `weight` has the keys and shapes of `factors` and holds, entry by entry, the total weight of the clients that
-    ever trained it, so that "nobody trained this" (0) and "averaged to zero" differ.
-    """
-
-    factors: Tensors
-    weight: Tensors
+    examples: float
     rank: int
-    scale: float
+
+    @property
+    def modules(self) -> list[str]:
+        """`layers.{LLM layer}.{module}` of all that changed, in order."""
+        return sorted({key.rpartition(".")[0] for key in self.delta})
+
+    def ended(self, module: str) -> tuple[Tensor, Tensor]:
+        """A and B of such a module as the client ended with them, where both train."""
+        a, b = (self.received[f"{module}.{side}"] + self.delta[f"{module}.{side}"] for side in "AB")
+        return a, b

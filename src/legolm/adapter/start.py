@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 import torch
 
@@ -19,11 +20,26 @@ def initial_factors(
     frozen_side: bool = False,
     ranks: Mapping[str, int] | None = None,
 ) -> Tensors:
-    """A and B of every module in the LLM's coordinates, float32; the product BA is zero.
+    """A and B of every module in the LLM's coordinates, float32; the product BA is zero. Not to be written to.
 
     `ranks` are those of single modules, named by their last part.
     `frozen_side`: the factor that never trains is random orthonormal (rows of A, columns of B), the other one zero.
     """
+    named = None if targets is None else tuple(targets)
+    return dict(_made(shape, named, rank, seed, frozen_side, tuple(sorted((ranks or {}).items()))))
+
+
+@lru_cache(maxsize=2)
+def _made(
+    shape: Shape,
+    targets: tuple[str, ...] | None,
+    rank: int,
+    seed: int,
+    frozen_side: bool,
+    pairs: tuple[tuple[str, int], ...],
+) -> Tensors:
+    """Kept: a QR for each module takes time, and both ends ask for each block and round."""
+    ranks = dict(pairs)
     if not frozen_side:
         return init_factors(shape, targets, rank, seed, ranks)
     generator = torch.Generator().manual_seed(seed)
@@ -31,7 +47,7 @@ def initial_factors(
     for layer in range(shape.layers):
         for module in modules_of(shape, targets):
             rows, cols = shape.matrix(module)
-            own = (ranks or {}).get(module.rpartition(".")[2], rank)
+            own = ranks.get(module.rpartition(".")[2], rank)
             side = frozen_side_of(shape, module)
             size, other = (cols, rows) if side == "A" else (rows, cols)
             basis = torch.linalg.qr(torch.randn(size, own, generator=generator))[0]

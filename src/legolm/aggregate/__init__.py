@@ -1,21 +1,17 @@
-"""Put updates together in the LLM's coordinates: one file a scheme over one small streaming interface."""
+"""Put changes together in the LLM's coordinates: one file a scheme over one small streaming interface."""
 
 from legolm.aggregate import (  # noqa: F401 (each registers itself)
-    centralized,
     fedavg,
     fedex_lora,
-    fedprox,
     flexlora,
     flora,
     heteagg,
     hetlora,
-    local_only,
-    median,
     raflora,
-    trimmed_mean,
+    robust,
 )
 from legolm.aggregate.exact import ExactForm
-from legolm.aggregate.scheme import SCHEMES, Scheme, Start, make_scheme, scheme_class
-from legolm.aggregate.weight import EntryWeight
+from legolm.aggregate.factors import FactorSum
+from legolm.aggregate.scheme import Scheme, Start, make_scheme, scheme
 
-__all__ = ["SCHEMES", "EntryWeight", "ExactForm", "Scheme", "Start", "make_scheme", "scheme_class"]
+__all__ = ["ExactForm", "FactorSum", "Scheme", "Start", "make_scheme", "scheme"]

@@ -15,17 +15,21 @@ Memory: for each module the stacked factors of all clients of the round, r (m + 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from legolm.adapter import GlobalAdapter, Tensors, Update, parse_key, slice_factors, under_prefix, with_prefix
+from legolm.adapter import Change, Tensors, parse_key, slice_factors, under_prefix, with_prefix
+from legolm.aggregate.factors import Denominator
 from legolm.aggregate.lowrank import ProductSum
-from legolm.aggregate.scheme import Scheme, Start
+from legolm.aggregate.scheme import Scheme, Start, factors_in
 from legolm.aggregate.weight import EntryWeight, Placement
 from legolm.block import Coverage, add_matrix
-from legolm.config import AggregateConfig
+
+Residual = Literal["feedback", "fold", "drop"]
+RESIDUAL_RANK = 32
+"""Of the product that the server keeps, by default."""
 
 
 class _Module:
@@ -41,20 +45,31 @@ class _Module:
 class ExactForm(Scheme):
     """S per module as float32 factors of rank `residual_rank`, and the broadcast adapter G of the run's rank."""
 
-    streaming: ClassVar[bool] = False
+    streams = False
 
-    def __init__(self, start: Start, config: AggregateConfig) -> None:
-        self._start, self._config = start, config
-        self._factors = dict(start.factors)
-        self._names = sorted({key.rpartition(".")[0] for key in self._factors})
+    def __init__(
+        self, denominator: Denominator, residual: Residual = "feedback", residual_rank: int = RESIDUAL_RANK
+    ) -> None:
+        self._denominator, self._residual, self._residual_rank = denominator, residual, residual_rank
+
+    def begin(self, start: Start, state: Tensors | None = None) -> None:
+        """At the start of a run, or where `state()` was taken."""
+        self._start = start
+        self._factors = start.make() if state is None else factors_in(state)
+        names = sorted({key.rpartition(".")[0] for key in self._factors})
         # A warm start's product is where S starts; the usual start's is zero.
-        self._product: Tensors = {
-            f"{name}.{side}": self._factors[f"{name}.{side}"].clone()
-            for name in self._names
-            for side in "AB"
-            if bool(self._factors[f"{name}.B"].any())
-        }
-        self._total = EntryWeight(start.shape, start.rank)
+        self._product: Tensors = (
+            under_prefix("product", state)
+            if state is not None
+            else {
+                f"{name}.{side}": self._factors[f"{name}.{side}"].clone()
+                for name in names
+                for side in "AB"
+                if bool(self._factors[f"{name}.B"].any())
+            }
+        )
+        # The usual start's factors are made anew for empty directions (`split`): the same for the same seed.
+        self._begun = dict(self._factors) if state is None else None
         self._reset()
 
     def payload(self, coverage: Coverage, rank: int) -> Tensors:
@@ -63,7 +78,7 @@ class ExactForm(Scheme):
 
     def adapter(self, coverage: Coverage, rank: int) -> Tensors:
         """The slice of G; with `residual: fold` of S, of its whole rank."""
-        if self._config.residual != "fold" or not self._product:
+        if self._residual != "fold" or not self._product:
             return self.payload(coverage, rank)
         width = max(tensor.shape[1] for key, tensor in self._product.items() if key.endswith(".B"))
         whole = {}
@@ -76,60 +91,49 @@ class ExactForm(Scheme):
             whole[key] = padded
         return slice_factors(coverage, whole, width)
 
-    def add(self, update: Update, coverage: Coverage) -> None:
+    def add(self, change: Change, coverage: Coverage) -> None:
         """Stack n (B_k ΔA + ΔB P_A), which is n Δ_k, at the rows and columns that the block holds."""
-        n = float(update.examples)
-        held = {key.rpartition(".")[0] for key in update.delta}
+        n = float(change.examples)
+        held = {key.rpartition(".")[0] for key in change.delta}
         for name in sorted(held):
-            self._add_module(name, update, coverage, n)
-        self._round.add(coverage, update.rank, n)
+            self._add_module(name, change, coverage, n)
+        self._round.add(coverage, change.rank, n)
         self._examples += n
 
     def change(self, name: str) -> Tensor:
         """η N / D of a module, dense (m, n), float64, not truncated; `finish` cannot come after it."""
         return self._step(name, self._modules[name]).make_dense()
 
-    def finish(self) -> GlobalAdapter:
+    def finish(self) -> None:
         """S + η N / D, truncated; G from its first directions."""
         for name, module in self._modules.items():
             self._finish_module(name, module)
-        self._total.merge(self._round)
         self._reset()
-        return GlobalAdapter(
-            dict(self._factors), self._total.expand(self._factors), self._start.rank, self._start.scale
-        )
 
     def state(self) -> Tensors:
-        """G by factor key, S under `product.`, the weights under `weight.`."""
-        return self._factors | with_prefix("product", self._product) | with_prefix("weight", self._total.state())
-
-    def load_state(self, state: Tensors) -> None:
-        """Go on from `state()`."""
-        self._factors = {key: state[key] for key in self._factors}
-        self._product = under_prefix("product", state)
-        self._total.load_state(under_prefix("weight", state))
-        self._reset()
+        """G by factor key, S under `product.`."""
+        return self._factors | with_prefix("product", self._product)
 
     def _reset(self) -> None:
         self._modules: dict[str, _Module] = {}
         self._round = EntryWeight(self._start.shape, self._start.rank)
         self._examples = 0.0
 
-    def _add_module(self, name: str, update: Update, coverage: Coverage, n: float) -> None:
+    def _add_module(self, name: str, change: Change, coverage: Coverage, n: float) -> None:
         layer, kind, _ = parse_key(f"{name}.A")
         rows, cols = self._start.shape.matrix(kind)
         module = self._modules.setdefault(name, _Module(rows, cols))
-        da, db = (update.delta[f"{name}.{side}"].double() for side in "AB")
-        pa, pb = (update.received[f"{name}.{side}"].double() for side in "AB")
+        da, db = (change.delta[f"{name}.{side}"].double() for side in "AB")
+        pa, pb = (change.received[f"{name}.{side}"].double() for side in "AB")
         mask = coverage.mask(layer, kind)
         if mask is not None and module.weight is None:
             module.weight = self._structural_weight(name)
             self._flush(module, name)
             module.products.make_dense()
         if module.weight is not None:
-            change = (pb + db) @ da + db @ pa
-            here = torch.ones_like(change) if mask is None else mask.double()
-            add_matrix(coverage, layer, kind, module.products.make_dense(), n * here * change)
+            product = (pb + db) @ da + db @ pa
+            here = torch.ones_like(product) if mask is None else mask.double()
+            add_matrix(coverage, layer, kind, module.products.make_dense(), n * here * product)
             add_matrix(coverage, layer, kind, module.weight, n * here)
             return
         placement = Placement.of(coverage)
@@ -137,11 +141,11 @@ class ExactForm(Scheme):
         # One of the two products has the broadcast's uncut factor in it, which is everyone's: its other factor sums.
         if self._start.shape.module(kind).cols == "hidden":
             module.products.add(_place(n * (pb + db), b_rows, rows, 0), da)
-            common, change = pa, _place(n * db, b_rows, rows, 0)
+            common, beside = pa, _place(n * db, b_rows, rows, 0)
         else:
             module.products.add(n * db, _place(pa + da, a_rows, cols, 1))
-            common, change = pb.T, _place(n * da, a_rows, cols, 1).T
-        self._add_common(module, name, common, change)
+            common, beside = pb.T, _place(n * da, a_rows, cols, 1).T
+        self._add_common(module, name, common, beside)
 
     def _add_common(self, module: _Module, name: str, common: Tensor, change: Tensor) -> None:
         """beside += change, where `common` (r, whole side) starts as the others' does; else as one more product."""
@@ -181,8 +185,8 @@ class ExactForm(Scheme):
         """η N / D of one module."""
         layer, kind, _ = parse_key(f"{name}.A")
         self._flush(module, name)
-        products, eta = module.products, self._config.server_learning_rate
-        mean = self._config.denominator == "coverage_mean"
+        products, eta = module.products, self._start.server.server_learning_rate
+        mean = self._denominator == "coverage_mean"
         if module.weight is not None:
             dense = products.make_dense()
             d = module.weight if mean else torch.full_like(dense, self._examples)
@@ -198,9 +202,11 @@ class ExactForm(Scheme):
         if f"{name}.A" in self._product:
             products.add(self._product[f"{name}.B"], self._product[f"{name}.A"])
         rank = self._start.rank
-        u, s, v = products.best(rank if self._config.residual == "drop" else max(rank, self._config.residual_rank))
+        u, s, v = products.best(rank if self._residual == "drop" else max(rank, self._residual_rank))
         self._product |= {f"{name}.A": v.float(), f"{name}.B": (u * s).float()}
-        start = self._start.factors[f"{name}.A"], self._start.factors[f"{name}.B"]
+        if self._begun is None:
+            self._begun = self._start.make()
+        start = self._begun[f"{name}.A"], self._begun[f"{name}.B"]
         self._factors[f"{name}.A"], self._factors[f"{name}.B"] = split(u[:, :rank], s[:rank], v[:rank], *start)
 
 

@@ -1,18 +1,27 @@
-"""FedAvg (McMahan et al., arXiv 1602.05629) on LoRA factors, as FedIT does it (Zhang et al., arXiv 2305.05644).
+"""FedAvg (McMahan et al., arXiv 1602.05629) on LoRA factors, as FedIT does it (Zhang et al., arXiv 2305.05644), and
+FedProx (Li et al., arXiv 1812.06127).
 
-The mean of A and of B over clients, weighted by examples. All clients must hold the same shapes: in FedIT, the LLM.
+The mean of A and of B over clients, weighted by examples: the factor form where everyone covers everything, so D is
+Σ n_k. All clients must hold the same shapes: in FedIT, the LLM.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated
+
+from pydantic import Field
 
 from legolm.aggregate.factors import FactorSum
-from legolm.aggregate.scheme import scheme
+from legolm.aggregate.scheme import Scheme, scheme
 
 
 @scheme("fedavg")
-class FedAvg(FactorSum):
-    """The factor form where everyone covers everything: D is Σ n_k."""
+def fedavg() -> Scheme:
+    """No settings."""
+    return FactorSum("coverage_mean", unequal="no")
 
-    unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "no"
+
+@scheme("fedprox")
+def fedprox(*, proximal: Annotated[float, Field(gt=0)] = 0.01) -> Scheme:
+    """FedAvg whose clients add μ/2 · ‖θ − what they received‖² to their loss; `proximal` is μ."""
+    return FactorSum("coverage_mean", unequal="no", proximal=proximal)

@@ -6,7 +6,7 @@ A and B are averaged, and what the product of means lacks of the mean of product
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +19,14 @@ from legolm.aggregate.scheme import scheme
 class FedexLora(Folding):
     """Clients of one rank, as in the paper."""
 
-    unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "no"
+    unequal = "no"
+
+    def fold_rank(self, ranks: Sequence[int], rank: int) -> int:
+        """All clients' products and the product of the means."""
+        return sum(ranks) + rank
 
     def _next(self, name: str, clients: list[Weighted]) -> tuple[Tensor, Tensor]:
-        eta = self._config.server_learning_rate
+        eta = self._start.server.server_learning_rate
         old_a, old_b = (self._factors[f"{name}.{side}"].double() for side in "AB")
         a = (1 - eta) * old_a + eta * sum(share * a for share, _, a in clients)
         b = (1 - eta) * old_b + eta * sum(share * b for share, b, _ in clients)

@@ -6,49 +6,50 @@ its base and starts a fresh adapter. The download grows with the clients: Σ r_k
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from legolm.adapter import GlobalAdapter, Tensors, initial_factors
+from legolm.adapter import Tensors, initial_factors
 from legolm.aggregate.folding import Folding, Weighted
 from legolm.aggregate.scheme import Start, scheme
 from legolm.block import Coverage
-from legolm.config import AggregateConfig
 
 
 @scheme("flora")
 class Flora(Folding):
     """The fresh adapter comes from a seed of its round, at the client too: it is not sent."""
 
-    unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "rank"
+    unequal = "rank"
+    fresh = True
 
-    def __init__(self, start: Start, config: AggregateConfig) -> None:
-        super().__init__(start, config)
+    def begin(self, start: Start, state: Tensors | None = None) -> None:
+        """At the start of a run, or where `state()` was taken."""
+        super().begin(start, state)
         self.derived_seed = start.seed
+        if state is not None:
+            self._refresh()
 
     def payload(self, coverage: Coverage, rank: int) -> Tensors:
         """Nothing: the client makes its adapter itself."""
         return {}
 
+    def fold_rank(self, ranks: Sequence[int], rank: int) -> int:
+        """All clients' factors."""
+        return sum(ranks)
+
     def adapter(self, coverage: Coverage, rank: int) -> Tensors:
         """What is folded; before the first round the fresh adapter, whose product is zero."""
         return self.fold(coverage, 0) or super().payload(coverage, rank)
 
-    def finish(self) -> GlobalAdapter:
+    def finish(self) -> None:
         """Fold the stack; a fresh adapter."""
-        found = super().finish()
-        self._refresh()
-        return found
-
-    def load_state(self, state: Tensors) -> None:
-        """Go on from `state()`."""
-        super().load_state(state)
+        super().finish()
         self._refresh()
 
     def _next(self, name: str, clients: list[Weighted]) -> tuple[Tensor, Tensor]:
-        eta = self._config.server_learning_rate
+        eta = self._start.server.server_learning_rate
         return torch.cat([eta * share * b for share, b, _ in clients], 1), torch.cat([a for *_, a in clients], 0)
 
     def _refresh(self) -> None:

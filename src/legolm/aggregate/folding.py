@@ -6,17 +6,13 @@ The server keeps every round's change, so that a client that missed rounds gets 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from legolm.adapter import GlobalAdapter, Tensors, Update, slice_factors, under_prefix, with_prefix
-from legolm.adapter.slices import concatenated
-from legolm.aggregate.scheme import Scheme, Start
-from legolm.aggregate.weight import EntryWeight
+from legolm.adapter import Change, Tensors, concatenated, slice_factors, under_prefix, with_prefix
+from legolm.aggregate.scheme import Scheme, Start, factors_in
 from legolm.block import Coverage
-from legolm.config import AggregateConfig
 
 Weighted = tuple[float, Tensor, Tensor]
 """A client's share of the examples, its B and its A, float64."""
@@ -25,17 +21,16 @@ Weighted = tuple[float, Tensor, Tensor]
 class Folding(Scheme):
     """`_fold` holds all rounds' changes stacked, A (R, in) and B (out, R); `_ranks` each round's share of R."""
 
-    streaming: ClassVar[bool] = False
-    dense: ClassVar[bool] = True
-    folds: ClassVar[bool] = True
+    streams = False
+    dense = folds = True
 
-    def __init__(self, start: Start, config: AggregateConfig) -> None:
-        self._start, self._config = start, config
-        self._factors = dict(start.factors)
+    def begin(self, start: Start, state: Tensors | None = None) -> None:
+        """At the start of a run, or where `state()` was taken."""
+        self._start = start
+        self._factors = start.make() if state is None else factors_in(state)
         self._names = sorted({key.rpartition(".")[0] for key in self._factors})
-        self._fold: Tensors = {}
-        self._ranks: list[int] = []
-        self._total = EntryWeight(start.shape, start.rank)
+        self._fold: Tensors = {} if state is None else under_prefix("fold", state)
+        self._ranks: list[int] = [] if state is None else [int(rank) for rank in state["ranks"]]
         self._reset()
 
     def payload(self, coverage: Coverage, rank: int) -> Tensors:
@@ -55,16 +50,15 @@ class Folding(Scheme):
         """Both, as one adapter."""
         return concatenated(self.payload(coverage, rank), self.fold(coverage, 0))
 
-    def add(self, update: Update, coverage: Coverage) -> None:
+    def add(self, change: Change, coverage: Coverage) -> None:
         """Keep the factors that the client ended with, weighted by its examples."""
-        n = float(update.examples)
+        n = float(change.examples)
         for name in self._names:
-            a, b = (update.received[f"{name}.{side}"] + update.delta[f"{name}.{side}"] for side in "AB")
+            a, b = change.ended(name)
             self._held.setdefault(name, []).append((n, b.double(), a.double()))
-        self._round.add(coverage, update.rank, n)
         self._examples += n
 
-    def finish(self) -> GlobalAdapter:
+    def finish(self) -> None:
         """Fold what this scheme folds; the next adapter."""
         if self._examples:
             total = self._examples
@@ -77,23 +71,12 @@ class Folding(Scheme):
                 self._fold[f"{name}.B"] = b.float() if old_b is None else torch.cat([old_b, b.float()], 1)
         else:
             self._ranks.append(0)
-        self._total.merge(self._round)
         self._reset()
-        return GlobalAdapter(
-            dict(self._factors), self._total.expand(self._factors), self._start.rank, self._start.scale
-        )
 
     def state(self) -> Tensors:
-        """Factors by key, the changes of the base under `fold.`, their ranks, the weights under `weight.`."""
+        """Factors by key, the changes of the base under `fold.`, their ranks."""
         ranks = {"ranks": torch.tensor(self._ranks, dtype=torch.int64)}
-        return self._factors | ranks | with_prefix("fold", self._fold) | with_prefix("weight", self._total.state())
-
-    def load_state(self, state: Tensors) -> None:
-        """Go on from `state()`."""
-        self._factors = {key: state[key] for key in self._factors}
-        self._fold = under_prefix("fold", state)
-        self._ranks = [int(rank) for rank in state["ranks"]]
-        self._total.load_state(under_prefix("weight", state))
+        return self._factors | ranks | with_prefix("fold", self._fold)
 
     @abstractmethod
     def _next(self, name: str, clients: list[Weighted]) -> tuple[Tensor, Tensor]:
@@ -101,5 +84,4 @@ class Folding(Scheme):
 
     def _reset(self) -> None:
         self._held: dict[str, list[Weighted]] = {}
-        self._round = EntryWeight(self._start.shape, self._start.rank)
         self._examples = 0.0

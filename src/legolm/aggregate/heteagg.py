@@ -1,13 +1,35 @@
 """HeteAgg (LEGO, arXiv 2410.18287, and its patent application US 2026/0010799 A1, claims 5 and 6) in three forms.
 
 `factor` averages A and B each for itself, `frozen_side` trains and sends one of them, `exact` aggregates products.
-With `mask: saliency` a client sends only the (1 − s) largest |Δ| of each tensor (`wire`); that mask never enters D.
+With `mask: saliency` a client sends only the (1 − s) largest |Δ| of each tensor; that mask never enters D.
 """
 
 from __future__ import annotations
 
-from legolm.aggregate.exact import ExactForm
-from legolm.aggregate.factors import FactorSum
-from legolm.aggregate.scheme import SCHEMES
+from typing import Annotated, Literal
 
-SCHEMES["heteagg"] = lambda config: ExactForm if config.form == "exact" else FactorSum
+from pydantic import Field
+
+from legolm.aggregate.exact import RESIDUAL_RANK, ExactForm, Residual
+from legolm.aggregate.factors import Denominator, FactorSum
+from legolm.aggregate.scheme import Scheme, scheme
+
+
+@scheme("heteagg")
+def heteagg(
+    *,
+    form: Literal["factor", "exact", "frozen_side"] = "frozen_side",
+    denominator: Denominator = "coverage_mean",
+    mask: Literal["structure", "saliency"] = "structure",
+    residual: Residual = "feedback",
+    residual_rank: Annotated[int, Field(ge=1)] = RESIDUAL_RANK,
+) -> Scheme:
+    """`denominator`: mean over those who hold an entry, or over all. `residual`, `residual_rank`: the exact form's."""
+    if form == "exact":
+        if mask == "saliency":
+            raise ValueError("mask 'saliency' is on factors; form 'exact' aggregates products: take mask structure")
+        return ExactForm(denominator, residual, residual_rank)
+    for name, value, usual in (("residual", residual, "feedback"), ("residual_rank", residual_rank, RESIDUAL_RANK)):
+        if value != usual:
+            raise ValueError(f"{name} {value!r} is of form 'exact'; form {form!r} has none")
+    return FactorSum(denominator, frozen_side=form == "frozen_side", salient=mask == "saliency")

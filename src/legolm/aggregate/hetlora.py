@@ -7,46 +7,49 @@ rank self-pruning at the client, is not here: this is its γ = 1.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 import torch
 
-from legolm.adapter import Update
-from legolm.aggregate.adapter import OneAdapter
+from legolm.adapter import Change, Tensors
 from legolm.aggregate.lowrank import frobenius
-from legolm.aggregate.scheme import scheme
-from legolm.aggregate.weight import Placement
+from legolm.aggregate.one_adapter import OneAdapter
+from legolm.aggregate.scheme import Scheme, Start, scheme
+from legolm.aggregate.weight import EntryWeight, Placement
 from legolm.block import Coverage
 
 
-@scheme("hetlora")
-class HetLora(OneAdapter):
+class _Round:
     """Σ ‖ΔW_k‖ · pad(factors) and Σ ‖ΔW_k‖ by module."""
 
-    unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "rank"
-    dense: ClassVar[bool] = True
+    def __init__(self, start: Start, factors: Tensors) -> None:
+        self._eta = start.server.server_learning_rate
+        self._sum = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in factors.items()}
+        self._norms: dict[str, float] = {}
+        self._weight = EntryWeight(start.shape, start.rank)
 
-    def add(self, update: Update, coverage: Coverage) -> None:
+    def add(self, change: Change, coverage: Coverage) -> None:
         """Weigh and pad the factors that the client ended with."""
         placement = Placement.of(coverage)
-        for name in {key.rpartition(".")[0] for key in update.delta}:
-            a, b = (update.received[f"{name}.{side}"] + update.delta[f"{name}.{side}"] for side in "AB")
-            weight = frobenius(b, a)
-            self._weight[name] = self._weight.get(name, 0.0) + weight
+        for name in change.modules:
+            a, b = change.ended(name)
+            norm = frobenius(b, a)
+            self._norms[name] = self._norms.get(name, 0.0) + norm
             for key, value in ((f"{name}.A", a), (f"{name}.B", b)):
-                placement.add(key, self._sum[key], value, weight)
-        self._round.add(coverage, update.rank, float(update.examples))
+                placement.add(key, self._sum[key], value, norm)
+        self._weight.add(coverage, change.rank, float(change.examples))
 
-    def _make(self) -> None:
+    def result(self, factors: Tensors) -> Tensors:
         """θ + η (mean − θ) where somebody trained; a module whose products are all zero stays."""
-        for key, theta in self._factors.items():
-            weight = self._weight.get(key.rpartition(".")[0], 0.0)
-            if weight > 0:
+        found = dict(factors)
+        for key, theta in factors.items():
+            norm = self._norms.get(key.rpartition(".")[0], 0.0)
+            if norm > 0:
                 old = theta.double()
-                change = self._config.server_learning_rate * (self._sum[key] / weight - old)
-                self._factors[key] = (old + torch.where(self._round.of(key, theta) > 0, change, 0.0)).float()
+                step = self._eta * (self._sum[key] / norm - old)
+                found[key] = (old + torch.where(self._weight.of(key, theta) > 0, step, 0.0)).float()
+        return found
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._sum = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in self._factors.items()}
-        self._weight: dict[str, float] = {}
+
+@scheme("hetlora")
+def hetlora() -> Scheme:
+    """No settings."""
+    return OneAdapter(_Round, unequal="rank", dense=True, streams=True)

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from legolm.adapter import Tensors, under_prefix, with_prefix
-from legolm.config import AggregateConfig
+from legolm.config import ServerConfig
 
 
 class ServerOptimizer:
-    """First and second moments by factor key, float32."""
+    """First and second moments by factor key, float32; those of a scheme's `state`, if any."""
 
-    def __init__(self, config: AggregateConfig) -> None:
+    def __init__(self, config: ServerConfig, state: Tensors) -> None:
         self._config = config
-        self._first: Tensors = {}
-        self._second: Tensors = {}
+        self._first, self._second = under_prefix("first", state), under_prefix("second", state)
 
     def step(self, key: str, gradient: Tensor, trained: Tensor) -> Tensor:
         """The change of a factor; `gradient` is float64 and zero where `trained` (bool, broadcasts) is not."""
@@ -43,7 +42,3 @@ class ServerOptimizer:
     def state(self) -> Tensors:
         """Both moments."""
         return with_prefix("first", self._first) | with_prefix("second", self._second)
-
-    def load_state(self, state: Tensors) -> None:
-        """Go on from `state()`."""
-        self._first, self._second = under_prefix("first", state), under_prefix("second", state)

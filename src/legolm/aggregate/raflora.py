@@ -9,42 +9,48 @@ from __future__ import annotations
 
 import torch
 
-from legolm.adapter import Update, parse_key
-from legolm.aggregate.flexlora import FlexLora
+from legolm.adapter import Change, Tensors, parse_key
+from legolm.aggregate.flexlora import FlexRound
 from legolm.aggregate.lowrank import ProductSum
-from legolm.aggregate.scheme import scheme
+from legolm.aggregate.one_adapter import OneAdapter
+from legolm.aggregate.scheme import Scheme, Start, scheme
 from legolm.block import Coverage
 
 
-@scheme("raflora")
-class RaFlora(FlexLora):
+class _Round:
     """One stack for each rank row, so that each can have its own denominator at the end of the round."""
 
-    def add(self, update: Update, coverage: Coverage) -> None:
+    def __init__(self, start: Start) -> None:
+        self._start, self._whole = start, FlexRound(start)
+        self._parts: dict[tuple[str, int], ProductSum] = {}
+        self._behind = [0.0] * start.rank
+
+    def add(self, change: Change, coverage: Coverage) -> None:
         """Stack the client's product by rank row."""
-        n = float(update.examples)
-        for name in sorted({key.rpartition(".")[0] for key in update.delta}):
-            a, b = (update.received[f"{name}.{side}"] + update.delta[f"{name}.{side}"] for side in "AB")
+        n = float(change.examples)
+        for name in change.modules:
+            a, b = change.ended(name)
             _, module, _ = parse_key(f"{name}.A")
             rows, cols = self._start.shape.matrix(module)
-            for j in range(update.rank):
+            for j in range(change.rank):
                 part = self._parts.setdefault((name, j), ProductSum(rows, cols))
                 part.add(n * b[:, j : j + 1].double(), a[j : j + 1])
-        for j in range(update.rank):
+        for j in range(change.rank):
             self._behind[j] += n
-        self._round.add(coverage, update.rank, n)
-        self._examples += n
+        self._whole.examples += n
 
-    def _make(self) -> None:
+    def result(self, factors: Tensors) -> Tensors:
         """Σ over rank rows of their means; then FlexLoRA's SVD."""
         for (name, j), part in self._parts.items():
-            whole = self._products.setdefault(name, ProductSum(part.rows, part.cols))
+            whole = self._whole.products.setdefault(name, ProductSum(part.rows, part.cols))
             # FlexLoRA divides by all examples of the round.
-            part.scale(rows=torch.full((part.rows,), self._examples / self._behind[j], dtype=torch.float64))
+            share = self._whole.examples / self._behind[j]
+            part.scale(rows=torch.full((part.rows,), share, dtype=torch.float64))
             whole.absorb(part)
-        super()._make()
+        return self._whole.result(factors)
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._parts: dict[tuple[str, int], ProductSum] = {}
-        self._behind = torch.zeros(self._start.rank, dtype=torch.float64).tolist()
+
+@scheme("raflora")
+def raflora() -> Scheme:
+    """No settings."""
+    return OneAdapter(lambda start, factors: _Round(start), unequal="rank", dense=True, streams=False)

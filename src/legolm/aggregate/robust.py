@@ -1,54 +1,100 @@
-"""Coordinate-wise statistics under coverage: what trimmed mean and median share.
+"""Coordinate-wise statistics under coverage: median, trimmed mean, and any function of the same form.
 
-A coordinate's statistic is over the clients that hold it, each counting the same: a liar must not choose its weight.
-They need all updates of the round at once: memory grows with the clients.
+A coordinate's statistic is over the clients that hold it. They need all changes of the round at once: memory grows with
+the clients.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import ClassVar
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from legolm.adapter import Update
-from legolm.aggregate.adapter import OneAdapter
+from legolm.adapter import Change, Tensors
+from legolm.aggregate.one_adapter import OneAdapter
+from legolm.aggregate.scheme import Start, Statistics, scheme
 from legolm.aggregate.weight import Placement
 from legolm.block import Coverage
+from legolm.errors import LegolmError
 
 
-class Robust(OneAdapter):
-    """Holds the round's updates; θ moves by η times the statistic of the changes."""
+class Statistic(OneAdapter):
+    """The scheme that a statistic makes: θ moves by η times the statistic of the changes."""
 
-    streaming: ClassVar[bool] = False
+    def __init__(self, name: str, statistic: Statistics) -> None:
+        super().__init__(
+            lambda start, factors: _Round(name, statistic, start), unequal="block", dense=False, streams=False
+        )
 
-    def add(self, update: Update, coverage: Coverage) -> None:
-        """Keep the update."""
-        self._updates.append((update, coverage))
-        self._round.add(coverage, update.rank, float(update.examples))
 
-    def _make(self) -> None:
+class _Round:
+    """Holds the round's changes."""
+
+    def __init__(self, name: str, statistic: Statistics, start: Start) -> None:
+        self._name, self._statistic = name, statistic
+        self._eta = start.server.server_learning_rate
+        self._changes: list[tuple[Change, Coverage]] = []
+
+    def add(self, change: Change, coverage: Coverage) -> None:
+        """Keep it."""
+        self._changes.append((change, coverage))
+
+    def result(self, factors: Tensors) -> Tensors:
         """θ + η · statistic where somebody trained; elsewhere θ."""
-        for key, theta in self._factors.items():
-            held = [(one, coverage) for one, coverage in self._updates if key in one.delta]
+        found = dict(factors)
+        for key, theta in factors.items():
+            held = [(change, coverage) for change, coverage in self._changes if key in change.delta]
             if held:
-                change = self.statistic(torch.stack([_spread(key, theta, *one) for one in held]))
-                self._factors[key] = theta + (self._config.server_learning_rate * change.nan_to_num(nan=0.0)).float()
+                spread = torch.stack([_spread(key, theta, *one) for one in held])
+                weight = torch.tensor([change.examples for change, _ in held], dtype=torch.float64)
+                moved = self._checked(key, self._statistic(spread, weight), spread)
+                found[key] = theta + (self._eta * moved.nan_to_num(nan=0.0)).float()
+        return found
 
-    @abstractmethod
-    def statistic(self, changes: Tensor) -> Tensor:
-        """Of (clients, rows, columns), float64, over the first dimension; NaN is a coordinate that a client lacks."""
+    def _checked(self, key: str, value: Tensor, spread: Tensor) -> Tensor:
+        """Raise `LegolmError` unless it is a finite number wherever a client holds something."""
+        where = f"aggregate.scheme {self._name!r}"
+        if not isinstance(value, Tensor) or value.shape != spread.shape[1:]:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise LegolmError(
+                f"{where}: gave {shape} for {key}; of changes (clients, rows, columns) it must give (rows, columns), "
+                f"{tuple(spread.shape[1:])}"
+            )
+        held = ~spread.isnan().all(0)
+        if not bool(value[held].isfinite().all()):
+            raise LegolmError(
+                f"{where}: gave a number that is not finite for {key} where clients hold something; NaN in changes "
+                "marks what one client lacks: leave those out (torch.nanmean)"
+            )
+        return value.double()
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._updates: list[tuple[Update, Coverage]] = []
 
-
-def _spread(key: str, like: Tensor, update: Update, coverage: Coverage) -> Tensor:
-    """The update's change of one factor in the LLM's coordinates, NaN where the block has none."""
+def _spread(key: str, like: Tensor, change: Change, coverage: Coverage) -> Tensor:
+    """The change of one factor in the LLM's coordinates, NaN where the block has none."""
     placement = Placement.of(coverage)
     value, held = (torch.zeros_like(like, dtype=torch.float64) for _ in range(2))
-    placement.add(key, value, update.delta[key], 1.0)
-    placement.add(key, held, torch.ones_like(update.delta[key]), 1.0)
+    placement.add(key, value, change.delta[key], 1.0)
+    placement.add(key, held, torch.ones_like(change.delta[key]), 1.0)
     return torch.where(held > 0, value, torch.nan)
+
+
+@scheme("median")
+def median(changes: Tensor, weight: Tensor) -> Tensor:
+    """Coordinate-wise median (Yin et al., ICML 2018, arXiv 1803.01498): the middle value, or the mean of both.
+
+    Each client counts the same: a liar must not choose its weight. NaN where nobody holds the coordinate.
+    """
+    return changes.nanquantile(0.5, dim=0)
+
+
+@scheme("trimmed_mean")
+def trimmed_mean(changes: Tensor, weight: Tensor, *, trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2) -> Tensor:
+    """Coordinate-wise trimmed mean (as above): of c holders the floor(trim · c) smallest and largest are left out."""
+    ordered = changes.sort(dim=0).values  # NaN last
+    holders = (~ordered.isnan()).sum(0)
+    cut = (trim * holders).floor()
+    place = torch.arange(len(ordered)).view(-1, 1, 1)
+    inside = (place >= cut) & (place < holders - cut)
+    return torch.where(inside, ordered, 0.0).sum(0) / inside.sum(0)

@@ -1,52 +1,78 @@
-"""What an aggregation scheme is."""
+"""What an aggregation scheme is, and how one registers itself."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
-from legolm.adapter import GlobalAdapter, Tensors, Update
+from torch import Tensor
+
+from legolm.adapter import Change, Tensors
 from legolm.block import Coverage
-from legolm.config import AggregateConfig
+from legolm.config import SCHEMES, AggregateConfig, Entry, ServerConfig
 from legolm.models import Shape
+
+STATISTIC = ("changes", "weight")
+"""What a scheme that is a plain function takes: changes (clients, rows, columns), weight (clients,), both float64."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: factors in the coordinates of an LLM of this shape; `seed` made those that nobody sends."""
+    """Where a run starts: in the coordinates of an LLM of this shape, with factors that `make` gives when asked.
+
+    `seed` made those that nobody sends. `server` says how far a round goes.
+    """
 
     shape: Shape
-    factors: Tensors
+    make: Callable[[], Tensors]
     rank: int
-    scale: float
     seed: int = 0
+    server: ServerConfig = field(default_factory=ServerConfig)
 
 
 class Scheme(ABC):
-    """Adds updates as they arrive; order does not matter beyond rounding. Knows tensors and coverage, no transport.
+    """Adds changes as they arrive; order does not matter beyond rounding. Knows tensors and coverage, no transport.
 
-    A client trains `payload` and, where `derived_seed` is given, the factors that it makes itself from that seed
-    (`initial.initial_factors`); its base is the block plus every `fold` it got. `adapter` is all of that as one
-    adapter: what a block or the LLM is scored and merged with.
+    Made of its settings alone; `begin` puts it at a start or at a saved state. A client trains `payload` and, where
+    `derived_seed` is given, the factors that it makes itself from that seed (`adapter.initial_factors`); its base is
+    the block plus every `fold` it got. `adapter` is all of that as one adapter: what a block or the LLM is scored and
+    merged with.
+
+    What it can and needs it says itself, in the attributes below: no other file knows its name.
     """
 
-    streaming: ClassVar[bool] = True
-    """A round's memory is the same for any number of clients."""
-    unequal_shapes: ClassVar[Literal["no", "rank", "block"]] = "block"
+    unequal: Literal["no", "rank", "block"] = "block"
     """What may differ between clients: nothing, the LoRA rank of dense clients, or the block."""
-    dense: ClassVar[bool] = False
+    dense: bool = False
     """Works on clients that hold the whole LLM only."""
-    folds: ClassVar[bool] = False
+    streams: bool = True
+    """A round's memory is the same for any number of clients."""
+    sums: bool = False
+    """A round is one weighted sum over clients, entry by entry: the server need not see single changes."""
+    folds: bool = False
     """Rounds change the clients' base (`fold`)."""
+    frozen_side: bool = False
+    """Only the factor on the side that blocks cut trains and travels; the other is made from the seed."""
+    fresh: bool = False
+    """Each round trains an adapter that clients make anew from the seed: nothing of it is sent."""
+    module_ranks: bool = False
+    """Takes modules of other ranks than the run's (`lora.ranks`)."""
+    optimizers: bool = False
+    """Takes a server optimizer."""
+    learning_rate: float = 2e-3
+    """What its clients train at where the config does not say."""
     proximal: float = 0.0
     """FedProx's μ for the client's training."""
     derived_seed: int | None = None
-    """Seed of the factors that are not sent; None: all are sent."""
+    """Seed of the factors that are not sent; None: all are sent. May change with rounds."""
 
     @abstractmethod
-    def __init__(self, start: Start, config: AggregateConfig) -> None: ...
+    def begin(self, start: Start, state: Tensors | None = None) -> None:
+        """At the start of a run, or where `state()` was taken."""
 
     @abstractmethod
     def payload(self, coverage: Coverage, rank: int) -> Tensors:
@@ -56,46 +82,65 @@ class Scheme(ABC):
         """The change of the base (factors A and B of any rank) that rounds after `since` made, in the block's slice."""
         return {}
 
+    def fold_rank(self, ranks: Sequence[int], rank: int) -> int:
+        """Rank of what a round with clients of these ranks, in a run of this rank, adds to everyone's download."""
+        return 0
+
+    def keep(self, sparsity: float) -> float:
+        """Share of its change's entries, the largest, that a client with a block of this sparsity sends."""
+        return 1.0
+
     def adapter(self, coverage: Coverage, rank: int) -> Tensors:
         """What a block of this coverage is evaluated with; all modules share one rank, which may be another."""
         return self.payload(coverage, rank)
 
     @abstractmethod
-    def add(self, update: Update, coverage: Coverage) -> None:
-        """Add one checked update of a block with this coverage."""
+    def add(self, change: Change, coverage: Coverage) -> None:
+        """Add one checked change of a block with this coverage."""
 
     @abstractmethod
-    def finish(self) -> GlobalAdapter:
-        """End the round: the new global adapter. Without any update it is the old one."""
+    def finish(self) -> None:
+        """End the round: the new global adapter. Without any change it is the old one."""
 
     @abstractmethod
     def state(self) -> Tensors:
-        """All that the next round needs, between rounds."""
-
-    @abstractmethod
-    def load_state(self, state: Tensors) -> None:
-        """Go on from a saved state."""
+        """All that the next round needs, between rounds; factors by their keys, the rest under other prefixes."""
 
 
-SCHEMES: dict[str, Callable[[AggregateConfig], type[Scheme]]] = {}
-S = TypeVar("S", bound=type[Scheme])
+def scheme(name: str) -> Callable[[Callable[..., Any]], Entry[Scheme]]:
+    """Register a scheme under the name that configs use; its keyword-only parameters are its settings.
 
+    What is decorated is a class or function that makes a `Scheme` of its settings, or a plain statistic
+    `f(changes, weight, *, ...)`: over the clients' changes (clients, rows, columns) of one factor, NaN where a client
+    holds nothing, and their numbers of examples (clients,), both float64, it gives (rows, columns). Raises
+    `LegolmError` for a name that is taken and for a signature that is neither.
+    """
 
-def scheme(name: str) -> Callable[[S], S]:
-    """Register a scheme under the name that configs use."""
+    def register(made_of: Callable[..., Any]) -> Entry[Scheme]:
+        first = next(iter(inspect.signature(made_of).parameters.values()), None)
+        if inspect.isclass(made_of) or first is None or first.kind is first.KEYWORD_ONLY:
+            return SCHEMES.register(name, made_of, made_of)
 
-    def register(kind: S) -> S:
-        SCHEMES[name] = lambda config: kind
-        return kind
+        def make(**settings: Any) -> Scheme:
+            from legolm.aggregate.robust import Statistic
+
+            return Statistic(name, partial(made_of, **settings))
+
+        return SCHEMES.register(name, made_of, make, STATISTIC)
 
     return register
 
 
-def scheme_class(config: AggregateConfig) -> type[Scheme]:
-    """The configured scheme with its flags."""
-    return SCHEMES[config.scheme](config)
+def make_scheme(config: AggregateConfig) -> Scheme:
+    """The configured scheme, before any start."""
+    made: Scheme = SCHEMES.entry(config.scheme).make(**config.settings)
+    return made
 
 
-def make_scheme(start: Start, config: AggregateConfig) -> Scheme:
-    """The configured scheme at the start of a run."""
-    return scheme_class(config)(start, config)
+def factors_in(state: Tensors) -> Tensors:
+    """Of a state the global adapter's factors."""
+    return {key: tensor for key, tensor in state.items() if key.startswith("layers.")}
+
+
+Statistics = Callable[[Tensor, Tensor], Tensor]
+Traits = Mapping[str, Any]

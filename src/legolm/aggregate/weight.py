@@ -110,13 +110,6 @@ class EntryWeight:
                 self._of(f"layers.{layer}.neurons", self._shape.neurons)[placement.neurons(j), last] += n
         self._waiting = {}
 
-    def merge(self, other: EntryWeight) -> None:
-        """Add what another one holds."""
-        other._settle()
-        self._sums = {}
-        for name, tensor in other._tensors.items():
-            self._of(name, tensor.shape[0]).add_(tensor)
-
     def of(self, key: str, factor: Tensor) -> Tensor:
         """The weights of one factor, in a shape that broadcasts to it; its module's rank may be below the run's."""
         layer, module, side = parse_key(key)
@@ -137,19 +130,6 @@ class EntryWeight:
             return self._behind(f"layers.{layer}.neurons", self._shape.neurons)
         groups = self._behind(f"layers.{layer}.kv_groups", self._shape.kv_groups)
         return groups.repeat_interleave(self._shape.per_group(unit), 0)
-
-    def expand(self, factors: Tensors) -> Tensors:
-        """The weights with the keys and shapes of `factors`, float32."""
-        return {key: self.of(key, tensor).float().expand(tensor.shape) for key, tensor in factors.items()}
-
-    def state(self) -> Tensors:
-        """Small tensors, by layer and unit."""
-        self._settle()
-        return dict(self._tensors)
-
-    def load_state(self, state: Tensors) -> None:
-        """Go on from `state()`."""
-        self._tensors, self._sums, self._waiting = dict(state), {}, {}
 
     def _behind(self, name: str, units: int) -> Tensor:
         """What stands behind each rank row: the sum from the end. Modules share it, so it is made once."""

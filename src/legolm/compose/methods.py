@@ -15,10 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from legolm.adapter import Update, factor_key
-from legolm.aggregate import ExactForm, Start, make_scheme
+from legolm.adapter import Change, factor_key
+from legolm.aggregate import ExactForm, FactorSum, Start
 from legolm.block import Coverage, add_matrix
-from legolm.config import AggregateConfig
 from legolm.errors import LegolmError, nearest
 from legolm.models import Shape
 
@@ -106,22 +105,23 @@ def choose_method(name: str, form: str | None, scaling: float | None, density: f
 def heteagg(parts: Sequence[Part], form: Form) -> Tensor:
     """HeteAgg (arXiv 2410.18287) with the coverage mean: of products (`exact`), or of A and B each for itself.
 
-    It is the registered scheme, for one round that starts from nothing: what nobody holds has no factor.
+    It is the scheme's own sum, for one round that starts from nothing: what nobody holds has no factor.
     """
     first = parts[0]
     rank = max(len(part.a) for part in parts)
     rows, cols = first.shape.matrix(first.module)
     key_a, key_b = (factor_key(first.layer, first.module, side) for side in "AB")
-    start = Start(first.shape, {key_a: torch.zeros(rank, cols), key_b: torch.zeros(rows, rank)}, rank, 1.0)
-    scheme = make_scheme(start, AggregateConfig(form=form))
+    zero = {key_a: torch.zeros(rank, cols), key_b: torch.zeros(rows, rank)}
+    scheme: ExactForm | FactorSum = ExactForm("coverage_mean") if form == "exact" else FactorSum("coverage_mean")
+    scheme.begin(Start(first.shape, lambda: zero, rank))
     for part in parts:
         delta = {key_a: part.a, key_b: part.b}
-        zero = {key: torch.zeros_like(tensor) for key, tensor in delta.items()}
-        update = Update("", 1, "", "", "", "", "", part.weight, len(part.a), 1.0, delta, zero)
-        scheme.add(update, part.coverage)
+        received = {key: torch.zeros_like(tensor) for key, tensor in delta.items()}
+        scheme.add(Change(delta, received, part.weight, len(part.a)), part.coverage)
     if isinstance(scheme, ExactForm):
         return scheme.change(key_a.rpartition(".")[0])
-    factors = scheme.finish().factors
+    scheme.finish()
+    factors = scheme.state()
     return factors[key_b].double() @ factors[key_a].double()
 
 

@@ -1,19 +1,18 @@
 """The run's configuration: its fields (`sections`) and its files (`file`)."""
 
-from legolm.config.aggregation import AggregateConfig, Codec, FederationConfig, OutlierConfig
+from legolm.config.aggregation import AggregateConfig, Codec, FederationConfig, OutlierConfig, ServerConfig
+from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.file import dump, load, validate
+from legolm.config.registry import CRITERIA, SCHEMES, TRAINERS, Choice, Entry, Registry, load_plugins
+from legolm.config.section import Fields
 from legolm.config.sections import (
-    BlockConfig,
-    CalibrationConfig,
     ClientConfig,
     DataConfig,
     Device,
     EvaluateConfig,
-    Fields,
     LoraConfig,
     Precision,
     Profile,
-    RecoverConfig,
     RunConfig,
     Split,
     TrainConfig,
@@ -21,13 +20,18 @@ from legolm.config.sections import (
 from legolm.config.study import Variant, load_study
 
 __all__ = [
+    "CRITERIA",
+    "SCHEMES",
+    "TRAINERS",
     "AggregateConfig",
     "BlockConfig",
     "CalibrationConfig",
+    "Choice",
     "ClientConfig",
     "Codec",
     "DataConfig",
     "Device",
+    "Entry",
     "EvaluateConfig",
     "FederationConfig",
     "Fields",
@@ -36,12 +40,15 @@ __all__ = [
     "Precision",
     "Profile",
     "RecoverConfig",
+    "Registry",
     "RunConfig",
+    "ServerConfig",
     "Split",
     "TrainConfig",
     "Variant",
     "dump",
     "load",
+    "load_plugins",
     "load_study",
     "validate",
 ]

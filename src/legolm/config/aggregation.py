@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from legolm.config.section import LocalPath, Section
+from legolm.config.registry import SCHEMES, Registry
+from legolm.config.section import LocalPath, OpenSection, Section
 
-SchemeName = Literal[
-    "heteagg",
-    "fedavg",
-    "fedprox",
-    "hetlora",
-    "flexlora",
-    "flora",
-    "fedex_lora",
-    "raflora",
-    "trimmed_mean",
-    "median",
-    "local_only",
-    "centralized",
-]
 Codec = Literal["none", "bf16", "int8"]
 
 
@@ -36,73 +22,39 @@ class OutlierConfig(Section):
     factor: float = Field(3.0, gt=1)
 
 
-class AggregateConfig(Section):
-    """How updates become one. `heteagg` is the paper's; docs/aggregation.md has the table of schemes."""
+class ServerConfig(Section):
+    """How far the server goes along a round's result, whatever the scheme; an optimizer is for schemes that sum."""
 
-    scheme: SchemeName = "heteagg"
-    form: Literal["factor", "exact", "frozen_side"] = Field(
-        "frozen_side", description="heteagg: what is averaged; other schemes have `factor`"
-    )
-    denominator: Literal["coverage_mean", "global_fill"] = Field(
-        "coverage_mean", description="heteagg: mean over those who hold an entry, or over all"
-    )
-    mask: Literal["structure", "saliency"] = Field(
-        "structure", description="heteagg: saliency sends the (1 - sparsity) largest changes of each tensor"
-    )
-    residual: Literal["feedback", "fold", "drop"] = Field(
-        "feedback", description="heteagg exact: what happens to the product beyond lora.rank"
-    )
-    residual_rank: int = Field(32, ge=1, description="heteagg exact: rank of the product that the server keeps")
     server_learning_rate: float = Field(1.0, gt=0)
     server_optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
     server_momentum: float = Field(0.9, ge=0, lt=1)
     server_beta2: float = Field(0.99, ge=0, lt=1)
     server_tau: float = Field(1e-3, gt=0, description="adaptivity of fedadam and fedyogi")
-    proximal: float = Field(0.01, gt=0, description="fedprox: μ")
-    trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed_mean: share left out at each end")
+
+
+class AggregateConfig(OpenSection, ServerConfig):
+    """How updates become one. `heteagg` is the paper's; docs/aggregation.md has the table of schemes.
+
+    A scheme's own settings (`form`, `trim`) stand here too; they are those of its signature.
+    """
+
+    model_config = OpenSection.model_config
+    named: ClassVar[str] = "scheme"
+    registry: ClassVar[Registry[Any]] = SCHEMES
+
+    scheme: str = "heteagg"
     outliers: OutlierConfig = OutlierConfig()
     start: LocalPath | None = Field(None, description="run folder whose best global adapter this run starts from")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _form_by_scheme(cls, value: Any) -> Any:
-        return value | {"form": form_of(value)} if isinstance(value, dict) else value
-
-    @model_validator(mode="after")
-    def _options_fit(self) -> AggregateConfig:
-        fields = type(self).model_fields
-        owners = dict.fromkeys(("form", "denominator", "mask"), "heteagg")
-        for name, scheme in (owners | {"proximal": "fedprox", "trim": "trimmed_mean"}).items():
-            usual = "factor" if name == "form" else fields[name].default
-            if self.scheme != scheme and getattr(self, name) != usual:
-                raise ValueError(f"{name} {getattr(self, name)!r} is {scheme}'s; scheme {self.scheme!r} has none")
-        for name in ("residual", "residual_rank"):
-            if self.form != "exact" and getattr(self, name) != fields[name].default:
-                raise ValueError(f"{name} {getattr(self, name)!r} is of form 'exact'; form {self.form!r} has none")
-        if self.form == "exact" and self.mask == "saliency":
-            raise ValueError("mask 'saliency' is on factors; form 'exact' aggregates products: take mask structure")
-        if self.server_optimizer != "none":
-            if self.form == "exact":
-                raise ValueError(
-                    f"server_optimizer {self.server_optimizer!r} needs the dense product's moments with form 'exact'; "
-                    "take form factor or frozen_side, or server_optimizer none"
-                )
-            if self.scheme not in ("heteagg", "fedavg", "fedprox"):
-                raise ValueError(
-                    f"server_optimizer {self.server_optimizer!r} is for heteagg, fedavg and fedprox; "
-                    f"scheme {self.scheme!r} has its own step"
-                )
-        return self
-
-
-def form_of(aggregate: Mapping[str, Any]) -> Any:
-    """The form that a raw section `aggregate` gives or, without one, that its scheme has."""
-    return aggregate.get("form", "frozen_side" if aggregate.get("scheme", "heteagg") == "heteagg" else "factor")
-
 
 class FederationConfig(Section):
-    """Who runs the rounds, how many, who takes part and what travels."""
+    """Who runs the rounds, how many, who takes part and what travels.
 
+    `mode` has the two ends that a federation lies between: `alone`, where nobody's update goes anywhere and each client
+    trains its own block for all its steps, and `pooled`, where the LLM trains at one place on everyone's data.
+    """
+
+    mode: Literal["federated", "alone", "pooled"] = "federated"
     engine: Literal["flower", "local"] = "flower"
     rounds: int = Field(3, ge=1)
     threads: int = Field(1, ge=1, description="CPU threads a client")

@@ -13,11 +13,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from legolm.config.section import Section
-from legolm.config.sections import RunConfig
+from legolm.config.aggregation import AggregateConfig
+from legolm.config.section import OpenSection, Section
+from legolm.config.sections import RunConfig, TrainConfig
 from legolm.errors import LegolmError, nearest
 
 S = TypeVar("S", bound=Section)
+OPEN: dict[str, type[OpenSection]] = {"aggregate": AggregateConfig, "train": TrainConfig}
 UNION_BRANCH = re.compile(r"(function-|constrained-|list\[|dict\[|literal\[).*|str")
 """What pydantic adds to a field's place to say which of its types did not fit."""
 
@@ -80,8 +82,13 @@ def override(raw: dict[str, Any], change: str) -> None:
     if isinstance(at, list):
         _index(at, keys[-1], change)
         at[int(keys[-1])] = value
-    else:
-        at[keys[-1]] = value
+        return
+    open_section = OPEN.get(keys[0])
+    if open_section is not None and keys[-1] == open_section.named and at.get(keys[-1]) != value:
+        # What the section held of another scheme or trainer goes with it.
+        for key in set(at) - set(open_section.model_fields):
+            del at[key]
+    at[keys[-1]] = value
 
 
 def _one_line(error: yaml.YAMLError) -> str:
@@ -114,6 +121,8 @@ def _explain(problem: ErrorDetails, kind: type[BaseModel]) -> str:
         return f"`{field}` is missing"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
+        if field and message.startswith("unknown key `"):  # a section's own, which names it without the section
+            return message.replace("`", f"`{field}.", 1)
         return f"`{field}`: {message}" if field else message
     return f"`{field}` = {problem['input']!r}: {message[0].lower()}{message[1:]}"
 

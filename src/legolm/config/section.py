@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from legolm.config.registry import Registry
+from legolm.errors import nearest
 
 
 class Section(BaseModel):
     """A mapping of known keys that does not change once it is read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OpenSection(Section):
+    """A section that names a registered thing in its field `named`, and holds that thing's own settings beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    named: ClassVar[str]
+    registry: ClassVar[Registry[Any]]
+    others: ClassVar[tuple[str, ...]] = ()
+    """What the field may name besides: nothing of the registry, and without settings."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the named thing, all of them."""
+        return dict(self.model_extra or {})
+
+    @property
+    def registered(self) -> bool:
+        """Whether it names something of the registry."""
+        return getattr(self, self.named) not in self.others
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_settings(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        known = list(cls.model_fields)
+        own = {key: one for key, one in value.items() if key not in known}
+        shared = {key: one for key, one in value.items() if key in known}
+        name = value.get(cls.named, cls.model_fields[cls.named].default)
+        if isinstance(name, str) and name not in cls.others:
+            return shared | cls.registry.check(name, own, known, cls.others)
+        for key in own:
+            raise ValueError(f"unknown key `{key}`;{nearest(key, known)}")
+        return shared
 
 
 def _at_home(path: str) -> str:
@@ -23,3 +62,34 @@ def _at_home(path: str) -> str:
 
 LocalPath = Annotated[str, AfterValidator(_at_home)]
 """A file or folder of this machine; `~` is the home folder."""
+
+
+def _not_reserved(name: str) -> str:
+    if name == "llm":
+        raise ValueError("`llm` names the base model; choose another name")
+    return name
+
+
+# A name becomes a folder's.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), AfterValidator(_not_reserved)]
+
+
+def _quantity(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)b?\s*", value.lower())
+    if found is None:
+        raise ValueError("write a number, with k, M or G and B if you like: 70M, 150MB, 1.5GB")
+    return round(float(found[1]) * 1000 ** " kmg".index(found[2] or " "))
+
+
+Quantity = Annotated[int, BeforeValidator(_quantity), Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Fields(Section):
+    """Where the conversation is in a row: `instruction` and `answer`, or `messages` (a list of role and content)."""
+
+    instruction: str = "instruction"
+    answer: str = "output"
+    messages: str | None = None

@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import re
-from typing import Annotated, Any, Literal
+import contextlib
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from legolm.config.aggregation import AggregateConfig, FederationConfig, form_of
-from legolm.config.section import LocalPath, Section
+from legolm.config.aggregation import AggregateConfig, FederationConfig
+from legolm.config.blocks import BlockConfig
+from legolm.config.registry import SCHEMES, TRAINERS, Registry, load_plugins
+from legolm.config.section import Fields, LocalPath, Name, OpenSection, Section, Share
 from legolm.errors import nearest
 
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
-def _not_reserved(name: str) -> str:
-    if name == "llm":
-        raise ValueError("`llm` names the base model; choose another name")
-    return name
-
-
-# A name becomes a folder's.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), AfterValidator(_not_reserved)]
-
-
-def _quantity(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)b?\s*", value.lower())
-    if found is None:
-        raise ValueError("write a number, with k, M or G and B if you like: 70M, 150MB, 1.5GB")
-    return round(float(found[1]) * 1000 ** " kmg".index(found[2] or " "))
-
-
 LEAST_RECOVERY, MOST_RECOVERY = 16, 40
 """Steps of recovery by default: none where the rounds have fewer than the first, and never more than the second."""
-
-Quantity = Annotated[int, BeforeValidator(_quantity), Field(ge=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Fields(Section):
-    """Where the conversation is in a row: `instruction` and `answer`, or `messages` (a list of role and content)."""
-
-    instruction: str = "instruction"
-    answer: str = "output"
-    messages: str | None = None
 
 
 class Split(Section):
@@ -79,88 +50,6 @@ class DataConfig(Section):
     limit_train: int | None = Field(None, ge=1, description="keep at most this many training examples a client")
     limit_validation: int | None = Field(None, ge=1)
     limit_test: int | None = Field(None, ge=1)
-
-
-class CalibrationConfig(Section):
-    """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`).
-
-    `text` is `starter`, `pydoc` (Python's help topics), a text file, or a file of conversations (JSON, JSONL, CSV,
-    Parquet), which is rendered with the model's chat template.
-    """
-
-    text: str = "starter"
-    fields: Fields = Fields()
-    samples: int = Field(32, ge=1)
-    length: int = Field(256, ge=8, description="tokens a sample")
-    statistics: tuple[LocalPath, ...] | None = Field(None, description="files of `legolm calibrate`; they are added up")
-
-
-class RecoverConfig(Section):
-    """Distillation from the LLM after the cut, at the first of `steps` and `minutes` done. 0 steps: none.
-
-    A block of a run that says neither is recovered when the run has time for it (`RunConfig.cuts`).
-    """
-
-    steps: int | None = Field(None, ge=0)
-    minutes: float | None = Field(None, gt=0, description="at most; the result then depends on the machine's speed")
-    text: str | None = Field(None, description="like calibration.text, which it is if not given")
-    batch_size: int = Field(8, ge=1, description="windows of calibration.length tokens a step")
-    rank: int | None = Field(16, ge=1, description="of a LoRA that is merged; null trains the weights themselves")
-    learning_rate: float = Field(2e-3, gt=0)
-
-    @property
-    def most_steps(self) -> int:
-        """What `steps` and `minutes` allow; a step takes a second at least."""
-        if self.steps is not None or self.minutes is None:
-            return self.steps or 0
-        return math.ceil(60 * self.minutes)
-
-
-class BlockConfig(Section):
-    """One block to cut: a method and a target. `structured` takes a budget or a shape in the model config's words."""
-
-    name: Name
-    method: Literal["dense", "magnitude", "wanda", "sparsegpt", "structured"]
-    sparsity: float | None = Field(None, ge=0, lt=1, description="removed share of the decoder's linear weights")
-    pattern: str | None = Field(None, pattern=r"^[1-9]\d?:[1-9]\d?$", description="N:M, N kept of each M in a row")
-    params: Quantity | None = Field(None, description="stored parameters at most, for instance 70M")
-    memory: Quantity | None = Field(None, description="bytes of weights at most, for instance 150MB")
-    speedup: float | None = Field(None, gt=1, description="tokens generated a second, over the LLM's, measured here")
-    intermediate_size: int | None = Field(None, ge=1)
-    num_key_value_heads: int | None = Field(None, ge=1)
-    num_hidden_layers: int | None = Field(None, ge=1)
-    calibration: CalibrationConfig = CalibrationConfig()
-    recover: RecoverConfig = RecoverConfig()
-
-    @property
-    def may_recover(self) -> bool:
-        """Nothing was said of recovery, there is something to recover, and text for it that is not only sums."""
-        undecided = self.recover.steps is None and self.recover.minutes is None
-        return undecided and self.method != "dense" and not (self.calibration.statistics and not self.recover.text)
-
-    @model_validator(mode="after")
-    def _one_target(self) -> BlockConfig:
-        shape = (self.intermediate_size, self.num_key_value_heads, self.num_hidden_layers)
-        budgets = {name: getattr(self, name) for name in ("sparsity", "params", "memory", "speedup")}
-        given = [name for name, value in budgets.items() if value is not None]
-        given += ["a shape"] if any(size is not None for size in shape) else []
-        given += ["pattern"] if self.pattern else []
-        allowed = {
-            "dense": [],
-            "structured": [*budgets, "a shape"],
-        }.get(self.method, ["sparsity", "pattern"])
-        if len(given) != min(len(allowed), 1) or not set(given) <= set(allowed):
-            takes = f"one of {', '.join(allowed)}" if allowed else "no target: it is the whole LLM"
-            raise ValueError(f"{self.method} takes {takes}; here is {' and '.join(given) or 'none'}")
-        if self.pattern and int(self.pattern.split(":")[0]) >= int(self.pattern.split(":")[1]):
-            raise ValueError(f"pattern {self.pattern}: N must be less than M")
-        by_width = given == ["a shape"] and self.num_hidden_layers is None
-        if self.calibration.statistics and self.method == "structured" and not by_width:
-            raise ValueError(
-                "structured with calibration.statistics takes intermediate_size and num_key_value_heads: "
-                "to choose a shape or layers, text is needed"
-            )
-        return self
 
 
 class Profile(Section):
@@ -226,21 +115,25 @@ class LoraConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """One client's training in one round. AdamW, anew each round.
+class TrainConfig(OpenSection):
+    """One client's training in one round: AdamW, anew each round, or another trainer with its own settings.
 
     It stops at the first of `steps`, `epochs`, `tokens` and `seconds`. The learning rate follows the steps that a
     client makes in the whole run, the personal step included: `constant_linear` is constant and falls linearly to zero
     over the last half, `cosine` falls from the start.
     """
 
+    named: ClassVar[str] = "trainer"
+    registry: ClassVar[Registry[Any]] = TRAINERS
+
+    trainer: str = "adamw"
     steps: int = Field(8, ge=1)
     epochs: float | None = Field(None, gt=0, description="passes over the client's examples, at most")
     tokens: int | None = Field(None, ge=1, description="tokens trained on, at most")
     seconds: float | None = Field(None, gt=0, description="a device's time budget; the result depends on its speed")
     batch_size: int = Field(8, ge=1, description="examples a step")
     micro_batch_tokens: int = Field(2048, ge=1, description="tokens at once; a larger batch accumulates over several")
-    learning_rate: float = Field(2e-3, gt=0, description="0.003 by default in a run with form frozen_side")
+    learning_rate: float = Field(2e-3, gt=0, description="in a run, what its scheme asks for by default")
     schedule: Literal["constant_linear", "cosine"] = "constant_linear"
     warmup_steps: int = Field(0, ge=0, description="steps of the whole run over which the learning rate rises")
     clip_norm: float = Field(1.0, gt=0)
@@ -279,6 +172,7 @@ class RunConfig(Section):
     """A whole run: what to cut, who trains on what, how updates are combined."""
 
     model: str = Field("starter", description="`starter`, a local folder or a Hugging Face hub id")
+    plugins: list[str] = Field([], description="module:name of schemes, criteria and trainers that are not legolm's")
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of matrix products, `auto` measures; norms, adapters and sums stay fp32"
@@ -288,21 +182,28 @@ class RunConfig(Section):
     blocks: list[BlockConfig] = Field(min_length=1)
     clients: list[ClientConfig] = Field(min_length=1)
     lora: LoraConfig = LoraConfig()
-    train: TrainConfig = TrainConfig()
-    aggregate: AggregateConfig = AggregateConfig()
+    # Made late: what they name registers itself in rooms that read configs.
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    aggregate: AggregateConfig = Field(default_factory=AggregateConfig)
     federation: FederationConfig = FederationConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="before")
     @classmethod
-    def _rate_by_form(cls, value: Any) -> Any:
-        """One factor that trains alone needs, and bears, a higher rate than two (docs/results.md)."""
+    def _plugins_first(cls, value: Any) -> Any:
+        """What the sections name may come from a plug-in; and a scheme knows the rate that its clients need."""
         if not isinstance(value, dict):
             return value
+        plugins = value.get("plugins", [])
+        if isinstance(plugins, list) and all(isinstance(one, str) for one in plugins):
+            load_plugins(plugins)
         aggregate, train = value.get("aggregate", {}), value.get("train", {})
-        if not isinstance(aggregate, dict) or not isinstance(train, dict):
-            return value
-        return value | {"train": {"learning_rate": 3e-3} | train} if form_of(aggregate) == "frozen_side" else value
+        if isinstance(aggregate, dict) and isinstance(train, dict) and "learning_rate" not in train:
+            with contextlib.suppress(ValidationError):  # which the section itself will say
+                chosen = AggregateConfig.model_validate(aggregate)
+                rate = SCHEMES.entry(chosen.scheme).make(**chosen.settings).learning_rate
+                return value | {"train": {"learning_rate": rate} | train}
+        return value
 
     @field_validator("data", mode="before")
     @classmethod
@@ -339,25 +240,36 @@ class RunConfig(Section):
                 raise ValueError(f"clients: {client.id!r} wants block {client.block!r};{nearest(client.block, known)}")
             if client.rank is not None and client.rank > self.lora.rank:
                 raise ValueError(f"clients: {client.id!r} has rank {client.rank}; at most lora.rank, {self.lora.rank}")
-        if self.aggregate.scheme == "local_only" and not self.evaluate.local_only:
-            raise ValueError("aggregate.scheme 'local_only' is the stage evaluate.local_only; set that to true")
-        by_factors = self.aggregate.scheme in ("heteagg", "fedavg", "fedprox") and self.aggregate.form != "exact"
-        if self.lora.ranks and not by_factors:
-            raise ValueError(
-                "lora.ranks: products of another rank in each module need the factor form; take out lora.ranks, or "
-                "use heteagg with form factor or frozen_side"
-            )
-        starts = {"lora.start": self.lora.start, "aggregate.start": self.aggregate.start}
-        start = next((name for name, value in starts.items() if value is not None), None)
-        if self.lora.start is not None and self.aggregate.form == "frozen_side":
-            raise ValueError(
-                "lora.start: form 'frozen_side' keeps random factors, and that adapter has others; take form factor or "
-                "exact"
-            )
-        if start is not None and self.aggregate.scheme == "flora":
-            raise ValueError(f"{start}: scheme 'flora' begins with a fresh adapter; take another scheme")
+        if self.federation.mode == "alone" and not self.evaluate.local_only:
+            raise ValueError("federation.mode 'alone' is the stage evaluate.local_only; set that to true")
+        self._check_scheme()
         if self.federation.min_replies > len(self.clients):
             raise ValueError(
                 f"federation.min_replies is {self.federation.min_replies}; there are {len(self.clients)} clients"
             )
         return self
+
+    def _check_scheme(self) -> None:
+        """Raise `ValueError` for what the scheme says that it does not take."""
+        name = self.aggregate.scheme
+        scheme = SCHEMES.entry(name).make(**self.aggregate.settings)
+        optimizer = self.aggregate.server_optimizer
+        if optimizer != "none" and not scheme.optimizers:
+            raise ValueError(
+                f"aggregate.server_optimizer {optimizer!r} needs a mean to step along; scheme {name!r} with these "
+                "settings has its own step: take server_optimizer none, or heteagg with form factor or frozen_side"
+            )
+        if self.lora.ranks and not scheme.module_ranks:
+            raise ValueError(
+                "lora.ranks: products of another rank in each module need the factor form; take out lora.ranks, or "
+                "use heteagg with form factor or frozen_side"
+            )
+        if self.lora.start is not None and scheme.frozen_side:
+            raise ValueError(
+                "lora.start: form 'frozen_side' keeps random factors, and that adapter has others; take form factor or "
+                "exact"
+            )
+        starts = {"lora.start": self.lora.start, "aggregate.start": self.aggregate.start}
+        start = next((field for field, value in starts.items() if value is not None), None)
+        if start is not None and scheme.fresh:
+            raise ValueError(f"{start}: scheme {name!r} begins with a fresh adapter; take another scheme")

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from legolm.config.file import override, read, validate
-from legolm.config.section import Section
-from legolm.config.sections import Name, RunConfig
+from legolm.config.section import Name, Section
+from legolm.config.sections import RunConfig
 from legolm.errors import LegolmError
 
 RESERVED = ("blocks", "compare.json", "compare.html")
@@ -62,8 +62,8 @@ def load_study(path: Path, changes: Sequence[str] = ()) -> tuple[Study, dict[str
         changed = copy.deepcopy(raw)
         for key, value in variant.set.items():
             override(changed, f"{key}={json.dumps(value, default=str)}")
-        aggregate = changed.get("aggregate")
-        alone = isinstance(aggregate, dict) and aggregate.get("scheme") == "local_only"
+        federation = changed.get("federation")
+        alone = isinstance(federation, dict) and federation.get("mode") == "alone"
         override(changed, f"evaluate.local_only={json.dumps(alone)}")
         configs[variant.name] = validate(RunConfig, changed, f"config {path}: variant {variant.name}")
     return study, configs

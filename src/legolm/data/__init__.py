@@ -3,7 +3,7 @@
 from legolm.data.calibration import calibration_tokens, check_text
 from legolm.data.examples import ClientData, Example
 from legolm.data.render import Tokens, check_whole, render, render_whole
-from legolm.data.sources import read_rows, read_text, to_example
+from legolm.data.sources import read_rows, read_text, to_example, with_system
 from legolm.data.split import client_data, data_fingerprint, load_parts
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "render",
     "render_whole",
     "to_example",
+    "with_system",
 ]

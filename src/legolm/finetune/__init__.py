@@ -3,7 +3,8 @@
 from legolm.finetune.kernels import LoraLinear
 from legolm.finetune.lora import lora
 from legolm.finetune.masked import MaskedLinear
-from legolm.finetune.train import fit
+from legolm.finetune.train import Diverged, fit
+from legolm.finetune.trainer import Task, train, trainer
 from legolm.finetune.whole import whole
 
-__all__ = ["LoraLinear", "MaskedLinear", "fit", "lora", "whole"]
+__all__ = ["Diverged", "LoraLinear", "MaskedLinear", "Task", "fit", "lora", "train", "trainer", "whole"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from legolm.adapter import Tensors
-from legolm.block import Coverage
-from legolm.config import Precision, TrainConfig
+from legolm.config import TrainConfig
 from legolm.data import Tokens
 from legolm.errors import LegolmError
 from legolm.finetune.lora import lora
+from legolm.finetune.trainer import Task, trainer
 from legolm.models import Head, answer_losses, hidden_states, lean, pack
 from legolm.system import keep_freed_memory
 
@@ -34,55 +34,40 @@ class Diverged(LegolmError):
         self.delta, self.metrics = delta, metrics
 
 
-def fit(
-    model: Any,
-    coverage: Coverage,
-    start: Tensors,
-    scale: float,
-    examples: Sequence[Tokens],
-    config: TrainConfig,
-    precision: Precision,
-    steps: int,
-    seed: int,
-    done: int = 0,
-    total: int | None = None,
-    frozen: Collection[str] = (),
-    proximal: float = 0.0,
-    dropout: float = 0.0,
-) -> tuple[Tensors, dict[str, float]]:
-    """Train the adapter `start` for at most `steps` steps; return (change of each factor that trains, metrics).
+def fit(task: Task) -> tuple[Tensors, dict[str, float]]:
+    """Train the adapter for at most the task's steps; return (change of each factor that trains, metrics).
 
-    The optimizer is new. The learning rate follows `config.schedule` over `total` steps (these, if not given), of which
-    the client made `done` before. Factors in `frozen` do not train. `proximal` is FedProx's µ (Li et al., arXiv
-    1812.06127): µ/2 · ‖θ − start‖² is added to the loss. The seed decides the order of examples.
+    The optimizer is new. The learning rate follows `config.schedule` over `total` steps. The seed decides the order of
+    examples. `proximal` is FedProx's µ (Li et al., arXiv 1812.06127): µ/2 · ‖θ − start‖² is added to the loss.
 
     Metrics: `loss_first` and `loss_last` (nats per answer token, over up to eight steps), `steps`, `tokens`, `seconds`,
     `truncated` (examples that were cut to length), and `micro_batch_tokens` where memory forced a smaller one.
     Raises `LegolmError` when an example has no answer, and `Diverged` when the loss stops being finite.
     """
+    model, examples, config = task.model, task.examples, task.config
     for index, example in enumerate(examples):
         if not 0 < example.answer < len(example.ids):
             raise LegolmError(
                 f"train: example {index} has no prompt or no answer token; mend it, or raise train.max_length"
             )
     began = time.perf_counter()
-    clock = _Clock(config, len(examples), steps, began)
+    clock = _Clock(config, len(examples), task.steps, began)
     losses: list[float] = []
     size = config.micro_batch_tokens
     with (
         keep_freed_memory(),
         torch.random.fork_rng(devices=[]),
-        lora(model, coverage, start, scale, precision, frozen, dropout) as parameters,
-        lean(model, precision, config.gradient_checkpointing),
+        lora(model, task.coverage, task.start, task.scale, task.precision, task.frozen, task.dropout) as parameters,
+        lean(model, task.precision, config.gradient_checkpointing),
     ):
-        torch.manual_seed(seed)  # dropout's
-        head = Head.of(model, precision)
+        torch.manual_seed(task.seed)  # dropout's
+        head = Head.of(model, task.precision)
         theta = list(parameters.values())
-        received = {key: start[key].to(parameter.device) for key, parameter in parameters.items()}
+        received = {key: task.start[key].to(parameter.device) for key, parameter in parameters.items()}
         good = {key: parameter.detach().clone() for key, parameter in parameters.items()}
         optimizer = torch.optim.AdamW(theta, lr=config.learning_rate, weight_decay=0.0, fused=True)
-        rate = learning_rate(config, total or steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(done + step))
+        rate = learning_rate(config, task.total or task.steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(task.done + step))
         seen: set[int] = set()
 
         def result() -> tuple[Tensors, dict[str, float]]:
@@ -99,18 +84,18 @@ def fit(
                 metrics["micro_batch_tokens"] = float(size)
             return {key: (value - received[key]).cpu() for key, value in good.items()}, metrics
 
-        for chosen in _order(len(examples), config.batch_size, seed):
+        for chosen in _order(len(examples), config.batch_size, task.seed):
             batch = [examples[i] for i in chosen]
             loss, size = _with_less_memory(partial(_backward, model, head, batch), size, theta)
-            if proximal:
+            if task.proximal:
                 for key, parameter in parameters.items():
-                    parameter.grad.add_(parameter.detach() - received[key], alpha=proximal)  # type: ignore[union-attr]
+                    parameter.grad.add_(parameter.detach() - received[key], alpha=task.proximal)  # type: ignore[union-attr]
             norm = float(nn.utils.clip_grad_norm_(theta, config.clip_norm))
             if not math.isfinite(loss.mean + norm):
                 culprits = ", ".join(str(chosen[place]) for place in loss.not_finite) or "finite, their gradient not"
                 raise Diverged(
                     f"train.learning_rate {config.learning_rate}: the loss is not finite at step "
-                    f"{done + len(losses) + 1} (examples {culprits}); lower it",
+                    f"{task.done + len(losses) + 1} (examples {culprits}); lower it",
                     *result(),
                 )
             for key, parameter in parameters.items():
@@ -125,6 +110,9 @@ def fit(
         for key, parameter in parameters.items():
             good[key].copy_(parameter.detach())
         return result()
+
+
+adamw = trainer("adamw")(fit)
 
 
 def learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from legolm.adapter import adapter_parameters, modules_of
-from legolm.adapter.flat import adapter_layout
-from legolm.adapter.keys import adapter_keys
-from legolm.aggregate import scheme_class
-from legolm.block import Base, Coverage, llm_block
+from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parameters, modules_of
+from legolm.aggregate import make_scheme
+from legolm.block import Base, Block, Coverage, llm_block, read_block
 from legolm.config import RunConfig
 from legolm.data import ClientData, check_text, check_whole, client_data, render
 from legolm.errors import LegolmError
@@ -116,37 +114,41 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
 
     coverages: dict[str, Coverage] = {}
     blocks, shaped = [], ("dense", "structured")
+    given = given_blocks(config, path)
     for spec in config.cuts:
-        coverage = coverages[spec.name] = planned_coverage(spec, base)
-        parameters = base.parameters_of(coverage.kept_weights)
+        there = given.get(spec.name)
+        coverage = coverages[spec.name] = there.coverage if there else planned_coverage(spec, base)
+        parameters = there.parameters if there else base.parameters_of(coverage.kept_weights)
+        known = there is not None or spec.method in shaped
         blocks.append(
             PlannedBlock(
                 name=spec.name,
                 method=spec.method,
-                sparsity=coverage.sparsity if spec.method in shaped else target_pattern(spec, shape).sparsity,
+                sparsity=coverage.sparsity if known else target_pattern(spec, shape).sparsity,
                 parameters=parameters,
                 file_bytes=parameters * width,
                 training_bytes=training_bytes(
                     coverage, parameters, model.vocab_size, longest, config.train, config.lora, precision
                 ),
-                token_flops=4 * coverage.kept_weights if spec.method in shaped else 6 * coverage.kept_weights,
+                token_flops=(4 if known and not coverage.masks else 6) * coverage.kept_weights,
                 recovery_steps=spec.recover.most_steps,
             )
         )
     needs = {block.name: block.training_bytes for block in blocks}
     block_of = assign(config, needs, {block.name: block.parameters for block in blocks})
 
-    check_clients(config, block_of)
+    dense = {block.name for block in blocks if block.method == "dense"}
+    check_clients(config, block_of, dense)
     if config.lora.start is not None or config.aggregate.start is not None:
         start_factors(config, llm_block(path, fingerprint(path)))
-    clients, method = [], {found.name: found.method for found in blocks}
+    clients = []
     for client in config.clients:
         block = block_of[client.id]
         mean_length = sum(lengths[client.id]) / len(lengths[client.id])
         tokens = round(config.train.steps * config.train.batch_size * mean_length)
         sparsity = next(found.sparsity for found in blocks if found.name == block)
         traffic = (0, 0)
-        if not config.federation.capable or method[block] == "dense":
+        if not config.federation.capable or block in dense:
             traffic = _traffic(config, coverages[block], client.rank or config.lora.rank, sparsity)
         clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *traffic))
 
@@ -166,10 +168,22 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     return Plan(path, tuple(blocks), tuple(clients), data, actors, memory, disk, models)
 
 
+def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
+    """Blocks that are there already, by name. Raises `LegolmError` for one of another LLM and one that learned."""
+    found = {spec.name: read_block(Path(spec.path)) for spec in config.blocks if spec.path is not None}
+    own = fingerprint(base) if found else ""
+    for name, block in found.items():
+        if block.base_fingerprint != own:
+            raise LegolmError(f"block {name}: {block.path} was cut from another LLM than {config.model}; cut it anew")
+        if (block.path / FACTORS).is_file():
+            raise LegolmError(f"block {name}: {block.path} has learned something already; give the block as it was cut")
+    return found
+
+
 def check_files(config: RunConfig) -> None:
     """Raise `LegolmError` when a file or folder that the run will need is not there."""
     for spec in config.cuts:
-        if spec.method != "dense":
+        if spec.method not in ("dense", "given"):
             where = f"block {spec.name}: "
             for file in spec.calibration.statistics or ():
                 if not Path(file).is_file():
@@ -183,52 +197,49 @@ def check_files(config: RunConfig) -> None:
             raise LegolmError(f"{field}: no folder {folder}")
 
 
-def check_clients(config: RunConfig, block_of: Mapping[str, str]) -> None:
-    """Raise `LegolmError` when the scheme cannot put these clients' updates together."""
-    name, kind = config.aggregate.scheme, scheme_class(config.aggregate)
-    method = {block.name: block.method for block in config.blocks}
-    if name == "centralized":
+def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collection[str]) -> None:
+    """Raise `LegolmError` when the scheme cannot put these clients' updates together; `dense` are whole LLMs' names."""
+    if config.federation.mode == "pooled":
         return
-    taking = [c for c in config.clients if not config.federation.capable or method[block_of[c.id]] == "dense"]
+    taking = [c for c in config.clients if not config.federation.capable or block_of[c.id] in dense]
     if not taking:
         raise LegolmError("federation.capable: no client holds a dense block; add one or set it to false")
-    rounds = 0 if name == "local_only" else config.federation.rounds
-    for number in range(1, rounds + 1):
+    if config.federation.mode == "alone":
+        return
+    for number in range(1, config.federation.rounds + 1):
         if not any(client.there(number) for client in taking):
             raise LegolmError(
                 f"round {number}: no client takes part; change clients' joins and leaves, or federation.capable"
             )
-    if kind.unequal_shapes == "block":
+    scheme, first = make_scheme(config.aggregate), taking[0]
+    if scheme.unequal == "block":
         return
-    first = taking[0]
     for client in taking:
         block, rank = block_of[client.id], client.rank or config.lora.rank
         why = ""
-        if kind.dense and method[block] != "dense":
+        if scheme.dense and block not in dense:
             why = f"holds block {block!r}, and it works on the whole LLM"
-        elif block != block_of[first.id] and (method[block], method[block_of[first.id]]) != ("dense", "dense"):
+        elif block != block_of[first.id] and not {block, block_of[first.id]} <= set(dense):
             why = f"holds block {block!r} and {first.id!r} block {block_of[first.id]!r}, and it averages equal shapes"
-        elif kind.unequal_shapes == "no" and rank != (first.rank or config.lora.rank):
+        elif scheme.unequal == "no" and rank != (first.rank or config.lora.rank):
             why = f"has rank {rank} and {first.id!r} {first.rank or config.lora.rank}, and it averages equal ranks"
         if why:
             raise LegolmError(
-                f"aggregate.scheme {name!r}: client {client.id!r} {why}; "
+                f"aggregate.scheme {config.aggregate.scheme!r}: client {client.id!r} {why}; "
                 "take heteagg, or leave such clients out (federation.capable: true)"
             )
 
 
 def _traffic(config: RunConfig, coverage: Coverage, rank: int, sparsity: float) -> tuple[int, int]:
     """Bytes (down, up) of one client's tensors in a round that it takes part in."""
-    if config.aggregate.scheme in ("local_only", "centralized"):
+    if config.federation.mode != "federated":
         return 0, 0
-    frozen_side, codec = config.aggregate.form == "frozen_side", config.federation.codec
-    keys = adapter_keys(coverage, config.lora.targets, trained=frozen_side)
+    scheme, codec = make_scheme(config.aggregate), config.federation.codec
+    keys = adapter_keys(coverage, config.lora.targets, trained=scheme.frozen_side)
     own = adapter_layout(coverage, keys, rank, config.lora.ranks)
-    up = encoded_bytes(own, codec, 1 - sparsity if config.aggregate.mask == "saliency" else 1.0)
-    # FLoRA and FedEx-LoRA send what the last round changed in the base.
-    ranks = sum(client.rank or config.lora.rank for client in config.clients)
-    fold = {"flora": ranks, "fedex_lora": ranks + config.lora.rank}.get(config.aggregate.scheme, 0)
-    down = 0 if config.aggregate.scheme == "flora" else encoded_bytes(own, codec)
+    up = encoded_bytes(own, codec, scheme.keep(sparsity))
+    fold = scheme.fold_rank([client.rank or config.lora.rank for client in config.clients], config.lora.rank)
+    down = 0 if scheme.fresh else encoded_bytes(own, codec)
     return down + encoded_bytes(adapter_layout(coverage, keys, fold), codec), up
 
 

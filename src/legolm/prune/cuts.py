@@ -15,7 +15,7 @@ from legolm.models import LayeredModel, Shape, Unit, load_tokenizer
 from legolm.prune import magnitude, sparsegpt, wanda  # noqa: F401 (they register themselves)
 from legolm.prune.allocate import SAMPLES, Costs, choose, measure_costs
 from legolm.prune.calibrate import Source, Stream
-from legolm.prune.registry import CRITERIA
+from legolm.prune.registry import criterion_of
 from legolm.prune.speed import shape_for
 from legolm.prune.statistics import load_statistics
 from legolm.prune.structured import StructuredCut
@@ -87,19 +87,22 @@ def _cut(
     if spec.method == "structured":
         assert source is not None
         return StructuredCut(base.shape, *shapes[spec.name], base.config, source)
-    return UnstructuredCut(base.shape, CRITERIA[spec.method], target_pattern(spec, base.shape), source)
+    criterion = criterion_of(spec)
+    assert criterion is not None
+    return UnstructuredCut(base.shape, criterion, target_pattern(spec, base.shape), source)
 
 
 def _check(spec: BlockConfig, base: Base) -> None:
     """Raise `LegolmError` for a target that cannot be met, before any work."""
-    if spec.method in CRITERIA:
+    if criterion_of(spec) is not None:
         target_pattern(spec, base.shape)
     elif spec.method == "structured" and not spec.speedup:
         _ = given_shape(spec, base) or shapes_within(spec, base)
 
 
 def _reads(spec: BlockConfig) -> bool:
-    return spec.method == "structured" or (spec.method in CRITERIA and CRITERIA[spec.method].needs != "nothing")
+    criterion = criterion_of(spec)
+    return spec.method == "structured" or (criterion is not None and criterion.needs != "nothing")
 
 
 class _Text:

@@ -9,7 +9,7 @@ from legolm.prune.registry import Pattern, criterion
 
 
 @criterion("magnitude", needs="nothing")
-def prune(weight: Tensor, moments: Moments | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def magnitude(weight: Tensor, moments: Moments | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Keep the largest |w| of the whole matrix, or of each group of an N:M pattern."""
     mask = pattern.keep(weight.abs(), over="matrix")
     return weight * mask, mask

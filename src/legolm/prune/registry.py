@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from legolm.config import CRITERIA, BlockConfig, Entry
+from legolm.errors import LegolmError
 from legolm.prune.calibrate import Moments, Needs
 
 
@@ -50,20 +53,42 @@ Prune = Callable[[Tensor, Moments | None, Pattern], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A registered function and what it needs to know of the inputs."""
+    """A chosen function and what it needs to know of the inputs."""
 
-    prune: Prune
+    name: str
+    function: Prune
     needs: Needs
 
+    def prune(self, weight: Tensor, moments: Moments | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """The function's answer. Raises `LegolmError` for one that cannot be a pruned matrix."""
+        pruned, mask = self.function(weight, moments, pattern)
+        fits = pruned.shape == weight.shape == mask.shape and mask.dtype == torch.bool
+        if not fits or (bool(pruned.isfinite().all()) and bool(pruned[~mask].any())):
+            raise LegolmError(
+                f"criterion {self.name!r}: of a weight {tuple(weight.shape)} it must give one like it, zero where its "
+                f"bool mask is False; it gave {tuple(pruned.shape)} and a mask {tuple(mask.shape)} of {mask.dtype}"
+            )
+        return pruned, mask
 
-CRITERIA: dict[str, Criterion] = {}
 
+def criterion(name: str, needs: Needs) -> Callable[[Callable[..., tuple[Tensor, Tensor]]], Entry[Criterion]]:
+    """Register a criterion under the name that configs use: `f(weight, moments, pattern, *, own settings)`.
 
-def criterion(name: str, needs: Needs) -> Callable[[Prune], Prune]:
-    """Register a criterion under the name that configs use."""
+    `needs` is what of the inputs' moments it reads. Raises `LegolmError` for a taken name and for another signature.
+    """
 
-    def register(prune: Prune) -> Prune:
-        CRITERIA[name] = Criterion(prune, needs)
-        return prune
+    def register(function: Callable[..., tuple[Tensor, Tensor]]) -> Entry[Criterion]:
+        def make(**settings: Any) -> Criterion:
+            return Criterion(name, partial(function, **settings), needs)
+
+        return CRITERIA.register(name, function, make, ("weight", "moments", "pattern"))
 
     return register
+
+
+def criterion_of(block: BlockConfig) -> Criterion | None:
+    """The criterion that a block is cut by; None for other methods."""
+    if not block.registered:
+        return None
+    made: Criterion = CRITERIA.entry(block.method).make(**block.settings)
+    return made

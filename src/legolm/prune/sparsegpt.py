@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from legolm.errors import LegolmError
@@ -17,15 +19,18 @@ DAMP = 0.03
 
 
 @criterion("sparsegpt", needs="full")
-def prune(weight: Tensor, moments: Moments | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def sparsegpt(
+    weight: Tensor, moments: Moments | None, pattern: Pattern, *, damp: Annotated[float, Field(gt=0)] = DAMP
+) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of the paper: the mask of a block of columns is chosen when it is reached.
 
     Blocks are of B = Bs = 128 columns, or of the M of an N:M pattern.
 
-    Inputs that were always zero ("dead columns") are pruned first and take no part in the update.
+    `damp` is the share of H's mean diagonal that is added to it. Inputs that were always zero ("dead columns") are
+    pruned first and take no part in the update.
     """
     assert moments is not None
-    inverse, dead = _inverse_factor(moments)
+    inverse, dead = _inverse_factor(moments, damp)
     weight = weight.clone()
     weight[:, dead] = 0
     mask = torch.ones_like(weight, dtype=torch.bool)
@@ -53,12 +58,12 @@ def _compensate(block: Tensor, kept: Tensor, factor: Tensor) -> tuple[Tensor, Te
 
 
 @lru_cache(maxsize=1)  # modules that share an input come one after the other
-def _inverse_factor(moments: Moments) -> tuple[Tensor, Tensor]:
+def _inverse_factor(moments: Moments, damp: float) -> tuple[Tensor, Tensor]:
     """Upper Cholesky factor U of the damped inverse, H⁻¹ = Uᵀ U, solved in float64; and which inputs are dead."""
     damped = moments.sum.double() / max(moments.tokens, 1)
     dead = damped.diagonal() == 0
     damped.diagonal()[dead] = 1
-    damped.diagonal().add_(DAMP * damped.diagonal().mean())
+    damped.diagonal().add_(damp * damped.diagonal().mean())
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         factor: Tensor = torch.linalg.cholesky(inverse, upper=True)

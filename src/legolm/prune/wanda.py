@@ -9,7 +9,7 @@ from legolm.prune.registry import Pattern, criterion
 
 
 @criterion("wanda", needs="diagonal")
-def prune(weight: Tensor, moments: Moments | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def wanda(weight: Tensor, moments: Moments | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Equation 1 of the paper, compared within each output row; no weight update."""
     assert moments is not None
     mask = pattern.keep(weight.abs() * moments.mean_square.sqrt(), over="row")

@@ -7,7 +7,6 @@ from typing import Any
 
 from legolm.block import Block
 from legolm.config import RunConfig
-from legolm.federate.server import best_round, scores_of
 
 Record = dict[str, Any]
 
@@ -144,3 +143,13 @@ def _others(scores: Mapping[str, Record], client: str, measure: str) -> float | 
     """Mean over the other clients' data; None for a client alone."""
     rest = {id: found for id, found in scores.items() if id != client}
     return _mean(rest, measure) if rest else None
+
+
+def scores_of(record: Mapping[str, Any]) -> dict[str, dict[str, Record]]:
+    """Each client's block's scores, by client, on every client's test data."""
+    return {id: one["scores"] for one in record["held"] for id in one["clients"]}
+
+
+def best_round(records: Iterable[Mapping[str, Any]], by: str) -> Mapping[str, Any]:
+    """The round with the lowest loss on validation data, the earlier of equals."""
+    return min((one for one in records if one["stage"] == "round"), key=lambda one: (one[by], one["round"]))

@@ -41,13 +41,17 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     console.print(blocks, clients)
     federation = config.federation
     console.print(
-        f"{config.aggregate.scheme} ({config.aggregate.form}, {config.aggregate.denominator}, "
-        f"{config.aggregate.mask}), codec {federation.codec}, "
+        f"{config.aggregate.scheme}{_settings(config.aggregate.settings)}, codec {federation.codec}, "
         f"{federation.rounds} rounds on {federation.engine}, {plan.actors} clients at once, "
         f"about {_mb(plan.memory_bytes)} of memory and {_mb(plan.disk_bytes)} of disk. Nothing was done.",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    """A scheme's own settings in brackets."""
+    return f" ({', '.join(f'{name} {value}' for name, value in settings.items())})" if settings else ""
 
 
 def print_blocks(blocks: Sequence[Block]) -> None:

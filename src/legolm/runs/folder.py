@@ -6,12 +6,9 @@ after a kill is finished and whatever is not is done again.
 
 from __future__ import annotations
 
-
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from legolm import config as configs
 from legolm.config import RunConfig
@@ -20,16 +17,6 @@ from legolm.system import atomic_write
 
 UPDATES = "updates"
 """Folder of a round's kept updates within the round's."""
-
-
-
-
-
-
-
-
-
-
 
 
 @dataclass(frozen=True)
@@ -85,9 +72,9 @@ class RunDir:
         """File of an accepted update of a round, where `federation.keep_updates` kept it: the client's reply."""
         return self.round(number) / UPDATES / f"{client}.safetensors"
 
-    def client_state(self, client: str, number: int) -> Path:
-        """File of what a client itself keeps after a round."""
-        return self.path / "clients" / client / f"{number:04d}.safetensors"
+    def client_state(self, client: str) -> Path:
+        """Folder of what a client itself keeps between rounds."""
+        return self.path / "clients" / client
 
     def client_stage(self, stage: str, client: str) -> Path:
         """Folder of what one client did outside the rounds: `local` or `personal`."""
@@ -96,11 +83,3 @@ class RunDir:
     def final(self, name: str) -> Path:
         """Folder of a finished model: the LLM's or a client's block."""
         return self.path / "final" / name
-
-    def write_metrics(self, records: list[dict[str, Any]]) -> None:
-        """Rewrite `metrics.jsonl` from the finished stages: after a kill no line is missing, broken or there twice."""
-        atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-
-
-
-

@@ -18,14 +18,14 @@ from rich.table import Table
 
 from legolm.adapter import adapter_parameters
 from legolm.block import Base, Coverage
-from legolm.config import BlockConfig, RunConfig, Variant, load_study
+from legolm.config import AggregateConfig, BlockConfig, RunConfig, Variant, load_study
 from legolm.errors import LegolmError
-from legolm.federate.server import best_round
 from legolm.models import load_config, resolve
 from legolm.pipeline import run, with_precision
 from legolm.plan import Parts, Plan, make_plan, read_parts
 from legolm.prune import planned_coverage
 from legolm.report import Raw, tag, wide_enough
+from legolm.report.summary import best_round
 from legolm.runs import RunDir
 from legolm.system import Progress, atomic_write, check_room, held_bytes
 
@@ -102,7 +102,7 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path)
     the rounds, `flops` the decoder's operations for them (`PlannedBlock.token_flops`), `memory` the mean of what the
     plan reckons that those who trained need (bytes). Data at one place has no clients, and neither.
     """
-    alone = config.aggregate.scheme == "local_only"
+    alone = config.federation.mode == "alone"
     phase = "local" if alone else "global"
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
@@ -114,7 +114,7 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Record, folder: Path)
     return {
         "name": name,
         "scheme": config.aggregate.scheme,
-        "form": config.aggregate.form,
+        "form": config.aggregate.settings.get("form", ""),
         "codec": config.federation.codec,
         "clients": len(summary["clients"]),
         "rounds": summary["rounds"],
@@ -246,8 +246,7 @@ def _prepared(config: RunConfig, variant: Variant, parts: Parts) -> RunConfig:
 
 def _plan_of(config: RunConfig, parts: Parts) -> Plan:
     """The plan with a scheme that takes any block: the variant's own may not fit before its blocks are changed."""
-    aggregate = config.aggregate.model_copy(update={"scheme": "heteagg"})
-    return make_plan(config.model_copy(update={"aggregate": aggregate}), parts)
+    return make_plan(config.model_copy(update={"aggregate": AggregateConfig()}), parts)
 
 
 def _trained(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

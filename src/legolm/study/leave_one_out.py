@@ -25,11 +25,12 @@ from legolm.data import client_data, data_fingerprint
 from legolm.errors import LegolmError
 from legolm.evaluate import TEXT, Figure, Questions, check_finite, compare, digest
 from legolm.evaluate import measure as measure_all
-from legolm.federate.server import Rounds, scores_of
+from legolm.federate.server import Rounds
 from legolm.federate.transport import Exchange, run_local
 from legolm.models import choose_device, choose_precision, dtype_of, fingerprint, load_model, load_tokenizer, resolve
 from legolm.report import Raw, tag, wide_enough
-from legolm.runs import RunDir
+from legolm.report.summary import scores_of
+from legolm.runs import Identity, RunDir, read_record
 from legolm.system import Progress, atomic_write, read_json
 
 Record = dict[str, Any]
@@ -46,7 +47,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     """
     run = RunDir(folder)
     config = _config(run)
-    identity = read_json(folder / "run.json", "run", "base_fingerprint", "data_fingerprint")
+    identity = read_record(folder / "run.json", Identity).model_dump()
     last, block_of = _finished(folder / "summary.json", config)
     if not last:
         raise LegolmError(f"run folder {folder}: no round beat its start, which it kept; there is nothing to leave out")
@@ -62,7 +63,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     def with_all() -> dict[str, Figure]:
         return asked(rounds.scheme(last))
 
-    records = rounds.records()
+    records = [one.model_dump() for one in rounds.records()]
     by_round = {one["round"]: one for one in records if one["stage"] == "round"}
     alone = [{"clients": [one["client"]], "scores": one["scores"]} for one in records if one["stage"] == "local"]
     found |= {
@@ -78,7 +79,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
         for kind, name, clients in _cases(block_of):
             if tuple(clients) not in done:
                 scheme = rounds.replay(last, clients)
-                record = rounds.score_global(scheme, exchange, f"without {name}: evaluate")
+                record = rounds.score_global(scheme, exchange, f"without {name}: evaluate").model_dump()
                 figures = asked(scheme)
                 done[tuple(clients)] = _losses(record, figures) | {
                     "paired": {name: _paired(figure, with_all()[name]) for name, figure in figures.items()}
@@ -189,10 +190,8 @@ def _config(run: RunDir) -> RunConfig:
     if not run.config_file.is_file():
         raise LegolmError(f"{where}: no config.yaml; give the folder of a run")
     config = run.config()
-    if config.aggregate.scheme in ("centralized", "local_only"):
-        raise LegolmError(
-            f"{where}: scheme {config.aggregate.scheme!r} aggregates no updates; there is none to leave out"
-        )
+    if config.federation.mode != "federated":
+        raise LegolmError(f"{where}: mode {config.federation.mode!r} aggregates no updates; there is none to leave out")
     if not config.federation.keep_updates:
         raise LegolmError(f"{where}: its updates were not kept; run it anew with --set federation.keep_updates=true")
     if not (run.path / "summary.json").is_file():

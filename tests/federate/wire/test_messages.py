@@ -6,32 +6,37 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from legolm.adapter import Tensors, init_factors, slice_factors, tensors_hash
+from legolm.adapter import Tensors, init_factors, slice_factors
 from legolm.block import Coverage
+from legolm.config import TrainConfig
 from legolm.errors import LegolmError
-from legolm.federate.wire import codec
-from legolm.federate.wire import messages as wire
+from legolm.federate import wire
+from legolm.federate.wire.messages import REPLIED
 from legolm.models import Shape
 
 SHAPE = Shape("llama", layers=2, hidden=4, neurons=3, kv_groups=2, queries_per_group=1, head_dim=2)
 COVERAGE = Coverage(SHAPE, (1,), ((0,),), ((0, 2),))
 SENT = slice_factors(COVERAGE, init_factors(SHAPE, ["up_proj"], 2, seed=0), 2)
+SETTINGS = wire.TrainSettings(
+    targets=["up_proj"], run_rank=2, ranks={}, dropout=0.0, train=TrainConfig(), precision="fp32", frozen_side=False,
+    derived_seed=None, proximal=0.0, codec="none", keep=1.0, error_feedback=True, deadline_s=None,
+)  # fmt: skip
+GIVEN = wire.write(SETTINGS, COVERAGE, 2, SENT, {})
 REQUEST = wire.TrainRequest(
     run="r", client="fr", block="b", base_fingerprint="f", coverage_hash="c", rank=2, scale=2.0,
-    phase="round", round=3, steps=4, done=8, total=12, seed=5,
+    phase="round", round=3, steps=4, done=8, total=12, seed=5, settings=GIVEN.settings,
 )  # fmt: skip
-CONTENT = codec.encode(SENT, "none")
-GIVEN = wire.Sent(CONTENT, SENT, codec.Layout.of(SENT), 0, tensors_hash(CONTENT))
+TOLD = {"loss_first": 2.0, "loss_last": 1.0, "steps": 4.0, "tokens": 90.0, "seconds": 0.5}
 COUNT = sum(tensor.numel() for tensor in SENT.values())
 KEY = "layers.1.mlp.up_proj.B"
 
 
 def reply(content: Tensors | None = None, **changes: object) -> bytes:
     header = wire.UpdateReply(
-        **{field: getattr(REQUEST, field) for field in wire.REPLIED},
+        **{field: getattr(REQUEST, field) for field in REPLIED},
         received_hash=GIVEN.hash,
         examples=7,
-        metrics={"loss": 1.0},
+        metrics=TOLD,
     ).model_copy(update=changes)
     return wire.pack(header, {"factors": torch.ones(COUNT)} if content is None else content)
 
@@ -39,17 +44,34 @@ def reply(content: Tensors | None = None, **changes: object) -> bytes:
 def with_nan() -> Tensors:
     change = {key: torch.ones_like(tensor) for key, tensor in SENT.items()}
     change[KEY][0, 0] = float("nan")
-    return codec.encode(change, "none")
+    return wire.encode(change, "none")
 
 
 def test_round_trip() -> None:
-    header, tensors = wire.unpack(wire.pack(REQUEST, CONTENT), wire.TrainRequest)
+    header, tensors = wire.unpack(wire.pack(REQUEST, GIVEN.content), wire.TrainRequest)
     assert header == REQUEST
-    arrived = codec.decode(tensors, "none", GIVEN.trained)
+    arrived = wire.decode(tensors, "none", GIVEN.trained)
     assert all(torch.equal(arrived[key], tensor) for key, tensor in SENT.items())
     update = wire.accept(reply(), REQUEST, GIVEN)
-    assert (update.client, update.examples, update.rank, update.metrics) == ("fr", 7, 2, {"loss": 1.0})
-    assert all(bool((tensor == 1).all()) for tensor in update.delta.values())
+    assert (update.envelope.client, update.change.examples, update.change.rank) == ("fr", 7, 2)
+    assert update.training.model_dump(exclude_none=True) == TOLD | {"truncated": 0.0}
+    assert all(bool((tensor == 1).all()) for tensor in update.change.delta.values())
+
+
+def test_a_client_opens_what_the_server_wrote() -> None:
+    """One full cycle in each form: what is trained from, what does not train, and what changes the base."""
+    fold = {key: torch.full((3, t.shape[1]) if key.endswith("A") else (t.shape[0], 3), 0.5) for key, t in SENT.items()}
+    for frozen, seed, trained in ((False, None, "AB"), (True, 9, "B"), (False, 9, "AB")):
+        settings = SETTINGS.model_copy(update={"frozen_side": frozen, "derived_seed": seed})
+        fresh = seed is not None and not frozen
+        payload = {} if fresh else {key: t for key, t in SENT.items() if key[-1] in trained}
+        written = wire.write(settings, COVERAGE, 2, payload, fold)
+        opened = wire.open_(written.settings, COVERAGE, 2, written.content)
+        assert set(opened.start) == set(SENT)
+        assert {key[-1] for key in opened.start if key not in opened.frozen} == set(trained)
+        assert all(torch.equal(opened.start[key], tensor) for key, tensor in payload.items())
+        assert all(torch.equal(opened.start[key], tensor) for key, tensor in written.start.items())
+        assert all(torch.equal(opened.fold[key], tensor) for key, tensor in fold.items())
 
 
 @pytest.mark.parametrize(
@@ -72,11 +94,12 @@ def test_round_trip() -> None:
         (reply(client="de"), "client is 'de'"),
         (reply(run="x"), "run is 'x'"),
         (reply(examples=0), "examples is 0"),
-        (wire.pack(REQUEST, CONTENT), "message header"),
+        (reply(metrics={}), "metrics.loss_first: field required"),
+        (wire.pack(REQUEST, GIVEN.content), "message header"),
         (b"", "message is broken"),
         (b"\xff" * 64, "message is broken"),
         (reply()[:-5], "message is broken"),
-        (save(CONTENT), "message is broken"),
+        (save(GIVEN.content), "message is broken"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(content: bytes, says: str) -> None:

@@ -1,6 +1,8 @@
 """The server: the rounds, their stages, who scores what, the gate."""
 
-from legolm.federate.server.begin import start_factors
-from legolm.federate.server.loop import Rounds, best_round, scores_of
+from legolm.federate.server.begin import begin, start_factors
+from legolm.federate.server.loop import Rounds
+from legolm.federate.server.members import LLM, Members, is_dense
+from legolm.federate.server.scoring import server_examples
 
-__all__ = ["Rounds", "best_round", "scores_of", "start_factors"]
+__all__ = ["LLM", "Members", "Rounds", "begin", "is_dense", "server_examples", "start_factors"]

@@ -6,19 +6,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from legolm.adapter import Tensors, Update, initial_factors, slice_factors, tensors_hash, with_prefix
-from legolm.adapter.flat import Layout, adapter_layout
-from legolm.adapter.keys import adapter_keys
+from legolm.adapter import Tensors
 from legolm.aggregate import Scheme
-from legolm.block import Block, Coverage
+from legolm.block import Block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
+from legolm.federate.server.members import LLM, Members
 from legolm.federate.transport import Exchange, Request
-from legolm.federate.wire import codec
-from legolm.federate.wire import messages as wire
+from legolm.federate.wire import (
+    Broadcast,
+    EvaluateRequest,
+    ScoreReply,
+    TrainRequest,
+    TrainSettings,
+    Update,
+    accept,
+    encode,
+    pack,
+    unpack,
+    write,
+)
 from legolm.runs import Score
-from legolm.system import Progress
-from legolm.system.seeds import derive_seed
+from legolm.system import Progress, derive_seed
 
 Phase = Literal["round", "local", "personal"]
 Split = Literal["validation", "test"]
@@ -62,13 +71,10 @@ class Trained:
 
 
 class Dispatch:
-    """Speaks to the clients of one run; `block` and `rank` are each client's."""
+    """Speaks to the clients of one run."""
 
-    def __init__(
-        self, config: RunConfig, run: str, block: Mapping[str, Block], rank: Mapping[str, int], progress: Progress
-    ) -> None:
-        self._config, self._run = config, run
-        self._block, self._rank = block, rank
+    def __init__(self, config: RunConfig, run: str, members: Members, progress: Progress) -> None:
+        self._config, self._run, self._members = config, run, members
         self._progress = progress
 
     def train(self, order: Order, exchange: Exchange, label: str) -> Iterator[Trained]:
@@ -77,23 +83,26 @@ class Dispatch:
         Requests are made when they are sent, and what they share is made once: memory does not grow with clients.
         """
         # Dearest first, so that no actor is left with the longest job at the end.
-        clients = sorted(order.clients, key=lambda id: -self._block[id].parameters)
-        sent: dict[tuple[object, ...], wire.Sent] = {}
+        clients = sorted(order.clients, key=lambda id: -self._members.block[id].parameters)
+        sent: dict[tuple[object, ...], Broadcast] = {}
         sizes: dict[int, int] = {}
 
-        def shared(id: str) -> wire.Sent:
-            coverage, rank = self._block[id].coverage, self._rank[id]
+        def shared(id: str) -> Broadcast:
+            coverage, rank = self._members.block[id].coverage, self._members.rank[id]
             # Only what folds into the base depends on the client: when it trained in a round, it had all that was
             # folded before that round.
             since = max(order.accepted.get(id, 0) - 1, 0) if order.scheme.folds else 0
             key = (coverage.hash, rank, since)
             if key not in sent:
-                sent[key] = self._sent(order, coverage, rank, since)
+                scheme, settings = order.scheme, self._settings(order, self._members.block[id])
+                sent[key] = write(
+                    settings, coverage, rank, scheme.payload(coverage, rank), scheme.fold(coverage, since)
+                )
             return sent[key]
 
         def requests() -> Iterator[Request]:
             for index, id in enumerate(clients):
-                content = wire.pack(self._request(order, id, shared(id)), shared(id).content)
+                content = pack(self._request(order, id, shared(id)), shared(id).content)
                 sizes[index] = len(content)
                 yield Request(id, content)
 
@@ -104,8 +113,7 @@ class Dispatch:
                 update, reason = None, reply.error
                 if not reason:
                     try:
-                        request = self._request(order, id, shared(id))
-                        update = wire.accept(reply.content, request, shared(id))
+                        update = accept(reply.content, self._request(order, id, shared(id)), shared(id))
                     except LegolmError as error:
                         reason = str(error)
                 yield Trained(id, update, reason, sizes.get(reply.index, 0), reply.content)
@@ -119,66 +127,70 @@ class Dispatch:
 
         def requests() -> Iterator[Request]:
             for job in (jobs[i] for i in order):
-                rank = max((t.shape[0] for key, t in job.factors.items() if key.endswith(".A")), default=0)
-                header = wire.EvaluateRequest(**self._header(job.client, job.block, rank), sets=list(job.sets))
-                yield Request(job.client, wire.pack(header, codec.encode(job.factors, "none")))
+                yield Request(job.client, self.question(job))
 
         with self._progress.stage(label, len(jobs)) as advance:
             for reply in exchange(requests()):
                 if reply.error:
                     raise LegolmError(f"{label}: {reply.error}")
-                scores, _ = wire.unpack(reply.content, wire.ScoreReply)
+                scores, _ = unpack(reply.content, ScoreReply)
                 keep(order[reply.index], scores.scores)
                 advance(1)
 
-    def _sent(self, order: Order, coverage: Coverage, rank: int, since: int) -> wire.Sent:
-        scheme, lora = order.scheme, self._config.lora
-        name = self._codec(order.phase)
-        payload, fold = scheme.payload(coverage, rank), scheme.fold(coverage, since)
-        encoded = codec.encode(payload, name)
-        content = encoded | with_prefix("fold", codec.encode(fold, name))
-        start: Tensors = dict(codec.decode(encoded, name, Layout.of(payload)))
-        if scheme.derived_seed is not None:
-            made = initial_factors(
-                coverage.shape, lora.targets, lora.rank, scheme.derived_seed, self._frozen, lora.ranks
-            )
-            start = slice_factors(coverage, made, rank) | start
-        keys = adapter_keys(coverage, lora.targets, trained=self._frozen)
-        fold_rank = next((tensor.shape[0] for key, tensor in fold.items() if key.endswith(".A")), 0)
-        trained = adapter_layout(coverage, keys, rank, lora.ranks)
-        return wire.Sent(content, start, trained, fold_rank, tensors_hash(content))
+    def question(self, job: Job) -> bytes:
+        """The request that asks a client for a job's scores."""
+        config = self._config
+        rank = max((t.shape[0] for key, t in job.factors.items() if key.endswith(".A")), default=0)
+        header = EvaluateRequest(
+            **self._envelope(job.client, job.block, rank),
+            sets=list(job.sets),
+            targets=config.lora.targets,
+            ranks=config.lora.ranks,
+            max_length=config.train.max_length,
+            long_examples=config.train.long_examples,
+            precision=_decided(config),
+            batch_size=config.evaluate.batch_size,
+        )
+        return pack(header, encode(job.factors, "none"))
 
-    def _request(self, order: Order, id: str, sent: wire.Sent) -> wire.TrainRequest:
-        steps, done, total = steps_of(self._config, order.phase, order.number)
-        everyone = len(self._config.clients) if id == wire.EVERYONE else 1
-        saliency = self._config.aggregate.mask == "saliency" and order.phase == "round"
-        return wire.TrainRequest(
-            **self._header(id, self._block[id], self._rank[id]),
-            phase=order.phase,
-            round=order.number,
-            steps=steps * everyone,
-            done=done * everyone,
-            total=total * everyone,
-            seed=derive_seed(self._config.seed, order.phase, order.number, id),
-            derived_seed=order.scheme.derived_seed,
-            frozen=self._frozen,
-            fold_rank=sent.fold_rank,
-            proximal=order.scheme.proximal if order.phase == "round" else 0.0,
-            codec=self._codec(order.phase),
-            keep=1 - self._block[id].coverage.sparsity if saliency else 1.0,
-            error_feedback=self._config.federation.error_feedback,
-            accepted=order.accepted.get(id, 0),
+    def _settings(self, order: Order, block: Block) -> TrainSettings:
+        config, scheme = self._config, order.scheme
+        # Only rounds send anything: local and personal training stay at the client.
+        travels = order.phase == "round"
+        return TrainSettings(
+            targets=config.lora.targets,
+            run_rank=config.lora.rank,
+            ranks=config.lora.ranks,
+            dropout=config.lora.dropout,
+            train=config.train,
+            precision=_decided(config),
+            frozen_side=scheme.frozen_side,
+            derived_seed=scheme.derived_seed,
+            proximal=scheme.proximal if travels else 0.0,
+            codec=config.federation.codec if travels else "none",
+            keep=scheme.keep(block.coverage.sparsity) if travels else 1.0,
+            error_feedback=config.federation.error_feedback,
+            deadline_s=config.federation.deadline_s if travels else None,
         )
 
-    def _codec(self, phase: Phase) -> Literal["none", "bf16", "int8"]:
-        # Only rounds send anything: local and personal training stay at the client.
-        return self._config.federation.codec if phase == "round" else "none"
+    def _request(self, order: Order, id: str, broadcast: Broadcast) -> TrainRequest:
+        steps, done, total = steps_of(self._config, order.phase, order.number)
+        clients = len(self._config.clients) if id == LLM else 1
+        # `*`: pooled runs of before named their client so, and go on giving what they gave.
+        seed = derive_seed(self._config.seed, order.phase, order.number, "*" if id == LLM else id)
+        return TrainRequest(
+            **self._envelope(id, self._members.block[id], self._members.rank[id]),
+            phase=order.phase,
+            round=order.number,
+            steps=steps * clients,
+            done=done * clients,
+            total=total * clients,
+            seed=seed,
+            accepted=order.accepted.get(id, 0),
+            settings=broadcast.settings,
+        )
 
-    @property
-    def _frozen(self) -> bool:
-        return self._config.aggregate.form == "frozen_side"
-
-    def _header(self, id: str, block: Block, rank: int) -> dict[str, Any]:
+    def _envelope(self, id: str, block: Block, rank: int) -> dict[str, Any]:
         return {
             "run": self._run,
             "client": id,
@@ -197,3 +209,8 @@ def steps_of(config: RunConfig, phase: Phase, number: int) -> tuple[int, int, in
     if phase == "round":
         return each, (number - 1) * each, total
     return (total, 0, total) if phase == "local" else (total - rounds * each, rounds * each, total)
+
+
+def _decided(config: RunConfig) -> Literal["fp32", "bf16"]:
+    assert config.precision != "auto"  # the pipeline decides it once a run
+    return config.precision

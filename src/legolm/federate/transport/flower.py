@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -15,12 +14,11 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from legolm.config import RunConfig
-from legolm.errors import LegolmError
+from legolm.federate.client.app import client_app
 from legolm.federate.transport.engine import Body, Reply, Request, late
 from legolm.runs import RunDir
 
@@ -52,7 +50,7 @@ def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
     threads = config.federation.threads
     run_simulation(
         server_app=server,
-        client_app=_client_app(run.path.resolve()),
+        client_app=client_app(run.path.resolve()),
         num_supernodes=len(config.clients),
         backend_config={
             "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
@@ -66,25 +64,6 @@ def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
             },
         },
     )
-
-
-def _client_app(path: Path) -> ClientApp:
-    app = ClientApp()
-
-    def answer(message: Message, context: Context) -> Message:
-        from legolm.federate.client import client_runtime
-
-        record = message.content["request"]
-        content = record["content"]
-        assert isinstance(content, bytes)
-        try:
-            reply = ConfigRecord({"content": client_runtime(path).answer(content)})
-        except LegolmError as error:
-            reply = ConfigRecord({"error": str(error)})
-        return Message(RecordDict({"reply": reply}), reply_to=message)
-
-    app.train()(answer)
-    return app
 
 
 def _exchange(
@@ -108,7 +87,7 @@ def _exchange(
             if request is None:
                 break
             content = RecordDict({"request": ConfigRecord({"content": request.content})})
-            # All clients' data at one place is no client's: any node may answer.
+            # The client `llm`, everyone's data at one place, has no node: any may answer.
             node = node_of.get(request.client, min(node_of.values()))
             (message_id,) = grid.push_messages([Message(content, node, MessageType.TRAIN)])
             waiting[message_id] = index, len(request.content)

@@ -9,7 +9,7 @@ import torch
 
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
-from legolm.federate.client import ClientRuntime
+from legolm.federate.client import ClientRuntime, simulated
 from legolm.federate.transport.engine import Body, Reply, Request, late
 from legolm.runs import RunDir
 
@@ -17,7 +17,7 @@ from legolm.runs import RunDir
 def run_local(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
     """Answer each request when it is asked for; `actors` does not matter here."""
     threads = torch.get_num_threads()
-    runtime = ClientRuntime(run)
+    runtime = ClientRuntime(simulated(run))
 
     def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
         began = time.monotonic()

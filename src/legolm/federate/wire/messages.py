@@ -1,7 +1,6 @@
 """Requests and replies as bytes: one safetensors file each, its header a checked model in the metadata.
 
-Nothing here trusts the other side: sizes are bounded, headers validated, no pickle. `accept` is the gate in front of
-the aggregation: an update is refused, with the reason, before a byte of it is added.
+Nothing here trusts the other side: sizes are bounded, headers validated, no pickle.
 """
 
 from __future__ import annotations
@@ -9,18 +8,15 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
 from safetensors.torch import save as safetensors_save
 
-from legolm.adapter import Layout, Tensors, Update
-from legolm.adapter.flat import check_finite
-from legolm.config import Codec
+from legolm.adapter import Tensors
+from legolm.config import Codec, Precision, TrainConfig
 from legolm.errors import LegolmError
-from legolm.federate.wire import codec as codecs
 from legolm.runs import Score
 
 # Tensors of a message are views of its bytes; nobody writes to them.
@@ -31,9 +27,11 @@ MAX_HEADER = 64 << 20
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 
 
-class _Header(BaseModel):
+class Envelope(BaseModel):
+    """Who a message is for or from: run, client, block, and what identifies that block. A scheme never sees it."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
-    schema_number: Literal[1] = 1
+    schema_number: Literal[2] = 2
     run: str
     client: str
     block: str
@@ -43,14 +41,37 @@ class _Header(BaseModel):
     scale: float
 
 
-class TrainRequest(_Header):
+class TrainSettings(BaseModel):
+    """What training needs beside tensors, so that a client needs no config of the run.
+
+    With `derived_seed` the client makes factors itself: those of the side that does not train if `frozen_side`, else
+    all; they are slices of an adapter of rank `run_rank` (`ranks`: of single modules) on `targets`. `fold.` tensors, of
+    rank `fold_rank`, change its base from now on. The reply comes in this `codec`, with the `keep` share of its
+    entries, and after `deadline_s` seconds it comes too late.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    targets: list[str] | None
+    run_rank: int
+    ranks: dict[str, int]
+    dropout: float
+    train: TrainConfig
+    precision: Precision
+    frozen_side: bool
+    derived_seed: int | None
+    fold_rank: int = 0
+    proximal: float
+    codec: Codec
+    keep: float
+    error_feedback: bool
+    deadline_s: float | None
+
+
+class TrainRequest(Envelope):
     """Train the adapter that comes with it, the block's slice. `phase` is `round`, `local` or `personal`.
 
     `done` and `total` count the client's steps before this request and in the whole run: they set the learning rate.
-    With `derived_seed` the client makes factors itself: those of the side that does not train if `frozen`, else all.
-    `fold.` tensors, of rank `fold_rank`, change its base from now on. `accepted` is the last round whose update of this
-    client was added: the client's own state goes on from there. The reply comes in this `codec`, with the `keep` share
-    of its entries.
+    `accepted` is the last round whose update of this client was added: the client's own state goes on from there.
     """
 
     kind: Literal["train"] = "train"
@@ -60,24 +81,27 @@ class TrainRequest(_Header):
     done: int
     total: int
     seed: int
-    derived_seed: int | None = None
-    frozen: bool = False
-    fold_rank: int = 0
-    proximal: float = 0.0
-    codec: Codec = "none"
-    keep: float = 1.0
-    error_feedback: bool = False
     accepted: int = 0
+    settings: TrainSettings
 
 
-class EvaluateRequest(_Header):
-    """Score the block, merged with the adapter that comes with it, on (client, split) pairs."""
+class EvaluateRequest(Envelope):
+    """Score the block, merged with the adapter that comes with it, on (client, split) pairs.
+
+    Its factors are on `targets`, `ranks` those of single modules. Examples are cut to `max_length` tokens, or refused.
+    """
 
     kind: Literal["evaluate"] = "evaluate"
     sets: list[tuple[str, Literal["validation", "test"]]]
+    targets: list[str] | None
+    ranks: dict[str, int]
+    max_length: int
+    long_examples: Literal["truncate", "refuse"]
+    precision: Precision
+    batch_size: int
 
 
-class UpdateReply(_Header):
+class UpdateReply(Envelope):
     """Header of an update; the tensors are the change of each factor."""
 
     kind: Literal["update"] = "update"
@@ -100,8 +124,6 @@ class ScoreReply(BaseModel):
     scores: list[Score]
 
 
-EVERYONE = "*"
-"""The client that holds all clients' data and the LLM: the centralized baseline."""
 REPLIED = ("run", "round", "client", "block", "base_fingerprint", "coverage_hash", "rank", "scale")
 """Fields of a request that come back in the reply."""
 Header = TypeVar("Header", bound=BaseModel)
@@ -134,41 +156,6 @@ def kind_of(content: bytes) -> str:
         return str(json.loads(_header(content)["__metadata__"]["legolm"])["kind"])
     except (ValueError, KeyError, TypeError) as error:
         raise LegolmError(f"message is broken ({error})") from None
-
-
-@dataclass(frozen=True)
-class Sent:
-    """What goes to all clients of one coverage and rank: the tensors, and what training starts from after the codec.
-
-    `start` has the factors that the client makes itself, too; `trained` is the layout of those that change.
-    """
-
-    content: Tensors
-    start: Tensors
-    trained: Layout
-    fold_rank: int
-    hash: str
-
-
-def accept(content: bytes, request: TrainRequest, sent: Sent) -> Update:
-    """Check a reply against what was asked and what was sent, and return its update.
-
-    Raises `LegolmError` with the first mismatch of header, keys, shape, dtype or finiteness.
-    """
-    reply, tensors = unpack(content, UpdateReply)
-    expected: dict[str, object] = {field: getattr(request, field) for field in REPLIED} | {"received_hash": sent.hash}
-    for name, value in expected.items():
-        if getattr(reply, name) != value:
-            raise LegolmError(f"{name} is {getattr(reply, name)!r}; asked for {value!r}")
-    if reply.examples < 1:
-        raise LegolmError(f"examples is {reply.examples}; must be at least 1")
-    delta = codecs.decode(tensors, request.codec, sent.trained, request.keep)
-    check_finite(delta)
-    return Update(
-        **{field: getattr(reply, field) for field in (*REPLIED, "received_hash", "examples", "metrics")},
-        delta=delta,
-        received=sent.start,
-    )
 
 
 def _header(content: bytes) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""The sections of a block: what it is cut by, what pruning sees, and its recovery."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from legolm.config.registry import CRITERIA, Registry
+from legolm.config.section import Fields, LocalPath, Name, OpenSection, Quantity, Section
+
+
+class CalibrationConfig(Section):
+    """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`).
+
+    `text` is `starter`, `pydoc` (Python's help topics), a text file, or a file of conversations (JSON, JSONL, CSV,
+    Parquet), which is rendered with the model's chat template.
+    """
+
+    text: str = "starter"
+    fields: Fields = Fields()
+    samples: int = Field(32, ge=1)
+    length: int = Field(256, ge=8, description="tokens a sample")
+    statistics: tuple[LocalPath, ...] | None = Field(None, description="files of `legolm calibrate`; they are added up")
+
+
+class RecoverConfig(Section):
+    """Distillation from the LLM after the cut, at the first of `steps` and `minutes` done. 0 steps: none.
+
+    A block of a run that says neither is recovered when the run has time for it (`RunConfig.cuts`).
+    """
+
+    steps: int | None = Field(None, ge=0)
+    minutes: float | None = Field(None, gt=0, description="at most; the result then depends on the machine's speed")
+    text: str | None = Field(None, description="like calibration.text, which it is if not given")
+    batch_size: int = Field(8, ge=1, description="windows of calibration.length tokens a step")
+    rank: int | None = Field(16, ge=1, description="of a LoRA that is merged; null trains the weights themselves")
+    learning_rate: float = Field(2e-3, gt=0)
+
+    @property
+    def most_steps(self) -> int:
+        """What `steps` and `minutes` allow; a step takes a second at least."""
+        if self.steps is not None or self.minutes is None:
+            return self.steps or 0
+        return math.ceil(60 * self.minutes)
+
+
+class BlockConfig(OpenSection):
+    """One block: to cut, by a method to a target, or one that is there already (`path`, a block's folder).
+
+    `structured` takes a budget or a shape in the model config's words; a criterion takes a sparsity or a pattern, and
+    its own settings stand here too.
+    """
+
+    named: ClassVar[str] = "method"
+    registry: ClassVar[Registry[Any]] = CRITERIA
+    others: ClassVar[tuple[str, ...]] = ("given", "dense", "structured")
+
+    name: Name
+    method: str = Field(
+        "given", description="dense, structured, a criterion (magnitude, wanda, sparsegpt); with path none"
+    )
+    path: LocalPath | None = Field(None, description="folder of a block of this LLM, taken as it is")
+    sparsity: float | None = Field(None, ge=0, lt=1, description="removed share of the decoder's linear weights")
+    pattern: str | None = Field(None, pattern=r"^[1-9]\d?:[1-9]\d?$", description="N:M, N kept of each M in a row")
+    params: Quantity | None = Field(None, description="stored parameters at most, for instance 70M")
+    memory: Quantity | None = Field(None, description="bytes of weights at most, for instance 150MB")
+    speedup: float | None = Field(None, gt=1, description="tokens generated a second, over the LLM's, measured here")
+    intermediate_size: int | None = Field(None, ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+    num_hidden_layers: int | None = Field(None, ge=1)
+    calibration: CalibrationConfig = CalibrationConfig()
+    recover: RecoverConfig = RecoverConfig()
+
+    @property
+    def may_recover(self) -> bool:
+        """Nothing was said of recovery, there is something to recover, and text for it that is not only sums."""
+        undecided = self.recover.steps is None and self.recover.minutes is None
+        return (
+            undecided
+            and self.method not in ("dense", "given")
+            and not (self.calibration.statistics and not self.recover.text)
+        )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> BlockConfig:
+        shape = (self.intermediate_size, self.num_key_value_heads, self.num_hidden_layers)
+        budgets = {name: getattr(self, name) for name in ("sparsity", "params", "memory", "speedup")}
+        given = [name for name, value in budgets.items() if value is not None]
+        given += ["a shape"] if any(size is not None for size in shape) else []
+        given += ["pattern"] if self.pattern else []
+        if (self.method == "given") != (self.path is not None):
+            raise ValueError("give a `method` to cut it by, or the `path` of a block, not both")
+        allowed = {
+            "given": [],
+            "dense": [],
+            "structured": [*budgets, "a shape"],
+        }.get(self.method, ["sparsity", "pattern"])
+        if len(given) != min(len(allowed), 1) or not set(given) <= set(allowed):
+            takes = f"one of {', '.join(allowed)}" if allowed else "no target: it is the whole LLM, or a block as it is"
+            raise ValueError(f"{self.method} takes {takes}; here is {' and '.join(given) or 'none'}")
+        if self.pattern and int(self.pattern.split(":")[0]) >= int(self.pattern.split(":")[1]):
+            raise ValueError(f"pattern {self.pattern}: N must be less than M")
+        by_width = given == ["a shape"] and self.num_hidden_layers is None
+        if self.calibration.statistics and self.method == "structured" and not by_width:
+            raise ValueError(
+                "structured with calibration.statistics takes intermediate_size and num_key_value_heads: "
+                "to choose a shape or layers, text is needed"
+            )
+        return self

@@ -1,0 +1,134 @@
+"""A site: all that a client has. A device's own folder, or its part of a run folder in simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, Protocol
+
+from legolm.block import Block, llm_block, read_block
+from legolm.config import Device, Fields, RunConfig
+from legolm.data import ClientData, Example, client_data, read_rows, to_example
+from legolm.errors import LegolmError
+from legolm.models import resolve
+from legolm.runs import Identity, RunDir, read_record
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What of its machine a client uses: where products run, and CPU threads."""
+
+    device: Device = "auto"
+    threads: int = 1
+
+
+class Site(Protocol):
+    """What a client has; the runtime needs nothing else."""
+
+    def block(self) -> Block:
+        """Its block."""
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        """Its own conversations of a split."""
+
+    def state(self) -> Path:
+        """A folder for what it keeps between rounds; may not be there yet."""
+
+    def profile(self) -> Profile:
+        """How it works."""
+
+
+@dataclass(frozen=True)
+class DeviceSite:
+    """A device of its own: a folder with `block/` (a cut block) and `data/{train,validation,test}.jsonl`.
+
+    Nothing outside the folder is read. Rows are conversations (`messages`). Raises `LegolmError` for what is missing.
+    """
+
+    home: Path
+    device: Device = "auto"
+    threads: int = 1
+
+    def block(self) -> Block:
+        """Of `block/`."""
+        return read_block(self.home / "block")
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        """Of `data/`."""
+        fields = Fields(messages="messages")
+        return [to_example(row, fields) for row in read_rows(str(self.home / "data" / f"{split}.jsonl"), "data")]
+
+    def state(self) -> Path:
+        """`state/`."""
+        return self.home / "state"
+
+    def profile(self) -> Profile:
+        """As given."""
+        return Profile(self.device, self.threads)
+
+
+SiteOf = Callable[[str, str], Site]
+"""(client, block's name) -> the site of this client that holds this block; raises `LegolmError` where there is none."""
+
+
+def only(client: str, site: Site) -> SiteOf:
+    """For a device: its own site, and nobody else's."""
+
+    def site_of(asked: str, block: str) -> Site:
+        if asked != client:
+            raise LegolmError(f"client {client}: has its own data only, and was asked for those of {asked!r}")
+        return site
+
+    return site_of
+
+
+def simulated(run: RunDir) -> SiteOf:
+    """All clients' sites in a run folder: data sources are read once, and each site shows its client's part."""
+    config = run.config()
+    identity = read_record(run.path / "run.json", Identity)
+
+    @lru_cache(maxsize=1)
+    def data() -> dict[str, ClientData]:
+        return client_data(config)
+
+    return lambda client, block: SimulatedSite(run, config, identity.base_fingerprint, client, block, data)
+
+
+@dataclass(frozen=True)
+class SimulatedSite:
+    """One client's part of a run folder. `llm` is the client that holds the LLM and everyone's data, at one place.
+
+    The LLM as a block may be scored at any client's: whoever simulates has it.
+    """
+
+    run: RunDir
+    config: RunConfig
+    base_fingerprint: str
+    client: str
+    name: str
+    data: Callable[[], dict[str, ClientData]]
+
+    def block(self) -> Block:
+        """Of this name in the run folder, or the LLM."""
+        if self.name == "llm":
+            return llm_block(resolve(self.config.model), self.base_fingerprint)
+        return read_block(self.run.block(self.name))
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        """Its part; of the client `llm` everyone's."""
+        if self.client == "llm":
+            return [example for one in self.data().values() for example in getattr(one, split)]
+        found: Sequence[Example] = getattr(self.data()[self.client], split)
+        return found
+
+    def state(self) -> Path:
+        """`clients/ID/` of the run folder."""
+        return self.run.client_state(self.client)
+
+    def profile(self) -> Profile:
+        """As the run's config says."""
+        return Profile(self.config.device, self.config.federation.threads)

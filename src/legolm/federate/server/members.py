@@ -1,0 +1,59 @@
+"""Who takes part, with which block and rank."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from legolm.block import Block
+from legolm.config import RunConfig
+from legolm.system import derive_seed
+
+LLM = "llm"
+"""Names the LLM among blocks; and, of a pooled run, the one client, which holds it and everyone's data."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """The clients' ids in the config's order; block and rank by client, those of `llm` too."""
+
+    clients: tuple[str, ...]
+    block: Mapping[str, Block]
+    rank: Mapping[str, int]
+
+    @staticmethod
+    def of(config: RunConfig, blocks: Mapping[str, Block], block_of: Mapping[str, str]) -> Members:
+        """`blocks` are the cut blocks and the LLM by name, `block_of` the block's name of each client."""
+        rank = {client.id: client.rank or config.lora.rank for client in config.clients}
+        return Members(
+            tuple(client.id for client in config.clients),
+            {id: blocks[name] for id, name in block_of.items()} | {LLM: blocks[LLM]},
+            rank | {LLM: config.lora.rank},
+        )
+
+    @property
+    def llm(self) -> Block:
+        """The LLM as a block."""
+        return self.block[LLM]
+
+    def draw(self, config: RunConfig, number: int) -> list[str]:
+        """The clients of a round: those there, of whom a share is drawn from the run's seed."""
+        federation = config.federation
+        if federation.mode == "pooled":
+            return [LLM]
+        there = [
+            client.id
+            for client in config.clients
+            if client.there(number)
+            if not federation.capable or is_dense(self.block[client.id])
+        ]
+        count = min(len(there), max(math.ceil(federation.fraction * len(there)), federation.min_replies))
+        drawn = set(random.Random(derive_seed(config.seed, "draw", number)).sample(there, count))
+        return [id for id in there if id in drawn]
+
+
+def is_dense(block: Block) -> bool:
+    """Whether the block is the whole LLM."""
+    return block.coverage.kept_weights == block.coverage.shape.layers * block.coverage.shape.layer_weights

@@ -1,0 +1,154 @@
+"""Who scores what.
+
+In a simulation everyone may score on everyone's data: every distinct block and the LLM once. Where clients score their
+own data only, each scores its own model, and the LLM is scored by the server on its own rows, or by nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+
+from legolm.adapter import Tensors
+from legolm.aggregate import Scheme
+from legolm.block import Block
+from legolm.config import RunConfig
+from legolm.data import Example, read_rows, to_example, with_system
+from legolm.errors import LegolmError
+from legolm.federate.client import ClientRuntime, Profile, only
+from legolm.federate.client.site import Split as AnySplit
+from legolm.federate.server.dispatch import Dispatch, Job, Split
+from legolm.federate.server.members import LLM, Members, is_dense
+from legolm.federate.transport import Exchange
+from legolm.federate.wire import ScoreReply, unpack
+from legolm.runs import Global, Held, Score, Scores, others_of
+
+Set = tuple[str, Split]
+
+
+class Scoring:
+    """The jury of one run."""
+
+    def __init__(self, config: RunConfig, members: Members, dispatch: Dispatch) -> None:
+        self._config, self._members, self._dispatch = config, members, dispatch
+
+    def of_global(self, scheme: Scheme, exchange: Exchange, label: str) -> Global:
+        """The LLM and the clients' blocks with the global update."""
+        if self._config.evaluate.scores == "own":
+            return self._own(scheme, exchange, label)
+        return self._everyone(scheme, exchange, label)
+
+    def sets_of(self, client: str) -> tuple[Set, ...]:
+        """What the model of one client alone is scored on: test data, and last its own validation data."""
+        asked = {client, *others_of(self._config, client)}
+        tests: list[Set] = [(id, "test") for id in self._members.clients if id in asked]
+        return (*tests, (client, "validation"))
+
+    def _everyone(self, scheme: Scheme, exchange: Exchange, label: str) -> Global:
+        """The LLM and every distinct block once, on all test data and on validation data.
+
+        `validation` is the mean loss of the clients' blocks on their own, `llm_validation` the LLM's on all clients'.
+        """
+        clients, members, llm = self._members.clients, self._members, self._members.llm
+        tests: tuple[Set, ...] = tuple((id, "test") for id in clients)
+        alike: dict[tuple[str, int], list[str]] = {(LLM, self._config.lora.rank): []}
+        for id in clients:
+            name = LLM if is_dense(members.block[id]) else members.block[id].name
+            alike.setdefault((name, members.rank[id]), []).append(id)
+        jobs: list[Job] = []
+        for (name, rank), ids in alike.items():
+            block = llm if name == LLM else members.block[ids[0]]
+            client, asked = (ids[0] if ids else clients[0]), (ids if jobs else clients)
+            validation: tuple[Set, ...] = tuple((id, "validation") for id in asked)
+            jobs.append(Job(client, block, scheme.adapter(block.coverage, rank), tests + validation))
+        results = self._scores(jobs, exchange, label)
+
+        # Once for all who hold the same: with each client's own copy a record would grow with their square.
+        held = [
+            Held(clients=ids, scores=by_client(jobs[index].sets, results[index]))
+            for index, ids in enumerate(alike.values())
+            if ids
+        ]
+        # In the jobs' order, not the replies': sums round by it.
+        losses = [
+            {id: score.loss for (id, split), score in zip(job.sets, results[index], strict=True) if split != "test"}
+            for index, job in enumerate(jobs)
+        ]
+        own = [losses[index][id] for index, ids in enumerate(alike.values()) for id in ids]
+        return Global(
+            llm=by_client(jobs[0].sets, results[0]),
+            held=held,
+            validation=fmean(own),
+            llm_validation=fmean(losses[0].values()),
+        )
+
+    def _own(self, scheme: Scheme, exchange: Exchange, label: str) -> Global:
+        """Each client its own block on its own data; the LLM on the server's rows, where it has some."""
+        members, factors = self._members, dict[tuple[str, int], Tensors]()
+        jobs = []
+        for id in members.clients:
+            block, rank = members.block[id], members.rank[id]
+            key = (block.coverage.hash, rank)
+            if key not in factors:
+                factors[key] = scheme.adapter(block.coverage, rank)
+            jobs.append(Job(id, block, factors[key], ((id, "test"), (id, "validation"))))
+        results = self._scores(jobs, exchange, label)
+        held = [
+            Held(clients=[id], scores=by_client(jobs[index].sets, results[index]))
+            for index, id in enumerate(members.clients)
+        ]
+        found: Sequence[Score] = ()
+        if self._config.evaluate.server_data is not None:
+            adapter = scheme.adapter(members.llm.coverage, self._config.lora.rank)
+            job = Job(LLM, members.llm, adapter, ((LLM, "test"),))
+            reply, _ = unpack(self._here.answer(self._dispatch.question(job)), ScoreReply)
+            found = reply.scores
+        return Global(
+            llm=Scores({LLM: found[0]}) if found else None,
+            held=held,
+            validation=fmean(results[index][1].loss for index in range(len(jobs))),
+            llm_validation=found[0].loss if found else None,
+        )
+
+    def _scores(self, jobs: Sequence[Job], exchange: Exchange, label: str) -> Mapping[int, Sequence[Score]]:
+        results: dict[int, Sequence[Score]] = {}
+        self._dispatch.score(jobs, exchange, label, results.__setitem__)
+        return results
+
+    @cached_property
+    def _here(self) -> ClientRuntime:
+        """The server as a client with the LLM and its own rows."""
+        return ClientRuntime(only(LLM, _ServerSite(self._config, self._members.llm)))
+
+
+def by_client(sets: Sequence[Set], scores: Sequence[Score]) -> Scores:
+    """The scores on test data, by whose they are."""
+    return Scores({id: score for (id, split), score in zip(sets, scores, strict=True) if split == "test"})
+
+
+class _ServerSite:
+    """What the server itself has: the LLM, and rows of its own."""
+
+    def __init__(self, config: RunConfig, llm: Block) -> None:
+        self._config, self._llm = config, llm
+
+    def block(self) -> Block:
+        return self._llm
+
+    def examples(self, split: AnySplit) -> Sequence[Example]:
+        return server_examples(self._config)
+
+    def state(self) -> Path:
+        raise LegolmError("the server keeps no client's state")
+
+    def profile(self) -> Profile:
+        return Profile(self._config.device, self._config.federation.threads)
+
+
+def server_examples(config: RunConfig) -> list[Example]:
+    """The server's own rows (`evaluate.server_data`). Raises `LegolmError` for bad ones."""
+    data, source = config.data, config.evaluate.server_data
+    rows = [] if source is None else read_rows(source, "evaluate.server_data")
+    return [with_system(to_example(row, data.fields), data.system) for row in rows]

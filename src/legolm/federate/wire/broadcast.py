@@ -1,0 +1,164 @@
+"""The broadcast: written by the server, opened by a client, and its reply. Both ends of the protocol are here.
+
+All clients of one coverage and rank get the same: the adapter's slice, what changes their base, the seed of the factors
+that they make themselves, and the training settings. A client answers with the change of each trained factor, and keeps
+what the codec lost of it for its next answer (error feedback: Karimireddy et al., arXiv 1901.09847).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from legolm.adapter import (
+    Change,
+    Flat,
+    Layout,
+    Tensors,
+    adapter_keys,
+    adapter_layout,
+    check_finite,
+    initial_factors,
+    slice_factors,
+    tensors_hash,
+    under_prefix,
+    with_prefix,
+)
+from legolm.block import Coverage
+from legolm.errors import LegolmError
+from legolm.federate.wire import codec
+from legolm.federate.wire.messages import (
+    REPLIED,
+    Envelope,
+    TrainRequest,
+    TrainSettings,
+    UpdateReply,
+    pack,
+    unpack,
+)
+from legolm.runs import Training
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Settings and tensors for all clients of one coverage and rank; `hash` is of the tensors.
+
+    `start` is what training starts from after the codec, with the factors that a client makes itself; `trained` is the
+    layout of those that change.
+    """
+
+    settings: TrainSettings
+    content: Tensors
+    start: Tensors
+    trained: Layout
+    hash: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a client makes of a broadcast: what it trains from, without those in `frozen`, and what its base gets."""
+
+    start: Tensors
+    frozen: set[str]
+    fold: Tensors
+
+
+@dataclass(frozen=True)
+class Update:
+    """A checked reply: who sent it, what it learned, what it says of its training."""
+
+    envelope: Envelope
+    change: Change
+    training: Training
+
+
+def write(settings: TrainSettings, coverage: Coverage, rank: int, payload: Tensors, fold: Tensors) -> Broadcast:
+    """The broadcast of a scheme's `payload` and `fold` for this coverage and rank."""
+    settings = settings.model_copy(
+        update={"fold_rank": next((t.shape[0] for key, t in fold.items() if key.endswith(".A")), 0)}
+    )
+    content = codec.encode(payload, settings.codec) | with_prefix("fold", codec.encode(fold, settings.codec))
+    opened = open_(settings, coverage, rank, content)
+    return Broadcast(settings, content, opened.start, _trained(settings, coverage, rank), tensors_hash(content))
+
+
+def open_(settings: TrainSettings, coverage: Coverage, rank: int, content: Tensors) -> Opened:
+    """What training starts from, in this block's slice. Raises `LegolmError` for tensors that do not fit it."""
+    trained = _trained(settings, coverage, rank)
+    made: Tensors = {}
+    if settings.derived_seed is not None:
+        factors = initial_factors(
+            coverage.shape,
+            settings.targets,
+            settings.run_rank,
+            settings.derived_seed,
+            settings.frozen_side,
+            settings.ranks,
+        )
+        made = slice_factors(coverage, factors, rank)
+    # Frozen side: the factors that train are sent. A fresh adapter: none is.
+    sent = trained if settings.frozen_side or settings.derived_seed is None else Layout({})
+    plain = {name: tensor for name, tensor in content.items() if not name.startswith("fold.")}
+    start = made | dict(_decoded(plain, settings, sent))
+    every = adapter_keys(coverage, settings.targets) if settings.fold_rank else []
+    fold = _decoded(under_prefix("fold", content), settings, adapter_layout(coverage, every, settings.fold_rank))
+    return Opened(start, set(start) - set(trained.shapes), dict(fold))
+
+
+def answer(
+    request: TrainRequest, content: Tensors, delta: Tensors, examples: int, metrics: dict[str, float], lost: Tensors
+) -> tuple[bytes, Tensors]:
+    """The reply with this change, and what the codec lost of it; `lost` is what the last one lost."""
+    settings = request.settings
+    delta = {key: tensor + lost[key] if lost else tensor for key, tensor in delta.items()}
+    encoded = codec.encode(delta, settings.codec, settings.keep)
+    left: Tensors = {}
+    if settings.error_feedback and settings.codec != "none":
+        arrived = codec.decode(encoded, settings.codec, Layout.of(delta), settings.keep)
+        left = {
+            key: (tensor - arrived[key]) * codec.most_salient(tensor, settings.keep) for key, tensor in delta.items()
+        }
+    reply = UpdateReply(
+        **{field: getattr(request, field) for field in REPLIED},
+        received_hash=tensors_hash(content),
+        examples=examples,
+        metrics=metrics,
+    )
+    return pack(reply, encoded), left
+
+
+def accept(content: bytes, request: TrainRequest, broadcast: Broadcast) -> Update:
+    """Check a reply against what was asked and what was sent: the gate in front of the aggregation.
+
+    An update is refused before a byte of it is added. Raises `LegolmError` with the first mismatch of header, keys,
+    shape, dtype or finiteness.
+    """
+    reply, tensors = unpack(content, UpdateReply)
+    expected: dict[str, object] = {field: getattr(request, field) for field in REPLIED}
+    expected["received_hash"] = broadcast.hash
+    for name, value in expected.items():
+        if getattr(reply, name) != value:
+            raise LegolmError(f"{name} is {getattr(reply, name)!r}; asked for {value!r}")
+    if reply.examples < 1:
+        raise LegolmError(f"examples is {reply.examples}; must be at least 1")
+    delta = codec.decode(tensors, request.settings.codec, broadcast.trained, request.settings.keep)
+    check_finite(delta)
+    try:
+        training = Training.model_validate(reply.metrics)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise LegolmError(f"metrics.{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}") from None
+    return Update(reply, Change(delta, broadcast.start, reply.examples, reply.rank), training)
+
+
+def _trained(settings: TrainSettings, coverage: Coverage, rank: int) -> Layout:
+    """Where the factors that train, and come back, are."""
+    keys = adapter_keys(coverage, settings.targets, trained=settings.frozen_side)
+    return adapter_layout(coverage, keys, rank, settings.ranks)
+
+
+def _decoded(content: Tensors, settings: TrainSettings, layout: Layout) -> Flat:
+    found = codec.decode(content, settings.codec, layout)
+    check_finite(found)
+    return found

@@ -1,0 +1,56 @@
+"""The run folder, and the records that a run keeps."""
+
+from legolm.runs.folder import UPDATES, RunDir
+from legolm.runs.records import (
+    SCHEMA,
+    ClientRecord,
+    Criterion,
+    Global,
+    Held,
+    Identity,
+    Record,
+    Refusal,
+    RoundRecord,
+    Score,
+    Scores,
+    StageRecord,
+    Traffic,
+    Training,
+    best_round,
+    clients_of,
+    dump_record,
+    parse_record,
+    read_record,
+    rounds_of,
+)
+from legolm.runs.sample import others_of
+from legolm.runs.store import Stages, load_adapter_state, read_records
+
+__all__ = [
+    "SCHEMA",
+    "UPDATES",
+    "ClientRecord",
+    "Criterion",
+    "Global",
+    "Held",
+    "Identity",
+    "Record",
+    "Refusal",
+    "RoundRecord",
+    "RunDir",
+    "Score",
+    "Scores",
+    "StageRecord",
+    "Stages",
+    "Traffic",
+    "Training",
+    "best_round",
+    "clients_of",
+    "dump_record",
+    "load_adapter_state",
+    "others_of",
+    "parse_record",
+    "read_record",
+    "read_records",
+    "rounds_of",
+]

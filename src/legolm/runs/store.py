@@ -1,0 +1,126 @@
+"""The finished stages of a run: each a folder that appears only when it is whole, and all their records.
+
+What is finished is read once; after that the memory knows it, and the disk only gets what is new.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from legolm.config import RunConfig
+from legolm.errors import LegolmError
+from legolm.runs.folder import RunDir
+from legolm.runs.records import (
+    ClientRecord,
+    Criterion,
+    RoundRecord,
+    StageRecord,
+    best_round,
+    dump_record,
+    parse_record,
+)
+from legolm.system import atomic_folder, atomic_write
+
+ADAPTER, METRICS = "adapter.safetensors", "metrics.json"
+Tensors = dict[str, Tensor]
+
+
+class Stages:
+    """The stages of a run in order, and what is finished of them."""
+
+    def __init__(self, folder: RunDir, config: RunConfig) -> None:
+        self._folder = folder
+        alone = config.federation.mode == "alone"
+        self.rounds = 0 if alone else config.federation.rounds
+        self.personal_steps = 0 if alone else config.federation.personal_steps
+        clients = [client.id for client in config.clients]
+        self._paths = [folder.round(0)]
+        if config.evaluate.local_only:
+            self._paths += [folder.client_stage("local", id) for id in clients]
+        self._paths += [folder.round(number) for number in range(1, self.rounds + 1)]
+        if self.personal_steps:
+            self._paths += [folder.client_stage("personal", id) for id in clients]
+        self._records = {path: _read(path / METRICS) for path in self._paths if path.exists()}
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to do."""
+        return len(self._records) == len(self._paths)
+
+    def has(self, path: Path) -> bool:
+        """Whether a stage is finished."""
+        return path in self._records
+
+    def records(self) -> list[StageRecord]:
+        """Of every finished stage, in order."""
+        return [self._records[path] for path in self._paths if path in self._records]
+
+    def round(self, number: int) -> RoundRecord:
+        """The record of a finished round."""
+        record = self._records[self._folder.round(number)]
+        assert isinstance(record, RoundRecord)
+        return record
+
+    def best(self, by: Criterion) -> int:
+        """The finished round that is the best by this."""
+        return best_round(self.records(), by).round
+
+    def fill(self, partial: Path, path: Path, adapter: Tensors, record: StageRecord) -> None:
+        """Fill the folder `partial` of the stage `path`; `keep` or its caller makes it appear."""
+        save_file({key: tensor.contiguous() for key, tensor in adapter.items()}, partial / ADAPTER)
+        (partial / METRICS).write_text(dump_record(record), encoding="utf-8")
+        self._records[path] = record
+
+    def keep(self, path: Path, adapter: Tensors, record: StageRecord) -> None:
+        """Make a stage's folder, and add a line to `metrics.jsonl`."""
+        with atomic_folder(path) as partial:
+            self.fill(partial, path, adapter, record)
+        with (self._folder.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(dump_record(record, indent=None))
+
+    def write_lines(self) -> None:
+        """`metrics.jsonl` anew, in the stages' order: after a kill no line is missing, broken or there twice."""
+        lines = "".join(dump_record(record, indent=None) for record in self.records())
+        atomic_write(self._folder.path / "metrics.jsonl", lines)
+
+
+def load_adapter_state(path: Path) -> Tensors:
+    """The tensors that a stage kept. Raises `LegolmError` when they are missing or broken."""
+    try:
+        found: Tensors = load_file(path / ADAPTER)
+    except (OSError, SafetensorError) as error:
+        raise LegolmError(f"{path / ADAPTER}: cannot be read ({error}); start the run again in a new folder") from None
+    return found
+
+
+def read_records(folder: Path) -> list[StageRecord]:
+    """Those of `metrics.jsonl`. Raises `LegolmError` for a folder without, a broken one, or another version's."""
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise LegolmError(f"{folder}: is no run folder with finished stages") from None
+    return [_parse(line, path) for line in lines]
+
+
+def _read(path: Path) -> StageRecord:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise LegolmError(f"{path}: cannot be read ({error.strerror}); start the run again in a new folder") from None
+    return _parse(content, path)
+
+
+def _parse(content: bytes | str, path: Path) -> StageRecord:
+    try:
+        stage = json.loads(content).get("stage")
+    except (ValueError, AttributeError):
+        stage = None
+    if stage == "round":
+        return parse_record(content, RoundRecord, path)
+    return parse_record(content, ClientRecord, path)

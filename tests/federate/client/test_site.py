@@ -1,0 +1,125 @@
+"""A client that has only its own folder, and answers as the simulated one does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from legolm import config as configs
+from legolm import pipeline
+from legolm.adapter import init_factors, slice_factors
+from legolm.block import Block, read_block
+from legolm.config import TrainConfig
+from legolm.data import client_data
+from legolm.errors import LegolmError
+from legolm.federate import wire
+from legolm.federate.client import ClientRuntime, DeviceSite, only, simulated
+from legolm.runs import RunDir
+
+ALONE = """
+import sys
+from pathlib import Path
+from legolm.federate.client import ClientRuntime, DeviceSite, only
+
+home, request, reply = map(Path, sys.argv[1:])
+reply.write_bytes(ClientRuntime(only("fr", DeviceSite(home, "cpu"))).answer(request.read_bytes()))
+"""
+
+
+@pytest.fixture
+def run(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> RunDir:
+    """A finished run of one round whose client `fr` holds the block `wide`."""
+    raw = three_clients(tmp_path / "all", ("wide", "dense", "dense"), federation={"engine": "local", "rounds": 1})
+    raw["evaluate"] = {"local_only": False}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(raw))
+    pipeline.run(configs.load(path), tmp_path / "all" / "run", models=False)
+    return RunDir(tmp_path / "all" / "run")
+
+
+@pytest.fixture
+def home(run: RunDir, tmp_path: Path) -> Path:
+    """What the device of `fr` has: its block and its data."""
+    home = tmp_path / "device"
+    shutil.copytree(run.block("wide"), home / "block")
+    (home / "data").mkdir()
+    held = client_data(run.config())["fr"]
+    for split in ("train", "validation", "test"):
+        rows = [{"messages": [vars(turn) for turn in one.messages]} for one in getattr(held, split)]
+        (home / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return home
+
+
+def request(block: Block, client: str = "fr", **train: Any) -> bytes:
+    coverage = block.coverage
+    payload = slice_factors(coverage, init_factors(coverage.shape, None, 4, seed=0), 4)
+    settings = wire.TrainSettings(
+        targets=None, run_rank=4, ranks={}, dropout=0.0, train=TrainConfig(steps=3, batch_size=4, **train),
+        precision="fp32", frozen_side=False, derived_seed=None, proximal=0.0, codec="int8", keep=1.0,
+        error_feedback=True, deadline_s=None,
+    )  # fmt: skip
+    written = wire.write(settings, coverage, 4, payload, {})
+    header = wire.TrainRequest(
+        run="r", client=client, block="wide", base_fingerprint=block.base_fingerprint, coverage_hash=coverage.hash,
+        rank=4, scale=2.0, phase="round", round=1, steps=3, done=0, total=3, seed=5, settings=written.settings,
+    )  # fmt: skip
+    return wire.pack(header, written.content)
+
+
+def test_a_client_trains_where_nothing_but_its_folder_is(run: RunDir, home: Path, tmp_path: Path) -> None:
+    asked = request(read_block(run.block("wide")))
+    expected, expected_change = wire.unpack(ClientRuntime(simulated(run)).answer(asked), wire.UpdateReply)
+    (tmp_path / "request").write_bytes(asked)
+    shutil.rmtree(tmp_path / "all")  # the run, its config, everyone's data: gone before the process starts
+    paths = [home, tmp_path / "request", tmp_path / "reply"]
+    command = [sys.executable, "-c", ALONE, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=home, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found, change = wire.unpack((tmp_path / "reply").read_bytes(), wire.UpdateReply)
+    assert set(change) == set(expected_change)
+    assert all(torch.equal(change[key], tensor) for key, tensor in expected_change.items())
+    assert (found.received_hash, found.examples) == (expected.received_hash, 14)
+    assert (found.metrics["loss_first"], found.metrics["tokens"]) == (
+        expected.metrics["loss_first"],
+        expected.metrics["tokens"],
+    )
+    assert [path.name for path in (home / "state").iterdir()] == ["0001.safetensors"]  # what int8 lost
+
+
+def test_a_device_answers_for_itself_only(run: RunDir, home: Path) -> None:
+    runtime, block = ClientRuntime(only("fr", DeviceSite(home, "cpu"))), read_block(home / "block")
+    with pytest.raises(LegolmError, match="client fr: has its own data only, and was asked for those of 'de'"):
+        runtime.answer(request(block, client="de"))
+    header = {"run": "r", "client": "fr", "block": "wide", "rank": 0, "scale": 2.0}
+    header |= {"base_fingerprint": block.base_fingerprint, "coverage_hash": block.coverage.hash}
+    header |= {"targets": None, "ranks": {}, "max_length": 99, "long_examples": "truncate", "precision": "fp32"}
+    asked = wire.EvaluateRequest(**header, sets=[("fr", "test"), ("es", "test")], batch_size=4)
+    with pytest.raises(LegolmError, match="asked for those of 'es'"):
+        runtime.answer(wire.pack(asked, wire.encode(init_factors(block.coverage.shape, None, 0, 0), "none")))
+    (home / "data" / "train.jsonl").unlink()
+    with pytest.raises(LegolmError, match=r"data: no file .*train\.jsonl"):
+        runtime.answer(request(block))
+
+
+def test_a_client_can_refuse_long_examples(home: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "x" * 9 * place}, {"role": "assistant", "content": "y"}]}
+            for place in range(1, 12)]  # fmt: skip
+    (home / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    block = read_block(home / "block")
+
+    def answer(name: str) -> wire.UpdateReply:
+        runtime = ClientRuntime(only("fr", DeviceSite(home, "cpu")))
+        asked = request(block, max_length=80, long_examples=name, epochs=1.0)
+        return wire.unpack(runtime.answer(asked), wire.UpdateReply)[0]
+
+    assert 0 < answer("truncate").metrics["truncated"] < 11
+    with pytest.raises(LegolmError, match=r"example \d+ of 'fr' is longer than 80 tokens"):
+        answer("refuse")
