@@ -6,7 +6,6 @@ after a kill is finished and whatever is not is done again.
 
 from __future__ import annotations
 
-
 import json
 import shutil
 from dataclasses import dataclass
@@ -20,16 +19,6 @@ from legolm.system import atomic_write
 
 UPDATES = "updates"
 """Folder of a round's kept updates within the round's."""
-
-
-
-
-
-
-
-
-
-
 
 
 @dataclass(frozen=True)
@@ -100,7 +89,3 @@ class RunDir:
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Rewrite `metrics.jsonl` from the finished stages: after a kill no line is missing, broken or there twice."""
         atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-
-
-
-

@@ -1,0 +1,238 @@
+"""What a run keeps of each finished stage, typed: read back from outside, so checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+
+from legolm.errors import LegolmError
+
+SCHEMA = 2
+"""Of run folders. 1 had no number in its files; it is named as too old."""
+Criterion = Literal["validation", "llm_validation"]
+ANEW = "start the run again in a new folder"
+
+
+class Record(BaseModel):
+    """A mapping of known keys; a number that is none of JSON's (a loss that overflowed) stays what it is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class Score(Record):
+    """Answers on one set of examples: mean loss per answer token (nats) and the share answered exactly."""
+
+    loss: float
+    exact_match: float
+    tokens: int
+    examples: int
+
+
+class Scores(RootModel[dict[str, Score]]):
+    """One model's scores by the client whose test data were asked."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+
+    @property
+    def loss(self) -> float:
+        """Mean over sets, each counting the same."""
+        return fmean(score.loss for score in self.root.values())
+
+    @property
+    def exact_match(self) -> float:
+        """Mean over sets, each counting the same."""
+        return fmean(score.exact_match for score in self.root.values())
+
+    def only(self, clients: Iterable[str]) -> Scores | None:
+        """Those of these clients' data that are there; None without any."""
+        found = {id: self.root[id] for id in clients if id in self.root}
+        return Scores(found) if found else None
+
+
+class Training(Record):
+    """What a client says of one training, and the size of its change (root mean square) where it was aggregated.
+
+    Losses are nats per answer token, means over up to eight steps. A trainer may say more.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="constants")
+
+    loss_first: float
+    loss_last: float
+    steps: float
+    tokens: float
+    seconds: float
+    truncated: float = 0.0
+    micro_batch_tokens: float | None = None
+    size: float | None = None
+
+
+class Traffic(Record):
+    """Bytes of one client in a round, from it and to it."""
+
+    up: int
+    down: int
+
+
+class Refusal(Record):
+    """A client whose update was not added, and why."""
+
+    client: str
+    reason: str
+
+
+class Held(Record):
+    """Clients that hold one and the same model, and its scores: once for all of them."""
+
+    clients: list[str]
+    scores: Scores
+
+
+class Global(Record):
+    """Scores of one global adapter: of the LLM (None: nobody may score it) and of every distinct block.
+
+    `validation` is the mean loss of the clients' blocks on their own validation data, `llm_validation` the LLM's on all
+    clients', or on the server's own.
+    """
+
+    llm: Scores | None
+    held: list[Held]
+    validation: float
+    llm_validation: float | None
+
+    def by_client(self) -> dict[str, Scores]:
+        """Each client's block's scores, by client."""
+        return {id: one.scores for one in self.held for id in one.clients}
+
+
+class RoundRecord(Global):
+    """A finished round; round 0 is before training."""
+
+    schema_number: Literal[2] = 2
+    stage: Literal["round"] = "round"
+    round: int
+    accepted: list[str] = []
+    refused: list[Refusal] = []
+    train: dict[str, Training] = {}
+    bytes: dict[str, Traffic] = {}
+    seconds: float
+
+
+class ClientRecord(Record):
+    """What one client did outside the rounds: alone (`local`), or on from the best global update (`personal`).
+
+    `seconds` counts from the stage's begin, which clients share.
+    """
+
+    schema_number: Literal[2] = 2
+    stage: Literal["local", "personal"]
+    client: str
+    scores: Scores
+    train: Training
+    validation: float
+    seconds: float
+
+
+StageRecord = RoundRecord | ClientRecord
+
+
+class AnyStage(RootModel[StageRecord]):
+    """A stage's record of either kind, as a file has it."""
+
+    root: Annotated[StageRecord, Field(discriminator="stage")]
+
+
+class Machine(Record):
+    """What a run ran on."""
+
+    cpu: str
+    cores: int | None
+    memory_gb: float
+
+
+class Identity(Record):
+    """`run.json`: what a run stands on."""
+
+    schema_number: Literal[2] = 2
+    run: str
+    base_fingerprint: str
+    data_fingerprint: str
+    machine: Machine
+    versions: dict[str, str]
+
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def read_record(path: Path, kind: type[R], way_out: str = ANEW) -> R:
+    """A record from a file of a run. Raises `LegolmError` when it is missing, broken or of another version."""
+    try:
+        return parse_record(path.read_bytes(), kind, path, way_out)
+    except OSError as error:
+        raise LegolmError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
+
+
+def parse_record(content: bytes | str, kind: type[R], path: Path, way_out: str = ANEW) -> R:
+    """The same from what `path` holds."""
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "it"
+        version = _version(content)
+        if version is not None and version != SCHEMA:
+            raise LegolmError(
+                f"{path}: another version of legolm wrote it (schema {version}, this one reads {SCHEMA}); {way_out}"
+            ) from None
+        raise LegolmError(f"{path}: is broken ({where}: {problem['msg']}); {way_out}") from None
+
+
+def read_stages(path: Path) -> list[StageRecord]:
+    """The records in a `metrics.jsonl`, in order. Raises `LegolmError` as `read_record` does."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise LegolmError(f"{path}: cannot be read ({error.strerror}); {ANEW}") from None
+    return [parse_record(line, AnyStage, path).root for line in lines]
+
+
+def dump_record(record: BaseModel, indent: int | None = 1) -> str:
+    """The record as JSON with a line's end."""
+    return record.model_dump_json(indent=indent, exclude_none=False) + "\n"
+
+
+def rounds_of(records: Iterable[StageRecord]) -> list[RoundRecord]:
+    """The rounds among a run's records, round 0 first."""
+    return [record for record in records if isinstance(record, RoundRecord)]
+
+
+def clients_of(records: Iterable[StageRecord], stage: Literal["local", "personal"]) -> list[ClientRecord]:
+    """The records of one stage outside the rounds."""
+    return [record for record in records if isinstance(record, ClientRecord) and record.stage == stage]
+
+
+def best_round(records: Sequence[StageRecord], by: Criterion) -> RoundRecord:
+    """The round with the lowest loss on validation data, the earlier of equals.
+
+    `validation` is the mean of the clients' blocks on their own data, `llm_validation` the LLM's on everyone's: where
+    few clients train or blocks are far from the LLM, the two are best at different times. Where nobody scores the LLM
+    its best round is the blocks'.
+    """
+    rounds = rounds_of(records)
+    known = by if all(getattr(one, by) is not None for one in rounds) else "validation"
+    return min(rounds, key=lambda one: (getattr(one, known), one.round))
+
+
+def _version(content: bytes | str) -> int | None:
+    """The schema number of a JSON object, 1 where it has none; None where it is no object."""
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return None
+    number = value.get("schema_number", 1) if isinstance(value, Mapping) else None
+    return number if isinstance(number, int) else None
