@@ -35,7 +35,7 @@ from legolm.models import (
 from legolm.plan import Plan, make_plan
 from legolm.prune import cut_blocks
 from legolm.report import need_matplotlib, summarize, write_report
-from legolm.runs import RunDir
+from legolm.runs import Identity, RunDir, Summary, typed
 from legolm.system import (
     Progress,
     atomic_folder,
@@ -59,7 +59,7 @@ def run(
     engine: Engine | None = None,
     store: Path | None = None,
     models: bool = True,
-) -> Record:
+) -> Summary:
     """Run `config` in the folder `out` and return its summary. Raises `LegolmError` for bad input.
 
     `engine` replaces the configured one, for tests and for other transports. Runs with the same `store` share blocks
@@ -84,10 +84,10 @@ def run(
     if models:
         _write_final(folder, config, plan, blocks, block_of, rounds, progress)
 
-    summary = summarize(
-        config, blocks, block_of, rounds.records(), identity, out.resolve().name, time.perf_counter() - began
-    )
-    atomic_write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    wall_s = time.perf_counter() - began
+    records, known = typed(rounds.records()), Identity.model_validate(identity)
+    summary = summarize(config, blocks, block_of, records, known, out.resolve().name, wall_s)
+    summary.write(out)
     write_report(summary, out / "report.html")
     return summary
 

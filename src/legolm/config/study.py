@@ -15,7 +15,7 @@ from legolm.config.section import Section
 from legolm.config.sections import Name, RunConfig
 from legolm.errors import LegolmError
 
-RESERVED = ("blocks", "compare.json", "compare.html")
+RESERVED = ("blocks", "compare.json", "compare.csv", "compare.html")
 
 
 class Variant(Section):
