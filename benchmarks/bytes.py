@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep the runs here; an earlier call's are gone on with")
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    from legolm.study import compare, print_comparison
+    from legolm.report import print_comparison
+    from legolm.study import compare
 
     out = options.out or Path(tempfile.mkdtemp(prefix="legolm-bytes-"))
     out.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def main() -> None:
     path.write_text(json.dumps(study(options.rounds)))
     found = compare(path, out)
     print_comparison(found, out)
-    rows = {row["name"]: row for row in found}
+    rows = {row["name"]: row for row in found.model_dump()["rows"]}
     both = {name: row["bytes_up"] + row["bytes_down"] for name, row in rows.items()}
     print(
         json.dumps(

@@ -65,8 +65,9 @@ def rows_of(study: Path) -> list[Record]:
     """The rows of a finished comparison; ends the program where there is none."""
     if not (study / "compare.json").exists():
         raise SystemExit(f"{study}: no compare.json; finish its comparison first")
-    found: list[Record] = json.loads((study / "compare.json").read_text())
-    return found
+    found = json.loads((study / "compare.json").read_text())
+    rows: list[Record] = found if isinstance(found, list) else found["rows"]  # a list until schema 2
+    return rows
 
 
 def cpu_of(run: Path) -> str:

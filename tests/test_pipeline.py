@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ from legolm.federate import wire
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.models import load_model, load_tokenizer
-from legolm.runs import RunDir
+from legolm.runs import Others, RunDir, Summary, dump_record, read_record
 
 
 @pytest.fixture
@@ -98,6 +99,26 @@ def test_a_run_leaves_everything_promised(finished: tuple[RunConfig, Path]) -> N
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["stage"] for record in records] == ["round"] + ["local"] * 3 + ["round"] * 2 + ["personal"] * 3
     assert "<svg" in (out / "report.html").read_text()
+    typed = read_record(out / "summary.json", Summary)
+    assert json.loads(dump_record(typed)) == summary
+    assert (out / "summary.json").read_text() == dump_record(typed, indent=2)
+    assert typed.others == Others(asked=2, there=2)
+    with (out / "rounds.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["round"] for row in rows] == ["0", "1", "2"]
+    for row, entry in zip(rows, typed.history, strict=True):
+        assert entry.llm is not None
+        assert float(row["llm_loss"]) == entry.llm.loss
+        assert float(row["llm_exact_match"]) == entry.llm.exact_match
+        assert float(row["validation"]) == entry.validation
+        assert (int(row["bytes_up"]), int(row["bytes_down"])) == (entry.bytes_up, entry.bytes_down)
+        assert (int(row["accepted"]), int(row["refused"])) == (3 if entry.round else 0, 0)
+    with (out / "clients.csv").open() as file:
+        lines = {row["id"]: row for row in csv.DictReader(file)}
+    for client in typed.clients:
+        assert lines[client.id]["block"] == client.block
+        assert float(lines[client.id]["own_personal"]) == client.own["personal"]
+        assert float(lines[client.id]["others_exact_match_local"]) == client.others_exact_match["local"]
     assert not list(out.rglob("*.partial"))
 
 
@@ -206,11 +227,11 @@ def test_bad_updates_are_refused_and_named_and_the_round_goes_on(config_file: Pa
         ("shape", {"es": misshapen}, None, {"es": "has shape"}),
     ):
         summary = pipeline.run(config, tmp_path / name, engine=tampering_engine(tampers, crash))
-        last = summary["history"][-1]
-        assert last["accepted"] == [client for client in ("fr", "de", "es") if client not in reasons]
-        assert {one["client"] for one in last["refused"]} == set(reasons)
-        for one in last["refused"]:
-            assert reasons[one["client"]] in one["reason"]
+        last = summary.history[-1]
+        assert last.accepted == [client for client in ("fr", "de", "es") if client not in reasons]
+        assert {one.client for one in last.refused} == set(reasons)
+        for one in last.refused:
+            assert reasons[one.client] in one.reason
         state = load_file(tmp_path / name / "rounds" / "0001" / "adapter.safetensors")
         assert all(bool(tensor.isfinite().all()) for tensor in state.values())
 

@@ -7,13 +7,11 @@ an undisturbed run ends.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,7 +34,7 @@ from legolm.models import (
 from legolm.plan import Plan, make_plan
 from legolm.prune import cut_blocks
 from legolm.report import need_matplotlib, summarize, write_report
-from legolm.runs import Identity, RunDir, dump_record, read_record
+from legolm.runs import Identity, Machine, RunDir, Summary, dump_record, read_record
 from legolm.system import (
     Progress,
     atomic_folder,
@@ -48,8 +46,6 @@ from legolm.system import (
     versions,
 )
 
-Record = dict[str, Any]
-
 
 def run(
     config: RunConfig,
@@ -59,7 +55,7 @@ def run(
     engine: Engine | None = None,
     store: Path | None = None,
     models: bool = True,
-) -> Record:
+) -> Summary:
     """Run `config` in the folder `out` and return its summary. Raises `LegolmError` for bad input.
 
     `engine` replaces the configured one, for tests and for other transports. Runs with the same `store` share blocks
@@ -84,10 +80,9 @@ def run(
     if models:
         _write_final(folder, config, plan, blocks, block_of, rounds, progress)
 
-    records = [one.model_dump() for one in rounds.records()]
     seconds = time.perf_counter() - began
-    summary = summarize(config, blocks, block_of, records, identity.model_dump(), out.resolve().name, seconds)
-    atomic_write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    summary = summarize(config, blocks, block_of, rounds.records(), identity, out.resolve().name, seconds)
+    summary.write(out)
     write_report(summary, out / "report.html")
     return summary
 
@@ -107,7 +102,7 @@ def _identify(folder: RunDir, plan: Plan) -> Identity:
         run=hashlib.sha256(folder.config_file.read_bytes()).hexdigest()[:16],
         base_fingerprint=fingerprint(plan.base),
         data_fingerprint=data_fingerprint(plan.data),
-        machine=machine(),
+        machine=Machine(**machine()),
         versions=versions(),
     )
     path = folder.path / "run.json"

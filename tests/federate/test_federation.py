@@ -26,7 +26,7 @@ from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.models import load_model, load_tokenizer
 from legolm.plan import make_plan
-from legolm.runs import RoundRecord, RunDir
+from legolm.runs import RoundRecord, RunDir, Summary
 from legolm.study import compare, plans
 
 
@@ -47,10 +47,10 @@ def load(raw: dict[str, Any], tmp_path: Path, *overrides: str) -> RunConfig:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def run(tmp_path: Path) -> Callable[..., Summary]:
     """Run a config in a folder of this name; blocks are cut once a test."""
 
-    def go(config: RunConfig, name: str = "out", **options: Any) -> dict[str, Any]:
+    def go(config: RunConfig, name: str = "out", **options: Any) -> Summary:
         return pipeline.run(config, tmp_path / name, store=tmp_path / "store", **options)
 
     return go
@@ -69,23 +69,25 @@ def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str
     variants[1]["match_bytes"] = True
     path = tmp_path / "study.yaml"
     path.write_text(json.dumps({"run": raw, "variants": variants}))
-    rows = {row["name"]: row for row in compare(path, tmp_path / "out", store=tmp_path / "shared")}
+    found = compare(path, tmp_path / "out", store=tmp_path / "shared")
+    rows = {row.name: row for row in found.rows}
     assert list(rows) == [*dense, *mixed, *modes]
     for name, row in rows.items():
         if name != "alone":
-            assert row["llm"] < row["llm_before"], name
-        assert (row["bytes_up"] > 0) == (name not in modes)
+            assert row.llm is not None and row.llm_before is not None
+            assert row.llm < row.llm_before, name
+        assert (row.bytes_up > 0) == (name not in modes)
     # FLoRA's download is all clients' stack, of three times the rank; in the first of two rounds nothing.
-    assert rows["flora"]["bytes_down"] == pytest.approx(1.5 * rows["fedavg"]["bytes_down"], rel=0.1)
-    assert rows["fedavg"]["bytes_up"] == pytest.approx(rows["flora"]["bytes_up"], rel=0.01)
-    assert rows["heteagg"]["bytes_up"] < rows["fedavg"]["bytes_up"]
-    assert rows["hetlora"]["bytes_up"] == pytest.approx(rows["heteagg"]["bytes_up"], rel=0.1)
-    assert rows["alone"]["own"] < rows["alone"]["llm_before"]
+    assert rows["flora"].bytes_down == pytest.approx(1.5 * rows["fedavg"].bytes_down, rel=0.1)
+    assert rows["fedavg"].bytes_up == pytest.approx(rows["flora"].bytes_up, rel=0.01)
+    assert rows["heteagg"].bytes_up < rows["fedavg"].bytes_up
+    assert rows["hetlora"].bytes_up == pytest.approx(rows["heteagg"].bytes_up, rel=0.1)
+    assert rows["alone"].own < (rows["alone"].llm_before or 0.0)
     # To choose alone's settings by: each client's own validation data, on the block that it ends with.
     alone = tmp_path / "out" / "alone"
     config = RunDir(alone).config()
     losses = [validation_loss(alone / "final" / client.id, config, client.id) for client in config.clients]
-    assert rows["alone"]["validation"] == pytest.approx(fmean(losses), rel=1e-3)
+    assert rows["alone"].validation == pytest.approx(fmean(losses), rel=1e-3)
     # Both blocks are cut once; before training, what all hold scores once for every way of holding it.
     assert len(list((tmp_path / "shared").glob("*/manifest.json"))) == 2
     assert len(list((tmp_path / "shared" / "before").glob("*.json"))) == 3
@@ -95,10 +97,7 @@ def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str
     assert "<svg" in html
     assert all(name in html for name in rows)
     again = compare(path, tmp_path / "out")  # all finished: nothing is trained anew
-    assert [one["llm"] for one in again] == [one["llm"] for one in rows.values()]
-    lines = (alone / "metrics.jsonl").read_text().replace('"validation": ', '"not": ')  # as earlier runs have it
-    (alone / "metrics.jsonl").write_text(lines)
-    assert next(one for one in compare(path, tmp_path / "out") if one["name"] == "alone")["validation"] is None
+    assert [one.llm for one in again.rows] == [one.llm for one in found.rows]
 
 
 def test_settings_can_be_chosen_by_the_llm_on_everyones_validation_data(
@@ -122,7 +121,7 @@ def validation_loss(model: Path, config: RunConfig, client: str) -> float:
 
 
 def test_the_llm_and_the_blocks_each_end_with_their_own_best_round(
-    raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path
+    raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path
 ) -> None:
     config, out = load(raw, tmp_path, "aggregate.form=factor"), tmp_path / "out"
     run(config, models=False)
@@ -133,10 +132,12 @@ def test_the_llm_and_the_blocks_each_end_with_their_own_best_round(
         path = out / "rounds" / f"000{number}" / "metrics.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | losses))
     summary = run(config, resume=True)
-    rounds = summary["history"]
-    assert (summary["best_round"], summary["llm"]["best_round"]) == (2, 1)
-    assert summary["llm"]["loss_after"] == rounds[1]["llm"]["loss"] != rounds[2]["llm"]["loss"]
-    assert summary["clients"][0]["own"]["global"] == rounds[2]["clients"]["fr"]["own"]
+    rounds = summary.history
+    assert (summary.best_round, summary.llm.best_round) == (2, 1)
+    assert rounds[1].llm is not None
+    assert summary.llm.loss_after == rounds[1].llm.loss
+    assert rounds[1].llm != rounds[2].llm
+    assert summary.clients[0].own["global"] == rounds[2].clients["fr"].own
     for id, number in (("llm", 1), ("fr", 2)):  # both dense: their adapters are the global one
         ended = load_file(out / "final" / id / "factors.safetensors")
         known = load_file(out / "rounds" / f"000{number}" / "adapter.safetensors")
@@ -144,11 +145,11 @@ def test_the_llm_and_the_blocks_each_end_with_their_own_best_round(
         assert read_block(out / "final" / id).details["round"] == number
 
 
-def test_folded_bases_end_in_the_final_models(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+def test_folded_bases_end_in_the_final_models(raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path) -> None:
     raw["clients"][2]["block"] = "dense"
     summary = run(load(raw, tmp_path, "aggregate.scheme=flora", "federation.personal_steps=1"))
-    own = [client["own"]["personal"] for client in summary["clients"]]
-    assert all(loss < client["own"]["before"] for loss, client in zip(own, summary["clients"], strict=True))
+    own = [client.own["personal"] for client in summary.clients]
+    assert all(loss < client.own["before"] for loss, client in zip(own, summary.clients, strict=True))
     states = sorted((tmp_path / "out" / "clients" / "fr").iterdir())
     assert [path.name for path in states] == ["0002.safetensors"]  # round 1 folded nothing
     fold = load_file(states[0])["fold.layers.0.mlp.up_proj.A"]
@@ -156,7 +157,7 @@ def test_folded_bases_end_in_the_final_models(raw: dict[str, Any], run: Callable
 
 
 def test_frozen_side_in_int8_sends_an_eighth_and_resumes_exactly(
-    raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path
+    raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path
 ) -> None:
     for client in raw["clients"]:
         client["block"] = "wide"
@@ -165,9 +166,9 @@ def test_frozen_side_in_int8_sends_an_eighth_and_resumes_exactly(
     small = load(raw, tmp_path, "aggregate.form=frozen_side", "federation.codec=int8", "federation.rounds=3", lr)
     full = load(raw, tmp_path, "aggregate.scheme=fedavg", "federation.rounds=3", lr)
     straight, whole = run(small, "straight"), run(full, "full")
-    for way in ("bytes_up_per_round", "bytes_down_per_round"):
-        assert straight[way] < 0.3 * whole[way]  # headers weigh more on a tiny model
-    assert straight["llm"]["loss_after"] < straight["llm"]["loss_before"]
+    assert straight.bytes_up_per_round < 0.3 * whole.bytes_up_per_round  # headers weigh more on a tiny model
+    assert straight.bytes_down_per_round < 0.3 * whole.bytes_down_per_round
+    assert (straight.llm.loss_after or 9.0) < (straight.llm.loss_before or 0.0)
     # As after a kill in round 3, when the clients had already written their states.
     shutil.copytree(tmp_path / "straight", tmp_path / "killed")
     for gone in ("rounds/0003", "final"):
@@ -180,7 +181,7 @@ def test_frozen_side_in_int8_sends_an_eighth_and_resumes_exactly(
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_saliency_sends_less(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+def test_saliency_sends_less(raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path) -> None:
     out = {}
     for mask in ("structure", "saliency"):
         run(load(raw, tmp_path, f"aggregate.mask={mask}", "federation.rounds=1"), mask)
@@ -190,18 +191,18 @@ def test_saliency_sends_less(raw: dict[str, Any], run: Callable[..., Any], tmp_p
     assert out["saliency"]["es"] < 0.95 * out["structure"]["es"]
 
 
-def test_clients_join_leave_and_are_drawn(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+def test_clients_join_leave_and_are_drawn(raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path) -> None:
     raw["clients"][0]["leaves"] = 1
     raw["clients"][1]["joins"] = 2
     summary = run(load(raw, tmp_path))
-    assert [entry["accepted"] for entry in summary["history"]] == [[], ["fr", "es"], ["de", "es"]]
+    assert [entry.accepted for entry in summary.history] == [[], ["fr", "es"], ["de", "es"]]
     raw["clients"][0].pop("leaves"), raw["clients"][1].pop("joins")
-    drawn = [run(load(raw, tmp_path, "federation.fraction=0.5"), f"half{i}")["history"] for i in range(2)]
-    accepted = [[entry["accepted"] for entry in history] for history in drawn]
+    drawn = [run(load(raw, tmp_path, "federation.fraction=0.5"), f"half{i}").history for i in range(2)]
+    accepted = [[entry.accepted for entry in history] for history in drawn]
     assert accepted[0] == accepted[1]
     assert [len(found) for found in accepted[0]] == [0, 2, 2]
     only = run(load(raw, tmp_path, "federation.capable=true"), "capable")
-    assert [entry["accepted"] for entry in only["history"]] == [[], ["fr", "de"], ["fr", "de"]]
+    assert [entry.accepted for entry in only.history] == [[], ["fr", "de"], ["fr", "de"]]
 
 
 def test_a_round_with_nobody_is_refused_before_anything_is_cut(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_a_round_with_nobody_is_refused_before_anything_is_cut(raw: dict[str, An
         make_plan(load(raw, tmp_path, "federation.rounds=3", "federation.capable=true"))
 
 
-def test_late_replies_are_dropped_by_name(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+def test_late_replies_are_dropped_by_name(raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path) -> None:
     with pytest.raises(LegolmError, match=r"0 updates accepted.*fr: late: no answer within federation.deadline_s"):
         run(load(raw, tmp_path, "federation.deadline_s=0.000001"))
 
@@ -239,7 +240,7 @@ def swelling(client: str, number: int, factor: float) -> Callable[..., None]:
     return engine
 
 
-def test_outliers_are_clipped_or_refused(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+def test_outliers_are_clipped_or_refused(raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path) -> None:
     engine = swelling("de", 2, 1000.0)
     found = {}
     for action in ("none", "clip", "refuse"):
@@ -255,7 +256,7 @@ def test_outliers_are_clipped_or_refused(raw: dict[str, Any], run: Callable[...,
 
 
 def test_runs_of_one_store_score_what_is_untrained_once(
-    raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path
+    raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path
 ) -> None:
     asked: list[str] = []
 
@@ -282,7 +283,9 @@ def test_runs_of_one_store_score_what_is_untrained_once(
     assert len(list((tmp_path / "store" / "before").glob("*.json"))) == 2
 
 
-def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_warm_start_goes_on_from_another_run(
+    raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path
+) -> None:
     def form(name: str) -> str:
         return f"aggregate.form={name}"
 
@@ -295,7 +298,7 @@ def test_a_warm_start_goes_on_from_another_run(raw: dict[str, Any], run: Callabl
         ("frozen_side", "frozen", frozen),
     ):
         second = run(load(raw, tmp_path, f"aggregate.start={tmp_path / start}", form(name)), f"second {name}")
-        assert second["llm"]["loss_before"] == pytest.approx(before["llm"]["loss_after"], rel=1e-5)
+        assert second.llm.loss_before == pytest.approx(before.llm.loss_after, rel=1e-5)
     broken = tmp_path / "broken"
     shutil.copytree(tmp_path / "first", broken)
     (broken / "metrics.jsonl").write_text("{}\n")

@@ -24,10 +24,22 @@ from legolm.errors import LegolmError
 from legolm.evaluate import Questions, read_questions
 from legolm.evaluate.perplexity import perplexity
 from legolm.federate import wire
-from legolm.federate.server import Rounds, scores_of
+from legolm.federate.server import Rounds
 from legolm.models import fingerprint, load_model, load_tokenizer
-from legolm.runs import RunDir
-from legolm.study import leave_one_out
+from legolm.report.ablation import page, plot
+from legolm.runs import (
+    Ablation,
+    LeftOut,
+    Losses,
+    Others,
+    RunDir,
+    Scores,
+    StageRecord,
+    clients_of,
+    read_record,
+    read_stages,
+    rounds_of,
+)
 from legolm.study.leave_one_out import ablate
 from legolm.system import Progress
 
@@ -60,7 +72,7 @@ def other_run(config_file: Path) -> Path:
     return config_file.parent / "exact"
 
 
-def rounds_of(folder: Path) -> Rounds:
+def replayed(folder: Path) -> Rounds:
     run, summary = RunDir(folder), json.loads((folder / "summary.json").read_text())
     config = run.config()
     base = Path(config.model)
@@ -70,8 +82,8 @@ def rounds_of(folder: Path) -> Rounds:
     return Rounds(run, config, summary["run_id"], blocks, block_of, QUIET)
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def metrics(folder: Path) -> list[StageRecord]:
+    return read_stages(folder / "metrics.jsonl")
 
 
 @pytest.fixture
@@ -89,7 +101,7 @@ def test_with_nobody_left_out_the_replay_is_the_run(kind: str, request: pytest.F
     folder = request.getfixturevalue(kind)
     for last in (1, 2):
         expected = load_file(folder / "rounds" / f"{last:04d}" / "adapter.safetensors")
-        found = rounds_of(folder).replay(last, ())
+        found = replayed(folder).replay(last, ())
         assert set(found.state()) == set(expected)
         for key, tensor in found.state().items():
             assert torch.equal(tensor, expected[key]), key
@@ -113,10 +125,10 @@ def test_the_replay_without_a_client_is_the_sum_of_the_others(run: Path) -> None
             count[held, :rank] += 1
         factor += torch.where(count > 0, total / count, 0.0)
         factor = factor.float().double()
-    found = rounds_of(run).replay(2, ["es"]).state()
+    found = replayed(run).replay(2, ["es"]).state()
     torch.testing.assert_close(found[key].double(), factor, rtol=1e-6, atol=1e-8)
     start = load_file(run / "rounds" / "0000" / "adapter.safetensors")
-    everyone = rounds_of(run).replay(2, ["fr", "de", "es"]).state()
+    everyone = replayed(run).replay(2, ["fr", "de", "es"]).state()
     assert all(torch.equal(everyone[key], tensor) for key, tensor in start.items() if key.startswith("layers."))
 
 
@@ -139,11 +151,11 @@ def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path, 
         (one["kind"], one["name"], f"{one['blocks']:.3f}") for one in found["without"]
     ]
     records, clients = metrics(run), ("fr", "de", "es")
-    local = {one["client"]: one["scores"] for one in records if one["stage"] == "local"}
-    shared = scores_of(next(one for one in records if one["stage"] == "round" and one["round"] == found["round"]))
+    local = {one.client: one.scores for one in clients_of(records, "local")}
+    shared = rounds_of(records)[found["round"]].by_client()
 
-    def mean(scores: dict[str, Any]) -> float:
-        return fmean(scores[client][data]["loss"] for client in clients for data in clients)
+    def mean(scores: dict[str, Scores]) -> float:
+        return fmean(scores[client].root[data].loss for client in clients for data in clients)
 
     assert found["gain"] == pytest.approx(mean(local) - mean(shared))
     assert found["all"]["blocks"] == pytest.approx(mean(shared))
@@ -173,7 +185,7 @@ def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path, 
 
 
 def perplexity_without(run: Path, clients: Sequence[str], corpus: Path) -> float:
-    rounds, config = rounds_of(run), RunDir(run).config()
+    rounds, config = replayed(run), RunDir(run).config()
     base = Path(config.model)
     coverage = llm_block(base, "").coverage
     factors = rounds.replay(json.loads((run / "summary.json").read_text())["best_round"], clients).adapter(coverage, 4)
@@ -196,8 +208,8 @@ def test_other_data_are_another_run_and_other_questions_want_another_folder(
     with pytest.raises(LegolmError, match="holds an ablation with other questions; give another folder"):
         ablate(run, tmp_path / "out", asked(), QUIET)
     other = ablate(run, tmp_path / "other", asked(), QUIET)
-    assert other["questions"] != found["questions"]
-    assert abs(other["all"]["three acc"] - found["all"]["three acc"]) == pytest.approx(1 / 3)
+    assert other.questions != found.questions
+    assert abs(other.all.measures()["three acc"] - found.all.measures()["three acc"]) == pytest.approx(1 / 3)
     identity = json.loads((run / "run.json").read_text())
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text(json.dumps(identity | {"data_fingerprint": "of other data"}))
@@ -209,26 +221,58 @@ def test_files_that_are_not_the_runs_are_one_line(run: Path, tmp_path: Path) -> 
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "summary.json"
     summary = json.loads(path.read_text())
-    for changes in ({"best_round": 7}, {"best_round": None}, {"clients": 5}, {"clients": [{}]}, {"clients": []}):
+    for changes, says in (
+        ({"best_round": 7}, "its clients or best_round are not the config's"),
+        ({"clients": []}, "its clients or best_round are not the config's"),
+        ({"best_round": None}, r"is broken \(best_round: "),
+        ({"clients": [{}]}, r"is broken \(clients.0.id: "),
+        ({"schema_number": 1}, "another version of legolm wrote it"),
+    ):
         path.write_text(json.dumps(summary | changes))
-        with pytest.raises(LegolmError, match=r"summary\.json: its clients or best_round are not the config's"):
+        with pytest.raises(LegolmError, match=rf"summary\.json: {says}.*; write it anew: legolm run --resume"):
             ablate(tmp_path / "run", tmp_path / "out", None, QUIET)
     (tmp_path / "out").mkdir()
-    for content in ("{", "[]", '{"without": "x"}', '{"without": [{"clients": ["fr"]}]}', '{"without": []}'):
+    for content, says in (
+        ("{", "is broken"),
+        ("[]", "is broken"),
+        ('{"schema_number": 2, "without": "x"}', "is broken"),
+        ('{"without": []}', "another version of legolm wrote it"),
+    ):
         (tmp_path / "out" / "ablation.json").write_text(content)
-        with pytest.raises(LegolmError, match=r"ablation\.json: is broken .*; delete it, or give another --out"):
+        with pytest.raises(LegolmError, match=rf"ablation\.json: {says} .*; delete it, or give another --out"):
             ablate(run, tmp_path / "out", None, QUIET)
 
 
 def test_bars_and_whiskers_stay_within_the_plot() -> None:
-    bars = [
-        {"kind": "block", "name": name, "m": value, "stderr": {"m": 0.5}} for name, value in (("a", 1.0), ("b", -0.5))
-    ]
-    plot = leave_one_out.plot({"without": bars, "local": None, "all": {"m": 0.5}}, "m")
+    def case(name: str, value: float) -> LeftOut:
+        return LeftOut.model_validate(
+            {"blocks": 1.0, "by_client": {}, "llm": None, "stderr": {"m": 0.5}, "m": value}
+            | {"kind": "block", "name": name, "clients": [], "paired": {}}
+        )
+
+    shared = Losses.model_validate({"blocks": 1.0, "by_client": {}, "llm": None, "stderr": {}, "m": 0.5})
+    found = Ablation(
+        run="",
+        round=1,
+        questions=None,
+        name="two",
+        others=Others(asked=8, there=24),
+        before=shared,
+        local=None,
+        all=shared,
+        without=[case("a", 1.0), case("b", -0.5)],
+        gain=None,
+        cost={"a": 0.0, "b": 0.0},
+        cost_clients={},
+        cost_llm={},
+    )
+    drawing = plot(found, "m")
     # From -1 to 1.5 in 150 points above 180.
-    drawn = [[float(one) for one in re.findall(rf'{side}="(.*?)"', plot)] for side in ("y1", "y2")]
+    drawn = [[float(one) for one in re.findall(rf'{side}="(.*?)"', drawing)] for side in ("y1", "y2")]
     assert [tuple(ends) for ends in zip(*drawn, strict=True)][:2] == [(90.0, 30.0), (180.0, 120.0)]
-    assert re.findall(r"<rect [^>]*", plot)[1].count('y="120.0"') == 1
+    assert re.findall(r"<rect [^>]*", drawing)[1].count('y="120.0"') == 1
+    text = page(found)  # with no LLM's loss there is no such section
+    assert "the LLM's loss" not in text and "on the test data of 8 of the 24 other clients" in text
 
 
 def test_it_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,17 +291,18 @@ def test_it_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pyt
     left[0] = 2  # wide and sparse are there, and sparse is de: fr and es are left
     found = ablate(run, tmp_path, None, QUIET)
     assert left == [0]
-    assert len(found["without"]) == 5
+    assert len(found.without) == 5
+    assert read_record(tmp_path / "ablation.json", Ablation) == found
     assert ablate(run, tmp_path, None, QUIET) == found
 
 
 def test_a_run_without_the_local_stage_has_no_such_line(other_run: Path, tmp_path: Path) -> None:
     found = ablate(other_run, tmp_path, None, QUIET)
-    assert found["local"] is None
-    assert found["gain"] is None
+    assert found.local is None
+    assert found.gain is None
     assert "local only" not in (tmp_path / "ablation.html").read_text().partition("local-only")[0]
-    assert "no local-only baseline" in leave_one_out.page(found)
-    assert set(found["cost"]) == {"wide", "sparse"}
+    assert "no local-only baseline" in page(found)
+    assert set(found.cost) == {"wide", "sparse"}
 
 
 def test_what_cannot_be_ablated_is_one_line(run: Path, other_run: Path, config_file: Path, tmp_path: Path) -> None:

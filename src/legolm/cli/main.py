@@ -225,8 +225,9 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every plan and stop")] = False,
 ) -> None:
     """Run several schemes on one config and put them in one table. Goes on where an earlier call stopped."""
+    from legolm.report import print_comparison
     from legolm.study import compare as run_all
-    from legolm.study import plans, print_comparison
+    from legolm.study import plans
 
     if dry_run:
         from legolm.report import print_plan
@@ -282,8 +283,8 @@ def ablate(
 ) -> None:
     """Leave each block, then each client, out of the aggregation. Goes on where an earlier call stopped."""
     from legolm.evaluate import read_questions
+    from legolm.report import print_ablation
     from legolm.study import ablate as leave_out
-    from legolm.study import print_ablation
     from legolm.system import Progress, check_room
 
     if not folder.is_dir():
@@ -301,14 +302,12 @@ def ablate(
 def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     """Write `report.html` again from `summary.json`."""
     from legolm.report import write_report
-    from legolm.system import read_json
+    from legolm.runs import Summary, read_record
 
-    if not (folder / "summary.json").is_file():
+    path = folder / "summary.json"
+    if not path.is_file():
         raise LegolmError(f"run folder {folder}: no summary.json; finish the run first (legolm run CONFIG --resume)")
-    summary = read_json(
-        folder / "summary.json", "machine", "blocks", "clients", "history", "llm", "seconds", "versions"
-    )
-    write_report(summary, folder / "report.html")
+    write_report(read_record(path, Summary), folder / "report.html")
     typer.echo(folder / "report.html")
 
 

@@ -1,7 +1,9 @@
-"""The report of a run: one self-contained HTML page with the paper's figure 3, tables and costs."""
+"""What people read of runs and studies: pages, tables for the terminal, plots."""
 
-from legolm.report.html import Raw, tag, write_report
+from legolm.report.ablation import print_ablation, write_ablation
+from legolm.report.compare import print_comparison, write_comparison
 from legolm.report.plots import need_matplotlib
+from legolm.report.run import write_report
 from legolm.report.summary import summarize
 from legolm.report.terminal import (
     print_blocks,
@@ -10,20 +12,20 @@ from legolm.report.terminal import (
     print_plan,
     print_scores,
     print_summary,
-    wide_enough,
 )
 
 __all__ = [
-    "Raw",
     "need_matplotlib",
+    "print_ablation",
     "print_blocks",
+    "print_comparison",
     "print_composition",
     "print_coverage",
     "print_plan",
     "print_scores",
     "print_summary",
     "summarize",
-    "tag",
-    "wide_enough",
+    "write_ablation",
+    "write_comparison",
     "write_report",
 ]

@@ -11,13 +11,14 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
-from typing import Any, Literal
+from typing import Any
 
 from legolm.errors import LegolmError
+from legolm.report.page import number
+from legolm.runs import ClientSummary, Data, Stage, Summary
 
-Data = Literal["own", "others"]
 COLOURS = 6
 """Blocks beyond this many share the colours of the first ones (`--b0` to `--b5` of the page)."""
 
@@ -26,7 +27,7 @@ _CSS = {_INK: "currentColor", _GRID: "var(--grid)", _PAPER: "var(--paper)"}
 _CSS |= {f"#a0a0a{i}": f"var(--b{i})" for i in range(COLOURS)}
 _NAMED_LINES = 12  # with more clients than this the lines go without names
 _WIDTH = 5.0  # inches: 360 units, so that 9-unit letters stay readable on a phone
-_MARKS: dict[str, dict[str, Any]] = {
+_MARKS: dict[Stage, dict[str, Any]] = {
     "before": {"linestyle": "none", "marker": "o", "markersize": 3.8, "markerfacecolor": _PAPER},
     "local": {"linestyle": "none", "marker": "D", "markersize": 4.2, "markerfacecolor": _PAPER},
     "global": {"linestyle": "none", "marker": "o", "markersize": 5.0},
@@ -34,40 +35,33 @@ _MARKS: dict[str, dict[str, Any]] = {
 }
 
 
-def number(value: Any) -> float | None:
-    """A finite float, or None for whatever else a summary may hold there."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def shade(summary: Mapping[str, Any], block: str) -> int | None:
+def shade(summary: Summary, block: str) -> int | None:
     """The colour index of a block; the LLM has none and is drawn in ink."""
-    names = [entry["name"] for entry in summary["blocks"] if entry["name"] != "llm"]
+    names = [entry.name for entry in summary.blocks if entry.name != "llm"]
     return names.index(block) % COLOURS if block in names else None
 
 
-def ordered(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def ordered(summary: Summary) -> list[ClientSummary]:
     """The clients, those of one block side by side; a client's place is its index everywhere on the page."""
-    place = {block["name"]: i for i, block in enumerate(summary["blocks"])}
-    return sorted(summary["clients"], key=lambda client: place.get(client["block"], len(place)))
+    place = {block.name: i for i, block in enumerate(summary.blocks)}
+    return sorted(summary.clients, key=lambda client: place.get(client.block, len(place)))
 
 
-def curves(summary: Mapping[str, Any], data: Data) -> str:
+def curves(summary: Summary, data: Data) -> str:
     """Figure 3: loss by round, a thin line a client, a thick one for the LLM, then local only and personal."""
     return _svg(lambda axes: _curves(axes, summary, data), 3.9, f"Loss on {data} data by round", summary)
 
 
-def overview(summary: Mapping[str, Any], data: Data) -> str:
+def overview(summary: Summary, data: Data) -> str:
     """A row a client: loss before, with local only, after the global update, after the personal step."""
-    inches = 0.75 + 0.29 * len(summary["clients"])
+    inches = 0.75 + 0.29 * len(summary.clients)
     return _svg(lambda axes: _overview(axes, summary, data), inches, f"Loss on {data} data by client", summary)
 
 
-def _curves(axes: Any, summary: Mapping[str, Any], data: Data) -> None:
-    history, (low, high) = summary["history"], _limits(summary)
-    rounds = [entry["round"] for entry in history]
-    kept, llm_kept = (rounds.index(one["best_round"]) for one in (summary, summary["llm"]))
+def _curves(axes: Any, summary: Summary, data: Data) -> None:
+    history, (low, high) = summary.history, _limits(summary)
+    rounds = [entry.round for entry in history]
+    kept, llm_kept = (rounds.index(best) for best in (summary.best_round, summary.llm.best_round))
     gap = max(0.7, 0.18 * rounds[-1])
     columns = {stage: rounds[-1] + i * gap for i, stage in enumerate(_after(summary, data), start=1)}
     end = max(columns.values(), default=rounds[-1])
@@ -75,8 +69,9 @@ def _curves(axes: Any, summary: Mapping[str, Any], data: Data) -> None:
         axes.axvspan(rounds[-1] + gap / 2, end + gap / 3, color=_GRID, alpha=0.45, linewidth=0)
     names: list[tuple[float, str, dict[str, Any]]] = []
     for i, client in enumerate(ordered(summary)):
-        line = [_nan(entry["clients"].get(client["id"], {}).get(data)) for entry in history]
-        values = {stage: _nan(client[data].get(stage)) for stage in _MARKS}
+        scored = [entry.clients.get(client.id) for entry in history]
+        line = [_nan(None if one is None else one.own if data == "own" else one.others) for one in scored]
+        values = {stage: _nan(client.loss(data).get(stage)) for stage in _MARKS}
         finish = line[kept] if math.isnan(values["personal"]) else values["personal"]
         style = _style(summary, i, client)
         axes.plot(rounds, line, linewidth=1.2, marker="o", markersize=2.2, **style)
@@ -84,8 +79,8 @@ def _curves(axes: Any, summary: Mapping[str, Any], data: Data) -> None:
         axes.plot([rounds[kept], end], [line[kept], finish], linewidth=0.9, linestyle=(0, (1, 2)), **style)
         for stage, x in columns.items():
             axes.plot([x], [values[stage]], **_MARKS[stage], **style)
-        names.append((finish, _short(client["id"]), style))
-    llm = [_nan(entry["llm"]["loss"]) for entry in history]
+        names.append((finish, _short(client.id), style))
+    llm = [_nan(entry.llm.loss if entry.llm else None) for entry in history]
     axes.plot(rounds, llm, linewidth=3, marker="o", markersize=4, color=_INK, zorder=4)
     axes.plot([rounds[llm_kept], end], [llm[llm_kept]] * 2, linewidth=0.9, linestyle=(0, (1, 2)), color=_INK)
     names.append((llm[llm_kept], "LLM", {"color": _INK}))
@@ -105,17 +100,17 @@ def _curves(axes: Any, summary: Mapping[str, Any], data: Data) -> None:
     axes.grid(axis="y", color=_GRID, linewidth=0.7, clip_on=False)
 
 
-def _overview(axes: Any, summary: Mapping[str, Any], data: Data) -> None:
+def _overview(axes: Any, summary: Summary, data: Data) -> None:
     clients = ordered(summary)
     for i, client in enumerate(clients):
         style = _style(summary, i, client)
-        values = {stage: _nan(client[data].get(stage)) for stage in _MARKS}
+        values = {stage: _nan(client.loss(data).get(stage)) for stage in _MARKS}
         known = [value for value in values.values() if not math.isnan(value)]
         if known:
             axes.plot([min(known), max(known)], [i, i], linewidth=1, alpha=0.4, **style)
         for (stage, mark), shift in zip(_MARKS.items(), (0.0, -0.2, 0.0, 0.2), strict=True):
             axes.plot([values[stage]], [i + shift], **mark, **style)
-    axes.set_yticks(range(len(clients)), [_short(client["id"]) for client in clients])
+    axes.set_yticks(range(len(clients)), [_short(client.id) for client in clients])
     axes.set(ylim=(len(clients) - 0.4, -0.6), xlim=_limits(summary), xlabel="loss (nats/token)")
     axes.grid(axis="x", color=_GRID, linewidth=0.7, clip_on=False)
 
@@ -126,7 +121,7 @@ def need_matplotlib() -> None:
         raise LegolmError("the report needs matplotlib; run: pip install 'legolm[report]'")
 
 
-def _svg(paint: Callable[[Any], None], height: float, label: str, summary: Mapping[str, Any]) -> str:
+def _svg(paint: Callable[[Any], None], height: float, label: str, summary: Summary) -> str:
     need_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
@@ -143,7 +138,7 @@ def _svg(paint: Callable[[Any], None], height: float, label: str, summary: Mappi
         axes.tick_params(length=0)
         paint(axes)
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    tips = [f"{client['id']} · {client['block']}" for client in ordered(summary)]
+    tips = [f"{client.id} · {client.block}" for client in ordered(summary)]
     return _inline(stream.getvalue(), label, tips)
 
 
@@ -168,23 +163,26 @@ def _inline(svg: str, label: str, tips: Sequence[str]) -> str:
     return head + re.sub(r">\s+<", "><", drawing).strip()
 
 
-def _style(summary: Mapping[str, Any], index: int, client: Mapping[str, Any]) -> dict[str, Any]:
-    i = shade(summary, client["block"])
+def _style(summary: Summary, index: int, client: ClientSummary) -> dict[str, Any]:
+    i = shade(summary, client.block)
     return {"color": _INK if i is None else f"#a0a0a{i}", "gid": f"client-{index}", "clip_on": False}
 
 
-def _after(summary: Mapping[str, Any], data: Data) -> list[str]:
+def _after(summary: Summary, data: Data) -> list[Stage]:
     """The stages of this run beside its rounds."""
-    clients = summary["clients"]
-    return [stage for stage in ("local", "personal") if any(number(c[data].get(stage)) is not None for c in clients)]
+    tables, beside = [client.loss(data) for client in summary.clients], ("local", "personal")
+    return [stage for stage in _MARKS if stage in beside and any(number(one.get(stage)) is not None for one in tables)]
 
 
-def _limits(summary: Mapping[str, Any]) -> tuple[float, float]:
+def _limits(summary: Summary) -> tuple[float, float]:
     """One scale for all figures, so that own and others' data can be compared by eye."""
-    tables = [client[data] for client in summary["clients"] for data in ("own", "others")]
-    tables += [table for entry in summary["history"] for table in entry["clients"].values()]
-    tables += [{"llm": entry["llm"]["loss"]} for entry in summary["history"]]
-    known = [loss for table in tables for value in table.values() if (loss := number(value)) is not None]
+    values: list[float | None] = [
+        value for client in summary.clients for table in (client.own, client.others) for value in table.values()
+    ]
+    for entry in summary.history:
+        values += [value for one in entry.clients.values() for value in (one.own, one.others)]
+        values.append(entry.llm.loss if entry.llm else None)
+    known = [loss for value in values if (loss := number(value)) is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
     margin = 0.06 * (high - low) or 0.5
     return low - margin, high + margin
@@ -206,9 +204,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _short(name: Any) -> str:
-    return text if len(text := str(name)) <= 14 else text[:13] + "…"
+def _short(name: str) -> str:
+    return name if len(name) <= 14 else name[:13] + "…"
 
 
-def _nan(value: Any) -> float:
+def _nan(value: float | None) -> float:
     return math.nan if (known := number(value)) is None else known

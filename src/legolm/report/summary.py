@@ -3,153 +3,167 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 from legolm.block import Block
 from legolm.config import RunConfig
+from legolm.runs import (
+    BlockLoss,
+    BlockSummary,
+    ClientSummary,
+    Identity,
+    KeptSummary,
+    LlmScore,
+    LlmSummary,
+    Others,
+    RoundRecord,
+    RoundSummary,
+    Scores,
+    Stage,
+    StageRecord,
+    Summary,
+    best_round,
+    clients_of,
+    others_of,
+    rounds_of,
+)
 
-Record = dict[str, Any]
+ALONE: tuple[Literal["local", "personal"], ...] = ("local", "personal")
 
 
 def summarize(
     config: RunConfig,
     blocks: Mapping[str, Block],
     block_of: Mapping[str, str],
-    records: Sequence[Record],
-    identity: Record,
+    records: Sequence[StageRecord],
+    identity: Identity,
     name: str,
     wall_s: float,
-) -> Record:
-    """The content of `summary.json`; losses are nats per answer token on test data, sets counting the same.
+) -> Summary:
+    """The figures of a finished run called `name`, which took this process `wall_s` seconds.
 
-    `own` is a client's own test data, `others` the mean over the other clients'; `global` is `best_round`'s. The LLM's
-    are those of the round that is the best for it, `llm.best_round`.
+    `blocks` are the cut blocks and the LLM by name, `block_of` the block's name of each client by id. `own` is a
+    client's own test data, `others` the mean over `others_of` it, in every stage the same ones.
     """
-    rounds = [record for record in records if record["stage"] == "round"]
+    rounds = rounds_of(records)
     best, llm_best = best_round(rounds, "validation"), best_round(rounds, "llm_validation")
-    first, last = scores_of(rounds[0]), scores_of(best)
+    others = {id: others_of(config, id) for id in block_of}
+    stages: dict[Stage, dict[str, Scores]] = {"before": rounds[0].by_client(), "global": best.by_client()}
+    for stage in ALONE:
+        stages[stage] = {one.client: one.scores for one in clients_of(records, stage)}
+    before, after = _llm(rounds[0]), _llm(llm_best)
     seconds = _seconds(records, blocks)
-    return {
-        "run": name,
-        "run_id": identity["run"],
-        "model": config.model,
-        "seed": config.seed,
-        "engine": config.federation.engine,
-        "base_fingerprint": identity["base_fingerprint"],
-        "machine": identity["machine"],
-        "versions": identity["versions"],
+    return Summary(
+        run=name,
+        run_id=identity.run,
+        model=config.model,
+        seed=config.seed,
+        engine=config.federation.engine,
+        base_fingerprint=identity.base_fingerprint,
+        machine=identity.machine,
+        versions=identity.versions,
         # A resumed run has stages that an earlier process did.
-        "wall_s": max(wall_s, sum(seconds.values())),
-        "seconds": seconds,
-        "rounds": len(rounds) - 1,
-        "best_round": best["round"],
-        "blocks": [_block(block, block_of, rounds[1:]) for block in blocks.values()],
-        "clients": [_client(id, block, records, first, last) for id, block in block_of.items()],
-        "llm": {"best_round": llm_best["round"]}
-        | {
-            f"{measure}_{when}": _mean(record["llm"], measure)
-            for when, record in (("before", rounds[0]), ("after", llm_best))
-            for measure in ("loss", "exact_match")
-        },
-        "bytes_up_per_round": _traffic(rounds[1:], "up", block_of),
-        "bytes_down_per_round": _traffic(rounds[1:], "down", block_of),
-        "history": [_history(record) for record in rounds],
-    }
+        wall_s=max(wall_s, sum(seconds.values())),
+        seconds=seconds,
+        scores=config.evaluate.scores,
+        others=Others(asked=max(map(len, others.values())), there=len(block_of) - 1),
+        rounds=len(rounds) - 1,
+        best_round=best.round,
+        blocks=[_block(block, block_of, rounds[1:]) for block in blocks.values()],
+        clients=[_client(id, block, stages, others[id]) for id, block in block_of.items()],
+        llm=LlmSummary(
+            best_round=llm_best.round,
+            loss_before=before.loss if before else None,
+            loss_after=after.loss if after else None,
+            exact_match_before=before.exact_match if before else None,
+            exact_match_after=after.exact_match if after else None,
+        ),
+        bytes_up_per_round=_per_round(rounds[1:], "up", block_of),
+        bytes_down_per_round=_per_round(rounds[1:], "down", block_of),
+        history=[_history(record, others) for record in rounds],
+    )
 
 
-def _client(
-    id: str, block: str, records: Sequence[Record], before: Mapping[str, Record], best: Mapping[str, Record]
-) -> Record:
-    """`before` and `best` are `scores_of` those rounds."""
-    phases = {"before": before[id], "global": best[id]}
-    for record in records:
-        if record["stage"] in ("local", "personal") and record["client"] == id:
-            phases[record["stage"]] = record["scores"]
-    entry: Record = {"id": id, "block": block}
-    for suffix, measure in (("", "loss"), ("_exact_match", "exact_match")):
-        entry[f"own{suffix}"] = {phase: scores[id][measure] for phase, scores in phases.items()}
-        entry[f"others{suffix}"] = {phase: _others(scores, id, measure) for phase, scores in phases.items()}
-    return entry
+def _client(id: str, block: str, stages: Mapping[Stage, Mapping[str, Scores]], others: Sequence[str]) -> ClientSummary:
+    own = {stage: found[id].root[id] for stage, found in stages.items() if id in found}
+    all_rest = {stage: found[id].only(others) for stage, found in stages.items() if id in found}
+    rest = {stage: scores for stage, scores in all_rest.items() if scores is not None}
+    return ClientSummary(
+        id=id,
+        block=block,
+        own={stage: score.loss for stage, score in own.items()},
+        others={stage: scores.loss for stage, scores in rest.items()},
+        own_exact_match={stage: score.exact_match for stage, score in own.items()},
+        others_exact_match={stage: scores.exact_match for stage, scores in rest.items()},
+    )
 
 
-def _block(block: Block, block_of: Mapping[str, str], rounds: Sequence[Record]) -> Record:
+def _block(block: Block, block_of: Mapping[str, str], rounds: Sequence[RoundRecord]) -> BlockSummary:
     clients = [client for client, name in block_of.items() if name == block.name]
     coverage = block.coverage
-    trained = [
-        record["train"][client]["seconds"] for record in rounds for client in clients if client in record["train"]
-    ]
-    return {
-        "name": block.name,
-        "method": block.method,
-        "sparsity": block.sparsity,
-        "params": block.parameters,
-        "file_bytes": block.file_bytes,
-        "coverage": {
-            "layers": len(coverage.layers),
-            "kv_groups": len(coverage.groups[0]),
-            "neurons": len(coverage.neurons[0]),
-            "weights": 1 - coverage.sparsity,
-            "hash": coverage.hash,
-        },
-        "clients": clients,
-        "bytes_up_per_round": _traffic(rounds, "up", clients),
-        "bytes_down_per_round": _traffic(rounds, "down", clients),
-        "train_s_per_round": sum(trained) / len(trained) if trained else 0.0,
-    }
+    trained = [record.train[client].seconds for record in rounds for client in clients if client in record.train]
+    return BlockSummary(
+        name=block.name,
+        method=block.method,
+        sparsity=block.sparsity,
+        params=block.parameters,
+        file_bytes=block.file_bytes,
+        coverage=KeptSummary(
+            layers=len(coverage.layers),
+            kv_groups=len(coverage.groups[0]),
+            neurons=len(coverage.neurons[0]),
+            weights=1 - coverage.sparsity,
+            hash=coverage.hash,
+        ),
+        clients=clients,
+        bytes_up_per_round=_per_round(rounds, "up", clients),
+        bytes_down_per_round=_per_round(rounds, "down", clients),
+        train_s_per_round=sum(trained) / len(trained) if trained else 0.0,
+    )
 
 
-def _history(record: Record) -> Record:
-    return {
-        "round": record["round"],
-        "llm": {measure: _mean(record["llm"], measure) for measure in ("loss", "exact_match")},
-        "clients": {
-            id: {"own": scores[id]["loss"], "others": _others(scores, id, "loss")}
-            for id, scores in scores_of(record).items()
-        },
-        "validation": record["validation"],
-        "llm_validation": record["llm_validation"],
-        "accepted": record["accepted"],
-        "refused": record["refused"],
-        "bytes_up": _traffic([record], "up", record["bytes"]),
-        "bytes_down": _traffic([record], "down", record["bytes"]),
-        "seconds": record["seconds"],
-    }
+def _history(record: RoundRecord, others: Mapping[str, Sequence[str]]) -> RoundSummary:
+    clients = {}
+    for id, scores in record.by_client().items():
+        rest = scores.only(others[id])
+        clients[id] = BlockLoss(own=scores.root[id].loss, others=rest.loss if rest else None)
+    return RoundSummary(
+        round=record.round,
+        llm=_llm(record),
+        clients=clients,
+        validation=record.validation,
+        llm_validation=record.llm_validation,
+        accepted=record.accepted,
+        refused=record.refused,
+        bytes_up=_traffic(record, "up", record.bytes),
+        bytes_down=_traffic(record, "down", record.bytes),
+        seconds=record.seconds,
+    )
 
 
-def _seconds(records: Sequence[Record], blocks: Mapping[str, Block]) -> dict[str, float]:
+def _llm(record: RoundRecord) -> LlmScore | None:
+    scores = record.llm
+    return LlmScore(loss=scores.loss, exact_match=scores.exact_match) if scores else None
+
+
+def _seconds(records: Sequence[StageRecord], blocks: Mapping[str, Block]) -> dict[str, float]:
+    rounds = rounds_of(records)
     found = {"blocks": sum(float(block.details.get("seconds", 0.0)) for block in blocks.values())}
-    found["before"] = records[0]["seconds"]
+    found["before"] = rounds[0].seconds
     # Clients share the stages outside the rounds: the last one's clock has seen the whole stage.
-    for stage in ("local", "personal"):
-        alone = [record["seconds"] for record in records if record["stage"] == stage]
-        if alone:
-            found[stage] = max(alone)
-    found["rounds"] = sum(record["seconds"] for record in records if record["stage"] == "round" and record["round"])
+    for stage in ALONE:
+        if alone := clients_of(records, stage):
+            found[stage] = max(one.seconds for one in alone)
+    found["rounds"] = sum(record.seconds for record in rounds[1:])
     return found
 
 
-def _traffic(rounds: Sequence[Record], way: str, clients: Iterable[str]) -> float:
-    """Bytes of some clients in a round, mean over rounds."""
-    wanted = set(clients)
-    total: int = sum(count[way] for record in rounds for client, count in record["bytes"].items() if client in wanted)
-    return total / max(len(rounds), 1)
+def _traffic(record: RoundRecord, way: Literal["up", "down"], clients: Iterable[str]) -> int:
+    """Bytes of some clients in a round."""
+    return sum(getattr(record.bytes[client], way) for client in clients if client in record.bytes)
 
 
-def _mean(scores: Mapping[str, Record], measure: str) -> float:
-    return sum(float(found[measure]) for found in scores.values()) / len(scores)
-
-
-def _others(scores: Mapping[str, Record], client: str, measure: str) -> float | None:
-    """Mean over the other clients' data; None for a client alone."""
-    rest = {id: found for id, found in scores.items() if id != client}
-    return _mean(rest, measure) if rest else None
-
-
-def scores_of(record: Mapping[str, Any]) -> dict[str, dict[str, Record]]:
-    """Each client's block's scores, by client, on every client's test data."""
-    return {id: one["scores"] for one in record["held"] for id in one["clients"]}
-
-
-def best_round(records: Iterable[Mapping[str, Any]], by: str) -> Mapping[str, Any]:
-    """The round with the lowest loss on validation data, the earlier of equals."""
-    return min((one for one in records if one["stage"] == "round"), key=lambda one: (one[by], one["round"]))
+def _per_round(rounds: Sequence[RoundRecord], way: Literal["up", "down"], clients: Iterable[str]) -> float:
+    """The same, mean over rounds."""
+    wanted = list(clients)
+    return sum(_traffic(record, way, wanted) for record in rounds) / max(len(rounds), 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +13,8 @@ from legolm.block import Block, Coverage
 from legolm.config import RunConfig
 from legolm.evaluate import Result
 from legolm.plan import Plan
+from legolm.report.shown import notes, scored, stages_of
+from legolm.runs import Summary
 
 if TYPE_CHECKING:
     from legolm.compose import Composition
@@ -49,7 +51,7 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     )
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
+def _settings(settings: Mapping[str, object]) -> str:
     """A scheme's own settings in brackets."""
     return f" ({', '.join(f'{name} {value}' for name, value in settings.items())})" if settings else ""
 
@@ -108,25 +110,24 @@ def _sizes(coverage: Coverage) -> tuple[str, ...]:
     return str(shape.layers), str(shape.kv_groups), f"{shape.neurons:,}", f"{1 - coverage.sparsity:.1%}"
 
 
-def print_summary(summary: Mapping[str, Any], out: Path) -> None:
+def print_summary(summary: Summary, out: Path) -> None:
     """The figures of a finished run, and where its files are."""
-    columns = [f">{kind} {phase}" for kind in ("own", "others") for phase in ("before", "local", "global", "personal")]
-    table = _table("client", "block", *columns)
-    for client in summary["clients"]:
-        losses = [
-            client[kind].get(phase) for kind in ("own", "others") for phase in ("before", "local", "global", "personal")
-        ]
-        table.add_row(client["id"], client["block"], *("" if loss is None else f"{loss:.2f}" for loss in losses))
+    columns = [(data, stage) for data in scored(summary) for stage in stages_of(summary)]
+    table = _table("client", "block", *(f">{data} {stage}" for data, stage in columns))
+    for client in summary.clients:
+        losses = (client.loss(data).get(stage) for data, stage in columns)
+        table.add_row(client.id, client.block, *("" if loss is None else f"{loss:.2f}" for loss in losses))
     console = wide_enough(table)
     console.print("Loss per answer token (nats) on test data", table)
-    llm = summary["llm"]
-    console.print(
-        f"LLM on all clients' test data: {llm['loss_before']:.2f} before, {llm['loss_after']:.2f} after round "
-        f"{llm['best_round']} of {summary['rounds']}. {summary['wall_s']:.0f} s.\n"
-        f"report {out / 'report.html'}\nmodels {out / 'final'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    llm, lines, took = summary.llm, notes(summary), f"{summary.wall_s:.0f} s."
+    if llm.loss_before is not None and llm.loss_after is not None:
+        data = "all clients' test data" if summary.scores == "everyone" else "the server's own test data"
+        took = (
+            f"LLM on {data}: {llm.loss_before:.2f} before, {llm.loss_after:.2f} after round {llm.best_round} of "
+            f"{summary.rounds}. {took}"
+        )
+    lines += [took, f"report {out / 'report.html'}", f"models {out / 'final'}"]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def print_scores(results: Sequence[Result]) -> None:

@@ -1,6 +1,9 @@
-"""The run folder, and the records that a run keeps."""
+"""The run folder, and the typed records that runs and studies keep."""
 
-from legolm.runs.folder import UPDATES, RunDir
+from legolm.runs.folder import (
+    UPDATES,
+    RunDir,
+)
 from legolm.runs.records import (
     SCHEMA,
     ClientRecord,
@@ -8,6 +11,7 @@ from legolm.runs.records import (
     Global,
     Held,
     Identity,
+    Machine,
     Record,
     Refusal,
     RoundRecord,
@@ -21,27 +25,76 @@ from legolm.runs.records import (
     dump_record,
     parse_record,
     read_record,
+    read_stages,
     rounds_of,
 )
-from legolm.runs.sample import others_of
-from legolm.runs.store import Stages, load_adapter_state, read_records
+from legolm.runs.sample import (
+    others_of,
+)
+from legolm.runs.store import Stages, load_adapter_state
+from legolm.runs.studies import (
+    Ablation,
+    CompareRow,
+    Comparison,
+    LeftOut,
+    Losses,
+    Paired,
+)
+from legolm.runs.summary import (
+    STAGES,
+    BlockLoss,
+    BlockSummary,
+    ClientSummary,
+    Data,
+    KeptSummary,
+    LlmScore,
+    LlmSummary,
+    Others,
+    RoundSummary,
+    Stage,
+    Summary,
+)
+from legolm.runs.tables import (
+    Row,
+    write_csv,
+)
 
 __all__ = [
     "SCHEMA",
+    "STAGES",
     "UPDATES",
+    "Ablation",
+    "BlockLoss",
+    "BlockSummary",
     "ClientRecord",
+    "ClientSummary",
+    "CompareRow",
+    "Comparison",
     "Criterion",
+    "Data",
     "Global",
     "Held",
     "Identity",
+    "KeptSummary",
+    "LeftOut",
+    "LlmScore",
+    "LlmSummary",
+    "Losses",
+    "Machine",
+    "Others",
+    "Paired",
     "Record",
     "Refusal",
     "RoundRecord",
+    "RoundSummary",
+    "Row",
     "RunDir",
     "Score",
     "Scores",
+    "Stage",
     "StageRecord",
     "Stages",
+    "Summary",
     "Traffic",
     "Training",
     "best_round",
@@ -51,6 +104,7 @@ __all__ = [
     "others_of",
     "parse_record",
     "read_record",
-    "read_records",
+    "read_stages",
     "rounds_of",
+    "write_csv",
 ]

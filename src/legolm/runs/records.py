@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from legolm.errors import LegolmError
 
 SCHEMA = 2
 """Of run folders. 1 had no number in its files; it is named as too old."""
 Criterion = Literal["validation", "llm_validation"]
+ANEW = "start the run again in a new folder"
 
 
 class Record(BaseModel):
@@ -139,6 +141,20 @@ class ClientRecord(Record):
 StageRecord = RoundRecord | ClientRecord
 
 
+class AnyStage(RootModel[StageRecord]):
+    """A stage's record of either kind, as a file has it."""
+
+    root: Annotated[StageRecord, Field(discriminator="stage")]
+
+
+class Machine(Record):
+    """What a run ran on."""
+
+    cpu: str
+    cores: int | None
+    memory_gb: float
+
+
 class Identity(Record):
     """`run.json`: what a run stands on."""
 
@@ -146,22 +162,22 @@ class Identity(Record):
     run: str
     base_fingerprint: str
     data_fingerprint: str
-    machine: dict[str, Any]
+    machine: Machine
     versions: dict[str, str]
 
 
 R = TypeVar("R", bound=BaseModel)
 
 
-def read_record(path: Path, kind: type[R]) -> R:
+def read_record(path: Path, kind: type[R], way_out: str = ANEW) -> R:
     """A record from a file of a run. Raises `LegolmError` when it is missing, broken or of another version."""
     try:
-        return parse_record(path.read_bytes(), kind, path)
+        return parse_record(path.read_bytes(), kind, path, way_out)
     except OSError as error:
-        raise LegolmError(f"{path}: cannot be read ({error.strerror}); start the run again in a new folder") from None
+        raise LegolmError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
 
 
-def parse_record(content: bytes | str, kind: type[R], path: Path) -> R:
+def parse_record(content: bytes | str, kind: type[R], path: Path, way_out: str = ANEW) -> R:
     """The same from what `path` holds."""
     try:
         return kind.model_validate_json(content)
@@ -171,12 +187,18 @@ def parse_record(content: bytes | str, kind: type[R], path: Path) -> R:
         version = _version(content)
         if version is not None and version != SCHEMA:
             raise LegolmError(
-                f"{path}: another version of legolm wrote it (schema {version}, this one reads {SCHEMA}); "
-                "start the run again in a new folder"
+                f"{path}: another version of legolm wrote it (schema {version}, this one reads {SCHEMA}); {way_out}"
             ) from None
-        raise LegolmError(
-            f"{path}: is broken ({where}: {problem['msg']}); start the run again in a new folder"
-        ) from None
+        raise LegolmError(f"{path}: is broken ({where}: {problem['msg']}); {way_out}") from None
+
+
+def read_stages(path: Path) -> list[StageRecord]:
+    """The records in a `metrics.jsonl`, in order. Raises `LegolmError` as `read_record` does."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise LegolmError(f"{path}: cannot be read ({error.strerror}); {ANEW}") from None
+    return [parse_record(line, AnyStage, path).root for line in lines]
 
 
 def dump_record(record: BaseModel, indent: int | None = 1) -> str:
@@ -208,8 +230,6 @@ def best_round(records: Sequence[StageRecord], by: Criterion) -> RoundRecord:
 
 def _version(content: bytes | str) -> int | None:
     """The schema number of a JSON object, 1 where it has none; None where it is no object."""
-    import json
-
     try:
         value = json.loads(content)
     except ValueError:

@@ -5,7 +5,6 @@ What is finished is read once; after that the memory knows it, and the disk only
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,15 +14,7 @@ from torch import Tensor
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.runs.folder import RunDir
-from legolm.runs.records import (
-    ClientRecord,
-    Criterion,
-    RoundRecord,
-    StageRecord,
-    best_round,
-    dump_record,
-    parse_record,
-)
+from legolm.runs.records import AnyStage, Criterion, RoundRecord, StageRecord, best_round, dump_record, read_record
 from legolm.system import atomic_folder, atomic_write
 
 ADAPTER, METRICS = "adapter.safetensors", "metrics.json"
@@ -45,7 +36,7 @@ class Stages:
         self._paths += [folder.round(number) for number in range(1, self.rounds + 1)]
         if self.personal_steps:
             self._paths += [folder.client_stage("personal", id) for id in clients]
-        self._records = {path: _read(path / METRICS) for path in self._paths if path.exists()}
+        self._records = {path: read_record(path / METRICS, AnyStage).root for path in self._paths if path.exists()}
 
     @property
     def finished(self) -> bool:
@@ -96,31 +87,3 @@ def load_adapter_state(path: Path) -> Tensors:
     except (OSError, SafetensorError) as error:
         raise LegolmError(f"{path / ADAPTER}: cannot be read ({error}); start the run again in a new folder") from None
     return found
-
-
-def read_records(folder: Path) -> list[StageRecord]:
-    """Those of `metrics.jsonl`. Raises `LegolmError` for a folder without, a broken one, or another version's."""
-    path = folder / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise LegolmError(f"{folder}: is no run folder with finished stages") from None
-    return [_parse(line, path) for line in lines]
-
-
-def _read(path: Path) -> StageRecord:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LegolmError(f"{path}: cannot be read ({error.strerror}); start the run again in a new folder") from None
-    return _parse(content, path)
-
-
-def _parse(content: bytes | str, path: Path) -> StageRecord:
-    try:
-        stage = json.loads(content).get("stage")
-    except (ValueError, AttributeError):
-        stage = None
-    if stage == "round":
-        return parse_record(content, RoundRecord, path)
-    return parse_record(content, ClientRecord, path)

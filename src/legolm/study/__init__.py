@@ -1,6 +1,6 @@
 """Experiments over runs: compare schemes, leave one out. Numbers only."""
 
-from legolm.study.compare import compare, plans, print_comparison
-from legolm.study.leave_one_out import ablate, print_ablation
+from legolm.study.compare import compare, plans
+from legolm.study.leave_one_out import ablate
 
-__all__ = ["ablate", "compare", "plans", "print_ablation", "print_comparison"]
+__all__ = ["ablate", "compare", "plans"]

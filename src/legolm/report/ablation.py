@@ -1,0 +1,125 @@
+"""Leave one out (the paper's figure 5): its table and its page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from legolm.report.page import Raw, document, section, soft, tag
+from legolm.report.shown import sampled
+from legolm.report.terminal import wide_enough
+from legolm.runs import Ablation, LeftOut, Losses
+from legolm.system import atomic_write
+
+
+def write_ablation(found: Ablation, path: Path) -> None:
+    """Write the page to `path`, all or nothing."""
+    atomic_write(path, page(found))
+
+
+def print_ablation(found: Ablation, out: Path) -> None:
+    """The table, and where the page is."""
+    measures = list(found.all.measures())
+    table = Table(box=None, pad_edge=False)
+    for column in ("left out", "", *(text for measure in measures for text in (_name(measure), "more"))):
+        table.add_column(column, justify="right" if len(table.columns) > 1 else "left")
+    for one in found.without:
+        values = one.measures()
+        table.add_row(
+            one.kind, one.name, *(text for m in measures for text in (f"{values[m]:.3f}", _more(one, found.all, m)))
+        )
+    for name, losses in _lines(found).items():
+        values = losses.measures()
+        cells = (f"{values[measure]:.3f}" if measure in values else "" for measure in measures)
+        table.add_row("", name, *(text for cell in cells for text in (cell, "")))
+    console = wide_enough(table)
+    console.print("Loss per answer token (nats) on all clients' test data without one block, without one client", table)
+    for line in (*sampled(found.others), verdict(found), f"page {out / 'ablation.html'}"):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def verdict(found: Ablation) -> str:
+    """Gain and dearest block in words."""
+    name, most = max(found.cost.items(), key=lambda one: one[1])
+    words = f"The dearest block to leave out is {name}: {most:+.3f} nats for the clients' blocks on all data."
+    if found.gain is None:
+        return words + " This run has no local-only baseline."
+    gained = "less" if found.gain >= 0 else "more"
+    return words + f" With the global update they have {abs(found.gain):.3f} {gained} than with local-only training."
+
+
+def page(found: Ablation) -> str:
+    """One self-contained HTML page: figure 5 for the blocks, for the LLM and for its perplexity."""
+    body = (
+        tag("h1", f"{found.name}: one left out"),
+        tag("p", verdict(found)),
+        *(section(_name(measure), plot(found, measure)) for measure in found.all.measures()),
+        tag(
+            "p",
+            f"Updates of rounds 1 to {found.round} as the run kept them, added again without those of the left-out "
+            "clients. Losses are nats per answer token, the mean over all clients’ test data; of blocks, the mean over "
+            "all clients’ blocks, the left-out ones too. Whiskers: one standard error. A bar under the pointer shows "
+            "the difference to all together, with the p of the paired test on the same questions.",
+        ),
+        *map(soft, sampled(found.others)),
+    )
+    return document(found.name, *body)
+
+
+def plot(found: Ablation, measure: str) -> Raw:
+    """A bar for each left-out block and client from zero, and lines for local-only training and the global update."""
+    bars = found.without
+    # Not the one from before training: it would be far above all others.
+    drawn = {name: losses.measures() for name, losses in _lines(found).items() if losses is not found.before}
+    lines = {name: measures[measure] for name, measures in drawn.items() if measure in measures}
+    wide, tall, left, step = 52 * len(bars) + 190, 250, 44, 52
+    spreads = [one.stderr.get(measure) or 0.0 for one in bars]
+    values = [one.measures()[measure] for one in bars]
+    most = max(0.0, *lines.values(), *(v + spread for v, spread in zip(values, spreads, strict=True))) or 1.0
+    least = min(0.0, *(v - spread for v, spread in zip(values, spreads, strict=True)))
+
+    def y(value: float) -> float:
+        return round(float(tall - 70 - (tall - 100) * (value - least) / (most - least)), 1)
+
+    marks = []
+    for i, (one, value, spread) in enumerate(zip(bars, values, spreads, strict=True)):
+        x = left + i * step
+        middle = x + (step - 14) / 2
+        said = f"{value:.4f} ± {spread:.4f}" if spread else f"{value:.4f}"
+        title = tag("title", f"without {one.kind} {one.name}: {said} ({_more(one, found.all, measure)})")
+        size = {"width": step - 14, "height": round(abs(y(0) - y(value)), 1)}
+        marks += [
+            tag("rect", title, x=x, y=min(y(0), y(value)), class_=one.kind, **size),
+            tag("text", f"{value:.4g}", x=middle, y=y(value + spread) - 4, text_anchor="middle"),
+            tag("text", one.name[:14], x=x + 8, y=tall - 56, transform=f"rotate(30 {x + 8} {tall - 56})"),
+        ]
+        if spread:
+            ends = {"y1": y(value - spread), "y2": y(value + spread)}
+            marks.append(tag("line", x1=middle, x2=middle, class_="spread", **ends))
+    end, free = left + len(bars) * step, tall - 10.0
+    for name, value in sorted(lines.items(), key=lambda line: line[1]):
+        free = min(y(value) + 4, free - 13)  # names of lines that are close go above each other
+        marks += [
+            tag("line", x1=left - 6, x2=end, y1=y(value), y2=y(value), class_="line"),
+            tag("text", f"{name} {value:.4g}", x=end + 6, y=free),
+        ]
+    marks.append(tag("line", x1=left - 6, x2=end, y1=y(0), y2=y(0), class_="axis"))
+    return tag("svg", *marks, viewBox=f"0 0 {wide} {tall}", role="img", aria_label=_name(measure), class_="bars")
+
+
+def _lines(found: Ablation) -> dict[str, Losses]:
+    """What the left-out ones are beside."""
+    local = {"local only": found.local} if found.local else {}
+    return {"before": found.before, **local, "global update": found.all}
+
+
+def _more(one: LeftOut, shared: Losses, measure: str) -> str:
+    """How much more than with all, and the paired test's p where there is one."""
+    paired = one.paired.get(measure)
+    more = one.measures()[measure] - shared.measures()[measure]
+    return f"{more:+.3f}" + (f", p {paired.p:.2g}" if paired else "")
+
+
+def _name(measure: str) -> str:
+    return {"blocks": "blocks' loss", "llm": "the LLM's loss"}.get(measure, f"the LLM's {measure}")

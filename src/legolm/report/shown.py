@@ -1,0 +1,38 @@
+"""What of a run there is to show, and what to say of what there is not: for the page and for the terminal."""
+
+from __future__ import annotations
+
+from legolm.report.page import number
+from legolm.runs import STAGES, Data, Others, Stage, Summary
+
+
+def stages_of(summary: Summary) -> list[Stage]:
+    """The stages that this run has."""
+    tables = [client.loss(data) for client in summary.clients for data in scored(summary)]
+    return [stage for stage in STAGES if any(number(table.get(stage)) is not None for table in tables)]
+
+
+def scored(summary: Summary) -> list[Data]:
+    """The data that some client's block was scored on."""
+    found: list[Data] = ["own"] if any(client.own for client in summary.clients) else []
+    return [*found, "others"] if any(client.others for client in summary.clients) else found
+
+
+def sampled(others: Others) -> list[str]:
+    """A sentence where others' data are a sample."""
+    if not others.sampled:
+        return []
+    return [
+        f"Others’ data are a sample: each block was scored on the test data of {others.asked} of the {others.there} "
+        "other clients, the same ones in every stage, drawn by the run’s seed."
+    ]
+
+
+def notes(summary: Summary) -> list[str]:
+    """Sentences on what nobody scored, or on a sample only."""
+    found = sampled(summary.others)
+    if summary.others.asked == 0 < summary.others.there:
+        found.append("Each block was scored on its own client’s data only: there are no figures on others’ data.")
+    if summary.llm.loss_before is None:
+        found.append("Nobody scored the LLM: the server has no data of its own (evaluate.server_data).")
+    return found

@@ -1,0 +1,79 @@
+"""Records of runs and studies: to JSON and back, as tables, and those of another version."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import assert_one_line, legolm
+from legolm.errors import LegolmError
+from legolm.report.compare import page, shown
+from legolm.runs import CompareRow, Comparison, Losses, Summary, dump_record, read_record, read_stages, write_csv
+
+OLD = Path(__file__).parents[2] / "docs" / "results" / "records" / "flan" / "heteagg_frozen_side"
+
+
+def variant(name: str, **changes: Any) -> CompareRow:
+    figures: dict[str, Any] = {"llm": 1.5, "llm_before": 4.0, "own": 2.0, "others": 3.0, "validation": 2.5}
+    figures |= {"llm_validation": 1.75, "bytes_down": 2e6, "bytes_up": 1e6, "replies": 6, "tokens": 1000.0}
+    figures |= {"flops": 3e12, "memory": 4e8, "seconds": 12.0, "clients": 3, "rounds": 2, "best_round": 1}
+    names = {"name": name, "scheme": "heteagg", "form": "exact", "codec": "fp32"}
+    return CompareRow.model_validate(names | figures | changes)
+
+
+def test_a_comparison_is_the_same_in_json_csv_and_pandas(tmp_path: Path) -> None:
+    found = Comparison(name="study", rows=[variant("a"), variant("b, c", others=None, llm=math.inf)])
+    found.write(tmp_path)
+    assert read_record(tmp_path / "compare.json", Comparison) == found
+    first, second = (tmp_path / "compare.csv").read_text().splitlines()[1:]
+    assert first.startswith("a,heteagg,exact,fp32,3,2,1,1.5,4.0,2.0,3.0,2.5,1.75,2000000.0,1000000.0,6,1000.0,")
+    assert second.startswith('"b, c",heteagg,exact,fp32,3,2,1,inf,4.0,2.0,,2.5')
+    frame = found.to_frame()
+    assert list(frame["name"]) == ["a", "b, c"]
+    assert frame["others"][0] == 3.0 and math.isnan(frame["others"][1])
+
+
+def test_columns_without_a_figure_are_left_out() -> None:
+    nothing = {"llm": None, "llm_before": None, "llm_validation": None, "others": None}
+    found = Comparison(name="study", rows=[variant("a", **nothing), variant("b", **nothing, own=2.5)])
+    assert shown(found)[:3] == ["own", "validation", "bytes_down"]
+    text = page(found)
+    assert "blocks, own data" in text and ">LLM<" not in text and text.count("<circle") == 2
+    both = page(Comparison(name="study", rows=[variant("a"), variant("b", **nothing)]))
+    assert both.count("<circle") == 3  # two of the blocks, one LLM
+
+
+def test_without_pandas_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(LegolmError, match=r"pip install 'legolm\[data\]'"):
+        Comparison(name="study", rows=[variant("a")]).to_frame()
+
+
+def test_a_table_without_rows_is_an_empty_file(tmp_path: Path) -> None:
+    write_csv([], tmp_path / "none.csv")
+    assert (tmp_path / "none.csv").read_text().strip() == ""
+
+
+def test_figures_with_names_of_their_own_come_back() -> None:
+    found = Losses.model_validate({"blocks": 1.5, "by_client": {}, "llm": None, "stderr": {}, "three acc": 0.5})
+    assert found.measures() == {"blocks": 1.5, "three acc": 0.5}
+    assert json.loads(dump_record(found))["three acc"] == 0.5
+    assert Losses.model_validate_json(dump_record(found)) == found
+
+
+def test_what_an_earlier_version_wrote_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_bytes((OLD / "summary.json").read_bytes())
+    assert_one_line(legolm("report", tmp_path), "summary.json: another version of legolm wrote it (schema 1, this one")
+    assert not (tmp_path / "report.html").exists()
+    with pytest.raises(LegolmError, match=r"cannot be read \(No such file"):
+        read_record(tmp_path / "gone" / "summary.json", Summary)
+    lines = ['{"stage": "local", "client": "fr"}', '{"schema_number": 2, "stage": "personal"}', '{"stage": "dusk"}']
+    for line, says in zip(lines, ("another version", "is broken", "another version"), strict=True):
+        (tmp_path / "metrics.jsonl").write_text(line + "\n")
+        with pytest.raises(LegolmError, match=rf"metrics\.jsonl: {says}"):
+            read_stages(tmp_path / "metrics.jsonl")
