@@ -11,7 +11,7 @@ from legolm.adapter.files import (
     save_adapter,
     save_factors,
 )
-from legolm.adapter.flat import Flat, Layout
+from legolm.adapter.flat import Flat, Layout, adapter_layout, check_finite
 from legolm.adapter.keys import (
     Tensors,
     adapter_keys,
@@ -24,7 +24,7 @@ from legolm.adapter.keys import (
     under_prefix,
     with_prefix,
 )
-from legolm.adapter.merge import merge, merged, merged_weight
+from legolm.adapter.merge import linears, merge, merged, merged_weight
 from legolm.adapter.slices import concatenated, slice_factors, tensors_hash
 from legolm.adapter.start import init_factors, initial_factors
 
@@ -38,13 +38,16 @@ __all__ = [
     "Tensors",
     "Update",
     "adapter_keys",
+    "adapter_layout",
     "adapter_parameters",
+    "check_finite",
     "concatenated",
     "factor_key",
     "factor_shape",
     "init_factors",
     "initial_factors",
     "is_frozen",
+    "linears",
     "load_adapter",
     "load_factors",
     "merge",

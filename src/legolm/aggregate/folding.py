@@ -11,8 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from legolm.adapter import GlobalAdapter, Tensors, Update, slice_factors, under_prefix, with_prefix
-from legolm.adapter.slices import concatenated
+from legolm.adapter import GlobalAdapter, Tensors, Update, concatenated, slice_factors, under_prefix, with_prefix
 from legolm.aggregate.scheme import Scheme, Start
 from legolm.aggregate.weight import EntryWeight
 from legolm.block import Coverage

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from legolm.adapter import adapter_parameters, modules_of
-from legolm.adapter.flat import adapter_layout
-from legolm.adapter.keys import adapter_keys
+from legolm.adapter import adapter_keys, adapter_layout, adapter_parameters, modules_of
 from legolm.aggregate import scheme_class
 from legolm.block import Base, Coverage, llm_block
 from legolm.config import RunConfig

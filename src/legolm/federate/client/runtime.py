@@ -14,7 +14,12 @@ import torch
 from safetensors.torch import load_file, save
 
 from legolm.adapter import (
+    Flat,
+    Layout,
     Tensors,
+    adapter_keys,
+    adapter_layout,
+    check_finite,
     concatenated,
     initial_factors,
     merged,
@@ -23,11 +28,8 @@ from legolm.adapter import (
     under_prefix,
     with_prefix,
 )
-from legolm.adapter.flat import Flat, Layout, adapter_layout, check_finite
-from legolm.adapter.keys import adapter_keys
 from legolm.block import Block, Coverage, llm_block, read_block
-from legolm.data import ClientData, Tokens, check_whole, render
-from legolm.data.split import client_data
+from legolm.data import ClientData, Tokens, check_whole, client_data, render
 from legolm.errors import LegolmError
 from legolm.evaluate import score
 from legolm.federate.wire import codec

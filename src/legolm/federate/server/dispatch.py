@@ -6,9 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from legolm.adapter import Tensors, Update, initial_factors, slice_factors, tensors_hash, with_prefix
-from legolm.adapter.flat import Layout, adapter_layout
-from legolm.adapter.keys import adapter_keys
+from legolm.adapter import (
+    Layout,
+    Tensors,
+    Update,
+    adapter_keys,
+    adapter_layout,
+    initial_factors,
+    slice_factors,
+    tensors_hash,
+    with_prefix,
+)
 from legolm.aggregate import Scheme
 from legolm.block import Block, Coverage
 from legolm.config import RunConfig
@@ -17,8 +25,7 @@ from legolm.federate.transport import Exchange, Request
 from legolm.federate.wire import codec
 from legolm.federate.wire import messages as wire
 from legolm.runs import Score
-from legolm.system import Progress
-from legolm.system.seeds import derive_seed
+from legolm.system import Progress, derive_seed
 
 Phase = Literal["round", "local", "personal"]
 Split = Literal["validation", "test"]

@@ -16,8 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
 from safetensors.torch import save as safetensors_save
 
-from legolm.adapter import Layout, Tensors, Update
-from legolm.adapter.flat import check_finite
+from legolm.adapter import Layout, Tensors, Update, check_finite
 from legolm.config import Codec
 from legolm.errors import LegolmError
 from legolm.federate.wire import codec as codecs
