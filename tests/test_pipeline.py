@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -70,6 +72,16 @@ def assert_same_run(one: Path, two: Path, exact: bool) -> None:
     summaries = [without_clocks(json.loads((folder / "summary.json").read_text())) for folder in (one, two)]
     if exact:
         assert summaries[0] == summaries[1]
+
+
+def actors_niceness(server: int) -> set[int]:
+    """Of the client actors that run below the process `server` at this moment."""
+    found = set()
+    with suppress(psutil.NoSuchProcess):  # they come and go
+        for process in psutil.Process(server).children(recursive=True):
+            if "".join(process.cmdline()).startswith("ray::ClientAppActor"):
+                found.add(process.nice())
+    return found
 
 
 @pytest.fixture
@@ -147,9 +159,17 @@ def test_the_flower_engine_gives_the_same_result(config_file: Path, finished: tu
     out = local.parent / "flower"
     # In a process of its own, as users run it: Ray and its threads end with it.
     command = [sys.executable, "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
-    done = subprocess.run([*command, "--set", "federation.engine=flower"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    errors, deadline, niceness = local.parent / "stderr.txt", time.monotonic() + 300, set[int]()
+    with errors.open("w") as stderr:
+        started = [*command, "--set", "federation.engine=flower"]
+        process = subprocess.Popen(started, stdout=subprocess.DEVNULL, stderr=stderr)
+        while process.poll() is None:
+            assert time.monotonic() < deadline, errors.read_text()
+            niceness |= actors_niceness(process.pid)
+            time.sleep(0.1)
+    assert process.returncode == 0, errors.read_text()
     assert_same_run(local, out, exact=False)
+    assert niceness == {os.nice(0)}  # beside other work, actors get as much of a core as anyone
 
 
 def test_a_killed_run_goes_on_and_ends_at_the_same_result(config_file: Path, finished: tuple[RunConfig, Path]) -> None:

@@ -24,7 +24,7 @@ from legolm.adapter.keys import (
     under_prefix,
     with_prefix,
 )
-from legolm.adapter.merge import merge, merged, merged_weight
+from legolm.adapter.merge import linears, merge, merged, merged_weight
 from legolm.adapter.slices import concatenated, slice_factors, tensors_hash
 from legolm.adapter.start import init_factors, initial_factors
 
@@ -46,6 +46,7 @@ __all__ = [
     "init_factors",
     "initial_factors",
     "is_frozen",
+    "linears",
     "load_adapter",
     "load_factors",
     "merge",

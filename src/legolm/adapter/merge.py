@@ -16,7 +16,7 @@ from legolm.models import decoder_layers, rounded
 
 def merge(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> None:
     """Merge an adapter into the block in place: W ← M ∘ (W + s·B·A), rounded as the masked forward rounds it."""
-    for seed, (layer, module, linear) in enumerate(_linears(model, coverage, factors)):
+    for seed, (layer, module, linear) in enumerate(linears(model, coverage, factors)):
         old = linear.weight.data
         a, b = (factors[factor_key(layer, module, side)].to(old.device) for side in "AB")
         mask = coverage.mask(layer, module)
@@ -27,7 +27,7 @@ def merge(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> Non
 @contextmanager
 def merged(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> Iterator[Any]:
     """The block as it would be deployed with this adapter; afterwards it is as it was, bit for bit."""
-    before = [(linear, linear.weight.data) for _, _, linear in _linears(model, coverage, factors)]
+    before = [(linear, linear.weight.data) for _, _, linear in linears(model, coverage, factors)]
     merge(model, coverage, factors, scale)
     try:
         yield model
@@ -36,7 +36,7 @@ def merged(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> It
             linear.weight.data = weight
 
 
-def _linears(model: Any, coverage: Coverage, factors: Tensors) -> Iterator[tuple[int, str, Any]]:
+def linears(model: Any, coverage: Coverage, factors: Tensors) -> Iterator[tuple[int, str, Any]]:
     """(LLM layer, module, linear layer) of all that an adapter touches."""
     touched = sorted({parse_key(key)[:2] for key in factors})
     layers = dict(zip(coverage.layers, decoder_layers(model), strict=True))

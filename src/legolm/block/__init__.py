@@ -1,6 +1,6 @@
 """Blocks: what each holds of the LLM, and how it lies on disk."""
 
-from legolm.block.base import Base, config_changes
+from legolm.block.base import Base, config_changes, decoder_weights
 from legolm.block.block import Block
 from legolm.block.coverage import Coverage, add_matrix, pack_mask, slice_matrix, unpack_mask
 from legolm.block.manifest import Manifest, llm_block, read_block, write_block
@@ -12,6 +12,7 @@ __all__ = [
     "Manifest",
     "add_matrix",
     "config_changes",
+    "decoder_weights",
     "llm_block",
     "pack_mask",
     "read_block",

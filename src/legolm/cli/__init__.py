@@ -1,5 +1,5 @@
 """The command `legolm`."""
 
-from legolm.cli.main import main
+from legolm.cli.app import main
 
 __all__ = ["main"]

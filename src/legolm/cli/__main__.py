@@ -1,5 +1,5 @@
 """`python -m legolm.cli`."""
 
-from legolm.cli.main import main
+from legolm.cli import main
 
 main()

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as linear_function
 
-from legolm.adapter import Tensors, factor_key
-from legolm.adapter.merge import _linears
+from legolm.adapter import Tensors, factor_key, linears
 from legolm.block import Coverage
 from legolm.config import Precision
 from legolm.finetune.kernels import LoraLinear
@@ -48,7 +47,7 @@ def lora(
     try:
         for linear in patched:
             linear.forward = _Frozen(linear, dtype)  # type: ignore[assignment]
-        for seed, (layer, module, linear) in enumerate(_linears(model, coverage, factors)):
+        for seed, (layer, module, linear) in enumerate(linears(model, coverage, factors)):
             a, b = (parameters[factor_key(layer, module, side)] for side in "AB")
             mask = coverage.mask(layer, module)
             if mask is None:

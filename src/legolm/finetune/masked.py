@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from legolm.adapter.merge import merged_weight
+from legolm.adapter import merged_weight
 
 
 class MaskedLinear(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from legolm.adapter.keys import adapter_parameters
+from legolm.adapter import adapter_parameters
 from legolm.block import Coverage
 from legolm.config import LoraConfig, Precision, TrainConfig
 from legolm.models import CHUNK, LONG

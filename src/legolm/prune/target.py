@@ -7,8 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from legolm.block import Coverage
-from legolm.block.base import Base, config_changes, decoder_weights
+from legolm.block import Base, Coverage, config_changes, decoder_weights
 from legolm.config import BlockConfig
 from legolm.errors import LegolmError
 from legolm.models import FAMILIES, Shape

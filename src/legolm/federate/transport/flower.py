@@ -8,7 +8,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray starts actors at nice 15: beside any other work they would get next to nothing of a core.
+os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Actors work in threads, and glibc gives each a heap of its own that fills with holes: a quarter more memory.
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")

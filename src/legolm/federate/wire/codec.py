@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from legolm.adapter import Tensors
-from legolm.adapter.flat import Flat, Layout
+from legolm.adapter import Flat, Layout, Tensors
 from legolm.config import Codec
 from legolm.errors import LegolmError
 

@@ -1,0 +1,67 @@
+"""The command `legolm`: one file a command, and here what binds them. Heavy imports are inside the commands."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from legolm.cli.ablate import ablate
+from legolm.cli.calibrate import calibrate
+from legolm.cli.compare import compare
+from legolm.cli.compose import compose
+from legolm.cli.eval import evaluate
+from legolm.cli.inspect import inspect
+from legolm.cli.prune import prune
+from legolm.cli.report import report
+from legolm.cli.run import run
+from legolm.errors import LegolmError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("legolm"))
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and stop")
+]
+
+
+@app.callback()
+def main_options(version: Version = False) -> None:
+    """Cut small models out of a large one, fine-tune each where its data lives, put what they learned back together."""
+
+
+# In the order in which `legolm --help` lists them.
+app.command()(run)
+app.command()(prune)
+app.command()(calibrate)
+app.command()(inspect)
+app.command(name="eval")(evaluate)
+app.command()(compare)
+app.command()(compose)
+app.command()(ablate)
+app.command()(report)
+
+
+def main() -> None:
+    """Entry point: bad input gives one line and exit code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app()
+    except LegolmError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

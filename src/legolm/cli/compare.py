@@ -1,0 +1,38 @@
+"""`legolm compare`: several schemes on one config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from legolm.cli.options import Sets
+
+
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML with `run` and `variants`; see examples/compare/schemes.yaml")],
+    out: Annotated[Path | None, typer.Option(help="folder of all runs; runs/<name of the config> if not given")] = None,
+    set_: Sets = None,
+    models: Annotated[
+        bool, typer.Option(help="write every variant's final models; `legolm run --resume` makes left-out ones later")
+    ] = True,
+    blocks: Annotated[
+        Path | None, typer.Option(help="folder of cut blocks, to share with other comparisons; OUT/blocks if not given")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print every plan and stop")] = False,
+) -> None:
+    """Run several schemes on one config and put them in one table. Goes on where an earlier call stopped."""
+    from legolm.report import print_comparison
+    from legolm.study import compare as run_all
+    from legolm.study import plans
+
+    if dry_run:
+        from legolm.report import print_plan
+
+        for name, (settings, plan) in plans(config, set_ or ()).items():
+            typer.echo(f"\n{name}")
+            print_plan(plan, settings)
+        return
+    out = out or Path("runs") / config.stem
+    print_comparison(run_all(config, out, set_ or (), models, blocks), out)

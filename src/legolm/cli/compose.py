@@ -1,0 +1,40 @@
+"""`legolm compose`: put together what blocks learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from legolm.cli.options import check_new
+
+
+def compose(
+    sources: Annotated[list[str], typer.Argument(help="folders of a run's final/, or BLOCK:ADAPTER (a PEFT adapter)")],
+    into: Annotated[str, typer.Option(help="llm, union, layers=30,kv_groups=3,neurons=1536, or a block's folder")],
+    out: Annotated[Path, typer.Option(help="folder of the composed model")],
+    base: Annotated[str | None, typer.Option(help="the LLM; what the sources' run recorded if not given")] = None,
+    method: Annotated[str, typer.Option(help="heteagg, task_arithmetic or ties")] = "heteagg",
+    form: Annotated[str | None, typer.Option(help="heteagg: exact (products, default) or factor")] = None,
+    scaling: Annotated[float | None, typer.Option(help="task_arithmetic, ties: factor of the change, 1")] = None,
+    density: Annotated[float | None, typer.Option(help="ties: share of each change that is kept, 0.2")] = None,
+    weights: Annotated[str | None, typer.Option(help="one a source: 1,2,1; by training examples if not given")] = None,
+    validate: Annotated[str | None, typer.Option(help="weights by loss on this file of instructions, answers")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is held and covered, and stop")] = False,
+) -> None:
+    """Combine what separately trained blocks learned into one block, or into the LLM."""
+    check_new(out)
+
+    from legolm.compose import choose_method, plan
+    from legolm.compose import compose as put_together
+    from legolm.report import print_blocks, print_composition
+    from legolm.system import Progress
+
+    progress = Progress()
+    chosen = choose_method(method, form, scaling, density)
+    wanted = plan(sources, into, base, chosen, weights, validate, progress)
+    if dry_run:
+        print_composition(wanted)
+        return
+    print_blocks([put_together(wanted, out, progress)])

@@ -1,0 +1,50 @@
+"""`legolm eval`: score models side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from legolm.cli.options import Precision, check_new, task_names
+from legolm.errors import LegolmError
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="`starter`, a block's or a checkpoint's folder, or a hub id")],
+    tasks: Annotated[str | None, typer.Option(help="of lm-evaluation-harness: hellaswag,arc_easy")] = None,
+    include: Annotated[Path | None, typer.Option(help="folder of your own YAML tasks; their code runs")] = None,
+    data: Annotated[str | None, typer.Option(help="a file of instructions and answers")] = None,
+    text: Annotated[Path | None, typer.Option(help="a text file for perplexity")] = None,
+    base: Annotated[str | None, typer.Option(help="the LLM of the blocks, if it is not the starter")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="a PEFT adapter's folder, put on the model")] = None,
+    rouge: Annotated[bool, typer.Option("--rouge", help="also generate the answers, for ROUGE-L; slow")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="only so many questions of each task and of --data")] = None,
+    instruction: Annotated[str | None, typer.Option(help="field of the instruction, `instruction`")] = None,
+    answer: Annotated[str | None, typer.Option(help="field of the answer, `output`")] = None,
+    messages: Annotated[str | None, typer.Option(help="instead of both: field of a list of role and content")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="tokens a perplexity window, 1024")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="at most this many windows")] = None,
+    precision: Precision = "fp32",
+    out: Annotated[Path | None, typer.Option(help="JSON file of all figures, with every question's part")] = None,
+) -> None:
+    """Tasks, answers and perplexity, with standard errors; a block beside its LLM, with a paired test."""
+    if out is not None:
+        check_new(out)
+    from legolm.config import Fields
+    from legolm.evaluate import evaluate as evaluate_all
+    from legolm.evaluate import line_up, read_questions, write_json
+    from legolm.report import print_scores
+
+    given = {"instruction": instruction, "answer": answer, "messages": messages}
+    named = {name: field for name, field in given.items() if field is not None}
+    if messages is not None and len(named) > 1:
+        raise LegolmError(f"--messages {messages}: instead of --instruction and --answer; give the one or the others")
+    fields = Fields(**named) if named else None
+    questions = read_questions(task_names(tasks), include, data, fields, text, limit, rouge, length, windows)
+    results = evaluate_all(line_up(models, base, adapter), questions, precision)
+    print_scores(results)
+    if out is not None:
+        write_json(results, questions, precision, out)
+        typer.echo(out)

@@ -1,0 +1,77 @@
+"""`legolm prune`: cut blocks out of an LLM."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from legolm.cli.options import Precision, check_new
+from legolm.errors import LegolmError
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="`starter`, a local folder or a hub id")],
+    out: Annotated[Path, typer.Option(help="folder of the block; of several blocks, the folder they go into")],
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or structured")],
+    sparsity: Annotated[str | None, typer.Option(help="removed share of the decoder's linear weights")] = None,
+    params: Annotated[str | None, typer.Option(help="structured: parameters at most, for instance 70M")] = None,
+    memory: Annotated[str | None, typer.Option(help="structured: bytes of weights at most, for instance 150MB")] = None,
+    speedup: Annotated[str | None, typer.Option(help="structured: how much faster it generates, measured here")] = None,
+    pattern: Annotated[str | None, typer.Option(help="N:M, N weights kept of each M in a row: 2:4")] = None,
+    intermediate_size: Annotated[str | None, typer.Option(help="structured: MLP neurons kept")] = None,
+    num_key_value_heads: Annotated[str | None, typer.Option(help="structured: KV groups kept")] = None,
+    num_hidden_layers: Annotated[str | None, typer.Option(help="structured: layers kept")] = None,
+    calibration: Annotated[str, typer.Option(help="`starter`, `pydoc`, a text file or conversations")] = "pydoc",
+    statistics: Annotated[list[Path] | None, typer.Option(help="instead: a file of `legolm calibrate`; repeat")] = None,
+    samples: Annotated[int, typer.Option(help="calibration samples")] = 32,
+    length: Annotated[int, typer.Option(help="tokens a calibration sample")] = 256,
+    recover: Annotated[int, typer.Option(help="distillation steps after the cut")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    precision: Precision = "fp32",
+) -> None:
+    """Cut one block, or several at once (`--sparsity 0.25,0.5`): checkpoints with a manifest of what they kept."""
+    from legolm.config import BlockConfig, validate
+
+    targets = {
+        "sparsity": sparsity,
+        "params": params,
+        "memory": memory,
+        "speedup": speedup,
+        "pattern": pattern,
+        "intermediate_size": intermediate_size,
+        "num_key_value_heads": num_key_value_heads,
+        "num_hidden_layers": num_hidden_layers,
+    }
+    sums = [str(path) for path in statistics] if statistics else None
+    if statistics and len({path.resolve() for path in statistics}) < len(statistics):
+        raise LegolmError("--statistics: a file is given twice; its client would count twice")
+    text = {"text": calibration, "samples": samples, "length": length, "statistics": sums}
+    wanted = []
+    chosen = _each(targets)
+    for target in chosen:
+        values = "-".join(value.replace(":", "of") for value in target.values())
+        folder = out if len(chosen) == 1 else out / f"{method}-{values}"
+        block = {"name": folder.name, "method": method, "calibration": text, "recover": {"steps": recover}} | target
+        wanted.append((validate(BlockConfig, block, "legolm prune"), folder))
+    folders = [folder for _, folder in wanted]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise LegolmError(f"legolm prune: {folder.name} is asked for twice; give each target once")
+        check_new(folder)
+
+    from legolm.models import fingerprint, lasting_name, resolve
+    from legolm.prune import cut_blocks
+    from legolm.report import print_blocks
+    from legolm.system import Progress
+
+    base = resolve(model)
+    print_blocks(cut_blocks(base, fingerprint(base), wanted, seed, precision, Progress(), lasting_name(model)))
+
+
+def _each(targets: dict[str, str | None]) -> list[dict[str, str]]:
+    """One dict a block: where a value is a list (`0.25,0.5`), one block for each of its items."""
+    given = {name: text.split(",") for name, text in targets.items() if text is not None}
+    return [dict(zip(given, values, strict=True)) for values in product(*given.values())]

@@ -1,0 +1,36 @@
+"""`legolm run`: all stages of one config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from legolm.cli.options import Config, Sets
+
+
+def run(
+    config: Config,
+    out: Annotated[Path | None, typer.Option(help="run folder; runs/<name of the config> if not given")] = None,
+    set_: Sets = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")] = False,
+) -> None:
+    """Cut blocks, fine-tune them at the clients, aggregate, apply, evaluate, report."""
+    from legolm.config import load
+
+    settings = load(config, set_)
+    out = out or Path("runs") / config.stem
+    if dry_run:
+        from legolm.plan import make_plan
+        from legolm.report import print_plan
+
+        print_plan(make_plan(settings), settings)
+        return
+    if resume and not out.exists():
+        typer.echo(f"{out}: nothing to resume; starting", err=True)
+    from legolm.pipeline import run as run_pipeline
+    from legolm.report import print_summary
+
+    print_summary(run_pipeline(settings, out, resume), out)
