@@ -1,9 +1,9 @@
 """LoRA on a block and the local training loop."""
 
 from legolm.finetune.kernels import LoraLinear
+from legolm.finetune.loop import Diverged, fit
 from legolm.finetune.lora import lora
 from legolm.finetune.masked import MaskedLinear
-from legolm.finetune.train import Diverged, fit
 from legolm.finetune.trainer import Task, train, trainer
 from legolm.finetune.whole import whole
 

@@ -1,6 +1,21 @@
 """A client: the runtime that answers, and the site that it has."""
 
-from legolm.federate.client.runtime import ClientRuntime
-from legolm.federate.client.site import DeviceSite, Profile, Site, SiteOf, only, simulated
+from __future__ import annotations
 
-__all__ = ["ClientRuntime", "DeviceSite", "Profile", "Site", "SiteOf", "only", "simulated"]
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from legolm.federate.client.runtime import ClientRuntime
+from legolm.federate.client.site import DeviceSite, Profile, Site, SiteOf, Split, only, simulated
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+
+__all__ = ["ClientRuntime", "DeviceSite", "Profile", "Site", "SiteOf", "Split", "flower_app", "only", "simulated"]
+
+
+def flower_app(path: Path) -> ClientApp:
+    """All clients of the simulated run in the folder `path` as a Flower ClientApp. Needs Flower."""
+    from legolm.federate.client.app import client_app
+
+    return client_app(path)

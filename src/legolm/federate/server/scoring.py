@@ -18,7 +18,7 @@ from legolm.config import RunConfig
 from legolm.data import Example, read_rows, to_example, with_system
 from legolm.errors import LegolmError
 from legolm.federate.client import ClientRuntime, Profile, only
-from legolm.federate.client.site import Split as AnySplit
+from legolm.federate.client import Split as AnySplit
 from legolm.federate.server.dispatch import Dispatch, Job, Split
 from legolm.federate.server.members import LLM, Members, is_dense
 from legolm.federate.transport import Exchange

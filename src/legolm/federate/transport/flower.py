@@ -21,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from legolm.config import RunConfig
-from legolm.federate.client.app import client_app
+from legolm.federate.client import flower_app
 from legolm.federate.transport.engine import Body, Reply, Request, late
 from legolm.runs import RunDir
 
@@ -53,7 +53,7 @@ def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
     threads = config.federation.threads
     run_simulation(
         server_app=server,
-        client_app=client_app(run.path.resolve()),
+        client_app=flower_app(run.path.resolve()),
         num_supernodes=len(config.clients),
         backend_config={
             "client_resources": {"num_cpus": threads, "num_gpus": 0.0},

@@ -16,7 +16,7 @@ from legolm.config import TrainConfig
 from legolm.data import Tokens
 from legolm.errors import LegolmError
 from legolm.finetune import Task, fit
-from legolm.finetune.train import Diverged, _micro_batches, _with_less_memory, learning_rate
+from legolm.finetune.loop import Diverged, _micro_batches, _with_less_memory, learning_rate
 from legolm.models import load_model, shape_of
 
 EXAMPLES = [Tokens((10, 20 + i, *range(30, 33 + 3 * (i % 4)), 1), 2) for i in range(12)]
