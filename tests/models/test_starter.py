@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,28 @@ def test_two_processes_at_once_make_one_whole_checkpoint(tmp_path: Path) -> None
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     assert not starter._is_whole(folder)
+
+
+def test_weights_are_read_once_and_again_after_any_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    weights, reads, real = tmp_path / "model.safetensors", [], starter._digest.__wrapped__
+    monkeypatch.setattr(starter, "_digest", lambda path, state: reads.append(state) or real(path, state))
+    weights.write_bytes(b"weights")
+    (tmp_path / "model.sha256").write_text(hashlib.sha256(b"weights").hexdigest())
+    assert [starter._is_whole(tmp_path) for _ in range(3)] == [True, True, True]
+    assert len(reads) == 1
+
+    # As many other bytes, and the time of before: what a look at size and time misses.
+    then = weights.stat()
+    time.sleep(0.05)  # a clock of files ticks each 10 ms or faster
+    weights.write_bytes(b"damaged")
+    os.utime(weights, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (then.st_size, then.st_mtime_ns)
+    assert not starter._is_whole(tmp_path)
+    weights.write_bytes(b"weights")
+    assert starter._is_whole(tmp_path)
+    # Another record, as after a new version of the starter, is not what was seen.
+    (tmp_path / "model.sha256").write_text(hashlib.sha256(b"another").hexdigest())
+    assert not starter._is_whole(tmp_path)
 
 
 def test_without_package_and_hub_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig as PeftLoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +23,8 @@ def save_adapter(coverage: Coverage, factors: Tensors, scale: float, base: str, 
 
     Raises `LegolmError` for an unstructured block: PEFT would compute the unmasked product, another function.
     """
+    from peft import LoraConfig as PeftLoraConfig
+
     if coverage.masks:
         raise LegolmError(
             f"adapter {path}: an unstructured block's adapter works under its mask only; merge it instead"

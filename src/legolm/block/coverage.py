@@ -83,9 +83,8 @@ class Coverage:
 
     def matrix(self, layer: int, module: str) -> tuple[int, int]:
         """(rows, columns) of a module in the block's slice."""
-        rows, cols = self.shape.matrix(module)
-        kept_rows, kept_cols = self.rows(layer, module), self.cols(layer, module)
-        return rows if kept_rows is None else len(kept_rows), cols if kept_cols is None else len(kept_cols)
+        spec = self.shape.module(module)
+        return sum(self._size(layer, unit) for unit in spec.rows), self._size(layer, spec.cols)
 
     def mask(self, layer: int, module: str) -> Tensor | None:
         """Bool mask of kept weights in the block's slice; None when all are kept."""
@@ -117,6 +116,13 @@ class Coverage:
     @cached_property
     def _position(self) -> dict[int, int]:
         return {layer: j for j, layer in enumerate(self.layers)}
+
+    def _size(self, layer: int, unit: Unit) -> int:
+        """Rows (or columns) that the block keeps."""
+        if unit == "hidden":
+            return self.shape.hidden
+        j = self._position[layer]
+        return len(self.neurons[j] if unit == "neuron" else self.groups[j]) * self.shape.per_group(unit)
 
     def _index(self, layer: int, unit: Unit) -> Tensor | None:
         if unit == "hidden":

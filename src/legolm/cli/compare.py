@@ -23,16 +23,19 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every plan and stop")] = False,
 ) -> None:
     """Run several schemes on one config and put them in one table. Goes on where an earlier call stopped."""
-    from legolm.report import print_comparison
-    from legolm.study import compare as run_all
-    from legolm.study import plans
+    from legolm.system import uncollected
 
     if dry_run:
-        from legolm.report import print_plan
+        with uncollected():
+            from legolm.report import print_plan
+            from legolm.study import plans
 
-        for name, (settings, plan) in plans(config, set_ or ()).items():
-            typer.echo(f"\n{name}")
-            print_plan(plan, settings)
+            for name, (settings, plan) in plans(config, set_ or ()).items():
+                typer.echo(f"\n{name}")
+                print_plan(plan, settings)
         return
+    from legolm.report import print_comparison
+    from legolm.study import compare as run_all
+
     out = out or Path("runs") / config.stem
     print_comparison(run_all(config, out, set_ or (), models, blocks), out)

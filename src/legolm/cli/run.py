@@ -19,14 +19,16 @@ def run(
 ) -> None:
     """Cut blocks, fine-tune them at the clients, aggregate, apply, evaluate, report."""
     from legolm.config import load
+    from legolm.system import uncollected
 
     settings = load(config, set_)
     out = out or Path("runs") / config.stem
     if dry_run:
-        from legolm.plan import make_plan
-        from legolm.report import print_plan
+        with uncollected():
+            from legolm.plan import make_plan
+            from legolm.report import print_plan
 
-        print_plan(make_plan(settings), settings)
+            print_plan(make_plan(settings), settings)
         return
     if resume and not out.exists():
         typer.echo(f"{out}: nothing to resume; starting", err=True)

@@ -47,13 +47,14 @@ def _part(language: str, seed: int) -> ClientData:
 def _questions(language: str) -> Iterator[tuple[SplitName, Example]]:
     """Every entity whose name in the language differs from the English one, as question and answer."""
     english, other = _locale("en"), _locale(language)
+    spoken = english.languages[language]
     for kind, names in _KINDS.items():
         translated = getattr(other, names)
         for code, name in sorted(getattr(english, names).items()):
             if code in _NO_ENTITIES or (kind == "country" and not (len(code) == 2 and code.isalpha())):
                 continue
             if code in translated and translated[code] != name:
-                question = f"What is the {english.languages[language]} name of the {kind} {name}?"
+                question = f"What is the {spoken} name of the {kind} {name}?"
                 yield (
                     _split_of(name),
                     Example((Message("user", question), Message("assistant", translated[code]))),

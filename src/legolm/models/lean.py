@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from legolm.config import Precision
 from legolm.models.family import decoder_layers
 from legolm.models.norm import RmsNorm
-from legolm.models.packing import ATTENTION, Pack
+from legolm.models.packing import Pack, use_packed_attention
 from legolm.models.precision import dtype_of
 
 
@@ -41,7 +41,7 @@ def lean(model: Any, precision: Precision, checkpointing: bool = False) -> Itera
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
             patched.append(layer)
     attention = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
+    use_packed_attention(model)
     try:
         yield
     finally:

