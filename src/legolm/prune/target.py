@@ -26,8 +26,9 @@ FIELDS = {"layers": "num_hidden_layers", "kv_groups": "num_key_value_heads", "ne
 def step_of(shape: Shape) -> int:
     """What the widths found from a budget are multiples of: 64 from 1,024 neurons on, 32 from 512, 16 from 256, else 8.
 
-    In bfloat16 on a CPU, odd multiples of 8 cost 13 to 18 % of the speed, of 16 5 to 11 %, of 32 4 %
-    (docs/pruning.md); a narrow MLP takes a smaller step, so that a budget still has a choice.
+    In bfloat16 odd multiples of 8 cost 13 to 18 % of the speed on one machine, of 16 5 to 11 %, of 32 4 %, and next to
+    nothing on another (docs/pruning.md); llama.cpp quantizes only rows whose length is a multiple of 32. A narrow MLP
+    takes a smaller step, so that a budget still has a choice.
     """
     return next((step for step in STEPS if shape.neurons >= CHOICE * step), STEPS[-1])
 
