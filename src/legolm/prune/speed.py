@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from legolm.block import Base, config_changes
 from legolm.errors import LegolmError
 from legolm.models import Shape
-from legolm.prune.target import MULTIPLE, smallest
+from legolm.prune.target import smallest, step_of
 
 DEPTHS = (1, 5)
 TURNS, TOKENS = 7, 8
@@ -48,7 +48,9 @@ class Clock:
 def read_clock(base: Base) -> Clock:
     """Measure the LLM's shape and a narrower one: batch 1, this process's threads, the checkpoint's dtype."""
     wide = base.shape
-    narrow = replace(wide, neurons=max(MULTIPLE, wide.neurons // 2))
+    # Of a width that blocks have: others take longer than their weights say.
+    half, step = wide.neurons // 2, step_of(wide)
+    narrow = replace(wide, neurons=half // step * step or half)
     times = _times(base, wide, narrow)
     (fixed, each), (_, less) = times
     weight = max((each - less) / (wide.layer_weights - narrow.layer_weights), 0.01 * each / wide.layer_weights)
