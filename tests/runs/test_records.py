@@ -22,7 +22,7 @@ def variant(name: str, **changes: Any) -> CompareRow:
     figures: dict[str, Any] = {"llm": 1.5, "llm_before": 4.0, "own": 2.0, "others": 3.0, "validation": 2.5}
     figures |= {"llm_validation": 1.75, "bytes_down": 2e6, "bytes_up": 1e6, "replies": 6, "tokens": 1000.0}
     figures |= {"flops": 3e12, "memory": 4e8, "seconds": 12.0, "clients": 3, "rounds": 2, "best_round": 1}
-    names = {"name": name, "scheme": "heteagg", "form": "exact", "codec": "fp32"}
+    names = {"name": name, "scheme": "heteagg", "settings": {"form": "exact"}, "mode": "federated", "codec": "fp32"}
     return CompareRow.model_validate(names | figures | changes)
 
 
