@@ -53,7 +53,7 @@ class CompareRow(Record):
 
     def row(self) -> Row:
         """A line of `compare.csv`."""
-        return self.model_dump()
+        return self.model_dump() | {"settings": "; ".join(f"{name}={value}" for name, value in self.settings.items())}
 
 
 class Comparison(Record):
