@@ -131,8 +131,10 @@ def test_from_the_cut_to_the_evaluation(llm: lg.LLM, small: lg.Block, tmp_path: 
     asked = lg.questions(
         data=str(tmp_path / "run" / "data" / "*" / "train" / "rome.jsonl"), fields={"messages": "messages"}
     )
-    found = {one.model: one.figure.value for one in lg.evaluate([model, llm], asked) if one.metric == "answer loss"}
-    on_disk = {one.model: one.figure.value for one in lg.evaluate([run.block("paris"), llm], asked)}
+    found, on_disk = (
+        {one.model: one.figure.value for one in lg.evaluate([first, llm], asked) if one.metric == "answer loss"}
+        for first in (model, run.block("paris"))
+    )
     assert len(found) == 2 and found[llm.name] == on_disk[llm.name]
     assert found[str(run.block("paris").path)] != pytest.approx(on_disk[str(run.block("paris").path)])
     assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
