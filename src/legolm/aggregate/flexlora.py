@@ -2,12 +2,14 @@
 
 The server takes the mean of the clients' products B_k A_k, weighted by examples, and gives each client the first r_k
 directions of its SVD: B = U σ, A = V. The published code makes the dense product and its full SVD; here the same comes
-from the stacked factors.
+from the stacked factors. A full SVD has orthonormal rows of V where σ is zero, so that those directions learn: here
+they are as much of the old A as V leaves.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from legolm.adapter import Change, Tensors, parse_key
 from legolm.aggregate.interface import Scheme, Start, scheme
@@ -42,10 +44,22 @@ class FlexRound:
             if eta != 1:
                 products.add((1 - eta) * b, a)
             u, s, v = products.best(rank)
-            a, b = torch.zeros(rank, v.shape[1]), torch.zeros(u.shape[0], rank)
-            a[: len(s)], b[:, : len(s)] = v.float(), (u * s).float()
+            a, b = torch.zeros_like(a), torch.zeros_like(b)
+            b[:, : len(s)] = (u * s).float()
+            rows = torch.cat([v, complement(factors[f"{name}.A"], v)])[:rank].float()
+            a[: len(rows)] = rows
             found[f"{name}.A"], found[f"{name}.B"] = a, b
         return found
+
+
+def complement(rows: Tensor, v: Tensor) -> Tensor:
+    """Orthonormal rows (float64) across the orthonormal `v` (k, n), in the space of `rows` (r, n) first.
+
+    Of r independent rows at least r − k directions are left.
+    """
+    left = rows.double()
+    left = left - (left @ v.T) @ v
+    return torch.linalg.svd(left, full_matrices=False).Vh
 
 
 @scheme("flexlora")
