@@ -46,9 +46,24 @@ def test_fedavgm() -> None:
 def test_adaptive(kind: str) -> None:
     settings = {"server_momentum": 0.5, "server_beta2": 0.75, "server_tau": 1.0, "server_learning_rate": 0.1}
     first, second = two_rounds(kind, (4.0, 2.0), **settings)
-    m, v = 0.5 * 4, 0.25 * 16
+    # v begins at τ² = 1.
+    m, v = 0.5 * 4, 0.75 * 1 + 0.25 * 16 if kind == "fedadam" else 1 + 0.25 * 16
     step = 0.1 * m / (math.sqrt(v) + 1)
     assert first == pytest.approx([step, step])
     m = 0.5 * m + 0.5 * 2
     v = 0.75 * v + 0.25 * 4 if kind == "fedadam" else v - 0.25 * 4 * (1 if v > 4 else -1 if v < 4 else 0)
     assert second == pytest.approx([step + 0.1 * m / (math.sqrt(v) + 1), step])
+
+
+@pytest.mark.parametrize("kind", ["fedadam", "fedyogi"])
+def test_by_default_an_adaptive_server_moves_by_the_size_of_a_clients_change(kind: str) -> None:
+    first, second = two_rounds(kind, (0.01, 0.01))
+    # By algorithm 2 with β1 0.9, β2 0.99, τ 0.001 and η 0.01: m = 0.001; v = 0.99e-6 + 1e-6, of Yogi 1e-6 + 1e-6.
+    v = 1.99e-6 if kind == "fedadam" else 2e-6
+    assert first[0] == pytest.approx(0.01 * 0.001 / (math.sqrt(v) + 0.001), rel=1e-5)
+    assert 0.002 < first[0] < 0.01
+    assert 0.002 < second[0] - first[0] < 0.01
+
+
+def test_other_servers_go_the_whole_way_by_default() -> None:
+    assert [two_rounds(kind, (4.0, 2.0))[0][0] for kind in ("none", "fedavgm")] == [4.0, 4.0]

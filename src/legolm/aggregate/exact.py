@@ -185,7 +185,7 @@ class ExactForm(Scheme):
         """η N / D of one module."""
         layer, kind, _ = parse_key(f"{name}.A")
         self._flush(module, name)
-        products, eta = module.products, self._start.server.server_learning_rate
+        products, eta = module.products, self._start.server.eta
         mean = self._denominator == "coverage_mean"
         if module.weight is not None:
             dense = products.make_dense()

@@ -26,7 +26,7 @@ class FedexLora(Folding):
         return sum(ranks) + rank
 
     def _next(self, name: str, clients: list[Weighted]) -> tuple[Tensor, Tensor]:
-        eta = self._start.server.server_learning_rate
+        eta = self._start.server.eta
         old_a, old_b = (self._factors[f"{name}.{side}"].double() for side in "AB")
         a = (1 - eta) * old_a + eta * sum(share * a for share, _, a in clients)
         b = (1 - eta) * old_b + eta * sum(share * b for share, b, _ in clients)

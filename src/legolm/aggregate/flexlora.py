@@ -37,7 +37,7 @@ class FlexRound:
 
     def result(self, factors: Tensors) -> Tensors:
         """The SVD of (1 − η) BA + η Σ n_k B_k A_k / Σ n_k, to the run's rank."""
-        found, eta, rank = dict(factors), self._start.server.server_learning_rate, self._start.rank
+        found, eta, rank = dict(factors), self._start.server.eta, self._start.rank
         for name, products in self.products.items():
             a, b = factors[f"{name}.A"], factors[f"{name}.B"]
             products.scale(rows=torch.full((products.rows,), eta / self.examples, dtype=torch.float64))
@@ -59,7 +59,8 @@ def complement(rows: Tensor, v: Tensor) -> Tensor:
     """
     left = rows.double()
     left = left - (left @ v.T) @ v
-    return torch.linalg.svd(left, full_matrices=False).Vh
+    found: Tensor = torch.linalg.svd(left, full_matrices=False).Vh
+    return found
 
 
 @scheme("flexlora")

@@ -49,7 +49,7 @@ class Flora(Folding):
         self._refresh()
 
     def _next(self, name: str, clients: list[Weighted]) -> tuple[Tensor, Tensor]:
-        eta = self._start.server.server_learning_rate
+        eta = self._start.server.eta
         return torch.cat([eta * share * b for share, b, _ in clients], 1), torch.cat([a for *_, a in clients], 0)
 
     def _refresh(self) -> None:

@@ -21,7 +21,7 @@ class _Round:
     """Σ ‖ΔW_k‖ · pad(factors) and Σ ‖ΔW_k‖ by module."""
 
     def __init__(self, start: Start, factors: Tensors) -> None:
-        self._eta = start.server.server_learning_rate
+        self._eta = start.server.eta
         self._sum = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in factors.items()}
         self._norms: dict[str, float] = {}
         self._weight = EntryWeight(start.shape, start.rank)

@@ -34,7 +34,7 @@ class _Round:
 
     def __init__(self, name: str, statistic: Statistics, start: Start) -> None:
         self._name, self._statistic = name, statistic
-        self._eta = start.server.server_learning_rate
+        self._eta = start.server.eta
         self._changes: list[tuple[Change, Coverage]] = []
 
     def add(self, change: Change, coverage: Coverage) -> None:

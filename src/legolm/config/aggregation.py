@@ -22,14 +22,26 @@ class OutlierConfig(Section):
     factor: float = Field(3.0, gt=1)
 
 
+ADAPTIVE_RATE = 0.01
+"""What FedAdam and FedYogi move an entry by in a round, about: the size of a client's change of it."""
+
+
 class ServerConfig(Section):
     """How far the server goes along a round's result, whatever the scheme; an optimizer is for schemes that sum."""
 
-    server_learning_rate: float = Field(1.0, gt=0)
+    server_learning_rate: float | None = Field(
+        None, gt=0, description=f"1 if not given; with fedadam and fedyogi, which divide by its size, {ADAPTIVE_RATE}"
+    )
     server_optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
     server_momentum: float = Field(0.9, ge=0, lt=1)
     server_beta2: float = Field(0.99, ge=0, lt=1)
     server_tau: float = Field(1e-3, gt=0, description="adaptivity of fedadam and fedyogi")
+
+    @property
+    def eta(self) -> float:
+        """η, the server's learning rate."""
+        adaptive = self.server_optimizer in ("fedadam", "fedyogi")
+        return self.server_learning_rate or (ADAPTIVE_RATE if adaptive else 1.0)
 
 
 class AggregateConfig(OpenSection, ServerConfig):
