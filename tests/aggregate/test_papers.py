@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rounds import FULL, RANK, add, client, new
+from dense_reference import Client
+from rounds import BLOCKS, FULL, RANK, TARGETS, add, client, new
 
+from legolm.adapter import adapter_keys
+from legolm.aggregate import Scheme, holders, make_scheme
 from legolm.config import AggregateConfig
 
 UP = "layers.0.mlp.up_proj"
@@ -30,3 +33,51 @@ def test_directions_that_a_round_leaves_empty_learn_again(name: str) -> None:
     product = after[f"{UP}.B"].double() @ after[f"{UP}.A"].double()
     torch.testing.assert_close(product, one.ended(f"{UP}.B") @ one.ended(f"{UP}.A"), rtol=1e-5, atol=1e-5)
     assert int(torch.linalg.matrix_rank(product.float(), atol=1e-3)) == RANK
+
+
+def with_changes(scheme: Scheme, *values: float) -> float:
+    """What an entry of B changes by when clients that hold everything change all by these."""
+    before = float(scheme.payload(FULL, RANK)[f"{UP}.B"][0, 0])
+    for value in values:
+        one = client(scheme, FULL, RANK, 1, seed=0)
+        delta = {key: torch.full_like(tensor, value) for key, tensor in one.delta.items()}
+        add(scheme, Client(FULL, RANK, 1, one.received, delta))
+    scheme.finish()
+    return float(scheme.payload(FULL, RANK)[f"{UP}.B"][0, 0]) - before
+
+
+def test_the_trimmed_mean_trims_from_three_holders_on() -> None:
+    found = {
+        values: with_changes(new(AggregateConfig(scheme="trimmed_mean", trim=0.2)), *values)
+        for values in ((1.0, 2.0, 1e3), (1.0, 2.0, 3.0, 1e3), (1.0, 1e3))
+    }
+    assert found == {(1.0, 2.0, 1e3): 2.0, (1.0, 2.0, 3.0, 1e3): 2.5, (1.0, 1e3): 500.5}
+    assert with_changes(new(AggregateConfig(scheme="trimmed_mean", trim=0.0)), 1.0, 2.0, 1e3) == pytest.approx(1003 / 3)
+
+
+def test_a_robust_scheme_knows_how_many_liars_it_outvotes() -> None:
+    by_holders = {
+        "median": [0, 0, 1, 1, 2, 2],
+        "trimmed_mean": [0, 0, 1, 1, 1, 1],
+        "heteagg": [None] * 6,
+    }
+    for name, expected in by_holders.items():
+        scheme = make_scheme(AggregateConfig(scheme=name))
+        assert [scheme.outvoted(count) for count in range(1, 7)] == expected
+    # floor(0.4 · 5) = 2 at each end.
+    assert make_scheme(AggregateConfig(scheme="trimmed_mean", trim=0.4)).outvoted(5) == 2
+
+
+def test_entries_by_the_number_of_clients_that_hold_them() -> None:
+    key = "layers.1.mlp.up_proj.B"  # five neurons: all hold 1, `layer 1` and the full one 0 and 2, `narrow` 1 and 2
+    members = [(FULL, 3), (BLOCKS["layer 1"], 1), (BLOCKS["narrow"], 2)]
+    by_hand = torch.zeros(5, 3)
+    by_hand += 1
+    by_hand[[0, 2], :1] += 1
+    by_hand[[1, 2], :2] += 1
+    counts = {count: int((by_hand == count).sum()) for count in (1, 2, 3)}
+    assert holders([key], members) == counts == {1: 10, 2: 4, 3: 1}
+    keys = adapter_keys(FULL, TARGETS)
+    assert sum(holders(keys, members).values()) == sum(
+        tensor.numel() for tensor in new(AggregateConfig(form="factor")).payload(FULL, RANK).values()
+    )

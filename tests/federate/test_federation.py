@@ -212,6 +212,18 @@ def test_a_round_with_nobody_is_refused_before_anything_is_cut(raw: dict[str, An
         make_plan(load(raw, tmp_path, "federation.rounds=3", "federation.capable=true"))
 
 
+def test_the_plan_says_what_a_robust_scheme_can_promise_under_this_coverage(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    raw["lora"]["targets"] = ["up_proj"]
+    said = make_plan(load(raw, tmp_path, "aggregate.scheme=median")).notes
+    # A is held by all three; of B's 96 rows `wide` holds 48, and the other 48 are held by two: 48 of 64 + 96.
+    assert len(said) == 1
+    assert "no liar in 30 % of the entries (held by 2), 1 liar in 70 % of the entries (held by 3)" in said[0]
+    assert "a liar among two cannot be outvoted" in said[0]
+    assert make_plan(load(raw, tmp_path)).notes == ()
+
+
 def test_late_replies_are_dropped_by_name(raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path) -> None:
     with pytest.raises(LegolmError, match=r"0 updates accepted.*fr: late: no answer within federation.deadline_s"):
         run(load(raw, tmp_path, "federation.deadline_s=0.000001"))

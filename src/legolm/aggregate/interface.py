@@ -90,6 +90,10 @@ class Scheme(ABC):
         """Share of its change's entries, the largest, that a client with a block of this sparsity sends."""
         return 1.0
 
+    def outvoted(self, holders: int) -> int | None:
+        """How many liars among so many holders of an entry cannot move it far; None: the scheme resists none."""
+        return None
+
     def adapter(self, coverage: Coverage, rank: int) -> Tensors:
         """What a block of this coverage is evaluated with; all modules share one rank, which may be another."""
         return self.payload(coverage, rank)

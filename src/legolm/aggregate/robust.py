@@ -1,7 +1,8 @@
 """Coordinate-wise statistics under coverage: median, trimmed mean, and any function of the same form.
 
-A coordinate's statistic is over the clients that hold it. They need all changes of the round at once: memory grows with
-the clients.
+A coordinate's statistic is over the clients that hold it, so what it withstands depends on how many these are: a liar
+who holds a coordinate alone decides it, and of two nobody can say who lies. They need all changes of the round at once:
+memory grows with the clients.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from legolm.aggregate.weight import Placement
 from legolm.block import Coverage
 from legolm.errors import LegolmError
 
+LIE = 1e9
+
 
 class Statistic(OneAdapter):
     """The scheme that a statistic makes: θ moves by η times the statistic of the changes."""
@@ -27,6 +30,16 @@ class Statistic(OneAdapter):
         super().__init__(
             lambda start, factors: _Round(name, statistic, start), unequal="block", dense=False, streams=False
         )
+        self._statistic = statistic
+
+    def outvoted(self, holders: int) -> int:
+        """Tried: honest clients change a coordinate by 0 and liars by 1e9, more and more of them until it moves."""
+        for liars in range(1, holders + 1):
+            changes = torch.zeros(holders, 1, 1, dtype=torch.float64)
+            changes[:liars] = LIE
+            if not abs(float(self._statistic(changes, torch.ones(holders, dtype=torch.float64)))) < 1:
+                return liars - 1
+        return holders
 
 
 class _Round:
@@ -91,10 +104,16 @@ def median(changes: Tensor, weight: Tensor) -> Tensor:
 
 @scheme("trimmed_mean")
 def trimmed_mean(changes: Tensor, weight: Tensor, *, trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2) -> Tensor:
-    """Coordinate-wise trimmed mean (as above): of c holders the floor(trim · c) smallest and largest are left out."""
+    """Coordinate-wise trimmed mean (as above): of c holders the floor(trim · c) smallest and largest are left out.
+
+    From three holders on at least one at each end, unless `trim` is 0: few hold a coordinate under coverage, and the
+    floor alone would trim nothing at up to four.
+    """
     ordered = changes.sort(dim=0).values  # NaN last
     holders = (~ordered.isnan()).sum(0)
     cut = (trim * holders).floor()
+    if trim:
+        cut = torch.where(holders >= 3, cut.clamp(min=1), cut)
     place = torch.arange(len(ordered)).view(-1, 1, 1)
     inside = (place >= cut) & (place < holders - cut)
     return torch.where(inside, ordered, 0.0).sum(0) / inside.sum(0)

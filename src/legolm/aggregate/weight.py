@@ -7,13 +7,15 @@ entry of fourteen factors.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from legolm.adapter import Tensors, parse_key
+from legolm.adapter import Tensors, factor_shape, parse_key
 from legolm.block import Coverage
 from legolm.models import Shape, Unit
 
@@ -77,6 +79,20 @@ class Placement:
             into.add_(value, alpha=weight)
         else:
             into.index_add_(1 if side == "A" else 0, index, value.double(), alpha=weight)
+
+
+def holders(keys: Iterable[str], members: Sequence[tuple[Coverage, int]]) -> dict[int, int]:
+    """Entries of these factors by the number of members (coverage, rank) that hold them, those that somebody does."""
+    shape, rank = members[0][0].shape, max(rank for _, rank in members)
+    weight, found = EntryWeight(shape, rank), Counter[int]()
+    for coverage, own in members:
+        weight.add(coverage, own, 1.0)
+    for key in keys:
+        full = factor_shape(Coverage.full(shape), key, rank)
+        counts = Counter(weight.of(key, torch.empty(full, device="meta")).flatten().int().tolist())
+        each = math.prod(full) // counts.total()  # of the side that is never cut, all entries alike
+        found.update({count: each * number for count, number in counts.items()})
+    return {count: entries for count, entries in sorted(found.items()) if count}
 
 
 class EntryWeight:

@@ -18,6 +18,7 @@ from legolm.federate.wire import encoded_bytes
 from legolm.models import choose_device, choose_precision, fingerprint, load_config, load_tokenizer, resolve
 from legolm.plan.assign import assign
 from legolm.plan.needs import training_bytes
+from legolm.plan.notes import notes
 from legolm.prune import planned_coverage, target_pattern
 from legolm.system import available_bytes
 
@@ -61,7 +62,7 @@ class PlannedClient:
 class Plan:
     """The whole run. `memory_bytes` is the peak over all processes; `disk_bytes` what the run folder will hold.
 
-    `models_bytes` of the latter are the final models.
+    `models_bytes` of the latter are the final models. `notes` say how far promises go (`plan.notes`).
     """
 
     base: Path
@@ -72,6 +73,7 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     models_bytes: int
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,9 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
     memory = SPARE_BYTES + actors * actor
-    return Plan(path, tuple(blocks), tuple(clients), data, actors, memory, disk, models)
+    taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
+    said = notes(config, [(coverages[block_of[one.id]], one.rank or config.lora.rank) for one in taking])
+    return Plan(path, tuple(blocks), tuple(clients), data, actors, memory, disk, models, said)
 
 
 def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:

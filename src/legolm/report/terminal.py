@@ -49,6 +49,8 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for note in plan.notes:
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def _settings(settings: Mapping[str, object]) -> str:

@@ -1,0 +1,40 @@
+"""What a configuration cannot do although it was asked for, and how far its promises go: one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from legolm.adapter import adapter_keys
+from legolm.aggregate import Scheme, holders, make_scheme
+from legolm.block import Coverage
+from legolm.config import RunConfig
+
+
+def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]]) -> tuple[str, ...]:
+    """Of a run whose rounds have these clients (coverage, rank)."""
+    if config.federation.mode != "federated":
+        return ()
+    scheme = make_scheme(config.aggregate)
+    return tuple(note for note in (_robust(config, scheme, members),) if note)
+
+
+def _robust(config: RunConfig, scheme: Scheme, members: Sequence[tuple[Coverage, int]]) -> str:
+    """How many liars a robust scheme outvotes in which share of the entries; coverage decides it."""
+    if scheme.outvoted(1) is None:
+        return ""
+    keys = adapter_keys(Coverage.full(members[0][0].shape), config.lora.targets, trained=scheme.frozen_side)
+    found = holders(keys, members)
+    by_liars: dict[int, list[int]] = {}
+    for count in found:
+        by_liars.setdefault(scheme.outvoted(count) or 0, []).append(count)
+    said = [
+        f"{liars or 'no'} liar{'s' * (liars > 1)} in {_percent(sum(found[n] for n in counts) / sum(found.values()))} "
+        f"of the entries (held by {' or '.join(map(str, counts))})"
+        for liars, counts in sorted(by_liars.items())
+    ]
+    end = ": a liar among two cannot be outvoted." if 0 in by_liars else "."
+    return f"If all reply and blocks overlap as planned, {config.aggregate.scheme} outvotes {', '.join(said)}{end}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if 0.005 <= share < 0.995 or share in (0, 1) else f"{100 * share:.2g} %"
