@@ -181,14 +181,38 @@ def test_frozen_side_in_int8_sends_an_eighth_and_resumes_exactly(
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_saliency_sends_less(raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path) -> None:
-    out = {}
+def test_saliency_sends_less_where_bits_mask_and_structure_is_cut_once(
+    three_clients: Callable[..., dict[str, Any]], run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    data = {"train": f"{tmp_path}/data/*.jsonl", "limit_test": 1, "limit_validation": 1}
+    raw = three_clients(tmp_path, ("dense", "wide", "sparse"), rows=10, data=data, evaluate={"local_only": False})
+    out, planned = {}, {}
     for mask in ("structure", "saliency"):
         run(load(raw, tmp_path, f"aggregate.mask={mask}", "federation.rounds=1"), mask)
         metrics = json.loads((tmp_path / mask / "rounds" / "0001" / "metrics.json").read_text())
         out[mask] = {id: count["up"] for id, count in metrics["bytes"].items()}
-    assert out["saliency"]["fr"] == out["structure"]["fr"]  # a dense block has nothing to leave out
-    assert out["saliency"]["es"] < 0.95 * out["structure"]["es"]
+        plan = make_plan(load(raw, tmp_path, f"aggregate.mask={mask}"))
+        planned[mask] = {client.id: client.bytes_up for client in plan.clients}
+    for found in (out, planned):
+        for id in ("fr", "de"):  # a dense block has nothing to leave out, a structured one nothing more
+            assert found["saliency"][id] == found["structure"][id]
+    # Half of the float32 entries, and a bit for each.
+    assert planned["saliency"]["es"] == pytest.approx((0.5 + 1 / 32) * planned["structure"]["es"], rel=0.001)
+    assert out["saliency"]["es"] < 0.75 * out["structure"]["es"]  # with its header
+
+
+@pytest.mark.parametrize("settings", [("scheme=flexlora",), ("scheme=raflora",), ("scheme=flora",), ("form=exact",)])
+def test_where_factors_are_others_each_round_nothing_of_the_last_is_fed_back(
+    raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    overrides = [*(f"aggregate.{one}" for one in settings), "federation.codec=int8", "clients.2.block=dense"]
+    config = load(raw, tmp_path, *overrides)
+    assert any("int8 is without error feedback" in note for note in make_plan(config).notes)
+    assert make_plan(load(raw, tmp_path, *overrides, "federation.error_feedback=false")).notes == ()
+    assert make_plan(load(raw, tmp_path, "federation.codec=int8")).notes == ()
+    run(config, models=False)
+    for path in (tmp_path / "out" / "clients").glob("*/*.safetensors"):
+        assert not [key for key in load_file(path) if key.startswith("residual.")]
 
 
 def test_clients_join_leave_and_are_drawn(raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path) -> None:

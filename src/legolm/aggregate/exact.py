@@ -45,7 +45,7 @@ class _Module:
 class ExactForm(Scheme):
     """S per module as float32 factors of rank `residual_rank`, and the broadcast adapter G of the run's rank."""
 
-    streams = False
+    streams = basis_stays = False
 
     def __init__(
         self, denominator: Denominator, residual: Residual = "feedback", residual_rank: int = RESIDUAL_RANK

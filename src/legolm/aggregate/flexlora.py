@@ -66,4 +66,6 @@ def complement(rows: Tensor, v: Tensor) -> Tensor:
 @scheme("flexlora")
 def flexlora() -> Scheme:
     """No settings."""
-    return OneAdapter(lambda start, factors: FlexRound(start), unequal="rank", dense=True, streams=False)
+    return OneAdapter(
+        lambda start, factors: FlexRound(start), unequal="rank", dense=True, streams=False, basis_stays=False
+    )

@@ -23,6 +23,7 @@ class Flora(Folding):
 
     unequal = "rank"
     fresh = True
+    basis_stays = False
 
     def begin(self, start: Start, state: Tensors | None = None) -> None:
         """At the start of a run, or where `state()` was taken."""

@@ -1,7 +1,8 @@
 """HeteAgg (LEGO, arXiv 2410.18287, and its patent application US 2026/0010799 A1, claims 5 and 6) in three forms.
 
 `factor` averages A and B each for itself, `frozen_side` trains and sends one of them, `exact` aggregates products.
-With `mask: saliency` a client sends only the (1 − s) largest |Δ| of each tensor; that mask never enters D.
+With `mask: saliency` a client sends only the (1 − s) largest |Δ| of each tensor, s the sparsity of its block's bit
+masks; the saliency mask never enters D.
 """
 
 from __future__ import annotations

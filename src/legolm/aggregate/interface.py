@@ -55,6 +55,9 @@ class Scheme(ABC):
     """A round is one weighted sum over clients, entry by entry: the server need not see single changes."""
     folds: bool = False
     """Rounds change the clients' base (`fold`)."""
+    basis_stays: bool = True
+    """A round's factors are those of the round before, moved: what a codec lost of a change can be added to the next
+    one. Not where each round makes other factors, by an SVD or afresh."""
     frozen_side: bool = False
     """Only the factor on the side that blocks cut trains and travels; the other is made from the seed."""
     fresh: bool = False
@@ -87,7 +90,7 @@ class Scheme(ABC):
         return 0
 
     def keep(self, sparsity: float) -> float:
-        """Share of its change's entries, the largest, that a client with a block of this sparsity sends."""
+        """Share of its change's entries, the largest, that a client sends whose block's masks have this sparsity."""
         return 1.0
 
     def outvoted(self, holders: int) -> int | None:

@@ -29,9 +29,10 @@ class OneAdapter(Scheme):
         unequal: Literal["no", "rank", "block"],
         dense: bool,
         streams: bool,
+        basis_stays: bool = True,
     ) -> None:
         self._make_round = make_round
-        self.unequal, self.dense, self.streams = unequal, dense, streams
+        self.unequal, self.dense, self.streams, self.basis_stays = unequal, dense, streams, basis_stays
 
     def begin(self, start: Start, state: Tensors | None = None) -> None:
         """At the start of a run, or where `state()` was taken."""

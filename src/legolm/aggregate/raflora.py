@@ -53,4 +53,6 @@ class _Round:
 @scheme("raflora")
 def raflora() -> Scheme:
     """No settings."""
-    return OneAdapter(lambda start, factors: _Round(start), unequal="rank", dense=True, streams=False)
+    return OneAdapter(
+        lambda start, factors: _Round(start), unequal="rank", dense=True, streams=False, basis_stays=False
+    )

@@ -106,6 +106,12 @@ class Coverage:
         return 1 - self.kept_weights / (self.shape.layers * self.shape.layer_weights)
 
     @cached_property
+    def mask_sparsity(self) -> float:
+        """Share that bit masks remove of the weights that the structure keeps; 0 without masks."""
+        held = sum(math.prod(self.matrix(layer, module)) for layer in self.layers for module in self.shape.modules)
+        return 1 - self.kept_weights / held
+
+    @cached_property
     def hash(self) -> str:
         """SHA-256 of everything above: equal coverage, equal hash."""
         digest = hashlib.sha256(json.dumps(asdict(self.shape), sort_keys=True).encode())

@@ -75,6 +75,6 @@ class FederationConfig(Section):
     deadline_s: float | None = Field(None, gt=0, description="later replies of a round are dropped")
     min_replies: int = Field(1, ge=1, description="stop the run when fewer updates than this are accepted")
     codec: Codec = Field("none", description="of the factors on the wire, both ways: fp32, bf16, or int8 a rank row")
-    error_feedback: bool = Field(True, description="a client adds what the codec lost to its next update")
+    error_feedback: bool = Field(True, description="a client adds what the codec or mask lost to its next update")
     keep_updates: bool = Field(False, description="keep every accepted update in its round's folder (legolm ablate)")
     personal_steps: int = Field(0, ge=0, description="own steps of each client after the last global update")

@@ -15,7 +15,19 @@ def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]]) -> tuple[s
     if config.federation.mode != "federated":
         return ()
     scheme = make_scheme(config.aggregate)
-    return tuple(note for note in (_robust(config, scheme, members),) if note)
+    said = (_robust(config, scheme, members), _without_feedback(config, scheme))
+    return tuple(note for note in said if note)
+
+
+def _without_feedback(config: RunConfig, scheme: Scheme) -> str:
+    """Where error feedback was asked for and cannot be."""
+    federation = config.federation
+    if scheme.basis_stays or not federation.error_feedback or federation.codec == "none":
+        return ""
+    return (
+        f"Codec {federation.codec} is without error feedback: {config.aggregate.scheme} makes other factors each "
+        "round, and what was lost of the last ones does not fit them."
+    )
 
 
 def _robust(config: RunConfig, scheme: Scheme, members: Sequence[tuple[Coverage, int]]) -> str:

@@ -118,6 +118,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     longest = max(max(found) for found in lengths.values())
 
     coverages: dict[str, Coverage] = {}
+    masked: dict[str, float] = {}
     blocks, shaped = [], ("dense", "structured")
     given = given_blocks(config, path)
     for spec in config.cuts:
@@ -125,6 +126,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
         coverage = coverages[spec.name] = there.coverage if there else planned_coverage(spec, base)
         parameters = there.parameters if there else base.parameters_of(coverage.kept_weights)
         known = there is not None or spec.method in shaped
+        masked[spec.name] = coverage.mask_sparsity if known else target_pattern(spec, shape).sparsity
         blocks.append(
             PlannedBlock(
                 name=spec.name,
@@ -151,7 +153,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
         block = block_of[client.id]
         mean_length = sum(lengths[client.id]) / len(lengths[client.id])
         tokens = round(config.train.steps * config.train.batch_size * mean_length)
-        sparsity = next(found.sparsity for found in blocks if found.name == block)
+        sparsity = masked[block]
         traffic = (0, 0)
         if not config.federation.capable or block in dense:
             traffic = _traffic(config, coverages[block], client.rank or config.lora.rank, sparsity)

@@ -105,3 +105,31 @@ def test_a_client_opens_what_the_server_wrote() -> None:
 def test_what_does_not_fit_is_refused_with_the_reason(content: bytes, says: str) -> None:
     with pytest.raises(LegolmError, match=says):
         wire.accept(content, REQUEST, GIVEN)
+
+
+def answered(change: Tensors, lost: Tensors, **settings: object) -> tuple[Tensors, Tensors]:
+    """What arrives of a client's change, and what it keeps for the next."""
+    asked = REQUEST.model_copy(update={"settings": SETTINGS.model_copy(update=settings)})
+    content, left = wire.answer(asked, GIVEN.content, change, 7, TOLD, lost)
+    return dict(wire.accept(content, asked, GIVEN).change.delta), left
+
+
+def test_what_saliency_leaves_out_is_fed_back() -> None:
+    rising = {key: torch.arange(1.0, 1 + t.numel()).view_as(t) for key, t in SENT.items()}
+    first, left = answered(rising, {}, keep=0.5)
+    assert first[KEY].tolist() == [[0.0, 0.0], [3.0, 4.0]]
+    assert left[KEY].tolist() == [[1.0, 2.0], [0.0, 0.0]]
+    ones = {key: torch.ones_like(tensor) for key, tensor in SENT.items()}
+    second, left = answered(ones, left, keep=0.5)
+    assert second[KEY].tolist() == [[2.0, 3.0], [0.0, 0.0]]
+    assert left[KEY].tolist() == [[0.0, 0.0], [1.0, 1.0]]
+
+
+def test_without_error_feedback_nothing_is_kept_or_added() -> None:
+    ones = {key: torch.ones_like(tensor) for key, tensor in SENT.items()}
+    for settings in ({"codec": "int8"}, {"keep": 0.5}):
+        arrived, left = answered(
+            ones, {key: 100 * tensor for key, tensor in ones.items()}, error_feedback=False, **settings
+        )
+        assert left == {}
+        assert float(arrived[KEY].max()) == 1.0

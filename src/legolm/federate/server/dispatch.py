@@ -168,8 +168,8 @@ class Dispatch:
             derived_seed=scheme.derived_seed,
             proximal=scheme.proximal if travels else 0.0,
             codec=config.federation.codec if travels else "none",
-            keep=scheme.keep(block.coverage.sparsity) if travels else 1.0,
-            error_feedback=config.federation.error_feedback,
+            keep=scheme.keep(block.coverage.mask_sparsity) if travels else 1.0,
+            error_feedback=config.federation.error_feedback and scheme.basis_stays,
             deadline_s=config.federation.deadline_s if travels else None,
         )
 

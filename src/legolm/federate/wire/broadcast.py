@@ -2,7 +2,8 @@
 
 All clients of one coverage and rank get the same: the adapter's slice, what changes their base, the seed of the factors
 that they make themselves, and the training settings. A client answers with the change of each trained factor, and keeps
-what the codec lost of it for its next answer (error feedback: Karimireddy et al., arXiv 1901.09847).
+what the codec or the saliency mask lost of it for its next answer (error feedback: Karimireddy et al., arXiv
+1901.09847).
 """
 
 from __future__ import annotations
@@ -109,16 +110,18 @@ def open_(settings: TrainSettings, coverage: Coverage, rank: int, content: Tenso
 def answer(
     request: TrainRequest, content: Tensors, delta: Tensors, examples: int, metrics: dict[str, float], lost: Tensors
 ) -> tuple[bytes, Tensors]:
-    """The reply with this change, and what the codec lost of it; `lost` is what the last one lost."""
+    """The reply with this change, and what of it does not arrive; `lost` is what the last one lost.
+
+    Without `error_feedback` nothing is kept or added: the factors of another round may be others.
+    """
     settings = request.settings
-    delta = {key: tensor + lost[key] if lost else tensor for key, tensor in delta.items()}
+    if settings.error_feedback and lost:
+        delta = {key: tensor + lost[key] for key, tensor in delta.items()}
     encoded = codec.encode(delta, settings.codec, settings.keep)
     left: Tensors = {}
-    if settings.error_feedback and settings.codec != "none":
+    if settings.error_feedback and (settings.codec != "none" or settings.keep < 1):
         arrived = codec.decode(encoded, settings.codec, Layout.of(delta), settings.keep)
-        left = {
-            key: (tensor - arrived[key]) * codec.most_salient(tensor, settings.keep) for key, tensor in delta.items()
-        }
+        left = {key: tensor - arrived[key] for key, tensor in delta.items()}
     reply = UpdateReply(
         **{field: getattr(request, field) for field in REPLIED},
         received_hash=tensors_hash(content),
