@@ -41,7 +41,7 @@ def client(scheme: Scheme, coverage: Coverage, rank: int, n: int, seed: int) -> 
     sent = scheme.payload(coverage, rank)
     if not sent:  # FLoRA: the client makes its adapter itself
         assert scheme.derived_seed is not None
-        sent = slice_factors(coverage, initial_factors(SHAPE, TARGETS, RANK, scheme.derived_seed), rank)
+        sent = slice_factors(coverage, initial_factors(SHAPE, TARGETS, RANK, scheme.derived_seed + seed), rank)
     delta = {key: torch.randn(tensor.shape, generator=generator) for key, tensor in sent.items()}
     return Client(coverage, rank, n, sent, delta)
 

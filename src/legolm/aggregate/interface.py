@@ -61,7 +61,7 @@ class Scheme(ABC):
     frozen_side: bool = False
     """Only the factor on the side that blocks cut trains and travels; the other is made from the seed."""
     fresh: bool = False
-    """Each round trains an adapter that clients make anew from the seed: nothing of it is sent."""
+    """In each round a client trains an adapter of its own, made anew from the seed and its name: none is sent."""
     module_ranks: bool = False
     """Takes modules of other ranks than the run's (`lora.ranks`)."""
     optimizers: bool = False

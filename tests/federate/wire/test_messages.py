@@ -66,11 +66,12 @@ def test_a_client_opens_what_the_server_wrote() -> None:
         fresh = seed is not None and not frozen
         payload = {} if fresh else {key: t for key, t in SENT.items() if key[-1] in trained}
         written = wire.write(settings, COVERAGE, 2, payload, fold)
-        opened = wire.open_(written.settings, COVERAGE, 2, written.content)
+        asked = REQUEST.model_copy(update={"settings": written.settings})
+        opened = wire.open_(asked, COVERAGE, written.content)
         assert set(opened.start) == set(SENT)
         assert {key[-1] for key in opened.start if key not in opened.frozen} == set(trained)
         assert all(torch.equal(opened.start[key], tensor) for key, tensor in payload.items())
-        assert all(torch.equal(opened.start[key], tensor) for key, tensor in written.start.items())
+        assert all(torch.equal(opened.start[key], tensor) for key, tensor in written.received("fr").items())
         assert all(torch.equal(opened.fold[key], tensor) for key, tensor in fold.items())
 
 
@@ -133,3 +134,18 @@ def test_without_error_feedback_nothing_is_kept_or_added() -> None:
         )
         assert left == {}
         assert float(arrived[KEY].max()) == 1.0
+
+
+def test_a_fresh_adapter_is_the_clients_and_the_rounds_own_at_both_ends() -> None:
+    drawn = {}
+    for seed, client in ((9, "fr"), (9, "de"), (10, "fr")):
+        written = wire.write(SETTINGS.model_copy(update={"derived_seed": seed}), COVERAGE, 2, {}, {})
+        asked = REQUEST.model_copy(update={"client": client, "settings": written.settings})
+        opened = wire.open_(asked, COVERAGE, written.content)
+        answer, _ = wire.answer(asked, written.content, opened.start, 7, TOLD, {})
+        received = wire.accept(answer, asked, written).change.received
+        assert all(torch.equal(received[key], tensor) for key, tensor in opened.start.items())
+        assert (set(opened.start), opened.frozen) == (set(SENT), set())
+        drawn[seed, client] = opened.start["layers.1.mlp.up_proj.A"]
+    one, *others = drawn.values()
+    assert not any(torch.equal(one, other) for other in others)

@@ -51,7 +51,7 @@ class ClientRuntime:
     def _train(self, request: TrainRequest, content: Tensors) -> bytes:
         site, settings = self._site_of(request.client, request.block), request.settings
         block = self._load(site, request, settings.precision)
-        opened = open_(settings, block.coverage, request.rank, content)
+        opened = open_(request, block.coverage, content)
         state = _read_state(site, request)
         fold = concatenated(under_prefix("fold", state), opened.fold)
         config = settings.train

@@ -1,7 +1,8 @@
 """The broadcast: written by the server, opened by a client, and its reply. Both ends of the protocol are here.
 
 All clients of one coverage and rank get the same: the adapter's slice, what changes their base, the seed of the factors
-that they make themselves, and the training settings. A client answers with the change of each trained factor, and keeps
+that they make themselves, and the training settings. A fresh adapter is each client's own: both ends make it from that
+seed and the client's name. A client answers with the change of each trained factor, and keeps
 what the codec or the saliency mask lost of it for its next answer (error feedback: Karimireddy et al., arXiv
 1901.09847).
 """
@@ -39,21 +40,28 @@ from legolm.federate.wire.messages import (
     unpack,
 )
 from legolm.runs import Training
+from legolm.system import derive_seed
 
 
 @dataclass(frozen=True)
 class Broadcast:
     """Settings and tensors for all clients of one coverage and rank; `hash` is of the tensors.
 
-    `start` is what training starts from after the codec, with the factors that a client makes itself; `trained` is the
-    layout of those that change.
+    `start` is what all train from after the codec, with the factors that they make alike; it is empty where each makes
+    its own. `trained` is the layout of those that change.
     """
 
     settings: TrainSettings
+    coverage: Coverage
+    rank: int
     content: Tensors
     start: Tensors
     trained: Layout
     hash: str
+
+    def received(self, client: str) -> Tensors:
+        """What this client trains from. Its own adapter is made when asked, and not kept: clients are many."""
+        return self.start or _made(self.settings, self.coverage, self.rank, client)
 
 
 @dataclass(frozen=True)
@@ -79,29 +87,23 @@ def write(settings: TrainSettings, coverage: Coverage, rank: int, payload: Tenso
     settings = settings.model_copy(
         update={"fold_rank": next((t.shape[0] for key, t in fold.items() if key.endswith(".A")), 0)}
     )
-    content = codec.encode(payload, settings.codec) | with_prefix("fold", codec.encode(fold, settings.codec))
-    opened = open_(settings, coverage, rank, content)
-    return Broadcast(settings, content, opened.start, _trained(settings, coverage, rank), tensors_hash(content))
-
-
-def open_(settings: TrainSettings, coverage: Coverage, rank: int, content: Tensors) -> Opened:
-    """What training starts from, in this block's slice. Raises `LegolmError` for tensors that do not fit it."""
+    sent = codec.encode(payload, settings.codec)
+    content = sent | with_prefix("fold", codec.encode(fold, settings.codec))
     trained = _trained(settings, coverage, rank)
-    made: Tensors = {}
-    if settings.derived_seed is not None:
-        factors = initial_factors(
-            coverage.shape,
-            settings.targets,
-            settings.run_rank,
-            settings.derived_seed,
-            settings.frozen_side,
-            settings.ranks,
-        )
-        made = slice_factors(coverage, factors, rank)
+    start: Tensors = {}
+    if not settings.fresh:
+        start = _made(settings, coverage, rank) | dict(_decoded(sent, settings, trained))
+    return Broadcast(settings, coverage, rank, content, start, trained, tensors_hash(content))
+
+
+def open_(request: TrainRequest, coverage: Coverage, content: Tensors) -> Opened:
+    """What training starts from, in this block's slice. Raises `LegolmError` for tensors that do not fit it."""
+    settings = request.settings
+    trained = _trained(settings, coverage, request.rank)
     # Frozen side: the factors that train are sent. A fresh adapter: none is.
-    sent = trained if settings.frozen_side or settings.derived_seed is None else Layout({})
+    sent = Layout({}) if settings.fresh else trained
     plain = {name: tensor for name, tensor in content.items() if not name.startswith("fold.")}
-    start = made | dict(_decoded(plain, settings, sent))
+    start = _made(settings, coverage, request.rank, request.client) | dict(_decoded(plain, settings, sent))
     every = adapter_keys(coverage, settings.targets) if settings.fold_rank else []
     fold = _decoded(under_prefix("fold", content), settings, adapter_layout(coverage, every, settings.fold_rank))
     return Opened(start, set(start) - set(trained.shapes), dict(fold))
@@ -152,7 +154,23 @@ def accept(content: bytes, request: TrainRequest, broadcast: Broadcast) -> Updat
     except ValidationError as error:
         problem = error.errors()[0]
         raise LegolmError(f"metrics.{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}") from None
-    return Update(reply, Change(delta, broadcast.start, reply.examples, reply.rank), training)
+    return Update(reply, Change(delta, broadcast.received(request.client), reply.examples, reply.rank), training)
+
+
+def _made(settings: TrainSettings, coverage: Coverage, rank: int, client: str = "") -> Tensors:
+    """The factors that a client makes itself, in its block's slice; fresh ones are its own."""
+    seed = settings.derived_seed
+    if seed is None:
+        return {}
+    factors = initial_factors(
+        coverage.shape,
+        settings.targets,
+        settings.run_rank,
+        derive_seed(seed, client) if settings.fresh else seed,
+        settings.frozen_side,
+        settings.ranks,
+    )
+    return slice_factors(coverage, factors, rank)
 
 
 def _trained(settings: TrainSettings, coverage: Coverage, rank: int) -> Layout:

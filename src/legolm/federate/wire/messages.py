@@ -45,9 +45,9 @@ class TrainSettings(BaseModel):
     """What training needs beside tensors, so that a client needs no config of the run.
 
     With `derived_seed` the client makes factors itself: those of the side that does not train if `frozen_side`, else
-    all; they are slices of an adapter of rank `run_rank` (`ranks`: of single modules) on `targets`. `fold.` tensors, of
-    rank `fold_rank`, change its base from now on. The reply comes in this `codec`, with the `keep` share of its
-    entries, and after `deadline_s` seconds it comes too late.
+    all, and its own ones (`fresh`); they are slices of an adapter of rank `run_rank` (`ranks`: of single modules) on
+    `targets`. `fold.` tensors, of rank `fold_rank`, change its base from now on. The reply comes in this `codec`, with
+    the `keep` share of its entries, and after `deadline_s` seconds it comes too late.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +65,11 @@ class TrainSettings(BaseModel):
     keep: float
     error_feedback: bool
     deadline_s: float | None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether each client makes its whole adapter itself: nothing of it is sent."""
+        return self.derived_seed is not None and not self.frozen_side
 
 
 class TrainRequest(Envelope):
