@@ -1,6 +1,7 @@
 """Schemes whose rounds change the clients' base: each round's change is shipped once, as low-rank factors, and counted.
 
-The server keeps every round's change, so that a client that missed rounds gets all that it lacks.
+The server keeps every round's change, so that a client that missed rounds gets all that it lacks. It keeps what arrives
+at the clients after the codec, so that both have the same base.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ class Folding(Scheme):
             held = {name: [(n / total, b, a) for n, b, a in self._held[name]] for name in self._names}
             changes = {name: self._next(name, clients) for name, clients in held.items()}
             self._ranks.append(next(iter(changes.values()))[1].shape[0])
+            made: Tensors = {}
             for name, (b, a) in changes.items():
-                old_a, old_b = self._fold.get(f"{name}.A"), self._fold.get(f"{name}.B")
-                self._fold[f"{name}.A"] = a.float() if old_a is None else torch.cat([old_a, a.float()], 0)
-                self._fold[f"{name}.B"] = b.float() if old_b is None else torch.cat([old_b, b.float()], 1)
+                made |= {f"{name}.A": a.float(), f"{name}.B": b.float()}
+            self._fold = concatenated(self._fold, self._start.arrived(made))
         else:
             self._ranks.append(0)
         self._reset()

@@ -24,7 +24,8 @@ STATISTIC = ("changes", "weight")
 class Start:
     """Where a run starts: in the coordinates of an LLM of this shape, with factors that `make` gives when asked.
 
-    `seed` made those that nobody sends. `server` says how far a round goes.
+    `seed` made those that nobody sends. `server` says how far a round goes. `arrived` gives factors as clients get
+    them, after a codec that may lose something.
     """
 
     shape: Shape
@@ -32,6 +33,7 @@ class Start:
     rank: int
     seed: int = 0
     server: ServerConfig = field(default_factory=ServerConfig)
+    arrived: Callable[[Tensors], Tensors] = dict
 
 
 class Scheme(ABC):

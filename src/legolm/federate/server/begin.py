@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from legolm.aggregate import Scheme, Start, make_scheme
 from legolm.block import Block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
+from legolm.federate.wire import arrived
 from legolm.runs import Identity, RunDir, best_round, load_adapter_state, read_record, read_stages
 from legolm.system import derive_seed
 
@@ -24,6 +26,7 @@ def begin(config: RunConfig, llm: Block, state: Tensors | None = None) -> Scheme
         config.lora.rank,
         derive_seed(config.seed, "adapter"),
         config.aggregate,
+        partial(arrived, name=config.federation.codec),
     )
     scheme.begin(start, state)
     return scheme

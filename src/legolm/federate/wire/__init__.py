@@ -1,6 +1,6 @@
 """What travels: messages, the codec of factors, the broadcast."""
 
-from legolm.federate.wire.broadcast import Broadcast, Opened, Update, accept, answer, open_, write
+from legolm.federate.wire.broadcast import Broadcast, Opened, Update, accept, answer, arrived, open_, write
 from legolm.federate.wire.codec import decode, encode, encoded_bytes
 from legolm.federate.wire.messages import (
     EvaluateRequest,
@@ -24,6 +24,7 @@ __all__ = [
     "UpdateReply",
     "accept",
     "answer",
+    "arrived",
     "decode",
     "encode",
     "encoded_bytes",

@@ -28,6 +28,7 @@ from legolm.adapter import (
     with_prefix,
 )
 from legolm.block import Coverage
+from legolm.config import Codec
 from legolm.errors import LegolmError
 from legolm.federate.wire import codec
 from legolm.federate.wire.messages import (
@@ -48,7 +49,7 @@ class Broadcast:
     """Settings and tensors for all clients of one coverage and rank; `hash` is of the tensors.
 
     `start` is what all train from after the codec, with the factors that they make alike; it is empty where each makes
-    its own. `trained` is the layout of those that change.
+    its own. `sent` is the same before a codec that loses something. `trained` is the layout of those that change.
     """
 
     settings: TrainSettings
@@ -56,6 +57,7 @@ class Broadcast:
     rank: int
     content: Tensors
     start: Tensors
+    sent: Tensors
     trained: Layout
     hash: str
 
@@ -87,13 +89,16 @@ def write(settings: TrainSettings, coverage: Coverage, rank: int, payload: Tenso
     settings = settings.model_copy(
         update={"fold_rank": next((t.shape[0] for key, t in fold.items() if key.endswith(".A")), 0)}
     )
-    sent = codec.encode(payload, settings.codec)
-    content = sent | with_prefix("fold", codec.encode(fold, settings.codec))
+    plain = codec.encode(payload, settings.codec)
+    content = plain | with_prefix("fold", codec.encode(fold, settings.codec))
     trained = _trained(settings, coverage, rank)
     start: Tensors = {}
+    sent: Tensors = {}
     if not settings.fresh:
-        start = _made(settings, coverage, rank) | dict(_decoded(sent, settings, trained))
-    return Broadcast(settings, coverage, rank, content, start, trained, tensors_hash(content))
+        made = _made(settings, coverage, rank)
+        start = made | dict(_decoded(plain, settings, trained))
+        sent = made | payload if settings.codec != "none" else {}
+    return Broadcast(settings, coverage, rank, content, start, sent, trained, tensors_hash(content))
 
 
 def open_(request: TrainRequest, coverage: Coverage, content: Tensors) -> Opened:
@@ -154,7 +159,13 @@ def accept(content: bytes, request: TrainRequest, broadcast: Broadcast) -> Updat
     except ValidationError as error:
         problem = error.errors()[0]
         raise LegolmError(f"metrics.{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}") from None
-    return Update(reply, Change(delta, broadcast.received(request.client), reply.examples, reply.rank), training)
+    received = broadcast.received(request.client)
+    return Update(reply, Change(delta, received, reply.examples, reply.rank, broadcast.sent), training)
+
+
+def arrived(factors: Tensors, name: Codec) -> Tensors:
+    """Factors as they arrive after this codec."""
+    return dict(codec.decode(codec.encode(factors, name), name, Layout.of(factors)))
 
 
 def _made(settings: TrainSettings, coverage: Coverage, rank: int, client: str = "") -> Tensors:
