@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense_reference import Client
-from rounds import BLOCKS, FULL, RANK, TARGETS, add, client, new
+from dense_reference import Client, exact_form, mean_product
+from rounds import BLOCKS, FULL, RANK, SHAPE, TARGETS, add, client, new, products
 
 from legolm.adapter import adapter_keys
 from legolm.aggregate import Scheme, holders, make_scheme
@@ -81,3 +81,47 @@ def test_entries_by_the_number_of_clients_that_hold_them() -> None:
     assert sum(holders(keys, members).values()) == sum(
         tensor.numel() for tensor in new(AggregateConfig(form="factor")).payload(FULL, RANK).values()
     )
+
+
+@pytest.mark.parametrize("name", ["flexlora", "raflora", "heteagg"])
+def test_the_llm_has_all_that_the_server_knows(name: str) -> None:
+    config = AggregateConfig(scheme=name, **({"form": "exact"} if name == "heteagg" else {}))
+    scheme = new(config)
+    assert whole_of(scheme) == pytest.approx(0.0)  # B begins with zeros
+    clients = [client(scheme, FULL, RANK, n, seed=n) for n in (1, 3)]
+    for one in clients:
+        add(scheme, one)
+    scheme.finish()
+    if name == "heteagg":
+        zero = {module: torch.zeros_like(tensor) for module, tensor in products(scheme).items()}
+        expected = exact_form(SHAPE, zero, clients, "coverage_mean", 1.0, RANK)[UP]
+    else:
+        expected = mean_product(clients, UP)
+    found = scheme.whole(FULL, RANK)
+    assert int(torch.linalg.matrix_rank(expected)) == 5  # of five neurons: more than the broadcast's three
+    torch.testing.assert_close(found[f"{UP}.B"].double() @ found[f"{UP}.A"].double(), expected, rtol=1e-4, atol=1e-5)
+    sent = scheme.payload(FULL, RANK)
+    assert {tensor.shape[0] for key, tensor in sent.items() if key.endswith(".A")} == {RANK}
+    again = new(config, state=scheme.state())
+    assert whole_of(again) == whole_of(scheme)
+
+
+def whole_of(scheme: Scheme) -> float:
+    """The size of what the LLM has learned in one module."""
+    found = scheme.whole(FULL, RANK)
+    return float((found[f"{UP}.B"] @ found[f"{UP}.A"]).norm())
+
+
+def test_past_the_crossover_the_llm_has_all_too() -> None:
+    scheme = new(AggregateConfig(scheme="flexlora", server_learning_rate=0.5))
+    expected = torch.zeros(5, 6, dtype=torch.float64)
+    for number in range(2):
+        clients = [client(scheme, FULL, RANK, n, seed=10 * number + n) for n in (1, 3, 4)]  # rank 9 of at most 5
+        for one in clients:
+            add(scheme, one)
+        scheme.finish()
+        expected = 0.5 * expected + 0.5 * mean_product(clients, UP)
+        found = scheme.whole(FULL, RANK)
+        torch.testing.assert_close(
+            found[f"{UP}.B"].double() @ found[f"{UP}.A"].double(), expected, rtol=1e-5, atol=1e-5
+        )

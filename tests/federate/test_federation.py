@@ -145,6 +145,28 @@ def test_the_llm_and_the_blocks_each_end_with_their_own_best_round(
         assert read_block(out / "final" / id).details["round"] == number
 
 
+@pytest.mark.parametrize("setting", ["scheme=flexlora", "form=exact"])
+def test_the_llm_is_scored_and_written_with_more_than_is_sent(
+    raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path, setting: str
+) -> None:
+    raw["clients"][2]["block"], raw["lora"]["rank"] = "dense", 2
+    out = tmp_path / "out"
+    config = load(raw, tmp_path, f"aggregate.{setting}", "federation.rounds=1")
+    run(config)
+    record = json.loads((out / "rounds" / "0001" / "metrics.json").read_text())
+    losses = [validation_loss(out / "final" / "llm", config, client.id) for client in config.clients]
+    assert record["llm_validation"] == pytest.approx(fmean(losses), rel=1e-4)
+    ranks = {
+        id: load_file(out / "final" / id / "factors.safetensors")["layers.0.mlp.up_proj.A"].shape[0]
+        for id in ("llm", "fr")
+    }
+    assert ranks["fr"] == 2
+    assert ranks["llm"] > 2
+    # Those who hold the whole LLM have what they are sent, and are scored apart.
+    assert [held["clients"] for held in record["held"]] == [["fr", "de", "es"]]
+    assert record["held"][0]["scores"] != record["llm"]
+
+
 def test_folded_bases_end_in_the_final_models(raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path) -> None:
     raw["clients"][2]["block"] = "dense"
     summary = run(load(raw, tmp_path, "aggregate.scheme=flora", "federation.personal_steps=1"))

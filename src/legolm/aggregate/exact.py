@@ -6,8 +6,8 @@
 per module, without the scale s, which all share. D is Σ n_k c_k (`coverage_mean`) or Σ n_k (`global_fill`). A block's
 structure cuts rows or columns, never both, so that D scales rows of the left or columns of the right stack and S is
 never dense. A bit mask (unstructured blocks, which train with the masked forward) makes its module dense. S is kept to
-rank `residual_rank`, so that what G lacks is fed back next round (`residual: feedback`), is merged into what is
-evaluated and written at the end besides (`fold`), or is dropped (`drop`).
+rank `residual_rank`, so that what G lacks is fed back next round (`residual: feedback`), is merged into what blocks are
+evaluated and written with at the end besides (`fold`), or is dropped (`drop`). The LLM is evaluated and written with S.
 
 Memory: for each module the stacked factors of all clients of the round, r (m + n) numbers each, at most the dense
 (m, n) matrix in float64; twice that where there is a bit mask. Needs the clients' products: no secure sum.
@@ -23,7 +23,7 @@ from torch import Tensor
 from legolm.adapter import Change, Tensors, parse_key, slice_factors, under_prefix, with_prefix
 from legolm.aggregate.factors import Denominator
 from legolm.aggregate.interface import Scheme, Start, factors_in
-from legolm.aggregate.lowrank import ProductSum
+from legolm.aggregate.lowrank import ProductSum, product_slice
 from legolm.aggregate.weight import EntryWeight, Placement
 from legolm.block import Coverage, add_matrix
 
@@ -78,18 +78,11 @@ class ExactForm(Scheme):
 
     def adapter(self, coverage: Coverage, rank: int) -> Tensors:
         """The slice of G; with `residual: fold` of S, of its whole rank."""
-        if self._residual != "fold" or not self._product:
-            return self.payload(coverage, rank)
-        width = max(tensor.shape[1] for key, tensor in self._product.items() if key.endswith(".B"))
-        whole = {}
-        for key, factor in self._factors.items():
-            rows, cols = factor.shape
-            padded = torch.zeros((width, cols) if key.endswith(".A") else (rows, width))
-            found = self._product.get(key)
-            if found is not None:
-                padded[: found.shape[0], : found.shape[1]] = found
-            whole[key] = padded
-        return slice_factors(coverage, whole, width)
+        return self.whole(coverage, rank) if self._residual == "fold" else self.payload(coverage, rank)
+
+    def whole(self, coverage: Coverage, rank: int) -> Tensors:
+        """The slice of S, of its whole rank."""
+        return product_slice(coverage, self._product, self._factors) or self.payload(coverage, rank)
 
     def add(self, change: Change, coverage: Coverage) -> None:
         """Stack n (B_k ΔA + ΔB P_A), which is n Δ_k, at the rows and columns that the block holds."""

@@ -3,7 +3,7 @@
 The server takes the mean of the clients' products B_k A_k, weighted by examples, and gives each client the first r_k
 directions of its SVD: B = U σ, A = V. The published code makes the dense product and its full SVD; here the same comes
 from the stacked factors. A full SVD has orthonormal rows of V where σ is zero, so that those directions learn: here
-they are as much of the old A as V leaves.
+they are as much of the old A as V leaves. The LLM is scored and written with the whole mean product.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ class FlexRound:
         self.examples += n
 
     def result(self, factors: Tensors) -> Tensors:
-        """The SVD of (1 − η) BA + η Σ n_k B_k A_k / Σ n_k, to the run's rank."""
+        """The SVD of P = (1 − η) P + η Σ n_k B_k A_k / Σ n_k, to the run's rank; under `product.` the whole of it."""
         found, eta, rank = dict(factors), self._start.server.eta, self._start.rank
         for name, products in self.products.items():
             a, b = factors[f"{name}.A"], factors[f"{name}.B"]
             products.scale(rows=torch.full((products.rows,), eta / self.examples, dtype=torch.float64))
             if eta != 1:
-                products.add((1 - eta) * b, a)
-            u, s, v = products.best(rank)
+                old_a, old_b = (factors.get(f"product.{name}.{side}", factors[f"{name}.{side}"]) for side in "AB")
+                products.add((1 - eta) * old_b, old_a)
+            (u, s, v), (left, right) = products.best_and_whole(rank)
+            found |= {f"product.{name}.A": right.float(), f"product.{name}.B": left.float()}
             a, b = torch.zeros_like(a), torch.zeros_like(b)
             b[:, : len(s)] = (u * s).float()
             rows = torch.cat([v, complement(factors[f"{name}.A"], v)])[:rank].float()

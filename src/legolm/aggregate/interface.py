@@ -41,8 +41,8 @@ class Scheme(ABC):
 
     Made of its settings alone; `begin` puts it at a start or at a saved state. A client trains `payload` and, where
     `derived_seed` is given, the factors that it makes itself from that seed (`adapter.initial_factors`); its base is
-    the block plus every `fold` it got. `adapter` is all of that as one adapter: what a block or the LLM is scored and
-    merged with.
+    the block plus every `fold` it got. `adapter` is all of that as one adapter: what a block is scored and merged with;
+    the LLM is with `whole`.
 
     What it can and needs it says itself, in the attributes below: no other file knows its name.
     """
@@ -102,6 +102,13 @@ class Scheme(ABC):
     def adapter(self, coverage: Coverage, rank: int) -> Tensors:
         """What a block of this coverage is evaluated with; all modules share one rank, which may be another."""
         return self.payload(coverage, rank)
+
+    def whole(self, coverage: Coverage, rank: int) -> Tensors:
+        """What the LLM is evaluated and written with: all that the server knows, of whatever rank.
+
+        `coverage` is the LLM's, `rank` the run's, for schemes that know no more than they send.
+        """
+        return self.adapter(coverage, rank)
 
     @abstractmethod
     def add(self, change: Change, coverage: Coverage) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from legolm.adapter import Tensors, slice_factors
+from legolm.block import Coverage
+
 BATCH = 64
 OVERSAMPLING = 8
 POWER_ITERATIONS = 4
@@ -87,6 +90,14 @@ class ProductSum:
         kept = _kept(s, rank)
         return u[:, :kept], s[:kept], vt.T[:kept]
 
+    def best_and_whole(self, rank: int) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """`best`, and left and right factor of the whole sum: of its own rank, or the dense matrix and the identity."""
+        if self._dense is None:
+            u, s, v = svd_of_product(*self.stacked(), min(self.rows, self.cols))
+            return (u[:, :rank], s[:rank], v[:rank]), (u * s, v)
+        dense, one = self.make_dense(), torch.eye(min(self.rows, self.cols), dtype=torch.float64)
+        return self.best(rank), ((dense, one) if self.cols <= self.rows else (one, dense))
+
 
 def svd_of_product(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """First U, σ (descending), V of left (m, k) times right (k, n), without the product.
@@ -111,6 +122,22 @@ def svd_of_product(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tens
     s, u = s[:kept], u.flip(1)[:, :kept]
     v = (u.T @ middle) / s[:, None]
     return q @ (torch.linalg.solve_triangular(r, u, upper=True) if easy else u), s, v
+
+
+def product_slice(coverage: Coverage, product: Tensors, like: Tensors) -> Tensors:
+    """A block's slice of a product whose modules have ranks of their own, as one adapter of the largest of them.
+
+    Its keys are those of `like`: what the product lacks is zero. Empty where it has no rank at all.
+    """
+    width = max((tensor.shape[1] for key, tensor in product.items() if key.endswith(".B")), default=0)
+    whole: Tensors = {}
+    for key, factor in like.items() if width else ():
+        rows, cols = factor.shape
+        whole[key] = torch.zeros((width, cols) if key.endswith(".A") else (rows, width))
+        if key in product:
+            found = product[key]
+            whole[key][: found.shape[0], : found.shape[1]] = found
+    return slice_factors(coverage, whole, width)
 
 
 def frobenius(left: Tensor, right: Tensor) -> float:

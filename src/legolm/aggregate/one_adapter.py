@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, Protocol
 
-from legolm.adapter import Change, Tensors, slice_factors
+from legolm.adapter import Change, Tensors, slice_factors, under_prefix
 from legolm.aggregate.interface import Scheme, Start, factors_in
+from legolm.aggregate.lowrank import product_slice
 from legolm.block import Coverage
 
 
@@ -17,7 +18,10 @@ class Round(Protocol):
         """Take one client's change."""
 
     def result(self, factors: Tensors) -> Tensors:
-        """The factors (float32, by key) after the round, from those before it; without any change the same."""
+        """The factors (float32, by key) after the round, from those before it; without any change the same.
+
+        Under `product.` they may hold the product that the factors are an approximation of, of any rank.
+        """
 
 
 class OneAdapter(Scheme):
@@ -37,12 +41,17 @@ class OneAdapter(Scheme):
     def begin(self, start: Start, state: Tensors | None = None) -> None:
         """At the start of a run, or where `state()` was taken."""
         self._start = start
-        self._factors = start.make() if state is None else factors_in(state)
+        self._factors = start.make() if state is None else dict(state)
         self._round = self._make_round(start, self._factors)
 
     def payload(self, coverage: Coverage, rank: int) -> Tensors:
         """The block's slice of the global adapter: its first `rank` rank rows."""
-        return slice_factors(coverage, self._factors, rank)
+        return slice_factors(coverage, factors_in(self._factors), rank)
+
+    def whole(self, coverage: Coverage, rank: int) -> Tensors:
+        """The slice of the whole product, where rounds give one."""
+        product = under_prefix("product", self._factors)
+        return product_slice(coverage, product, factors_in(self._factors)) or self.payload(coverage, rank)
 
     def add(self, change: Change, coverage: Coverage) -> None:
         """Add to the round."""
@@ -54,5 +63,5 @@ class OneAdapter(Scheme):
         self._round = self._make_round(self._start, self._factors)
 
     def state(self) -> Tensors:
-        """Factors by key."""
+        """Factors by key; a product under `product.`."""
         return dict(self._factors)

@@ -202,7 +202,7 @@ def _figures_of(config: RunConfig, llm: Block, questions: Questions | None) -> M
     model = load_model(llm.path, dtype_of(precision)).to(choose_device(config.device))
 
     def measure(scheme: Scheme) -> dict[str, Figure]:
-        factors = scheme.adapter(llm.coverage, config.lora.rank)
+        factors = scheme.whole(llm.coverage, config.lora.rank)
         with merged(model, llm.coverage, factors, config.lora.scaling) as whole:
             figures = measure_all(whole, tokenizer, questions, precision)
         check_finite(figures, "the LLM with the global update")

@@ -94,7 +94,7 @@ class Rounds:
         """What a client (None: the LLM) ends with: its own last adapter if any, else its slice of its best round's."""
         members = self._members
         if id is None:
-            return self.scheme(self.best("llm_validation")).adapter(members.llm.coverage, members.rank[LLM])
+            return self.scheme(self.best("llm_validation")).whole(members.llm.coverage, members.rank[LLM])
         if self._stages.personal_steps or not self._stages.rounds:
             stage = "personal" if self._stages.personal_steps else "local"
             return load_adapter_state(self._folder.client_stage(stage, id))

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
-from legolm.adapter import Tensors
+from legolm.adapter import Tensors, tensors_hash
 from legolm.aggregate import Scheme
 from legolm.block import Block
 from legolm.config import RunConfig
@@ -53,7 +53,11 @@ class Scoring:
         """
         clients, members, llm = self._members.clients, self._members, self._members.llm
         tests: tuple[Set, ...] = tuple((id, "test") for id in clients)
-        alike: dict[tuple[str, int], list[str]] = {(LLM, self._config.lora.rank): []}
+        rank = self._config.lora.rank
+        whole = scheme.whole(llm.coverage, rank)
+        # Who holds the whole LLM has its model, unless the server knows more than it sends.
+        same = tensors_hash(whole) == tensors_hash(scheme.adapter(llm.coverage, rank))
+        alike: dict[tuple[str, int], list[str]] = {(LLM, rank if same else 0): []}
         for id in clients:
             name = LLM if is_dense(members.block[id]) else members.block[id].name
             alike.setdefault((name, members.rank[id]), []).append(id)
@@ -62,7 +66,8 @@ class Scoring:
             block = llm if name == LLM else members.block[ids[0]]
             client, asked = (ids[0] if ids else clients[0]), (ids if jobs else clients)
             validation: tuple[Set, ...] = tuple((id, "validation") for id in asked)
-            jobs.append(Job(client, block, scheme.adapter(block.coverage, rank), tests + validation))
+            factors = scheme.adapter(block.coverage, rank) if jobs else whole
+            jobs.append(Job(client, block, factors, tests + validation))
         results = self._scores(jobs, exchange, label)
 
         # Once for all who hold the same: with each client's own copy a record would grow with their square.
@@ -101,7 +106,7 @@ class Scoring:
         ]
         found: Sequence[Score] = ()
         if self._config.evaluate.server_data is not None:
-            adapter = scheme.adapter(members.llm.coverage, self._config.lora.rank)
+            adapter = scheme.whole(members.llm.coverage, self._config.lora.rank)
             job = Job(LLM, members.llm, adapter, ((LLM, "test"),))
             reply, _ = unpack(self._here.answer(self._dispatch.question(job)), ScoreReply)
             found = reply.scores
