@@ -9,6 +9,16 @@ never dense. A bit mask (unstructured blocks, which train with the masked forwar
 rank `residual_rank`, so that what G lacks is fed back next round (`residual: feedback`), is merged into what blocks are
 evaluated and written with at the end besides (`fold`), or is dropped (`drop`). The LLM is evaluated and written with S.
 
+What nobody covers in a round does not move in it, in S or in the first r directions of G, for any r. A truncation of
+the whole matrix would move it, as its directions turn with what was learned elsewhere. So in S only the rows that are
+covered are truncated (or columns; below, rows), and the others keep what they have: the rank of S can pass
+`residual_rank` where rounds cover different rows. G has one A for all rows, so that directions of which uncovered rows
+have something, p of them, stay as they are. Of the covered rows' product X it gets the best that such an A allows
+(Golub, Hoffman and Stewart, 1987): X P + T_{r−p}(X − X P), P the projection on those directions. It costs what X has
+beside them and beyond r − p more: blocks lack that, while S has it, until a round covers all that G has learned. Where
+every round covers the same rows, the rest is zero, p is 0, and nothing is lost. A bit mask leaves out single entries,
+which no product of low rank can keep: there only rows without any covered entry stay.
+
 Memory: for each module the stacked factors of all clients of the round, r (m + n) numbers each, at most the dense
 (m, n) matrix in float64; twice that where there is a bit mask. Needs the clients' products: no secure sum.
 """
@@ -23,7 +33,7 @@ from torch import Tensor
 from legolm.adapter import Change, Tensors, parse_key, slice_factors, under_prefix, with_prefix
 from legolm.aggregate.factors import Denominator
 from legolm.aggregate.interface import Scheme, Start, factors_in
-from legolm.aggregate.lowrank import ProductSum, product_slice
+from legolm.aggregate.lowrank import ProductSum, best_beside, product_slice, svd_of_product
 from legolm.aggregate.weight import EntryWeight, Placement
 from legolm.block import Coverage, add_matrix
 
@@ -132,7 +142,7 @@ class ExactForm(Scheme):
         placement = Placement.of(coverage)
         a_rows, b_rows = placement.index(f"{name}.A"), placement.index(f"{name}.B")
         # One of the two products has the broadcast's uncut factor in it, which is everyone's: its other factor sums.
-        if self._start.shape.module(kind).cols == "hidden":
+        if self._rows_are_cut(name):
             module.products.add(_place(n * (pb + db), b_rows, rows, 0), da)
             common, beside = pa, _place(n * db, b_rows, rows, 0)
         else:
@@ -153,14 +163,14 @@ class ExactForm(Scheme):
             module.common[:rank] = common
         if torch.equal(module.common[:rank], common):
             module.beside[:, :rank] += change
-        elif self._start.shape.module(parse_key(f"{name}.A")[1]).cols == "hidden":
+        elif self._rows_are_cut(name):
             module.products.add(change, common)
         else:
             module.products.add(common.T, change.T)
 
     def _flush(self, module: _Module, name: str) -> None:
         if module.common is not None and module.beside is not None:
-            if self._start.shape.module(parse_key(f"{name}.A")[1]).cols == "hidden":
+            if self._rows_are_cut(name):
                 module.products.add(module.beside, module.common)
             else:
                 module.products.add(module.common.T, module.beside.T)
@@ -170,9 +180,8 @@ class ExactForm(Scheme):
         """Dense D (m, n) of the clients so far."""
         layer, kind, _ = parse_key(f"{name}.A")
         held = self._round.units(layer, kind)[:, 0]
-        along_rows = self._start.shape.module(kind).cols == "hidden"
         shape = self._start.shape.matrix(kind)
-        return (held[:, None] if along_rows else held[None, :]).expand(shape).clone()
+        return (held[:, None] if self._rows_are_cut(name) else held[None, :]).expand(shape).clone()
 
     def _step(self, name: str, module: _Module) -> ProductSum:
         """η N / D of one module."""
@@ -187,33 +196,71 @@ class ExactForm(Scheme):
         else:
             held = self._round.units(layer, kind)[:, 0]
             factor = torch.where(held > 0, eta / (held if mean else self._examples), 0.0)
-            products.scale(**{"rows" if self._start.shape.module(kind).cols == "hidden" else "cols": factor})
+            products.scale(**{"rows" if self._rows_are_cut(name) else "cols": factor})
         return products
 
+    def _covered(self, name: str, module: _Module) -> Tensor:
+        """1 for each row (or column, where those are cut) of which somebody holds something, else 0, to scale it."""
+        layer, kind, _ = parse_key(f"{name}.A")
+        rows = self._rows_are_cut(name)
+        if module.weight is not None:
+            return (module.weight > 0).any(1, keepdim=True).double() if rows else (module.weight > 0).any(0).double()
+        held = (self._round.units(layer, kind)[:, 0] > 0).double()
+        return held[:, None] if rows else held
+
+    def _rows_are_cut(self, name: str) -> bool:
+        return self._start.shape.module(parse_key(f"{name}.A")[1]).cols == "hidden"
+
     def _finish_module(self, name: str, module: _Module) -> None:
-        products = self._step(name, module)
+        products, covered, rows = self._step(name, module), self._covered(name, module), self._rows_are_cut(name)
+        kept = None  # what S has where nobody covers
         if f"{name}.A" in self._product:
-            products.add(self._product[f"{name}.B"], self._product[f"{name}.A"])
-        rank = self._start.rank
-        u, s, v = products.best(rank if self._residual == "drop" else max(rank, self._residual_rank))
+            a, b = (self._product[f"{name}.{side}"].double() for side in "AB")
+            here, kept = _scaled(a, b, covered, rows), _scaled(a, b, 1 - covered, rows)
+            products.add(here[1], here[0])
+        drop, rank = self._residual == "drop", self._start.rank
+        u, s, v = products.best(rank if drop else max(rank, self._residual_rank))
+        v, u = _scaled(v, u, covered, rows)  # rounding is no change either
+        self._broadcast(name, u, s, v, covered)
+        if drop:
+            self._product |= {f"{name}.{side}": self._factors[f"{name}.{side}"] for side in "AB"}
+            return
+        if kept is not None and bool(kept[0].any()) and bool(kept[1].any()):
+            left, right = torch.cat([u * s, kept[1]], 1), torch.cat([v, kept[0]])
+            u, s, v = svd_of_product(left, right, min(products.rows, products.cols))
         self._product |= {f"{name}.A": v.float(), f"{name}.B": (u * s).float()}
+
+    def _broadcast(self, name: str, u: Tensor, s: Tensor, v: Tensor, covered: Tensor) -> None:
+        """G of one module from the covered part of S, U σ V: directions that reach beyond it stay, others are new.
+
+        Rows of A keep the norm that they started with: the balanced split √σ shrinks A and slows learning. Directions
+        that σ leaves empty get the start's row of A and zeros in B, else they would never learn again.
+        """
         if self._begun is None:
             self._begun = self._start.make()
-        start = self._begun[f"{name}.A"], self._begun[f"{name}.B"]
-        self._factors[f"{name}.A"], self._factors[f"{name}.B"] = split(u[:, :rank], s[:rank], v[:rank], *start)
+        start_a, start_b = self._begun[f"{name}.A"], self._begun[f"{name}.B"]
+        a, b, rows = start_a.clone(), torch.zeros_like(start_b), self._rows_are_cut(name)
+        old_a, old_b = (self._factors[f"{name}.{side}"].double() for side in "AB")
+        kept = _scaled(old_a, old_b, 1 - covered, rows)
+        stays = kept[0].any(1) & kept[1].any(0)
+        if bool(stays.any()):
+            free = len(stays) - int(stays.sum())
+            if rows:
+                more, u, s, v = best_beside(u * s, v, old_a[stays], free)
+                a[stays], b[:, stays] = old_a[stays].float(), (kept[1][:, stays] + more).float()
+            else:
+                more, v, s, u = (t.T for t in best_beside(v.T, (u * s).T, old_b[:, stays].T, free))
+                a[stays], b[:, stays] = (kept[0][stays] + more).float(), old_b[:, stays].float()
+            v, u = _scaled(v, u, covered, rows)
+        norm = start_a.double().norm(dim=1).mean()
+        fresh = (~stays).nonzero().flatten()[: len(s)]
+        a[fresh], b[:, fresh] = (v * norm)[: len(fresh)].float(), (u * s / norm)[:, : len(fresh)].float()
+        self._factors[f"{name}.A"], self._factors[f"{name}.B"] = a, b
 
 
-def split(u: Tensor, s: Tensor, v: Tensor, start_a: Tensor, start_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors A and B (float32, shapes of the start's) of U σ V.
-
-    Rows of A keep the norm that they started with: the balanced split √σ shrinks A and slows learning. Directions
-    that σ leaves empty get the start's row of A and zeros in B, else they would never learn again.
-    """
-    norm = start_a.double().norm(dim=1).mean()
-    a, b = start_a.clone(), torch.zeros_like(start_b)
-    a[: len(s)] = (v * norm).float()
-    b[:, : len(s)] = (u * s / norm).float()
-    return a, b
+def _scaled(a: Tensor, b: Tensor, scale: Tensor, rows: bool) -> tuple[Tensor, Tensor]:
+    """A and B, the rows of their product multiplied by `scale` (m, 1), or its columns by `scale` (n,)."""
+    return (a, b * scale) if rows else (a * scale, b)
 
 
 def _place(value: Tensor, index: Tensor | None, size: int, dim: int) -> Tensor:

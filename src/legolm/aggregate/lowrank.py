@@ -124,6 +124,16 @@ def svd_of_product(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tens
     return q @ (torch.linalg.solve_triangular(r, u, upper=True) if easy else u), s, v
 
 
+def best_beside(left: Tensor, right: Tensor, known: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """C (m, p), and U, σ, V of at most `rank`, so that C · known + U σ V is the best of its kind to left · right.
+
+    `known` (p, n) are directions that are given (Golub, Hoffman and Stewart, A generalization of the
+    Eckart-Young-Mirsky matrix approximation theorem, 1987): the projection on them, and the best of what is left.
+    """
+    shares = right @ torch.linalg.pinv(known)
+    return left @ shares, *svd_of_product(left, right - shares @ known, rank)
+
+
 def product_slice(coverage: Coverage, product: Tensors, like: Tensors) -> Tensors:
     """A block's slice of a product whose modules have ranks of their own, as one adapter of the largest of them.
 
