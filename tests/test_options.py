@@ -125,7 +125,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "others": {"-": {}, "0": {"evaluate.others": 0}},
     "local": {"yes": {}, "no": {"evaluate.local_only": False}},
     "server_rate": {"1": {}, "0.5": {"aggregate.server_learning_rate": 0.5}},
-    "outliers": {name: {"aggregate.outliers.action": name} for name in ("none", "clip", "refuse")},
+    "outliers": {n: {"aggregate.outliers": {"action": n, "factor": 10}} for n in ("none", "clip", "refuse")},
     "codec": {name: {"federation.codec": name} for name in ("none", "bf16", "int8")},
     "feedback": {"on": {}, "off": {"federation.error_feedback": False}},
     "personal": {"0": {}, "1": {"federation.personal_steps": 1}},
