@@ -12,6 +12,8 @@ import hashlib
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations, product
 from pathlib import Path
@@ -32,75 +34,46 @@ from legolm.federate import wire
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.plan import make_plan
-from legolm.runs import RunDir, Summary
-
-# bf16
+from legolm.runs import RunDir, Summary, read_record
 
 
-def rounding(config: RunConfig) -> Callable[..., None]:
+def rounding(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
     """The local engine over a line on which factors are rounded to bf16 by hand, both ways."""
 
-    def engine(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
-        def wrap(exchange: Exchange) -> Exchange:
-            def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
-                sent: list[str | None] = []
+    def wrap(exchange: Exchange) -> Exchange:
+        def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+            sent: list[str] = []  # hashes of what the server thinks it sent; of what is no training, ""
 
-                def rounded() -> Iterator[Request]:
-                    for one in requests:
-                        sent.append(None)
-                        if wire.kind_of(one.content) == "train":
-                            header, tensors = wire.unpack(one.content, wire.TrainRequest)
-                            if header.phase == "round":
-                                sent[-1] = tensors_hash(tensors)
-                                one = Request(one.client, wire.pack(header, to_bf16(tensors)))
-                        yield one
+            def rounded() -> Iterator[Request]:
+                for one in requests:
+                    sent.append("")
+                    if wire.kind_of(one.content) == "train":
+                        header, tensors = wire.unpack(one.content, wire.TrainRequest)
+                        sent[-1] = tensors_hash(tensors)
+                        one = Request(one.client, wire.pack(header, to_bf16(tensors)))
+                    yield one
 
-                for reply in exchange(rounded(), deadline_s):
-                    known = sent[reply.index]
-                    if known:
-                        answer, delta = wire.unpack(reply.content, wire.UpdateReply)
-                        answer = answer.model_copy(update={"received_hash": known})
-                        reply = Reply(reply.index, wire.pack(answer, to_bf16(delta)))
-                    yield reply
+            for reply in exchange(rounded(), deadline_s):
+                if sent[reply.index]:
+                    answer, delta = wire.unpack(reply.content, wire.UpdateReply)
+                    answer = answer.model_copy(update={"received_hash": sent[reply.index]})
+                    reply = Reply(reply.index, wire.pack(answer, to_bf16(delta)))
+                yield reply
 
-            return changed
+        return changed
 
-        run_local(folder, config, actors, lambda exchange: body(wrap(exchange)))
-
-    return engine
+    run_local(folder, config, actors, lambda exchange: body(wrap(exchange)))
 
 
 def to_bf16(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
 
 
-def test_bf16_on_the_wire_is_rounding_by_hand_and_half_the_bytes(
-    three_clients: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
-    raw = three_clients(tmp_path / "run", ("dense", "wide", "sparse"), rows=10, evaluate={"local_only": False})
-    raw["aggregate"] = {"form": "factor"}
-    raw["federation"] |= {"error_feedback": False}
-    found = {}
-    for name, codec, engine in (("bf16", "bf16", None), ("hand", "none", rounding), ("fp32", "none", None)):
-        raw["federation"]["codec"] = codec
-        config = configs.validate(RunConfig, raw, name)
-        found[name] = pipeline.run(
-            config, tmp_path / name, engine=engine and engine(config), store=tmp_path / "store", models=False
-        )
-    states = {name: load_file(tmp_path / name / "rounds" / "0002" / "adapter.safetensors") for name in found}
-    assert all(torch.equal(tensor, states["hand"][key]) for key, tensor in states["bf16"].items())
-    assert not all(torch.equal(tensor, states["fp32"][key]) for key, tensor in states["bf16"].items())
-    for way in ("bytes_up_per_round", "bytes_down_per_round"):
-        assert 0.5 < getattr(found["bf16"], way) / getattr(found["fp32"], way) < 0.6  # headers do not shrink
-
-
-# Pairwise
-
 Options = dict[str, Any]
 BLOCKS: dict[str, Options] = {
     "dense": {"method": "dense"},
     "structured": {"method": "structured", "intermediate_size": 64, "num_hidden_layers": 1},
-    "given": {},  # with the path of a block that is there
+    "given": {},  # the path of a block that is there
 } | {name: {"method": name} | ({"pattern": "2:4"} if name == "magnitude" else {"sparsity": 0.5}) for name in CRITERIA}
 
 ONE = "clients.1."  # the second of two clients; the first holds the whole LLM
@@ -156,6 +129,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "resumed": {"no": {}, "yes": {}},
 }
 Row = dict[str, str]
+Home = Callable[[Row], tuple[RunConfig, Path]]
 USUAL: Row = {name: next(iter(values)) for name, values in PARAMETERS.items()} | {"scheme": "heteagg"}
 HETEAGG = {"form": "-", "residual": "-", "denominator": "-", "mask": "-"}
 
@@ -244,9 +218,7 @@ ROWS = pairwise()
 
 
 @pytest.fixture(scope="module")
-def home(
-    three_clients: Callable[..., Options], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Row], tuple[RunConfig, Path]]:
+def home(three_clients: Callable[..., Options], tmp_path_factory: pytest.TempPathFactory) -> Home:
     """A row's config, and the store that all rows share. A first run cuts every block, and brings all imports."""
     folder = tmp_path_factory.mktemp("options")
     raw = three_clients(folder, ("dense", "wide", "sparse"), rows=10, precision="fp32")
@@ -286,7 +258,17 @@ def put(raw: Any, field: str, value: Any) -> None:
     put(raw[at], rest, value)
 
 
-Home = Callable[[Row], tuple[RunConfig, Path]]
+def test_bf16_on_the_wire_is_rounding_by_hand_and_half_the_bytes(home: Home, tmp_path: Path) -> None:
+    row = USUAL | {"block": "structured", "form": "factor", "feedback": "off", "local": "no"}
+    found = {}
+    for name, codec, engine in (("bf16", "bf16", None), ("hand", "none", rounding), ("fp32", "none", None)):
+        config, store = home(row | {"codec": codec})
+        found[name] = pipeline.run(config, tmp_path / name, engine=engine, store=store)
+    states = {name: load_file(tmp_path / name / "rounds" / "0002" / "adapter.safetensors") for name in found}
+    assert all(torch.equal(tensor, states["hand"][key]) for key, tensor in states["bf16"].items())
+    assert not all(torch.equal(tensor, states["fp32"][key]) for key, tensor in states["bf16"].items())
+    for way in ("bytes_up_per_round", "bytes_down_per_round"):
+        assert 0.5 < getattr(found["bf16"], way) / getattr(found["fp32"], way) < 0.6  # headers do not shrink
 
 
 def test_what_does_not_go_together_is_refused_and_nothing_else(home: Home) -> None:
@@ -305,11 +287,10 @@ def test_what_does_not_go_together_is_refused_and_nothing_else(home: Home) -> No
     assert refused > 100
 
 
-def stages(out: Path, config: RunConfig) -> list[list[Path]]:
-    """Folders in the order in which they are made, those of one stage together."""
-    found = [[path] for path in sorted((out / "rounds").iterdir())]
-    found[1:1] = [[path] for path in sorted(out.glob("local/*"))]
-    return [*found, *([path] for path in sorted(out.glob("personal/*"))), sorted((out / "final").iterdir())]
+def stages(out: Path) -> list[Path]:
+    """Folders that appear one after the other, in this order."""
+    start, *rounds = sorted((out / "rounds").iterdir())
+    return [start, *out.glob("local/*"), *rounds, *out.glob("personal/*"), *(out / "final").iterdir()]
 
 
 def contents(out: Path) -> dict[str, str]:
@@ -324,15 +305,19 @@ def contents(out: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("place", range(len(ROWS)))
 def test_every_option_runs(home: Home, tmp_path: Path, place: int) -> None:
+    """To final models that load plainly; a run that was killed anywhere ends bit for bit as if it had not been."""
     row, out = ROWS[place], tmp_path / "out"
     print({name: value for name, value in row.items() if value != USUAL[name]})  # shown when it fails
     config, store = home(row)
     summary = pipeline.run(config, out, store=store)
     check_figures(summary, row)
+    kept = {path.stem for path in out.glob("rounds/0001/updates/*")}
+    sends = row["updates"] == "kept" and row["mode"] == "federated"
+    assert kept == (set(summary.history[1].accepted) if sends else set())
     assert sorted(path.name for path in (out / "final").iterdir()) == ["de", "fr", "llm"]
     if row["resumed"] == "yes":
-        before, made = contents(out), stages(out, config)
-        for folder in (folder for stage in made[1 + place % (len(made) - 1) :] for folder in stage):
+        before, made = contents(out), stages(out)
+        for folder in made[1 + place % (len(made) - 1) :]:
             shutil.rmtree(folder)
         (out / "summary.json").unlink()
         pipeline.run(config, out, resume=True, store=store)
@@ -344,7 +329,7 @@ def test_every_option_runs(home: Home, tmp_path: Path, place: int) -> None:
 
 
 def check_figures(summary: Summary, row: Row) -> None:
-    """All losses that the row's options give are there, and finite."""
+    """All losses that the row's options give are there, and finite; the clients that they let take part do."""
     rounds = 0 if row["mode"] == "alone" else 2
     names = {"before", "global"} | ({"local"} if row["local"] == "yes" else set())
     names |= {"personal"} if row["personal"] == "1" and rounds else set()
@@ -360,6 +345,28 @@ def check_figures(summary: Summary, row: Row) -> None:
     else:
         assert all(loss is not None and math.isfinite(loss) for loss in losses)
     taking = 1 if row["fraction"] == "0.5" or (row["capable"] == "yes" and row["block"] != "dense") else 2
-    for entry in summary.history[1:]:
+    for entry in summary.history[1:]:  # at one place the LLM alone trains
         assert (len(entry.accepted), entry.refused) == ((1 if row["mode"] == "pooled" else taking), [])
         assert (entry.bytes_up > 0) == (row["mode"] == "federated")
+
+
+def test_what_flower_runs_is_what_runs_here(home: Home, tmp_path: Path) -> None:
+    """As many options as go together, in a process of its own: Ray and its threads end with it."""
+    row = USUAL | {"block": "given", "form": "factor", "denominator": "global_fill", "mask": "saliency"}
+    row |= {"optimizer": "fedavgm", "server_rate": "0.5", "outliers": "clip", "codec": "bf16", "personal": "1"}
+    row |= {"updates": "kept", "ranks": "q 2", "rank": "2", "rslora": "on", "dropout": "0.2", "schedule": "cosine"}
+    row |= {"warmup": "2", "checkpointing": "on", "stop": "epochs", "scores": "own and server", "local": "no"}
+    row |= {"split": "dirichlet"}
+    assert refusal(row) is None
+    config, store = home(row)
+    here = pipeline.run(config, tmp_path / "here", store=store)
+    (tmp_path / "run.yaml").write_text(configs.dump(config))
+    command = [sys.executable, "-m", "legolm.cli", "run", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "there")]
+    done = subprocess.run([*command, "--set", "federation.engine=flower"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    there = read_record(tmp_path / "there" / "summary.json", Summary)
+    check_figures(there, row)
+    for one, two in zip(here.clients, there.clients, strict=True):
+        assert two.own == pytest.approx(one.own, rel=1e-3)
+    assert there.llm.loss_after == pytest.approx(here.llm.loss_after, rel=1e-3)
+    assert sorted(path.name for path in (tmp_path / "there" / "final").iterdir()) == ["de", "fr", "llm"]

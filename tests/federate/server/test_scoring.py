@@ -24,7 +24,7 @@ from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.models import load_model, load_tokenizer
 from legolm.report import print_summary
-from legolm.runs import Others, RunDir, Summary, clients_of, others_of, read_stages, rounds_of
+from legolm.runs import Others, RunDir, clients_of, others_of, read_stages, rounds_of
 
 
 @pytest.fixture
@@ -123,9 +123,7 @@ def test_without_rows_of_the_server_nobody_scores_the_llm(
         assert (out / f"{name}.safetensors").read_bytes() == (killed / f"{name}.safetensors").read_bytes()
 
 
-def test_of_many_clients_a_sample_of_the_others_is_asked_in_all_stages(
-    raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_of_many_clients_a_sample_of_the_others_is_asked_in_all_stages(raw: dict[str, Any], tmp_path: Path) -> None:
     ids = [f"c{place:02}" for place in range(17)]
     rows = [{"instruction": f"Say {i}", "output": "abc"[i % 3] * 2} for i in range(85)]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
