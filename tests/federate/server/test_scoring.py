@@ -17,7 +17,7 @@ from legolm import pipeline
 from legolm.config import RunConfig
 from legolm.data import client_data, data_fingerprint, render
 from legolm.errors import LegolmError
-from legolm.evaluate import score
+from legolm.evaluation import score
 from legolm.federate import wire
 from legolm.federate.server import server_examples
 from legolm.federate.transport import Exchange, Reply, Request, run_local
