@@ -28,13 +28,16 @@ from helpers import without_clocks
 from legolm import config as configs
 from legolm import pipeline
 from legolm.adapter import tensors_hash
-from legolm.config import CRITERIA, SCHEMES, RunConfig
+from legolm.block import read_block
+from legolm.config import CRITERIA, SCHEMES, TRAINERS, Registry, RunConfig
 from legolm.errors import LegolmError
 from legolm.federate import wire
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.plan import make_plan
 from legolm.runs import RunDir, Summary, read_record
+from legolm.study import ablate
+from legolm.system import Progress
 
 
 def rounding(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
@@ -69,16 +72,24 @@ def to_bf16(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
 
 
+def shipped(registry: Registry[Any]) -> list[str]:
+    """Names of what comes with legolm, not with other tests."""
+    return [name for name in registry if registry.entry(name).module.startswith("legolm.")]
+
+
 Options = dict[str, Any]
 BLOCKS: dict[str, Options] = {
     "dense": {"method": "dense"},
     "structured": {"method": "structured", "intermediate_size": 64, "num_hidden_layers": 1},
     "given": {},  # the path of a block that is there
-} | {name: {"method": name} | ({"pattern": "2:4"} if name == "magnitude" else {"sparsity": 0.5}) for name in CRITERIA}
+} | {
+    name: {"method": name} | ({"pattern": "2:4"} if name == "magnitude" else {"sparsity": 0.5})
+    for name in shipped(CRITERIA)
+}
 
 ONE = "clients.1."  # the second of two clients; the first holds the whole LLM
 PARAMETERS: dict[str, dict[str, Options]] = {
-    "scheme": {name: {"aggregate.scheme": name} for name in SCHEMES},
+    "scheme": {name: {"aggregate.scheme": name} for name in shipped(SCHEMES)},
     "form": {"-": {}} | {name: {"aggregate.form": name} for name in ("factor", "exact", "frozen_side")},
     "mask": {"-": {}, "saliency": {"aggregate.mask": "saliency"}},
     "residual": {"-": {}} | {name: {"aggregate.residual": name} for name in ("fold", "drop")},
@@ -106,6 +117,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "updates": {"gone": {}, "kept": {"federation.keep_updates": True}},
     "rslora": {"off": {}, "on": {"lora.rslora": True}},
     "dropout": {"0": {}, "0.2": {"lora.dropout": 0.2}},
+    "trainer": {name: {"train.trainer": name} for name in shipped(TRAINERS)},
     "schedule": {name: {"train.schedule": name} for name in ("constant_linear", "cosine")},
     "warmup": {"0": {}, "2": {"train.warmup_steps": 2}},
     "checkpointing": {"off": {}, "on": {"train.gradient_checkpointing": True}},
@@ -322,6 +334,10 @@ def test_every_option_runs(home: Home, tmp_path: Path, place: int) -> None:
         (out / "summary.json").unlink()
         pipeline.run(config, out, resume=True, store=store)
         assert contents(out) == before
+    if sends and summary.best_round:
+        found = ablate(out, tmp_path / "ablation", None, Progress())
+        assert {one.name for one in found.without} == {"dense", row["block"], "fr", "de"}
+        assert all(math.isfinite(one.blocks) for one in found.without)
     if place % 5 == 0:
         for path in (out / "final").iterdir():
             tokens = AutoTokenizer.from_pretrained(path)("Say 1", return_tensors="pt")
@@ -366,6 +382,8 @@ def test_what_flower_runs_is_what_runs_here(home: Home, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     there = read_record(tmp_path / "there" / "summary.json", Summary)
     check_figures(there, row)
+    cut = Path(str(config.blocks[1].path))  # goes by another name here, and keeps its own
+    assert (read_block(tmp_path / "there" / "blocks" / "given").name, read_block(cut).name) == ("given", "structured")
     for one, two in zip(here.clients, there.clients, strict=True):
         assert two.own == pytest.approx(one.own, rel=1e-3)
     assert there.llm.loss_after == pytest.approx(here.llm.loss_after, rel=1e-3)
