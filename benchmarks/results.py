@@ -247,8 +247,8 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         f"{machine['memory_gb']:.0f} GB, one thread a run, two runs at a time. Eight clients, one FLAN task each "
         f"([`examples/flan/mixed.yaml`](../examples/flan/mixed.yaml)), {config['federation']['rounds']} rounds of "
         f"{config['train']['steps']} steps of {config['train']['batch_size']} examples, "
-        f"{config['data']['limit_test']} test pairs a task. Losses are nats per answer token on test data, sets counting the same; the LLM has "
-        f"{main['llm_before']:.3f} before training. Seeds: {', '.join(seeds)}.\n",
+        f"{config['data']['limit_test']} test pairs a task. Losses are nats per answer token on test data, sets "
+        f"counting the same; the LLM has {main['llm_before']:.3f} before training. Seeds: {', '.join(seeds)}.\n",
         "## What should hold\n",
         table(("claim", "found", "holds"), [(a, b, "yes" if c else "**no**") for a, b, c in claims(found)]),
         "## Every scheme, mixed blocks, one task a client\n",

@@ -31,7 +31,7 @@ from legolm.runs.records import (
 from legolm.runs.sample import (
     others_of,
 )
-from legolm.runs.store import Stages, load_adapter_state
+from legolm.runs.store import Stages, load_adapter_state, save_adapter_state
 from legolm.runs.studies import (
     Ablation,
     CompareRow,
@@ -106,5 +106,6 @@ __all__ = [
     "read_record",
     "read_stages",
     "rounds_of",
+    "save_adapter_state",
     "write_csv",
 ]
