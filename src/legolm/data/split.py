@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from legolm.config import DataConfig, RunConfig
+from legolm.config import DataConfig, RunConfig, SiteConfig
 from legolm.data.examples import ClientData, Example
 from legolm.data.sources import Row, read_rows, to_example, with_system
 from legolm.data.starter import SplitName, starter_parts
@@ -48,12 +48,12 @@ def load_parts(config: DataConfig, clients: Sequence[str], seed: int) -> dict[st
     return {client: _finish(_hold_out(client, groups, config, seed), config) for client in clients}
 
 
-def data_fingerprint(data: Mapping[str, ClientData]) -> str:
-    """SHA-256 over every client's examples, by client."""
+def data_fingerprint(data: Mapping[str, ClientData], server: Sequence[Example] = ()) -> str:
+    """SHA-256 over every client's examples, by client, and the server's own where it has some."""
     found = hashlib.sha256(b"[")  # of the list's `repr`, which whole would be as large as the data again
     for index, item in enumerate(sorted(data.items())):
         found.update(f"{', ' if index else ''}{item!r}".encode())
-    found.update(b"]")
+    found.update(b"]" + (repr(list(server)).encode() if server else b""))
     return found.hexdigest()
 
 
@@ -166,7 +166,7 @@ def _refuse_what_starter_ignores(config: DataConfig) -> None:
             raise LegolmError(f"data.{name}: the starter data has its own; take it out or change data.train")
 
 
-def client_data(config: RunConfig) -> dict[str, ClientData]:
+def client_data(config: RunConfig | SiteConfig) -> dict[str, ClientData]:
     """Every client's data, by client id."""
     parts = {client.id: client.data or client.id for client in config.clients}
     loaded = load_parts(config.data, list(dict.fromkeys(parts.values())), config.seed)
