@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from legolm.compose import choose_method, compose, plan
+from legolm.composition import choose_method, compose, plan
 from legolm.data import load_parts, render
-from legolm.evaluate import score
+from legolm.evaluation import score
 from legolm.models import choose_precision, dtype_of, load_model, load_tokenizer, resolve
 from legolm.runs import RunDir
 from legolm.system import Progress

@@ -129,7 +129,7 @@ def wikitext(model: Any, options: argparse.Namespace) -> float:
     import torch
 
     from legolm.data import read_text
-    from legolm.evaluate import perplexity
+    from legolm.evaluation import perplexity
     from legolm.models import load_tokenizer, resolve
 
     tokenizer = load_tokenizer(resolve(options.model))

@@ -23,7 +23,7 @@ import torch
 from legolm.block import Coverage
 from legolm.config import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.data import Tokens, calibration_tokens, read_text
-from legolm.evaluate import perplexity
+from legolm.evaluation import perplexity
 from legolm.models import (
     Head,
     answer_losses,

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 from legolm.block import Block, llm_block, read_block
 from legolm.config import RunConfig
-from legolm.evaluate import compare
-from legolm.evaluate.figure import ratio_figure
-from legolm.evaluate.paired import Comparison
+from legolm.evaluation import compare
+from legolm.evaluation.figure import ratio_figure
+from legolm.evaluation.paired import Comparison
 from legolm.federate.server import Rounds, scores_of
 from legolm.federate.transport import Exchange, run_local
 from legolm.models import fingerprint, resolve

@@ -20,7 +20,7 @@ import torch
 
 from legolm.adapter import merged
 from legolm.data import load_parts, render
-from legolm.evaluate import score
+from legolm.evaluation import score
 from legolm.federate.server import Rounds
 from legolm.models import choose_precision, dtype_of, load_model, load_tokenizer
 from legolm.runs import RunDir

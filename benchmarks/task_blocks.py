@@ -20,7 +20,7 @@ import torch
 
 from legolm.config import BlockConfig, CalibrationConfig, Fields
 from legolm.data import read_rows, read_text, render, to_example
-from legolm.evaluate import perplexity, score
+from legolm.evaluation import perplexity, score
 from legolm.models import fingerprint, load_model, load_tokenizer, resolve
 from legolm.prune import cut_blocks
 from legolm.system import Progress

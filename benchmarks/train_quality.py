@@ -27,7 +27,7 @@ from legolm.block import Coverage
 from legolm.config import BlockConfig, CalibrationConfig, Fields, Precision, TrainConfig
 from legolm.data import read_rows, render, to_example
 from legolm.data.starter import starter_parts
-from legolm.evaluate import score
+from legolm.evaluation import score
 from legolm.finetune import fit
 from legolm.models import dtype_of, fingerprint, load_model, load_tokenizer, resolve, shape_of
 from legolm.prune import cut_blocks

@@ -27,7 +27,7 @@ from legolm.block import read_block
 from legolm.config import RunConfig
 from legolm.data import client_data, render
 from legolm.errors import LegolmError
-from legolm.evaluate import score
+from legolm.evaluation import score
 from legolm.federate import wire
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body

@@ -183,7 +183,9 @@ def _write_final(
             merge(model, block.coverage, factors, config.lora.scaling)
             with atomic_folder(folder.final(id)) as partial:
                 if not block.coverage.masks:
-                    base = config.model if client is None else str(block.path)
+                    # What PEFT finds from any folder; nothing but legolm knows what `starter` is.
+                    hub = client is None and config.model != "starter" and not Path(config.model).is_dir()
+                    base = config.model if hub else str(block.path.resolve())
                     save_adapter(block.coverage, factors, config.lora.scaling, base, partial / "adapter")
                 save_factors(factors, config.lora.scaling, start[number], partial)
                 save_model(model, tokenizer, partial, dtype)

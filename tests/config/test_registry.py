@@ -19,7 +19,7 @@ HOMES = {"aggregate": SCHEMES, "prune": CRITERIA, "finetune": TRAINERS}
 COMMON = {"median"}
 """Names that are words of the language, too: in a sentence they may stand."""
 DEFAULTS = {("config/aggregation.py", "heteagg"), ("config/sections.py", "adamw")}
-COMPOSE = {("compose/methods.py", "heteagg"), ("cli/compose.py", "heteagg")}
+COMPOSE = {("composition/methods.py", "heteagg"), ("cli/compose.py", "heteagg")}
 """Composing has methods of its own, and calls one of them like the scheme that it follows."""
 
 

@@ -19,7 +19,7 @@ from legolm.block import read_block
 from legolm.config import RunConfig, load_study
 from legolm.data import client_data, render
 from legolm.errors import LegolmError
-from legolm.evaluate import score
+from legolm.evaluation import score
 from legolm.federate import wire
 from legolm.federate.server.gate import usual_size
 from legolm.federate.transport import Exchange, Reply, Request, run_local

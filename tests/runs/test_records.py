@@ -31,10 +31,8 @@ def test_a_comparison_is_the_same_in_json_csv_and_pandas(tmp_path: Path) -> None
     found.write(tmp_path)
     assert read_record(tmp_path / "compare.json", Comparison) == found
     first, second = (tmp_path / "compare.csv").read_text().splitlines()[1:]
-    assert first.startswith(
-        "a,heteagg,form=exact,federated,fp32,3,2,1,1.5,4.0,2.0,3.0,2.5,1.75,2000000.0,1000000.0,6,1000.0,"
-    )
-    assert second.startswith('"b, c",heteagg,exact,fp32,3,2,1,inf,4.0,2.0,,2.5')
+    assert first.startswith("a,heteagg,form=exact,federated,fp32,3,2,1,1.5,4.0,2.0,3.0,2.5,1.75,2000000.0,1000000.0,6,")
+    assert second.startswith('"b, c",heteagg,form=exact,federated,fp32,3,2,1,inf,4.0,2.0,,2.5')
     frame = found.to_frame()
     assert list(frame["name"]) == ["a", "b, c"]
     assert frame["others"][0] == 3.0 and math.isnan(frame["others"][1])

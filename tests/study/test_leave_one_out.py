@@ -21,8 +21,8 @@ from legolm.adapter import Tensors, adapter_keys, merged
 from legolm.adapter.flat import adapter_layout
 from legolm.block import llm_block, read_block
 from legolm.errors import LegolmError
-from legolm.evaluate import Questions, read_questions
-from legolm.evaluate.perplexity import perplexity
+from legolm.evaluation import Questions, read_questions
+from legolm.evaluation.perplexity import perplexity
 from legolm.federate import wire
 from legolm.federate.server import Rounds
 from legolm.models import fingerprint, load_model, load_tokenizer

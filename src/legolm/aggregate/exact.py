@@ -22,8 +22,8 @@ from torch import Tensor
 
 from legolm.adapter import Change, Tensors, parse_key, slice_factors, under_prefix, with_prefix
 from legolm.aggregate.factors import Denominator
+from legolm.aggregate.interface import Scheme, Start, factors_in
 from legolm.aggregate.lowrank import ProductSum
-from legolm.aggregate.scheme import Scheme, Start, factors_in
 from legolm.aggregate.weight import EntryWeight, Placement
 from legolm.block import Coverage, add_matrix
 

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 
 from legolm.adapter import Change, Flat, Tensors, is_frozen, slice_factors
+from legolm.aggregate.interface import Scheme, Start, factors_in
 from legolm.aggregate.optimizer import ServerOptimizer
-from legolm.aggregate.scheme import Scheme, Start, factors_in
 from legolm.aggregate.weight import EntryWeight, Placement
 from legolm.block import Coverage
 

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from legolm.aggregate.factors import FactorSum
-from legolm.aggregate.scheme import Scheme, scheme
+from legolm.aggregate.interface import Scheme, scheme
 
 
 @scheme("fedavg")

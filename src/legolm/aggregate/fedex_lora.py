@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from legolm.aggregate.folding import Folding, Weighted
-from legolm.aggregate.scheme import scheme
+from legolm.aggregate.interface import scheme
 
 
 @scheme("fedex_lora")

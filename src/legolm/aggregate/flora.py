@@ -13,7 +13,7 @@ from torch import Tensor
 
 from legolm.adapter import Tensors, initial_factors
 from legolm.aggregate.folding import Folding, Weighted
-from legolm.aggregate.scheme import Start, scheme
+from legolm.aggregate.interface import Start, scheme
 from legolm.block import Coverage
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from legolm.adapter import Change, Tensors, concatenated, slice_factors, under_prefix, with_prefix
-from legolm.aggregate.scheme import Scheme, Start, factors_in
+from legolm.aggregate.interface import Scheme, Start, factors_in
 from legolm.block import Coverage
 
 Weighted = tuple[float, Tensor, Tensor]

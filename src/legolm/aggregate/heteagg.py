@@ -12,7 +12,7 @@ from pydantic import Field
 
 from legolm.aggregate.exact import RESIDUAL_RANK, ExactForm, Residual
 from legolm.aggregate.factors import Denominator, FactorSum
-from legolm.aggregate.scheme import Scheme, scheme
+from legolm.aggregate.interface import Scheme, scheme
 
 
 @scheme("heteagg")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from legolm.adapter import Change, Tensors
+from legolm.aggregate.interface import Scheme, Start, scheme
 from legolm.aggregate.lowrank import frobenius
 from legolm.aggregate.one_adapter import OneAdapter
-from legolm.aggregate.scheme import Scheme, Start, scheme
 from legolm.aggregate.weight import EntryWeight, Placement
 from legolm.block import Coverage
 

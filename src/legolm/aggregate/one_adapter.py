@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 from legolm.adapter import Change, Tensors, slice_factors
-from legolm.aggregate.scheme import Scheme, Start, factors_in
+from legolm.aggregate.interface import Scheme, Start, factors_in
 from legolm.block import Coverage
 
 

@@ -11,9 +11,9 @@ import torch
 
 from legolm.adapter import Change, Tensors, parse_key
 from legolm.aggregate.flexlora import FlexRound
+from legolm.aggregate.interface import Scheme, Start, scheme
 from legolm.aggregate.lowrank import ProductSum
 from legolm.aggregate.one_adapter import OneAdapter
-from legolm.aggregate.scheme import Scheme, Start, scheme
 from legolm.block import Coverage
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from legolm.adapter import Change, Tensors, initial_factors, slice_factors
-from legolm.aggregate.scheme import Scheme, Start, make_scheme
+from legolm.aggregate.interface import Scheme, Start, make_scheme
 from legolm.block import Coverage
 from legolm.config import SCHEMES, AggregateConfig, foreign
 from legolm.errors import LegolmError

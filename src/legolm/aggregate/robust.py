@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from legolm.adapter import Change, Tensors
+from legolm.aggregate.interface import Start, Statistics, scheme
 from legolm.aggregate.one_adapter import OneAdapter
-from legolm.aggregate.scheme import Start, Statistics, scheme
 from legolm.aggregate.weight import Placement
 from legolm.block import Coverage
 from legolm.errors import LegolmError

@@ -21,7 +21,7 @@ def ablate(
     length: Annotated[int | None, typer.Option(min=2, help="tokens a perplexity window, 1024")] = None,
 ) -> None:
     """Leave each block, then each client, out of the aggregation. Goes on where an earlier call stopped."""
-    from legolm.evaluate import read_questions
+    from legolm.evaluation import read_questions
     from legolm.report import print_ablation
     from legolm.study import ablate as leave_out
     from legolm.system import Progress, check_room

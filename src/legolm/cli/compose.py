@@ -26,8 +26,8 @@ def compose(
     """Combine what separately trained blocks learned into one block, or into the LLM."""
     check_new(out)
 
-    from legolm.compose import choose_method, plan
-    from legolm.compose import compose as put_together
+    from legolm.composition import choose_method, plan
+    from legolm.composition import compose as put_together
     from legolm.report import print_blocks, print_composition
     from legolm.system import Progress
 

@@ -33,8 +33,8 @@ def evaluate(
     if out is not None:
         check_new(out)
     from legolm.config import Fields
-    from legolm.evaluate import evaluate as evaluate_all
-    from legolm.evaluate import line_up, read_questions, write_json
+    from legolm.evaluation import evaluate as evaluate_all
+    from legolm.evaluation import line_up, read_questions, write_json
     from legolm.report import print_scores
 
     given = {"instruction": instruction, "answer": answer, "messages": messages}

@@ -2,7 +2,7 @@
 
 from legolm.config.aggregation import AggregateConfig, Codec, FederationConfig, OutlierConfig, ServerConfig
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
-from legolm.config.file import dump, load, validate
+from legolm.config.file import dump, load, read, validate
 from legolm.config.registry import CRITERIA, SCHEMES, TRAINERS, Choice, Entry, Registry, foreign, guarded, load_plugins
 from legolm.config.section import Fields
 from legolm.config.sections import (
@@ -14,6 +14,7 @@ from legolm.config.sections import (
     Precision,
     Profile,
     RunConfig,
+    SiteConfig,
     Split,
     TrainConfig,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Registry",
     "RunConfig",
     "ServerConfig",
+    "SiteConfig",
     "Split",
     "TrainConfig",
     "Variant",
@@ -52,5 +54,6 @@ __all__ = [
     "load",
     "load_plugins",
     "load_study",
+    "read",
     "validate",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from legolm.config.aggregation import AggregateConfig, FederationConfig
 from legolm.config.blocks import BlockConfig
@@ -166,6 +166,19 @@ class EvaluateConfig(Section):
             if getattr(self, name) is not None and self.scores != other:
                 raise ValueError(f"{name}: is for scores {other!r}; take it out, or set that")
         return self
+
+
+class SiteConfig(BaseModel):
+    """What a simulated client reads of a run's config; the rest is the server's, and may name what is only there."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    model: str
+    seed: int
+    device: Device
+    plugins: list[str]
+    data: DataConfig
+    clients: list[ClientConfig]
+    federation: FederationConfig
 
 
 class RunConfig(Section):

@@ -1,7 +1,7 @@
 """From files, hub data sets and the starter data to clients' examples, tokens and calibration text."""
 
 from legolm.data.calibration import calibration_tokens, check_text
-from legolm.data.examples import ClientData, Example
+from legolm.data.examples import ClientData, Example, Message
 from legolm.data.render import Tokens, check_whole, render, render_whole
 from legolm.data.sources import read_rows, read_text, to_example, with_system
 from legolm.data.split import client_data, data_fingerprint, load_parts
@@ -9,6 +9,7 @@ from legolm.data.split import client_data, data_fingerprint, load_parts
 __all__ = [
     "ClientData",
     "Example",
+    "Message",
     "Tokens",
     "calibration_tokens",
     "check_text",

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from legolm.config import DataConfig, RunConfig
+from legolm.config import DataConfig, RunConfig, SiteConfig
 from legolm.data.examples import ClientData, Example
 from legolm.data.sources import Row, read_rows, to_example, with_system
 from legolm.data.starter import SplitName, starter_parts
@@ -162,7 +162,7 @@ def _refuse_what_starter_ignores(config: DataConfig) -> None:
             raise LegolmError(f"data.{name}: the starter data has its own; take it out or change data.train")
 
 
-def client_data(config: RunConfig) -> dict[str, ClientData]:
+def client_data(config: RunConfig | SiteConfig) -> dict[str, ClientData]:
     """Every client's data, by client id."""
     parts = {client.id: client.data or client.id for client in config.clients}
     loaded = load_parts(config.data, list(dict.fromkeys(parts.values())), config.seed)

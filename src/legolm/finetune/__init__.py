@@ -4,7 +4,7 @@ from legolm.finetune.kernels import LoraLinear
 from legolm.finetune.loop import Diverged, fit
 from legolm.finetune.lora import lora
 from legolm.finetune.masked import MaskedLinear
-from legolm.finetune.trainer import Task, train, trainer
+from legolm.finetune.task import Task, train, trainer
 from legolm.finetune.whole import whole
 
 __all__ = ["Diverged", "LoraLinear", "MaskedLinear", "Task", "fit", "lora", "train", "trainer", "whole"]

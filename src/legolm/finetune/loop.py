@@ -18,7 +18,7 @@ from legolm.config import TrainConfig
 from legolm.data import Tokens
 from legolm.errors import LegolmError
 from legolm.finetune.lora import lora
-from legolm.finetune.trainer import Task, trainer
+from legolm.finetune.task import Task, trainer
 from legolm.models import Head, answer_losses, hidden_states, lean, pack
 from legolm.system import keep_freed_memory
 

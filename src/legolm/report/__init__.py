@@ -2,7 +2,7 @@
 
 from legolm.report.ablation import print_ablation, write_ablation
 from legolm.report.compare import print_comparison, write_comparison
-from legolm.report.plots import need_matplotlib
+from legolm.report.plots import draw, need_matplotlib
 from legolm.report.run import write_report
 from legolm.report.summary import summarize
 from legolm.report.terminal import (
@@ -15,6 +15,7 @@ from legolm.report.terminal import (
 )
 
 __all__ = [
+    "draw",
     "need_matplotlib",
     "print_ablation",
     "print_blocks",

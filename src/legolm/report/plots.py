@@ -13,10 +13,11 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 from legolm.errors import LegolmError
 from legolm.report.page import number
+from legolm.report.style import LIGHT
 from legolm.runs import ClientSummary, Data, Stage, Summary
 
 COLOURS = 6
@@ -56,6 +57,16 @@ def overview(summary: Summary, data: Data) -> str:
     """A row a client: loss before, with local only, after the global update, after the personal step."""
     inches = 0.75 + 0.29 * len(summary.clients)
     return _svg(lambda axes: _overview(axes, summary, data), inches, f"Loss on {data} data by client", summary)
+
+
+def draw(summary: Summary, what: Literal["loss", "clients"], data: Data) -> str:
+    """`curves` or `overview` as an SVG that stands by itself. Raises `LegolmError` for another name."""
+    if what not in ("loss", "clients") or data not in ("own", "others"):
+        raise LegolmError(f"plot: {what!r} on {data!r} data; draw 'loss' or 'clients' on 'own' or 'others'")
+    svg = (curves if what == "loss" else overview)(summary, data)
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="720" ', 1).replace(
+        ">", f"><style>svg{{{LIGHT};color:var(--ink)}}</style>", 1
+    )
 
 
 def _curves(axes: Any, summary: Summary, data: Data) -> None:

@@ -1,8 +1,12 @@
 """How all pages look, in light and in dark; `--b0` to `--b5` are the colours of blocks."""
 
-STYLE = """
-:root{color-scheme:light dark;--paper:#fff;--ink:#1b1e23;--soft:#5d6570;--grid:#dfe3e8;--wash:#f5f6f8;--bad:#b3401a;
---b0:#0072b2;--b1:#d55e00;--b2:#008f68;--b3:#b85c93;--b4:#b07d00;--b5:#3a9bd0}
+LIGHT = (
+    "--paper:#fff;--ink:#1b1e23;--soft:#5d6570;--grid:#dfe3e8;--wash:#f5f6f8;--bad:#b3401a;"
+    "--b0:#0072b2;--b1:#d55e00;--b2:#008f68;--b3:#b85c93;--b4:#b07d00;--b5:#3a9bd0"
+)
+STYLE = (
+    f":root{{color-scheme:light dark;{LIGHT}}}"
+    + """
 @media(prefers-color-scheme:dark){:root{--paper:#14171c;--ink:#e8eaed;--soft:#9aa3af;--grid:#333a44;--wash:#1d2128;
 --bad:#ff9a70;--b0:#4aa8e8;--b1:#ff8a3d;--b2:#2fc79c;--b3:#e69ac4;--b4:#e6b422;--b5:#8fd3f7}}
 *{box-sizing:border-box}
@@ -58,3 +62,4 @@ footer{margin-top:3rem;padding-top:.8rem;border-top:1px solid var(--grid)}
 @media(max-width:40rem){main{padding:1.4rem .9rem}h1{font-size:1.9rem}
 .scroll tbody th,.scroll thead tr:last-child th:first-child{position:sticky;left:0;background:var(--paper)}}
 """
+)

@@ -11,13 +11,13 @@ from rich.table import Table
 
 from legolm.block import Block, Coverage
 from legolm.config import RunConfig
-from legolm.evaluate import Result
+from legolm.evaluation import Result
 from legolm.plan import Plan
 from legolm.report.shown import notes, scored, stages_of
 from legolm.runs import Summary
 
 if TYPE_CHECKING:
-    from legolm.compose import Composition
+    from legolm.composition import Composition
 
 
 def wide_enough(*tables: Table) -> Console:

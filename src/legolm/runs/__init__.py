@@ -1,6 +1,7 @@
 """The run folder, and the typed records that runs and studies keep."""
 
 from legolm.runs.folder import (
+    DATA,
     UPDATES,
     RunDir,
 )
@@ -56,10 +57,12 @@ from legolm.runs.summary import (
 )
 from legolm.runs.tables import (
     Row,
+    to_frame,
     write_csv,
 )
 
 __all__ = [
+    "DATA",
     "SCHEMA",
     "STAGES",
     "UPDATES",
@@ -106,5 +109,6 @@ __all__ = [
     "read_record",
     "read_stages",
     "rounds_of",
+    "to_frame",
     "write_csv",
 ]

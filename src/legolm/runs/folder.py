@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from legolm import config as configs
-from legolm.config import RunConfig
+from legolm.config import RunConfig, SiteConfig
 from legolm.errors import LegolmError
 from legolm.system import atomic_write
 
 UPDATES = "updates"
 """Folder of a round's kept updates within the round's."""
+DATA = "data"
+"""Folder of data that were given in memory: it is there before the run."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class RunDir:
                 raise LegolmError(
                     f"run folder {self.path}: already there; add --resume to go on, or give another --out"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and not (self.path.is_dir() and {one.name for one in self.path.iterdir()} <= {DATA}):
             raise LegolmError(f"run folder {self.path}: is not empty and not a run; give another --out")
 
     @property
@@ -59,6 +61,12 @@ class RunDir:
     def config(self) -> RunConfig:
         """The resolved config, validated again."""
         return configs.load(self.config_file)
+
+    def site_config(self) -> SiteConfig:
+        """What a simulated client reads of the config; its plug-ins are loaded."""
+        found = SiteConfig.model_validate(configs.read(self.config_file))
+        configs.load_plugins(found.plugins)
+        return found
 
     def block(self, name: str) -> Path:
         """Folder of a cut block."""

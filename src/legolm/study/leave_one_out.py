@@ -20,8 +20,8 @@ from legolm.block import Block, llm_block, read_block
 from legolm.config import RunConfig
 from legolm.data import client_data, data_fingerprint
 from legolm.errors import LegolmError
-from legolm.evaluate import TEXT, Figure, Questions, check_finite, compare, digest
-from legolm.evaluate import measure as measure_all
+from legolm.evaluation import TEXT, Figure, Questions, check_finite, compare, digest
+from legolm.evaluation import measure as measure_all
 from legolm.federate.server import Rounds
 from legolm.federate.transport import Exchange, run_local
 from legolm.models import choose_device, choose_precision, dtype_of, fingerprint, load_model, load_tokenizer, resolve

@@ -13,7 +13,7 @@ from legolm.block import Block
 from legolm.config import Precision
 from legolm.data import Tokens, check_whole, render
 from legolm.errors import LegolmError
-from legolm.evaluate import score
+from legolm.evaluation import score
 from legolm.federate.client.site import Site, SiteOf, Split
 from legolm.federate.wire import (
     EvaluateRequest,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from legolm.block import Block, llm_block, read_block
-from legolm.config import Device, Fields, RunConfig
+from legolm.config import Device, Fields, SiteConfig
 from legolm.data import ClientData, Example, client_data, read_rows, to_example
 from legolm.errors import LegolmError
 from legolm.models import resolve
@@ -88,7 +88,7 @@ def only(client: str, site: Site) -> SiteOf:
 
 def simulated(run: RunDir) -> SiteOf:
     """All clients' sites in a run folder: data sources are read once, and each site shows its client's part."""
-    config = run.config()
+    config = run.site_config()
     identity = read_record(run.path / "run.json", Identity)
 
     @lru_cache(maxsize=1)
@@ -106,7 +106,7 @@ class SimulatedSite:
     """
 
     run: RunDir
-    config: RunConfig
+    config: SiteConfig
     base_fingerprint: str
     client: str
     name: str

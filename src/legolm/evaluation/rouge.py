@@ -12,7 +12,7 @@ import torch
 from legolm.config import Precision
 from legolm.data import Tokens
 from legolm.errors import LegolmError
-from legolm.evaluate.figure import Array
+from legolm.evaluation.figure import Array
 from legolm.models import autocast
 
 MAX_NEW_TOKENS = 128

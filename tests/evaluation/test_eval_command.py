@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from legolm.adapter import init_factors, merge, save_adapter, slice_factors
 from legolm.block import read_block
 from legolm.cli import main
-from legolm.evaluate import line_up
-from legolm.evaluate.side_by_side import Subject, load_subject
+from legolm.evaluation import line_up
+from legolm.evaluation.side_by_side import Subject, load_subject
 from legolm.models import decoder_layers, fingerprint, load_model
 
 Answer = tuple[int, str, str]
@@ -233,7 +233,7 @@ def test_bad_input_is_one_line(
     # Before the tasks have their hours.
     asked = ("--tasks", "three", "--include", tasks(), "--text", corpus, "--length")
     with monkeypatch.context() as patched:
-        patched.setattr("legolm.evaluate.questions.run_tasks", None)
+        patched.setattr("legolm.evaluation.questions.run_tasks", None)
         fails(llm, *asked, 10**6, says=("--length 1000000: the model takes 512 tokens",))
     long = tmp_path / "long.jsonl"
     long.write_text(data.read_text() + json.dumps({"instruction": "a" * 600, "output": "b"}) + "\n")

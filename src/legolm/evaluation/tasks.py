@@ -22,7 +22,7 @@ from jinja2 import Environment, TemplateError, meta
 
 from legolm.config import Precision
 from legolm.errors import LegolmError
-from legolm.evaluate.figure import Figure, digest, ratio_figure
+from legolm.evaluation.figure import Figure, digest, ratio_figure
 from legolm.system import hub_answers, wants_offline
 
 BATCH = 8

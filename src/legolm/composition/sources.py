@@ -14,7 +14,7 @@ from legolm.block import Block, Coverage, read_block
 from legolm.config import Fields
 from legolm.data import read_rows, render_whole, to_example
 from legolm.errors import LegolmError
-from legolm.evaluate import score
+from legolm.evaluation import score
 from legolm.models import load_config, load_model, load_tokenizer
 from legolm.system import Progress
 

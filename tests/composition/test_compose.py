@@ -20,11 +20,11 @@ from legolm import config as configs
 from legolm import pipeline
 from legolm.adapter import Tensors, adapter_keys, factor_shape, merge, save_adapter, save_factors
 from legolm.block import Block, Coverage, Manifest, read_block, write_block
-from legolm.compose import choose_method, compose, plan
+from legolm.composition import choose_method, compose, plan
 from legolm.config import Fields
 from legolm.data import read_rows, render, to_example
 from legolm.errors import LegolmError
-from legolm.evaluate import score
+from legolm.evaluation import score
 from legolm.models import decoder_layers, fingerprint, load_config, load_model, load_tokenizer, shape_of
 from legolm.system import Progress
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from legolm.config import Fields, Precision
 from legolm.data import Example, read_rows, read_text, render_whole, to_example
 from legolm.errors import LegolmError
-from legolm.evaluate.answers import score_each
-from legolm.evaluate.figure import RatioFigure, digest, ratio_figure
-from legolm.evaluate.perplexity import text_windows, window_losses
-from legolm.evaluate.rouge import generate, need_rouge, rouge_l
-from legolm.evaluate.tasks import TaskFigures, Tasks, load_tasks, run_tasks
+from legolm.evaluation.answers import score_each
+from legolm.evaluation.figure import RatioFigure, digest, ratio_figure
+from legolm.evaluation.perplexity import text_windows, window_losses
+from legolm.evaluation.rouge import generate, need_rouge, rouge_l
+from legolm.evaluation.tasks import TaskFigures, Tasks, load_tasks, run_tasks
 
 BATCH = 8
 DATA, TEXT = "answers", "text"

@@ -15,10 +15,10 @@ from legolm.adapter import CONFIG, FACTORS, WEIGHTS
 from legolm.block import Block, read_block
 from legolm.config import Precision
 from legolm.errors import LegolmError
-from legolm.evaluate.figure import Figure
-from legolm.evaluate.paired import Comparison, compare
-from legolm.evaluate.questions import Questions, check_finite, measure
-from legolm.evaluate.tasks import TaskFigures
+from legolm.evaluation.figure import Figure
+from legolm.evaluation.paired import Comparison, compare
+from legolm.evaluation.questions import Questions, check_finite, measure
+from legolm.evaluation.tasks import TaskFigures
 from legolm.models import (
     choose_device,
     decoder_layers,
@@ -34,13 +34,17 @@ from legolm.system import Progress, atomic_write, release_memory, versions
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to evaluate: its folder, the adapter on it, and the name of the model that it is compared with."""
+    """A model to evaluate: its folder, the adapter on it, and the name of the model that it is compared with.
+
+    `model` is it in memory, where it is not to be loaded from the folder.
+    """
 
     name: str
     path: Path
     block: Block | None = None
     adapter: Path | None = None
     against: str | None = None
+    model: Any = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def load_subject(subject: Subject) -> Any:
 
     Raises `LegolmError` for an adapter that does not fit, and weights that are not finite.
     """
-    model = load_model(subject.path)
+    model = load_model(subject.path) if subject.model is None else subject.model
     if subject.adapter is not None:
         model = _with_adapter(model, subject.adapter)
         if subject.block is not None and subject.block.coverage.masks:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from legolm.evaluate.figure import Array, Figure, RatioFigure, spread
+from legolm.evaluation.figure import Array, Figure, RatioFigure, spread
 
 FLIPS = 2**14
 """Sign flips: all of them up to 14 questions that differ, beyond that so many at random."""

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from legolm.config import Precision
 from legolm.errors import LegolmError
-from legolm.evaluate.figure import Array
+from legolm.evaluation.figure import Array
 from legolm.models import autocast
 
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legolm.evaluate import Figure, compare
-from legolm.evaluate.figure import RatioFigure, ratio_figure
-from legolm.evaluate.paired import FLIPS, mcnemar, sign_flips
+from legolm.evaluation import Figure, compare
+from legolm.evaluation.figure import RatioFigure, ratio_figure
+from legolm.evaluation.paired import FLIPS, mcnemar, sign_flips
 
 SUMS = st.floats(-10, 10, allow_nan=False)
 PAIRS = st.lists(st.tuples(SUMS, SUMS, st.integers(1, 9)), min_size=2, max_size=20)

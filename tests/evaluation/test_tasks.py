@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from legolm.errors import LegolmError
-from legolm.evaluate import compare
-from legolm.evaluate.tasks import load_tasks, run_tasks
+from legolm.evaluation import compare
+from legolm.evaluation.tasks import load_tasks, run_tasks
 from legolm.models import resolve
 from legolm.system import hub
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from legolm.block import Coverage
-from legolm.compose import choose_method
-from legolm.compose.methods import Part
+from legolm.composition import choose_method
+from legolm.composition.methods import Part
 from legolm.errors import LegolmError
 from legolm.models import Shape
 

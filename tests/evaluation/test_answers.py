@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from legolm.data import Example, Tokens, render
 from legolm.data.examples import Message
-from legolm.evaluate import Questions, measure, rouge, score
-from legolm.evaluate.answers import score_each
-from legolm.evaluate.rouge import generate, rouge_l
+from legolm.evaluation import Questions, measure, rouge, score
+from legolm.evaluation.answers import score_each
+from legolm.evaluation.rouge import generate, rouge_l
 from legolm.models import FAMILIES, load_model
 
 

@@ -11,7 +11,7 @@ import torch
 
 from legolm.config import Precision
 from legolm.data import Tokens
-from legolm.evaluate.figure import Array
+from legolm.evaluation.figure import Array
 from legolm.models import Head, autocast, hidden_states, judged, lean, pack
 from legolm.runs import Score
 

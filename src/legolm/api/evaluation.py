@@ -1,0 +1,115 @@
+"""Models side by side on the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from legolm.api.models import LLM
+from legolm.block import Block
+from legolm.config import Fields
+from legolm.errors import LegolmError
+from legolm.evaluation import Questions, Result, line_up, read_questions
+from legolm.evaluation import evaluate as evaluate_all
+from legolm.report import print_scores
+from legolm.runs import Row, to_frame
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class Results(list[Result]):
+    """One entry a figure and model; printed, it is the command's table."""
+
+    def __str__(self) -> str:
+        text = StringIO()
+        with redirect_stdout(text):
+            print_scores(self)
+        return text.getvalue()
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row a figure and model. Raises `LegolmError` without pandas."""
+        rows: list[Row] = []
+        for one in self:
+            found = one.comparison
+            rows.append(
+                {
+                    "task": one.task,
+                    "metric": one.metric,
+                    "model": one.model,
+                    "value": one.figure.value,
+                    "stderr": one.figure.stderr,
+                    "questions": one.figure.count,
+                    "against": one.against,
+                    "difference": found.difference if found else None,
+                    "p": found.p if found else None,
+                }
+            )
+        return to_frame(rows)
+
+
+def questions(
+    tasks: Sequence[str] = (),
+    *,
+    include: str | Path | None = None,
+    data: str | None = None,
+    fields: dict[str, str] | None = None,
+    text: str | Path | None = None,
+    limit: int | None = None,
+    rouge: bool = False,
+    length: int | None = None,
+    windows: int | None = None,
+) -> Questions:
+    """What to ask: tasks of lm-evaluation-harness (below `include`, or its own), conversations, running text.
+
+    `fields` names the fields of `data` (`instruction` and `answer`, or `messages`); `limit` is so many questions of
+    each task and of `data`; `rouge` also generates answers; `length` are tokens a window of the text, `windows` so many
+    of them. Raises `LegolmError` for what is missing or broken.
+    """
+    return read_questions(
+        tasks,
+        None if include is None else Path(include),
+        data,
+        None if fields is None else Fields(**fields),
+        None if text is None else Path(text),
+        limit,
+        rouge,
+        length,
+        windows,
+    )
+
+
+def evaluate(
+    models: Sequence[LLM | Block | str | Path | Any],
+    questions: Questions,
+    *,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Results:
+    """Every figure of every model, with standard errors; a block beside its LLM, with a paired test.
+
+    A model is an `LLM`, a `Block`, a folder or hub id, or a causal LM of transformers in memory, which is asked as it
+    is and must have been loaded from a folder (its tokenizer is read there). Raises `LegolmError` for others.
+    """
+    names: list[str] = []
+    loaded: dict[str, Any] = {}
+    for model in models:
+        if isinstance(model, LLM | Block):
+            names.append(model.name if isinstance(model, LLM) else str(model.path))
+        elif isinstance(model, str | Path):
+            names.append(str(model))
+        elif getattr(model, "name_or_path", ""):
+            names.append(str(model.name_or_path))
+            loaded[names[-1]] = model
+        else:
+            raise LegolmError(
+                f"evaluate: {type(model).__name__} is no model; give an LLM, a Block, a folder or a model"
+            )
+    subjects = [
+        replace(subject, model=loaded[subject.name]) if subject.name in loaded else subject
+        for subject in line_up(names)
+    ]
+    return Results(evaluate_all(subjects, questions, precision))

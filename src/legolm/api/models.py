@@ -1,0 +1,101 @@
+"""An LLM, the blocks that are cut from it, and examples to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from legolm.block import Block, read_block
+from legolm.config import BlockConfig, Fields, validate
+from legolm.data import Example, read_rows, to_example, with_system
+from legolm.errors import LegolmError
+from legolm.models import fingerprint, lasting_name, load_config, load_model, load_tokenizer, resolve, shape_of
+from legolm.prune import cut_blocks
+from legolm.system import Progress, check_room
+
+
+@dataclass(frozen=True)
+class LLM:
+    """The dense model that everything is cut from: `starter`, a local folder, or a hub id (owner/name).
+
+    Raises `LegolmError` for one that is not there and for a family that is not known.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        shape_of(load_config(self.path))
+
+    @cached_property
+    def path(self) -> Path:
+        """Its checkpoint's folder."""
+        return resolve(self.name)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of its weights, hexadecimal: what blocks record."""
+        return fingerprint(self.path)
+
+    def load(self) -> tuple[Any, Any]:
+        """(model, tokenizer) of transformers; float32 on the CPU, in eval mode, nothing trainable."""
+        return load_model(self.path), load_tokenizer(self.path)
+
+
+def cut(
+    llm: LLM,
+    out: str | Path,
+    *,
+    method: str = "structured",
+    recover: int = 0,
+    calibration: str = "pydoc",
+    samples: int = 32,
+    length: int = 256,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    **target: Any,
+) -> Block:
+    """Cut a block out of `llm` into the folder `out`, and recover it by `recover` steps of distillation.
+
+    `target` is one of `sparsity` (removed share of the decoder's linear weights), `pattern` ("2:4"), `params` ("70M"),
+    `memory` ("150MB"), `speedup` (1.7), or a shape (`intermediate_size`, `num_key_value_heads`, `num_hidden_layers`);
+    and the criterion's own settings. `calibration` is `starter`, `pydoc`, a text file or a file of conversations, of
+    which `samples` of `length` tokens are read.
+
+    A block that is there and was cut by the same recipe is given as it is, so that a script can run again. Raises
+    `LegolmError` for another one, and for a target that cannot be met.
+    """
+    folder = Path(out)
+    text = {"text": calibration, "samples": samples, "length": length}
+    raw = {"name": folder.name, "method": method, "calibration": text, "recover": {"steps": recover}} | target
+    spec = validate(BlockConfig, raw, "cut")
+    if folder.exists():
+        found = read_block(folder)
+        recipe = spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True)
+        if (found.base_fingerprint, found.method, found.details.get("target")) != (llm.fingerprint, method, recipe):
+            raise LegolmError(f"cut: {folder} holds another block ({found.method}); give another folder")
+        return found
+    check_room(folder)
+    model = lasting_name(llm.name)
+    (block,) = cut_blocks(llm.path, llm.fingerprint, [(spec, folder)], seed, precision, Progress(), model)
+    return block
+
+
+def read(
+    source: str | Path | Sequence[str],
+    *,
+    instruction: str = "instruction",
+    answer: str = "output",
+    messages: str | None = None,
+    system: str | None = None,
+) -> list[Example]:
+    """Conversations from files (JSON, JSONL, CSV, Parquet; patterns), `hub:owner/name[:split]`, or a list of them.
+
+    `instruction` and `answer` name a row's fields, or `messages` its list of role and content; `system` is put before
+    each conversation without a system message. Raises `LegolmError` with the place of a bad row.
+    """
+    fields = Fields(instruction=instruction, answer=answer, messages=messages)
+    files = str(source) if isinstance(source, Path) else source
+    return [with_system(to_example(row, fields), system) for row in read_rows(files, "read")]

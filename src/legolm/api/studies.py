@@ -1,0 +1,60 @@
+"""The studies and compositions of the command, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from legolm.block import Block
+from legolm.composition import choose_method, plan
+from legolm.composition import compose as put_together
+from legolm.evaluation import Questions
+from legolm.runs import Ablation, Comparison
+from legolm.study import ablate as leave_out
+from legolm.study import compare as run_all
+from legolm.system import Progress, check_room
+
+
+def compare(study: str | Path, out: str | Path, *, changes: Sequence[str] = (), models: bool = True) -> Comparison:
+    """Run every variant of a study's YAML in a folder below `out`, and go on where an earlier call stopped.
+
+    `changes` (`a.b=value`) override the run that the variants vary; without `models` no final ones are written.
+    """
+    return run_all(Path(study), Path(out), changes, models)
+
+
+def ablate(run: str | Path, out: str | Path | None = None, *, questions: Questions | None = None) -> Ablation:
+    """Leave each block, then each client, out of a run's aggregation (made with `federation.keep_updates`).
+
+    The LLM also answers `questions`. Writes `ablation.json` and `.html` into `out`, or the run's folder.
+    """
+    folder = Path(run)
+    return leave_out(folder, Path(out) if out is not None else folder, questions, Progress())
+
+
+def compose(
+    sources: Sequence[str | Path | Block],
+    into: str | Path | Block,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    method: str = "heteagg",
+    form: str | None = None,
+    scaling: float | None = None,
+    density: float | None = None,
+    weights: Sequence[float] | None = None,
+    validate: str | None = None,
+) -> Block:
+    """Put what separately trained blocks learned into one block or the LLM, written to the folder `out`.
+
+    `sources` are folders of a run's final/ or "BLOCK:ADAPTER"; `into` is `llm`, `union`, sizes
+    ("layers=30,kv_groups=3,neurons=1536") or a block. `weights` are one a source, or `validate` a file of answers to
+    weigh them by. Raises `LegolmError` for what does not fit.
+    """
+    folder, progress = Path(out), Progress()
+    check_room(folder)
+    names = [str(one.path if isinstance(one, Block) else one) for one in sources]
+    target = str(into.path if isinstance(into, Block) else into)
+    numbers = None if weights is None else ",".join(map(str, weights))
+    chosen = choose_method(method, form, scaling, density)
+    return put_together(plan(names, target, base, chosen, numbers, validate, progress), folder, progress)

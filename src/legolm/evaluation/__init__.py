@@ -1,0 +1,25 @@
+"""Answers, perplexity and benchmark tasks, with standard errors and paired tests."""
+
+from legolm.evaluation.answers import score
+from legolm.evaluation.figure import Figure, digest
+from legolm.evaluation.paired import compare
+from legolm.evaluation.perplexity import perplexity
+from legolm.evaluation.questions import TEXT, Questions, check_finite, measure, read_questions
+from legolm.evaluation.side_by_side import Result, evaluate, line_up, write_json
+
+__all__ = [
+    "TEXT",
+    "Figure",
+    "Questions",
+    "Result",
+    "check_finite",
+    "compare",
+    "digest",
+    "evaluate",
+    "line_up",
+    "measure",
+    "perplexity",
+    "read_questions",
+    "score",
+    "write_json",
+]
