@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from helpers import assert_one_line, legolm
 from legolm.block import read_block
-from legolm.config import CRITERIA, SCHEMES, TRAINERS
 
 HEAD = """
 from typing import Annotated, Any
@@ -66,14 +65,11 @@ def half_way(task: Task, *, share: Annotated[float, Field(gt=0, le=1)] = 0.5) ->
 
 
 @pytest.fixture
-def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def plugin(tmp_path: Path, shipped: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Write the module file `mine.py` into the working directory; afterwards nothing knows of it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    for registry in (SCHEMES, CRITERIA, TRAINERS):
-        list(registry)
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
     def write(*parts: str) -> None:
         sys.modules.pop("mine", None)

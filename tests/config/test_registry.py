@@ -18,8 +18,13 @@ SRC = Path(__file__).parents[2] / "src" / "legolm"
 HOMES = {"aggregate": SCHEMES, "prune": CRITERIA, "finetune": TRAINERS}
 COMMON = {"median"}
 """Names that are words of the language, too: in a sentence they may stand."""
-DEFAULTS = {("config/aggregation.py", "heteagg"), ("config/sections.py", "adamw")}
-COMPOSE = {("composition/methods.py", "heteagg"), ("cli/compose.py", "heteagg")}
+DEFAULTS = {
+    ("config/aggregation.py", "heteagg"),
+    ("config/sections.py", "adamw"),
+    ("api/federation.py", "heteagg"),
+    ("api/federation.py", "adamw"),
+}
+COMPOSE = {(file, "heteagg") for file in ("composition/methods.py", "cli/compose.py", "api/studies.py")}
 """Composing has methods of its own, and calls one of them like the scheme that it follows."""
 
 
@@ -37,7 +42,7 @@ def strings(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("home", HOMES)
-def test_no_other_room_knows_a_name(home: str) -> None:
+def test_no_other_room_knows_a_name(home: str, shipped: None) -> None:
     names = set(HOMES[home])
     assert {"aggregate": "fedavg", "prune": "wanda", "finetune": "adamw"}[home] in names
     found = set()
@@ -105,7 +110,7 @@ def test_a_cell_that_runs_again_replaces_and_another_function_is_refused(registr
         registry.register("thing", other, other)
 
 
-def test_messages_name_what_would_do(registry: Registry[Any]) -> None:
+def test_messages_name_what_would_do(shipped: None) -> None:
     assert SCHEMES.having("unequal", "block") == "heteagg, median, trimmed_mean"
     assert SCHEMES.having("fresh") == "flora"
 
