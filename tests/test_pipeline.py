@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers import without_clocks
 from legolm import config as configs
 from legolm import pipeline
 from legolm.block import read_block
@@ -46,14 +47,6 @@ def config_file(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) ->
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(raw))
     return path
-
-
-def without_clocks(value: Any) -> Any:
-    """What must be equal between two runs: everything but time, the machine and the engine's name."""
-    clocks = {"seconds", "wall_s", "machine", "engine", "run", "run_id", "versions", "train_s_per_round", "file_bytes"}
-    if isinstance(value, dict):
-        return {k: without_clocks(v) for k, v in value.items() if k not in clocks}
-    return [without_clocks(v) for v in value] if isinstance(value, list) else value
 
 
 def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -10,13 +10,12 @@ import hashlib
 import os
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from legolm.adapter import merge, save_adapter, save_factors
-from legolm.block import Block, Manifest, llm_block, read_block, write_block
+from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
 from legolm.config import RunConfig
 from legolm.data import data_fingerprint
 from legolm.errors import LegolmError
@@ -101,7 +100,7 @@ def _identify(folder: RunDir, plan: Plan) -> Identity:
     found = Identity(
         run=hashlib.sha256(folder.config_file.read_bytes()).hexdigest()[:16],
         base_fingerprint=fingerprint(plan.base),
-        data_fingerprint=data_fingerprint(plan.data),
+        data_fingerprint=data_fingerprint(plan.data, plan.server),
         machine=Machine(**machine()),
         versions=versions(),
     )
@@ -141,9 +140,11 @@ def _cut_blocks(
             continue
         with atomic_folder(folder.block(spec.name)) as partial:
             shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=_link)
+            if spec.path is not None:
+                rename_block(partial, spec.name)  # the run's, whatever it was called where it was cut
     for spec in config.blocks:
         path = folder.block(spec.name)
-        blocks[spec.name] = replace(read_block(path), name=spec.name)
+        blocks[spec.name] = read_block(path)
         if blocks[spec.name].base_fingerprint != base_fingerprint:
             raise LegolmError(f"block {path}: was cut from another base model; remove it and run again with --resume")
     release_memory()

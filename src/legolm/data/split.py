@@ -48,9 +48,10 @@ def load_parts(config: DataConfig, clients: Sequence[str], seed: int) -> dict[st
     return {client: _finish(_hold_out(client, groups, config, seed), config) for client in clients}
 
 
-def data_fingerprint(data: Mapping[str, ClientData]) -> str:
-    """SHA-256 over every client's examples, by client."""
-    return hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()
+def data_fingerprint(data: Mapping[str, ClientData], server: Sequence[Example] = ()) -> str:
+    """SHA-256 over every client's examples, by client, and the server's own where it has some."""
+    own = repr(list(server)) if server else ""
+    return hashlib.sha256((repr(sorted(data.items())) + own).encode()).hexdigest()
 
 
 def _group(source: str | list[str], split: SplitName, config: DataConfig) -> Groups:

@@ -11,9 +11,9 @@ from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parame
 from legolm.aggregate import make_scheme, rehearse
 from legolm.block import Base, Block, Coverage, llm_block, read_block
 from legolm.config import SCHEMES, RunConfig
-from legolm.data import ClientData, check_text, check_whole, client_data, render
+from legolm.data import ClientData, Example, check_text, check_whole, client_data, render
 from legolm.errors import LegolmError
-from legolm.federate.server import start_factors
+from legolm.federate.server import server_examples, start_factors
 from legolm.federate.wire import encoded_bytes
 from legolm.models import choose_device, choose_precision, fingerprint, load_config, load_tokenizer, resolve
 from legolm.plan.assign import assign
@@ -68,6 +68,7 @@ class Plan:
     blocks: tuple[PlannedBlock, ...]
     clients: tuple[PlannedClient, ...]
     data: dict[str, ClientData]
+    server: list[Example]
     actors: int
     memory_bytes: int
     disk_bytes: int
@@ -76,10 +77,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Parts:
-    """Every client's data, and the lengths of its training examples in tokens."""
+    """Every client's data, the lengths of its training examples in tokens, and the server's own data."""
 
     data: dict[str, ClientData]
     lengths: dict[str, list[int]]
+    server: list[Example]
 
 
 def read_parts(config: RunConfig) -> Parts:
@@ -97,7 +99,10 @@ def read_parts(config: RunConfig) -> Parts:
                 check_whole(found, most, split, client)
             if split == "train":
                 lengths[client] = [len(one.ids) for one in found]
-    return Parts(data, lengths)
+    server = server_examples(config)
+    if refuse:
+        check_whole([render(row, tokenizer, most) for row in server], most, "evaluate.server_data", "llm")
+    return Parts(data, lengths, server)
 
 
 def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
@@ -171,7 +176,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
     memory = SPARE_BYTES + actors * actor
-    return Plan(path, tuple(blocks), tuple(clients), data, actors, memory, disk, models)
+    return Plan(path, tuple(blocks), tuple(clients), data, parts.server, actors, memory, disk, models)
 
 
 def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:

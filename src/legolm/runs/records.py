@@ -100,6 +100,7 @@ class Global(Record):
     clients', or on the server's own.
     """
 
+    schema_number: Literal[2] = 2
     llm: Scores | None
     held: list[Held]
     validation: float
@@ -113,7 +114,6 @@ class Global(Record):
 class RoundRecord(Global):
     """A finished round; round 0 is before training."""
 
-    schema_number: Literal[2] = 2
     stage: Literal["round"] = "round"
     round: int
     accepted: list[str] = []
@@ -179,16 +179,16 @@ def read_record(path: Path, kind: type[R], way_out: str = ANEW) -> R:
 
 def parse_record(content: bytes | str, kind: type[R], path: Path, way_out: str = ANEW) -> R:
     """The same from what `path` holds."""
+    version = _version(content)
+    if version not in (None, SCHEMA):  # also where its fields happen to be those of today
+        raise LegolmError(
+            f"{path}: another version of legolm wrote it (schema {version}, this one reads {SCHEMA}); {way_out}"
+        )
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "it"
-        version = _version(content)
-        if version is not None and version != SCHEMA:
-            raise LegolmError(
-                f"{path}: another version of legolm wrote it (schema {version}, this one reads {SCHEMA}); {way_out}"
-            ) from None
         raise LegolmError(f"{path}: is broken ({where}: {problem['msg']}); {way_out}") from None
 
 

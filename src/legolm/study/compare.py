@@ -69,7 +69,9 @@ def plans(path: Path, changes: Sequence[str] = ()) -> dict[str, tuple[RunConfig,
         config = configs[variant.name]
         # Variants mostly differ in the scheme: their data is read once.
         shared: dict[str, Any] = dict.fromkeys(("model", "seed", "data", "train"), True)
-        key = config.model_dump_json(include=shared | {"clients": {"__all__": {"id", "data"}}})
+        key = config.model_dump_json(
+            include=shared | {"clients": {"__all__": {"id", "data"}}, "evaluate": {"server_data"}}
+        )
         if key not in read:
             read[key] = read_parts(config)
         parts = read[key]

@@ -130,7 +130,7 @@ class Rounds:
         scheme = begin(self._config, self._members.llm)
         known = self._shared_scores()
         if known and known.exists():
-            scored = read_record(known, Global)
+            scored = read_record(known, Global, "delete it")
         else:
             scored = self.score_global(scheme, exchange, "before: evaluate")
             if known:

@@ -148,7 +148,12 @@ class _ServerSite:
 
 
 def server_examples(config: RunConfig) -> list[Example]:
-    """The server's own rows (`evaluate.server_data`). Raises `LegolmError` for bad ones."""
+    """The server's own rows (`evaluate.server_data`), none if it is not given. Raises `LegolmError` for bad ones."""
     data, source = config.data, config.evaluate.server_data
-    rows = [] if source is None else read_rows(source, "evaluate.server_data")
-    return [with_system(to_example(row, data.fields), data.system) for row in rows]
+    if source is None:
+        return []
+    rows = read_rows(source, "evaluate.server_data")
+    found = [with_system(to_example(row, data.fields), data.system) for row in rows]
+    if not found:
+        raise LegolmError(f"evaluate.server_data: {source!r} has no rows; name files with examples, or take it out")
+    return found
