@@ -1,4 +1,4 @@
-"""README and docs say what is so: snippets load or run, commands have their options, and the table of schemes is theirs."""
+"""README and docs say what is so: snippets load or run, commands have their options, links and tables are right."""
 
 from __future__ import annotations
 
@@ -123,6 +123,16 @@ def test_commands_have_their_options() -> None:
             assert used <= known, line
             found += len(used)
     assert found > 20
+
+
+@pytest.mark.parametrize("page", [*PAGES, HERE / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, part = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if part else []
+        assert not part or part in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
 
 
 def test_the_table_of_schemes_is_what_they_say() -> None:

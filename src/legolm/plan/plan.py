@@ -11,7 +11,7 @@ from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parame
 from legolm.aggregate import make_scheme, rehearse
 from legolm.block import Base, Block, Coverage, llm_block, read_block
 from legolm.config import SCHEMES, RunConfig
-from legolm.data import ClientData, Example, check_text, check_whole, client_data, render
+from legolm.data import ClientData, Example, check_text, check_whole, client_data, data_fingerprint, render
 from legolm.errors import LegolmError
 from legolm.federate.server import server_examples, start_factors
 from legolm.federate.wire import encoded_bytes
@@ -67,8 +67,7 @@ class Plan:
     base: Path
     blocks: tuple[PlannedBlock, ...]
     clients: tuple[PlannedClient, ...]
-    data: dict[str, ClientData]
-    server: list[Example]
+    data_fingerprint: str
     actors: int
     memory_bytes: int
     disk_bytes: int
@@ -118,7 +117,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     rehearse(config.aggregate)
     modules_of(shape, config.lora.ranks, "lora.ranks")
     parts = parts or read_parts(config)
-    data, lengths = parts.data, parts.lengths
+    lengths = parts.lengths
     longest = max(max(found) for found in lengths.values())
 
     coverages: dict[str, Coverage] = {}
@@ -152,16 +151,17 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     check_clients(config, block_of, dense)
     if config.lora.start is not None or config.aggregate.start is not None:
         start_factors(config, llm_block(path, fingerprint(path)))
-    clients = []
+    clients, traffic = [], dict[tuple[str, int], tuple[int, int]]()
     for client in config.clients:
         block = block_of[client.id]
         mean_length = sum(lengths[client.id]) / len(lengths[client.id])
         tokens = round(config.train.steps * config.train.batch_size * mean_length)
         sparsity = next(found.sparsity for found in blocks if found.name == block)
-        traffic = (0, 0)
-        if not config.federation.capable or block in dense:
-            traffic = _traffic(config, coverages[block], client.rank or config.lora.rank, sparsity)
-        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *traffic))
+        like = block, client.rank or config.lora.rank
+        if like not in traffic:
+            takes_part = not config.federation.capable or block in dense
+            traffic[like] = _traffic(config, coverages[block], like[1], sparsity) if takes_part else (0, 0)
+        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *traffic[like]))
 
     used = [needs[block] for block in set(block_of.values())]
     whole = training_bytes(
@@ -176,7 +176,8 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
     memory = SPARE_BYTES + actors * actor
-    return Plan(path, tuple(blocks), tuple(clients), data, parts.server, actors, memory, disk, models)
+    found = data_fingerprint(parts.data, parts.server)
+    return Plan(path, tuple(blocks), tuple(clients), found, actors, memory, disk, models)
 
 
 def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:

@@ -47,7 +47,7 @@ def summarize(
     """
     rounds = rounds_of(records)
     best, llm_best = best_round(rounds, "validation"), best_round(rounds, "llm_validation")
-    others = {id: others_of(config, id) for id in block_of}
+    others = others_of(config)
     stages: dict[Stage, dict[str, Scores]] = {"before": rounds[0].by_client(), "global": best.by_client()}
     for stage in ALONE:
         stages[stage] = {one.client: one.scores for one in clients_of(records, stage)}

@@ -32,7 +32,7 @@ from legolm.runs.records import (
 from legolm.runs.sample import (
     others_of,
 )
-from legolm.runs.store import Stages, load_adapter_state
+from legolm.runs.store import Stages, load_adapter_state, save_adapter_state
 from legolm.runs.studies import (
     Ablation,
     CompareRow,
@@ -109,6 +109,7 @@ __all__ = [
     "read_record",
     "read_stages",
     "rounds_of",
+    "save_adapter_state",
     "to_frame",
     "write_csv",
 ]

@@ -46,11 +46,11 @@ class Order:
 
 @dataclass(frozen=True)
 class Job:
-    """Score one block with one adapter, on behalf of a client, on (client, split) pairs."""
+    """Score one block with one adapter, made when it is sent, on behalf of a client, on (client, split) pairs."""
 
     client: str
     block: Block
-    factors: Tensors
+    adapter: Callable[[], Tensors]
     sets: tuple[tuple[str, Split], ...]
 
 
@@ -139,8 +139,8 @@ class Dispatch:
 
     def question(self, job: Job) -> bytes:
         """The request that asks a client for a job's scores."""
-        config = self._config
-        rank = max((t.shape[0] for key, t in job.factors.items() if key.endswith(".A")), default=0)
+        config, factors = self._config, job.adapter()
+        rank = max((t.shape[0] for key, t in factors.items() if key.endswith(".A")), default=0)
         header = EvaluateRequest(
             **self._envelope(job.client, job.block, rank),
             sets=list(job.sets),
@@ -151,7 +151,7 @@ class Dispatch:
             precision=_decided(config),
             batch_size=config.evaluate.batch_size,
         )
-        return pack(header, encode(job.factors, "none"))
+        return pack(header, encode(factors, "none"))
 
     def _settings(self, order: Order, block: Block) -> TrainSettings:
         config, scheme = self._config, order.scheme

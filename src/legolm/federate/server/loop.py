@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,8 +41,9 @@ from legolm.runs import (
     dump_record,
     load_adapter_state,
     read_record,
+    save_adapter_state,
 )
-from legolm.system import Progress, atomic_folder, atomic_write
+from legolm.system import Progress, atomic_folder, atomic_write, scratch_folder
 
 
 class Rounds:
@@ -205,30 +208,35 @@ class Rounds:
             return
         began = time.perf_counter()
         scheme = self.scheme(start)
-        own: dict[str, Tensors] = {}
         training: dict[str, Training] = {}
-        for one in self._dispatch.train(Order(left, scheme, stage, start, {}), exchange, f"{stage}: train"):
-            if one.update is None:
-                raise LegolmError(f"{stage}: client {one.client}: {one.reason}")
-            change = one.update.change
-            ended = {key: t + change.delta[key] if key in change.delta else t for key, t in change.received.items()}
-            own[one.client] = concatenated(ended, scheme.fold(self._members.block[one.client].coverage, 0))
-            training[one.client] = one.update.training
-        jobs = [Job(id, self._members.block[id], own[id], self._scoring.sets_of(id)) for id in left]
+        # What each learned waits on the disk until it is scored: the server's memory must not grow with clients.
+        with scratch_folder(self._folder.path / stage) as own:
+            for one in self._dispatch.train(Order(left, scheme, stage, start, {}), exchange, f"{stage}: train"):
+                if one.update is None:
+                    raise LegolmError(f"{stage}: client {one.client}: {one.reason}")
+                change, coverage = one.update.change, self._members.block[one.client].coverage
+                ended = {key: t + change.delta[key] if key in change.delta else t for key, t in change.received.items()}
+                save_adapter_state(own / one.client, concatenated(ended, scheme.fold(coverage, 0)))
+                training[one.client] = one.update.training
+            jobs = [
+                Job(id, self._members.block[id], partial(load_adapter_state, own / id), self._scoring.sets_of(id))
+                for id in left
+            ]
 
-        def keep(index: int, scores: Sequence[Score]) -> None:
-            id = left[index]
-            record = ClientRecord(
-                stage=stage,
-                client=id,
-                scores=by_client(jobs[index].sets, scores),
-                train=training[id],
-                validation=scores[-1].loss,
-                seconds=time.perf_counter() - began,
-            )
-            self._stages.keep(self._folder.client_stage(stage, id), own[id], record)
+            def keep(index: int, scores: Sequence[Score]) -> None:
+                job = jobs[index]
+                record = ClientRecord(
+                    stage=stage,
+                    client=job.client,
+                    scores=by_client(job.sets, scores),
+                    train=training[job.client],
+                    validation=scores[-1].loss,
+                    seconds=time.perf_counter() - began,
+                )
+                self._stages.keep(self._folder.client_stage(stage, job.client), job.adapter(), record)
+                shutil.rmtree(own / job.client)
 
-        self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep)
+            self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep)
         self._stages.write_lines()
 
     # Pieces
