@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parameters, modules_of
-from legolm.aggregate import make_scheme
+from legolm.aggregate import make_scheme, rehearse
 from legolm.block import Base, Block, Coverage, llm_block, read_block
-from legolm.config import RunConfig
+from legolm.config import SCHEMES, RunConfig
 from legolm.data import ClientData, Example, check_text, check_whole, client_data, data_fingerprint, render
 from legolm.errors import LegolmError
 from legolm.federate.server import server_examples, start_factors
@@ -18,7 +18,7 @@ from legolm.federate.wire import encoded_bytes
 from legolm.models import choose_device, choose_precision, fingerprint, load_config, load_tokenizer, resolve
 from legolm.plan.assign import assign
 from legolm.plan.needs import training_bytes
-from legolm.prune import planned_coverage, target_pattern
+from legolm.prune import criterion_of, planned_coverage, target_pattern
 from legolm.system import available_bytes
 
 SPARE_BYTES = 3 << 29
@@ -114,30 +114,33 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     choose_device(config.device)
     precision = choose_precision(config.precision, config.device)
     check_files(config)
+    rehearse(config.aggregate)
     modules_of(shape, config.lora.ranks, "lora.ranks")
     parts = parts or read_parts(config)
     lengths = parts.lengths
     longest = max(max(found) for found in lengths.values())
 
     coverages: dict[str, Coverage] = {}
-    blocks, shaped = [], ("dense", "structured")
+    blocks = []
     given = given_blocks(config, path)
     for spec in config.cuts:
         there = given.get(spec.name)
         coverage = coverages[spec.name] = there.coverage if there else planned_coverage(spec, base)
         parameters = there.parameters if there else base.parameters_of(coverage.kept_weights)
-        known = there is not None or spec.method in shaped
+        criterion = criterion_of(spec)
+        if criterion is not None:
+            criterion.rehearse(target_pattern(spec, shape))
         blocks.append(
             PlannedBlock(
                 name=spec.name,
                 method=spec.method,
-                sparsity=coverage.sparsity if known else target_pattern(spec, shape).sparsity,
+                sparsity=target_pattern(spec, shape).sparsity if criterion else coverage.sparsity,
                 parameters=parameters,
                 file_bytes=parameters * width,
                 training_bytes=training_bytes(
                     coverage, parameters, model.vocab_size, longest, config.train, config.lora, precision
                 ),
-                token_flops=(4 if known and not coverage.masks else 6) * coverage.kept_weights,
+                token_flops=(6 if criterion or coverage.masks else 4) * coverage.kept_weights,
                 recovery_steps=spec.recover.most_steps,
             )
         )
@@ -241,7 +244,8 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collect
         if why:
             raise LegolmError(
                 f"aggregate.scheme {config.aggregate.scheme!r}: client {client.id!r} {why}; "
-                "take heteagg, or leave such clients out (federation.capable: true)"
+                f"take one of {SCHEMES.having('unequal', 'block')}, "
+                "or leave such clients out (federation.capable: true)"
             )
 
 
