@@ -57,7 +57,7 @@ def ours(variant: str, rows: list[Any], options: argparse.Namespace) -> dict[str
     from legolm.adapter import init_factors, slice_factors
     from legolm.block import Coverage, read_block
     from legolm.config import Precision, TrainConfig
-    from legolm.finetune import train
+    from legolm.finetune import Task, loop
     from legolm.models import choose_precision, dtype_of, load_model, resolve, shape_of
 
     precision: Precision = "fp32" if variant == "ours-fp32" else choose_precision("auto")
@@ -69,7 +69,7 @@ def ours(variant: str, rows: list[Any], options: argparse.Namespace) -> dict[str
         batch_size=BATCH, learning_rate=LEARNING_RATE, gradient_checkpointing=variant.endswith("checkpointing")
     )
     clock = {"tokens": 0, "answers": 0, "began": 0.0}
-    backward = train._backward
+    backward = loop._backward
 
     def counted(model: Any, head: Any, batch: Any, size: int) -> Any:
         if clock["began"]:
@@ -79,9 +79,9 @@ def ours(variant: str, rows: list[Any], options: argparse.Namespace) -> dict[str
         clock["began"] = clock["began"] or time.process_time()
         return loss
 
-    train._backward = counted
+    loop._backward = counted
     peak = matmul_peak(torch)
-    _, metrics = train.fit(model, coverage, start, 2.0, rows, config, precision, options.steps + 1, 0)
+    _, metrics = loop.fit(Task(model, coverage, start, 2.0, rows, config, precision, options.steps + 1, seed=0))
     cpu = time.process_time() - clock["began"]
     head = model.get_output_embeddings().weight.numel()
     work = 4 * (coverage.kept_weights * clock["tokens"] + head * clock["answers"])

@@ -17,7 +17,6 @@ import torch
 from legolm.adapter import merge, save_adapter, save_factors
 from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
 from legolm.config import RunConfig
-from legolm.data import data_fingerprint
 from legolm.errors import LegolmError
 from legolm.federate.server import Rounds
 from legolm.federate.transport import Engine, engine_for
@@ -100,7 +99,7 @@ def _identify(folder: RunDir, plan: Plan) -> Identity:
     found = Identity(
         run=hashlib.sha256(folder.config_file.read_bytes()).hexdigest()[:16],
         base_fingerprint=fingerprint(plan.base),
-        data_fingerprint=data_fingerprint(plan.data, plan.server),
+        data_fingerprint=plan.data_fingerprint,
         machine=Machine(**machine()),
         versions=versions(),
     )
@@ -175,7 +174,7 @@ def _write_final(
     tokenizer, dtype = load_tokenizer(plan.base), load_config(plan.base).dtype or torch.float32
     llm_best, best = rounds.best("llm_validation"), rounds.best("validation")
     start = {number: rounds.start_hash(number) for number in {llm_best, best}}
-    examples = {id: len(rows.train) for id, rows in plan.data.items()}
+    examples = {client.id: client.examples for client in plan.clients}
     with progress.stage("write final models", len(left)) as advance:
         for id in left:
             client = None if id == "llm" else id

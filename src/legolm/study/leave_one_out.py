@@ -67,7 +67,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     rounds = Rounds(run, config, identity.run, blocks, block_of, progress)
     figures_of = _figures_of(config, blocks["llm"], questions)
     # The same data in every stage: its own and the others' that a client's block is asked.
-    data = {id: [id, *others_of(config, id)] for id in block_of}
+    data = {id: [id, *others] for id, others in others_of(config).items()}
 
     @cache
     def with_all() -> dict[str, Figure]:
