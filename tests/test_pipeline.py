@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,6 +39,7 @@ from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.models import load_model, load_tokenizer
 from legolm.runs import Others, RunDir, Summary, dump_record, read_record
+from legolm.system.progress import Progress
 
 
 @pytest.fixture
@@ -225,6 +230,10 @@ def poison(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
     return wire.pack(header, {"factors": poisoned})
 
 
+def swollen(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
+    return wire.pack(header, {key: torch.full_like(tensor, 9e3) for key, tensor in delta.items()})
+
+
 def foreign(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
     return wire.pack(header.model_copy(update={"base_fingerprint": "another"}), delta)
 
@@ -274,10 +283,10 @@ def test_refusals_outside_the_rounds_are_named_and_passed_over(config_file: Path
 def test_an_adapter_that_overflows_is_named_with_who_made_it(config_file: Path, tmp_path: Path) -> None:
     config = configs.load(
         config_file,
-        ["aggregate.server_learning_rate=1e300", "federation.personal_steps=0", "evaluate.local_only=false"],
+        ["aggregate.server_learning_rate=1e37", "federation.personal_steps=0", "evaluate.local_only=false"],
     )
     with pytest.raises(LegolmError, match=r"round 1: the new global adapter is not finite in layers.*of fr, de, es"):
-        pipeline.run(config, tmp_path / "out")
+        pipeline.run(config, tmp_path / "out", engine=tampering_engine({"fr": swollen}))
 
 
 def test_replies_twice_of_nobody_and_none_are_named(config_file: Path, tmp_path: Path) -> None:
@@ -298,8 +307,11 @@ def test_replies_twice_of_nobody_and_none_are_named(config_file: Path, tmp_path:
 
         run_local(run, config, actors, lambda exchange: body(wrap(exchange)))
 
-    with pytest.warns(UserWarning, match="one more reply of (.*) was dropped"):
-        summary = pipeline.run(config, tmp_path / "out", engine=engine)
+    said = StringIO()
+    progress = Progress(Console(file=said, width=200))
+    summary = pipeline.run(config, tmp_path / "out", engine=engine, progress=progress)
+    assert re.search(r"round 1: train: one more reply of (fr|de|es) \(request 0\) was dropped", said.getvalue())
+    assert "one more reply of nobody (request 7) was dropped" in said.getvalue()
     last = summary.history[-1]
     assert len(last.accepted) == 2 and [one.reason for one in last.refused] == ["no reply came"]
 
@@ -373,3 +385,60 @@ def test_profiles_get_the_largest_block_that_fits(config_file: Path) -> None:
     plan = pipeline.make_plan(configs.load(config_file, ["clients.2.profile.memory_mb=100000"]))
     largest = max(plan.blocks, key=lambda block: block.parameters).name
     assert [client.block for client in plan.clients] == [largest, "half", largest]
+
+
+def test_what_a_stage_kept_is_checked(finished: tuple[RunConfig, Path]) -> None:
+    config, out = finished
+    path = out / "rounds" / "0002" / "adapter.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # one bit of the last weight: it reads as well as before
+    path.write_bytes(content)
+    shutil.rmtree(out / "final")
+    with pytest.raises(LegolmError, match=r"rounds/0002/adapter.safetensors: is not what the run wrote"):
+        pipeline.run(config, out, resume=True)
+
+
+def test_two_processes_do_not_share_a_folder(config_file: Path, tmp_path: Path) -> None:
+    config, out = configs.load(config_file), tmp_path / "out"
+    with locked(out):
+        command = [sys.executable, "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"another process ({os.getpid()}) works in this folder" in done.stderr
+    assert not (out / "config.yaml").exists()
+    pipeline.run(config.model_copy(update={"clients": config.clients[:1], "blocks": config.blocks[:1]}), out)
+
+
+def test_a_resumed_run_may_change_what_does_not_change_the_past(finished: tuple[RunConfig, Path]) -> None:
+    config, out = finished
+    before = json.loads((out / "summary.json").read_text())
+    changed = config.federation.model_copy(update={"deadline_s": 99.0, "threads": 2, "min_replies": 2})
+    pipeline.run(config.model_copy(update={"federation": changed}), out, resume=True)
+    assert RunDir(out).config().federation.deadline_s == 99.0
+    assert without_clocks(json.loads((out / "summary.json").read_text())) == without_clocks(before)
+    with pytest.raises(LegolmError, match=r"belongs to another config, `train` differs"):
+        train = config.train.model_copy(update={"steps": 9})
+        pipeline.run(config.model_copy(update={"train": train}), out, resume=True)
+
+
+def test_final_models_are_readable_as_the_umask_says(finished: tuple[RunConfig, Path]) -> None:
+    _, out = finished
+    (out / "probe").touch()
+    wanted = (out / "probe").stat().st_mode
+    assert {path.stat().st_mode for path in (out / "final").rglob("*") if path.is_file()} == {wanted}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(number: signal.Signals, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "rounds" / "0000").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1].startswith("stopped: what is finished is kept")
+    assert "Traceback" not in said
+    assert not list(out.rglob("*.partial"))

@@ -43,6 +43,7 @@ from legolm.system import (
     release_memory,
     versions,
 )
+from legolm.system.files import locked
 
 
 def run(
@@ -66,6 +67,22 @@ def run(
     engine = engine or engine_for(config)
     plan = make_plan(config)
     check_room(out, plan.disk_bytes - (0 if models else plan.models_bytes) - held_bytes(out))
+    RunDir(out).check(config, resume)
+    with locked(out):
+        return _run(config, out, resume, progress, engine, store, models, plan, began)
+
+
+def _run(
+    config: RunConfig,
+    out: Path,
+    resume: bool,
+    progress: Progress,
+    engine: Engine,
+    store: Path | None,
+    models: bool,
+    plan: Plan,
+    began: float,
+) -> Summary:
     folder = RunDir.open(out, config, resume)
     identity = _identify(folder, plan)
 

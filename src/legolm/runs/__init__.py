@@ -34,7 +34,7 @@ from legolm.runs.records import (
 from legolm.runs.sample import (
     others_of,
 )
-from legolm.runs.store import Stages, load_adapter_state, save_adapter_state
+from legolm.runs.store import Stages, checked_state, load_adapter_state, save_adapter_state
 from legolm.runs.studies import (
     Ablation,
     CompareRow,
@@ -104,6 +104,7 @@ __all__ = [
     "Traffic",
     "Training",
     "best_round",
+    "checked_state",
     "clients_of",
     "dump_record",
     "load_adapter_state",

@@ -112,7 +112,7 @@ class Global(Record):
 
 
 class RoundRecord(Global):
-    """A finished round; round 0 is before training."""
+    """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records."""
 
     stage: Literal["round"] = "round"
     round: int
@@ -120,6 +120,7 @@ class RoundRecord(Global):
     refused: list[Refusal] = []
     train: dict[str, Training] = {}
     bytes: dict[str, Traffic] = {}
+    adapter: str = ""
     seconds: float
 
 
@@ -135,6 +136,7 @@ class ClientRecord(Record):
     scores: Scores
     train: Training
     validation: float
+    adapter: str = ""
     seconds: float
 
 
@@ -146,6 +148,7 @@ class PassedRecord(Record):
     phase: Literal["local", "personal"]
     client: str
     reason: str
+    adapter: str = ""
     seconds: float
 
 

@@ -11,7 +11,7 @@ from legolm.aggregate import Scheme, Start, make_scheme
 from legolm.block import Block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
-from legolm.runs import Identity, RunDir, best_round, load_adapter_state, read_record, read_stages
+from legolm.runs import Identity, RunDir, best_round, checked_state, read_record, read_stages
 from legolm.system import derive_seed
 
 
@@ -49,7 +49,8 @@ def _warm_factors(path: Path, llm: Block, like: Tensors, config: RunConfig, froz
     """Factors of the run in `path` after its best round; `like` are those that a cold start has."""
     run, where = RunDir(path), f"aggregate.start {path}"
     try:
-        state = load_adapter_state(run.round(best_round(read_stages(path / "metrics.jsonl"), "validation").round))
+        best = best_round(read_stages(path / "metrics.jsonl"), "validation")
+        state = checked_state(run.round(best.round), best)
         known = read_record(path / "run.json", Identity)
     except (LegolmError, ValueError) as error:
         raise LegolmError(f"{where}: is no run folder with a finished round ({error})") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,7 +109,7 @@ class Dispatch:
 
         deadline = self._config.federation.deadline_s if order.phase == "round" else None
         with self._progress.stage(label, len(clients)) as advance:
-            for reply in _each_once(exchange(requests(), deadline), clients, label):
+            for reply in self._each_once(exchange(requests(), deadline), clients, label):
                 id = clients[reply.index]
                 update, reason = None, reply.error
                 if not reason:
@@ -132,7 +131,7 @@ class Dispatch:
                 yield Request(job.client, self.question(job))
 
         with self._progress.stage(label, len(jobs)) as advance:
-            for reply in _each_once(exchange(requests()), [jobs[i].client for i in order], label):
+            for reply in self._each_once(exchange(requests()), [jobs[i].client for i in order], label):
                 job = jobs[order[reply.index]]
                 try:
                     if reply.error:
@@ -158,6 +157,19 @@ class Dispatch:
             batch_size=config.evaluate.batch_size,
         )
         return pack(header, encode(factors, "none"))
+
+    def _each_once(self, replies: Iterable[Reply], clients: Sequence[str], label: str) -> Iterator[Reply]:
+        """One reply for each request: others are named and dropped, and one that does not come is an error's."""
+        left = set(range(len(clients)))
+        for reply in replies:
+            if reply.index in left:
+                left.remove(reply.index)
+                yield reply
+            else:
+                whose = clients[reply.index] if 0 <= reply.index < len(clients) else "nobody"
+                self._progress.note(f"{label}: one more reply of {whose} (request {reply.index}) was dropped")
+        for index in sorted(left):
+            yield Reply(index, error="no reply came")
 
     def _settings(self, order: Order, block: Block) -> TrainSettings:
         config, scheme = self._config, order.scheme
@@ -222,20 +234,6 @@ def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]]) -> Sequenc
                 f"{where} has exact_match {score.exact_match}, tokens {score.tokens}, examples {score.examples}"
             )
     return found
-
-
-def _each_once(replies: Iterable[Reply], clients: Sequence[str], label: str) -> Iterator[Reply]:
-    """One reply for each request: others are named and dropped, and one that does not come is an error's."""
-    left = set(range(len(clients)))
-    for reply in replies:
-        if reply.index in left:
-            left.remove(reply.index)
-            yield reply
-        else:
-            whose = clients[reply.index] if 0 <= reply.index < len(clients) else "nobody"
-            warnings.warn(f"{label}: one more reply of {whose} (request {reply.index}) was dropped", stacklevel=2)
-    for index in sorted(left):
-        yield Reply(index, error="no reply came")
 
 
 def steps_of(config: RunConfig, phase: Phase, number: int) -> tuple[int, int, int]:

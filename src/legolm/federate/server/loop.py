@@ -101,7 +101,7 @@ class Rounds:
             return self.scheme(self.best("llm_validation")).adapter(members.llm.coverage, members.rank[LLM])
         if self._stages.personal_steps or not self._stages.rounds:
             stage = "personal" if self._stages.personal_steps else "local"
-            found = load_adapter_state(self._folder.client_stage(stage, id))
+            found = self._stages.state(self._folder.client_stage(stage, id))
             if found:  # else its training was passed over, and it has what the rounds gave it
                 return found
         return self.scheme(self.best("validation")).adapter(members.block[id].coverage, members.rank[id])
@@ -113,7 +113,7 @@ class Rounds:
     def scheme(self, number: int) -> Scheme:
         """The scheme as it was after a finished round. The one used last is in memory already."""
         if self._latest is None or self._latest[0] != number:
-            state = load_adapter_state(self._folder.round(number))
+            state = self._stages.state(self._folder.round(number))
             self._latest = number, begin(self._config, self._members.llm, state)
         return self._latest[1]
 
