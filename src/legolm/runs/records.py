@@ -138,7 +138,18 @@ class ClientRecord(Record):
     seconds: float
 
 
-StageRecord = RoundRecord | ClientRecord
+class PassedRecord(Record):
+    """A client whose training outside the rounds was refused, and why: it ends with what the rounds gave it."""
+
+    schema_number: Literal[2] = 2
+    stage: Literal["passed"] = "passed"
+    phase: Literal["local", "personal"]
+    client: str
+    reason: str
+    seconds: float
+
+
+StageRecord = RoundRecord | ClientRecord | PassedRecord
 
 
 class AnyStage(RootModel[StageRecord]):
@@ -214,6 +225,11 @@ def rounds_of(records: Iterable[StageRecord]) -> list[RoundRecord]:
 def clients_of(records: Iterable[StageRecord], stage: Literal["local", "personal"]) -> list[ClientRecord]:
     """The records of one stage outside the rounds."""
     return [record for record in records if isinstance(record, ClientRecord) and record.stage == stage]
+
+
+def passed_of(records: Iterable[StageRecord]) -> list[PassedRecord]:
+    """The clients that a stage outside the rounds passed over."""
+    return [record for record in records if isinstance(record, PassedRecord)]
 
 
 def best_round(records: Sequence[StageRecord], by: Criterion) -> RoundRecord:

@@ -105,7 +105,7 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Summary, folder: Path
         best_round=summary.best_round,
         llm=summary.llm.loss_after,
         llm_before=summary.llm.loss_before,
-        own=fmean(client.own[phase] for client in summary.clients),
+        own=fmean(client.own[phase] for client in summary.clients if phase in client.own),
         others=_mean(client.others.get(phase) for client in summary.clients),
         validation=fmean(one.validation for one in local) if alone else best_round(rounds, "validation").validation,
         llm_validation=None if alone else best_round(rounds, "llm_validation").llm_validation,

@@ -136,7 +136,7 @@ def test_of_many_clients_a_sample_of_the_others_is_asked_in_all_stages(raw: dict
         "federation": {"engine": "local", "rounds": 1, "personal_steps": 1},
     }
     config, out = load(raw), tmp_path / "out"
-    others = {id: others_of(config, id) for id in ids}
+    others = others_of(config)
     assert all(len(set(found)) == 8 and id not in found for id, found in others.items())
     summary = pipeline.run(config, out, models=False)
     assert summary.others == Others(asked=8, there=16)
