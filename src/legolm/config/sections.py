@@ -274,8 +274,9 @@ class RunConfig(Section):
             )
         if self.lora.ranks and not scheme.module_ranks:
             raise ValueError(
-                f"lora.ranks: scheme {name!r} with these settings needs one rank for all modules; take out lora.ranks, "
-                f"or take one of {SCHEMES.having('module_ranks')}"
+                "lora.ranks: products of another rank in each module need sums of factors, and scheme "
+                f"{name!r} with these settings has none; take out lora.ranks, or take one of "
+                f"{SCHEMES.having('module_ranks')}"
             )
         if self.lora.start is not None and scheme.frozen_side:
             raise ValueError(
