@@ -39,7 +39,7 @@ from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.models import load_model, load_tokenizer
 from legolm.runs import Others, RunDir, Summary, dump_record, read_record
-from legolm.system.progress import Progress
+from legolm.system import Progress, locked
 
 
 @pytest.fixture
