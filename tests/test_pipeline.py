@@ -21,8 +21,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers import without_clocks
 from legolm import config as configs
 from legolm import pipeline
+from legolm.adapter import slice_factors
 from legolm.block import read_block
 from legolm.config import RunConfig
 from legolm.data import client_data, render
@@ -46,14 +48,6 @@ def config_file(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) ->
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(raw))
     return path
-
-
-def without_clocks(value: Any) -> Any:
-    """What must be equal between two runs: everything but time, the machine and the engine's name."""
-    clocks = {"seconds", "wall_s", "machine", "engine", "run", "run_id", "versions", "train_s_per_round", "file_bytes"}
-    if isinstance(value, dict):
-        return {k: without_clocks(v) for k, v in value.items() if k not in clocks}
-    return [without_clocks(v) for v in value] if isinstance(value, list) else value
 
 
 def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -196,8 +190,10 @@ def test_a_killed_run_goes_on_and_ends_at_the_same_result(config_file: Path, fin
 Tamper = Callable[[wire.UpdateReply, dict[str, torch.Tensor]], bytes]
 
 
-def tampering_engine(tampers: dict[str, Tamper], crash: str | None = None) -> Callable[..., None]:
-    """The local engine over a line on which some clients' updates arrive changed, or not at all."""
+def tampering_engine(
+    tampers: dict[str, Tamper], crash: str | None = None, phases: tuple[str, ...] = ("round",)
+) -> Callable[..., None]:
+    """The local engine over a line on which some clients' updates of these phases arrive changed, or not at all."""
 
     def engine(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
         def wrap(exchange: Exchange) -> Exchange:
@@ -206,7 +202,7 @@ def tampering_engine(tampers: dict[str, Tamper], crash: str | None = None) -> Ca
                 for reply in exchange((asked.append(one) or one for one in requests), deadline_s):
                     request = asked[reply.index]
                     is_round = wire.kind_of(request.content) == "train" and (
-                        wire.unpack(request.content, wire.TrainRequest)[0].phase == "round"
+                        wire.unpack(request.content, wire.TrainRequest)[0].phase in phases
                     )
                     if is_round and request.client == crash:
                         yield Reply(reply.index, error="the device went away")
@@ -254,6 +250,88 @@ def test_bad_updates_are_refused_and_named_and_the_round_goes_on(config_file: Pa
             assert reasons[one.client] in one.reason
         state = load_file(tmp_path / name / "rounds" / "0001" / "adapter.safetensors")
         assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+
+
+def test_refusals_outside_the_rounds_are_named_and_passed_over(config_file: Path, tmp_path: Path) -> None:
+    config, out = configs.load(config_file, ["federation.rounds=1", "federation.personal_steps=1"]), tmp_path / "out"
+    summary = pipeline.run(config, out, engine=tampering_engine({"fr": poison}, phases=("local", "personal")))
+    (fr, *others) = summary.clients
+    assert set(fr.refused) == {"local", "personal"} and "is not finite" in fr.refused["local"]
+    assert set(fr.own) == {"before", "global"} and all(one.refused == {} for one in others)
+    assert "The personal step of fr was refused" in (out / "report.html").read_text()
+    # It ends with what the rounds gave it, and a resumed run does not ask it again.
+    ended = load_file(out / "final" / "fr" / "factors.safetensors")
+    known = load_file(out / "rounds" / f"000{summary.best_round}" / "adapter.safetensors")
+    block = read_block(out / "blocks" / "wide").coverage
+    expected = slice_factors(block, {key: known[key] for key in known if key.startswith("layers.")}, 4)
+    assert all(torch.equal(ended[key], tensor) for key, tensor in expected.items())
+    assert pipeline.run(config, out, resume=True).clients == summary.clients
+    with pytest.raises(LegolmError, match=r"local: no client trained \(fr: .*; de: .*; es: .*not finite\)"):
+        everyone = dict.fromkeys(("fr", "de", "es"), poison)
+        pipeline.run(config, tmp_path / "none", engine=tampering_engine(everyone, phases=("local",)))
+
+
+def test_an_adapter_that_overflows_is_named_with_who_made_it(config_file: Path, tmp_path: Path) -> None:
+    config = configs.load(
+        config_file,
+        ["aggregate.server_learning_rate=1e300", "federation.personal_steps=0", "evaluate.local_only=false"],
+    )
+    with pytest.raises(LegolmError, match=r"round 1: the new global adapter is not finite in layers.*of fr, de, es"):
+        pipeline.run(config, tmp_path / "out")
+
+
+def test_replies_twice_of_nobody_and_none_are_named(config_file: Path, tmp_path: Path) -> None:
+    config = configs.load(
+        config_file, ["federation.rounds=1", "federation.personal_steps=0", "evaluate.local_only=false"]
+    )
+
+    def engine(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def wrap(exchange: Exchange) -> Exchange:
+            def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                for reply in exchange(requests, deadline_s):
+                    if wire.kind_of(reply.content) != "update":
+                        yield reply
+                    elif reply.index != 1:  # of three, the second one's never comes
+                        yield from (reply, reply, replace(reply, index=7))
+
+            return changed
+
+        run_local(run, config, actors, lambda exchange: body(wrap(exchange)))
+
+    with pytest.warns(UserWarning, match="one more reply of (.*) was dropped"):
+        summary = pipeline.run(config, tmp_path / "out", engine=engine)
+    last = summary.history[-1]
+    assert len(last.accepted) == 2 and [one.reason for one in last.refused] == ["no reply came"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"loss": float("nan")}, "fr.* has loss nan; its weights are broken, or training diverged"),
+        ({"exact_match": 2.0}, "has exact_match 2.0"),
+        ({"tokens": 0}, "tokens 0"),
+        (None, "scores came for"),
+    ],
+)
+def test_scores_are_checked_and_named(
+    change: dict[str, float] | None, says: str, config_file: Path, tmp_path: Path
+) -> None:
+    config = configs.load(config_file, ["federation.personal_steps=0", "evaluate.local_only=false"])
+
+    def engine(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def wrap(exchange: Exchange) -> Exchange:
+            def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                for reply in exchange(requests, deadline_s):
+                    scores = list(wire.unpack(reply.content, wire.ScoreReply)[0].scores)
+                    scores = scores[1:] if change is None else [scores[0].model_copy(update=change), *scores[1:]]
+                    yield replace(reply, content=wire.pack(wire.ScoreReply(scores=scores), {}))
+
+            return changed
+
+        run_local(run, config, actors, lambda exchange: body(wrap(exchange)))
+
+    with pytest.raises(LegolmError, match=rf"before: evaluate: client .*, block .*: .*{says}"):
+        pipeline.run(config, tmp_path / "out", engine=engine)
 
 
 def test_too_few_updates_stop_the_run_with_the_reasons(config_file: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from legolm.aggregate import Scheme, Start, scheme
     from legolm.api import LLM, Client, Federation, Run, ablate, compare, compose, cut, evaluate, questions, read
     from legolm.block import Block, Coverage, read_block
-    from legolm.config import RunConfig, load
     from legolm.data import Example, Message
     from legolm.finetune import Task, trainer
     from legolm.prune import criterion
@@ -37,7 +36,6 @@ _HOMES = {
         "read",
     ),
     "legolm.block": ("Block", "Coverage", "read_block"),
-    "legolm.config": ("RunConfig", "load"),
     "legolm.data": ("Example", "Message"),
     "legolm.finetune": ("Task", "trainer"),
     "legolm.prune": ("criterion",),
@@ -55,7 +53,6 @@ __all__ = [
     "LegolmError",
     "Message",
     "Run",
-    "RunConfig",
     "Scheme",
     "Start",
     "Task",
@@ -66,7 +63,6 @@ __all__ = [
     "criterion",
     "cut",
     "evaluate",
-    "load",
     "questions",
     "read",
     "read_block",

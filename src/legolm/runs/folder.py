@@ -13,6 +13,7 @@ from pathlib import Path
 from legolm import config as configs
 from legolm.config import RunConfig, SiteConfig
 from legolm.errors import LegolmError
+from legolm.runs.records import Identity, read_record
 from legolm.system import atomic_write
 
 UPDATES = "updates"
@@ -42,6 +43,7 @@ class RunDir:
     def check(self, config: RunConfig, resume: bool) -> None:
         """Raise `LegolmError` unless the folder is new, empty, or this config's and may be resumed."""
         if self.config_file.exists():
+            self._check_version()
             if self.config_file.read_text(encoding="utf-8") != configs.dump(config):
                 raise LegolmError(
                     f"run folder {self.path}: belongs to another config (see its config.yaml); give another --out"
@@ -59,7 +61,8 @@ class RunDir:
         return self.path / "config.yaml"
 
     def config(self) -> RunConfig:
-        """The resolved config, validated again."""
+        """The resolved config, validated again. Raises `LegolmError` when another version of legolm wrote it."""
+        self._check_version()
         return configs.load(self.config_file)
 
     def site_config(self) -> SiteConfig:
@@ -67,6 +70,11 @@ class RunDir:
         found = SiteConfig.model_validate(configs.read(self.config_file))
         configs.load_plugins(found.plugins)
         return found
+
+    def _check_version(self) -> None:
+        """Of what is there: a folder of before is too old, whatever else would be said of its config."""
+        if (self.path / "run.json").exists():
+            read_record(self.path / "run.json", Identity)
 
     def block(self, name: str) -> Path:
         """Folder of a cut block."""

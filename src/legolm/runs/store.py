@@ -63,7 +63,7 @@ class Stages:
 
     def fill(self, partial: Path, path: Path, adapter: Tensors, record: StageRecord) -> None:
         """Fill the folder `partial` of the stage `path`; `keep` or its caller makes it appear."""
-        save_file({key: tensor.contiguous() for key, tensor in adapter.items()}, partial / ADAPTER)
+        save_adapter_state(partial, adapter)
         (partial / METRICS).write_text(dump_record(record), encoding="utf-8")
         self._records[path] = record
 
@@ -78,6 +78,12 @@ class Stages:
         """`metrics.jsonl` anew, in the stages' order: after a kill no line is missing, broken or there twice."""
         lines = "".join(dump_record(record, indent=None) for record in self.records())
         atomic_write(self._folder.path / "metrics.jsonl", lines)
+
+
+def save_adapter_state(path: Path, adapter: Tensors) -> None:
+    """Write an adapter's tensors, in any order of memory, into the folder `path`."""
+    path.mkdir(exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in adapter.items()}, path / ADAPTER)
 
 
 def load_adapter_state(path: Path) -> Tensors:

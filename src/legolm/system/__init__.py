@@ -1,6 +1,6 @@
 """The machine and its files: whole writes, memory, the hub, progress, seeds."""
 
-from legolm.system.files import atomic_folder, atomic_write, check_room, held_bytes, read_json
+from legolm.system.files import atomic_folder, atomic_write, check_room, held_bytes, read_json, scratch_folder
 from legolm.system.hub import hub_answers, wants_offline
 from legolm.system.machine import machine, versions
 from legolm.system.memory import available_bytes, keep_freed_memory, release_memory, total_bytes, trim, uncollected
@@ -20,6 +20,7 @@ __all__ = [
     "machine",
     "read_json",
     "release_memory",
+    "scratch_folder",
     "total_bytes",
     "trim",
     "uncollected",

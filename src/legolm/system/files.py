@@ -41,6 +41,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` that vanishes when the block ends. Raises `LegolmError` when the disk is full."""
+    folder = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    except Exception as error:
+        if _disk_full(error):
+            raise LegolmError(f"{path}: the disk is full; free some space and run again with --resume") from None
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def atomic_write(path: Path, content: bytes | str) -> None:
     """Write a file whole or not at all. Raises `LegolmError` when the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)

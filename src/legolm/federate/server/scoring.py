@@ -7,7 +7,7 @@ own data only, each scores its own model, and the LLM is scored by the server on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 
@@ -42,8 +42,8 @@ class Scoring:
 
     def sets_of(self, client: str) -> tuple[Set, ...]:
         """What the model of one client alone is scored on: test data, and last its own validation data."""
-        asked = {client, *others_of(self._config, client)}
-        tests: list[Set] = [(id, "test") for id in self._members.clients if id in asked]
+        asked = sorted((client, *self._others[client]), key=self._place.__getitem__)
+        tests: list[Set] = [(id, "test") for id in asked]
         return (*tests, (client, "validation"))
 
     def _everyone(self, scheme: Scheme, exchange: Exchange, label: str) -> Global:
@@ -62,7 +62,7 @@ class Scoring:
             block = llm if name == LLM else members.block[ids[0]]
             client, asked = (ids[0] if ids else clients[0]), (ids if jobs else clients)
             validation: tuple[Set, ...] = tuple((id, "validation") for id in asked)
-            jobs.append(Job(client, block, scheme.adapter(block.coverage, rank), tests + validation))
+            jobs.append(Job(client, block, partial(scheme.adapter, block.coverage, rank), tests + validation))
         results = self._scores(jobs, exchange, label)
 
         # Once for all who hold the same: with each client's own copy a record would grow with their square.
@@ -93,7 +93,7 @@ class Scoring:
             key = (block.coverage.hash, rank)
             if key not in factors:
                 factors[key] = scheme.adapter(block.coverage, rank)
-            jobs.append(Job(id, block, factors[key], ((id, "test"), (id, "validation"))))
+            jobs.append(Job(id, block, partial(factors.__getitem__, key), ((id, "test"), (id, "validation"))))
         results = self._scores(jobs, exchange, label)
         held = [
             Held(clients=[id], scores=by_client(jobs[index].sets, results[index]))
@@ -101,7 +101,7 @@ class Scoring:
         ]
         found: Sequence[Score] = ()
         if self._config.evaluate.server_data is not None:
-            adapter = scheme.adapter(members.llm.coverage, self._config.lora.rank)
+            adapter = partial(scheme.adapter, members.llm.coverage, self._config.lora.rank)
             job = Job(LLM, members.llm, adapter, ((LLM, "test"),))
             reply, _ = unpack(self._here.answer(self._dispatch.question(job)), ScoreReply)
             found = reply.scores
@@ -116,6 +116,14 @@ class Scoring:
         results: dict[int, Sequence[Score]] = {}
         self._dispatch.score(jobs, exchange, label, results.__setitem__)
         return results
+
+    @cached_property
+    def _others(self) -> dict[str, list[str]]:
+        return others_of(self._config)
+
+    @cached_property
+    def _place(self) -> dict[str, int]:
+        return {id: place for place, id in enumerate(self._members.clients)}
 
     @cached_property
     def _here(self) -> ClientRuntime:
@@ -148,7 +156,12 @@ class _ServerSite:
 
 
 def server_examples(config: RunConfig) -> list[Example]:
-    """The server's own rows (`evaluate.server_data`). Raises `LegolmError` for bad ones."""
+    """The server's own rows (`evaluate.server_data`), none if it is not given. Raises `LegolmError` for bad ones."""
     data, source = config.data, config.evaluate.server_data
-    rows = [] if source is None else read_rows(source, "evaluate.server_data")
-    return [with_system(to_example(row, data.fields), data.system) for row in rows]
+    if source is None:
+        return []
+    rows = read_rows(source, "evaluate.server_data")
+    found = [with_system(to_example(row, data.fields), data.system) for row in rows]
+    if not found:
+        raise LegolmError(f"evaluate.server_data: {source!r} has no rows; name files with examples, or take it out")
+    return found
