@@ -18,8 +18,6 @@ import sys
 import time
 from typing import Any
 
-from legolm.adapter.flat import Layout
-
 RANK, SCALE = 8, 2.0
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STREAMING = ("heteagg factor", "heteagg frozen_side", "heteagg exact", "mixed blocks factor")
@@ -39,20 +37,19 @@ def peak_mb() -> float:
 def ours(name: str, clients: int) -> dict[str, float]:
     import torch
 
-    from legolm.adapter import initial_factors, slice_factors, tensors_hash
+    from legolm.adapter import initial_factors
     from legolm.aggregate import Start, make_scheme
     from legolm.block import Coverage
-    from legolm.config import AggregateConfig
-    from legolm.federate.wire import codec
-    from legolm.federate.wire import messages as wire
+    from legolm.config import AggregateConfig, TrainConfig
+    from legolm.federate import wire
 
     sizes = shape()
     scheme_name, _, form = name.removeprefix("mixed blocks ").partition(" ")
     if name.startswith("mixed"):
         scheme_name, form = "heteagg", "factor"
-    config = AggregateConfig(scheme=scheme_name, form=form or "factor")  # type: ignore[arg-type]
-    start = Start(sizes, initial_factors(sizes, TARGETS, RANK, 0, form == "frozen_side"), RANK, SCALE)
-    scheme = make_scheme(start, config)
+    config = AggregateConfig.model_validate({"scheme": scheme_name} | ({"form": form} if form else {}))
+    scheme = make_scheme(config)
+    scheme.begin(Start(sizes, lambda: initial_factors(sizes, TARGETS, RANK, 0, scheme.frozen_side), RANK))
     coverages = [Coverage.full(sizes)]
     if name.startswith("mixed"):
         every = tuple(range(30))
@@ -62,30 +59,30 @@ def ours(name: str, clients: int) -> dict[str, float]:
         coverages = [*coverages, narrow, heads, shallow]
     torch.manual_seed(0)
     sent, replies = [], []
-    fields = {"run": "r", "client": "c", "block": "b", "base_fingerprint": "f", "coverage_hash": "h"}
+    metrics = {"loss_first": 1.0, "loss_last": 1.0, "steps": 1.0, "tokens": 1.0, "seconds": 1.0}
+    settings = wire.TrainSettings(
+        targets=TARGETS, run_rank=RANK, ranks={}, dropout=0.0, train=TrainConfig(), precision="fp32",
+        frozen_side=scheme.frozen_side, derived_seed=scheme.derived_seed, proximal=0.0, codec="none", keep=1.0,
+        error_feedback=False, deadline_s=None,
+    )  # fmt: skip
     request = wire.TrainRequest(
-        **fields, rank=RANK, scale=SCALE, phase="round", round=1, steps=1, done=0, total=1, seed=0
-    )
+        run="r", client="c", block="b", base_fingerprint="f", coverage_hash="h", rank=RANK, scale=SCALE, phase="round",
+        round=1, steps=1, done=0, total=1, seed=0, settings=settings,
+    )  # fmt: skip
     for coverage in coverages:
-        payload = scheme.payload(coverage, RANK)
-        given = payload or slice_factors(coverage, start.factors, RANK)
-        encoded = codec.encode(payload, "none")
-        sent.append(wire.Sent(encoded, given, Layout.of(given), 0, tensors_hash(encoded)))
-        header = wire.UpdateReply(
-            **fields, rank=RANK, scale=SCALE, round=1, received_hash=sent[-1].hash, examples=50, metrics={}
-        )
+        sent.append(wire.write(settings, coverage, RANK, scheme.payload(coverage, RANK), scheme.fold(coverage, 0)))
         made = []
         for _ in range(2):
-            delta = {key: 1e-3 * torch.randn(tensor.shape) for key, tensor in given.items()}
-            made.append(wire.pack(header, codec.encode(delta, "none")))
+            delta = {key: 1e-3 * torch.randn(shape) for key, shape in sent[-1].trained.shapes.items()}
+            made.append(wire.answer(request, sent[-1].content, delta, 50, metrics, {})[0])
         replies.append(made)
     before, began = peak_mb(), time.process_time()
     for k in range(clients):
         which = k % len(coverages)
         reply = replies[which][k // len(coverages) % 2]
-        if not scheme.streaming:
+        if not scheme.streams:
             reply = bytes(bytearray(reply))  # what is held must be a reply of its own
-        scheme.add(wire.accept(reply, request, sent[which]), coverages[which])
+        scheme.add(wire.accept(reply, request, sent[which]).change, coverages[which])
     spent = time.process_time() - began
     began = time.process_time()
     scheme.finish()

@@ -31,11 +31,11 @@ is that of all."""
 def make(folder: Path, layers: int) -> None:
     """Write the model one layer at a time, and a tokenizer of single bytes."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     from legolm.models import CheckpointWriter
+    from random_model import byte_tokenizer
 
     config = LlamaConfig(
         hidden_size=3072,
@@ -61,10 +61,7 @@ def make(folder: Path, layers: int) -> None:
     writer.add("model.norm.", {"weight": torch.ones(config.hidden_size)})
     writer.close()
     config.save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_ = Tokenizer(models.BPE(vocab={sign: index for index, sign in enumerate(alphabet)}, merges=[]))
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token="<|end|>").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 def cut(folder: Path, out: Path, target: dict[str, Any], samples: int, length: int) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
     python benchmarks/compose.py RUN --group snli,cola [--group snli,cola,wic] [--out FILE.json]
 
-RUN is the folder of a `local_only` run with its final models; run from the folder that its data paths are relative to.
-Each group of clients, and all of them, is composed into the union of what they hold and into the LLM, by every method
-at its default settings. Losses are nats per answer token on the group's test data, means over its clients' sets: of the
-LLM before, of each client's block on all of the group's sets (`apart`) and on its own alone (`own`), and of what was
-composed. One thread. Last line: one JSON object.
+RUN is the folder of a run with `federation.mode: alone` and its final models; run from the folder that its data paths
+are relative to. Each group of clients, and all of them, is composed into the union of what they hold and into the LLM,
+by every method at its default settings. Losses are nats per answer token on the group's test data, means over its
+clients' sets: of the LLM before, of each client's block on all of the group's sets (`apart`) and on its own alone
+(`own`), and of what was composed. One thread. Last line: one JSON object.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def measure(model: str, batch_size: int, length: int) -> dict[str, float]:
     from legolm.block import Coverage
     from legolm.config import LoraConfig, TrainConfig
     from legolm.data import Tokens
-    from legolm.finetune import fit
+    from legolm.finetune import Task, fit
     from legolm.models import count_parameters, load_config, load_model, resolve, shape_of
     from legolm.plan.needs import training_bytes
 
@@ -34,17 +34,8 @@ def measure(model: str, batch_size: int, length: int) -> dict[str, float]:
     lora, train = LoraConfig(), TrainConfig(batch_size=batch_size)
     start = init_factors(coverage.shape, lora.targets, lora.rank, 0)
     ids = tuple(int(token) for token in torch.randint(100, (length,)))
-    fit(
-        load_model(base, torch.bfloat16),
-        coverage,
-        start,
-        lora.scale,
-        [Tokens(ids, length - 8)] * 32,
-        train,
-        "bf16",
-        2,
-        0,
-    )
+    examples = [Tokens(ids, length - 8)] * 32
+    fit(Task(load_model(base, torch.bfloat16), coverage, start, lora.scaling, examples, train, "bf16", steps=2, seed=0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     planned = training_bytes(coverage, count_parameters(base), config.vocab_size, length, train, lora, "bf16")
     return {

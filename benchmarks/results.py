@@ -48,9 +48,21 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from legolm.runs import RunDir
 from legolm.system import read_json
-from results_read import DEFAULT, FORMS, Record, claims, cpu_of, everything, keep, main_table, robustness, rows_of
+from results_read import (
+    DEFAULT,
+    FORMS,
+    Record,
+    claims,
+    cpu_of,
+    everything,
+    keep,
+    main_table,
+    robustness,
+    rows_of,
+    settings_of,
+    trained_alone,
+)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -69,7 +81,7 @@ def study_table(path: Path, main: Record | None = None) -> str:
         chosen_by = "" if one["llm_validation"] is None else f"{one['llm_validation']:.3f}"
         memory = "" if one["memory"] is None else f"{one['memory'] / 1e6:,.0f}"
         mark = "" if cpu_of(path / one["name"]) == usual else " †"
-        rate = RunDir(path / one["name"]).config().train.learning_rate
+        rate = settings_of(path / one["name"])["train"]["learning_rate"]
         rows.append((
             one["name"] + mark, f"{rate:g}", f"{llm:.3f}{more}", chosen_by, f"{one['own']:.3f}", others,
             f"{one['bytes_down'] / 1e6:.2f}", f"{one['bytes_up'] / 1e6:.2f}", f"{one['tokens']:,.0f}",
@@ -99,8 +111,8 @@ def rates_table(runs: Path) -> str:
     studies = [runs / name for name in ("flan", "flan_ideal", "flan_rates", "flan-1", "flan_rates-1")]
     for study in (study for study in studies if (study / "compare.json").exists()):
         for row in rows_of(study):
-            name, rate = row["name"].partition("-")[0], RunDir(study / row["name"]).config().train.learning_rate
-            loss = row["validation" if row["scheme"] == "local_only" else "llm_validation"]
+            name, rate = row["name"].partition("-")[0], settings_of(study / row["name"])["train"]["learning_rate"]
+            loss = row["validation" if trained_alone(row) else "llm_validation"]
             chosen.setdefault(name, rate)  # the tables come first
             if loss is not None:
                 found.setdefault(name, {}).setdefault(rate, []).append(loss)
@@ -222,7 +234,7 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
     main, study = found["mixed_heterogeneous"], runs / "flan"
     summary = read_json(study / DEFAULT / "summary.json")
     machine = summary["machine"]
-    config = RunDir(study / DEFAULT).config()
+    config = settings_of(study / DEFAULT)
     cpus = {seed: cpu_of(path / DEFAULT) for seed, path in seeds_of(runs).items()}
     seeds = [seed if cpu == machine["cpu"] else f"{seed} (on {cpu})" for seed, cpu in cpus.items()]
     others = ", ".join(other_cpus(runs, machine["cpu"]))
@@ -233,10 +245,10 @@ def page(found: Record, runs: Path, plots: str, notes: str) -> str:
         f"What it read is in [{plots}/records]({plots}/records), from which it can be written again. "
         f"{summary['model']} is SmolLM2-135M-Instruct; {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_gb']:.0f} GB, one thread a run, two runs at a time. Eight clients, one FLAN task each "
-        f"([`examples/flan/mixed.yaml`](../examples/flan/mixed.yaml)), {config.federation.rounds} rounds of "
-        f"{config.train.steps} steps of {config.train.batch_size} examples, {config.data.limit_test} test pairs a "
-        f"task. Losses are nats per answer token on test data, sets counting the same; the LLM has "
-        f"{main['llm_before']:.3f} before training. Seeds: {', '.join(seeds)}.\n",
+        f"([`examples/flan/mixed.yaml`](../examples/flan/mixed.yaml)), {config['federation']['rounds']} rounds of "
+        f"{config['train']['steps']} steps of {config['train']['batch_size']} examples, "
+        f"{config['data']['limit_test']} test pairs a task. Losses are nats per answer token on test data, sets "
+        f"counting the same; the LLM has {main['llm_before']:.3f} before training. Seeds: {', '.join(seeds)}.\n",
         "## What should hold\n",
         table(("claim", "found", "holds"), [(a, b, "yes" if c else "**no**") for a, b, c in claims(found)]),
         "## Every scheme, mixed blocks, one task a client\n",

@@ -10,12 +10,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, cast
 
+import yaml
+
 from legolm.block import Block, llm_block, read_block
-from legolm.config import RunConfig
+from legolm.config import RunConfig, load
 from legolm.evaluation import compare
 from legolm.evaluation.figure import ratio_figure
 from legolm.evaluation.paired import Comparison
-from legolm.federate.server import Rounds, scores_of
+from legolm.federate.server import Rounds, begin
 from legolm.federate.transport import Exchange, run_local
 from legolm.models import fingerprint, resolve
 from legolm.runs import RunDir
@@ -31,10 +33,10 @@ KEPT = (
 )  # fmt: skip
 
 
-def opened(folder: Path) -> tuple[RunConfig, dict[str, Block]]:
-    """A finished run's config, and its blocks and the LLM (`llm`) by name."""
+def opened(folder: Path, *changes: str) -> tuple[RunConfig, dict[str, Block]]:
+    """A finished run's config with changes (`a.b=value`), and its blocks and the LLM (`llm`) by name."""
     run = RunDir(folder)
-    config = run.config()
+    config = load(run.config_file, list(changes))
     base = resolve(config.model)
     blocks = {"llm": llm_block(base, fingerprint(base))}
     return config, blocks | {spec.name: read_block(run.block(spec.name)) for spec in config.blocks}
@@ -45,15 +47,14 @@ def sliced(study: Path) -> dict[str, float]:
     known = study / "sliced.json"
     if not known.exists():
         run, summary = RunDir(study / DEFAULT), read_json(study / DEFAULT / "summary.json")
-        config, blocks = opened(run.path)
-        start = config.aggregate.model_copy(update={"start": str(study / "fedit_everyone"), "form": "factor"})
-        config = config.model_copy(update={"aggregate": start})
+        start = f"aggregate.start={study / 'fedit_everyone'}"
+        config, blocks = opened(run.path, start, "aggregate.form=factor")
         block_of = {client["id"]: client["block"] for client in summary["clients"]}
         rounds = Rounds(run, config, summary["run_id"], blocks, block_of, Progress())
 
         def body(exchange: Exchange) -> None:
-            record = rounds.score_global(rounds.scheme(None), exchange, "FedIT's adapter, sliced")
-            found = {id: fmean(one["loss"] for one in scores.values()) for id, scores in scores_of(record).items()}
+            scored = rounds.score_global(begin(config, blocks["llm"]), exchange, "FedIT's adapter, sliced")
+            found = {id: scores.loss for id, scores in scored.by_client().items()}
             known.write_text(json.dumps(found, indent=1) + "\n")
 
         run_local(run, config, 1, body)
@@ -68,6 +69,17 @@ def rows_of(study: Path) -> list[Record]:
     found = json.loads((study / "compare.json").read_text())
     rows: list[Record] = found if isinstance(found, list) else found["rows"]  # a list until schema 2
     return rows
+
+
+def trained_alone(row: Record) -> bool:
+    """Whether nobody's update went anywhere; a scheme of its own until schema 2."""
+    return row["scheme"] == "local_only" or row.get("mode") == "alone"
+
+
+def settings_of(run: Path) -> Record:
+    """The resolved config as it is written: older versions of legolm had other keys."""
+    found: Record = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return found
 
 
 def cpu_of(run: Path) -> str:

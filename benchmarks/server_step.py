@@ -14,7 +14,6 @@ import argparse
 import json
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 
@@ -47,14 +46,14 @@ def main() -> None:
     ]
     model = load_model(base, dtype_of(precision))
 
-    cases: dict[str, dict[str, Any]] = {"as it was": {}}
-    cases |= {f"server learning rate {rate}": {"server_learning_rate": rate} for rate in RATES}
-    other = "global_fill" if config.aggregate.denominator == "coverage_mean" else "coverage_mean"
-    cases[f"denominator {other}"] = {"denominator": other}
+    cases: dict[str, tuple[str, ...]] = {"as it was": ()}
+    cases |= {f"server learning rate {rate}": (f"aggregate.server_learning_rate={rate}",) for rate in RATES}
+    other = "global_fill" if config.aggregate.settings["denominator"] == "coverage_mean" else "coverage_mean"
+    cases[f"denominator {other}"] = (f"aggregate.denominator={other}",)
 
     found = {}
     for label, changes in cases.items():
-        changed = config.model_copy(update={"aggregate": config.aggregate.model_copy(update=changes)})
+        changed, _ = opened(options.run, *changes)
         scheme = Rounds(run, changed, summary["run_id"], blocks, block_of, Progress()).replay(1, ())
         factors = scheme.adapter(blocks["llm"].coverage, config.lora.rank)
         with merged(model, blocks["llm"].coverage, factors, config.lora.scaling) as whole:

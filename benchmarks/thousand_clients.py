@@ -3,8 +3,9 @@
     python benchmarks/thousand_clients.py [--clients 1000] [--rounds 3]
 
 The model is made here: random, 2 layers, hidden 64, one token a byte. Two blocks, four examples a client, one training
-step a client and round; scoring, which is the clients' work, is left out. The server's resident memory is read after
-every round; `rss_growth` is the last round's over the first one's. Last line: one JSON object.
+step a client and round, the local stage before and a personal step after; scoring, which is the clients' work, is left
+out (`overhead.py` has it). The server's resident memory is read after every training of all clients, in the order of
+the stages; `rss_growth` is the last one's over the first one's. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def main() -> None:
     from legolm.federate.transport.engine import Body
     from legolm.federate.transport.flower import run_flower
     from legolm.federate.wire import messages as wire
-    from legolm.runs import RunDir, Score
+    from legolm.runs import RunDir, Score, read_stages, rounds_of
 
     memory: list[float] = []
 
@@ -96,7 +97,7 @@ def main() -> None:
                     return
                 yield from exchange(every, deadline_s)
                 memory.append(psutil.Process().memory_info().rss / 1e6)
-                print(f"round {len(memory)}: {memory[-1]:.1f} MB", flush=True)
+                print(f"training {len(memory)}: {memory[-1]:.1f} MB", flush=True)
 
             return send
 
@@ -119,16 +120,15 @@ def main() -> None:
             "lora": {"rank": 4},
             "aggregate": {"form": "factor"},
             "train": {"steps": 1, "batch_size": 2, "learning_rate": 0.01},
-            "evaluate": {"local_only": False},
-            "federation": {"engine": "flower", "rounds": options.rounds},
+            "federation": {"engine": "flower", "rounds": options.rounds, "personal_steps": 1},
         }
         began = time.perf_counter()
         with contextlib.suppress(Enough):
             pipeline.run(validate(RunConfig, raw, "benchmark"), folder / "run", engine=engine)
         wall = time.perf_counter() - began
-        records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-        seconds = [record["seconds"] for record in records if record["round"]]
-        accepted = [len(record["accepted"]) for record in records if record["round"]]
+        stages = rounds_of(read_stages(folder / "run" / "metrics.jsonl"))[1:]
+        seconds = [record.seconds for record in stages]
+        accepted = [len(record.accepted) for record in stages]
     print(
         json.dumps(
             {

@@ -28,7 +28,7 @@ from legolm.config import BlockConfig, CalibrationConfig, Fields, Precision, Tra
 from legolm.data import read_rows, render, to_example
 from legolm.data.starter import starter_parts
 from legolm.evaluation import score
-from legolm.finetune import fit
+from legolm.finetune import Task, fit
 from legolm.models import dtype_of, fingerprint, load_model, load_tokenizer, resolve, shape_of
 from legolm.prune import cut_blocks
 from legolm.system import Progress
@@ -59,7 +59,7 @@ def trained(
     start = init_factors(real.shape, None, RANK, seed)
     config = TrainConfig(batch_size=BATCH, learning_rate=options.learning_rate)
     began = time.process_time()
-    delta, metrics = fit(model, trains, start, 2.0, train, config, precision, options.steps, seed)
+    delta, metrics = fit(Task(model, trains, start, 2.0, train, config, precision, options.steps, seed))
     speed = metrics["tokens"] / (time.process_time() - began)
     factors = {key: tensor + delta[key] for key, tensor in start.items()}
     with merged(load_model(path), real, factors, 2.0) as whole:
@@ -71,7 +71,8 @@ def rounding(path: Path, real: Coverage, data: Any) -> dict[str, float]:
     train, held = data
     start = init_factors(real.shape, None, RANK, 0)
     config = TrainConfig(batch_size=BATCH, learning_rate=1e-3)
-    delta, _ = fit(load_model(path, torch.bfloat16), real, start, 2.0, train, config, "bf16", 1, 0)
+    model = load_model(path, torch.bfloat16)
+    delta, _ = fit(Task(model, real, start, 2.0, train, config, "bf16", steps=1, seed=0))
     factors = {key: tensor + delta[key] for key, tensor in start.items()}
     with merged(load_model(path), real, factors, 2.0) as whole:
         exact = score(whole, held, 16, "fp32").loss

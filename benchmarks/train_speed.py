@@ -54,13 +54,14 @@ def examples(options: argparse.Namespace) -> list[Any]:
 def ours(variant: str, rows: list[Any], options: argparse.Namespace) -> dict[str, float]:
     import torch
 
+    import train_peers
     from legolm.adapter import init_factors, slice_factors
     from legolm.block import Coverage, read_block
     from legolm.config import Precision, TrainConfig
-    from legolm.finetune import train
+    from legolm.finetune import Task
     from legolm.models import choose_precision, dtype_of, load_model, resolve, shape_of
 
-    precision: Precision = "fp32" if variant == "ours-fp32" else choose_precision("auto")
+    precision: Precision = "fp32" if variant == "ours-fp32" else choose_precision("auto", "cpu")
     path = Path(options.block) if variant == "ours-block" else resolve(options.model)
     model = load_model(path, dtype_of(precision))
     coverage = read_block(path).coverage if variant == "ours-block" else Coverage.full(shape_of(model.config))
@@ -68,31 +69,43 @@ def ours(variant: str, rows: list[Any], options: argparse.Namespace) -> dict[str
     config = TrainConfig(
         batch_size=BATCH, learning_rate=LEARNING_RATE, gradient_checkpointing=variant.endswith("checkpointing")
     )
-    clock = {"tokens": 0, "answers": 0, "began": 0.0}
-    backward = train._backward
-
-    def counted(model: Any, head: Any, batch: Any, size: int) -> Any:
-        if clock["began"]:
-            clock["tokens"] += sum(len(row.ids) for row in batch)
-            clock["answers"] += sum(len(row.ids) - row.answer for row in batch)
-        loss = backward(model, head, batch, size)
-        clock["began"] = clock["began"] or time.process_time()
-        return loss
-
-    train._backward = counted
+    clock = Clock()
     peak = matmul_peak(torch)
-    _, metrics = train.fit(model, coverage, start, 2.0, rows, config, precision, options.steps + 1, 0)
-    cpu = time.process_time() - clock["began"]
+    metrics = train_peers.ours(
+        Task(model, coverage, start, 2.0, rows, config, precision, options.steps + 1, 0), clock.began
+    )
+    cpu = clock.seconds()
     head = model.get_output_embeddings().weight.numel()
-    work = 4 * (coverage.kept_weights * clock["tokens"] + head * clock["answers"])
+    work = 4 * (coverage.kept_weights * clock.tokens + head * clock.answers)
     peak = (peak + matmul_peak(torch)) / 2
     return {
-        "tokens_per_cpu_s": clock["tokens"] / cpu,
+        "tokens_per_cpu_s": clock.tokens / cpu,
         "loss": metrics["loss_first"],
         "fraction_of_matmul_peak": work / cpu / peak,
         "gflops": work / cpu / 1e9,
         "matmul_peak_gflops": peak / 1e9,
     }
+
+
+class Clock:
+    """CPU seconds and tokens from the second step on: the first takes new memory."""
+
+    def __init__(self) -> None:
+        self.tokens = self.answers = 0
+        self._steps, self._began = 0, 0.0
+
+    def began(self, tokens: int, answers: int) -> None:
+        """A step begins."""
+        self._steps += 1
+        if self._steps == 2:
+            self._began = time.process_time()
+        if self._steps >= 2:
+            self.tokens += tokens
+            self.answers += answers
+
+    def seconds(self) -> float:
+        """Until now."""
+        return time.process_time() - self._began
 
 
 def matmul_peak(torch: Any) -> float:
@@ -110,74 +123,29 @@ def matmul_peak(torch: Any) -> float:
 def theirs(variant: str, rows: list[Any], options: argparse.Namespace) -> dict[str, float]:
     """TRL's or Hugging Face's trainer on the same token ids, the same order, no evaluation, no saving."""
     import torch
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    import train_peers
     from legolm.models import resolve
 
     base = resolve(options.model)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    data = Dataset.from_dict(
-        {
-            "input_ids": [list(row.ids) for row in rows],
-            "labels": [[-100] * row.answer + list(row.ids[row.answer :]) for row in rows],
-        }
-    )
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     packed = variant.endswith("packed")
-    common: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "per_device_train_batch_size": 1 if packed else BATCH,
         "max_steps": options.steps + 1,
         "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
         "use_cpu": True,
         "bf16": "bf16" in variant,
         "gradient_checkpointing": variant.endswith("checkpointing"),
     }
-    clock = {"tokens": 0, "steps": 0, "began": 0.0}
-
-    def counted(kind: Any) -> Any:
-        class Counted(kind):  # type: ignore[misc]
-            def _get_train_sampler(self, *_: Any) -> Any:
-                return torch.utils.data.SequentialSampler(self.train_dataset)
-
-            def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
-                clock["steps"] += 1
-                if clock["steps"] == 2:
-                    clock["began"] = time.process_time()
-                if clock["steps"] >= 2:
-                    mask = inputs.get("attention_mask")
-                    clock["tokens"] += int(inputs["input_ids"].numel() if mask is None else mask.sum())
-                return super().training_step(model, inputs, *args)
-
-        return Counted
-
-    with tempfile.TemporaryDirectory() as folder:
-        if variant.startswith("trl"):
-            from trl import SFTConfig, SFTTrainer
-
-            settings = SFTConfig(folder, **common, packing=packed, max_length=PACKED if packed else MAX_LENGTH)
-            trainer = counted(SFTTrainer)(
-                model=model, args=settings, train_dataset=data, peft_config=lora, processing_class=tokenizer
-            )
-        else:
-            collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-            trainer = counted(Trainer)(
-                model=get_peft_model(model, lora),
-                args=TrainingArguments(folder, **common),
-                train_dataset=data,
-                data_collator=collator,
-            )
-        trainer.train()
-    cpu = time.process_time() - clock["began"]
-    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    return {"tokens_per_cpu_s": clock["tokens"] / cpu, "loss": sum(losses) / len(losses)}
+    kind = variant.partition("-")[0]
+    if kind == "trl":
+        settings |= {"packing": packed, "max_length": PACKED if packed else MAX_LENGTH}
+    clock = Clock()
+    losses = train_peers.theirs(kind, model, tokenizer, rows, clock.began, RANK, settings)
+    return {"tokens_per_cpu_s": clock.tokens / clock.seconds(), "loss": sum(losses) / len(losses)}
 
 
 def one(options: argparse.Namespace) -> None:

@@ -27,6 +27,16 @@ def imports_stay() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registries as legolm ships them, whatever other tests registered; what this one registers is forgotten."""
+    from legolm.config import CRITERIA, SCHEMES, TRAINERS
+
+    for registry in (SCHEMES, CRITERIA, TRAINERS):
+        ours = {name: registry.entry(name) for name in registry if registry.entry(name).module.startswith("legolm.")}
+        monkeypatch.setattr(registry, "_entries", ours)
+
+
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

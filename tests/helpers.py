@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
 from unittest.mock import patch
 
 from legolm.cli import main
@@ -35,3 +36,11 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:
     assert lines[0].startswith("error: ")
     for part in says:
         assert part in lines[0]
+
+
+def without_clocks(value: Any) -> Any:
+    """What must be equal between two runs: everything but time, the machine and the engine's name."""
+    clocks = {"seconds", "wall_s", "machine", "engine", "run", "run_id", "versions", "train_s_per_round", "file_bytes"}
+    if isinstance(value, dict):
+        return {k: without_clocks(v) for k, v in value.items() if k not in clocks}
+    return [without_clocks(v) for v in value] if isinstance(value, list) else value

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,17 +14,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers import without_clocks
 from legolm import config as configs
 from legolm import pipeline
+from legolm.adapter import slice_factors
 from legolm.block import read_block
 from legolm.config import RunConfig
 from legolm.data import client_data, render
@@ -33,6 +39,7 @@ from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.models import load_model, load_tokenizer
 from legolm.runs import Others, RunDir, Summary, dump_record, read_record
+from legolm.system import Progress, locked
 
 
 @pytest.fixture
@@ -46,14 +53,6 @@ def config_file(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) ->
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(raw))
     return path
-
-
-def without_clocks(value: Any) -> Any:
-    """What must be equal between two runs: everything but time, the machine and the engine's name."""
-    clocks = {"seconds", "wall_s", "machine", "engine", "run", "run_id", "versions", "train_s_per_round", "file_bytes"}
-    if isinstance(value, dict):
-        return {k: without_clocks(v) for k, v in value.items() if k not in clocks}
-    return [without_clocks(v) for v in value] if isinstance(value, list) else value
 
 
 def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -196,8 +195,10 @@ def test_a_killed_run_goes_on_and_ends_at_the_same_result(config_file: Path, fin
 Tamper = Callable[[wire.UpdateReply, dict[str, torch.Tensor]], bytes]
 
 
-def tampering_engine(tampers: dict[str, Tamper], crash: str | None = None) -> Callable[..., None]:
-    """The local engine over a line on which some clients' updates arrive changed, or not at all."""
+def tampering_engine(
+    tampers: dict[str, Tamper], crash: str | None = None, phases: tuple[str, ...] = ("round",)
+) -> Callable[..., None]:
+    """The local engine over a line on which some clients' updates of these phases arrive changed, or not at all."""
 
     def engine(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
         def wrap(exchange: Exchange) -> Exchange:
@@ -206,7 +207,7 @@ def tampering_engine(tampers: dict[str, Tamper], crash: str | None = None) -> Ca
                 for reply in exchange((asked.append(one) or one for one in requests), deadline_s):
                     request = asked[reply.index]
                     is_round = wire.kind_of(request.content) == "train" and (
-                        wire.unpack(request.content, wire.TrainRequest)[0].phase == "round"
+                        wire.unpack(request.content, wire.TrainRequest)[0].phase in phases
                     )
                     if is_round and request.client == crash:
                         yield Reply(reply.index, error="the device went away")
@@ -227,6 +228,10 @@ def poison(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
     poisoned = delta["factors"].clone()
     poisoned[0] = float("nan")
     return wire.pack(header, {"factors": poisoned})
+
+
+def swollen(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
+    return wire.pack(header, {key: torch.full_like(tensor, 9e3) for key, tensor in delta.items()})
 
 
 def foreign(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes:
@@ -254,6 +259,91 @@ def test_bad_updates_are_refused_and_named_and_the_round_goes_on(config_file: Pa
             assert reasons[one.client] in one.reason
         state = load_file(tmp_path / name / "rounds" / "0001" / "adapter.safetensors")
         assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+
+
+def test_refusals_outside_the_rounds_are_named_and_passed_over(config_file: Path, tmp_path: Path) -> None:
+    config, out = configs.load(config_file, ["federation.rounds=1", "federation.personal_steps=1"]), tmp_path / "out"
+    summary = pipeline.run(config, out, engine=tampering_engine({"fr": poison}, phases=("local", "personal")))
+    (fr, *others) = summary.clients
+    assert set(fr.refused) == {"local", "personal"} and "is not finite" in fr.refused["local"]
+    assert set(fr.own) == {"before", "global"} and all(one.refused == {} for one in others)
+    assert "The personal step of fr was refused" in (out / "report.html").read_text()
+    # It ends with what the rounds gave it, and a resumed run does not ask it again.
+    ended = load_file(out / "final" / "fr" / "factors.safetensors")
+    known = load_file(out / "rounds" / f"000{summary.best_round}" / "adapter.safetensors")
+    block = read_block(out / "blocks" / "wide").coverage
+    expected = slice_factors(block, {key: known[key] for key in known if key.startswith("layers.")}, 4)
+    assert all(torch.equal(ended[key], tensor) for key, tensor in expected.items())
+    assert pipeline.run(config, out, resume=True).clients == summary.clients
+    with pytest.raises(LegolmError, match=r"local: no client trained \(fr: .*; de: .*; es: .*not finite\)"):
+        everyone = dict.fromkeys(("fr", "de", "es"), poison)
+        pipeline.run(config, tmp_path / "none", engine=tampering_engine(everyone, phases=("local",)))
+
+
+def test_an_adapter_that_overflows_is_named_with_who_made_it(config_file: Path, tmp_path: Path) -> None:
+    config = configs.load(
+        config_file,
+        ["aggregate.server_learning_rate=1e37", "federation.personal_steps=0", "evaluate.local_only=false"],
+    )
+    with pytest.raises(LegolmError, match=r"round 1: the new global adapter is not finite in layers.*of fr, de, es"):
+        pipeline.run(config, tmp_path / "out", engine=tampering_engine({"fr": swollen}))
+
+
+def test_replies_twice_of_nobody_and_none_are_named(config_file: Path, tmp_path: Path) -> None:
+    config = configs.load(
+        config_file, ["federation.rounds=1", "federation.personal_steps=0", "evaluate.local_only=false"]
+    )
+
+    def engine(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def wrap(exchange: Exchange) -> Exchange:
+            def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                for reply in exchange(requests, deadline_s):
+                    if wire.kind_of(reply.content) != "update":
+                        yield reply
+                    elif reply.index != 1:  # of three, the second one's never comes
+                        yield from (reply, reply, replace(reply, index=7))
+
+            return changed
+
+        run_local(run, config, actors, lambda exchange: body(wrap(exchange)))
+
+    said = StringIO()
+    progress = Progress(Console(file=said, width=200))
+    summary = pipeline.run(config, tmp_path / "out", engine=engine, progress=progress)
+    assert re.search(r"round 1: train: one more reply of (fr|de|es) \(request 0\) was dropped", said.getvalue())
+    assert "one more reply of nobody (request 7) was dropped" in said.getvalue()
+    last = summary.history[-1]
+    assert len(last.accepted) == 2 and [one.reason for one in last.refused] == ["no reply came"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"loss": float("nan")}, "fr.* has loss nan; its weights are broken, or training diverged"),
+        ({"exact_match": 2.0}, "has exact_match 2.0"),
+        ({"tokens": 0}, "tokens 0"),
+        (None, "scores came for"),
+    ],
+)
+def test_scores_are_checked_and_named(
+    change: dict[str, float] | None, says: str, config_file: Path, tmp_path: Path
+) -> None:
+    config = configs.load(config_file, ["federation.personal_steps=0", "evaluate.local_only=false"])
+
+    def engine(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def wrap(exchange: Exchange) -> Exchange:
+            def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                for reply in exchange(requests, deadline_s):
+                    scores = list(wire.unpack(reply.content, wire.ScoreReply)[0].scores)
+                    scores = scores[1:] if change is None else [scores[0].model_copy(update=change), *scores[1:]]
+                    yield replace(reply, content=wire.pack(wire.ScoreReply(scores=scores), {}))
+
+            return changed
+
+        run_local(run, config, actors, lambda exchange: body(wrap(exchange)))
+
+    with pytest.raises(LegolmError, match=rf"before: evaluate: client .*, block .*: .*{says}"):
+        pipeline.run(config, tmp_path / "out", engine=engine)
 
 
 def test_too_few_updates_stop_the_run_with_the_reasons(config_file: Path, tmp_path: Path) -> None:
@@ -295,3 +385,60 @@ def test_profiles_get_the_largest_block_that_fits(config_file: Path) -> None:
     plan = pipeline.make_plan(configs.load(config_file, ["clients.2.profile.memory_mb=100000"]))
     largest = max(plan.blocks, key=lambda block: block.parameters).name
     assert [client.block for client in plan.clients] == [largest, "half", largest]
+
+
+def test_what_a_stage_kept_is_checked(finished: tuple[RunConfig, Path]) -> None:
+    config, out = finished
+    path = out / "rounds" / "0002" / "adapter.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # one bit of the last weight: it reads as well as before
+    path.write_bytes(content)
+    shutil.rmtree(out / "final")
+    with pytest.raises(LegolmError, match=r"rounds/0002/adapter.safetensors: is not what the run wrote"):
+        pipeline.run(config, out, resume=True)
+
+
+def test_two_processes_do_not_share_a_folder(config_file: Path, tmp_path: Path) -> None:
+    config, out = configs.load(config_file), tmp_path / "out"
+    with locked(out):
+        command = [sys.executable, "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"another process ({os.getpid()}) works in this folder" in done.stderr
+    assert not (out / "config.yaml").exists()
+    pipeline.run(config.model_copy(update={"clients": config.clients[:1], "blocks": config.blocks[:1]}), out)
+
+
+def test_a_resumed_run_may_change_what_does_not_change_the_past(finished: tuple[RunConfig, Path]) -> None:
+    config, out = finished
+    before = json.loads((out / "summary.json").read_text())
+    changed = config.federation.model_copy(update={"deadline_s": 99.0, "threads": 2, "min_replies": 2})
+    pipeline.run(config.model_copy(update={"federation": changed}), out, resume=True)
+    assert RunDir(out).config().federation.deadline_s == 99.0
+    assert without_clocks(json.loads((out / "summary.json").read_text())) == without_clocks(before)
+    with pytest.raises(LegolmError, match=r"belongs to another config, `train` differs"):
+        train = config.train.model_copy(update={"steps": 9})
+        pipeline.run(config.model_copy(update={"train": train}), out, resume=True)
+
+
+def test_final_models_are_readable_as_the_umask_says(finished: tuple[RunConfig, Path]) -> None:
+    _, out = finished
+    (out / "probe").touch()
+    wanted = (out / "probe").stat().st_mode
+    assert {path.stat().st_mode for path in (out / "final").rglob("*") if path.is_file()} == {wanted}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(number: signal.Signals, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "rounds" / "0000").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1].startswith("stopped: what is finished is kept")
+    assert "Traceback" not in said
+    assert not list(out.rglob("*.partial"))

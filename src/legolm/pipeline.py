@@ -10,15 +10,13 @@ import hashlib
 import os
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from legolm.adapter import merge, save_adapter, save_factors
-from legolm.block import Block, Manifest, llm_block, read_block, write_block
+from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
 from legolm.config import RunConfig
-from legolm.data import data_fingerprint
 from legolm.errors import LegolmError
 from legolm.federate.server import Rounds
 from legolm.federate.transport import Engine, engine_for
@@ -45,6 +43,7 @@ from legolm.system import (
     release_memory,
     versions,
 )
+from legolm.system.files import locked
 
 
 def run(
@@ -68,6 +67,22 @@ def run(
     engine = engine or engine_for(config)
     plan = make_plan(config)
     check_room(out, plan.disk_bytes - (0 if models else plan.models_bytes) - held_bytes(out))
+    RunDir(out).check(config, resume)
+    with locked(out):
+        return _run(config, out, resume, progress, engine, store, models, plan, began)
+
+
+def _run(
+    config: RunConfig,
+    out: Path,
+    resume: bool,
+    progress: Progress,
+    engine: Engine,
+    store: Path | None,
+    models: bool,
+    plan: Plan,
+    began: float,
+) -> Summary:
     folder = RunDir.open(out, config, resume)
     identity = _identify(folder, plan)
 
@@ -101,7 +116,7 @@ def _identify(folder: RunDir, plan: Plan) -> Identity:
     found = Identity(
         run=hashlib.sha256(folder.config_file.read_bytes()).hexdigest()[:16],
         base_fingerprint=fingerprint(plan.base),
-        data_fingerprint=data_fingerprint(plan.data),
+        data_fingerprint=plan.data_fingerprint,
         machine=Machine(**machine()),
         versions=versions(),
     )
@@ -141,9 +156,11 @@ def _cut_blocks(
             continue
         with atomic_folder(folder.block(spec.name)) as partial:
             shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=_link)
+            if spec.path is not None:
+                rename_block(partial, spec.name)  # the run's, whatever it was called where it was cut
     for spec in config.blocks:
         path = folder.block(spec.name)
-        blocks[spec.name] = replace(read_block(path), name=spec.name)
+        blocks[spec.name] = read_block(path)
         if blocks[spec.name].base_fingerprint != base_fingerprint:
             raise LegolmError(f"block {path}: was cut from another base model; remove it and run again with --resume")
     release_memory()
@@ -174,7 +191,7 @@ def _write_final(
     tokenizer, dtype = load_tokenizer(plan.base), load_config(plan.base).dtype or torch.float32
     llm_best, best = rounds.best("llm_validation"), rounds.best("validation")
     start = {number: rounds.start_hash(number) for number in {llm_best, best}}
-    examples = {id: len(rows.train) for id, rows in plan.data.items()}
+    examples = {client.id: client.examples for client in plan.clients}
     with progress.stage("write final models", len(left)) as advance:
         for id in left:
             client = None if id == "llm" else id

@@ -12,7 +12,7 @@ import pytest
 from legolm.errors import LegolmError
 from legolm.report import print_summary, write_report
 from legolm.report.page import Raw, number, tag
-from legolm.report.plots import _spread
+from legolm.report.plots import _spread, drawn
 from legolm.report.run import render, verdict
 from legolm.runs import Summary
 
@@ -319,6 +319,21 @@ def test_many_clients_and_rounds_go_unnamed_but_all_are_there(raw: dict[str, Any
     raw["clients"] = [first | {"id": f"site {i}"} for i in range(30)]
     page = render(typed(raw))
     assert all(f"site {i} · mlp-1024" in page for i in range(30))
+
+
+def test_of_very_many_clients_the_figures_show_some_of_each_block_and_the_page_says_so(raw: dict[str, Any]) -> None:
+    first = raw["clients"][1]
+    names = [f"site {i:03}" for i in range(96)]
+    raw["clients"] = [first | {"id": name, "block": ("mlp-1024", "heads-2")[i % 2]} for i, name in enumerate(names)]
+    raw["blocks"] = [block("mlp-1024", names[::2]), block("heads-2", names[1::2]), block("llm", [])]
+    found = typed(raw)
+    page = render(found)
+    assert [client.id for _, client in drawn(found)] == [*names[::4], *names[1::4]]  # 24 of the 48 of each block
+    assert "site 004 · mlp-1024" in page and "site 002 · mlp-1024" not in page and ".c2:hover" in page
+    assert all(f">{name}</th>" in page for name in names) and ".c1:hover" not in page
+    assert "Figures show 48 of the 96 clients, spread evenly over the blocks; the table has all." in page
+    raw["clients"] = raw["clients"][:48]
+    assert len(drawn(typed(raw))) == 48 and "Figures show" not in render(typed(raw))
 
 
 def test_numbers() -> None:

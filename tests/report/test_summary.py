@@ -74,7 +74,7 @@ def test_others_are_the_same_clients_in_every_stage() -> None:
     )
     assert found.others == Others(asked=8, there=19)
     for i, client in enumerate(found.clients):
-        drawn = [IDS.index(id) for id in others_of(config, client.id)]
+        drawn = [IDS.index(id) for id in others_of(config)[client.id]]
         assert len(drawn) == 8 and i not in drawn
         assert client.own == {"before": i + 30, "global": i + 10, "local": i + 5}
         for stage, extra in {"before": 30, "global": 10, "local": 5}.items():

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from legolm.errors import LegolmError
-from legolm.system import atomic_folder, atomic_write, check_room, held_bytes, read_json
+from legolm.system import atomic_folder, atomic_write, check_room, held_bytes, read_json, scratch_folder
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -25,6 +25,15 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
             (folder / "x").write_text(content)
     assert (tmp_path / "a" / "x").read_text() == "2"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_scratch_folder_is_gone_afterwards(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("1")
+        assert folder.parent == tmp_path and not (tmp_path / "a").exists()
+    with pytest.raises(KeyError), scratch_folder(tmp_path / "a"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -42,6 +51,8 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(small_di
     with pytest.raises(LegolmError, match="the disk is full; free some space"):
         atomic_write(small_disk / "old", "x" * 100_000)
     with pytest.raises(LegolmError, match="the disk is full"), atomic_folder(small_disk / "folder") as folder:
+        save_file({"a": torch.zeros(100_000)}, folder / "a.safetensors")
+    with pytest.raises(LegolmError, match="the disk is full"), scratch_folder(small_disk / "folder") as folder:
         save_file({"a": torch.zeros(100_000)}, folder / "a.safetensors")
     assert (small_disk / "old").read_text() == "as it was"
     assert [path.name for path in small_disk.iterdir()] == ["old"]

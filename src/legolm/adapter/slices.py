@@ -49,7 +49,7 @@ def tensors_hash(tensors: Tensors) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # numpy knows no bfloat16
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from legolm.aggregate import (  # noqa: F401 (each registers itself)
 from legolm.aggregate.exact import ExactForm
 from legolm.aggregate.factors import FactorSum
 from legolm.aggregate.interface import Scheme, Start, make_scheme, scheme
+from legolm.aggregate.rehearsal import rehearse
 from legolm.aggregate.weight import holders
 
-__all__ = ["ExactForm", "FactorSum", "Scheme", "Start", "holders", "make_scheme", "scheme"]
+__all__ = ["ExactForm", "FactorSum", "Scheme", "Start", "holders", "make_scheme", "rehearse", "scheme"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from legolm.adapter import Change, Tensors
 from legolm.block import Coverage
-from legolm.config import SCHEMES, AggregateConfig, Entry, ServerConfig
+from legolm.config import SCHEMES, AggregateConfig, Entry, ServerConfig, guarded
+from legolm.errors import LegolmError
 from legolm.models import Shape
 
 STATISTIC = ("changes", "weight")
@@ -134,15 +135,19 @@ def scheme(name: str) -> Callable[[Callable[..., Any]], Entry[Scheme]]:
 
     def register(made_of: Callable[..., Any]) -> Entry[Scheme]:
         first = next(iter(inspect.signature(made_of).parameters.values()), None)
-        if inspect.isclass(made_of) or first is None or first.kind is first.KEYWORD_ONLY:
-            return SCHEMES.register(name, made_of, made_of)
+        is_maker = inspect.isclass(made_of) or first is None or first.kind is first.KEYWORD_ONLY
 
         def make(**settings: Any) -> Scheme:
             from legolm.aggregate.robust import Statistic
 
-            return Statistic(name, partial(made_of, **settings))
+            if not is_maker:
+                return Statistic(name, partial(guarded(f"scheme {name!r}", made_of), **settings))
+            made = made_of(**settings)
+            if not isinstance(made, Scheme):
+                raise LegolmError(f"scheme {name!r}: makes a {type(made).__name__}; it must make a Scheme")
+            return made
 
-        return SCHEMES.register(name, made_of, make, STATISTIC)
+        return SCHEMES.register(name, made_of, make, () if is_maker else STATISTIC)
 
     return register
 
@@ -159,4 +164,3 @@ def factors_in(state: Tensors) -> Tensors:
 
 
 Statistics = Callable[[Tensor, Tensor], Tensor]
-Traits = Mapping[str, Any]

@@ -3,7 +3,7 @@
 from legolm.block.base import Base, config_changes, decoder_weights
 from legolm.block.block import Block
 from legolm.block.coverage import Coverage, add_matrix, pack_mask, slice_matrix, unpack_mask
-from legolm.block.manifest import Manifest, llm_block, read_block, write_block
+from legolm.block.manifest import Manifest, llm_block, read_block, rename_block, write_block
 
 __all__ = [
     "Base",
@@ -16,6 +16,7 @@ __all__ = [
     "llm_block",
     "pack_mask",
     "read_block",
+    "rename_block",
     "slice_matrix",
     "unpack_mask",
     "write_block",

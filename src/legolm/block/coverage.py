@@ -184,7 +184,7 @@ def _to_tensors(coverage: Coverage) -> dict[str, Tensor]:
 
 def pack_mask(mask: Tensor) -> Tensor:
     """A bool mask as bits, uint8: an eighth of its bytes."""
-    return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
 
 
 def unpack_mask(bits: Tensor, shape: tuple[int, int]) -> Tensor:

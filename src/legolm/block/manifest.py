@@ -35,15 +35,16 @@ def write_block(manifest: Manifest, coverage: Coverage, path: Path) -> None:
     (path / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
+def rename_block(path: Path, name: str) -> None:
+    """Give the block in a folder another name. A second name that its manifest has elsewhere keeps the old content."""
+    manifest, file = _read_manifest(path), path / "manifest.json"
+    file.unlink()
+    file.write_text(manifest.model_copy(update={"name": name}).model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
 def read_block(path: Path) -> Block:
     """Read a block folder. Raises `LegolmError` when a file is missing, broken or does not fit the others."""
-    try:
-        manifest = Manifest.model_validate_json((path / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise LegolmError(f"block {path}: no manifest.json; give a folder that `legolm prune` wrote") from None
-    except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise LegolmError(f"block {path}: manifest.json is broken ({reason}); cut the block again") from None
+    manifest = _read_manifest(path)
     coverage = load_coverage(path / "coverage.safetensors")
     if coverage.hash != manifest.coverage_hash:
         raise LegolmError(f"block {path}: coverage.safetensors is not the one of its manifest; cut the block again")
@@ -66,3 +67,13 @@ def llm_block(path: Path, base_fingerprint: str) -> Block:
     return Block(
         "llm", path, "dense", Coverage.full(shape), base_fingerprint, count_parameters(path), 0.0, folder_bytes(path)
     )
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        return Manifest.model_validate_json((path / "manifest.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise LegolmError(f"block {path}: no manifest.json; give a folder that `legolm prune` wrote") from None
+    except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise LegolmError(f"block {path}: manifest.json is broken ({reason}); cut the block again") from None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from typing import Annotated
 
+import click
 import typer
 
 from legolm.cli.ablate import ablate
@@ -54,14 +56,34 @@ app.command()(ablate)
 app.command()(report)
 
 
+STOPPED = 130
+"""What a shell gives for a command that Ctrl-C ended, and Typer too."""
+
+
 def main() -> None:
     """Entry point: bad input gives one line and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, _interrupt)
+    code: object = 0
     try:
-        app()
+        code = app(standalone_mode=False)  # else Typer ends the process itself, without a word after Ctrl-C
     except LegolmError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        code = STOPPED
+    if code == STOPPED:
+        sys.stderr.write("stopped: what is finished is kept; the same command goes on there (`run` with --resume)\n")
+    if isinstance(code, int) and code:
+        sys.exit(code)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends a command as Ctrl-C does: what is half done is taken away, and a line says how to go on."""
+    raise KeyboardInterrupt

@@ -3,7 +3,7 @@
 from legolm.config.aggregation import AggregateConfig, Codec, FederationConfig, OutlierConfig, ServerConfig
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.file import dump, load, read, validate
-from legolm.config.registry import CRITERIA, SCHEMES, TRAINERS, Choice, Entry, Registry, load_plugins
+from legolm.config.registry import CRITERIA, SCHEMES, TRAINERS, Choice, Entry, Registry, foreign, guarded, load_plugins
 from legolm.config.section import Fields
 from legolm.config.sections import (
     ClientConfig,
@@ -49,6 +49,8 @@ __all__ = [
     "TrainConfig",
     "Variant",
     "dump",
+    "foreign",
+    "guarded",
     "load",
     "load_plugins",
     "load_study",

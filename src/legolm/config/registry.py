@@ -11,8 +11,11 @@ import importlib
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
@@ -22,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from legolm.errors import LegolmError, nearest
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Entry(Generic[T]):
             checked = self.check(settings)
         except ValueError as error:
             raise LegolmError(f"{self.kind} {self.name!r}: {error}") from None
-        plugin = None if self.module.partition(".")[0] in ("legolm", "__main__") else f"{self.module}:{self.attribute}"
+        plugin = None if self.module == "__main__" or _is_ours(self.module) else f"{self.module}:{self.attribute}"
         return Choice(self.kind, self.name, checked, plugin)
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +66,8 @@ class Entry(Generic[T]):
                 raise ValueError(f"unknown key `{key}` of {self.kind} {self.name!r};{nearest(key, known)}")
         try:
             checked = self.settings.model_validate(dict(given)).model_dump()
-            self.make(**checked)  # settings that do not go together
+            with foreign(f"{self.kind} {self.name!r}", self.module, passing=ValueError):
+                self.make(**checked)  # settings that do not go together
             return checked
         except ValidationError as error:
             problem = error.errors()[0]
@@ -98,10 +103,14 @@ class Registry(Generic[T]):
         """
         importlib.import_module(self._home)
         if name not in self._entries:
-            for point in entry_points(group=self._group):
-                _load(f"{point.module}:{point.attr}")
-        if name not in self._entries:
-            raise ValueError(f"{self.kind} {name!r} is not known;{nearest(name, [*others, *sorted(self._entries)])}")
+            points = {point.name: point for point in entry_points(group=self._group)}
+            if name not in points:
+                known = [*others, *sorted({*self._entries, *points})]
+                raise ValueError(f"{self.kind} {name!r} is not known;{nearest(name, known)}")
+            where = f"entry point {name!r} of {self._group}"
+            found = _load(f"{points[name].module}:{points[name].attr}", where)
+            if found.name != name:
+                raise LegolmError(f"{where}: is {found.kind} {found.name!r}; call both alike")
         return self._entries[name]
 
     def check(
@@ -109,6 +118,9 @@ class Registry(Generic[T]):
     ) -> dict[str, Any]:
         """All settings of the entry of this name. Raises `ValueError`; `beside` are keys that stand with them."""
         entry = self.entry(name, others)
+        for key in entry.settings.model_fields:
+            if key in beside:
+                raise ValueError(f"{self.kind} {name!r}: its setting `{key}` is taken here already; rename it")
         for key in given:
             if key not in entry.settings.model_fields:
                 owners = sorted(one.name for one in self._entries.values() if key in one.settings.model_fields)
@@ -116,6 +128,10 @@ class Registry(Generic[T]):
                 hint = f" it is {' and '.join(owners)}'s" if owners else nearest(key, known)
                 raise ValueError(f"unknown key `{key}` of {self.kind} {name!r};{hint}")
         return entry.check(given)
+
+    def having(self, trait: str, value: object = True) -> str:
+        """For a message: names of entries whose things, with their default settings, have this attribute at `value`."""
+        return ", ".join(name for name in self if getattr(self._entries[name].make(), trait) == value)
 
     def __iter__(self) -> Iterator[str]:
         importlib.import_module(self._home)
@@ -130,11 +146,40 @@ TRAINERS: Registry[Any] = Registry("trainer", "legolm.finetune", "legolm.trainer
 def load_plugins(plugins: Sequence[str]) -> None:
     """Import each `module:name`, which registers itself. Raises `LegolmError` for one that does not."""
     for plugin in plugins:
-        _load(plugin)
+        _load(plugin, f"plugins: {plugin!r}")
 
 
-def _load(plugin: str) -> None:
-    where = f"plugins: {plugin!r}"
+@contextmanager
+def foreign(where: str, module: str, passing: type[Exception] = LegolmError) -> Iterator[None]:
+    """Make one line (`LegolmError`) of what code of `module` raises, with its place in that module.
+
+    `passing` is raised as it is, and so is what legolm's own code raises: that is a mistake of ours.
+    """
+    try:
+        yield
+    except (LegolmError, passing):
+        raise
+    except Exception as error:
+        if _is_ours(module):
+            raise
+        file = getattr(sys.modules.get(module), "__file__", None)
+        frames = traceback.extract_tb(error.__traceback__)
+        at = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
+        raise LegolmError(f"{where}: raised {_in_words(error)} at {Path(at.filename).name}:{at.lineno}") from error
+
+
+def guarded(where: str, function: Callable[..., R]) -> Callable[..., R]:
+    """The function with its exceptions as `foreign` makes them."""
+
+    @wraps(function)
+    def call(*arguments: Any, **settings: Any) -> R:
+        with foreign(where, function.__module__):
+            return function(*arguments, **settings)
+
+    return call
+
+
+def _load(plugin: str, where: str) -> Entry[Any]:
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", plugin):
         raise LegolmError(f"{where}: write it as module:name")
     module, _, name = plugin.partition(":")
@@ -143,29 +188,38 @@ def _load(plugin: str) -> None:
         sys.path.append(here)
     try:
         found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except LegolmError:
-        raise
-    except AttributeError:
-        raise LegolmError(f"{where}: {module} has no {name}") from None
-    except Exception as error:  # whatever the module's own code raises
-        raise LegolmError(
-            f"{where}: does not import ({type(error).__name__}: {' '.join(str(error).split())})"
-        ) from None
+    except LegolmError as error:
+        raise LegolmError(f"{where}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever the module's own code raises
+        raise LegolmError(f"{where}: does not import ({_in_words(error)})") from error
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        raise LegolmError(f"{where}: {module} has no {name}")
     if not isinstance(found, Entry):
-        raise LegolmError(f"{where}: registers nothing; put @legolm.scheme, .criterion or .trainer before it")
+        raise LegolmError(f"{where}: registers nothing; put @scheme, @criterion or @trainer with a name before it")
+    return found
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == "legolm"
 
 
 def _settings_of(where: str, function: Any, positional: Sequence[str]) -> type[BaseModel]:
     """A model of the function's keyword-only parameters; each needs a type and a default."""
     parameters = list(inspect.signature(function).parameters.values())
     first, rest = parameters[: len(positional)], parameters[len(positional) :]
-    if [one.name for one in first] != list(positional) or any(one.kind is not one.KEYWORD_ONLY for one in rest):
+    by_place = all(one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in first)
+    named = [one.name for one in first] == list(positional) and all(one.kind is one.KEYWORD_ONLY for one in rest)
+    if not (by_place and named):
         wanted = ", ".join([*positional, "*", "own_setting: type = default"])
         raise LegolmError(f"{where}: its signature is {inspect.signature(function)}; it must be ({wanted}, ...)")
     try:
-        hints = get_type_hints(function, include_extras=True)
+        hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
     except NameError as error:
         raise LegolmError(f"{where}: a type in its signature is unknown ({error})") from None
     fields: dict[str, Any] = {}

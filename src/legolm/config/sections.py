@@ -270,17 +270,18 @@ class RunConfig(Section):
         if optimizer != "none" and not scheme.optimizers:
             raise ValueError(
                 f"aggregate.server_optimizer {optimizer!r} needs a mean to step along; scheme {name!r} with these "
-                "settings has its own step: take server_optimizer none, or heteagg with form factor or frozen_side"
+                f"settings has its own step: take server_optimizer none, or one of {SCHEMES.having('optimizers')}"
             )
         if self.lora.ranks and not scheme.module_ranks:
             raise ValueError(
-                "lora.ranks: products of another rank in each module need the factor form; take out lora.ranks, or "
-                "use heteagg with form factor or frozen_side"
+                "lora.ranks: products of another rank in each module need sums of factors, and scheme "
+                f"{name!r} with these settings has none; take out lora.ranks, or take one of "
+                f"{SCHEMES.having('module_ranks')}"
             )
         if self.lora.start is not None and scheme.frozen_side:
             raise ValueError(
-                "lora.start: form 'frozen_side' keeps random factors, and that adapter has others; take form factor or "
-                "exact"
+                f"lora.start: scheme {name!r} with these settings keeps random factors, and that adapter has others; "
+                "take form factor or exact, or another scheme"
             )
         starts = {"lora.start": self.lora.start, "aggregate.start": self.aggregate.start}
         start = next((field for field, value in starts.items() if value is not None), None)

@@ -48,9 +48,13 @@ def load_parts(config: DataConfig, clients: Sequence[str], seed: int) -> dict[st
     return {client: _finish(_hold_out(client, groups, config, seed), config) for client in clients}
 
 
-def data_fingerprint(data: Mapping[str, ClientData]) -> str:
-    """SHA-256 over every client's examples, by client."""
-    return hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()
+def data_fingerprint(data: Mapping[str, ClientData], server: Sequence[Example] = ()) -> str:
+    """SHA-256 over every client's examples, by client, and the server's own where it has some."""
+    found = hashlib.sha256(b"[")  # of the list's `repr`, which whole would be as large as the data again
+    for index, item in enumerate(sorted(data.items())):
+        found.update(f"{', ' if index else ''}{item!r}".encode())
+    found.update(b"]" + (repr(list(server)).encode() if server else b""))
+    return found.hexdigest()
 
 
 def _group(source: str | list[str], split: SplitName, config: DataConfig) -> Groups:

@@ -6,6 +6,7 @@ from legolm.evaluation.paired import compare
 from legolm.evaluation.perplexity import perplexity
 from legolm.evaluation.questions import TEXT, Questions, check_finite, measure, read_questions
 from legolm.evaluation.side_by_side import Result, evaluate, line_up, write_json
+from legolm.evaluation.tasks import load_tasks, run_tasks
 
 __all__ = [
     "TEXT",
@@ -17,9 +18,11 @@ __all__ = [
     "digest",
     "evaluate",
     "line_up",
+    "load_tasks",
     "measure",
     "perplexity",
     "read_questions",
+    "run_tasks",
     "score",
     "write_json",
 ]

@@ -33,7 +33,7 @@ def window_losses(model: Any, windows: Tensor, precision: Precision) -> Array:
     with torch.no_grad(), autocast(precision, model.device.type):
         for window in windows.to(model.device):
             logits = model(input_ids=window[None]).logits[0, :-1].float()
-            losses.append(float(cross_entropy(logits, window[1:], reduction="sum").double()))
+            losses.append(float(cross_entropy(logits, window[1:], reduction="sum")))
     return np.array(losses)
 
 

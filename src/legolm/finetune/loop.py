@@ -56,7 +56,7 @@ def fit(task: Task) -> tuple[Tensors, dict[str, float]]:
     size = config.micro_batch_tokens
     with (
         keep_freed_memory(),
-        torch.random.fork_rng(devices=[]),
+        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
         lora(model, task.coverage, task.start, task.scale, task.precision, task.frozen, task.dropout) as parameters,
         lean(model, task.precision, config.gradient_checkpointing),
     ):
@@ -147,7 +147,7 @@ def _backward(model: Any, head: Head, batch: Sequence[Tokens], size: int) -> _Lo
         packing = pack([batch[place] for place in places], model.device)
         losses = answer_losses(hidden_states(model, packing)[packing.predict], head, packing.labels)
         (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
-        total += float(losses.detach().double().sum())
+        total += float(losses.detach().cpu().double().sum())  # MPS has no float64
         broken += [places[owner] for owner in set(packing.owner[~losses.isfinite()].tolist())]
     return _Loss(total / count, tuple(sorted(broken)))
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from legolm.adapter import Tensors
 from legolm.block import Coverage
-from legolm.config import TRAINERS, Entry, Precision, TrainConfig
+from legolm.config import TRAINERS, Entry, Precision, TrainConfig, guarded
 from legolm.data import Tokens
 from legolm.errors import LegolmError
+from legolm.runs import Training
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def trainer(name: str) -> Callable[[Callable[..., Fitted]], Entry[Train]]:
 
     def register(function: Callable[..., Fitted]) -> Entry[Train]:
         def make(**settings: Any) -> Train:
-            return partial(function, **settings)
+            return partial(guarded(f"trainer {name!r}", function), **settings)
 
         return TRAINERS.register(name, function, make, ("task",))
 
@@ -60,9 +63,25 @@ def trainer(name: str) -> Callable[[Callable[..., Fitted]], Entry[Train]]:
 
 def train(task: Task) -> Fitted:
     """Train with the task's configured trainer. Raises `LegolmError` for an answer that is no change of the factors."""
-    name = task.config.trainer
-    delta, metrics = TRAINERS.entry(name).make(**task.config.settings)(task)
-    wanted = {key: tensor.shape for key, tensor in task.start.items() if key not in task.frozen}
-    if {key: tensor.shape for key, tensor in delta.items()} != wanted:
-        raise LegolmError(f"trainer {name!r}: gave a change of other factors than those that train, or other shapes")
-    return {key: tensor.float() for key, tensor in delta.items()}, metrics
+    where = f"trainer {task.config.trainer!r}"
+    answer: Any = TRAINERS.entry(task.config.trainer).make(**task.config.settings)(task)
+    if not (isinstance(answer, tuple) and len(answer) == 2 and all(isinstance(part, Mapping) for part in answer)):
+        raise LegolmError(f"{where}: gave {_said(answer)}; it must give (changes by factor, metrics by name)")
+    delta, metrics = answer
+    wanted = {key: tuple(tensor.shape) for key, tensor in task.start.items() if key not in task.frozen}
+    for key in sorted({*delta, *wanted}, key=str):
+        found = tuple(delta[key].shape) if isinstance(delta.get(key), Tensor) else _said(delta.get(key))
+        if found != wanted.get(key):
+            raise LegolmError(
+                f"{where}: gave {found} for {key}, which is {wanted.get(key, 'none that trains')}; it must give the "
+                "change of each factor of task.start that is not in task.frozen"
+            )
+    needed = {name: None for name, one in Training.model_fields.items() if one.is_required()}
+    for name, value in (needed | dict(metrics)).items():
+        if not isinstance(value, int | float):
+            raise LegolmError(f"{where}: gave {_said(value)} for metric {name}; it must give a number")
+    return {key: tensor.float() for key, tensor in delta.items()}, dict(metrics)
+
+
+def _said(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -20,6 +20,7 @@ from legolm.errors import LegolmError
 from legolm.models.family import decoder_layers
 from legolm.models.load import load_config, weight_files
 
+CPU = torch.device("cpu")
 SHARD_BYTES = 256 << 20
 """A shard is written once it holds as much: what is waiting to be written counts as memory too."""
 
@@ -27,16 +28,18 @@ SHARD_BYTES = 256 << 20
 class LayeredModel:
     """A causal LM in float32 whose decoder layers have weights only inside `layer(index)`; nothing is trainable.
 
-    What is around the layers (embeddings, final norm) is in memory inside `rest()`.
+    The weights are on `device` then. What is around the layers (embeddings, final norm) is in memory inside `rest()`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.config = load_config(path)
+    def __init__(self, path: Path, device: torch.device = CPU) -> None:
+        self.config, self.device = load_config(path), device
         with init_empty_weights():
             # A copy: making the model writes its dtype into the config.
             model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=torch.float32)
         self._decoder: Any = model.eval().get_decoder()
         self.layers = decoder_layers(model)
+        for module in self._decoder.modules():
+            module._buffers = {name: buffer.to(device) for name, buffer in module._buffers.items()}
         names = {id(module): name for name, module in model.named_modules()}
         self._prefix, self._layers_prefix = f"{names[id(self._decoder)]}.", f"{names[id(self.layers)]}."
         self._files: dict[str, Path] = {}
@@ -68,7 +71,7 @@ class LayeredModel:
     @contextmanager
     def _loaded(self, module: nn.Module, prefix: str, names: list[str]) -> Iterator[Any]:
         empty = {name: module.state_dict()[name] for name in names}
-        self._assign(module, {name: self._read(f"{prefix}{name}").float() for name in names})
+        self._assign(module, {name: self._read(f"{prefix}{name}").to(self.device, torch.float32) for name in names})
         try:
             yield module
         finally:
@@ -98,7 +101,7 @@ class CheckpointWriter:
 
     def add(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
         """Add tensors, their names behind `prefix`."""
-        self._waiting |= {prefix + name: tensor.to(self._dtype).contiguous() for name, tensor in tensors.items()}
+        self._waiting |= {prefix + name: tensor.to(CPU, self._dtype).contiguous() for name, tensor in tensors.items()}
         if sum(tensor.nbytes for tensor in self._waiting.values()) >= SHARD_BYTES:
             self._flush()
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parameters, modules_of
-from legolm.aggregate import make_scheme
+from legolm.aggregate import make_scheme, rehearse
 from legolm.block import Base, Block, Coverage, llm_block, read_block
-from legolm.config import RunConfig
-from legolm.data import ClientData, check_text, check_whole, client_data, render
+from legolm.config import SCHEMES, RunConfig
+from legolm.data import ClientData, Example, check_text, check_whole, client_data, data_fingerprint, render
 from legolm.errors import LegolmError
-from legolm.federate.server import start_factors
+from legolm.federate.server import server_examples, start_factors
 from legolm.federate.wire import encoded_bytes
 from legolm.models import choose_device, choose_precision, fingerprint, load_config, load_tokenizer, resolve
 from legolm.plan.assign import assign
 from legolm.plan.needs import training_bytes
 from legolm.plan.notes import notes
-from legolm.prune import planned_coverage, target_pattern
+from legolm.prune import criterion_of, planned_coverage, target_pattern
 from legolm.system import available_bytes
 
 SPARE_BYTES = 3 << 29
@@ -68,7 +68,7 @@ class Plan:
     base: Path
     blocks: tuple[PlannedBlock, ...]
     clients: tuple[PlannedClient, ...]
-    data: dict[str, ClientData]
+    data_fingerprint: str
     actors: int
     memory_bytes: int
     disk_bytes: int
@@ -78,10 +78,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Parts:
-    """Every client's data, and the lengths of its training examples in tokens."""
+    """Every client's data, the lengths of its training examples in tokens, and the server's own data."""
 
     data: dict[str, ClientData]
     lengths: dict[str, list[int]]
+    server: list[Example]
 
 
 def read_parts(config: RunConfig) -> Parts:
@@ -99,7 +100,10 @@ def read_parts(config: RunConfig) -> Parts:
                 check_whole(found, most, split, client)
             if split == "train":
                 lengths[client] = [len(one.ids) for one in found]
-    return Parts(data, lengths)
+    server = server_examples(config)
+    if refuse:
+        check_whole([render(row, tokenizer, most) for row in server], most, "evaluate.server_data", "llm")
+    return Parts(data, lengths, server)
 
 
 def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
@@ -112,32 +116,34 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     choose_device(config.device)
     precision = choose_precision(config.precision, config.device)
     check_files(config)
+    rehearse(config.aggregate)
     modules_of(shape, config.lora.ranks, "lora.ranks")
     parts = parts or read_parts(config)
-    data, lengths = parts.data, parts.lengths
+    lengths = parts.lengths
     longest = max(max(found) for found in lengths.values())
 
     coverages: dict[str, Coverage] = {}
-    masked: dict[str, float] = {}
-    blocks, shaped = [], ("dense", "structured")
+    blocks, masked = [], dict[str, float]()
     given = given_blocks(config, path)
     for spec in config.cuts:
         there = given.get(spec.name)
         coverage = coverages[spec.name] = there.coverage if there else planned_coverage(spec, base)
         parameters = there.parameters if there else base.parameters_of(coverage.kept_weights)
-        known = there is not None or spec.method in shaped
-        masked[spec.name] = coverage.mask_sparsity if known else target_pattern(spec, shape).sparsity
+        criterion = criterion_of(spec)
+        masked[spec.name] = target_pattern(spec, shape).sparsity if criterion else coverage.mask_sparsity
+        if criterion is not None:
+            criterion.rehearse(target_pattern(spec, shape))
         blocks.append(
             PlannedBlock(
                 name=spec.name,
                 method=spec.method,
-                sparsity=coverage.sparsity if known else target_pattern(spec, shape).sparsity,
+                sparsity=target_pattern(spec, shape).sparsity if criterion else coverage.sparsity,
                 parameters=parameters,
                 file_bytes=parameters * width,
                 training_bytes=training_bytes(
                     coverage, parameters, model.vocab_size, longest, config.train, config.lora, precision
                 ),
-                token_flops=(4 if known and not coverage.masks else 6) * coverage.kept_weights,
+                token_flops=(6 if criterion or coverage.masks else 4) * coverage.kept_weights,
                 recovery_steps=spec.recover.most_steps,
             )
         )
@@ -148,16 +154,16 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     check_clients(config, block_of, dense)
     if config.lora.start is not None or config.aggregate.start is not None:
         start_factors(config, llm_block(path, fingerprint(path)))
-    clients = []
+    clients, traffic = [], dict[tuple[str, int], tuple[int, int]]()
     for client in config.clients:
         block = block_of[client.id]
         mean_length = sum(lengths[client.id]) / len(lengths[client.id])
         tokens = round(config.train.steps * config.train.batch_size * mean_length)
-        sparsity = masked[block]
-        traffic = (0, 0)
-        if not config.federation.capable or block in dense:
-            traffic = _traffic(config, coverages[block], client.rank or config.lora.rank, sparsity)
-        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *traffic))
+        like = block, client.rank or config.lora.rank
+        if like not in traffic:
+            takes_part = not config.federation.capable or block in dense
+            traffic[like] = _traffic(config, coverages[block], like[1], masked[block]) if takes_part else (0, 0)
+        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *traffic[like]))
 
     used = [needs[block] for block in set(block_of.values())]
     whole = training_bytes(
@@ -172,9 +178,10 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
     memory = SPARE_BYTES + actors * actor
+    found = data_fingerprint(parts.data, parts.server)
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
     said = notes(config, [(coverages[block_of[one.id]], one.rank or config.lora.rank) for one in taking])
-    return Plan(path, tuple(blocks), tuple(clients), data, actors, memory, disk, models, said)
+    return Plan(path, tuple(blocks), tuple(clients), found, actors, memory, disk, models, said)
 
 
 def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
@@ -241,7 +248,8 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collect
         if why:
             raise LegolmError(
                 f"aggregate.scheme {config.aggregate.scheme!r}: client {client.id!r} {why}; "
-                "take heteagg, or leave such clients out (federation.capable: true)"
+                f"take one of {SCHEMES.having('unequal', 'block')}, "
+                "or leave such clients out (federation.capable: true)"
             )
 
 

@@ -1,15 +1,18 @@
 """Cut blocks from the LLM: calibrate, choose a shape, prune, recover, write."""
 
 from legolm.prune.build import cut_blocks
-from legolm.prune.registry import Criterion, Pattern, criterion
+from legolm.prune.calibrate import Moments
+from legolm.prune.registry import Criterion, Pattern, criterion, criterion_of
 from legolm.prune.statistics import collect, save_statistics
 from legolm.prune.target import planned_coverage, target_pattern
 
 __all__ = [
     "Criterion",
+    "Moments",
     "Pattern",
     "collect",
     "criterion",
+    "criterion_of",
     "cut_blocks",
     "planned_coverage",
     "save_statistics",

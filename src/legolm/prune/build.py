@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from legolm.block import Base, Block, Manifest, config_changes, read_block, write_block
 from legolm.config import BlockConfig, CalibrationConfig, Precision
 from legolm.models import CheckpointWriter, LayeredModel, count_parameters, load_model, load_tokenizer, save_model
@@ -18,6 +20,8 @@ from legolm.prune.cuts import Cut, start_cuts
 from legolm.prune.recover import recover
 from legolm.prune.target import planned_coverage
 from legolm.system import Progress, atomic_folder, check_room, keep_freed_memory
+
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -40,16 +44,17 @@ def cut_blocks(
     precision: Precision,
     progress: Progress,
     model_name: str | None = None,
+    device: torch.device = CPU,
 ) -> list[Block]:
     """Cut blocks from the checkpoint at `path` into their folders, each whole or not at all.
 
-    They record `model_name`, or the path, as the LLM that they were cut from.
+    They record `model_name`, or the path, as the LLM that they were cut from. What is computed is computed on `device`.
 
     The LLM is read one decoder layer at a time. Blocks with the same calibration share its text and the hidden states
     of the dense model. Raises `LegolmError` for bad targets, text or disks before anything is written.
     """
     began = time.perf_counter()
-    model = LayeredModel(path)
+    model = LayeredModel(path, device)
     base = Base.of(path, fingerprint, model.config)
     weights = sum(base.parameters_of(planned_coverage(spec, base).kept_weights) for spec, _ in wanted)
     check_room(wanted[0][1], weights * base.dtype.itemsize)
@@ -64,7 +69,7 @@ def cut_blocks(
         seconds = (time.perf_counter() - began) / len(jobs)
         dense.clear()  # recovery needs the memory
         for job in jobs:
-            _finish(job, base, model_name or str(path.resolve()), seconds, seed, precision, progress)
+            _finish(job, base, model_name or str(path.resolve()), seconds, seed, precision, progress, device)
             job.closing.close()
     return [read_block(out) for _, out in wanted]
 
@@ -92,7 +97,14 @@ def _cut(
 
 
 def _finish(
-    job: _Job, base: Base, model_name: str, seconds: float, seed: int, precision: Precision, progress: Progress
+    job: _Job,
+    base: Base,
+    model_name: str,
+    seconds: float,
+    seed: int,
+    precision: Precision,
+    progress: Progress,
+    device: torch.device,
 ) -> None:
     """Make the folder a checkpoint, recover it, and add the manifest."""
     began = time.perf_counter()
@@ -108,12 +120,12 @@ def _finish(
         "model": model_name,
     }
     if spec.recover.most_steps:
-        model = load_model(folder)
+        model = load_model(folder).to(device)
         with progress.stage(f"recover {spec.name}", spec.recover.most_steps) as advance:
             details["recover"] = recover(model, coverage, base.path, tokenizer, spec, precision, seed, advance)
         for stale in folder.glob("model*"):
             stale.unlink()
-        save_model(model, tokenizer, folder, base.dtype)
+        save_model(model.to(CPU), tokenizer, folder, base.dtype)
     details["seconds"] = seconds + time.perf_counter() - began
     manifest = Manifest(
         name=spec.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,9 +35,9 @@ class Moments:
     Sums add up: those of several clients are those of their pooled data.
     """
 
-    def __init__(self, features: int, needs: Needs) -> None:
+    def __init__(self, features: int, needs: Needs, device: torch.device | None = None) -> None:
         self.tokens = 0
-        self._sum = torch.zeros(features if needs == "diagonal" else (features, features))
+        self._sum = torch.zeros(features if needs == "diagonal" else (features, features), device=device)
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs of shape (..., features)."""
@@ -47,7 +48,7 @@ class Moments:
             return
         # The layers may run in bfloat16; these sums may not: H would not even be positive definite.
         # x xᵀ is symmetric: strips from the diagonal down are little more than half of the work.
-        with autocast("fp32"):
+        with autocast("fp32", x.device.type):
             for start in range(0, x.shape[1], STRIP):
                 strip = slice(start, start + STRIP)
                 self._sum[start:, strip].addmm_(x[:, start:].T, x[:, strip])
@@ -55,7 +56,15 @@ class Moments:
     def absorb(self, other: Moments) -> None:
         """Add another's sums."""
         self.tokens += other.tokens
-        self._sum += other._sum
+        self._sum += other._sum.to(self._sum.device)
+
+    def on(self, device: torch.device) -> Moments:
+        """These sums on a device; themselves where they are there."""
+        if self._sum.device == device:
+            return self
+        moved = copy.copy(self)
+        moved._sum = self._sum.to(device)
+        return moved
 
     def packed(self) -> Tensor:
         """The sums in one dimension: of x xᵀ the lower triangle, row by row."""
@@ -90,13 +99,13 @@ class Regression:
     """Sums to fit a linear layer by: x xᵀ of its inputs (in, in), y xᵀ of what it should give (out, in); float32."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        self.moments = Moments(linear.in_features, "full")
-        self.cross = torch.zeros(linear.out_features, linear.in_features)
+        self.moments = Moments(linear.in_features, "full", linear.weight.device)
+        self.cross = torch.zeros(linear.out_features, linear.in_features, device=linear.weight.device)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add inputs (..., in) and wanted outputs (..., out)."""
         self.moments.add(inputs)
-        with autocast("fp32"):
+        with autocast("fp32", inputs.device.type):
             self.cross.addmm_(outputs.flatten(0, -2).float().T, inputs.flatten(0, -2).float())
 
 
@@ -121,7 +130,10 @@ class Source(Protocol):
 
 
 class Stream:
-    """Hidden states (samples, length, hidden; float32) of all calibration samples between two decoder layers."""
+    """Hidden states (samples, length, hidden; float32) of all calibration samples between two decoder layers.
+
+    They wait on the CPU; the layers are on `device`.
+    """
 
     def __init__(
         self,
@@ -130,8 +142,9 @@ class Stream:
         arguments: dict[int, list[dict[str, Any]]],
         family: Family,
         precision: Precision,
+        device: torch.device,
     ) -> None:
-        self.hidden = hidden
+        self.hidden, self._device = hidden, device
         self._chunk, self._arguments, self._family = chunk, arguments, family
         self._precision: Precision = precision
 
@@ -147,21 +160,21 @@ class Stream:
                 # Chunks of one size have the same masks and positions.
                 recorded: list[dict[str, Any]] = []
                 with _record(model.layers, recorded) as seen:
-                    decoder(input_ids=tokens[part], use_cache=False)
+                    decoder(input_ids=tokens[part].to(model.device), use_cache=False)
                 hidden[part] = seen[0]
                 arguments.setdefault(len(seen[0]), recorded)
-        return Stream(hidden, chunk, arguments, family_of(model.config), precision)
+        return Stream(hidden, chunk, arguments, family_of(model.config), precision, model.device)
 
     def fork(self) -> Stream:
         """Another stream from here, which another cut goes on with."""
         hidden = _buffer(self.hidden.shape).copy_(self.hidden)
-        return Stream(hidden, self._chunk, self._arguments, self._family, self._precision)
+        return Stream(hidden, self._chunk, self._arguments, self._family, self._precision, self._device)
 
     def run(self, index: int, layer: nn.Module) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(samples, input, output) of one decoder layer for each chunk, without moving on."""
-        with torch.no_grad(), autocast(self._precision):
+        with torch.no_grad(), autocast(self._precision, self._device.type):
             for part in _parts(len(self.hidden), self._chunk):
-                hidden = self.hidden[part]
+                hidden = self.hidden[part].to(self._device)
                 yield part, hidden, layer(hidden, **self._arguments[len(hidden)][index])
 
     def advance(self, index: int, layer: nn.Module) -> None:
@@ -208,9 +221,10 @@ class Stream:
         hook = layer.get_submodule(name).register_forward_pre_hook(stop)
         try:
             for part in _parts(len(self.hidden), self._chunk):
-                with torch.no_grad(), autocast(self._precision):
+                hidden = self.hidden[part].to(self._device)
+                with torch.no_grad(), autocast(self._precision, self._device.type):
                     try:
-                        layer(self.hidden[part], **self._arguments[len(self.hidden[part])][index])
+                        layer(hidden, **self._arguments[len(hidden)][index])
                     except _Reached as reached:
                         found = reached.inputs
                 yield found
@@ -227,7 +241,7 @@ class Stream:
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         norm = nn.Identity() if module.norm is None else layer.get_submodule(module.norm)
-        gain = norm(torch.ones(linear.out_features))
+        gain = norm(torch.ones(linear.out_features, device=self._device))
         # A small gain would blow an error up, and the norm share it out over all channels: those take a part only.
         through = gain / gain.square().clamp(min=gain.square().mean())
         found = Regression(linear)
@@ -237,7 +251,7 @@ class Stream:
             for part, _, output in self.run(index, layer):
                 inputs, answer = seen["x"], seen["y"].float()
                 added = norm(answer)
-                error = torch.zeros(()) if wanted is None else wanted[part] - output
+                error = torch.zeros(()) if wanted is None else wanted[part].to(self._device) - output
                 size = (answer * gain).norm(dim=-1, keepdim=True) / added.norm(dim=-1, keepdim=True)
                 size = size.nan_to_num(1.0)  # a token that answers nothing
                 if linear.bias is not None:
@@ -279,7 +293,7 @@ class _Reached(Exception):
 def _moments(layer: nn.Module, group: Sequence[str], needs: Needs) -> Moments:
     linear = layer.get_submodule(group[0])
     assert isinstance(linear, nn.Linear)
-    return Moments(linear.in_features, needs)
+    return Moments(linear.in_features, needs, linear.weight.device)
 
 
 def _first_only(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from legolm.config import CRITERIA, BlockConfig, Entry
+from legolm.config import CRITERIA, BlockConfig, Entry, guarded
 from legolm.errors import LegolmError
 from legolm.prune.calibrate import Moments, Needs
 
@@ -61,14 +61,32 @@ class Criterion:
 
     def prune(self, weight: Tensor, moments: Moments | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """The function's answer. Raises `LegolmError` for one that cannot be a pruned matrix."""
-        pruned, mask = self.function(weight, moments, pattern)
-        fits = pruned.shape == weight.shape == mask.shape and mask.dtype == torch.bool
-        if not fits or (bool(pruned.isfinite().all()) and bool(pruned[~mask].any())):
+        answer: Any = self.function(weight, moments, pattern)
+        wanted = f"criterion {self.name!r}: of a weight {tuple(weight.shape)} it must give (new weight, bool mask)"
+        if not (isinstance(answer, tuple) and len(answer) == 2 and all(isinstance(one, Tensor) for one in answer)):
+            raise LegolmError(f"{wanted}; it gave a {type(answer).__name__}")
+        pruned, mask = answer
+        if not pruned.shape == weight.shape == mask.shape or mask.dtype != torch.bool:
             raise LegolmError(
-                f"criterion {self.name!r}: of a weight {tuple(weight.shape)} it must give one like it, zero where its "
-                f"bool mask is False; it gave {tuple(pruned.shape)} and a mask {tuple(mask.shape)} of {mask.dtype}"
+                f"{wanted} of its shape; it gave {tuple(pruned.shape)} and a mask {tuple(mask.shape)} of {mask.dtype}"
             )
+        if bool(weight.isfinite().all()) and not bool((pruned.isfinite() & (mask | (pruned == 0))).all()):
+            raise LegolmError(f"{wanted}, finite and zero where the mask is False; it did not")
+        if pattern.group is not None:
+            kept = int(mask.view(len(mask), -1, pattern.group).sum(-1).max())
+            most = pattern.group - round(pattern.sparsity * pattern.group)
+            if kept > most:
+                raise LegolmError(f"{wanted} that keeps {most} of each {pattern.group} in a row; it kept {kept}")
         return pruned, mask
+
+    def rehearse(self, pattern: Pattern) -> None:
+        """Prune a small random matrix. Raises `LegolmError` as `prune` does."""
+        generator = torch.Generator().manual_seed(0)
+        columns = 2 * (pattern.group or 8)
+        moments = None if self.needs == "nothing" else Moments(columns, self.needs)
+        if moments is not None:
+            moments.add(torch.randn(4 * columns, columns, generator=generator))
+        self.prune(torch.randn(8, columns, generator=generator), moments, pattern)
 
 
 def criterion(name: str, needs: Needs) -> Callable[[Callable[..., tuple[Tensor, Tensor]]], Entry[Criterion]]:
@@ -76,10 +94,12 @@ def criterion(name: str, needs: Needs) -> Callable[[Callable[..., tuple[Tensor, 
 
     `needs` is what of the inputs' moments it reads. Raises `LegolmError` for a taken name and for another signature.
     """
+    if needs not in get_args(Needs):
+        raise LegolmError(f"criterion {name!r}: needs is {needs!r}; it must be one of {', '.join(get_args(Needs))}")
 
     def register(function: Callable[..., tuple[Tensor, Tensor]]) -> Entry[Criterion]:
         def make(**settings: Any) -> Criterion:
-            return Criterion(name, partial(function, **settings), needs)
+            return Criterion(name, partial(guarded(f"criterion {name!r}", function), **settings), needs)
 
         return CRITERIA.register(name, function, make, ("weight", "moments", "pattern"))
 

@@ -36,13 +36,13 @@ def eliminate(fit: Regression, weight: Tensor, width: int, count: int, step: int
     normal, wanted = _ridged(fit, weight)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(normal))
     matrix, inverse = (wanted @ inverse).float(), inverse.float()
-    kept = torch.arange(weight.shape[1] // width)
+    kept = torch.arange(weight.shape[1] // width, device=weight.device)
     error = 0.0
     errors = [(len(kept), error)]
     while len(kept) > count:
         costs = _costs(matrix, inverse, width)
         drop = costs.topk(min(max(1, len(kept) // step), len(kept) - count), largest=False).indices
-        stays = torch.ones(len(kept), dtype=torch.bool)
+        stays = torch.ones_like(kept, dtype=torch.bool)
         stays[drop] = False
         gone, left = (~stays).repeat_interleave(width), stays.repeat_interleave(width)
         # float64 where it is small: the set's own block of H⁻¹.

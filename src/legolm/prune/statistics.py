@@ -35,7 +35,8 @@ class Statistics:
     def prune(self, index: int, layer: nn.Module, needs: Needs, prune: PruneGroup) -> None:
         """All with the moments in the dense model. Raises `LegolmError` when they are not enough."""
         for group in inputs_of(self.shape.modules):
-            prune(group, self._moments(index, group[0], needs))
+            device = layer.get_parameter(f"{group[0]}.weight").device
+            prune(group, self._moments(index, group[0], needs).on(device))
 
     def regression(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None) -> Regression:
         """The linear layer should answer as it did: W x. Raises `LegolmError` when the moments are not enough."""

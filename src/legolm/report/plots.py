@@ -11,7 +11,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ COLOURS = 6
 _INK, _GRID, _PAPER = "#a0a0f0", "#a0a0f1", "#a0a0f2"
 _CSS = {_INK: "currentColor", _GRID: "var(--grid)", _PAPER: "var(--paper)"}
 _CSS |= {f"#a0a0a{i}": f"var(--b{i})" for i in range(COLOURS)}
+MOST_DRAWN = 48
+"""Clients that figures show: of more, some stand for all, so that drawing and the page stay small."""
 _NAMED_LINES = 12  # with more clients than this the lines go without names
 _WIDTH = 5.0  # inches: 360 units, so that 9-unit letters stay readable on a phone
 _MARKS: dict[Stage, dict[str, Any]] = {
@@ -48,6 +50,14 @@ def ordered(summary: Summary) -> list[ClientSummary]:
     return sorted(summary.clients, key=lambda client: place.get(client.block, len(place)))
 
 
+def drawn(summary: Summary) -> list[tuple[int, ClientSummary]]:
+    """The clients that figures show, with their places: all, or `MOST_DRAWN` spread evenly over the blocks."""
+    every = list(enumerate(ordered(summary)))
+    if len(every) <= MOST_DRAWN:
+        return every
+    return [every[place * len(every) // MOST_DRAWN] for place in range(MOST_DRAWN)]
+
+
 def curves(summary: Summary, data: Data) -> str:
     """Figure 3: loss by round, a thin line a client, a thick one for the LLM, then local only and personal."""
     return _svg(lambda axes: _curves(axes, summary, data), 3.9, f"Loss on {data} data by round", summary)
@@ -55,7 +65,7 @@ def curves(summary: Summary, data: Data) -> str:
 
 def overview(summary: Summary, data: Data) -> str:
     """A row a client: loss before, with local only, after the global update, after the personal step."""
-    inches = 0.75 + 0.29 * len(summary.clients)
+    inches = 0.75 + 0.29 * len(drawn(summary))
     return _svg(lambda axes: _overview(axes, summary, data), inches, f"Loss on {data} data by client", summary)
 
 
@@ -79,12 +89,12 @@ def _curves(axes: Any, summary: Summary, data: Data) -> None:
     if columns:
         axes.axvspan(rounds[-1] + gap / 2, end + gap / 3, color=_GRID, alpha=0.45, linewidth=0)
     names: list[tuple[float, str, dict[str, Any]]] = []
-    for i, client in enumerate(ordered(summary)):
+    for place, client in drawn(summary):
         scored = [entry.clients.get(client.id) for entry in history]
         line = [_nan(None if one is None else one.own if data == "own" else one.others) for one in scored]
         values = {stage: _nan(client.loss(data).get(stage)) for stage in _MARKS}
         finish = line[kept] if math.isnan(values["personal"]) else values["personal"]
-        style = _style(summary, i, client)
+        style = _style(summary, place, client)
         axes.plot(rounds, line, linewidth=1.2, marker="o", markersize=2.2, **style)
         axes.plot([rounds[kept]], [line[kept]], **_MARKS["global"], **style)
         axes.plot([rounds[kept], end], [line[kept], finish], linewidth=0.9, linestyle=(0, (1, 2)), **style)
@@ -112,16 +122,16 @@ def _curves(axes: Any, summary: Summary, data: Data) -> None:
 
 
 def _overview(axes: Any, summary: Summary, data: Data) -> None:
-    clients = ordered(summary)
-    for i, client in enumerate(clients):
-        style = _style(summary, i, client)
+    clients = drawn(summary)
+    for i, (place, client) in enumerate(clients):
+        style = _style(summary, place, client)
         values = {stage: _nan(client.loss(data).get(stage)) for stage in _MARKS}
         known = [value for value in values.values() if not math.isnan(value)]
         if known:
             axes.plot([min(known), max(known)], [i, i], linewidth=1, alpha=0.4, **style)
         for (stage, mark), shift in zip(_MARKS.items(), (0.0, -0.2, 0.0, 0.2), strict=True):
             axes.plot([values[stage]], [i + shift], **mark, **style)
-    axes.set_yticks(range(len(clients)), [_short(client.id) for client in clients])
+    axes.set_yticks(range(len(clients)), [_short(client.id) for _, client in clients])
     axes.set(ylim=(len(clients) - 0.4, -0.6), xlim=_limits(summary), xlabel="loss (nats/token)")
     axes.grid(axis="x", color=_GRID, linewidth=0.7, clip_on=False)
 
@@ -149,11 +159,11 @@ def _svg(paint: Callable[[Any], None], height: float, label: str, summary: Summa
         axes.tick_params(length=0)
         paint(axes)
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    tips = [f"{client.id} · {client.block}" for client in ordered(summary)]
+    tips = {place: f"{client.id} · {client.block}" for place, client in drawn(summary)}
     return _inline(stream.getvalue(), label, tips)
 
 
-def _inline(svg: str, label: str, tips: Sequence[str]) -> str:
+def _inline(svg: str, label: str, tips: Mapping[int, str]) -> str:
     """A matplotlib SVG made part of a page: own ids, the page's colours and font, tooltips, and no slack."""
     prefix = re.sub(r"\W+", "-", label.lower())
 
@@ -187,11 +197,13 @@ def _after(summary: Summary, data: Data) -> list[Stage]:
 
 def _limits(summary: Summary) -> tuple[float, float]:
     """One scale for all figures, so that own and others' data can be compared by eye."""
+    shown = [client for _, client in drawn(summary)]
     values: list[float | None] = [
-        value for client in summary.clients for table in (client.own, client.others) for value in table.values()
+        value for client in shown for table in (client.own, client.others) for value in table.values()
     ]
     for entry in summary.history:
-        values += [value for one in entry.clients.values() for value in (one.own, one.others)]
+        there = [entry.clients[client.id] for client in shown if client.id in entry.clients]
+        values += [value for one in there for value in (one.own, one.others)]
         values.append(entry.llm.loss if entry.llm else None)
     known = [loss for value in values if (loss := number(value)) is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)

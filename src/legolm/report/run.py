@@ -20,7 +20,7 @@ from legolm.report.page import (
     table,
     tag,
 )
-from legolm.report.plots import curves, ordered, overview, shade
+from legolm.report.plots import curves, drawn, ordered, overview, shade
 from legolm.report.shown import notes, scored, stages_of
 from legolm.runs import STAGES, Data, Stage, Summary
 from legolm.system import atomic_write
@@ -53,7 +53,7 @@ def write_report(summary: Summary, path: Path) -> None:
 def render(summary: Summary) -> str:
     """The page as a string; the same summary gives the same page."""
     sections = (_verdict, _figure3, _overview, _clients, _blocks, _rounds, _time, _footer)
-    follow = "".join(f"main:has(.c{i}:hover) svg .tip:not(.c{i}){{opacity:.13}}" for i in range(len(summary.clients)))
+    follow = "".join(f"main:has(.c{i}:hover) svg .tip:not(.c{i}){{opacity:.13}}" for i, _ in drawn(summary))
     body = (_title(summary), *(part(summary) for part in sections))
     return document(f"{summary.run} · LEGO report", *body, style=follow)
 
@@ -123,6 +123,9 @@ def _figure3(summary: Summary) -> Raw:
     note += "that is kept" + ("; a dotted line leads from it to the personal step. " if "personal" in stages else ". ")
     note += "Diamonds are the same blocks trained alone for as many steps. " if "local" in stages else ""
     note += "Point at a client to follow it through all figures."
+    if (shown := len(drawn(summary))) < len(summary.clients):
+        note += f" Figures show {shown} of the {len(summary.clients)} clients, spread evenly over the blocks; "
+        note += "the table has all."
     return section("Loss by round", _key(summary), _panels(curves, summary), soft(note))
 
 

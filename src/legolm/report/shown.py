@@ -35,4 +35,8 @@ def notes(summary: Summary) -> list[str]:
         found.append("Each block was scored on its own client’s data only: there are no figures on others’ data.")
     if summary.llm.loss_before is None:
         found.append("Nobody scored the LLM: the server has no data of its own (evaluate.server_data).")
+    for client in summary.clients:
+        for stage, reason in client.refused.items():
+            what = "training alone" if stage == "local" else "personal step"
+            found.append(f"The {what} of {client.id} was refused: {reason}.")
     return found

@@ -16,6 +16,7 @@ from legolm.runs import (
     LlmScore,
     LlmSummary,
     Others,
+    PassedRecord,
     RoundRecord,
     RoundSummary,
     Scores,
@@ -25,6 +26,7 @@ from legolm.runs import (
     best_round,
     clients_of,
     others_of,
+    passed_of,
     rounds_of,
 )
 
@@ -47,7 +49,7 @@ def summarize(
     """
     rounds = rounds_of(records)
     best, llm_best = best_round(rounds, "validation"), best_round(rounds, "llm_validation")
-    others = {id: others_of(config, id) for id in block_of}
+    others = others_of(config)
     stages: dict[Stage, dict[str, Scores]] = {"before": rounds[0].by_client(), "global": best.by_client()}
     for stage in ALONE:
         stages[stage] = {one.client: one.scores for one in clients_of(records, stage)}
@@ -70,7 +72,10 @@ def summarize(
         rounds=len(rounds) - 1,
         best_round=best.round,
         blocks=[_block(block, block_of, rounds[1:]) for block in blocks.values()],
-        clients=[_client(id, block, stages, others[id]) for id, block in block_of.items()],
+        clients=[
+            _client(id, block, stages, others[id], [one for one in passed_of(records) if one.client == id])
+            for id, block in block_of.items()
+        ],
         llm=LlmSummary(
             best_round=llm_best.round,
             loss_before=before.loss if before else None,
@@ -84,7 +89,13 @@ def summarize(
     )
 
 
-def _client(id: str, block: str, stages: Mapping[Stage, Mapping[str, Scores]], others: Sequence[str]) -> ClientSummary:
+def _client(
+    id: str,
+    block: str,
+    stages: Mapping[Stage, Mapping[str, Scores]],
+    others: Sequence[str],
+    passed: Sequence[PassedRecord],
+) -> ClientSummary:
     own = {stage: found[id].root[id] for stage, found in stages.items() if id in found}
     all_rest = {stage: found[id].only(others) for stage, found in stages.items() if id in found}
     rest = {stage: scores for stage, scores in all_rest.items() if scores is not None}
@@ -95,6 +106,7 @@ def _client(id: str, block: str, stages: Mapping[Stage, Mapping[str, Scores]], o
         others={stage: scores.loss for stage, scores in rest.items()},
         own_exact_match={stage: score.exact_match for stage, score in own.items()},
         others_exact_match={stage: scores.exact_match for stage, scores in rest.items()},
+        refused={one.phase: one.reason for one in passed},
     )
 
 

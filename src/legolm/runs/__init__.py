@@ -13,6 +13,7 @@ from legolm.runs.records import (
     Held,
     Identity,
     Machine,
+    PassedRecord,
     Record,
     Refusal,
     RoundRecord,
@@ -25,6 +26,7 @@ from legolm.runs.records import (
     clients_of,
     dump_record,
     parse_record,
+    passed_of,
     read_record,
     read_stages,
     rounds_of,
@@ -32,7 +34,7 @@ from legolm.runs.records import (
 from legolm.runs.sample import (
     others_of,
 )
-from legolm.runs.store import Stages, load_adapter_state
+from legolm.runs.store import Stages, checked_state, load_adapter_state, save_adapter_state
 from legolm.runs.studies import (
     Ablation,
     CompareRow,
@@ -86,6 +88,7 @@ __all__ = [
     "Machine",
     "Others",
     "Paired",
+    "PassedRecord",
     "Record",
     "Refusal",
     "RoundRecord",
@@ -101,14 +104,17 @@ __all__ = [
     "Traffic",
     "Training",
     "best_round",
+    "checked_state",
     "clients_of",
     "dump_record",
     "load_adapter_state",
     "others_of",
     "parse_record",
+    "passed_of",
     "read_record",
     "read_stages",
     "rounds_of",
+    "save_adapter_state",
     "to_frame",
     "write_csv",
 ]

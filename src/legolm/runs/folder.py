@@ -13,8 +13,11 @@ from pathlib import Path
 from legolm import config as configs
 from legolm.config import RunConfig, SiteConfig
 from legolm.errors import LegolmError
-from legolm.system import atomic_write
+from legolm.runs.records import Identity, read_record
+from legolm.system import LOCK, atomic_write
 
+FREE = ("engine", "threads", "deadline_s", "min_replies")
+"""Fields of `federation` that a resumed run may change: they do not change what was done."""
 UPDATES = "updates"
 """Folder of a round's kept updates within the round's."""
 DATA = "data"
@@ -35,22 +38,30 @@ class RunDir:
         if run.config_file.exists():
             for stale in path.rglob(".*.partial"):
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        else:
+        if not run.config_file.exists() or run.config_file.read_text(encoding="utf-8") != configs.dump(config):
             atomic_write(run.config_file, configs.dump(config))
         return run
 
     def check(self, config: RunConfig, resume: bool) -> None:
         """Raise `LegolmError` unless the folder is new, empty, or this config's and may be resumed."""
         if self.config_file.exists():
-            if self.config_file.read_text(encoding="utf-8") != configs.dump(config):
+            self._check_version()
+            known = self.config()
+            same = {name: getattr(known.federation, name) for name in FREE}
+            asked = config.model_copy(update={"federation": config.federation.model_copy(update=same)})
+            if asked != known:
+                field = next(name for name in type(known).model_fields if getattr(asked, name) != getattr(known, name))
                 raise LegolmError(
-                    f"run folder {self.path}: belongs to another config (see its config.yaml); give another --out"
+                    f"run folder {self.path}: belongs to another config, `{field}` differs (see its config.yaml); give "
+                    f"another --out. A resumed run may change only federation.{', '.join(FREE)}"
                 )
             if not resume:
                 raise LegolmError(
                     f"run folder {self.path}: already there; add --resume to go on, or give another --out"
                 )
-        elif self.path.exists() and not (self.path.is_dir() and {one.name for one in self.path.iterdir()} <= {DATA}):
+        elif self.path.exists() and not (
+            self.path.is_dir() and {one.name for one in self.path.iterdir()} <= {DATA, LOCK}
+        ):
             raise LegolmError(f"run folder {self.path}: is not empty and not a run; give another --out")
 
     @property
@@ -59,7 +70,8 @@ class RunDir:
         return self.path / "config.yaml"
 
     def config(self) -> RunConfig:
-        """The resolved config, validated again."""
+        """The resolved config, validated again. Raises `LegolmError` when another version of legolm wrote it."""
+        self._check_version()
         return configs.load(self.config_file)
 
     def site_config(self) -> SiteConfig:
@@ -67,6 +79,11 @@ class RunDir:
         found = SiteConfig.model_validate(configs.read(self.config_file))
         configs.load_plugins(found.plugins)
         return found
+
+    def _check_version(self) -> None:
+        """Of what is there: a folder of before is too old, whatever else would be said of its config."""
+        if (self.path / "run.json").exists():
+            read_record(self.path / "run.json", Identity)
 
     def block(self, name: str) -> Path:
         """Folder of a cut block."""

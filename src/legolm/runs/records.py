@@ -100,6 +100,7 @@ class Global(Record):
     clients', or on the server's own.
     """
 
+    schema_number: Literal[2] = 2
     llm: Scores | None
     held: list[Held]
     validation: float
@@ -111,15 +112,15 @@ class Global(Record):
 
 
 class RoundRecord(Global):
-    """A finished round; round 0 is before training."""
+    """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records."""
 
-    schema_number: Literal[2] = 2
     stage: Literal["round"] = "round"
     round: int
     accepted: list[str] = []
     refused: list[Refusal] = []
     train: dict[str, Training] = {}
     bytes: dict[str, Traffic] = {}
+    adapter: str = ""
     seconds: float
 
 
@@ -135,10 +136,23 @@ class ClientRecord(Record):
     scores: Scores
     train: Training
     validation: float
+    adapter: str = ""
     seconds: float
 
 
-StageRecord = RoundRecord | ClientRecord
+class PassedRecord(Record):
+    """A client whose training outside the rounds was refused, and why: it ends with what the rounds gave it."""
+
+    schema_number: Literal[2] = 2
+    stage: Literal["passed"] = "passed"
+    phase: Literal["local", "personal"]
+    client: str
+    reason: str
+    adapter: str = ""
+    seconds: float
+
+
+StageRecord = RoundRecord | ClientRecord | PassedRecord
 
 
 class AnyStage(RootModel[StageRecord]):
@@ -179,16 +193,16 @@ def read_record(path: Path, kind: type[R], way_out: str = ANEW) -> R:
 
 def parse_record(content: bytes | str, kind: type[R], path: Path, way_out: str = ANEW) -> R:
     """The same from what `path` holds."""
+    version = _version(content)
+    if version not in (None, SCHEMA):  # also where its fields happen to be those of today
+        raise LegolmError(
+            f"{path}: another version of legolm wrote it (schema {version}, this one reads {SCHEMA}); {way_out}"
+        )
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "it"
-        version = _version(content)
-        if version is not None and version != SCHEMA:
-            raise LegolmError(
-                f"{path}: another version of legolm wrote it (schema {version}, this one reads {SCHEMA}); {way_out}"
-            ) from None
         raise LegolmError(f"{path}: is broken ({where}: {problem['msg']}); {way_out}") from None
 
 
@@ -214,6 +228,11 @@ def rounds_of(records: Iterable[StageRecord]) -> list[RoundRecord]:
 def clients_of(records: Iterable[StageRecord], stage: Literal["local", "personal"]) -> list[ClientRecord]:
     """The records of one stage outside the rounds."""
     return [record for record in records if isinstance(record, ClientRecord) and record.stage == stage]
+
+
+def passed_of(records: Iterable[StageRecord]) -> list[PassedRecord]:
+    """The clients that a stage outside the rounds passed over."""
+    return [record for record in records if isinstance(record, PassedRecord)]
 
 
 def best_round(records: Sequence[StageRecord], by: Criterion) -> RoundRecord:

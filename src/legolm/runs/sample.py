@@ -12,17 +12,19 @@ ALL_UP_TO = 16
 SAMPLE = 8
 
 
-def others_of(config: RunConfig, client: str) -> list[str]:
-    """The other clients whose test data the block of `client` is scored on, in the run's order; fixed by the seed.
+def others_of(config: RunConfig) -> dict[str, list[str]]:
+    """By client the others whose test data its block is scored on, in the run's order; fixed by the seed.
 
     All of them, or `evaluate.others`; `SAMPLE` of more than `ALL_UP_TO` clients if that is not given. Nobody where each
     may score its own data only.
     """
-    rest = [one.id for one in config.clients if one.id != client]
+    clients, most = [one.id for one in config.clients], config.evaluate.others
     if config.evaluate.scores == "own":
-        return []
-    most = config.evaluate.others
+        return {id: [] for id in clients}
     if most is None:
-        most = len(rest) if len(config.clients) <= ALL_UP_TO else SAMPLE
-    drawn = set(random.Random(derive_seed(config.seed, "others", client)).sample(rest, min(most, len(rest))))
-    return [id for id in rest if id in drawn]
+        most = len(clients) if len(clients) <= ALL_UP_TO else SAMPLE
+    found, rest = {}, range(len(clients) - 1)  # places among the others: a list of them each would be the square
+    for own, id in enumerate(clients):
+        drawn = random.Random(derive_seed(config.seed, "others", id)).sample(rest, min(most, len(rest)))
+        found[id] = [clients[place + (place >= own)] for place in sorted(drawn)]
+    return found

@@ -15,7 +15,7 @@ from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.runs.folder import RunDir
 from legolm.runs.records import AnyStage, Criterion, RoundRecord, StageRecord, best_round, dump_record, read_record
-from legolm.system import atomic_folder, atomic_write
+from legolm.system import atomic_folder, atomic_write, file_hash
 
 ADAPTER, METRICS = "adapter.safetensors", "metrics.json"
 Tensors = dict[str, Tensor]
@@ -61,9 +61,14 @@ class Stages:
         """The finished round that is the best by this."""
         return best_round(self.records(), by).round
 
+    def state(self, path: Path) -> Tensors:
+        """What a finished stage kept. Raises `LegolmError` when it is not what the run wrote."""
+        return checked_state(path, self._records[path])
+
     def fill(self, partial: Path, path: Path, adapter: Tensors, record: StageRecord) -> None:
         """Fill the folder `partial` of the stage `path`; `keep` or its caller makes it appear."""
-        save_file({key: tensor.contiguous() for key, tensor in adapter.items()}, partial / ADAPTER)
+        save_adapter_state(partial, adapter)
+        record = record.model_copy(update={"adapter": file_hash(partial / ADAPTER)})
         (partial / METRICS).write_text(dump_record(record), encoding="utf-8")
         self._records[path] = record
 
@@ -71,6 +76,7 @@ class Stages:
         """Make a stage's folder, and add a line to `metrics.jsonl`."""
         with atomic_folder(path) as partial:
             self.fill(partial, path, adapter, record)
+        record = self._records[path]
         with (self._folder.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(dump_record(record, indent=None))
 
@@ -78,6 +84,23 @@ class Stages:
         """`metrics.jsonl` anew, in the stages' order: after a kill no line is missing, broken or there twice."""
         lines = "".join(dump_record(record, indent=None) for record in self.records())
         atomic_write(self._folder.path / "metrics.jsonl", lines)
+
+
+def save_adapter_state(path: Path, adapter: Tensors) -> None:
+    """Write an adapter's tensors, in any order of memory, into the folder `path`."""
+    path.mkdir(exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in adapter.items()}, path / ADAPTER)
+
+
+def checked_state(path: Path, record: StageRecord) -> Tensors:
+    """The tensors of the stage at `path` with this record. Raises `LegolmError` when they are not what was written."""
+    found = load_adapter_state(path)
+    if file_hash(path / ADAPTER) != record.adapter:
+        raise LegolmError(
+            f"{path / ADAPTER}: is not what the run wrote (its hash differs from the one in {METRICS}); restore it, or "
+            f"remove {path} and all later stages and run again with --resume"
+        )
+    return found
 
 
 def load_adapter_state(path: Path) -> Tensors:

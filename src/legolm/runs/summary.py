@@ -55,6 +55,8 @@ class ClientSummary(Record):
     others: dict[Stage, float]
     own_exact_match: dict[Stage, float]
     others_exact_match: dict[Stage, float]
+    refused: dict[Literal["local", "personal"], str]
+    """Why a training outside the rounds was passed over."""
 
     def loss(self, data: Data) -> dict[Stage, float]:
         """By stage."""

@@ -69,7 +69,9 @@ def plans(path: Path, changes: Sequence[str] = ()) -> dict[str, tuple[RunConfig,
         config = configs[variant.name]
         # Variants mostly differ in the scheme: their data is read once.
         shared: dict[str, Any] = dict.fromkeys(("model", "seed", "data", "train"), True)
-        key = config.model_dump_json(include=shared | {"clients": {"__all__": {"id", "data"}}})
+        key = config.model_dump_json(
+            include=shared | {"clients": {"__all__": {"id", "data"}}, "evaluate": {"server_data"}}
+        )
         if key not in read:
             read[key] = read_parts(config)
         parts = read[key]
@@ -103,7 +105,7 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Summary, folder: Path
         best_round=summary.best_round,
         llm=summary.llm.loss_after,
         llm_before=summary.llm.loss_before,
-        own=fmean(client.own[phase] for client in summary.clients),
+        own=fmean(client.own[phase] for client in summary.clients if phase in client.own),
         others=_mean(client.others.get(phase) for client in summary.clients),
         validation=fmean(one.validation for one in local) if alone else best_round(rounds, "validation").validation,
         llm_validation=None if alone else best_round(rounds, "llm_validation").llm_validation,

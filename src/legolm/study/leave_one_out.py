@@ -22,7 +22,7 @@ from legolm.data import client_data, data_fingerprint
 from legolm.errors import LegolmError
 from legolm.evaluation import TEXT, Figure, Questions, check_finite, compare, digest
 from legolm.evaluation import measure as measure_all
-from legolm.federate.server import Rounds
+from legolm.federate.server import Rounds, server_examples
 from legolm.federate.transport import Exchange, run_local
 from legolm.models import choose_device, choose_precision, dtype_of, fingerprint, load_model, load_tokenizer, resolve
 from legolm.report import write_ablation
@@ -59,7 +59,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     last, block_of = summary.best_round, {client.id: client.block for client in summary.clients}
     if not last:
         raise LegolmError(f"run folder {folder}: no round beat its start, which it kept; there is nothing to leave out")
-    if data_fingerprint(client_data(config)) != identity.data_fingerprint:
+    if data_fingerprint(client_data(config), server_examples(config)) != identity.data_fingerprint:
         raise LegolmError(f"run folder {folder}: the data changed since the run; its losses are of other questions")
     asked = _identify(questions)
     known = _earlier(out / "ablation.json", identity.run, asked)
@@ -67,7 +67,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     rounds = Rounds(run, config, identity.run, blocks, block_of, progress)
     figures_of = _figures_of(config, blocks["llm"], questions)
     # The same data in every stage: its own and the others' that a client's block is asked.
-    data = {id: [id, *others_of(config, id)] for id in block_of}
+    data = {id: [id, *others] for id, others in others_of(config).items()}
 
     @cache
     def with_all() -> dict[str, Figure]:

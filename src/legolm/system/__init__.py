@@ -1,6 +1,16 @@
 """The machine and its files: whole writes, memory, the hub, progress, seeds."""
 
-from legolm.system.files import atomic_folder, atomic_write, check_room, held_bytes, read_json
+from legolm.system.files import (
+    LOCK,
+    atomic_folder,
+    atomic_write,
+    check_room,
+    file_hash,
+    held_bytes,
+    locked,
+    read_json,
+    scratch_folder,
+)
 from legolm.system.hub import hub_answers, wants_offline
 from legolm.system.machine import machine, versions
 from legolm.system.memory import available_bytes, keep_freed_memory, release_memory, total_bytes, trim, uncollected
@@ -8,18 +18,22 @@ from legolm.system.progress import Progress
 from legolm.system.seeds import derive_seed
 
 __all__ = [
+    "LOCK",
     "Progress",
     "atomic_folder",
     "atomic_write",
     "available_bytes",
     "check_room",
     "derive_seed",
+    "file_hash",
     "held_bytes",
     "hub_answers",
     "keep_freed_memory",
+    "locked",
     "machine",
     "read_json",
     "release_memory",
+    "scratch_folder",
     "total_bytes",
     "trim",
     "uncollected",

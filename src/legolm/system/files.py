@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +15,39 @@ from pathlib import Path
 from typing import Any
 
 from legolm.errors import LegolmError
+
+LOCK = ".lock"
+
+os.umask(_UMASK := os.umask(0))  # it can only be read by setting it
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if need be, for this process alone. Raises `LegolmError` when another one holds it.
+
+    The lock goes with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 20).decode(errors="replace").strip()
+            raise LegolmError(
+                f"{folder}: another process ({holder}) works in this folder; wait for its end, or give another --out"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -28,6 +63,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
+                # As the user's other files: safetensors makes its own readable by nobody else.
+                file.chmod(0o666 & ~_UMASK)
                 _sync(file)
         if path.exists():
             shutil.rmtree(path)
@@ -39,6 +76,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` that vanishes when the block ends. Raises `LegolmError` when the disk is full."""
+    folder = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    except Exception as error:
+        if _disk_full(error):
+            raise LegolmError(f"{path}: the disk is full; free some space and run again with --resume") from None
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

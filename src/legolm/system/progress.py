@@ -16,6 +16,10 @@ class Progress:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
 
+    def note(self, text: str) -> None:
+        """Say a line beside the stages."""
+        self._console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+
     @contextmanager
     def stage(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar of `total` steps; call what it yields with the steps done."""

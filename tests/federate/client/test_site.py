@@ -109,6 +109,23 @@ def test_a_device_answers_for_itself_only(run: RunDir, home: Path) -> None:
         runtime.answer(request(block))
 
 
+def test_what_is_kept_of_many_clients_is_bounded(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = read_block(run.block("wide"))
+    header = {"run": "r", "client": "fr", "block": "wide", "rank": 0, "scale": 2.0}
+    header |= {"base_fingerprint": block.base_fingerprint, "coverage_hash": block.coverage.hash}
+    header |= {"targets": None, "ranks": {}, "max_length": 99, "long_examples": "truncate", "precision": "fp32"}
+    asked = wire.EvaluateRequest(**header, sets=[(id, "test") for id in ("fr", "de", "es", "fr")], batch_size=4)
+    content = wire.pack(asked, wire.encode(init_factors(block.coverage.shape, None, 0, 0), "none"))
+    whole = ClientRuntime(simulated(run))
+    expected = wire.unpack(whole.answer(content), wire.ScoreReply)[0]
+    assert [key[0] for key in whole._tokens] == ["de", "es", "fr"]  # read once each, used last is last
+    size = whole._kept
+    monkeypatch.setattr("legolm.federate.client.runtime.KEPT_TOKENS", size - 1)
+    some = ClientRuntime(simulated(run))
+    assert wire.unpack(some.answer(content), wire.ScoreReply)[0] == expected
+    assert [key[0] for key in some._tokens] == ["es", "fr"] and some._kept < size
+
+
 def test_a_client_can_refuse_long_examples(home: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "x" * 9 * place}, {"role": "assistant", "content": "y"}]}
             for place in range(1, 12)]  # fmt: skip

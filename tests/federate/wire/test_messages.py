@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save
@@ -39,6 +41,17 @@ def reply(content: Tensors | None = None, **changes: object) -> bytes:
         metrics=TOLD,
     ).model_copy(update=changes)
     return wire.pack(header, {"factors": torch.ones(COUNT)} if content is None else content)
+
+
+def with_header(**entries: object) -> bytes:
+    """A message whose tensors' entries are these, over a few bytes."""
+    header = {"__metadata__": {"legolm": "{}"}} | entries
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + b"0" * 64
+
+
+def one(**changes: object) -> dict[str, object]:
+    return {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | changes
 
 
 def with_nan() -> Tensors:
@@ -94,13 +107,28 @@ def test_a_client_opens_what_the_server_wrote() -> None:
         (reply(scale=1.0), "scale is 1.0"),
         (reply(client="de"), "client is 'de'"),
         (reply(run="x"), "run is 'x'"),
-        (reply(examples=0), "examples is 0"),
+        (reply(examples=0), "examples: Input should be greater than or equal to 1"),
         (reply(metrics={}), "metrics.loss_first: field required"),
         (wire.pack(REQUEST, GIVEN.content), "message header"),
         (b"", "message is broken"),
         (b"\xff" * 64, "message is broken"),
         (reply()[:-5], "message is broken"),
         (save(GIVEN.content), "message is broken"),
+        (with_header(factors=one(shape=["x", 20_000_000_000])), "factors: its size does not fit"),
+        (with_header(factors=one(shape=[10**200] * 3)), "factors: its size does not fit"),
+        (with_header(factors=one(shape=[1] * 5)), "factors: its size does not fit"),
+        (with_header(factors=one(shape=[True])), "factors: its size does not fit"),
+        (with_header(factors=one(data_offsets=[-4, 0])), "factors: its size does not fit"),
+        (with_header(**{f"t{i}": one() for i in range(17)}), "17 tensors; at most 16"),
+        (with_header(**{"n" * 70_000: one()}), "its header has 70[0-9]* bytes; at most 65536"),
+        (with_header(factors=one(shape=json.loads("[" * 900 + "]" * 900))), "message is broken"),
+        (reply(examples=10**400), "examples: Input should be less than or equal to 1000000000"),
+        (reply(metrics=TOLD | {"loss_last": float("inf")}), "metrics.loss_last: Input should be a finite number"),
+        (reply(metrics=TOLD | {"x" * 129: 1.0}), "should have at most 128 characters"),
+        (reply(metrics=TOLD | {"a\x1b[31m": 1.0}), "should match pattern"),
+        (reply(metrics=TOLD | {f"m{i}": 1.0 for i in range(60)}), "should have at most 64 items"),
+        (reply(run="r\n"), "run: String should match pattern"),
+        (reply({"factors": torch.full((COUNT,), 1e38)}), r"layers.* has a change of 1e\+38; at most 10000 is taken"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(content: bytes, says: str) -> None:
@@ -149,3 +177,11 @@ def test_a_fresh_adapter_is_the_clients_and_the_rounds_own_at_both_ends() -> Non
         drawn[seed, client] = opened.start["layers.1.mlp.up_proj.A"]
     one, *others = drawn.values()
     assert not any(torch.equal(one, other) for other in others)
+
+
+def test_what_is_said_of_a_broken_message_is_short_and_plain() -> None:
+    for content in (with_header(**{"\x1b]0;" + "n" * 60_000: one(dtype="?")}), reply(client="d" * 50_000)):
+        with pytest.raises(LegolmError) as caught:
+            wire.accept(content, REQUEST, GIVEN)
+        assert len(str(caught.value)) < 500
+        assert str(caught.value).isprintable()

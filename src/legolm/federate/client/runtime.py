@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from legolm.finetune import Task, train
 from legolm.models import choose_device, dtype_of, load_model, load_tokenizer
 from legolm.system import atomic_write, keep_freed_memory, release_memory, trim
 
+KEPT_TOKENS = 1 << 20
+"""Of examples, in memory: about 40 MB. Whoever answers for many clients reads the others' again."""
+
 
 class ClientRuntime:
     """Answers for the sites that `site_of` gives: a device's one, or all of a simulation. Keeps one model in memory."""
@@ -39,7 +43,8 @@ class ClientRuntime:
         self._held: tuple[Block, Precision] | None = None
         self._model: Any = None
         self._tokenizers: dict[Path, Any] = {}
-        self._tokens: dict[tuple[str, Split, int], tuple[Tokens, ...]] = {}
+        self._tokens: dict[tuple[str, Split, int], tuple[Tokens, ...]] = {}  # the one used last is last
+        self._kept = 0
 
     def answer(self, content: bytes) -> bytes:
         """Reply to a request. Raises `LegolmError` when the request does not fit the client's block."""
@@ -111,15 +116,23 @@ class ClientRuntime:
         assert self._held is not None
         length = min(length, self._model.config.max_position_embeddings)
         key = (client, split, length)
-        if key not in self._tokens:
+        found = self._tokens.pop(key, None)
+        if found is None:
             path = self._held[0].path
             if path not in self._tokenizers:
                 self._tokenizers[path] = load_tokenizer(path)
-            tokens = tuple(render(row, self._tokenizers[path], length) for row in site.examples(split))
+            found = tuple(render(row, self._tokenizers[path], length) for row in site.examples(split))
             if refuse:
-                check_whole(tokens, length, split, client)
-            self._tokens[key] = tokens
-        return self._tokens[key]
+                check_whole(found, length, split, client)
+            self._kept += _count(found)
+            while self._tokens and self._kept > KEPT_TOKENS:
+                self._kept -= _count(self._tokens.pop(next(iter(self._tokens))))
+        self._tokens[key] = found
+        return found
+
+
+def _count(examples: Sequence[Tokens]) -> int:
+    return sum(len(example.ids) for example in examples)
 
 
 def _is_for(request: TrainRequest | EvaluateRequest, block: Block) -> bool:

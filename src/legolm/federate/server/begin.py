@@ -13,7 +13,7 @@ from legolm.block import Block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.wire import arrived
-from legolm.runs import Identity, RunDir, best_round, load_adapter_state, read_record, read_stages
+from legolm.runs import Identity, RunDir, best_round, checked_state, read_record, read_stages
 from legolm.system import derive_seed
 
 
@@ -52,7 +52,8 @@ def _warm_factors(path: Path, llm: Block, like: Tensors, config: RunConfig, froz
     """Factors of the run in `path` after its best round; `like` are those that a cold start has."""
     run, where = RunDir(path), f"aggregate.start {path}"
     try:
-        state = load_adapter_state(run.round(best_round(read_stages(path / "metrics.jsonl"), "validation").round))
+        best = best_round(read_stages(path / "metrics.jsonl"), "validation")
+        state = checked_state(run.round(best.round), best)
         known = read_record(path / "run.json", Identity)
     except (LegolmError, ValueError) as error:
         raise LegolmError(f"{where}: is no run folder with a finished round ({error})") from None

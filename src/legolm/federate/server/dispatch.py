@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from legolm.block import Block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.members import LLM, Members
-from legolm.federate.transport import Exchange, Request
+from legolm.federate.transport import Exchange, Reply, Request
 from legolm.federate.wire import (
     Broadcast,
     EvaluateRequest,
@@ -46,11 +47,11 @@ class Order:
 
 @dataclass(frozen=True)
 class Job:
-    """Score one block with one adapter, on behalf of a client, on (client, split) pairs."""
+    """Score one block with one adapter, made when it is sent, on behalf of a client, on (client, split) pairs."""
 
     client: str
     block: Block
-    factors: Tensors
+    adapter: Callable[[], Tensors]
     sets: tuple[tuple[str, Split], ...]
 
 
@@ -108,7 +109,7 @@ class Dispatch:
 
         deadline = self._config.federation.deadline_s if order.phase == "round" else None
         with self._progress.stage(label, len(clients)) as advance:
-            for reply in exchange(requests(), deadline):
+            for reply in self._each_once(exchange(requests(), deadline), clients, label):
                 id = clients[reply.index]
                 update, reason = None, reply.error
                 if not reason:
@@ -130,17 +131,21 @@ class Dispatch:
                 yield Request(job.client, self.question(job))
 
         with self._progress.stage(label, len(jobs)) as advance:
-            for reply in exchange(requests()):
-                if reply.error:
-                    raise LegolmError(f"{label}: {reply.error}")
-                scores, _ = unpack(reply.content, ScoreReply)
-                keep(order[reply.index], scores.scores)
+            for reply in self._each_once(exchange(requests()), [jobs[i].client for i in order], label):
+                job = jobs[order[reply.index]]
+                try:
+                    if reply.error:
+                        raise LegolmError(reply.error)
+                    scores = checked_scores(reply.content, job.sets)
+                except LegolmError as error:
+                    raise LegolmError(f"{label}: client {job.client}, block {job.block.name}: {error}") from None
+                keep(order[reply.index], scores)
                 advance(1)
 
     def question(self, job: Job) -> bytes:
         """The request that asks a client for a job's scores."""
-        config = self._config
-        rank = max((t.shape[0] for key, t in job.factors.items() if key.endswith(".A")), default=0)
+        config, factors = self._config, job.adapter()
+        rank = max((t.shape[0] for key, t in factors.items() if key.endswith(".A")), default=0)
         header = EvaluateRequest(
             **self._envelope(job.client, job.block, rank),
             sets=list(job.sets),
@@ -151,7 +156,20 @@ class Dispatch:
             precision=_decided(config),
             batch_size=config.evaluate.batch_size,
         )
-        return pack(header, encode(job.factors, "none"))
+        return pack(header, encode(factors, "none"))
+
+    def _each_once(self, replies: Iterable[Reply], clients: Sequence[str], label: str) -> Iterator[Reply]:
+        """One reply for each request: others are named and dropped, and one that does not come is an error's."""
+        left = set(range(len(clients)))
+        for reply in replies:
+            if reply.index in left:
+                left.remove(reply.index)
+                yield reply
+            else:
+                whose = clients[reply.index] if 0 <= reply.index < len(clients) else "nobody"
+                self._progress.note(f"{label}: one more reply of {whose} (request {reply.index}) was dropped")
+        for index in sorted(left):
+            yield Reply(index, error="no reply came")
 
     def _settings(self, order: Order, block: Block) -> TrainSettings:
         config, scheme = self._config, order.scheme
@@ -200,6 +218,22 @@ class Dispatch:
             "rank": rank,
             "scale": self._config.lora.scaling,
         }
+
+
+def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]]) -> Sequence[Score]:
+    """A reply's scores, one for each of `sets`. Raises `LegolmError` with the first that cannot be one."""
+    found = unpack(content, ScoreReply)[0].scores
+    if len(found) != len(sets):
+        raise LegolmError(f"{len(found)} scores came for {len(sets)} sets")
+    for (client, split), score in zip(sets, found, strict=True):
+        where = f"its score on {split} data of {client!r}"
+        if not 0 <= score.loss < math.inf:
+            raise LegolmError(f"{where} has loss {score.loss}; its weights are broken, or training diverged")
+        if not 0 <= score.exact_match <= 1 or min(score.tokens, score.examples) < 1:
+            raise LegolmError(
+                f"{where} has exact_match {score.exact_match}, tokens {score.tokens}, examples {score.examples}"
+            )
+    return found
 
 
 def steps_of(config: RunConfig, phase: Phase, number: int) -> tuple[int, int, int]:

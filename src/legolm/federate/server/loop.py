@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +30,7 @@ from legolm.runs import (
     ClientRecord,
     Global,
     Identity,
+    PassedRecord,
     Refusal,
     RoundRecord,
     RunDir,
@@ -39,8 +42,9 @@ from legolm.runs import (
     dump_record,
     load_adapter_state,
     read_record,
+    save_adapter_state,
 )
-from legolm.system import Progress, atomic_folder, atomic_write
+from legolm.system import Progress, atomic_folder, atomic_write, scratch_folder
 
 
 class Rounds:
@@ -97,7 +101,9 @@ class Rounds:
             return self.scheme(self.best("llm_validation")).whole(members.llm.coverage, members.rank[LLM])
         if self._stages.personal_steps or not self._stages.rounds:
             stage = "personal" if self._stages.personal_steps else "local"
-            return load_adapter_state(self._folder.client_stage(stage, id))
+            found = self._stages.state(self._folder.client_stage(stage, id))
+            if found:  # else its training was passed over, and it has what the rounds gave it
+                return found
         return self.scheme(self.best("validation")).adapter(members.block[id].coverage, members.rank[id])
 
     def start_hash(self, number: int) -> str:
@@ -107,7 +113,7 @@ class Rounds:
     def scheme(self, number: int) -> Scheme:
         """The scheme as it was after a finished round. The one used last is in memory already."""
         if self._latest is None or self._latest[0] != number:
-            state = load_adapter_state(self._folder.round(number))
+            state = self._stages.state(self._folder.round(number))
             self._latest = number, begin(self._config, self._members.llm, state)
         return self._latest[1]
 
@@ -130,7 +136,7 @@ class Rounds:
         scheme = begin(self._config, self._members.llm)
         known = self._shared_scores()
         if known and known.exists():
-            scored = read_record(known, Global)
+            scored = read_record(known, Global, "delete it")
         else:
             scored = self.score_global(scheme, exchange, "before: evaluate")
             if known:
@@ -168,6 +174,7 @@ class Rounds:
             accepted = [id for id in drawn if id in train]
             self._check_enough(number, drawn, accepted, refused)
             scheme.finish()
+            self._check_global(number, scheme, accepted)
             scored = self.score_global(scheme, exchange, f"round {number}: evaluate")
             record = RoundRecord(
                 round=number,
@@ -193,6 +200,16 @@ class Rounds:
                 f"round {number}: {len(accepted)} updates accepted, federation.min_replies is {least} ({reasons})"
             )
 
+    def _check_global(self, number: int, scheme: Scheme, accepted: Sequence[str]) -> None:
+        """Raise `LegolmError` when the new global adapter is not finite, before anybody is asked about it."""
+        for key, tensor in scheme.state().items():
+            if not bool(tensor.isfinite().all()):
+                raise LegolmError(
+                    f"round {number}: the new global adapter is not finite in {key}, made of the updates of "
+                    f"{', '.join(accepted)}; lower aggregate.server_learning_rate or train.learning_rate, or refuse "
+                    "outliers (aggregate.outliers)"
+                )
+
     def _alone(self, stage: Literal["local", "personal"], start: int, exchange: Exchange) -> None:
         """Train each client from round `start` without aggregation, and score its block.
 
@@ -205,33 +222,58 @@ class Rounds:
             return
         began = time.perf_counter()
         scheme = self.scheme(start)
-        own: dict[str, Tensors] = {}
         training: dict[str, Training] = {}
-        for one in self._dispatch.train(Order(left, scheme, stage, start, {}), exchange, f"{stage}: train"):
-            if one.update is None:
-                raise LegolmError(f"{stage}: client {one.client}: {one.reason}")
-            change = one.update.change
-            ended = {key: t + change.delta[key] if key in change.delta else t for key, t in change.received.items()}
-            own[one.client] = concatenated(ended, scheme.fold(self._members.block[one.client].coverage, 0))
-            training[one.client] = one.update.training
-        jobs = [Job(id, self._members.block[id], own[id], self._scoring.sets_of(id)) for id in left]
+        refused: dict[str, str] = {}
+        # What each learned waits on the disk until it is scored: the server's memory must not grow with clients.
+        with scratch_folder(self._folder.path / stage) as own:
+            for one in self._dispatch.train(Order(left, scheme, stage, start, {}), exchange, f"{stage}: train"):
+                if one.update is None:
+                    refused[one.client] = one.reason
+                    continue
+                change, coverage = one.update.change, self._members.block[one.client].coverage
+                ended = {key: t + change.delta[key] if key in change.delta else t for key, t in change.received.items()}
+                save_adapter_state(own / one.client, concatenated(ended, scheme.fold(coverage, 0)))
+                training[one.client] = one.update.training
+            self._pass_over(stage, [id for id in left if id in refused], refused, len(left) == len(clients), began)
+            jobs = [
+                Job(id, self._members.block[id], partial(load_adapter_state, own / id), self._scoring.sets_of(id))
+                for id in left
+                if id in training
+            ]
 
-        def keep(index: int, scores: Sequence[Score]) -> None:
-            id = left[index]
-            record = ClientRecord(
-                stage=stage,
-                client=id,
-                scores=by_client(jobs[index].sets, scores),
-                train=training[id],
-                validation=scores[-1].loss,
-                seconds=time.perf_counter() - began,
-            )
-            self._stages.keep(self._folder.client_stage(stage, id), own[id], record)
+            def keep(index: int, scores: Sequence[Score]) -> None:
+                job = jobs[index]
+                record = ClientRecord(
+                    stage=stage,
+                    client=job.client,
+                    scores=by_client(job.sets, scores),
+                    train=training[job.client],
+                    validation=scores[-1].loss,
+                    seconds=time.perf_counter() - began,
+                )
+                self._stages.keep(self._folder.client_stage(stage, job.client), job.adapter(), record)
+                shutil.rmtree(own / job.client)
 
-        self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep)
+            self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep)
         self._stages.write_lines()
 
     # Pieces
+
+    def _pass_over(
+        self,
+        stage: Literal["local", "personal"],
+        clients: Sequence[str],
+        reasons: Mapping[str, str],
+        all_asked: bool,
+        began: float,
+    ) -> None:
+        """Record who was refused outside the rounds. Raises `LegolmError` where it is everybody."""
+        if all_asked and len(clients) == len(self._members.clients):
+            raise LegolmError(f"{stage}: no client trained ({'; '.join(f'{id}: {reasons[id]}' for id in clients)})")
+        for id in clients:
+            seconds = time.perf_counter() - began
+            record = PassedRecord(phase=stage, client=id, reason=reasons[id], seconds=seconds)
+            self._stages.keep(self._folder.client_stage(stage, id), {}, record)
 
     def _shared_scores(self) -> Path | None:
         """Where runs find each other's scores before training; nowhere for one that starts from a trained adapter."""

@@ -12,7 +12,7 @@ from legolm.federate.server.dispatch import Dispatch, Order, Trained
 from legolm.federate.server.gate import passed, usual_size
 from legolm.federate.server.members import Members
 from legolm.federate.transport import Exchange, Reply, Request
-from legolm.runs import RoundRecord, RunDir, StageRecord, load_adapter_state, rounds_of
+from legolm.runs import RoundRecord, RunDir, StageRecord, checked_state, rounds_of
 
 
 def updates(
@@ -49,14 +49,14 @@ def replay(
     The others' updates are what they were: what they trained from had the left-out ones in it. Raises `LegolmError`
     where a kept update is missing or broken.
     """
-    accepted = {record.round: record.accepted for record in rounds_of(records)}
+    rounds = {record.round: record for record in rounds_of(records)}
 
     def after(number: int) -> Scheme:
-        return begin(config, members.llm, load_adapter_state(folder.round(number)))
+        return begin(config, members.llm, checked_state(folder.round(number), rounds[number]))
 
     scheme = after(0)
     for number in range(1, last + 1):
-        there = [id for id in accepted[number] if id not in without]
+        there = [id for id in rounds[number].accepted if id not in without]
         for one in updates(config, dispatch, records, number, there, after(number - 1), _kept(folder, number)):
             if one.update is None:
                 raise LegolmError(f"round {number}: the kept update of {one.client}: {one.reason}")

@@ -7,7 +7,7 @@ own data only, each scores its own model, and the LLM is scored by the server on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 
@@ -42,8 +42,8 @@ class Scoring:
 
     def sets_of(self, client: str) -> tuple[Set, ...]:
         """What the model of one client alone is scored on: test data, and last its own validation data."""
-        asked = {client, *others_of(self._config, client)}
-        tests: list[Set] = [(id, "test") for id in self._members.clients if id in asked]
+        asked = sorted((client, *self._others[client]), key=self._place.__getitem__)
+        tests: list[Set] = [(id, "test") for id in asked]
         return (*tests, (client, "validation"))
 
     def _everyone(self, scheme: Scheme, exchange: Exchange, label: str) -> Global:
@@ -54,9 +54,9 @@ class Scoring:
         clients, members, llm = self._members.clients, self._members, self._members.llm
         tests: tuple[Set, ...] = tuple((id, "test") for id in clients)
         rank = self._config.lora.rank
-        whole = scheme.whole(llm.coverage, rank)
+        whole = partial(scheme.whole, llm.coverage, rank)
         # Who holds the whole LLM has its model, unless the server knows more than it sends.
-        same = tensors_hash(whole) == tensors_hash(scheme.adapter(llm.coverage, rank))
+        same = tensors_hash(whole()) == tensors_hash(scheme.adapter(llm.coverage, rank))
         alike: dict[tuple[str, int], list[str]] = {(LLM, rank if same else 0): []}
         for id in clients:
             name = LLM if is_dense(members.block[id]) else members.block[id].name
@@ -66,8 +66,8 @@ class Scoring:
             block = llm if name == LLM else members.block[ids[0]]
             client, asked = (ids[0] if ids else clients[0]), (ids if jobs else clients)
             validation: tuple[Set, ...] = tuple((id, "validation") for id in asked)
-            factors = scheme.adapter(block.coverage, rank) if jobs else whole
-            jobs.append(Job(client, block, factors, tests + validation))
+            adapter = partial(scheme.adapter, block.coverage, rank) if jobs else whole
+            jobs.append(Job(client, block, adapter, tests + validation))
         results = self._scores(jobs, exchange, label)
 
         # Once for all who hold the same: with each client's own copy a record would grow with their square.
@@ -98,7 +98,7 @@ class Scoring:
             key = (block.coverage.hash, rank)
             if key not in factors:
                 factors[key] = scheme.adapter(block.coverage, rank)
-            jobs.append(Job(id, block, factors[key], ((id, "test"), (id, "validation"))))
+            jobs.append(Job(id, block, partial(factors.__getitem__, key), ((id, "test"), (id, "validation"))))
         results = self._scores(jobs, exchange, label)
         held = [
             Held(clients=[id], scores=by_client(jobs[index].sets, results[index]))
@@ -106,7 +106,7 @@ class Scoring:
         ]
         found: Sequence[Score] = ()
         if self._config.evaluate.server_data is not None:
-            adapter = scheme.whole(members.llm.coverage, self._config.lora.rank)
+            adapter = partial(scheme.whole, members.llm.coverage, self._config.lora.rank)
             job = Job(LLM, members.llm, adapter, ((LLM, "test"),))
             reply, _ = unpack(self._here.answer(self._dispatch.question(job)), ScoreReply)
             found = reply.scores
@@ -121,6 +121,14 @@ class Scoring:
         results: dict[int, Sequence[Score]] = {}
         self._dispatch.score(jobs, exchange, label, results.__setitem__)
         return results
+
+    @cached_property
+    def _others(self) -> dict[str, list[str]]:
+        return others_of(self._config)
+
+    @cached_property
+    def _place(self) -> dict[str, int]:
+        return {id: place for place, id in enumerate(self._members.clients)}
 
     @cached_property
     def _here(self) -> ClientRuntime:
@@ -153,7 +161,12 @@ class _ServerSite:
 
 
 def server_examples(config: RunConfig) -> list[Example]:
-    """The server's own rows (`evaluate.server_data`). Raises `LegolmError` for bad ones."""
+    """The server's own rows (`evaluate.server_data`), none if it is not given. Raises `LegolmError` for bad ones."""
     data, source = config.data, config.evaluate.server_data
-    rows = [] if source is None else read_rows(source, "evaluate.server_data")
-    return [with_system(to_example(row, data.fields), data.system) for row in rows]
+    if source is None:
+        return []
+    rows = read_rows(source, "evaluate.server_data")
+    found = [with_system(to_example(row, data.fields), data.system) for row in rows]
+    if not found:
+        raise LegolmError(f"evaluate.server_data: {source!r} has no rows; name files with examples, or take it out")
+    return found

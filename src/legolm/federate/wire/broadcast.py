@@ -32,6 +32,7 @@ from legolm.config import Codec
 from legolm.errors import LegolmError
 from legolm.federate.wire import codec
 from legolm.federate.wire.messages import (
+    MAX_REPLY_HEADER,
     REPLIED,
     Envelope,
     TrainRequest,
@@ -42,6 +43,9 @@ from legolm.federate.wire.messages import (
 )
 from legolm.runs import Training
 from legolm.system import derive_seed
+
+MAX_CHANGE = 1e4
+"""Of one entry of a factor in one training, absolute: young adapters move by 1e-3 to 1."""
 
 
 @dataclass(frozen=True)
@@ -144,16 +148,15 @@ def accept(content: bytes, request: TrainRequest, broadcast: Broadcast) -> Updat
     An update is refused before a byte of it is added. Raises `LegolmError` with the first mismatch of header, keys,
     shape, dtype or finiteness.
     """
-    reply, tensors = unpack(content, UpdateReply)
+    reply, tensors = unpack(content, UpdateReply, MAX_REPLY_HEADER)
     expected: dict[str, object] = {field: getattr(request, field) for field in REPLIED}
     expected["received_hash"] = broadcast.hash
     for name, value in expected.items():
         if getattr(reply, name) != value:
             raise LegolmError(f"{name} is {getattr(reply, name)!r}; asked for {value!r}")
-    if reply.examples < 1:
-        raise LegolmError(f"examples is {reply.examples}; must be at least 1")
     delta = codec.decode(tensors, request.settings.codec, broadcast.trained, request.settings.keep)
     check_finite(delta)
+    _check_size(delta)
     try:
         training = Training.model_validate(reply.metrics)
     except ValidationError as error:
@@ -182,6 +185,14 @@ def _made(settings: TrainSettings, coverage: Coverage, rank: int, client: str = 
         settings.ranks,
     )
     return slice_factors(coverage, factors, rank)
+
+
+def _check_size(delta: Flat) -> None:
+    """Raise `LegolmError` for an entry that no training makes, and whose sums and products overflow."""
+    most = float(delta.flat.abs().max()) if len(delta.flat) else 0.0
+    if most > MAX_CHANGE:
+        key = next(key for key, tensor in delta.items() if float(tensor.abs().max()) == most)
+        raise LegolmError(f"{key} has a change of {most:.3g}; at most {MAX_CHANGE:g} is taken")
 
 
 def _trained(settings: TrainSettings, coverage: Coverage, rank: int) -> Layout:

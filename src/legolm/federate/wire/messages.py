@@ -1,6 +1,7 @@
 """Requests and replies as bytes: one safetensors file each, its header a checked model in the metadata.
 
-Nothing here trusts the other side: sizes are bounded, headers validated, no pickle.
+Nothing here trusts the other side: sizes, counts and names are bounded before anything is made of them, headers are
+validated, and nothing is pickled.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 from safetensors.torch import save as safetensors_save
 
 from legolm.adapter import Tensors
@@ -23,7 +24,15 @@ from legolm.runs import Score
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 MAX_BYTES = 2 << 30
-MAX_HEADER = 64 << 20
+MAX_HEADER = 16 << 20
+"""Of a request, which may ask for thousands of scores; a reply's bound is its own."""
+MAX_REPLY_HEADER = 64 << 10
+MAX_TENSORS, MAX_DIMENSIONS = 16, 4
+MAX_EXAMPLES = 10**9
+MAX_SAID = 300
+"""Signs of an error about a message, which may quote it."""
+Name = Annotated[str, Field(max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+"""Of a run, client, block, hash or metric: what reaches records, reports and terminals. No control codes."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 
 
@@ -32,11 +41,11 @@ class Envelope(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     schema_number: Literal[2] = 2
-    run: str
-    client: str
-    block: str
-    base_fingerprint: str
-    coverage_hash: str
+    run: Name
+    client: Name
+    block: Name
+    base_fingerprint: Name
+    coverage_hash: Name
     rank: int
     scale: float
 
@@ -111,9 +120,9 @@ class UpdateReply(Envelope):
 
     kind: Literal["update"] = "update"
     round: int
-    received_hash: str
-    examples: int
-    metrics: dict[str, float]
+    received_hash: Name
+    examples: Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]
+    metrics: Annotated[dict[Name, Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=64)]
 
     @field_serializer("metrics")
     def _fixed_width(self, metrics: dict[str, float]) -> dict[str, str]:
@@ -140,51 +149,67 @@ def pack(header: BaseModel, tensors: Tensors) -> bytes:
     return content
 
 
-def unpack(content: bytes, kind: type[Header]) -> tuple[Header, Tensors]:
-    """The header as `kind` and the tensors. Raises `LegolmError` for anything broken, oversized or of another kind."""
+def unpack(content: bytes, kind: type[Header], most: int = MAX_HEADER) -> tuple[Header, Tensors]:
+    """The header as `kind` and the tensors. Raises `LegolmError` for anything broken, oversized or of another kind.
+
+    `most` are bytes of the header.
+    """
     if len(content) > MAX_BYTES:
         raise LegolmError(f"message of {len(content)} bytes; at most {MAX_BYTES}")
     try:
-        metadata, tensors = _parse(content)
+        metadata, tensors = _parse(content, most)
         return kind.model_validate_json(metadata), tensors
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise LegolmError(f"message header: {where}: {problem['msg']}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise LegolmError(f"message is broken ({error})") from None
+        raise LegolmError(f"message header: {where}: {problem['msg']}"[:MAX_SAID]) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        raise LegolmError(f"message is broken ({_plain(error)})") from None
 
 
 def kind_of(content: bytes) -> str:
     """The `kind` in a message's header."""
     try:
-        return str(json.loads(_header(content)["__metadata__"]["legolm"])["kind"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise LegolmError(f"message is broken ({error})") from None
+        return str(json.loads(_header(content, MAX_HEADER)["__metadata__"]["legolm"])["kind"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise LegolmError(f"message is broken ({_plain(error)})") from None
 
 
-def _header(content: bytes) -> dict[str, Any]:
+def _plain(error: Exception) -> str:
+    """What an error says, short and without control codes: it may quote the message."""
+    return "".join(sign if sign.isprintable() else " " for sign in str(error)[:MAX_SAID])
+
+
+def _header(content: bytes, most: int) -> dict[str, Any]:
     size = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or size > min(MAX_HEADER, len(content) - 8):
+    if len(content) < 8 or size > len(content) - 8:
         raise ValueError("not a safetensors message")
+    if size > most:
+        raise ValueError(f"its header has {size} bytes; at most {most}")
     header = json.loads(content[8 : 8 + size])
     if not isinstance(header, dict):
         raise ValueError("not a safetensors message")
     return header
 
 
-def _parse(content: bytes) -> tuple[str, Tensors]:
+def _parse(content: bytes, most: int) -> tuple[str, Tensors]:
     """A safetensors message's metadata and tensors, as views of the message: the library copies each tensor twice."""
-    header = _header(content)
+    header = _header(content, most)
     start = 8 + int.from_bytes(content[:8], "little")
     metadata = header.pop("__metadata__")["legolm"]
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"it has {len(header)} tensors; at most {MAX_TENSORS}")
     tensors: Tensors = {}
     for name, entry in header.items():
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and start + end <= len(content)
+        sizes = [*shape, begin, end]
+        # Types and bounds before any arithmetic: a product of texts or of huge numbers takes all memory or time.
+        whole = len(sizes) <= MAX_DIMENSIONS + 2 and all(type(n) is int and 0 <= n <= len(content) for n in sizes)
+        if not whole or end - begin != math.prod(shape) * dtype.itemsize or (start + begin) % dtype.itemsize:
+            raise ValueError(f"{name[:64]}: its size does not fit")
         count = math.prod(shape)
-        if not whole or end - begin != count * dtype.itemsize or (start + begin) % dtype.itemsize:
-            raise ValueError(f"{name}: its size does not fit")
+        if start + end > len(content):
+            raise ValueError(f"{name[:64]}: its size does not fit")
         flat = torch.frombuffer(content, dtype=dtype, count=count, offset=start + begin) if count else torch.zeros(0)
         tensors[name] = flat.view(shape)
     return str(metadata), tensors

@@ -1,0 +1,185 @@
+"""Who scores what: clients on their own data only, the LLM on the server's, a sample of the others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from helpers import assert_one_line, legolm, without_clocks
+from legolm import config as configs
+from legolm import pipeline
+from legolm.config import RunConfig
+from legolm.data import client_data, data_fingerprint, render
+from legolm.errors import LegolmError
+from legolm.evaluation import score
+from legolm.federate import wire
+from legolm.federate.server import server_examples
+from legolm.federate.transport import Exchange, Reply, Request, run_local
+from legolm.federate.transport.engine import Body
+from legolm.models import load_model, load_tokenizer
+from legolm.report import print_summary
+from legolm.runs import Others, RunDir, clients_of, others_of, read_stages, rounds_of
+
+
+@pytest.fixture
+def raw(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
+    """Two clients hold the LLM, one `half`; each scores its own data only."""
+    federation = {"engine": "local", "rounds": 2, "personal_steps": 1}
+    found = three_clients(tmp_path, ("dense", "dense", "half"), rows=10, federation=federation)
+    found["data"] |= {"limit_test": 2, "limit_validation": 1}
+    rows = [{"instruction": f"Tell {i}", "output": "acd"[i] * 2} for i in range(3)]
+    (tmp_path / "server.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return found | {"evaluate": {"scores": "own"}}
+
+
+def load(raw: dict[str, Any], **evaluate: Any) -> RunConfig:
+    return configs.validate(RunConfig, raw | {"evaluate": raw["evaluate"] | evaluate}, "test")
+
+
+def asked_for(asked: list[tuple[str, str, str]]) -> Callable[..., None]:
+    """The local engine; it adds (kind of request, to whom, of whose data) to `asked`."""
+
+    def engine(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def watched(exchange: Exchange) -> Exchange:
+            def ask(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                def seen() -> Iterator[Request]:
+                    for one in requests:
+                        if wire.kind_of(one.content) == "evaluate":
+                            header, _ = wire.unpack(one.content, wire.EvaluateRequest)
+                            asked.extend(("evaluate", one.client, owner) for owner, _ in header.sets)
+                        else:
+                            training, _ = wire.unpack(one.content, wire.TrainRequest)
+                            asked.append((training.phase, one.client, training.client))
+                        yield one
+
+                yield from exchange(seen(), deadline_s)
+
+            return ask
+
+        run_local(folder, config, actors, lambda exchange: body(watched(exchange)))
+
+    return engine
+
+
+def test_no_client_is_asked_for_anothers_data_and_the_server_scores_the_llm(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    config, out = load(raw, server_data=str(tmp_path / "server.jsonl")), tmp_path / "out"
+    asked: list[tuple[str, str, str]] = []
+    summary = pipeline.run(config, out, engine=asked_for(asked))
+    assert {kind for kind, *_ in asked} == {"evaluate", "local", "round", "personal"}
+    assert {(client, owner) for _, client, owner in asked} == {(id, id) for id in ("fr", "de", "es")}
+    # Of everyone the same would be asked for others' data.
+    everyone: list[tuple[str, str, str]] = []
+    pipeline.run(configs.validate(RunConfig, raw | {"evaluate": {}}, "x"), tmp_path / "all", engine=asked_for(everyone))
+    assert any(client != owner for _, client, owner in everyone)
+
+    assert summary.llm.best_round > 0
+    model, tokenizer = load_model(out / "final" / "llm"), load_tokenizer(out / "final" / "llm")
+    rows = [render(row, tokenizer, config.train.max_length) for row in server_examples(config)]
+    assert len(rows) == 3
+    found = score(model, rows, 16, "fp32")
+    assert summary.llm.loss_after == pytest.approx(found.loss, rel=1e-4)
+    assert summary.llm.exact_match_after == found.exact_match
+    best = rounds_of(read_stages(out / "metrics.jsonl"))[summary.llm.best_round]
+    assert best.llm_validation == summary.llm.loss_after
+    assert all(set(client.own) == {"before", "local", "global", "personal"} for client in summary.clients)
+    assert all(client.others == {} for client in summary.clients)
+    assert summary.others == Others(asked=0, there=2)
+    assert "The LLM’s loss on the server’s own held-out answers went from" in (out / "report.html").read_text()
+
+
+def test_without_rows_of_the_server_nobody_scores_the_llm(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = load(raw), tmp_path / "out"
+    summary = pipeline.run(config, out)
+    assert all(one.llm is None and one.llm_validation is None for one in rounds_of(read_stages(out / "metrics.jsonl")))
+    assert (summary.llm.loss_before, summary.llm.loss_after, summary.llm.exact_match_after) == (None, None, None)
+    assert summary.llm.best_round == summary.best_round > 0
+    said = "Nobody scored the LLM: the server has no data of its own (evaluate.server_data)."
+    capsys.readouterr()
+    print_summary(summary, out)
+    assert said in capsys.readouterr().out
+    html = (out / "report.html").read_text()
+    assert said in html and "The LLM’s loss" not in html
+    assert load_model(out / "final" / "llm") is not None
+    assert json.loads((out / "final" / "llm" / "manifest.json").read_text())["details"]["round"] == summary.best_round
+
+    killed = tmp_path / "killed"
+    shutil.copytree(out, killed)
+    for gone in ("rounds/0002", "personal", "final"):
+        shutil.rmtree(killed / gone)
+    again = pipeline.run(config, killed, resume=True)
+    one, two = (without_clocks(json.loads(found.model_dump_json())) for found in (summary, again))
+    assert one == two
+    for name in ("rounds/0002/adapter", "personal/es/adapter", "final/llm/model", "final/es/model"):
+        assert (out / f"{name}.safetensors").read_bytes() == (killed / f"{name}.safetensors").read_bytes()
+
+
+def test_of_many_clients_a_sample_of_the_others_is_asked_in_all_stages(raw: dict[str, Any], tmp_path: Path) -> None:
+    ids = [f"c{place:02}" for place in range(17)]
+    rows = [{"instruction": f"Say {i}", "output": "abc"[i % 3] * 2} for i in range(85)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw |= {
+        "evaluate": {},
+        "blocks": [{"name": "dense", "method": "dense"}],
+        "clients": [{"id": id, "block": "dense"} for id in ids],
+        "data": {"train": str(tmp_path / "many.jsonl"), "split": {"by": "iid"}, "limit_test": 1},
+        "train": {"steps": 1, "batch_size": 2},
+        "federation": {"engine": "local", "rounds": 1, "personal_steps": 1},
+    }
+    config, out = load(raw), tmp_path / "out"
+    others = others_of(config)
+    assert all(len(set(found)) == 8 and id not in found for id, found in others.items())
+    summary = pipeline.run(config, out, models=False)
+    assert summary.others == Others(asked=8, there=16)
+    assert "test data of 8 of the 16 other clients" in (out / "report.html").read_text()
+    records = read_stages(out / "metrics.jsonl")
+    stages = {
+        "before": rounds_of(records)[0].by_client(),
+        "global": rounds_of(records)[summary.best_round].by_client(),
+        "local": {one.client: one.scores for one in clients_of(records, "local")},
+        "personal": {one.client: one.scores for one in clients_of(records, "personal")},
+    }
+    for stage in ("local", "personal"):
+        assert all(set(found.root) == {id, *others[id]} for id, found in stages[stage].items())
+    assert all(set(found) == set(ids) for found in stages.values())
+    for client in summary.clients:
+        assert set(client.others) == set(stages)
+        for stage, loss in client.others.items():
+            scores = stages[stage][client.id].root
+            assert loss == pytest.approx(fmean(scores[id].loss for id in others[client.id]), rel=1e-12)
+
+
+def test_bad_rows_of_the_server_are_refused_by_the_dry_run(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "Say", "output": "a"}\n{"instruction": "Say"}\n')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "x" * 600, "output": "a"}) + "\n")
+    raw["train"]["long_examples"] = "refuse"
+    path = tmp_path / "run.yaml"
+    for data, says in (
+        (str(tmp_path / "none.jsonl"), f"evaluate.server_data: no file {tmp_path / 'none.jsonl'}"),
+        (str(tmp_path / "bad.jsonl"), "bad.jsonl:2: no field `output`; there are: instruction"),
+        ([], "evaluate.server_data: [] has no rows"),
+        (str(tmp_path / "long.jsonl"), "evaluate.server_data example 0 of 'llm' is longer than 512 tokens"),
+    ):
+        path.write_text(json.dumps(raw | {"evaluate": {"scores": "own", "server_data": data}}))
+        assert_one_line(legolm("run", path, "--dry-run", "--out", tmp_path / "out"), says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_changed_rows_of_the_server_stop_a_resume(raw: dict[str, Any], tmp_path: Path) -> None:
+    rows = tmp_path / "server.jsonl"
+    config, out = load(raw, server_data=str(rows), local_only=False), tmp_path / "out"
+    pipeline.run(config, out, models=False)
+    rows.write_text(rows.read_text().replace("Tell 1", "Tell 7"))
+    with pytest.raises(LegolmError, match="the data changed since the run started"):
+        pipeline.run(config, out, resume=True)
+    data = client_data(config)
+    assert data_fingerprint(data, []) == data_fingerprint(data) != data_fingerprint(data, server_examples(config))
