@@ -22,7 +22,7 @@ from legolm import pipeline
 SIGNATURES = {
     "LLM": "(name)",
     "Block": "(name, path, method, coverage, base_fingerprint, parameters, sparsity, file_bytes, details=<factory>)",
-    "Change": "(delta, received, examples, rank)",
+    "Change": "(delta, received, examples, rank, sent=<factory>)",
     "Client": "(holds, data, validation=None, test=None, rank=None, joins=1, leaves=None)",
     "Coverage": "(shape, layers, groups, neurons, masks=<factory>)",
     "Example": "(messages)",
@@ -31,7 +31,7 @@ SIGNATURES = {
     "Message": "(role, content)",
     "Run": "(folder)",
     "Scheme": "()",
-    "Start": "(shape, make, rank, seed=0, server=<factory>)",
+    "Start": "(shape, make, rank, seed=0, server=<factory>, arrived=<class 'dict'>)",
     "Task": "(model, coverage, start, scale, examples, config, precision, steps, seed, done=0, total=None, frozen=(), "
     "proximal=0.0, dropout=0.0)",
     "ablate": "(run, out=None, *, questions=None)",

@@ -35,20 +35,24 @@ def rehearse(config: AggregateConfig) -> None:
             for coverage, rank in taking:
                 scheme.add(_change(scheme, coverage, rank), coverage)
             scheme.finish()
-            found = scheme.adapter(WHOLE, RANK)
-            if set(found) != set(wanted):
-                raise LegolmError(f"{where}: its adapter has other factors than the run's start")
-            for key, tensor in found.items():
-                # Only the rank may be another, where the scheme folds.
-                side = 1 if key.endswith("A") else 0
-                if tensor.shape[side] != wanted[key].shape[side] or not bool(tensor.isfinite().all()):
-                    raise LegolmError(
-                        f"{where}: its adapter's {key} is {tuple(tensor.shape)} where the start's is "
-                        f"{tuple(wanted[key].shape)}, or not finite"
-                    )
+            for found in (scheme.adapter(WHOLE, RANK), scheme.whole(WHOLE, RANK)):
+                _check(where, found, wanted)
             state = scheme.state()
             scheme = make_scheme(config)
             scheme.begin(start, state)
+
+
+def _check(where: str, found: Tensors, wanted: Tensors) -> None:
+    if set(found) != set(wanted):
+        raise LegolmError(f"{where}: its adapter has other factors than the run's start")
+    for key, tensor in found.items():
+        # Only the rank may be another: where the scheme folds, and where the server knows more than it sends.
+        side = 1 if key.endswith("A") else 0
+        if tensor.shape[side] != wanted[key].shape[side] or not bool(tensor.isfinite().all()):
+            raise LegolmError(
+                f"{where}: its adapter's {key} is {tuple(tensor.shape)} where the start's is "
+                f"{tuple(wanted[key].shape)}, or not finite"
+            )
 
 
 def _change(scheme: Scheme, coverage: Coverage, rank: int) -> Change:
