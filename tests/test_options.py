@@ -171,7 +171,7 @@ def refusal(row: Row) -> str | None:
     if row["optimizer"] != "none" and not scheme.optimizers:
         return "has its own step"
     if row["ranks"] != "-" and not scheme.module_ranks:
-        return "needs one rank for all modules"
+        return "products of another rank in each module need sums of factors"
     if row["mode"] == "federated" and row["capable"] == "no":
         if scheme.dense and row["block"] != "dense":
             return "it works on the whole LLM"

@@ -39,11 +39,11 @@ from legolm.system import (
     atomic_write,
     check_room,
     held_bytes,
+    locked,
     machine,
     release_memory,
     versions,
 )
-from legolm.system.files import locked
 
 
 def run(

@@ -28,6 +28,7 @@ def client(name: str, block: str, own: dict[str, float], others: dict[str, float
     return {
         "id": name,
         "block": block,
+        "refused": {},
         "own": own,
         "others": others,
         "own_exact_match": exact,

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from legolm.errors import LegolmError
+from legolm.runs import load_adapter_state, save_adapter_state
 from legolm.system import atomic_folder, atomic_write, check_room, held_bytes, read_json, scratch_folder
 
 
@@ -73,3 +74,10 @@ def test_a_file_of_another_version_is_named(tmp_path: Path) -> None:
     assert read_json(tmp_path / "summary.json", "llm") == {"llm": {}}
     with pytest.raises(LegolmError, match=r"summary\.json: no `clients`, another version wrote it"):
         read_json(tmp_path / "summary.json", "llm", "clients")
+
+
+def test_factors_that_are_one_in_memory_are_written_each(tmp_path: Path) -> None:
+    factor = torch.arange(6.0).view(2, 3)
+    save_adapter_state(tmp_path, {"a": factor, "b": factor, "c": factor.T})
+    found = load_adapter_state(tmp_path)
+    assert all(torch.equal(found[key], wanted) for key, wanted in (("a", factor), ("b", factor), ("c", factor.T)))

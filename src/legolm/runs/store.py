@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -87,9 +88,11 @@ class Stages:
 
 
 def save_adapter_state(path: Path, adapter: Tensors) -> None:
-    """Write an adapter's tensors, in any order of memory, into the folder `path`."""
+    """Write an adapter's tensors, in any order of memory and some perhaps one in memory, into the folder `path`."""
     path.mkdir(exist_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in adapter.items()}, path / ADAPTER)
+    save_file(
+        {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in adapter.items()}, path / ADAPTER
+    )
 
 
 def checked_state(path: Path, record: StageRecord) -> Tensors:
