@@ -22,6 +22,9 @@ S = TypeVar("S", bound=Section)
 OPEN: dict[str, type[OpenSection]] = {"aggregate": AggregateConfig, "train": TrainConfig}
 UNION_BRANCH = re.compile(r"(function-|constrained-|list\[|dict\[|literal\[).*|str")
 """What pydantic adds to a field's place to say which of its types did not fit."""
+MAX_SIZE = 4_000_000
+"""Characters of a config with all its aliases written out: ten thousand clients fit."""
+MAX_SHOWN = 200
 
 
 def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -35,11 +38,15 @@ def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
 def read(path: Path) -> dict[str, Any]:
     """A YAML file's mapping. Raises `LegolmError`."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > 4 * MAX_SIZE:
+            raise LegolmError(f"config {path}: has {size} bytes; at most {4 * MAX_SIZE} are read")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise LegolmError(f"config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, ValueError) as error:
         raise LegolmError(f"config {path}: cannot be read ({error})") from None
+    try:
+        raw = _parse(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
@@ -76,9 +83,9 @@ def override(raw: dict[str, Any], change: str) -> None:
             child = at[key] = {"train": child} if keys[: depth + 1] == ["data"] else {}
         at = child
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise LegolmError(f"--set {change!r}: the value is not valid YAML") from None
+        value = _parse(text)
+    except yaml.YAMLError as error:
+        raise LegolmError(f"--set {_shown(change)}: the value is not valid YAML ({_one_line(error)})") from None
     if isinstance(at, list):
         _index(at, keys[-1], change)
         at[int(keys[-1])] = value
@@ -89,6 +96,61 @@ def override(raw: dict[str, Any], change: str) -> None:
         for key in set(at) - set(open_section.model_fields):
             del at[key]
     at[keys[-1]] = value
+
+
+def _parse(text: str) -> Any:
+    """The one YAML document in `text`. Raises `yaml.YAMLError`, also for a key given twice and for what never ends."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check(node, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep") from None
+    except (
+        ValueError,
+        OverflowError,
+        TypeError,
+    ) as error:  # the 31st of February, a number of 5,000 digits, a list as key
+        raise yaml.YAMLError(str(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Characters of a node with its aliases written out. Raises `yaml.YAMLError` for too many, or a key given twice."""
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise yaml.MarkedYAMLError(problem="it contains itself", problem_mark=node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{_shown(key.value)} is given twice; take one out", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        size = sum(_check(key, sizes) + _check(value, sizes) for key, value in node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        size = sum(_check(item, sizes) for item in node.value)
+    else:
+        size = len(node.value)
+    if size >= MAX_SIZE:
+        raise yaml.MarkedYAMLError(
+            problem=f"with its aliases written out it has more than {MAX_SIZE} characters", problem_mark=node.start_mark
+        )
+    sizes[id(node)] = size + 1
+    return size + 1
+
+
+def _shown(value: object) -> str:
+    """A value as errors show it: its beginning, where it is long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}… ({len(text)} characters)"
 
 
 def _one_line(error: yaml.YAMLError) -> str:
@@ -124,7 +186,7 @@ def _explain(problem: ErrorDetails, kind: type[BaseModel]) -> str:
         if field and message.startswith("unknown key `"):  # a section's own, which names it without the section
             return message.replace("`", f"`{field}.", 1)
         return f"`{field}`: {message}" if field else message
-    return f"`{field}` = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"`{field}` = {_shown(problem['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(section: Any, location: list[str | int]) -> list[str]:

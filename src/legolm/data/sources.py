@@ -19,6 +19,8 @@ from legolm.errors import LegolmError
 from legolm.system import hub_answers, wants_offline
 
 MAX_BYTES = 4 * 10**9
+MAX_TEXT = 1_000_000
+"""Characters of one question or answer: far past every context window, and read in a second."""
 ROLES = ("system", "user", "assistant")
 
 
@@ -38,13 +40,43 @@ class Row:
 
 
 def read_rows(source: str | Sequence[str], field: str) -> Iterator[Row]:
-    """Rows of a path, a glob, `hub:owner/name[:split]` or a list of them; `field` names it in errors."""
-    for item in [source] if isinstance(source, str) else source:
-        if item.startswith("hub:"):
-            yield from _read_hub(item, field)
+    """Rows of a path, a glob, `hub:owner/name[:split]` or a list of them; `field` names it in errors.
+
+    Raises `LegolmError` for what cannot be read, and for what is named twice.
+    """
+    for part in parts_of(source, field):
+        if isinstance(part, Path):
+            yield from _read_file(part, field)
         else:
-            for path in paths_of(item, field):
-                yield from _read_file(path, field)
+            yield from _read_hub(part, field)
+
+
+def parts_of(source: str | Sequence[str], field: str) -> list[Path | str]:
+    """The files and hub data sets of a source. Raises `LegolmError` for one that is there twice."""
+    found: dict[Path | str, Path | str] = {}  # by what two names of one file have in common
+    for item in [source] if isinstance(source, str) else source:
+        for part in [item] if item.startswith("hub:") else paths_of(item, field):
+            if _same(part) in found:
+                raise LegolmError(
+                    f"{field}: {part} is named twice, so that its rows could be in two splits; name it once"
+                )
+            found[_same(part)] = part
+    return list(found.values())
+
+
+def check_apart(train: str | Sequence[str], other: str | Sequence[str], field: str) -> None:
+    """Raise `LegolmError` where training data and that of another field share a file or hub data set."""
+    trained = {_same(part) for part in parts_of(train, "data.train")}
+    for part in parts_of(other, field):
+        if _same(part) in trained:
+            raise LegolmError(
+                f"{field}: {part} is also in data.train, so that what was learned would be tested; take other rows, or "
+                "a share such as 0.1 to hold out"
+            )
+
+
+def _same(part: Path | str) -> Path | str:
+    return part.resolve() if isinstance(part, Path) else part
 
 
 def read_text(path: Path, field: str) -> str:
@@ -93,6 +125,8 @@ def _text(value: Any, field: str, row: Row) -> str:
         raise LegolmError(f"{row.place}: `{field}` must be text, not {type(value).__name__}")
     if not value.strip():
         raise LegolmError(f"{row.place}: `{field}` is empty; fill it or take the row out")
+    if len(value) > MAX_TEXT:
+        raise LegolmError(f"{row.place}: `{field}` has {len(value)} characters; at most {MAX_TEXT}, cut it into rows")
     try:
         value.encode()
     except UnicodeEncodeError as error:

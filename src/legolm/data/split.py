@@ -12,7 +12,7 @@ import numpy as np
 
 from legolm.config import DataConfig, RunConfig, SiteConfig
 from legolm.data.examples import ClientData, Example
-from legolm.data.sources import Row, read_rows, to_example, with_system
+from legolm.data.sources import Row, check_apart, read_rows, to_example, with_system
 from legolm.data.starter import SplitName, starter_parts
 from legolm.errors import LegolmError
 
@@ -41,6 +41,9 @@ def load_parts(config: DataConfig, clients: Sequence[str], seed: int) -> dict[st
         _check_known(clients, parts)
         return {client: _finish(parts[client], config) for client in clients}
     sources = {split: getattr(config, split) for split in _SPLITS}
+    for split in ("validation", "test"):
+        if not isinstance(other := sources[split], float):
+            check_apart(config.train, other, f"data.{split}")
     groups = {s: _group(source, s, config) for s, source in sources.items() if not isinstance(source, float)}
     if config.split.by in ("iid", "dirichlet"):
         groups = _deal(groups, list(dict.fromkeys(clients)), config, seed)

@@ -1,0 +1,70 @@
+"""Config files that would cost time or memory, or say two things at once: one line that names the place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helpers import assert_one_line, legolm
+from legolm.config import load, read
+from legolm.errors import LegolmError
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seed: 1\ntrain: {steps: 2}\nseed: 2\n", ":3: not valid YAML \\('seed' is given twice; take one out\\)"),
+        ("train:\n  steps: 2\n  rate: 1\n  steps: 3\n", ":4: not valid YAML \\('steps' is given twice"),
+        (BOMB, "with its aliases written out it has more than 4000000 characters"),
+        ("a: &a [*a]\n", ":1: not valid YAML \\(it contains itself\\)"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deep"),
+        ("seed: 2026-02-31\n", "not valid YAML \\(day is out of range"),
+        ("seed: " + "9" * 5000, "not valid YAML \\(Exceeds the limit"),
+        ("? [a, b]\n: 1\n", "not valid YAML"),
+        ("seed: 1\n---\nseed: 2\n", ":2: not valid YAML"),
+    ],
+)
+def test_is_refused_in_one_line_that_names_the_place(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(LegolmError, match=says) as caught:
+        read(path)
+    assert len(str(caught.value)) < 500 + len(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("# " + "x" * 17_000_000)
+    with pytest.raises(LegolmError, match="has 17000002 bytes; at most 16000000 are read"):
+        read(path)
+
+
+def test_a_long_value_is_shown_by_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: m\nseed: [{'x, ' * 20_000}]\n")
+    with pytest.raises(LegolmError, match=r"`seed` = \['x', .*characters\)") as caught:
+        load(path)
+    assert len(str(caught.value)) < 500 + len(str(path))
+
+
+def test_anchors_and_merge_keys_still_work(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: [*a, *a]\n")
+    found = read(path)
+    assert found["b"] == {"x": 1, "y": 3}
+    assert found["c"] == [{"x": 1, "y": 2}] * 2
+
+
+def test_an_override_is_held_to_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\n")
+    with pytest.raises(LegolmError, match="is given twice"):
+        load(path, ["train={steps: 1, steps: 2}"])
+    result = legolm("run", str(path), "--set", "train=" + "[" * 5000 + "]" * 5000, "--dry-run")
+    assert_one_line(result, "nested too deep")
