@@ -128,12 +128,11 @@ def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
     sizes[id(node)] = 0
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{_shown(key.value)} is given twice; take one out", problem_mark=key.start_mark
-                )
-            seen.add(str(key.value))
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"{_shown(key.value)} is given twice; take one out"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
         size = sum(_check(key, sizes) + _check(value, sizes) for key, value in node.value)
     elif isinstance(node, yaml.SequenceNode):
         size = sum(_check(item, sizes) for item in node.value)
