@@ -23,8 +23,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB, "with its aliases written out it has more than 4000000 characters"),
         ("a: &a [*a]\n", ":1: not valid YAML \\(it contains itself\\)"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deep"),
-        ("seed: 2026-02-31\n", "not valid YAML \\(day is out of range"),
-        ("seed: " + "9" * 5000, "not valid YAML \\(Exceeds the limit"),
+        ("seed: 2026-02-31\n", "not valid YAML \\(a value cannot be read: day is out of range"),
+        ("seed: " + "9" * 5000, "not valid YAML \\(a value cannot be read: Exceeds the limit"),
+        *((f"seed: !!{tag}\n", "not valid YAML \\(a value") for tag in ("bool x", "timestamp x", "int ''", "float ''")),
         ("? [a, b]\n: 1\n", "not valid YAML"),
         ("seed: 1\n---\nseed: 2\n", ":2: not valid YAML"),
     ],
@@ -51,6 +52,13 @@ def test_a_long_value_is_shown_by_its_beginning(tmp_path: Path) -> None:
     with pytest.raises(LegolmError, match=r"`seed` = \['x', .*characters\)") as caught:
         load(path)
     assert len(str(caught.value)) < 500 + len(str(path))
+
+
+def test_a_number_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: [0x{'f' * 5000}]\n")
+    with pytest.raises(LegolmError, match="`model` = a number of thousands of digits"):
+        load(path)
 
 
 def test_anchors_and_merge_keys_still_work(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from legolm.config import DataConfig
 from legolm.data import load_parts, read_rows
+from legolm.data.sources import check_apart, parts_of
 from legolm.errors import LegolmError
 
 
@@ -46,3 +47,21 @@ def test_a_text_past_every_window_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({"instruction": "q", "output": "x" * 1_000_001}) + "\n")
     with pytest.raises(LegolmError, match=r"fr.jsonl:1: `output` has 1000001 characters; at most 1000000"):
         load_parts(DataConfig(train=str(path)), ["fr"], 0)
+
+
+@pytest.mark.parametrize(("name", "says"), [("loop.jsonl", "no file"), ("a\0b.jsonl", "null byte|no path|no file")])
+def test_a_name_that_leads_nowhere_is_one_line(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    for named in (str(tmp_path / name), [str(rows(tmp_path / "fr.jsonl")), str(tmp_path / name)]):
+        with pytest.raises(LegolmError, match=says):
+            load_parts(DataConfig(train=named), ["fr"], 0)
+
+
+def test_a_split_of_a_hub_data_set_has_several_names() -> None:
+    with pytest.raises(LegolmError, match="named twice"):
+        parts_of(["hub:a/b", "hub:a/b:train"], "data.train")
+    assert len(parts_of(["hub:a/b:train[:10%]", "hub:a/b:train[10%:]"], "data.train")) == 2
+    check_apart("hub:a/b", "hub:a/b:test", "data.test")
+    for other in ("hub:a/b:train", "hub:a/b:train[:10%]"):
+        with pytest.raises(LegolmError, match=r"also in data.train"):
+            check_apart("hub:a/b", other, "data.test")

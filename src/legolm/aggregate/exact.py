@@ -249,8 +249,9 @@ class ExactForm(Scheme):
                 more, u, s, v = best_beside(u * s, v, old_a[stays], free)
                 a[stays], b[:, stays] = old_a[stays].float(), (kept[1][:, stays] + more).float()
             else:
-                more, v, s, u = (t.T for t in best_beside(v.T, (u * s).T, old_b[:, stays].T, free))
-                a[stays], b[:, stays] = (kept[0][stays] + more).float(), old_b[:, stays].float()
+                more, right, s, left = best_beside(v.T, (u * s).T, old_b[:, stays].T, free)
+                v, u = right.T, left.T
+                a[stays], b[:, stays] = (kept[0][stays] + more.T).float(), old_b[:, stays].float()
             v, u = _scaled(v, u, covered, rows)
         norm = start_a.double().norm(dim=1).mean()
         fresh = (~stays).nonzero().flatten()[: len(s)]

@@ -109,12 +109,9 @@ def _parse(text: str) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deep") from None
-    except (
-        ValueError,
-        OverflowError,
-        TypeError,
-    ) as error:  # the 31st of February, a number of 5,000 digits, a list as key
-        raise yaml.YAMLError(str(error)) from None
+    except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:
+        # The 31st of February, a number of 5,000 digits, a list as key; a tag on what is none: !!bool foo, !!int ''.
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from None
     finally:
         loader.dispose()
 
@@ -148,7 +145,10 @@ def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
 
 def _shown(value: object) -> str:
     """A value as errors show it: its beginning, where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python reads a hexadecimal number of any length, and writes none of over 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}… ({len(text)} characters)"
 
 

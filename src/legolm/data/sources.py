@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def read_rows(source: str | Sequence[str], field: str) -> Iterator[Row]:
 
 def parts_of(source: str | Sequence[str], field: str) -> list[Path | str]:
     """The files and hub data sets of a source. Raises `LegolmError` for one that is there twice."""
-    found: dict[Path | str, Path | str] = {}  # by what two names of one file have in common
+    found: dict[str, Path | str] = {}
     for item in [source] if isinstance(source, str) else source:
         for part in [item] if item.startswith("hub:") else paths_of(item, field):
             if _same(part) in found:
@@ -66,17 +67,28 @@ def parts_of(source: str | Sequence[str], field: str) -> list[Path | str]:
 
 def check_apart(train: str | Sequence[str], other: str | Sequence[str], field: str) -> None:
     """Raise `LegolmError` where training data and that of another field share a file or hub data set."""
-    trained = {_same(part) for part in parts_of(train, "data.train")}
+    trained = {_whole(part) for part in parts_of(train, "data.train")}
     for part in parts_of(other, field):
-        if _same(part) in trained:
+        if _whole(part) in trained:
             raise LegolmError(
                 f"{field}: {part} is also in data.train, so that what was learned would be tested; take other rows, or "
                 "a share such as 0.1 to hold out"
             )
 
 
-def _same(part: Path | str) -> Path | str:
-    return part.resolve() if isinstance(part, Path) else part
+def _same(part: Path | str) -> str:
+    """What all names of one file have in common, and all of one split of a hub data set."""
+    if isinstance(part, Path):
+        try:
+            return os.path.realpath(part)
+        except ValueError:  # a NUL in it; who opens it says so
+            return str(part)
+    return part if part.removeprefix("hub:").count(":") else f"{part}:train"
+
+
+def _whole(part: Path | str) -> str:
+    """As `_same`, and a slice of a hub's split, like `train[:10%]`, is that split."""
+    return _same(part) if isinstance(part, Path) else _same(part).partition("[")[0]
 
 
 def read_text(path: Path, field: str) -> str:

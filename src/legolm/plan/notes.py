@@ -44,8 +44,11 @@ def _robust(config: RunConfig, scheme: Scheme, members: Sequence[tuple[Coverage,
         f"of the entries (held by {' or '.join(map(str, counts))})"
         for liars, counts in sorted(by_liars.items())
     ]
-    end = ": a liar among two cannot be outvoted." if 0 in by_liars else "."
-    return f"If all reply and blocks overlap as planned, {config.aggregate.scheme} outvotes {', '.join(said)}{end}"
+    end = ": a liar among two cannot be outvoted." if 2 in by_liars.get(0, []) else "."
+    there = range(1, config.federation.rounds + 1)
+    everyone = config.federation.fraction == 1 and all(one.there(n) for one in config.clients for n in there)
+    when = "If" if everyone else "Fewer in a round without some of the clients: if"
+    return f"{when} all reply and blocks overlap as planned, {config.aggregate.scheme} outvotes {', '.join(said)}{end}"
 
 
 def _percent(share: float) -> str:
