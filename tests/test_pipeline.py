@@ -432,7 +432,12 @@ def test_final_models_are_readable_as_the_umask_says(finished: tuple[RunConfig, 
 def test_an_interrupted_run_says_how_to_go_on(number: signal.Signals, config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Of a shell's background job SIGINT is ignored, and what it starts inherits that; a handler is not inherited.
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(number, before)
     while not (out / "rounds" / "0000").exists():
         assert process.poll() is None
         time.sleep(0.01)
