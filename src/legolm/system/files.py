@@ -56,10 +56,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Raises `LegolmError` when the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        partial.mkdir()
+    with scratch_folder(path) as partial:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
@@ -70,12 +67,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         partial.rename(path)
         _sync(path.parent)
-    except Exception as error:
-        if _disk_full(error):
-            raise LegolmError(f"{path}: the disk is full; free some space and run again with --resume") from None
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
