@@ -10,6 +10,17 @@ class LegolmError(Exception):
     """Bad input: one line that names the field, the value and the fix. The command exits with code 2."""
 
 
+MAX_SAID = 300
+"""Signs of another library's error in one of ours."""
+
+
+def brief(error: BaseException | str) -> str:
+    """What an error of another library says: one line, not long, without control codes, and never nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    shown = "".join(sign if sign.isprintable() else " " for sign in text[:MAX_SAID])
+    return shown if len(text) <= MAX_SAID else f"{shown}…"
+
+
 def nearest(word: str, known: Collection[str]) -> str:
     """The end of an error about an unknown word: the nearest known one, or all of them."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)

@@ -139,7 +139,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(config: Callable[..., Path
     if not torch.backends.mps.is_available():
         fails("device = 'mps'", "take auto", sets=("device=mps",))
     for kind, architecture, says in (
-        ("bert", "BertModel", "is not a causal LM"),
+        ("bert", "BertModel", "family 'bert' is not known"),
+        ("llama", "LlamaModel", "is not a causal LM"),
         ("gpt2", "GPT2LMHeadModel", "known: llama, mistral, qwen2, qwen3"),
     ):
         (tmp_path / kind).mkdir()

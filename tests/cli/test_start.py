@@ -31,6 +31,7 @@ def test_import_and_help_bring_nothing_heavy(code: str) -> None:
     assert brought(code) == set()
 
 
+# transformers' models too: whether the weights are the config's is asked of the model, made without memory.
 def test_a_dry_run_brings_no_more_than_it_reads_with(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {i}", "output": "ab"} for i in range(20)]
     (tmp_path / "fr.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -38,4 +39,9 @@ def test_a_dry_run_brings_no_more_than_it_reads_with(tiny: Callable[[str], Path]
     block = {"name": "a", "method": "structured", "sparsity": 0.5, "calibration": text}
     raw = {"model": str(tiny("llama")), "data": {"train": str(tmp_path / "fr.jsonl")}, "blocks": [block]}
     (tmp_path / "run.yaml").write_text(json.dumps(raw | {"clients": [{"id": "fr", "block": "a"}]}))
-    assert brought(command("run", str(tmp_path / "run.yaml"), "--dry-run")) == {"torch", "transformers"}
+    assert brought(command("run", str(tmp_path / "run.yaml"), "--dry-run")) <= {
+        "torch",
+        "transformers",
+        "transformers.modeling_utils",
+        "scipy",
+    }

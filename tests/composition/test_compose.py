@@ -310,7 +310,7 @@ def test_bad_input_is_one_line(run: Path, llm: Path, tmp_path: Path) -> None:
     for file in other.iterdir():
         shutil.copy(file, broken)
     (broken / "factors.safetensors").write_bytes(b"no tensors")
-    fails("broken or not written by legolm", [broken])
+    fails("is broken (its header has", [broken])
 
 
 def test_the_command(run: Path, tmp_path: Path) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 from legolm.adapter.keys import Tensors, factor_key, parse_key
 from legolm.block import Coverage
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, brief
 from legolm.models import FAMILIES, Shape
+from legolm.system import open_tensors, strict_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FACTORS = "factors.safetensors"
+MAX_CONFIG = 1 << 20
+"""Bytes of an adapter's config."""
+MAX_RANK, MAX_ALPHA = 1 << 14, 1e6
+DEFAULT_ALPHA = 8
+"""PEFT's own."""
 
 
 def save_adapter(coverage: Coverage, factors: Tensors, scale: float, base: str, path: Path) -> None:
@@ -85,15 +92,12 @@ def read_adapter(path: Path, coverage: Coverage, where: str) -> Tensors:
     `where` begins errors. Raises `LegolmError` for what is no plain LoRA of the block (DoRA, modules_to_save, biases).
     """
     config = _read_config(path, where)
-    try:
-        tensors = load_file(path / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise LegolmError(f"{where}: no readable {WEIGHTS} ({error})") from None
     factors = {}
-    for name, tensor in tensors.items():
-        key, module = _key_of(name, where, coverage)
-        factor = tensor.float()
-        factors[key] = factor if key.endswith(".A") else factor * _scale_of(config, module, tensor.shape[1])
+    with open_tensors(path / WEIGHTS, f"{where}: ", "give a PEFT adapter's folder") as handle:
+        for name in handle.keys():  # noqa: SIM118 (not a dict)
+            key, module = _key_of(name, where, coverage)
+            factor = _factor(handle, name)
+            factors[key] = factor if key.endswith(".A") else factor * _scale_of(config, module, factor.shape[1])
     return factors
 
 
@@ -109,18 +113,32 @@ def save_factors(factors: Tensors, scale: float, start: str, path: Path) -> None
 
 def load_factors(path: Path) -> tuple[Tensors, str]:
     """(factors with the scale in B, hash of their start) from a block's folder. Raises `LegolmError`."""
-    try:
-        with safe_open(path / FACTORS, framework="pt") as handle:
-            header = json.loads((handle.metadata() or {})["legolm"])
-            factors = {key: handle.get_tensor(key).float() for key in handle.keys()}  # noqa: SIM118 (not a dict)
-        scale, start = float(header["scale"]), str(header["start"])
-    except FileNotFoundError:
+    if not (path / FACTORS).exists():
         raise LegolmError(
             f"{path}: has no {FACTORS}; give a folder of a run's final/, or BLOCK:ADAPTER with a PEFT adapter's folder"
-        ) from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise LegolmError(f"{path / FACTORS}: broken or not written by legolm ({error})") from None
+        )
+    with open_tensors(path / FACTORS, "", "give a folder that legolm wrote") as handle:
+        header = strict_json((handle.metadata() or {})["legolm"])
+        scale, start = _finite(header["scale"]), str(header["start"])
+        factors = {key: _factor(handle, key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+        for key in factors:
+            parse_key(key)
     return {key: tensor * scale if key.endswith(".B") else tensor for key, tensor in factors.items()}, start
+
+
+def _factor(handle: Any, name: str) -> Tensor:
+    """One tensor of a file, float32. Raises `ValueError` when it cannot be a factor."""
+    tensor: Tensor = handle.get_tensor(name)
+    if tensor.dim() != 2 or not tensor.is_floating_point() or 0 in tensor.shape:
+        raise ValueError(f"{name} is {tensor.dtype} of shape {list(tensor.shape)}, which no factor is")
+    return tensor.float()
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value} is not finite")
+    return number
 
 
 def _prefix(shape: Shape) -> str:
@@ -132,25 +150,45 @@ def _key_of(name: str, where: str, coverage: Coverage) -> tuple[str, str]:
     shape = coverage.shape
     layer, _, rest = name.removeprefix(_prefix(shape)).partition(".")
     module, _, side = rest.removesuffix(".weight").rpartition(".lora_")
-    if not name.startswith(_prefix(shape)) or not layer.isdecimal() or module not in shape.modules:
-        raise LegolmError(f"{where}: {name} is not a LoRA factor of a linear layer of {shape.family!r}")
+    fits = layer.isdecimal() and len(layer) < 10 and module in shape.modules and side in ("A", "B")
+    if not name.startswith(_prefix(shape)) or not fits:
+        raise LegolmError(f"{where}: {brief(name)} is not a LoRA factor of a linear layer of {shape.family!r}")
     if int(layer) >= len(coverage.layers):
         raise LegolmError(f"{where}: {name} is of another model, which has more than {len(coverage.layers)} layers")
     return factor_key(coverage.layers[int(layer)], module, side), module
 
 
-def _read_config(path: Path, where: str) -> dict[str, Any]:
+def adapter_config(path: Path, where: str) -> dict[str, Any]:
+    """What a PEFT adapter's folder says of it, of any kind. Raises `LegolmError`, which begins with `where`."""
     try:
-        config: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LegolmError(f"{where}: no readable {CONFIG} ({error}); give a PEFT adapter's folder") from None
+        if (path / CONFIG).stat().st_size > MAX_CONFIG:
+            raise ValueError(f"it has more than {MAX_CONFIG} bytes")
+        config = strict_json((path / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it is a {type(config).__name__}")
+        for field, most in (("alpha", MAX_ALPHA), ("rank", MAX_RANK)):
+            whole = {"alpha": "lora_alpha", "rank": "r"}[field]
+            own = config.get(f"{field}_pattern") or {}
+            given = {whole: config[whole]} if config.get(whole) is not None else {}
+            for name, value in (given | own).items():
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                    raise ValueError(f"{name} is {brief(json.dumps(value))}; must be a number up to {most}")
+    except (OSError, ValueError, TypeError) as error:
+        raise LegolmError(f"{where}: no readable {CONFIG} ({brief(error)}); give a PEFT adapter's folder") from None
+    return config
+
+
+def _read_config(path: Path, where: str) -> dict[str, Any]:
+    """That of a LoRA that is nothing but B·A."""
+    config = adapter_config(path, where)
     if config.get("peft_type") != "LORA":
-        raise LegolmError(f"{where}: is {config.get('peft_type')}; only LoRA adapters can be averaged")
+        said = brief(str(config.get("peft_type")))
+        raise LegolmError(f"{where}: is {said}; only LoRA adapters can be averaged")
     for field, plain in (("use_dora", False), ("modules_to_save", None), ("bias", "none"), ("fan_in_fan_out", False)):
         if config.get(field, plain) not in (plain, [], None):
             raise LegolmError(
-                f"{where}: {field} is {config[field]!r}; such an adapter is more than B·A and cannot be "
-                f"averaged; train one with {field} {plain!r}"
+                f"{where}: {field} is {brief(repr(config[field]))}; such an adapter is more than B·A and cannot "
+                f"be averaged; train one with {field} {plain!r}"
             )
     return config
 
@@ -158,5 +196,5 @@ def _read_config(path: Path, where: str) -> dict[str, Any]:
 def _scale_of(config: dict[str, Any], module: str, rank: int) -> float:
     """What PEFT multiplies B·A of a module by."""
     own = [alpha for name, alpha in (config.get("alpha_pattern") or {}).items() if f".{module}".endswith(f".{name}")]
-    alpha = float(own[0] if own else config["lora_alpha"])
+    alpha = float(own[0] if own else config.get("lora_alpha", DEFAULT_ALPHA))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)

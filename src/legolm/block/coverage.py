@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from legolm.errors import LegolmError
 from legolm.models import Shape, Unit
+from legolm.system import open_tensors, strict_json
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,14 @@ def save_coverage(coverage: Coverage, path: Path) -> None:
 
 def load_coverage(path: Path) -> Coverage:
     """Read what `save_coverage` wrote. Raises `LegolmError` when the file is broken or its indices do not fit."""
-    try:
-        with safe_open(path, framework="pt") as handle:
-            shape = Shape(**json.loads((handle.metadata() or {})["shape"]))
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+    with open_tensors(path, "coverage ", "cut the block again") as handle:
+        sizes = strict_json((handle.metadata() or {})["shape"])
+        if any(type(size) is not int or size < 1 for name, size in sizes.items() if name != "family"):
+            raise ValueError("a size of the LLM is no number from 1")
+        shape = Shape(**sizes)
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+        if any(t.dtype != (torch.uint8 if key.endswith(".mask") else torch.int32) for key, t in tensors.items()):
+            raise ValueError("indices must be I32 and masks U8")
         layers = tuple(tensors["layers"].tolist())
         structure = Coverage(
             shape,
@@ -170,8 +174,6 @@ def load_coverage(path: Path) -> Coverage:
             if key.endswith(".mask")
         }
         return Coverage(shape, layers, structure.groups, structure.neurons, masks) if masks else structure
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise LegolmError(f"coverage {path}: broken or not written by legolm ({error}); cut the block again") from None
 
 
 def _to_tensors(coverage: Coverage) -> dict[str, Tensor]:

@@ -48,6 +48,8 @@ def read_block(path: Path) -> Block:
     coverage = load_coverage(path / "coverage.safetensors")
     if coverage.hash != manifest.coverage_hash:
         raise LegolmError(f"block {path}: coverage.safetensors is not the one of its manifest; cut the block again")
+    if (path / "config.json").exists() and shape_of(load_config(path)) != coverage.block_shape:
+        raise LegolmError(f"block {path}: config.json has another shape than coverage.safetensors; cut the block again")
     return Block(
         name=manifest.name,
         path=path,

@@ -68,7 +68,7 @@ class FederationConfig(Section):
 
     mode: Literal["federated", "alone", "pooled"] = "federated"
     engine: Literal["flower", "local"] = "flower"
-    rounds: int = Field(3, ge=1)
+    rounds: int = Field(3, ge=1, le=100_000)
     threads: int = Field(1, ge=1, description="CPU threads a client")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the clients that are there, drawn anew each round")
     capable: bool = Field(False, description="only clients that hold the whole LLM take part in the rounds")

@@ -227,4 +227,6 @@ def _settings_of(where: str, function: Any, positional: Sequence[str]) -> type[B
         if one.name not in hints or one.default is one.empty:
             raise LegolmError(f"{where}: its setting `{one.name}` needs a type and a default")
         fields[one.name] = (hints[one.name], one.default)
-    return create_model("Settings", __config__=ConfigDict(extra="forbid", validate_default=True), **fields)
+    return create_model(
+        "Settings", __config__=ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False), **fields
+    )

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from legolm.config.registry import Registry
 from legolm.errors import nearest
 
+LARGEST = 2**63
+"""Of numbers: what is made of them (products, loops, files' sizes) must have an end."""
+
 
 class Section(BaseModel):
-    """A mapping of known keys that does not change once it is read."""
+    """A mapping of known keys that does not change once it is read; every number in it is finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _bearable(self) -> Self:
+        for name, value in self:
+            if isinstance(value, int | float) and abs(value) > LARGEST:
+                raise ValueError(f"`{name}` is larger than any number of its kind; at most 2**63")
+        return self
 
 
 class OpenSection(Section):
     """A section that names a registered thing in its field `named`, and holds that thing's own settings beside it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     named: ClassVar[str]
     registry: ClassVar[Registry[Any]]
     others: ClassVar[tuple[str, ...]] = ()
@@ -77,7 +87,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), After
 def _quantity(value: object) -> object:
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)b?\s*", value.lower())
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kmg]?)b?\s*", value.lower())
     if found is None:
         raise ValueError("write a number, with k, M or G and B if you like: 70M, 150MB, 1.5GB")
     return round(float(found[1]) * 1000 ** " kmg".index(found[2] or " "))

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from legolm.data.examples import Example, Message
+from legolm.data.template import render_template
 from legolm.errors import LegolmError
 
 if TYPE_CHECKING:
@@ -82,13 +81,7 @@ def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> t
         return prompt, content + _end(tokenizer)
     turns = [{"role": message.role, "content": message.content} for message in messages]
     marked_turns = [*turns[:-1], turns[-1] | {"content": _MARK}]
-    try:
-        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-        whole, marked = (tokenizer.apply_chat_template(one, tokenize=False) for one in (turns, marked_turns))
-    except TemplateError as error:
-        raise LegolmError(
-            f"model: its chat template refuses the data ({error}); mend `data.system` or the messages"
-        ) from None
+    prompt, whole, marked = render_template(tokenizer, [(turns[:-1], True), (turns, False), (marked_turns, False)])
     before, _, after = marked.rpartition(_MARK)
     if not whole.startswith(prompt):
         # The template puts more in the generation prompt (`<think>`) than it leaves in a finished turn. Then

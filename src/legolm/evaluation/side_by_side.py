@@ -9,12 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from legolm.adapter import CONFIG, FACTORS, WEIGHTS
+from legolm.adapter import CONFIG, FACTORS, WEIGHTS, adapter_config
 from legolm.block import Block, read_block
 from legolm.config import Precision
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, brief
 from legolm.evaluation.figure import Figure
 from legolm.evaluation.paired import Comparison, compare
 from legolm.evaluation.questions import Questions, check_finite, measure
@@ -29,7 +27,7 @@ from legolm.models import (
     resolve,
     shape_of,
 )
-from legolm.system import Progress, atomic_write, release_memory, versions
+from legolm.system import Progress, atomic_write, release_memory, stored_tensors, versions
 
 
 @dataclass(frozen=True)
@@ -175,12 +173,13 @@ def _with_adapter(model: Any, path: Path) -> Any:
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
             raise LegolmError(f"--adapter {path}: no {file}; give the folder of a PEFT adapter")
+    adapter_config(path, f"--adapter {path}")
+    names = set(stored_tensors(path / WEIGHTS, "--adapter ", "give the folder of a PEFT adapter"))
     try:
         adapted = PeftModel.from_pretrained(model, path)
-        with safe_open(path / WEIGHTS, framework="pt") as file:
-            left = sorted(set(file.keys()) - set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
+        left = sorted(names - set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
     except Exception as error:  # PEFT raises a dozen kinds for an adapter that does not fit
-        raise LegolmError(f"--adapter {path}: does not fit the model ({' '.join(str(error).split())})") from None
+        raise LegolmError(f"--adapter {path}: does not fit the model ({brief(error)})") from None
     if adapted.active_peft_config.is_prompt_learning or isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
         raise LegolmError(
             f"--adapter {path}: changes the prompt or the head, and eval takes adapters of the decoder's layers; "

@@ -1,5 +1,6 @@
 """Where layers, heads and MLPs live in each model family; finding, loading, saving and fingerprinting models."""
 
+from legolm.models.checkpoint import load_config
 from legolm.models.family import FAMILIES, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
 from legolm.models.head import CHUNK, Head, answer_losses, divergences, judged
 from legolm.models.layered import CheckpointWriter, LayeredModel
@@ -10,7 +11,6 @@ from legolm.models.load import (
     fingerprint,
     folder_bytes,
     lasting_name,
-    load_config,
     load_model,
     load_tokenizer,
     resolve,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, brief
 
 Unit = Literal["hidden", "query", "key", "qkv", "neuron"]
 """What rows or columns of a matrix belong to. `hidden` is never cut; query, key (and value) by KV group.
@@ -108,7 +108,7 @@ class Shape:
     head_dim: int
 
     def __post_init__(self) -> None:
-        _known(self.family)
+        known_family(self.family)
 
     @property
     def modules(self) -> Mapping[str, Module]:
@@ -164,6 +164,11 @@ def shape_of(config: Any) -> Shape:
         )
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
+    if heads % groups:
+        raise LegolmError(
+            f"model: config.json has {heads} num_attention_heads, which its {groups} num_key_value_heads do not "
+            "divide; mend it"
+        )
     return Shape(
         family=config.model_type,
         layers=config.num_hidden_layers,
@@ -179,7 +184,7 @@ def family_of(config: Any) -> Family:
     """The family of a Hugging Face model config. Raises `LegolmError` for an unknown one."""
     if getattr(config, "text_config", None) is not None:
         raise LegolmError(f"model: {config.model_type!r} is more than a text model; give a text-only checkpoint")
-    return _known(config.model_type)
+    return known_family(config.model_type)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -189,10 +194,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def _known(family: str) -> Family:
+def known_family(family: str) -> Family:
+    """The family of this `model_type`. Raises `LegolmError` for an unknown one."""
     if family not in FAMILIES:
         raise LegolmError(
-            f"model: family {family!r} is not known; known: {', '.join(FAMILIES)}; "
+            f"model: family {brief(family)!r} is not known; known: {', '.join(FAMILIES)}; "
             "to add one, say where its linear layers are in FAMILIES (legolm/models/family.py)"
         )
     return FAMILIES[family]

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from legolm.errors import LegolmError
+from legolm.models.checkpoint import SAVE_AGAIN, load_config, stored_weights
 from legolm.models.family import decoder_layers
-from legolm.models.load import load_config, weight_files
+from legolm.system import open_tensors
 
 CPU = torch.device("cpu")
 SHARD_BYTES = 256 << 20
@@ -42,10 +42,7 @@ class LayeredModel:
             module._buffers = {name: buffer.to(device) for name, buffer in module._buffers.items()}
         names = {id(module): name for name, module in model.named_modules()}
         self._prefix, self._layers_prefix = f"{names[id(self._decoder)]}.", f"{names[id(self.layers)]}."
-        self._files: dict[str, Path] = {}
-        for file in weight_files(path):
-            with safe_open(file, framework="pt") as handle:
-                self._files |= dict.fromkeys(handle.keys(), file)
+        self._files = {name: file for name, (file, _) in stored_weights(path).items()}
 
     def layer(self, index: int) -> AbstractContextManager[nn.Module]:
         """Decoder layer `index`, with its weights."""
@@ -84,8 +81,8 @@ class LayeredModel:
 
     def _read(self, name: str) -> Tensor:
         if name not in self._files:
-            raise LegolmError(f"model: the checkpoint has no tensor {name}; save it again with save_pretrained")
-        with safe_open(self._files[name], framework="pt") as handle:
+            raise LegolmError(f"model: the checkpoint has no tensor {name}; {SAVE_AGAIN}")
+        with open_tensors(self._files[name], "model: ", SAVE_AGAIN) as handle:
             tensor: Tensor = handle.get_tensor(name)
         return tensor
 

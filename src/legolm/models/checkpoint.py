@@ -1,0 +1,179 @@
+"""A checkpoint's folder before any weight is read: its config and its weights' headers, checked against each other."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from legolm.errors import LegolmError, brief
+from legolm.models.family import known_family, shape_of
+from legolm.system import Stored, file_state, stored_tensors, strict_json
+
+OURS = ("coverage.safetensors", "factors.safetensors")
+"""Files in a block's folder that are no part of the checkpoint."""
+SINGLE, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+SAVE_AGAIN = "save it again with save_pretrained"
+MAX_CONFIG = 4 << 20
+"""Bytes of a config."""
+MAX_INDEX = 64 << 20
+LARGEST = {
+    "num_hidden_layers": 1 << 10,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 31,
+}
+"""Sizes in a config: some times those of the largest models there are. transformers makes lists as long as them."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+UNUSED = r"rotary_emb\.inv_freq$"
+"""Tensors of older checkpoints that transformers passes over in every family."""
+
+
+def load_config(path: Path) -> Any:
+    """The checkpoint's config.
+
+    Raises `LegolmError` for one that is broken or absurd, for a family that is not known, and when the weights' headers
+    are not what the config says. No weights are read and no code of the checkpoint is run.
+    """
+    where = f"model: {path / 'config.json'}"
+    _check_sizes(_read_object(path / "config.json", MAX_CONFIG), where)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever a dozen config classes make of values that they did not expect
+        raise LegolmError(f"{where}: is no config that transformers reads ({brief(error)})") from None
+    shape_of(config)
+    if (path / GENERATION).exists():
+        _check_generation(path / GENERATION)
+    files = [path / "config.json", *weight_files(path)]
+    _check_weights(path, tuple(file_state(file) for file in files))
+    return config
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files that transformers reads of a checkpoint. Raises `LegolmError` for one that is missing."""
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    if (path / INDEX).is_file():
+        return sorted(path / file for file in set(_shards(path).values()))
+    raise LegolmError(f"model: {path} holds no safetensors weights; save it with save_pretrained")
+
+
+def stored_weights(path: Path) -> dict[str, tuple[Path, Stored]]:
+    """File and form of each of a checkpoint's tensors, by name. Raises `LegolmError` for weights that are broken."""
+    found: dict[str, tuple[Path, Stored]] = {}
+    for file in weight_files(path):
+        for name, tensor in stored_tensors(file, "model: ", SAVE_AGAIN).items():
+            if name in found:
+                raise LegolmError(f"model: {file}: has {brief(name)}, and so has {found[name][0].name}; {SAVE_AGAIN}")
+            found[name] = file, tensor
+    if not (path / SINGLE).is_file():
+        for name, shard in _shards(path).items():
+            if name not in found or found[name][0].name != shard:
+                raise LegolmError(
+                    f"model: {path / shard}: lacks {brief(name)}, which {INDEX} says it has; {SAVE_AGAIN}"
+                )
+    return found
+
+
+def _shards(path: Path) -> dict[str, str]:
+    """Tensor -> name of the file beside the index that has it."""
+    where = f"model: {path / INDEX}"
+    shards = _read_object(path / INDEX, MAX_INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise LegolmError(f"{where}: has no `weight_map` of tensors' names and files; {SAVE_AGAIN}")
+    for shard in {json.dumps(shard): shard for shard in shards.values()}.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise LegolmError(
+                f"{where}: names {brief(json.dumps(shard))}; it may name safetensors files beside it only"
+            )
+        if not (path / shard).is_file():
+            raise LegolmError(f"{where}: names {shard}, and there is no such file; copy it there, or {SAVE_AGAIN}")
+    return shards
+
+
+def _read_object(path: Path, most: int) -> dict[str, Any]:
+    """A JSON object from one of a checkpoint's files."""
+    try:
+        if not path.is_file():
+            raise LegolmError(f"model: no file {path}; give the folder of a Hugging Face checkpoint")
+        if path.stat().st_size > most:
+            raise LegolmError(f"model: {path}: has {path.stat().st_size} bytes; at most {most} are read")
+        value = strict_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LegolmError(f"model: {path}: is not valid JSON ({brief(error)})") from None
+    if not isinstance(value, dict):
+        raise LegolmError(f"model: {path}: must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _check_sizes(raw: Mapping[str, Any], where: str) -> None:
+    """Before transformers makes anything of them."""
+    family = raw.get("model_type")
+    if not isinstance(family, str):
+        raise LegolmError(f"{where}: has no `model_type`; {SAVE_AGAIN}")
+    if "text_config" not in raw:  # of those that have one more is said later
+        known_family(family)
+    for name, most in LARGEST.items():
+        size = raw.get(name)
+        if size is not None and (type(size) is not int or not 1 <= size <= most):
+            raise LegolmError(
+                f"{where}: `{name}` = {brief(json.dumps(size))[:40]}: must be a whole number from 1 to {most}"
+            )
+
+
+def _check_generation(path: Path) -> None:
+    from transformers import GenerationConfig
+
+    raw = _read_object(path, MAX_CONFIG)
+    try:
+        GenerationConfig.from_dict(raw)
+    except Exception as error:  # as with configs
+        raise LegolmError(f"model: {path}: is no generation config ({brief(error)}); mend it, or remove it") from None
+
+
+@lru_cache(maxsize=64)
+def _check_weights(path: Path, _states: tuple[str, ...]) -> None:
+    """Raise `LegolmError` unless the tensors are those of the config's model, which is made without memory."""
+    # Here, not above: it brings all that transformers has for models.
+    from transformers import AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except Exception as error:  # as with configs
+        raise LegolmError(f"model: {path / 'config.json'}: transformers cannot make it ({brief(error)})") from None
+    wanted = {_today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {_today(name): stored for name, (_, stored) in stored_weights(path).items()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    unused = [UNUSED, *(model._keys_to_ignore_on_load_unexpected or ())]
+    foreign = [name for name in found.keys() - wanted.keys() if not any(re.search(one, name) for one in unused)]
+    both = sorted(found.keys() & wanted.keys())
+    shaped = {name: f"{name} is {list(found[name].shape)} and should be {list(wanted[name])}" for name in both}
+    for fault, names in (
+        ("missing", sorted(wanted.keys() - found.keys() - tied)),
+        ("foreign", sorted(foreign)),
+        ("of another shape", [said for name, said in shaped.items() if found[name].shape != wanted[name]]),
+        (f"not {', '.join(FLOATS)}", [f"{n} is {found[n].dtype}" for n in both if found[n].dtype not in FLOATS]),
+    ):
+        if names:
+            raise LegolmError(
+                f"model: {path}: config.json and the weights differ: {brief(names[0])}"
+                f"{f', the first of {len(names)} tensors' if len(names) > 1 else ''}, {fault}; {SAVE_AGAIN}"
+            )
+
+
+def _today(name: str) -> str:
+    """GPT-NeoX's head has another name in checkpoints than in transformers' model of today."""
+    return re.sub(r"^embed_out\.", "lm_head.", name)
