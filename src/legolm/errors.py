@@ -5,9 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
+MAX_LINE = 2000
+"""Signs of an error: what it quotes may be as long as a file."""
+
 
 class LegolmError(Exception):
-    """Bad input: one line that names the field, the value and the fix. The command exits with code 2."""
+    """Bad input: one line that names the field, the value and the fix. The command exits with code 2.
+
+    What the text quotes of the input may hold anything: control codes become spaces, and of a text that is too long its
+    begin and its end stay.
+    """
+
+    def __init__(self, text: str) -> None:
+        line = "".join(sign if sign.isprintable() else " " for sign in text)
+        half = MAX_LINE // 2
+        super().__init__(line if len(line) <= MAX_LINE else f"{line[:half]} … {line[-half:]}")
 
 
 MAX_SAID = 300

@@ -135,6 +135,10 @@ def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
         size = sum(_check(item, sizes) for item in node.value)
     else:
         size = len(node.value)
+        try:
+            node.value.encode()
+        except UnicodeEncodeError:
+            raise yaml.MarkedYAMLError(problem="half a character", problem_mark=node.start_mark) from None
     if size >= MAX_SIZE:
         raise yaml.MarkedYAMLError(
             problem=f"with its aliases written out it has more than {MAX_SIZE} characters", problem_mark=node.start_mark

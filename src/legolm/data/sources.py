@@ -16,7 +16,7 @@ from typing import Any
 
 from legolm.config import Fields
 from legolm.data.examples import Example, Message
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, brief
 from legolm.system import hub_answers, wants_offline
 
 MAX_BYTES = 4 * 10**9
@@ -36,7 +36,7 @@ class Row:
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.values:
-            raise LegolmError(f"{self.place}: no field `{name}`; there are: {', '.join(self.values)}")
+            raise LegolmError(f"{self.place}: no field `{name}`; there are: {brief(', '.join(self.values))}")
         return self.values[name]
 
 
@@ -128,7 +128,7 @@ def _message(turn: Any, field: str, row: Row) -> Message:
     if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
         raise LegolmError(f"{row.place}: `{field}` must be an object with `role` and `content`")
     if turn["role"] not in ROLES:
-        raise LegolmError(f"{row.place}: `{field}` has role {turn['role']!r}; known: {', '.join(ROLES)}")
+        raise LegolmError(f"{row.place}: `{field}` has role {brief(repr(turn['role']))}; known: {', '.join(ROLES)}")
     return Message(turn["role"], _text(turn["content"], f"{field}.content", row))
 
 

@@ -124,6 +124,9 @@ def _check_sizes(raw: Mapping[str, Any], where: str) -> None:
         raise LegolmError(f"{where}: has no `model_type`; {SAVE_AGAIN}")
     if "text_config" not in raw:  # of those that have one more is said later
         known_family(family)
+    named = raw.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
+        raise LegolmError(f"{where}: `architectures` = {brief(repr(named))}: must be a list of names")
     for name, most in LARGEST.items():
         size = raw.get(name)
         if size is not None and (type(size) is not int or not 1 <= size <= most):

@@ -109,6 +109,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         ids = tokenizer.get_vocab()
+        tokenizer.encode("a", add_special_tokens=False)
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     except BaseException as error:  # its Rust library panics, which is no `Exception`
         if isinstance(error, KeyboardInterrupt | SystemExit):

@@ -209,7 +209,7 @@ def parse_record(content: bytes | str, kind: type[R], path: Path, way_out: str =
 def read_stages(path: Path) -> list[StageRecord]:
     """The records in a `metrics.jsonl`, in order. Raises `LegolmError` as `read_record` does."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()  # of bytes: texts may have signs that end lines elsewhere
     except OSError as error:
         raise LegolmError(f"{path}: cannot be read ({error.strerror}); {ANEW}") from None
     return [parse_record(line, AnyStage, path).root for line in lines]
