@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import assert_one_line, legolm
 from legolm.errors import LegolmError
-from legolm.models import count_parameters, fingerprint, load_config, load_model, load_tokenizer
+from legolm.models import count_parameters, fingerprint, load_config, load_model, load_tokenizer, save_model
 
 Change = Callable[[Path], None]
 WEIGHTS = "model.safetensors"
@@ -109,6 +109,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "config: rope": (changed("config.json", rope_parameters={"rope_type": "yarn"}), "config.json"),
     "generation": (written("generation_config.json", "{"), "generation_config.json: is not valid JSON"),
     "generation: list": (written("generation_config.json", "[1]"), "generation_config.json: must be a JSON object"),
+    "generation: pad": (written("generation_config.json", '{"pad_token_id": -1}'), "generation_config.json: is no gen"),
     "tokenizer: truncated": (written("tokenizer.json", '{"version": "1.0", "model"'), "has no readable tokenizer"),
     "tokenizer: list": (written("tokenizer.json", "[]"), "has no readable tokenizer"),
     "tokenizer: no eos": (changed("tokenizer_config.json", eos_token=None), "has no eos_token to end answers with"),
@@ -136,6 +137,15 @@ def test_the_tokenizer_of_another_model(model: Path) -> None:
     changed("config.json", vocab_size=100, pad_token_id=None)(model)
     with pytest.raises(LegolmError, match=r"its tokenizer has 26\d tokens and the model rows for 100 \(vocab_size\)"):
         load_tokenizer(model)
+
+
+def test_flags_of_sampling_without_sampling_can_be_saved(model: Path, tmp_path: Path) -> None:
+    written("generation_config.json", '{"temperature": 0.9, "top_p": 0.6, "eos_token_id": 7}')(model)
+    found = load_model(model)
+    save_model(found, load_tokenizer(model), tmp_path / "out", torch.float32)
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == 7
+    assert not {"temperature", "top_p"} & {name for name, value in saved.items() if value is not None}
 
 
 def test_code_of_a_checkpoint_is_never_run(model: Path, tmp_path: Path) -> None:

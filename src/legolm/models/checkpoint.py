@@ -35,6 +35,7 @@ LARGEST = {
     "max_position_embeddings": 1 << 31,
 }
 """Sizes in a config: some times those of the largest models there are. transformers makes lists as long as them."""
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 FLOATS = ("F64", "F32", "F16", "BF16")
 UNUSED = r"rotary_emb\.inv_freq$"
 """Tensors of older checkpoints that transformers passes over in every family."""
@@ -140,9 +141,18 @@ def _check_generation(path: Path) -> None:
 
     raw = _read_object(path, MAX_CONFIG)
     try:
-        GenerationConfig.from_dict(raw)
+        found = GenerationConfig.from_dict(raw)
+        drop_sampling(found)
+        found.validate(strict=True)  # as it will be before the trained model is written
     except Exception as error:  # as with configs
         raise LegolmError(f"model: {path}: is no generation config ({brief(error)}); mend it, or remove it") from None
+
+
+def drop_sampling(generation: Any) -> None:
+    """Take the flags of sampling out of a config that does not sample: they do nothing, and cannot be saved."""
+    if not generation.do_sample:
+        for flag in SAMPLING:
+            setattr(generation, flag, None)
 
 
 @lru_cache(maxsize=64)

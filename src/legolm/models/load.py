@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from legolm.errors import LegolmError, brief
-from legolm.models.checkpoint import SAVE_AGAIN, load_config, stored_weights
+from legolm.models.checkpoint import SAVE_AGAIN, drop_sampling, load_config, stored_weights
 from legolm.models.family import decoder_layers, family_of
 from legolm.models.rounding import rounded
 from legolm.models.starter import starter_path
@@ -88,6 +88,7 @@ def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
         )
     except Exception as error:  # what the headers did not show: transformers and its libraries raise a dozen kinds
         raise LegolmError(f"model: {path} cannot be loaded ({brief(error)})") from None
+    drop_sampling(model.generation_config)
     model.requires_grad_(False)
     modules = family_of(model.config).modules
     for layer in decoder_layers(model):
