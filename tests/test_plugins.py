@@ -140,6 +140,16 @@ def test_a_criterion(plugin: Callable[..., None], config: Callable[..., Path]) -
     assert float(query.max()) < 0.8 * float(query.abs().max())
 
 
+def test_prune_takes_it_too(plugin: Callable[..., None], tiny: Callable[[str], Path], corpus: Path) -> None:
+    plugin(CRITERION)
+    cut = ("prune", tiny("llama"), "--method", "signed", "--sparsity", "0.25", "--calibration", corpus, "--out", "low")
+    assert_one_line(legolm(*cut), "criterion 'signed' is not known")
+    assert_one_line(legolm(*cut, "--plugin", "mine"), "plugins: 'mine': write it as module:name")
+    done = legolm(*cut, "--plugin", "mine:signed")
+    assert done.returncode == 0, done.stderr
+    assert read_block(Path("low")).method == "signed"
+
+
 def test_a_trainer_in_both_engines(plugin: Callable[..., None], config: Callable[..., Path]) -> None:
     plugin(TRAINER)
     path = config(plugins=["mine:half_way"], train={"trainer": "half_way", "share": 0.25})

@@ -67,7 +67,7 @@ def test_a_broken_adapter_is_one_line(tmp_path: Path, change: Change, says: str)
     save_adapter(WHOLE, init_factors(SHAPE, ["up_proj"], 2, seed=0), 2.0, "base", path)
     assert len(read_adapter(path, WHOLE, "lora.start")) == 4
     change(path)
-    with pytest.raises(LegolmError, match="^lora.start") as caught:
+    with pytest.raises(LegolmError, match=r"^lora\.start") as caught:
         read_adapter(path, WHOLE, "lora.start")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)

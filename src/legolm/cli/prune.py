@@ -15,7 +15,7 @@ from legolm.errors import LegolmError
 def prune(
     model: Annotated[str, typer.Argument(help="`starter`, a local folder or a hub id")],
     out: Annotated[Path, typer.Option(help="folder of the block; of several blocks, the folder they go into")],
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or structured")],
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, structured, or a plugin's name")],
     sparsity: Annotated[str | None, typer.Option(help="removed share of the decoder's linear weights")] = None,
     params: Annotated[str | None, typer.Option(help="structured: parameters at most, for instance 70M")] = None,
     memory: Annotated[str | None, typer.Option(help="structured: bytes of weights at most, for instance 150MB")] = None,
@@ -29,12 +29,14 @@ def prune(
     samples: Annotated[int, typer.Option(help="calibration samples")] = 32,
     length: Annotated[int, typer.Option(help="tokens a calibration sample")] = 256,
     recover: Annotated[int, typer.Option(help="distillation steps after the cut")] = 0,
+    plugin: Annotated[list[str] | None, typer.Option(help="module:name of a criterion of your own; repeat")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     precision: Precision = "fp32",
 ) -> None:
     """Cut one block, or several at once (`--sparsity 0.25,0.5`): checkpoints with a manifest of what they kept."""
-    from legolm.config import BlockConfig, validate
+    from legolm.config import BlockConfig, load_plugins, validate
 
+    load_plugins(plugin or ())
     targets = {
         "sparsity": sparsity,
         "params": params,
