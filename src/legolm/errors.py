@@ -16,10 +16,10 @@ class LegolmError(Exception):
     begin and its end stay.
     """
 
-    def __init__(self, text: str) -> None:
-        line = "".join(sign if sign.isprintable() else " " for sign in text)
+    def __str__(self) -> str:
+        line = "".join(sign if sign.isprintable() else " " for sign in super().__str__())
         half = MAX_LINE // 2
-        super().__init__(line if len(line) <= MAX_LINE else f"{line[:half]} … {line[-half:]}")
+        return line if len(line) <= MAX_LINE else f"{line[:half]} … {line[-half:]}"
 
 
 MAX_SAID = 300
