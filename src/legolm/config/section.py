@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from legolm.config.registry import Registry
 from legolm.errors import nearest
 
-LARGEST = 2**63
-"""Of numbers: what is made of them (products, loops, files' sizes) must have an end."""
+LARGEST = (2**63, 1e100)
+"""Of whole numbers and of others: what is made of them (products, loops, files' sizes) must have an end."""
 
 
 class Section(BaseModel):
@@ -23,8 +23,10 @@ class Section(BaseModel):
     @model_validator(mode="after")
     def _bearable(self) -> Self:
         for name, value in self:
-            if isinstance(value, int | float) and abs(value) > LARGEST:
-                raise ValueError(f"`{name}` is larger than any number of its kind; at most 2**63")
+            if isinstance(value, int | float) and abs(value) > LARGEST[type(value) is float]:
+                raise ValueError(
+                    f"`{name}` is larger than any number of its kind; at most {LARGEST[type(value) is float]:.4g}"
+                )
         return self
 
 
