@@ -109,6 +109,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "others": {"-": {}, "0": {"evaluate.others": 0}},
     "local": {"yes": {}, "no": {"evaluate.local_only": False}},
     "server_rate": {"1": {}, "0.5": {"aggregate.server_learning_rate": 0.5}},
+    "weight": {name: {"aggregate.weight": name} for name in ("capped", "examples", "equal")},
     "outliers": {n: {"aggregate.outliers": {"action": n, "factor": 10}} for n in ("none", "clip", "refuse")},
     "codec": {name: {"federation.codec": name} for name in ("none", "bf16", "int8")},
     "feedback": {"on": {}, "off": {"federation.error_feedback": False}},
@@ -172,6 +173,8 @@ def refusal(row: Row) -> str | None:
         return "has its own step"
     if row["ranks"] != "-" and not scheme.module_ranks:
         return "products of another rank in each module need sums of factors"
+    if row["mode"] == "federated" and row["weight"] != "capped" and not scheme.weighs():
+        return "weighs clients in its own way"
     if row["mode"] == "federated" and row["capable"] == "no":
         if scheme.dense and row["block"] != "dense":
             return "it works on the whole LLM"

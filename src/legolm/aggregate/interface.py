@@ -96,6 +96,10 @@ class Scheme(ABC):
         """Share of its change's entries, the largest, that a client sends whose block's masks have this sparsity."""
         return 1.0
 
+    def weighs(self) -> bool:
+        """Whether a client counts by its weight (`Change.examples`); else in a way of the scheme's own."""
+        return True
+
     def outvoted(self, holders: int) -> int | None:
         """How many liars among so many holders of an entry cannot move it far; None: the scheme resists none."""
         return None
@@ -129,7 +133,7 @@ def scheme(name: str) -> Callable[[Callable[..., Any]], Entry[Scheme]]:
 
     What is decorated is a class or function that makes a `Scheme` of its settings, or a plain statistic
     `f(changes, weight, *, ...)`: over the clients' changes (clients, rows, columns) of one factor, NaN where a client
-    holds nothing, and their numbers of examples (clients,), both float64, it gives (rows, columns). Raises
+    holds nothing, and what each counts (clients,; `aggregate.weight`), both float64, it gives (rows, columns). Raises
     `LegolmError` for a name that is taken and for a signature that is neither.
     """
 

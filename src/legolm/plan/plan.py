@@ -180,7 +180,8 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     memory = SPARE_BYTES + actors * actor
     found = data_fingerprint(parts.data, parts.server)
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
-    said = notes(config, [(coverages[block_of[one.id]], one.rank or config.lora.rank) for one in taking])
+    members = [(coverages[block_of[one.id]], one.rank or config.lora.rank) for one in taking]
+    said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking})
     return Plan(path, tuple(blocks), tuple(clients), found, actors, memory, disk, models, said)
 
 
@@ -233,7 +234,12 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collect
             raise LegolmError(
                 f"round {number}: no client takes part; change clients' joins and leaves, or federation.capable"
             )
-    scheme, first = make_scheme(config.aggregate), taking[0]
+    scheme, first, weight = make_scheme(config.aggregate), taking[0], config.aggregate.weight
+    if weight != "capped" and not scheme.weighs():
+        raise LegolmError(
+            f"aggregate.weight {weight!r}: scheme {config.aggregate.scheme!r} weighs clients in its own way; "
+            "take the weight out"
+        )
     if scheme.unequal == "block":
         return
     for client in taking:

@@ -112,13 +112,17 @@ class Global(Record):
 
 
 class RoundRecord(Global):
-    """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records."""
+    """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records.
+
+    `shares` is what part of the aggregate each accepted client's update was, where the scheme weighs clients.
+    """
 
     stage: Literal["round"] = "round"
     round: int
     accepted: list[str] = []
     refused: list[Refusal] = []
     train: dict[str, Training] = {}
+    shares: dict[str, float] = {}
     bytes: dict[str, Traffic] = {}
     adapter: str = ""
     seconds: float

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from legolm.adapter import Tensors, concatenated, tensors_hash
-from legolm.aggregate import Scheme
+from legolm.aggregate import Scheme, Weighing
 from legolm.block import Block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
@@ -159,13 +159,14 @@ class Rounds:
         train: dict[str, Training] = {}
         refused: dict[str, str] = {}
         traffic: dict[str, Traffic] = {}
+        weighing = Weighing(self._config.aggregate, scheme)
         with atomic_folder(path) as folder:
             for one in updates(self._config, self._dispatch, self.records(), number, drawn, scheme, exchange):
                 traffic[one.client] = Traffic(up=one.bytes_up, down=one.bytes_down)
                 if one.update is None:
                     refused[one.client] = one.reason
                     continue
-                scheme.add(one.update.change, self._members.block[one.client].coverage)
+                weighing.add(one.client, one.update.change, self._members.block[one.client].coverage)
                 train[one.client] = one.update.training
                 if keeps:
                     (folder / UPDATES).mkdir(exist_ok=True)
@@ -173,7 +174,7 @@ class Rounds:
             # Replies came in any order; the record does not depend on it.
             accepted = [id for id in drawn if id in train]
             self._check_enough(number, drawn, accepted, refused)
-            scheme.finish()
+            shares = weighing.finish()
             self._check_global(number, scheme, accepted)
             scored = self.score_global(scheme, exchange, f"round {number}: evaluate")
             record = RoundRecord(
@@ -181,6 +182,7 @@ class Rounds:
                 accepted=accepted,
                 refused=[Refusal(client=id, reason=refused[id]) for id in drawn if id in refused],
                 train={id: train[id] for id in accepted},
+                shares={id: shares[id] for id in accepted if id in shares},
                 # Data at one place travels no more.
                 bytes={id: traffic[id] for id in drawn if id in traffic and id != LLM},
                 seconds=time.perf_counter() - began,
