@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from pydantic import Field
+
 from legolm.runs.records import Machine, Record, Refusal, dump_record
 from legolm.runs.tables import Row, to_frame, write_csv
 from legolm.system import atomic_write
@@ -104,7 +106,7 @@ class BlockLoss(Record):
 
 
 class RoundSummary(Record):
-    """A round, 0 is before training. Bytes are all clients'."""
+    """A round, 0 is before training. Bytes are all clients'. Of `unscored` clients the scores were refused."""
 
     round: int
     llm: LlmScore | None
@@ -113,6 +115,7 @@ class RoundSummary(Record):
     llm_validation: float | None
     accepted: list[str]
     refused: list[Refusal]
+    unscored: list[Refusal] = Field([])
     bytes_up: int
     bytes_down: int
     seconds: float

@@ -122,8 +122,9 @@ class Dispatch:
 
     def score(
         self, jobs: Sequence[Job], exchange: Exchange, label: str, keep: Callable[[int, Sequence[Score]], None]
-    ) -> None:
-        """Send jobs, dearest first, and hand each job's scores to `keep` as they come. Raises `LegolmError`."""
+    ) -> dict[int, str]:
+        """Send jobs, dearest first, and hand each one's scores to `keep` as they come; give those without, and why."""
+        refused: dict[int, str] = {}
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].block.parameters)
 
         def requests() -> Iterator[Request]:
@@ -132,15 +133,17 @@ class Dispatch:
 
         with self._progress.stage(label, len(jobs)) as advance:
             for reply in self._each_once(exchange(requests()), [jobs[i].client for i in order], label):
-                job = jobs[order[reply.index]]
+                index = order[reply.index]
                 try:
                     if reply.error:
                         raise LegolmError(reply.error)
-                    scores = checked_scores(reply.content, job.sets)
+                    scores = checked_scores(reply.content, jobs[index].sets)
                 except LegolmError as error:
-                    raise LegolmError(f"{label}: client {job.client}, block {job.block.name}: {error}") from None
-                keep(order[reply.index], scores)
+                    refused[index] = str(error)
+                else:
+                    keep(index, scores)
                 advance(1)
+        return refused
 
     def question(self, job: Job) -> bytes:
         """The request that asks a client for a job's scores."""

@@ -139,7 +139,7 @@ class Rounds:
             scored = read_record(known, Global, "delete it")
         else:
             scored = self.score_global(scheme, exchange, "before: evaluate")
-            if known:
+            if known and not scored.unscored:
                 atomic_write(known, dump_record(scored))
         record = RoundRecord(round=0, seconds=time.perf_counter() - began, **dict(scored))
         self._stages.keep(path, scheme.state(), record)
@@ -236,7 +236,6 @@ class Rounds:
                 ended = {key: t + change.delta[key] if key in change.delta else t for key, t in change.received.items()}
                 save_adapter_state(own / one.client, concatenated(ended, scheme.fold(coverage, 0)))
                 training[one.client] = one.update.training
-            self._pass_over(stage, [id for id in left if id in refused], refused, len(left) == len(clients), began)
             jobs = [
                 Job(id, self._members.block[id], partial(load_adapter_state, own / id), self._scoring.sets_of(id))
                 for id in left
@@ -256,7 +255,9 @@ class Rounds:
                 self._stages.keep(self._folder.client_stage(stage, job.client), job.adapter(), record)
                 shutil.rmtree(own / job.client)
 
-            self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep)
+            for index, reason in self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep).items():
+                refused[jobs[index].client] = reason
+            self._pass_over(stage, [id for id in left if id in refused], refused, len(left) == len(clients), began)
         self._stages.write_lines()
 
     # Pieces
@@ -271,7 +272,9 @@ class Rounds:
     ) -> None:
         """Record who was refused outside the rounds. Raises `LegolmError` where it is everybody."""
         if all_asked and len(clients) == len(self._members.clients):
-            raise LegolmError(f"{stage}: no client trained ({'; '.join(f'{id}: {reasons[id]}' for id in clients)})")
+            raise LegolmError(
+                f"{stage}: every client was refused ({'; '.join(f'{id}: {reasons[id]}' for id in clients)})"
+            )
         for id in clients:
             seconds = time.perf_counter() - began
             record = PassedRecord(phase=stage, client=id, reason=reasons[id], seconds=seconds)
