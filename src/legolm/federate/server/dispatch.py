@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from legolm.adapter import Tensors
@@ -24,6 +24,7 @@ from legolm.federate.wire import (
     accept,
     encode,
     pack,
+    plain,
     unpack,
     write,
 )
@@ -167,7 +168,7 @@ class Dispatch:
         for reply in replies:
             if reply.index in left:
                 left.remove(reply.index)
-                yield reply
+                yield replace(reply, error=plain(reply.error))
             else:
                 whose = clients[reply.index] if 0 <= reply.index < len(clients) else "nobody"
                 self._progress.note(f"{label}: one more reply of {whose} (request {reply.index}) was dropped")
