@@ -319,7 +319,7 @@ def test_replies_twice_of_nobody_and_none_are_named(config_file: Path, tmp_path:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"loss": float("nan")}, "fr.* has loss nan; its weights are broken, or training diverged"),
+        ({"loss": float("nan")}, "fr.* has loss nan; if training diverged, lower train.learning_rate"),
         ({"exact_match": 2.0}, "has exact_match 2.0"),
         ({"tokens": 0}, "tokens 0"),
         (None, "scores came for"),

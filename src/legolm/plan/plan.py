@@ -15,7 +15,15 @@ from legolm.data import ClientData, Example, check_text, check_whole, client_dat
 from legolm.errors import LegolmError
 from legolm.federate.server import server_examples, start_factors
 from legolm.federate.wire import encoded_bytes
-from legolm.models import choose_device, choose_precision, fingerprint, load_config, load_tokenizer, resolve
+from legolm.models import (
+    check_weights,
+    choose_device,
+    choose_precision,
+    fingerprint,
+    load_config,
+    load_tokenizer,
+    resolve,
+)
 from legolm.plan.assign import assign
 from legolm.plan.needs import training_bytes
 from legolm.plan.notes import notes
@@ -118,6 +126,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     check_files(config)
     rehearse(config.aggregate)
     modules_of(shape, config.lora.ranks, "lora.ranks")
+    check_weights(path)
     parts = parts or read_parts(config)
     lengths = parts.lengths
     longest = max(max(found) for found in lengths.values())
@@ -194,6 +203,7 @@ def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
             raise LegolmError(f"block {name}: {block.path} was cut from another LLM than {config.model}; cut it anew")
         if (block.path / FACTORS).is_file():
             raise LegolmError(f"block {name}: {block.path} has learned something already; give the block as it was cut")
+        check_weights(block.path)
     return found
 
 

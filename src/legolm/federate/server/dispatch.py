@@ -232,7 +232,7 @@ def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]]) -> Sequenc
     for (client, split), score in zip(sets, found, strict=True):
         where = f"its score on {split} data of {client!r}"
         if not 0 <= score.loss < math.inf:
-            raise LegolmError(f"{where} has loss {score.loss}; its weights are broken, or training diverged")
+            raise LegolmError(f"{where} has loss {score.loss}; if training diverged, lower train.learning_rate")
         if not 0 <= score.exact_match <= 1 or min(score.tokens, score.examples) < 1:
             raise LegolmError(
                 f"{where} has exact_match {score.exact_match}, tokens {score.tokens}, examples {score.examples}"
