@@ -169,6 +169,8 @@ def refusal(row: Row) -> str | None:
         return "others: is for scores 'everyone'"
     if row["mode"] == "alone" and row["local"] == "no":
         return "is the stage evaluate.local_only; set that to true"
+    if row["mode"] == "pooled" and row["scores"] != "everyone":
+        return "is for data that stay where they are"
     if row["optimizer"] != "none" and not scheme.optimizers:
         return "has its own step"
     if row["ranks"] != "-" and not scheme.module_ranks:

@@ -92,6 +92,10 @@ class Scheme(ABC):
         """Rank of what a round with clients of these ranks, in a run of this rank, adds to everyone's download."""
         return 0
 
+    def held_rank(self, ranks: Sequence[int], rank: int, rounds: int) -> int:
+        """Rank of the products that `state` holds beside the factors after so many rounds of clients of these ranks."""
+        return 0
+
     def keep(self, sparsity: float) -> float:
         """Share of its change's entries, the largest, that a client sends whose block's masks have this sparsity."""
         return 1.0
