@@ -132,6 +132,9 @@ class Scheme(ABC):
         """All that the next round needs, between rounds; factors by their keys, the rest under other prefixes."""
 
 
+METHODS = [name for name, value in vars(Scheme).items() if callable(value) and not name.startswith("_")]
+
+
 def scheme(name: str) -> Callable[[Callable[..., Any]], Entry[Scheme]]:
     """Register a scheme under the name that configs use; its keyword-only parameters are its settings.
 
@@ -153,6 +156,8 @@ def scheme(name: str) -> Callable[[Callable[..., Any]], Entry[Scheme]]:
             made = made_of(**settings)
             if not isinstance(made, Scheme):
                 raise LegolmError(f"scheme {name!r}: makes a {type(made).__name__}; it must make a Scheme")
+            for method in METHODS:  # what a rehearsal cannot try may still go wrong in a round
+                setattr(made, method, guarded(f"scheme {name!r}", getattr(made, method), made_of.__module__))
             return made
 
         return SCHEMES.register(name, made_of, make, () if is_maker else STATISTIC)
