@@ -22,7 +22,8 @@ from legolm.errors import LegolmError
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.runs import Clock, RunDir, Summary, dump_sealed
-from legolm.runs.mend import Hashes
+from legolm.runs.repair import Hashes
+from legolm.runs.resume import differences, settled
 from legolm.system import Progress
 
 
@@ -232,3 +233,16 @@ def test_a_killed_process_loses_a_second_at_most(tmp_path: Path) -> None:
     with later.stage("round 1"):
         assert later.seconds("round 1") > 1.1 - 0.1
     assert Clock(tmp_path / "clock.json").seconds("round 1") == 0  # its record has it
+
+
+def test_how_long_blocks_recover_stays_as_it_was_decided(home: Path) -> None:
+    def config(*sets: str) -> configs.RunConfig:
+        return configs.load(home / "run.yaml", ["train.steps=8", *sets])
+
+    one, two, three = (config(f"federation.rounds={rounds}") for rounds in (1, 2, 3))
+    for known, asked, steps in ((one, two, 0), (two, three, 16), (two, two, None)):
+        found = settled(known, asked)
+        assert found.blocks[0].recover.steps == steps
+        assert {change.field for change in differences(known, found)} <= {"federation.rounds"}
+    longer = config("federation.rounds=2", "blocks.0.recover.steps=20")
+    assert [change.field for change in differences(two, settled(two, longer))] == ["blocks.0.recover.steps"]

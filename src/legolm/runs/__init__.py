@@ -6,7 +6,6 @@ from legolm.runs.folder import (
     UPDATES,
     RunDir,
 )
-from legolm.runs.mend import HASHES, check_same, check_sealed, mend, seal
 from legolm.runs.records import (
     SCHEMA,
     Change,
@@ -36,6 +35,7 @@ from legolm.runs.records import (
     read_stages,
     rounds_of,
 )
+from legolm.runs.repair import HASHES, check_same, check_sealed, mend, seal
 from legolm.runs.resume import AGAIN, Difference
 from legolm.runs.sample import (
     others_of,

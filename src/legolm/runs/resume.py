@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from legolm.config import RunConfig
+from legolm.config import BlockConfig, RunConfig
 
 FREE = (
     "federation.engine",
@@ -37,9 +37,10 @@ class Difference:
 
 
 def differences(known: RunConfig, asked: RunConfig) -> list[Difference]:
-    """Every field that differs, in the config's order; blocks with their recovery decided."""
-    one, two = (config.model_copy(update={"blocks": config.cuts}).model_dump(mode="json") for config in (known, asked))
-    return list(_differences(one, two, ""))
+    """Every field that differs; blocks with their recovery decided, and last."""
+    one, two = (config.model_copy(update={"blocks": _decided(config)}) for config in (known, asked))
+    found = _differences(one.model_dump(mode="json"), two.model_dump(mode="json"), "")
+    return sorted(found, key=lambda one: one.field.startswith("blocks."))  # their recovery may follow from the others
 
 
 def refusal(one: Difference, known: RunConfig, asked: RunConfig, done: int) -> str | None:
@@ -61,15 +62,25 @@ def settled(known: RunConfig, asked: RunConfig) -> RunConfig:
     """What the config leaves open, as the run decided it: `precision: auto`, and how long its blocks recover."""
     if asked.precision == "auto":
         asked = asked.model_copy(update={"precision": known.precision})
-    if asked.cuts == known.cuts:
+    was = {block.name: block for block in _decided(known)}
+    if _decided(asked) == list(was.values()):
         return asked
-    was = {block.name: block for block in known.cuts}
     blocks = []
     for one in asked.blocks:
         old = was.get(one.name, one)
         decided = one.model_copy(update={"recover": one.recover.model_copy(update={"steps": old.recover.steps})})
         blocks.append(old if one.may_recover and decided == old else one)
     return asked.model_copy(update={"blocks": blocks})
+
+
+def _decided(config: RunConfig) -> list[BlockConfig]:
+    """The blocks with the steps of their recovery, 0 where there is none."""
+    return [
+        cut.model_copy(update={"recover": cut.recover.model_copy(update={"steps": cut.recover.steps or 0})})
+        if block.may_recover
+        else cut
+        for block, cut in zip(config.blocks, config.cuts, strict=True)
+    ]
 
 
 def _differences(known: Any, asked: Any, field: str) -> Iterator[Difference]:

@@ -16,6 +16,7 @@ from legolm.runs.store import check_state, read_stage
 from legolm.system import file_hash
 
 HASHES = "hashes.json"
+REMEDY = "restore it, or let `legolm run --resume` make it again"
 
 
 class Hashes(Record):
@@ -36,9 +37,9 @@ def check_sealed(folder: Path) -> dict[str, str]:
     known = read_sealed(folder / HASHES, Hashes).files
     for name, wanted in known.items():
         if not (folder / name).is_file():
-            raise LegolmError(f"{folder / name}: is lost")
+            raise LegolmError(f"{folder / name}: is lost; {REMEDY}")
         if file_hash(folder / name) != wanted:
-            raise LegolmError(f"{folder / name}: is not what the run wrote (its hash differs)")
+            raise LegolmError(f"{folder / name}: is not what the run wrote (its hash differs); {REMEDY}")
     return known
 
 
