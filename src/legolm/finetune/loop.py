@@ -121,11 +121,14 @@ adamw = trainer("adamw")(fit)
 def learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:
     """The factor on the learning rate at a step (from 0) of `total`: a linear warm-up, then the schedule.
 
-    `constant_linear` is constant and falls linearly to zero over the last half; `cosine` falls from the start.
+    `constant_linear` is constant and falls linearly to zero over the last half; `cosine` falls from the start;
+    `constant` does not depend on `total`.
     """
 
     def factor(step: int) -> float:
         warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        if config.schedule == "constant":
+            return warm
         left = max(0.0, 1 - step / total)
         return warm * (
             min(1.0, 2 * left) if config.schedule == "constant_linear" else (1 - math.cos(math.pi * left)) / 2

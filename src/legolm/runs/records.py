@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
@@ -15,6 +16,8 @@ from legolm.errors import LegolmError
 SCHEMA = 2
 """Of run folders. 1 had no number in its files; it is named as too old."""
 Criterion = Literal["validation", "llm_validation"]
+HASH = "hash"
+"""Key of a record's hash of the rest, in files that are checked."""
 ANEW = "start the run again in a new folder"
 
 
@@ -70,6 +73,8 @@ class Training(Record):
     truncated: float = 0.0
     micro_batch_tokens: float | None = None
     size: float | None = None
+    state: str | None = None
+    """Hash of the file that the client keeps for its next round, if it keeps any."""
 
 
 class Traffic(Record):
@@ -119,7 +124,8 @@ class Global(Record):
 class RoundRecord(Global):
     """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records.
 
-    `shares` is what part of the aggregate each accepted client's update was, where the scheme weighs clients.
+    `shares` is what part of the aggregate each accepted client's update was, where the scheme weighs clients; `updates`
+    are the hashes of kept updates.
     """
 
     stage: Literal["round"] = "round"
@@ -129,6 +135,7 @@ class RoundRecord(Global):
     train: dict[str, Training] = {}
     shares: dict[str, float] = {}
     bytes: dict[str, Traffic] = {}
+    updates: dict[str, str] = {}
     adapter: str = ""
     seconds: float
 
@@ -178,8 +185,20 @@ class Machine(Record):
     memory_gb: float
 
 
+class Change(Record):
+    """A field of the config that a resumed run changed, and the rounds that were finished by then."""
+
+    field: str
+    old: Any
+    new: Any
+    rounds: int
+
+
 class Identity(Record):
-    """`run.json`: what a run stands on."""
+    """`run.json`: what a run stands on.
+
+    `config` is what it does now, for `config.yaml` is for people to read and edit; `changes` led there.
+    """
 
     schema_number: Literal[2] = 2
     run: str
@@ -187,6 +206,8 @@ class Identity(Record):
     data_fingerprint: str
     machine: Machine
     versions: dict[str, str]
+    config: dict[str, Any] = {}
+    changes: list[Change] = []
 
 
 R = TypeVar("R", bound=BaseModel)
@@ -213,6 +234,40 @@ def parse_record(content: bytes | str, kind: type[R], path: Path, way_out: str =
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "it"
         raise LegolmError(f"{path}: is broken ({where}: {problem['msg']}); {way_out}") from None
+
+
+def dump_sealed(record: BaseModel) -> str:
+    """The record as JSON with a hash of its content, which `read_sealed` checks."""
+    value = json.loads(dump_record(record))
+    return json.dumps(value | {HASH: _digest(value)}, indent=1) + "\n"
+
+
+def read_sealed(path: Path, kind: type[R], way_out: str = ANEW) -> R:
+    """A record with a hash of its content. Raises `LegolmError` as `read_record`, and when it is not what was written.
+
+    Earlier versions wrote none: what they began would go on otherwise (schemes draw and fill other factors now).
+    """
+    try:
+        content = path.read_bytes()
+        value = json.loads(content)
+    except OSError as error:
+        raise LegolmError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or _version(content) != SCHEMA:
+        return parse_record(content, kind, path, way_out)  # which says what is wrong
+    if HASH not in value:
+        raise LegolmError(
+            f"{path}: another version of legolm wrote it (without a hash of itself), whose runs go on otherwise; "
+            f"{way_out}"
+        )
+    if value.pop(HASH) != _digest(value):
+        raise LegolmError(f"{path}: is not what the run wrote (its hash differs); restore it, or {way_out}")
+    return parse_record(json.dumps(value), kind, path, way_out)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_stages(path: Path) -> list[StageRecord]:

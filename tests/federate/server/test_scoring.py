@@ -181,6 +181,7 @@ def test_bad_rows_of_the_server_are_refused_by_the_dry_run(raw: dict[str, Any], 
         (str(tmp_path / "none.jsonl"), f"evaluate.server_data: no file {tmp_path / 'none.jsonl'}"),
         (str(tmp_path / "bad.jsonl"), "bad.jsonl:2: no field `output`; there are: instruction"),
         ([], "evaluate.server_data: [] has no rows"),
+        (str(tmp_path / "data" / "f*.jsonl"), "fr.jsonl is also in data.train, so that what was learned would be"),
         (str(tmp_path / "long.jsonl"), "evaluate.server_data example 0 of 'llm' is longer than 512 tokens"),
     ):
         path.write_text(json.dumps(raw | {"evaluate": {"scores": "own", "server_data": data}}))

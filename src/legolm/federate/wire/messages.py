@@ -116,12 +116,13 @@ class EvaluateRequest(Envelope):
 
 
 class UpdateReply(Envelope):
-    """Header of an update; the tensors are the change of each factor."""
+    """Header of an update; the tensors are the change of each factor. `state` is the hash of what the client keeps."""
 
     kind: Literal["update"] = "update"
     round: int
     received_hash: Name
     examples: Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]
+    state: Name = ""
     metrics: Annotated[dict[Name, Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=64)]
 
     @field_serializer("metrics")
