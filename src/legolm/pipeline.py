@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +18,9 @@ from legolm.adapter import merge, save_adapter, save_factors
 from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
-from legolm.federate.server import Rounds
+from legolm.federate.server import Rounds, steps_of
 from legolm.federate.transport import Engine, engine_for
+from legolm.finetune import learning_rate
 from legolm.models import (
     choose_precision,
     fingerprint,
@@ -32,7 +33,20 @@ from legolm.models import (
 from legolm.plan import Plan, make_plan
 from legolm.prune import cut_blocks
 from legolm.report import need_matplotlib, summarize, write_report
-from legolm.runs import Identity, Machine, RunDir, Summary, dump_record, read_record
+from legolm.runs import (
+    AGAIN,
+    HASHES,
+    Clock,
+    Difference,
+    Identity,
+    Machine,
+    RunDir,
+    Summary,
+    check_same,
+    dump_sealed,
+    mend,
+    seal,
+)
 from legolm.system import (
     Progress,
     atomic_folder,
@@ -44,6 +58,11 @@ from legolm.system import (
     release_memory,
     versions,
 )
+
+NAMES = {"local": "training alone", "personal": "the personal step", "final": "the final models"}
+"""Of stages, as people read them."""
+STEPS = ("federation.rounds", "federation.personal_steps")
+"""Fields that change how many steps a client makes in all."""
 
 
 def run(
@@ -60,16 +79,20 @@ def run(
     `engine` replaces the configured one, for tests and for other transports. Runs with the same `store` share blocks
     and their scores before training. Without `models` no final models are written; a resumed run would.
     """
-    began = time.perf_counter()
+    clock = Clock(RunDir(out).clock_file)
     need_matplotlib()
-    config = with_precision(config, out)
+    config = settled(config, out)
     progress = progress or Progress()
     engine = engine or engine_for(config)
     plan = make_plan(config)
     check_room(out, plan.disk_bytes - (0 if models else plan.models_bytes) - held_bytes(out))
     RunDir(out).check(config, resume)
     with locked(out):
-        return _run(config, out, resume, progress, engine, store, models, plan, began)
+        progress.tick = clock.tick
+        try:
+            return _run(config, out, resume, progress, engine, store, models, plan, clock)
+        finally:
+            clock.stop()
 
 
 def _run(
@@ -81,37 +104,74 @@ def _run(
     store: Path | None,
     models: bool,
     plan: Plan,
-    began: float,
+    clock: Clock,
 ) -> Summary:
+    changes = RunDir(out).check(config, resume)
+    for line in changed(RunDir(out), config, changes):
+        progress.note(line)
+    if clock.broken:
+        progress.note(f"{RunDir(out).clock_file}: is not what the run wrote; its times count from here")
+    clock.forget(*(stage for change in changes for stage in AGAIN.get(change.field, ())))
     folder = RunDir.open(out, config, resume)
-    identity = _identify(folder, plan)
+    identity = _identify(folder, config, plan)
+    again = mend(folder, config, progress.note)
 
-    blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store)
+    with clock.stage("blocks", recorded=False):
+        blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
     block_of = {client.id: client.block for client in plan.clients}
     shared = store / "before" if store else None
-    rounds = Rounds(folder, config, identity.run, blocks, block_of, progress, shared)
+    rounds = Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock)
+    rounds.write_lines()
     if not rounds.finished:
         engine(folder, config, plan.actors, rounds.run)
     if models:
-        _write_final(folder, config, plan, blocks, block_of, rounds, progress)
+        with clock.stage("final", recorded=False):
+            _write_final(folder, config, plan, blocks, block_of, rounds, progress)
 
-    seconds = time.perf_counter() - began
-    summary = summarize(config, blocks, block_of, rounds.records(), identity, out.resolve().name, seconds)
+    name, seconds = out.resolve().name, clock.seconds("blocks")
+    summary = summarize(config, blocks, block_of, rounds.records(), identity, name, clock.wall, seconds)
     summary.write(out)
     write_report(summary, out / "report.html")
     return summary
 
 
-def with_precision(config: RunConfig, out: Path) -> RunConfig:
-    """Decide `precision: auto` once a run: a resumed one keeps what its first part had."""
+def settled(config: RunConfig, out: Path) -> RunConfig:
+    """Decide once a run what its config leaves open: a resumed one keeps what its first part had."""
+    config = RunDir(out).settled(config)
     if config.precision != "auto":
         return config
-    known = RunDir(out)
-    decided = known.config().precision if known.config_file.exists() else choose_precision("auto", config.device)
-    return config.model_copy(update={"precision": decided})
+    return config.model_copy(update={"precision": choose_precision("auto", config.device)})
 
 
-def _identify(folder: RunDir, plan: Plan) -> Identity:
+def changed(folder: RunDir, config: RunConfig, changes: Sequence[Difference]) -> list[str]:
+    """What a resumed run changes, a line a field that matters: what stays, and what is made again."""
+    done, lines = folder.rounds_done(), []
+    for one in changes:
+        there = [NAMES[stage] for stage in AGAIN.get(one.field, ()) if (folder.path / stage).exists()]
+        if one.field not in AGAIN:
+            continue
+        line = f"{one.field} was {one.old} and is {one.new}"
+        line += f"; round{'s 1 to' if done > 1 else ''} {done} stay{'s' if done == 1 else ''}" if done else ""
+        line += f"; made again: {', '.join(there)}" if there else ""
+        lines.append(line)
+    if done and any(one.field in STEPS for one in changes) and _rates_differ(folder.known(), config, done):
+        lines.append(
+            f"train.schedule {config.train.schedule} follows the steps of the whole run: the rounds to come have the "
+            "rates of this longer or shorter run, those that are done keep theirs, so that a run begun with these "
+            "settings ends elsewhere (not so with train.schedule constant)"
+        )
+    return lines
+
+
+def _rates_differ(known: RunConfig, config: RunConfig, done: int) -> bool:
+    """Whether the finished rounds had other learning rates than in a run begun with `config`."""
+    copies = len(config.clients) if config.federation.mode == "pooled" else 1
+    steps = [copies * steps_of(one, "round", 1)[2] for one in (known, config)]
+    one, two = (learning_rate(config.train, total) for total in steps)
+    return any(one(step) != two(step) for step in range(copies * done * config.train.steps))
+
+
+def _identify(folder: RunDir, config: RunConfig, plan: Plan) -> Identity:
     """`run.json`: what the run stands on. Raises `LegolmError` when it changed since the run started."""
     found = Identity(
         run=hashlib.sha256(folder.config_file.read_bytes()).hexdigest()[:16],
@@ -119,11 +179,11 @@ def _identify(folder: RunDir, plan: Plan) -> Identity:
         data_fingerprint=plan.data_fingerprint,
         machine=Machine(**machine()),
         versions=versions(),
+        config=config.model_dump(mode="json"),
     )
-    path = folder.path / "run.json"
-    if not path.exists():
-        atomic_write(path, dump_record(found))
-    known = read_record(path, Identity)
+    if not folder.identity_file.exists():
+        atomic_write(folder.identity_file, dump_sealed(found))
+    known = folder.identity()
     for changed, what in (
         (known.base_fingerprint != found.base_fingerprint, "model"),
         (known.data_fingerprint != found.data_fingerprint, "data"),
@@ -134,9 +194,18 @@ def _identify(folder: RunDir, plan: Plan) -> Identity:
 
 
 def _cut_blocks(
-    folder: RunDir, config: RunConfig, plan: Plan, base_fingerprint: str, progress: Progress, store: Path | None
+    folder: RunDir,
+    config: RunConfig,
+    plan: Plan,
+    base_fingerprint: str,
+    progress: Progress,
+    store: Path | None,
+    again: Mapping[str, dict[str, str]],
 ) -> dict[str, Block]:
-    """Every block of the config, by name, cut or found finished; and the LLM as `llm`."""
+    """Every block of the config, by name, cut or found finished; and the LLM as `llm`.
+
+    `again` are those that were there before, with their files' hashes.
+    """
     blocks = {"llm": llm_block(plan.base, base_fingerprint)}
     precision = choose_precision(config.precision, config.device)
     left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
@@ -153,11 +222,15 @@ def _cut_blocks(
         cut_blocks(plan.base, base_fingerprint, wanted, config.seed, precision, progress, model)
     for spec in left:
         if made[spec.name] == folder.block(spec.name):
+            seal(folder.block(spec.name))
             continue
         with atomic_folder(folder.block(spec.name)) as partial:
-            shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=_link)
+            shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=_link, ignore=_unsealed)
             if spec.path is not None:
                 rename_block(partial, spec.name)  # the run's, whatever it was called where it was cut
+            seal(partial)
+    for name, was in again.items():
+        check_same(folder.block(name), was)
     for spec in config.blocks:
         path = folder.block(spec.name)
         blocks[spec.name] = read_block(path)
@@ -165,6 +238,9 @@ def _cut_blocks(
             raise LegolmError(f"block {path}: was cut from another base model; remove it and run again with --resume")
     release_memory()
     return blocks
+
+
+_unsealed = shutil.ignore_patterns(HASHES)
 
 
 def _link(source: str, target: str) -> None:
@@ -223,4 +299,5 @@ def _write_final(
                     },
                 )
                 write_block(manifest, block.coverage, partial)
+                seal(partial)
             advance(1)

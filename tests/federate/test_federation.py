@@ -26,7 +26,7 @@ from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.models import load_model, load_tokenizer
 from legolm.plan import make_plan
-from legolm.runs import RoundRecord, RunDir, Summary
+from legolm.runs import RoundRecord, RunDir, Summary, dump_sealed, read_stage
 from legolm.study import compare, plans
 
 
@@ -130,7 +130,8 @@ def test_the_llm_and_the_blocks_each_end_with_their_own_best_round(
         (2, {"validation": 0.1, "llm_validation": 0.2}),
     ):
         path = out / "rounds" / f"000{number}" / "metrics.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | losses))
+        record = read_stage(path.parent).model_copy(update=losses)
+        path.write_text(dump_sealed(record))
     summary = run(config, resume=True)
     rounds = summary.history
     assert (summary.best_round, summary.llm.best_round) == (2, 1)

@@ -87,6 +87,16 @@ def test_one_old_file_is_enough(run: tuple[Path, Path], file: str) -> None:
     assert_one_line(legolm("ablate", folder), f"{folder}/{file}: {TOO_OLD}")
 
 
+def test_a_run_without_hashes_of_its_records_would_go_on_otherwise(run: tuple[Path, Path]) -> None:
+    config, folder = run
+    found = json.loads((folder / "run.json").read_text())
+    found.pop("hash")
+    (folder / "run.json").write_text(json.dumps(found))
+    says = f"{folder}/run.json: another version of legolm wrote it (without a hash of itself), whose runs go on"
+    assert_one_line(legolm("run", config, "--out", folder, "--resume"), says, "start the run again in a new folder")
+    assert_one_line(legolm("ablate", folder), says)
+
+
 def test_an_old_summary_is_written_anew_by_a_resume(run: tuple[Path, Path]) -> None:
     config, folder = run
     without_number(folder / "summary.json")

@@ -36,6 +36,7 @@ from legolm.runs import (
     Scores,
     StageRecord,
     clients_of,
+    dump_sealed,
     read_record,
     read_stages,
     rounds_of,
@@ -210,9 +211,9 @@ def test_other_data_are_another_run_and_other_questions_want_another_folder(
     other = ablate(run, tmp_path / "other", asked(), QUIET)
     assert other.questions != found.questions
     assert abs(other.all.measures()["three acc"] - found.all.measures()["three acc"]) == pytest.approx(1 / 3)
-    identity = json.loads((run / "run.json").read_text())
+    identity = RunDir(run).identity().model_copy(update={"data_fingerprint": "of other data"})
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "run.json").write_text(json.dumps(identity | {"data_fingerprint": "of other data"}))
+    (tmp_path / "run" / "run.json").write_text(dump_sealed(identity))
     with pytest.raises(LegolmError, match="the data changed since the run"):
         ablate(tmp_path / "run", tmp_path / "new", None, QUIET)
 

@@ -120,7 +120,7 @@ class TrainConfig(OpenSection):
 
     It stops at the first of `steps`, `epochs`, `tokens` and `seconds`. The learning rate follows the steps that a
     client makes in the whole run, the personal step included: `constant_linear` is constant and falls linearly to zero
-    over the last half, `cosine` falls from the start.
+    over the last half, `cosine` falls from the start, `constant` stays, so that more rounds later change nothing.
     """
 
     named: ClassVar[str] = "trainer"
@@ -134,7 +134,7 @@ class TrainConfig(OpenSection):
     batch_size: int = Field(8, ge=1, description="examples a step")
     micro_batch_tokens: int = Field(2048, ge=1, description="tokens at once; a larger batch accumulates over several")
     learning_rate: float = Field(2e-3, gt=0, description="in a run, what its scheme asks for by default")
-    schedule: Literal["constant_linear", "cosine"] = "constant_linear"
+    schedule: Literal["constant_linear", "cosine", "constant"] = "constant_linear"
     warmup_steps: int = Field(0, ge=0, description="steps of the whole run over which the learning rate rises")
     clip_norm: float = Field(1.0, gt=0)
     max_length: int = Field(512, ge=8, description="tokens of an example, at most")
@@ -255,6 +255,11 @@ class RunConfig(Section):
                 raise ValueError(f"clients: {client.id!r} has rank {client.rank}; at most lora.rank, {self.lora.rank}")
         if self.federation.mode == "alone" and not self.evaluate.local_only:
             raise ValueError("federation.mode 'alone' is the stage evaluate.local_only; set that to true")
+        if self.federation.mode == "pooled" and self.evaluate.scores == "own":
+            raise ValueError(
+                "evaluate.scores 'own' is for data that stay where they are, and federation.mode 'pooled' trains on "
+                "everyone's at one place; take scores everyone, or another mode"
+            )
         self._check_scheme()
         if self.federation.min_replies > len(self.clients):
             raise ValueError(

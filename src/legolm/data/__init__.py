@@ -3,7 +3,7 @@
 from legolm.data.calibration import calibration_tokens, check_text
 from legolm.data.examples import ClientData, Example, Message
 from legolm.data.render import Tokens, check_whole, render, render_whole
-from legolm.data.sources import read_rows, read_text, to_example, with_system
+from legolm.data.sources import check_apart, read_rows, read_text, to_example, with_system
 from legolm.data.split import client_data, data_fingerprint, load_parts
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Message",
     "Tokens",
     "calibration_tokens",
+    "check_apart",
     "check_text",
     "check_whole",
     "client_data",

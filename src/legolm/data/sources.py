@@ -70,9 +70,10 @@ def check_apart(train: str | Sequence[str], other: str | Sequence[str], field: s
     trained = {_whole(part) for part in parts_of(train, "data.train")}
     for part in parts_of(other, field):
         if _whole(part) in trained:
+            share = ", or a share such as 0.1 to hold out" if field.startswith("data.") else ""
             raise LegolmError(
-                f"{field}: {part} is also in data.train, so that what was learned would be tested; take other rows, or "
-                "a share such as 0.1 to hold out"
+                f"{field}: {part} is also in data.train, so that what was learned would be tested; take other rows"
+                f"{share}"
             )
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from legolm.errors import LegolmError
 from legolm.models.checkpoint import SAVE_AGAIN, load_config, stored_weights
 from legolm.models.family import decoder_layers
+from legolm.models.finite import check_finite
 from legolm.system import open_tensors
 
 CPU = torch.device("cpu")
@@ -84,6 +85,7 @@ class LayeredModel:
             raise LegolmError(f"model: the checkpoint has no tensor {name}; {SAVE_AGAIN}")
         with open_tensors(self._files[name], "model: ", SAVE_AGAIN) as handle:
             tensor: Tensor = handle.get_tensor(name)
+        check_finite(name, tensor, self._files[name])
         return tensor
 
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from legolm.errors import LegolmError, brief
-from legolm.models.checkpoint import SAVE_AGAIN, drop_sampling, load_config, stored_weights
+from legolm.models.checkpoint import SAVE_AGAIN, drop_sampling, load_config, stored_weights, weight_files
 from legolm.models.family import decoder_layers, family_of
+from legolm.models.finite import check_files, check_finite, finite
 from legolm.models.rounding import rounded
 from legolm.models.starter import starter_path
 from legolm.system import hub_answers, open_tensors, wants_offline
@@ -88,6 +89,9 @@ def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
         )
     except Exception as error:  # what the headers did not show: transformers and its libraries raise a dozen kinds
         raise LegolmError(f"model: {path} cannot be loaded ({brief(error)})") from None
+    if not all(finite(parameter) for parameter in model.parameters()):
+        check_weights(path)  # knows their names on disk
+        raise LegolmError(f"model: {path}: its weights are not finite in float32; take another checkpoint")
     drop_sampling(model.generation_config)
     model.requires_grad_(False)
     modules = family_of(model.config).modules
@@ -147,11 +151,15 @@ def save_model(model: Any, tokenizer: Any, path: Path, dtype: torch.dtype) -> No
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of a checkpoint's weights, in the order of names."""
+    """SHA-256 over names, shapes, dtypes and bytes of a checkpoint's weights, in the order of names.
+
+    Raises `LegolmError` for a weight that is not finite: whoever stands on these weights should know it first.
+    """
     digest = hashlib.sha256()
     for name, (file, _) in sorted(stored_weights(path).items()):
         with open_tensors(file, "model: ", SAVE_AGAIN) as handle:
             tensor = handle.get_tensor(name)
+        check_finite(name, tensor, file)
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
@@ -160,6 +168,11 @@ def fingerprint(path: Path) -> str:
 def count_parameters(path: Path) -> int:
     """Parameters stored in a checkpoint's weight files; tied ones are stored, and counted, once."""
     return sum(math.prod(stored.shape) for _, stored in stored_weights(path).values())
+
+
+def check_weights(path: Path) -> None:
+    """Read a checkpoint's weights. Raises `LegolmError` for one that is not finite, with its name and file."""
+    check_files(weight_files(path))
 
 
 def folder_bytes(path: Path) -> int:

@@ -29,8 +29,11 @@ def sampled(others: Others) -> list[str]:
 
 
 def notes(summary: Summary) -> list[str]:
-    """Sentences on what nobody scored, or on a sample only."""
+    """Sentences on what nobody scored, or on a sample only, and what was changed on the way."""
     found = sampled(summary.others)
+    found += [
+        f"{one.field} was changed from {one.old} to {one.new} after round {one.rounds}." for one in summary.changes
+    ]
     if summary.others.asked == 0 < summary.others.there:
         found.append("Each block was scored on its own client’s data only: there are no figures on others’ data.")
     if summary.llm.loss_before is None:
@@ -39,4 +42,12 @@ def notes(summary: Summary) -> list[str]:
         for stage, reason in client.refused.items():
             what = "training alone" if stage == "local" else "personal step"
             found.append(f"The {what} of {client.id} was refused: {reason}.")
+        lacking = {
+            entry.round: one.reason for entry in summary.history for one in entry.unscored if one.client == client.id
+        }
+        if lacking:
+            where, why = ", ".join(map(str, lacking)), next(iter(lacking.values()))
+            found.append(
+                f"The scores of {client.id} are missing in round {where}, and no round was chosen by them: {why}."
+            )
     return found

@@ -41,8 +41,9 @@ def summarize(
     identity: Identity,
     name: str,
     wall_s: float,
+    cut_s: float = 0.0,
 ) -> Summary:
-    """The figures of a finished run called `name`, which took this process `wall_s` seconds.
+    """The figures of a finished run called `name`; all its processes took `wall_s` seconds, `cut_s` of them for blocks.
 
     `blocks` are the cut blocks and the LLM by name, `block_of` the block's name of each client by id. `own` is a
     client's own test data, `others` the mean over `others_of` it, in every stage the same ones.
@@ -54,7 +55,7 @@ def summarize(
     for stage in ALONE:
         stages[stage] = {one.client: one.scores for one in clients_of(records, stage)}
     before, after = _llm(rounds[0]), _llm(llm_best)
-    seconds = _seconds(records, blocks)
+    seconds = _seconds(records, blocks, cut_s)
     return Summary(
         run=name,
         run_id=identity.run,
@@ -64,12 +65,13 @@ def summarize(
         base_fingerprint=identity.base_fingerprint,
         machine=identity.machine,
         versions=identity.versions,
-        # A resumed run has stages that an earlier process did.
+        # Blocks may be cut by another run.
         wall_s=max(wall_s, sum(seconds.values())),
         seconds=seconds,
         scores=config.evaluate.scores,
         others=Others(asked=max(map(len, others.values())), there=len(block_of) - 1),
         rounds=len(rounds) - 1,
+        changes=identity.changes,
         best_round=best.round,
         blocks=[_block(block, block_of, rounds[1:]) for block in blocks.values()],
         clients=[
@@ -147,6 +149,7 @@ def _history(record: RoundRecord, others: Mapping[str, Sequence[str]]) -> RoundS
         llm_validation=record.llm_validation,
         accepted=record.accepted,
         refused=record.refused,
+        unscored=record.unscored,
         bytes_up=_traffic(record, "up", record.bytes),
         bytes_down=_traffic(record, "down", record.bytes),
         seconds=record.seconds,
@@ -158,9 +161,10 @@ def _llm(record: RoundRecord) -> LlmScore | None:
     return LlmScore(loss=scores.loss, exact_match=scores.exact_match) if scores else None
 
 
-def _seconds(records: Sequence[StageRecord], blocks: Mapping[str, Block]) -> dict[str, float]:
+def _seconds(records: Sequence[StageRecord], blocks: Mapping[str, Block], cut_s: float) -> dict[str, float]:
     rounds = rounds_of(records)
-    found = {"blocks": sum(float(block.details.get("seconds", 0.0)) for block in blocks.values())}
+    cut = sum(float(block.details.get("seconds", 0.0)) for block in blocks.values())
+    found = {"blocks": max(cut, cut_s)}  # with what was interrupted
     found["before"] = rounds[0].seconds
     # Clients share the stages outside the rounds: the last one's clock has seen the whole stage.
     for stage in ALONE:

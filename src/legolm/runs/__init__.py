@@ -1,5 +1,6 @@
 """The run folder, and the typed records that runs and studies keep."""
 
+from legolm.runs.clock import Clock
 from legolm.runs.folder import (
     DATA,
     UPDATES,
@@ -7,6 +8,7 @@ from legolm.runs.folder import (
 )
 from legolm.runs.records import (
     SCHEMA,
+    Change,
     ClientRecord,
     Criterion,
     Global,
@@ -25,16 +27,20 @@ from legolm.runs.records import (
     best_round,
     clients_of,
     dump_record,
+    dump_sealed,
     parse_record,
     passed_of,
     read_record,
+    read_sealed,
     read_stages,
     rounds_of,
 )
+from legolm.runs.repair import HASHES, check_same, check_sealed, mend, seal
+from legolm.runs.resume import AGAIN, Difference
 from legolm.runs.sample import (
     others_of,
 )
-from legolm.runs.store import Stages, checked_state, load_adapter_state, save_adapter_state
+from legolm.runs.store import Stages, checked_state, load_adapter_state, read_stage, save_adapter_state
 from legolm.runs.studies import (
     Ablation,
     CompareRow,
@@ -64,19 +70,24 @@ from legolm.runs.tables import (
 )
 
 __all__ = [
+    "AGAIN",
     "DATA",
+    "HASHES",
     "SCHEMA",
     "STAGES",
     "UPDATES",
     "Ablation",
     "BlockLoss",
     "BlockSummary",
+    "Change",
     "ClientRecord",
     "ClientSummary",
+    "Clock",
     "CompareRow",
     "Comparison",
     "Criterion",
     "Data",
+    "Difference",
     "Global",
     "Held",
     "Identity",
@@ -104,17 +115,24 @@ __all__ = [
     "Traffic",
     "Training",
     "best_round",
+    "check_same",
+    "check_sealed",
     "checked_state",
     "clients_of",
     "dump_record",
+    "dump_sealed",
     "load_adapter_state",
+    "mend",
     "others_of",
     "parse_record",
     "passed_of",
     "read_record",
+    "read_sealed",
+    "read_stage",
     "read_stages",
     "rounds_of",
     "save_adapter_state",
+    "seal",
     "to_frame",
     "write_csv",
 ]

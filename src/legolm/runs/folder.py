@@ -6,6 +6,7 @@ after a kill is finished and whatever is not is done again.
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,16 @@ from pathlib import Path
 from legolm import config as configs
 from legolm.config import RunConfig, SiteConfig
 from legolm.errors import LegolmError
-from legolm.runs.records import Identity, read_record
+from legolm.runs.records import Change, Identity, dump_sealed, read_sealed
+from legolm.runs.resume import AGAIN, FREE, Difference, differences, refusal, settled
 from legolm.system import LOCK, atomic_write
 
-FREE = ("engine", "threads", "deadline_s", "min_replies")
-"""Fields of `federation` that a resumed run may change: they do not change what was done."""
 UPDATES = "updates"
 """Folder of a round's kept updates within the round's."""
 DATA = "data"
 """Folder of data that were given in memory: it is there before the run."""
+CLOCK = "clock.json"
+MAX_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -32,42 +34,83 @@ class RunDir:
 
     @staticmethod
     def open(path: Path, config: RunConfig, resume: bool) -> RunDir:
-        """Start a run in a new or empty folder, or go on with one. Raises `LegolmError` when it is another's."""
+        """Start a run in a new or empty folder, or go on with one. Raises `LegolmError` when it is another's.
+
+        What a changed field does not leave as it was is taken away.
+        """
         run = RunDir(path)
-        run.check(config, resume)
-        if run.config_file.exists():
-            for stale in path.rglob(".*.partial"):
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        if not run.config_file.exists() or run.config_file.read_text(encoding="utf-8") != configs.dump(config):
-            atomic_write(run.config_file, configs.dump(config))
+        changes = run.check(config, resume)
+        for stale in path.rglob(".*.partial"):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        for stage in {stage for change in changes for stage in AGAIN.get(change.field, ())}:
+            shutil.rmtree(path / stage, ignore_errors=True)
+        if changes and run.identity_file.exists():
+            identity, done = run.identity(), run.rounds_done()
+            made = [
+                Change(field=one.field, old=one.old, new=one.new, rounds=done)
+                for one in changes
+                if one.field not in FREE
+            ]
+            update = {"config": config.model_dump(mode="json"), "changes": [*identity.changes, *made]}
+            atomic_write(run.identity_file, dump_sealed(identity.model_copy(update=update)))
+        atomic_write(run.config_file, configs.dump(config))
         return run
 
-    def check(self, config: RunConfig, resume: bool) -> None:
-        """Raise `LegolmError` unless the folder is new, empty, or this config's and may be resumed."""
-        if self.config_file.exists():
-            self._check_version()
-            known = self.config()
-            same = {name: getattr(known.federation, name) for name in FREE}
-            asked = config.model_copy(update={"federation": config.federation.model_copy(update=same)})
-            if asked != known:
-                field = next(name for name in type(known).model_fields if getattr(asked, name) != getattr(known, name))
-                raise LegolmError(
-                    f"run folder {self.path}: belongs to another config, `{field}` differs (see its config.yaml); give "
-                    f"another --out. A resumed run may change only federation.{', '.join(FREE)}"
-                )
+    def check(self, config: RunConfig, resume: bool) -> list[Difference]:
+        """What a resumed run changes. Raises `LegolmError` unless the folder is new, empty, or may go on with this."""
+        if self.exists():
+            known, done = self.known(), self.rounds_done()
+            found = differences(known, config)
+            for one in found:
+                if why := refusal(one, known, config, done):
+                    raise LegolmError(
+                        f"run folder {self.path}: belongs to another config, `{one.field}` differs (was "
+                        f"{_shown(one.old)}, is {_shown(one.new)}); set it back, or give another --out: {why}"
+                    )
             if not resume:
                 raise LegolmError(
                     f"run folder {self.path}: already there; add --resume to go on, or give another --out"
                 )
-        elif self.path.exists() and not (
-            self.path.is_dir() and {one.name for one in self.path.iterdir()} <= {DATA, LOCK}
+            return found
+        if self.path.exists() and not (
+            self.path.is_dir() and {one.name for one in self.path.iterdir()} <= {DATA, LOCK, CLOCK}
         ):
             raise LegolmError(f"run folder {self.path}: is not empty and not a run; give another --out")
+        return []
+
+    def exists(self) -> bool:
+        """Whether a run began here."""
+        return self.config_file.exists() or self.identity_file.exists()
+
+    def settled(self, config: RunConfig) -> RunConfig:
+        """The config with what it leaves open as this run, if there is one, decided it."""
+        return settled(self.known(), config) if self.exists() else config
+
+    def rounds_done(self) -> int:
+        """Finished rounds before the first that is missing, round 0 not counted."""
+        number = 0
+        while self.round(number + 1).exists():
+            number += 1
+        return number
 
     @property
     def config_file(self) -> Path:
         """The resolved config."""
         return self.path / "config.yaml"
+
+    @property
+    def identity_file(self) -> Path:
+        """What the run stands on, and its config as it wrote it."""
+        return self.path / "run.json"
+
+    @property
+    def clock_file(self) -> Path:
+        """What the work took so far."""
+        return self.path / CLOCK
+
+    def identity(self) -> Identity:
+        """Raises `LegolmError` when it is missing, damaged or of another version."""
+        return read_sealed(self.identity_file, Identity)
 
     def config(self) -> RunConfig:
         """The resolved config, validated again. Raises `LegolmError` when another version of legolm wrote it."""
@@ -82,8 +125,14 @@ class RunDir:
 
     def _check_version(self) -> None:
         """Of what is there: a folder of before is too old, whatever else would be said of its config."""
-        if (self.path / "run.json").exists():
-            read_record(self.path / "run.json", Identity)
+        if self.identity_file.exists():
+            self.identity()
+
+    def known(self) -> RunConfig:
+        """As the run wrote it; `config.yaml`, which people edit, only where nothing else was written yet."""
+        if self.identity_file.exists() or (self.path / "blocks").exists():  # which come after it
+            return configs.validate(RunConfig, self.identity().config, f"config in {self.identity_file}")
+        return configs.load(self.config_file)
 
     def block(self, name: str) -> Path:
         """Folder of a cut block."""
@@ -108,3 +157,8 @@ class RunDir:
     def final(self, name: str) -> Path:
         """Folder of a finished model: the LLM's or a client's block."""
         return self.path / "final" / name
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"

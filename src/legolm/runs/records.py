@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
@@ -15,6 +16,8 @@ from legolm.errors import LegolmError
 SCHEMA = 2
 """Of run folders. 1 had no number in its files; it is named as too old."""
 Criterion = Literal["validation", "llm_validation"]
+HASH = "hash"
+"""Key of a record's hash of the rest, in files that are checked."""
 ANEW = "start the run again in a new folder"
 
 
@@ -70,6 +73,8 @@ class Training(Record):
     truncated: float = 0.0
     micro_batch_tokens: float | None = None
     size: float | None = None
+    state: str | None = None
+    """Hash of the file that the client keeps for its next round, if it keeps any."""
 
 
 class Traffic(Record):
@@ -87,22 +92,27 @@ class Refusal(Record):
 
 
 class Held(Record):
-    """Clients that hold one and the same model, and its scores: once for all of them."""
+    """Clients that hold one and the same model, and its scores: once for all of them.
+
+    `validation` is the loss on its own validation data, where it is one client's.
+    """
 
     clients: list[str]
     scores: Scores
+    validation: float | None = None
 
 
 class Global(Record):
     """Scores of one global adapter: of the LLM (None: nobody may score it) and of every distinct block.
 
     `validation` is the mean loss of the clients' blocks on their own validation data, `llm_validation` the LLM's on all
-    clients', or on the server's own.
+    clients', or on the server's own. `unscored` are the clients whose scores were refused, and are in none of these.
     """
 
     schema_number: Literal[2] = 2
     llm: Scores | None
     held: list[Held]
+    unscored: list[Refusal] = []
     validation: float
     llm_validation: float | None
 
@@ -112,14 +122,20 @@ class Global(Record):
 
 
 class RoundRecord(Global):
-    """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records."""
+    """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records.
+
+    `shares` is what part of the aggregate each accepted client's update was, where the scheme weighs clients; `updates`
+    are the hashes of kept updates.
+    """
 
     stage: Literal["round"] = "round"
     round: int
     accepted: list[str] = []
     refused: list[Refusal] = []
     train: dict[str, Training] = {}
+    shares: dict[str, float] = {}
     bytes: dict[str, Traffic] = {}
+    updates: dict[str, str] = {}
     adapter: str = ""
     seconds: float
 
@@ -169,8 +185,20 @@ class Machine(Record):
     memory_gb: float
 
 
+class Change(Record):
+    """A field of the config that a resumed run changed, and the rounds that were finished by then."""
+
+    field: str
+    old: Any
+    new: Any
+    rounds: int
+
+
 class Identity(Record):
-    """`run.json`: what a run stands on."""
+    """`run.json`: what a run stands on.
+
+    `config` is what it does now, for `config.yaml` is for people to read and edit; `changes` led there.
+    """
 
     schema_number: Literal[2] = 2
     run: str
@@ -178,6 +206,8 @@ class Identity(Record):
     data_fingerprint: str
     machine: Machine
     versions: dict[str, str]
+    config: dict[str, Any] = {}
+    changes: list[Change] = []
 
 
 R = TypeVar("R", bound=BaseModel)
@@ -204,6 +234,40 @@ def parse_record(content: bytes | str, kind: type[R], path: Path, way_out: str =
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "it"
         raise LegolmError(f"{path}: is broken ({where}: {problem['msg']}); {way_out}") from None
+
+
+def dump_sealed(record: BaseModel) -> str:
+    """The record as JSON with a hash of its content, which `read_sealed` checks."""
+    value = json.loads(dump_record(record))
+    return json.dumps(value | {HASH: _digest(value)}, indent=1) + "\n"
+
+
+def read_sealed(path: Path, kind: type[R], way_out: str = ANEW) -> R:
+    """A record with a hash of its content. Raises `LegolmError` as `read_record`, and when it is not what was written.
+
+    Earlier versions wrote none: what they began would go on otherwise (schemes draw and fill other factors now).
+    """
+    try:
+        content = path.read_bytes()
+        value = json.loads(content)
+    except OSError as error:
+        raise LegolmError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or _version(content) != SCHEMA:
+        return parse_record(content, kind, path, way_out)  # which says what is wrong
+    if HASH not in value:
+        raise LegolmError(
+            f"{path}: another version of legolm wrote it (without a hash of itself), whose runs go on otherwise; "
+            f"{way_out}"
+        )
+    if value.pop(HASH) != _digest(value):
+        raise LegolmError(f"{path}: is not what the run wrote (its hash differs); restore it, or {way_out}")
+    return parse_record(json.dumps(value), kind, path, way_out)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_stages(path: Path) -> list[StageRecord]:
@@ -240,11 +304,20 @@ def best_round(records: Sequence[StageRecord], by: Criterion) -> RoundRecord:
 
     `validation` is the mean of the clients' blocks on their own data, `llm_validation` the LLM's on everyone's: where
     few clients train or blocks are far from the LLM, the two are best at different times. Where nobody scores the LLM
-    its best round is the blocks'.
+    its best round is the blocks'. A client whose scores some round lacks has no say: rounds are compared by the same
+    clients.
     """
     rounds = rounds_of(records)
-    known = by if all(getattr(one, by) is not None for one in rounds) else "validation"
-    return min(rounds, key=lambda one: (getattr(one, known), one.round))
+    if by == "llm_validation" and all(one.llm_validation is not None for one in rounds):
+        return min(rounds, key=lambda one: (one.llm_validation, one.round))
+    lacking = {refusal.client for one in rounds for refusal in one.unscored}
+    return min(rounds, key=lambda one: (_validation(one, lacking), one.round))
+
+
+def _validation(record: RoundRecord, without: Collection[str]) -> float:
+    """The mean loss on validation data without these clients', if any is left."""
+    left = [one.validation for one in record.held if one.validation is not None and one.clients[0] not in without]
+    return fmean(left) if without and left else record.validation
 
 
 def _version(content: bytes | str) -> int | None:

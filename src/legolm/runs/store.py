@@ -14,7 +14,16 @@ from torch import Tensor
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.runs.folder import RunDir
-from legolm.runs.records import AnyStage, Criterion, RoundRecord, StageRecord, best_round, dump_record, read_record
+from legolm.runs.records import (
+    AnyStage,
+    Criterion,
+    RoundRecord,
+    StageRecord,
+    best_round,
+    dump_record,
+    dump_sealed,
+    read_sealed,
+)
 from legolm.system import atomic_folder, atomic_write, file_hash, open_tensors
 
 ADAPTER, METRICS = "adapter.safetensors", "metrics.json"
@@ -36,7 +45,7 @@ class Stages:
         self._paths += [folder.round(number) for number in range(1, self.rounds + 1)]
         if self.personal_steps:
             self._paths += [folder.client_stage("personal", id) for id in clients]
-        self._records = {path: read_record(path / METRICS, AnyStage).root for path in self._paths if path.exists()}
+        self._records = {path: read_stage(path) for path in self._paths if path.exists()}
 
     @property
     def finished(self) -> bool:
@@ -69,7 +78,7 @@ class Stages:
         """Fill the folder `partial` of the stage `path`; `keep` or its caller makes it appear."""
         save_adapter_state(partial, adapter)
         record = record.model_copy(update={"adapter": file_hash(partial / ADAPTER)})
-        (partial / METRICS).write_text(dump_record(record), encoding="utf-8")
+        (partial / METRICS).write_text(dump_sealed(record), encoding="utf-8")
         self._records[path] = record
 
     def keep(self, path: Path, adapter: Tensors, record: StageRecord) -> None:
@@ -94,14 +103,24 @@ def save_adapter_state(path: Path, adapter: Tensors) -> None:
     )
 
 
+def read_stage(path: Path) -> StageRecord:
+    """The record of the stage at `path`. Raises `LegolmError` when it is not what was written."""
+    return read_sealed(path / METRICS, AnyStage).root
+
+
+def check_state(path: Path, record: StageRecord) -> None:
+    """Raise `LegolmError` when what the stage at `path` kept is not what was written."""
+    if not (path / ADAPTER).is_file() or file_hash(path / ADAPTER) != record.adapter:
+        raise LegolmError(
+            f"{path / ADAPTER}: is not what the run wrote (its hash differs from the one in {METRICS}); restore it, or "
+            f"remove {path} and run again with --resume"
+        )
+
+
 def checked_state(path: Path, record: StageRecord) -> Tensors:
     """The tensors of the stage at `path` with this record. Raises `LegolmError` when they are not what was written."""
     found = load_adapter_state(path)
-    if file_hash(path / ADAPTER) != record.adapter:
-        raise LegolmError(
-            f"{path / ADAPTER}: is not what the run wrote (its hash differs from the one in {METRICS}); restore it, or "
-            f"remove {path} and all later stages and run again with --resume"
-        )
+    check_state(path, record)
     return found
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from legolm.runs.records import Machine, Record, Refusal, dump_record
+from pydantic import Field
+
+from legolm.runs.records import Change, Machine, Record, Refusal, dump_record
 from legolm.runs.tables import Row, to_frame, write_csv
 from legolm.system import atomic_write
 
@@ -104,7 +106,7 @@ class BlockLoss(Record):
 
 
 class RoundSummary(Record):
-    """A round, 0 is before training. Bytes are all clients'."""
+    """A round, 0 is before training. Bytes are all clients'. Of `unscored` clients the scores were refused."""
 
     round: int
     llm: LlmScore | None
@@ -113,6 +115,7 @@ class RoundSummary(Record):
     llm_validation: float | None
     accepted: list[str]
     refused: list[Refusal]
+    unscored: list[Refusal] = Field([])
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -148,7 +151,8 @@ class Others(Record):
 class Summary(Record):
     """What people look for in a run. `global` losses are those of `best_round`, the LLM's of `llm.best_round`.
 
-    `scores` is who may score whose data (`evaluate.scores`); where it is `own`, the LLM's data are the server's.
+    `changes` are what a resumed run changed of its config on the way. `scores` is who may score whose data
+    (`evaluate.scores`); where it is `own`, the LLM's data are the server's.
     """
 
     schema_number: Literal[2] = 2
@@ -165,6 +169,7 @@ class Summary(Record):
     scores: Literal["everyone", "own"]
     others: Others
     rounds: int
+    changes: list[Change] = Field([])
     best_round: int
     blocks: list[BlockSummary]
     clients: list[ClientSummary]

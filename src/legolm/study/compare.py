@@ -17,7 +17,7 @@ from legolm.block import Base, Coverage
 from legolm.config import AggregateConfig, BlockConfig, RunConfig, Variant, load_study
 from legolm.errors import LegolmError
 from legolm.models import load_config, resolve
-from legolm.pipeline import run, with_precision
+from legolm.pipeline import run, settled
 from legolm.plan import Parts, Plan, make_plan, read_parts
 from legolm.prune import planned_coverage
 from legolm.report import write_comparison
@@ -50,7 +50,7 @@ def compare(
     needed = sum(plan.disk_bytes - (0 if models else plan.models_bytes) for _, plan in planned.values())
     check_room(out, needed - sum(blocks) + max(blocks) - held_bytes(out))
     for name, (config, _) in planned.items():
-        RunDir(out / name).check(with_precision(config, out / name), resume=True)
+        RunDir(out / name).check(settled(config, out / name), resume=True)
     for name, (config, plan) in planned.items():
         summary = run(config, out / name, (out / name).exists(), Progress(), store=store, models=models)
         rows.append(row(name, config, plan, summary, out / name))

@@ -28,7 +28,6 @@ from legolm.models import choose_device, choose_precision, dtype_of, fingerprint
 from legolm.report import write_ablation
 from legolm.runs import (
     Ablation,
-    Identity,
     LeftOut,
     Losses,
     Paired,
@@ -54,7 +53,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     """
     run = RunDir(folder)
     config = _config(run)
-    identity = read_record(folder / "run.json", Identity)
+    identity = run.identity()
     summary = _finished(folder / "summary.json", config)
     last, block_of = summary.best_round, {client.id: client.block for client in summary.clients}
     if not last:
@@ -62,7 +61,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     if data_fingerprint(client_data(config), server_examples(config)) != identity.data_fingerprint:
         raise LegolmError(f"run folder {folder}: the data changed since the run; its losses are of other questions")
     asked = _identify(questions)
-    known = _earlier(out / "ablation.json", identity.run, asked)
+    known = _earlier(out / "ablation.json", identity.run, last, asked)
     blocks = _blocks(run, config, identity.base_fingerprint)
     rounds = Rounds(run, config, identity.run, blocks, block_of, progress)
     figures_of = _figures_of(config, blocks["llm"], questions)
@@ -220,13 +219,15 @@ def _identify(questions: Questions | None) -> str | None:
     return digest([tasks, questions.limit, questions.text, questions.length])
 
 
-def _earlier(path: Path, run: str, questions: str | None) -> Ablation | None:
+def _earlier(path: Path, run: str, last: int, questions: str | None) -> Ablation | None:
     """What an earlier call left. Raises `LegolmError` for another run's, one with other questions, and a broken one."""
     if not path.exists():
         return None
     found = read_record(path, Ablation, "delete it, or give another --out")
     if found.run != run:
         raise LegolmError(f"--out {path.parent}: holds the ablation of another run; give another folder")
+    if found.round != last:  # the run went on with more rounds
+        raise LegolmError(f"--out {path.parent}: holds the ablation of round {found.round}; give another folder")
     if found.questions != questions:
         raise LegolmError(f"--out {path.parent}: holds an ablation with other questions; give another folder")
     return found

@@ -15,6 +15,8 @@ class Progress:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
+        self.tick: Callable[[], None] = lambda: None
+        """Called after every step of every stage."""
 
     def note(self, text: str) -> None:
         """Say a line beside the stages."""
@@ -33,6 +35,11 @@ class Progress:
         )
         with RichProgress(*columns, console=self._console, disable=not self._console.is_terminal) as bars:
             task = bars.add_task(label, total=total)
-            yield lambda steps: bars.advance(task, steps)
+
+            def advance(steps: int) -> None:
+                bars.advance(task, steps)
+                self.tick()
+
+            yield advance
         if not self._console.is_terminal:
             self._console.print(f"done: {label}", highlight=False)

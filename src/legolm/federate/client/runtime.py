@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,11 @@ class ClientRuntime:
                 dropout=settings.dropout,
             )
             delta, metrics = train(task)
-        reply, lost = answer(request, content, delta, len(examples), metrics, under_prefix("residual", state))
-        _keep_state(site, request, with_prefix("fold", fold) | with_prefix("residual", lost))
-        return reply
+
+        def keep(lost: Tensors) -> str:
+            return _keep_state(site, request, with_prefix("fold", fold) | with_prefix("residual", lost))
+
+        return answer(request, content, delta, len(examples), metrics, under_prefix("residual", state), keep)[0]
 
     def _evaluate(self, request: EvaluateRequest, content: Tensors) -> bytes:
         block = self._load(self._site_of(request.client, request.block), request, request.precision)
@@ -149,15 +152,16 @@ def _read_state(site: Site, request: TrainRequest) -> Tensors:
         return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
 
 
-def _keep_state(site: Site, request: TrainRequest, state: Tensors) -> None:
-    """Write this round's state; older ones than the round that stands are not needed any more."""
+def _keep_state(site: Site, request: TrainRequest, state: Tensors) -> str:
+    """Write this round's state and give its hash; older ones than the round that stands are not needed any more."""
     if request.phase != "round" or not state:
-        return
-    path = _state_file(site, request.round)
-    atomic_write(path, save({key: tensor.contiguous() for key, tensor in state.items()}))
+        return ""
+    path, content = _state_file(site, request.round), save({key: one.contiguous() for key, one in state.items()})
+    atomic_write(path, content)
     for old in path.parent.glob("*.safetensors"):
         if int(old.stem) < request.accepted:
             old.unlink()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _state_file(site: Site, number: int) -> Path:

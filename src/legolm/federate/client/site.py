@@ -13,7 +13,7 @@ from legolm.config import Device, Fields, SiteConfig
 from legolm.data import ClientData, Example, client_data, read_rows, to_example
 from legolm.errors import LegolmError
 from legolm.models import resolve
-from legolm.runs import Identity, RunDir, read_record
+from legolm.runs import RunDir
 
 Split = Literal["train", "validation", "test"]
 
@@ -89,7 +89,7 @@ def only(client: str, site: Site) -> SiteOf:
 def simulated(run: RunDir) -> SiteOf:
     """All clients' sites in a run folder: data sources are read once, and each site shows its client's part."""
     config = run.site_config()
-    identity = read_record(run.path / "run.json", Identity)
+    identity = run.identity()
 
     @lru_cache(maxsize=1)
     def data() -> dict[str, ClientData]:

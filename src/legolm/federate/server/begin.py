@@ -13,7 +13,7 @@ from legolm.block import Block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.wire import arrived
-from legolm.runs import Identity, RunDir, best_round, checked_state, read_record, read_stages
+from legolm.runs import RunDir, best_round, checked_state, read_stages
 from legolm.system import derive_seed
 
 
@@ -54,7 +54,7 @@ def _warm_factors(path: Path, llm: Block, like: Tensors, config: RunConfig, froz
     try:
         best = best_round(read_stages(path / "metrics.jsonl"), "validation")
         state = checked_state(run.round(best.round), best)
-        known = read_record(path / "run.json", Identity)
+        known = run.identity()
     except (LegolmError, ValueError) as error:
         raise LegolmError(f"{where}: is no run folder with a finished round ({error})") from None
     if known.base_fingerprint != llm.base_fingerprint:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from legolm.adapter import Tensors, concatenated, tensors_hash
-from legolm.aggregate import Scheme
+from legolm.aggregate import Scheme, Weighing
 from legolm.block import Block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
@@ -28,8 +27,8 @@ from legolm.federate.transport import Exchange
 from legolm.runs import (
     UPDATES,
     ClientRecord,
+    Clock,
     Global,
-    Identity,
     PassedRecord,
     Refusal,
     RoundRecord,
@@ -39,9 +38,9 @@ from legolm.runs import (
     Stages,
     Traffic,
     Training,
-    dump_record,
+    dump_sealed,
     load_adapter_state,
-    read_record,
+    read_sealed,
     save_adapter_state,
 )
 from legolm.system import Progress, atomic_folder, atomic_write, scratch_folder
@@ -62,8 +61,10 @@ class Rounds:
         block_of: Mapping[str, str],
         progress: Progress,
         shared: Path | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._folder, self._config, self._shared = folder, config, shared
+        self._clock = clock or Clock()
         self._members = Members.of(config, blocks, block_of)
         self._dispatch = Dispatch(config, run, self._members, progress)
         self._scoring = Scoring(config, self._members, self._dispatch)
@@ -72,14 +73,17 @@ class Rounds:
 
     def run(self, exchange: Exchange) -> None:
         """All that needs clients. Stages that are finished are passed over."""
-        self._stages.write_lines()
         self._before(exchange)
         if self._config.evaluate.local_only:
-            self._alone("local", 0, exchange)
+            self._alone("local", exchange)
         for number in range(1, self._stages.rounds + 1):
             self._round(number, exchange)
         if self._stages.personal_steps:
-            self._alone("personal", self._stages.best("validation"), exchange)
+            self._alone("personal", exchange)
+
+    def write_lines(self) -> None:
+        """`metrics.jsonl` of what is finished."""
+        self._stages.write_lines()
 
     @property
     def finished(self) -> bool:
@@ -132,25 +136,28 @@ class Rounds:
         path = self._folder.round(0)
         if self._stages.has(path):
             return
-        began = time.perf_counter()
-        scheme = begin(self._config, self._members.llm)
-        known = self._shared_scores()
-        if known and known.exists():
-            scored = read_record(known, Global, "delete it")
-        else:
-            scored = self.score_global(scheme, exchange, "before: evaluate")
-            if known:
-                atomic_write(known, dump_record(scored))
-        record = RoundRecord(round=0, seconds=time.perf_counter() - began, **dict(scored))
-        self._stages.keep(path, scheme.state(), record)
-        self._latest = 0, scheme
+        with self._clock.stage("before"):
+            scheme = begin(self._config, self._members.llm)
+            known = self._shared_scores()
+            if known and known.exists():
+                scored = read_sealed(known, Global, "delete it")
+            else:
+                scored = self.score_global(scheme, exchange, "before: evaluate")
+                if known and not scored.unscored:
+                    atomic_write(known, dump_sealed(scored))
+            record = RoundRecord(round=0, seconds=self._clock.seconds("before"), **dict(scored))
+            self._stages.keep(path, scheme.state(), record)
+            self._latest = 0, scheme
 
     def _round(self, number: int, exchange: Exchange) -> None:
         """Fine-tune the drawn clients' blocks, aggregate updates as they come, apply the global update, evaluate."""
         path = self._folder.round(number)
         if self._stages.has(path):
             return
-        began = time.perf_counter()
+        with self._clock.stage(f"round {number}"):
+            self._train_round(number, path, exchange)
+
+    def _train_round(self, number: int, path: Path, exchange: Exchange) -> None:
         scheme, drawn = self.scheme(number - 1), self._members.draw(self._config, number)
         # From here on it is no finished round's.
         self._latest = None
@@ -159,21 +166,24 @@ class Rounds:
         train: dict[str, Training] = {}
         refused: dict[str, str] = {}
         traffic: dict[str, Traffic] = {}
+        weighing = Weighing(self._config.aggregate, scheme)
+        kept: dict[str, str] = {}
         with atomic_folder(path) as folder:
             for one in updates(self._config, self._dispatch, self.records(), number, drawn, scheme, exchange):
                 traffic[one.client] = Traffic(up=one.bytes_up, down=one.bytes_down)
                 if one.update is None:
                     refused[one.client] = one.reason
                     continue
-                scheme.add(one.update.change, self._members.block[one.client].coverage)
+                weighing.add(one.client, one.update.change, self._members.block[one.client].coverage)
                 train[one.client] = one.update.training
                 if keeps:
                     (folder / UPDATES).mkdir(exist_ok=True)
                     (folder / UPDATES / f"{one.client}.safetensors").write_bytes(one.reply)
+                    kept[one.client] = hashlib.sha256(one.reply).hexdigest()
             # Replies came in any order; the record does not depend on it.
             accepted = [id for id in drawn if id in train]
             self._check_enough(number, drawn, accepted, refused)
-            scheme.finish()
+            shares = weighing.finish()
             self._check_global(number, scheme, accepted)
             scored = self.score_global(scheme, exchange, f"round {number}: evaluate")
             record = RoundRecord(
@@ -181,9 +191,11 @@ class Rounds:
                 accepted=accepted,
                 refused=[Refusal(client=id, reason=refused[id]) for id in drawn if id in refused],
                 train={id: train[id] for id in accepted},
+                shares={id: shares[id] for id in accepted if id in shares},
                 # Data at one place travels no more.
                 bytes={id: traffic[id] for id in drawn if id in traffic and id != LLM},
-                seconds=time.perf_counter() - began,
+                updates={id: kept[id] for id in accepted if id in kept},
+                seconds=self._clock.seconds(f"round {number}"),
                 **dict(scored),
             )
             self._stages.fill(folder, path, scheme.state(), record)
@@ -210,8 +222,8 @@ class Rounds:
                     "outliers (aggregate.outliers)"
                 )
 
-    def _alone(self, stage: Literal["local", "personal"], start: int, exchange: Exchange) -> None:
-        """Train each client from round `start` without aggregation, and score its block.
+    def _alone(self, stage: Literal["local", "personal"], exchange: Exchange) -> None:
+        """Train each client without aggregation, and score its block.
 
         `local` is the baseline: alone for every step that a client makes in the federation. `personal` is the last
         step: on from the best global update.
@@ -220,7 +232,12 @@ class Rounds:
         left = [id for id in clients if not self._stages.has(self._folder.client_stage(stage, id))]
         if not left:
             return
-        began = time.perf_counter()
+        with self._clock.stage(stage):
+            self._train_alone(stage, left, exchange)
+        self._stages.write_lines()
+
+    def _train_alone(self, stage: Literal["local", "personal"], left: Sequence[str], exchange: Exchange) -> None:
+        clients, start = self._members.clients, 0 if stage == "local" else self._stages.best("validation")
         scheme = self.scheme(start)
         training: dict[str, Training] = {}
         refused: dict[str, str] = {}
@@ -234,7 +251,6 @@ class Rounds:
                 ended = {key: t + change.delta[key] if key in change.delta else t for key, t in change.received.items()}
                 save_adapter_state(own / one.client, concatenated(ended, scheme.fold(coverage, 0)))
                 training[one.client] = one.update.training
-            self._pass_over(stage, [id for id in left if id in refused], refused, len(left) == len(clients), began)
             jobs = [
                 Job(id, self._members.block[id], partial(load_adapter_state, own / id), self._scoring.sets_of(id))
                 for id in left
@@ -249,13 +265,14 @@ class Rounds:
                     scores=by_client(job.sets, scores),
                     train=training[job.client],
                     validation=scores[-1].loss,
-                    seconds=time.perf_counter() - began,
+                    seconds=self._clock.seconds(stage),
                 )
                 self._stages.keep(self._folder.client_stage(stage, job.client), job.adapter(), record)
                 shutil.rmtree(own / job.client)
 
-            self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep)
-        self._stages.write_lines()
+            for index, reason in self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep).items():
+                refused[jobs[index].client] = reason
+            self._pass_over(stage, [id for id in left if id in refused], refused, len(left) == len(clients))
 
     # Pieces
 
@@ -265,14 +282,14 @@ class Rounds:
         clients: Sequence[str],
         reasons: Mapping[str, str],
         all_asked: bool,
-        began: float,
     ) -> None:
         """Record who was refused outside the rounds. Raises `LegolmError` where it is everybody."""
         if all_asked and len(clients) == len(self._members.clients):
-            raise LegolmError(f"{stage}: no client trained ({'; '.join(f'{id}: {reasons[id]}' for id in clients)})")
+            raise LegolmError(
+                f"{stage}: every client was refused ({'; '.join(f'{id}: {reasons[id]}' for id in clients)})"
+            )
         for id in clients:
-            seconds = time.perf_counter() - began
-            record = PassedRecord(phase=stage, client=id, reason=reasons[id], seconds=seconds)
+            record = PassedRecord(phase=stage, client=id, reason=reasons[id], seconds=self._clock.seconds(stage))
             self._stages.keep(self._folder.client_stage(stage, id), {}, record)
 
     def _shared_scores(self) -> Path | None:
@@ -281,7 +298,7 @@ class Rounds:
         if self._shared is None or config.lora.start is not None or config.aggregate.start is not None:
             return None
         fields = {"model", "seed", "data", "precision", "device", "lora", "evaluate"}
-        identity = read_record(self._folder.path / "run.json", Identity)
+        identity = self._folder.identity()
         what = [
             config.model_dump_json(include=fields, exclude={"evaluate": {"local_only"}}),
             config.train.max_length,

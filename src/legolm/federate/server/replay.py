@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from legolm.aggregate import Scheme
+from legolm.aggregate import Scheme, Weighing
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.begin import begin
@@ -56,12 +57,13 @@ def replay(
 
     scheme = after(0)
     for number in range(1, last + 1):
+        weighing = Weighing(config.aggregate, scheme)
         there = [id for id in rounds[number].accepted if id not in without]
-        for one in updates(config, dispatch, records, number, there, after(number - 1), _kept(folder, number)):
+        for one in updates(config, dispatch, records, number, there, after(number - 1), _kept(folder, rounds[number])):
             if one.update is None:
                 raise LegolmError(f"round {number}: the kept update of {one.client}: {one.reason}")
-            scheme.add(one.update.change, members.block[one.client].coverage)
-        scheme.finish()
+            weighing.add(one.client, one.update.change, members.block[one.client].coverage)
+        weighing.finish()
     return scheme
 
 
@@ -70,14 +72,18 @@ def last_accepted(rounds: Iterable[RoundRecord]) -> dict[str, int]:
     return {id: record.round for record in rounds for id in record.accepted}
 
 
-def _kept(folder: RunDir, number: int) -> Exchange:
-    """Answers of round `number` from its folder."""
+def _kept(folder: RunDir, record: RoundRecord) -> Exchange:
+    """Answers of a round from its folder."""
 
     def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
         for index, request in enumerate(requests):
+            path = folder.update(record.round, request.client)
             try:
-                yield Reply(index, folder.update(number, request.client).read_bytes())
+                content = path.read_bytes()
             except OSError as error:
                 yield Reply(index, error=str(error))
+                continue
+            same = hashlib.sha256(content).hexdigest() == record.updates.get(request.client)
+            yield Reply(index, content) if same else Reply(index, error=f"{path} is not what the client sent")
 
     return exchange

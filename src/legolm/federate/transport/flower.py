@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from tempfile import TemporaryDirectory
+from typing import Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -16,11 +22,14 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Actors work in threads, and glibc gives each a heap of its own that fills with holes: a quarter more memory.
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 
+import psutil
+import ray
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from legolm.config import RunConfig
+from legolm.errors import LegolmError
 from legolm.federate.client import flower_app
 from legolm.federate.transport.engine import Body, Reply, Request, late
 from legolm.runs import RunDir
@@ -33,12 +42,15 @@ MOST_IN_FLIGHT, IN_FLIGHT_BYTES = 16, 64 << 20
 its time: Flower looks at every request under way for every node in turn, so few at once make its turns short, but each
 turn ends in a pause, so very few wait for it."""
 OBJECT_STORE_BYTES = 256 << 20
+UNASKED = -1
+"""Index of a reply to no request."""
 
 
 def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
     """Run `body` as a Flower ServerApp; its requests are answered by ClientApps in at most `actors` processes."""
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    server = ServerApp()
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # errors are raised, or come as replies
+    server, threads = ServerApp(), config.federation.threads
+    stopped = threading.Event()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
@@ -46,39 +58,105 @@ def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
         node_of = {client.id: node for client, node in zip(config.clients, nodes, strict=True)}
 
         def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
-            return _exchange(grid, node_of, actors, requests, deadline_s)
+            return _exchange(grid, node_of, actors, requests, deadline_s, stopped)
 
         body(exchange)
 
-    threads = config.federation.threads
-    run_simulation(
-        server_app=server,
-        client_app=flower_app(run.path.resolve()),
-        num_supernodes=len(config.clients),
-        backend_config={
-            "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
+    def stop() -> None:
+        stopped.set()  # first: what comes of the actors' end is no client's reply
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if process.cmdline()[0].startswith("ray::ClientAppActor"):
+                    process.kill()
+
+    with _ray(actors * threads), _stoppable(stop):
+        run_simulation(
+            server_app=server,
+            client_app=flower_app(run.path.resolve()),
+            num_supernodes=len(config.clients),
+            backend_config={"client_resources": {"num_cpus": threads, "num_gpus": 0.0}},
+        )
+
+
+@contextmanager
+def _stoppable(stop: Callable[[], None]) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM call `stop`, and raise `KeyboardInterrupt` at the block's end; a second one ends at once.
+
+    Raised within, it would leave Flower's threads waiting for ever, for replies and for actors that are gone.
+    """
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+        stop()
+
+    if threading.current_thread() is threading.main_thread():
+        for one in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(one) is not signal.SIG_IGN:
+                before[one] = signal.signal(one, handle)
+    try:
+        yield
+    except Exception:
+        if not caught:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _ray(cores: int) -> Iterator[None]:
+    """Ray for `cores` actors' threads; its processes and its session's folder end with the block."""
+    # Of a socket's path the system takes about a hundred letters, and macOS has half of them in its own name.
+    place = os.environ.get("RAY_TMPDIR") or ("/tmp" if sys.platform == "darwin" else None)
+    with TemporaryDirectory(prefix="legolm-ray-", dir=place, ignore_cleanup_errors=True) as folder:
+        handler = signal.getsignal(signal.SIGTERM)
+        paths = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+        try:
             # Ray would start an actor for each core it finds and take a third of the memory for its store.
-            "init_args": {
-                "num_cpus": actors * threads,
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "log_to_driver": False,
-                "logging_level": logging.ERROR,
-                "_node_ip_address": "127.0.0.1",
-            },
-        },
-    )
+            ray.init(
+                num_cpus=cores,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                ignore_reinit_error=True,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": {"PYTHONPATH": paths}},
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
+            # Ray put its own there, which ends the process without a word.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
+            yield
+        except SystemExit:  # by that one, while Ray started
+            raise KeyboardInterrupt from None
+        finally:
+            ray.shutdown()
 
 
 def _exchange(
-    grid: Grid, node_of: Mapping[str, int], actors: int, requests: Iterable[Request], deadline_s: float | None
+    grid: Grid,
+    node_of: Mapping[str, int],
+    actors: int,
+    requests: Iterable[Request],
+    deadline_s: float | None,
+    stopped: threading.Event,
 ) -> Iterator[Reply]:
     """Push requests, a few for each of `actors` and more while they are small, and give replies as they come.
 
-    A client that crashed gives an error, not an end.
+    A client that crashed or cannot be reached gives an error, not an end. A reply that comes again has its index again,
+    and one to nothing that was asked `UNASKED`: who asks names and drops them. Raises `LegolmError` once the engine is
+    `stopped`.
     """
     queue = enumerate(requests)
     began = time.monotonic()
     waiting: dict[str, tuple[int, int]] = {}  # index and bytes by message
+    asked: dict[str, int] = {}  # index by message, of all
 
     def room() -> bool:
         small = len(waiting) < MOST_IN_FLIGHT * actors and sum(n for _, n in waiting.values()) < IN_FLIGHT_BYTES
@@ -92,13 +170,20 @@ def _exchange(
             content = RecordDict({"request": ConfigRecord({"content": request.content})})
             # The client `llm`, everyone's data at one place, has no node: any may answer.
             node = node_of.get(request.client, min(node_of.values()))
-            (message_id,) = grid.push_messages([Message(content, node, MessageType.TRAIN)])
-            waiting[message_id] = index, len(request.content)
+            sent = list(grid.push_messages([Message(content, node, MessageType.TRAIN)]))
+            if not sent:
+                yield Reply(index, error="its node cannot be reached")
+            for message_id in sent:
+                waiting[message_id], asked[message_id] = (index, len(request.content)), index
         if not waiting:
             return
         found = list(grid.pull_messages(list(waiting)))
+        if stopped.is_set():
+            raise LegolmError("federation.engine flower: was stopped")
         for reply in found:
-            yield _read(waiting.pop(reply.metadata.reply_to_message_id)[0], reply)
+            message_id = reply.metadata.reply_to_message_id
+            waiting.pop(message_id, None)
+            yield _read(asked.get(message_id, UNASKED), reply)
         if deadline_s is not None and time.monotonic() - began > deadline_s:
             for index in [*(index for index, _ in waiting.values()), *(index for index, _ in queue)]:
                 yield Reply(index, error=late(deadline_s))
@@ -108,14 +193,15 @@ def _exchange(
 
 
 def _read(index: int, reply: Message) -> Reply:
+    """What came, whatever it holds: a client may send anything."""
     if reply.has_error():
-        return Reply(index, error=(reply.error.reason or "the client crashed").strip().splitlines()[-1])
-    record = reply.content["reply"]
-    if "error" in record:
-        return Reply(index, error=str(record["error"]))
-    content = record["content"]
-    assert isinstance(content, bytes)
-    return Reply(index, content)
+        lines = (reply.error.reason or "").strip().splitlines()
+        return Reply(index, error=lines[-1] if lines else "the client crashed")
+    record = reply.content.config_records.get("reply", ConfigRecord())
+    content, error = record.get("content"), record.get("error")
+    if isinstance(content, bytes) and error is None:
+        return Reply(index, content)
+    return Reply(index, error=str(error or "its message has no reply in it"))
 
 
 def _wait_for_nodes(grid: Grid, count: int) -> list[int]:

@@ -9,6 +9,7 @@ what the codec or the saliency mask lost of it for its next answer (error feedba
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -119,9 +120,17 @@ def open_(request: TrainRequest, coverage: Coverage, content: Tensors) -> Opened
 
 
 def answer(
-    request: TrainRequest, content: Tensors, delta: Tensors, examples: int, metrics: dict[str, float], lost: Tensors
+    request: TrainRequest,
+    content: Tensors,
+    delta: Tensors,
+    examples: int,
+    metrics: dict[str, float],
+    lost: Tensors,
+    keep: Callable[[Tensors], str] = lambda left: "",
 ) -> tuple[bytes, Tensors]:
     """The reply with this change, and what of it does not arrive; `lost` is what the last one lost.
+
+    `keep` keeps that for the client's next round, and gives the hash of what it wrote.
 
     Without `error_feedback` nothing is kept or added: the factors of another round may be others.
     """
@@ -138,6 +147,7 @@ def answer(
         received_hash=tensors_hash(content),
         examples=examples,
         metrics=metrics,
+        state=keep(left),
     )
     return pack(reply, encoded), left
 
@@ -155,10 +165,14 @@ def accept(content: bytes, request: TrainRequest, broadcast: Broadcast) -> Updat
         if getattr(reply, name) != value:
             raise LegolmError(f"{name} is {getattr(reply, name)!r}; asked for {value!r}")
     delta = codec.decode(tensors, request.settings.codec, broadcast.trained, request.settings.keep)
-    check_finite(delta)
-    _check_size(delta)
     try:
-        training = Training.model_validate(reply.metrics)
+        check_finite(delta)
+        _check_size(delta)
+    except LegolmError as error:
+        rate = request.settings.train.learning_rate
+        raise LegolmError(f"{error}; if training diverged, lower train.learning_rate, {rate:g}") from None
+    try:
+        training = Training.model_validate(reply.metrics | {"state": reply.state or None})
     except ValidationError as error:
         problem = error.errors()[0]
         raise LegolmError(f"metrics.{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}") from None

@@ -1,0 +1,140 @@
+"""What a run wrote is checked by its hashes: what can be made again is taken away, and what cannot is an error."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from legolm.config import RunConfig
+from legolm.errors import LegolmError
+from legolm.runs.folder import UPDATES, RunDir
+from legolm.runs.records import ANEW, Record, RoundRecord, dump_sealed, read_sealed
+from legolm.runs.store import check_state, read_stage
+from legolm.system import file_hash
+
+HASHES = "hashes.json"
+REMEDY = "restore it, or let `legolm run --resume` make it again"
+
+
+class Hashes(Record):
+    """`hashes.json` of a block's or final model's folder: of each other file in it, by its path there."""
+
+    schema_number: Literal[2] = 2
+    files: dict[str, str]
+
+
+def seal(folder: Path) -> None:
+    """Write the hashes of all that a folder holds."""
+    files = {str(path.relative_to(folder)): file_hash(path) for path in _files(folder)}
+    (folder / HASHES).write_text(dump_sealed(Hashes(files=files)), encoding="utf-8")
+
+
+def check_sealed(folder: Path) -> dict[str, str]:
+    """The hashes of a sealed folder. Raises `LegolmError` with the first file that is lost or not what was written."""
+    known = read_sealed(folder / HASHES, Hashes).files
+    for name, wanted in known.items():
+        if not (folder / name).is_file():
+            raise LegolmError(f"{folder / name}: is lost; {REMEDY}")
+        if file_hash(folder / name) != wanted:
+            raise LegolmError(f"{folder / name}: is not what the run wrote (its hash differs); {REMEDY}")
+    return known
+
+
+def mend(run: RunDir, config: RunConfig, note: Callable[[str], None]) -> dict[str, dict[str, str]]:
+    """Take away damaged blocks, final models and clients' stages, which are made again, and say so.
+
+    The hashes of each block's files that was taken away, by its name. Raises `LegolmError` for what cannot be made
+    again: a round, what clients keep for their next one, and what the run stands on.
+    """
+    done = run.rounds_done()
+    records = [_check_round(run.round(number), note) for number in range(done + 1) if run.round(number).exists()]
+    _check_clients(run, records)
+    for path in _after(run, done):
+        note(f"{path}: is made again, for an earlier round is not there")
+        shutil.rmtree(path)
+    for stage in ("local", "personal"):
+        for client in config.clients:
+            path = run.client_stage(stage, client.id)
+            if path.exists() and _is_damaged(path, partial(_check_stage, path), note):
+                shutil.rmtree(path)
+    again: dict[str, dict[str, str]] = {}
+    for block in config.blocks:
+        path = run.block(block.name)
+        if path.exists() and not (path / HASHES).exists():
+            seal(path)  # the process was killed when the block was cut and others were not
+        if path.exists() and _is_damaged(path, partial(check_sealed, path), note):
+            again[block.name] = _known(path)
+            shutil.rmtree(path)
+    for name in ("llm", *(client.id for client in config.clients)):
+        path = run.final(name)
+        if path.exists() and _is_damaged(path, partial(check_sealed, path), note):
+            shutil.rmtree(path)
+    return again
+
+
+def check_same(folder: Path, was: dict[str, str]) -> None:
+    """Raise `LegolmError` where a block that was made again has other weights than the one that the rounds trained."""
+    now = check_sealed(folder)
+    if any(now.get(name) != wanted for name, wanted in was.items() if name.endswith(".safetensors")):
+        shutil.rmtree(folder)
+        raise LegolmError(f"{folder}: cannot be made again as it was (other weights came); restore it, or {ANEW}")
+
+
+def _check_round(path: Path, note: Callable[[str], None]) -> RoundRecord:
+    record = read_stage(path)
+    assert isinstance(record, RoundRecord)
+    check_state(path, record)
+    for client, wanted in record.updates.items():
+        file = path / UPDATES / f"{client}.safetensors"
+        if not file.is_file() or file_hash(file) != wanted:
+            note(f"{file}: is lost or not what the client sent; nothing can be left out of this run (legolm ablate)")
+    return record
+
+
+def _check_clients(run: RunDir, records: list[RoundRecord]) -> None:
+    """What each client kept after its last round that counted: its next one goes on from there."""
+    last = {id: (record.round, training.state) for record in records for id, training in record.train.items()}
+    for id, (number, wanted) in last.items():
+        file = run.client_state(id) / f"{number:04d}.safetensors"
+        if wanted and (not file.is_file() or file_hash(file) != wanted):
+            raise LegolmError(
+                f"{file}: is lost or not what client {id} kept (its hash differs from that in {run.round(number)}); "
+                f"restore it, or {ANEW}"
+            )
+
+
+def _after(run: RunDir, done: int) -> list[Path]:
+    """Rounds after the first that is missing, and personal steps that went on from them."""
+    later = sorted(path for path in run.round(0).parent.glob("[0-9]*") if int(path.name) > done)
+    if not run.round(0).exists():
+        later = [*sorted(run.round(0).parent.glob("[0-9]*")), run.path / "local"]
+    followers = [run.path / "personal", run.path / "final"] if later else []
+    return [path for path in [*later, *followers] if path.exists()]
+
+
+def _check_stage(path: Path) -> None:
+    check_state(path, read_stage(path))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != HASHES)
+
+
+def _is_damaged(path: Path, check: Callable[[], object], note: Callable[[str], None]) -> bool:
+    try:
+        check()
+    except LegolmError as error:
+        what = str(error).partition(";")[0]  # without its way out, which is this one
+        note(f"{what}; {path} is made again")
+        return True
+    return False
+
+
+def _known(folder: Path) -> dict[str, str]:
+    try:
+        return read_sealed(folder / HASHES, Hashes).files
+    except LegolmError:
+        return {}

@@ -1,0 +1,97 @@
+"""What a resumed run may change of its config: what does not change the past."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from legolm.config import BlockConfig, RunConfig
+
+FREE = (
+    "federation.engine",
+    "federation.threads",
+    "federation.deadline_s",
+    "federation.min_replies",
+    "evaluate.batch_size",
+    "evaluate.local_only",
+)
+"""Fields that change nothing that was done."""
+AGAIN: Mapping[str, tuple[str, ...]] = {
+    # Alone, a client trains as many steps as in all rounds and the personal step.
+    "federation.rounds": ("local", "personal", "final"),
+    "federation.personal_steps": ("local", "personal", "final"),
+    "evaluate.others": ("local", "personal"),
+}
+"""Fields that leave the rounds as they are, with the stages to make again."""
+TAKES = ", ".join([*FREE, *AGAIN, "clients' joins and leaves in rounds to come"])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A field by its path in the config, and its two values; a part that is not there is None."""
+
+    field: str
+    old: Any
+    new: Any
+
+
+def differences(known: RunConfig, asked: RunConfig) -> list[Difference]:
+    """Every field that differs; blocks with their recovery decided, and last."""
+    one, two = (config.model_copy(update={"blocks": _decided(config)}) for config in (known, asked))
+    found = _differences(one.model_dump(mode="json"), two.model_dump(mode="json"), "")
+    return sorted(found, key=lambda one: one.field.startswith("blocks."))  # their recovery may follow from the others
+
+
+def refusal(one: Difference, known: RunConfig, asked: RunConfig, done: int) -> str | None:
+    """Why a run with `done` finished rounds cannot go on with this change; None where it can."""
+    if one.field == "federation.rounds" and one.new < done:
+        return f"{done} rounds are done; give at least as many"
+    if one.field in FREE or one.field in AGAIN:
+        return None
+    section, _, rest = one.field.partition(".")
+    index, _, field = rest.partition(".")
+    if section == "clients" and field in ("joins", "leaves"):
+        before, after = known.clients[int(index)], asked.clients[int(index)]
+        other = [number for number in range(1, done + 1) if before.there(number) != after.there(number)]
+        return f"round {other[0]} is done, with other clients" if other else None
+    return f"a resumed run may change {TAKES}"
+
+
+def settled(known: RunConfig, asked: RunConfig) -> RunConfig:
+    """What the config leaves open, as the run decided it: `precision: auto`, and how long its blocks recover."""
+    if asked.precision == "auto":
+        asked = asked.model_copy(update={"precision": known.precision})
+    was = {block.name: block for block in _decided(known)}
+    if _decided(asked) == list(was.values()):
+        return asked
+    blocks = []
+    for one in asked.blocks:
+        old = was.get(one.name, one)
+        decided = one.model_copy(update={"recover": one.recover.model_copy(update={"steps": old.recover.steps})})
+        blocks.append(old if one.may_recover and decided == old else one)
+    return asked.model_copy(update={"blocks": blocks})
+
+
+def _decided(config: RunConfig) -> list[BlockConfig]:
+    """The blocks with the steps of their recovery, 0 where there is none."""
+    return [
+        cut.model_copy(update={"recover": cut.recover.model_copy(update={"steps": cut.recover.steps or 0})})
+        if block.may_recover
+        else cut
+        for block, cut in zip(config.blocks, config.cuts, strict=True)
+    ]
+
+
+def _differences(known: Any, asked: Any, field: str) -> Iterator[Difference]:
+    parts: Sequence[Any] = ()
+    if isinstance(known, dict) and isinstance(asked, dict):
+        parts = [*known, *(key for key in asked if key not in known)]
+        values = [(known.get(key), asked.get(key)) for key in parts]
+    elif isinstance(known, list) and isinstance(asked, list) and len(known) == len(asked):
+        parts, values = range(len(known)), list(zip(known, asked, strict=True))
+    if parts:
+        for part, (one, two) in zip(parts, values, strict=True):
+            yield from _differences(one, two, f"{field}.{part}" if field else str(part))
+    elif known != asked:
+        yield Difference(field, known, asked)

@@ -1,0 +1,248 @@
+"""A resumed run: what it may change, what it makes again, what it refuses, and what its times count."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from helpers import assert_one_line, legolm, without_clocks
+from legolm import config as configs
+from legolm import pipeline
+from legolm.errors import LegolmError
+from legolm.federate.transport import Exchange, Reply, Request, run_local
+from legolm.federate.transport.engine import Body
+from legolm.runs import Clock, RunDir, Summary, dump_sealed
+from legolm.runs.repair import Hashes
+from legolm.runs.resume import differences, settled
+from legolm.system import Progress
+
+
+@pytest.fixture(scope="module")
+def home(three_clients: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`run.yaml`, two rounds in int8 whose clients keep what it lost and a personal step, finished in `out`."""
+    folder = tmp_path_factory.mktemp("home")
+    data = {"train": f"{folder}/data/*.jsonl", "limit_test": 1, "limit_validation": 1}
+    federation = {"engine": "local", "rounds": 2, "personal_steps": 1, "codec": "int8", "keep_updates": True}
+    raw = three_clients(folder, ("wide", "dense", "dense"), rows=10, data=data, federation=federation)
+    raw["train"]["schedule"] = "constant"
+    (folder / "run.yaml").write_text(json.dumps(raw))
+    resume(folder, "out")
+    return folder
+
+
+def resume(home: Path, out: str | Path, *sets: str) -> tuple[Summary, str]:
+    """The run's summary and what it said."""
+    said = StringIO()
+    progress = Progress(Console(file=said, width=500))
+    found = pipeline.run(configs.load(home / "run.yaml", list(sets)), home / out, resume=True, progress=progress)
+    return found, said.getvalue()
+
+
+def copy(home: Path, to: Path) -> Path:
+    shutil.copytree(home / "out", to)
+    return to
+
+
+def assert_same(one: Path, two: Path) -> None:
+    """Everything that a run ends with, bit for bit, but its clocks and how it got there."""
+    names = sorted(str(path.relative_to(one)) for path in one.rglob("*.safetensors"))
+    assert names == sorted(str(path.relative_to(two)) for path in two.rglob("*.safetensors"))
+    for name in names:
+        if "updates/" not in name:  # each says how long it took
+            first, second = load_file(one / name), load_file(two / name)
+            assert all(torch.equal(first[key], second[key]) for key in first), name
+    summaries = [json.loads((folder / "summary.json").read_text()) | {"changes": []} for folder in (one, two)]
+    assert without_clocks(summaries[0]) == without_clocks(summaries[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ("federation.rounds=3", "training alone, the personal step, the final models"),
+        ("federation.personal_steps=2", "training alone, the personal step, the final models"),
+        ("evaluate.others=1", "training alone, the personal step"),
+        ("evaluate.local_only=false", None),
+    ],
+)
+def test_a_changed_run_ends_where_one_begun_so_ends(change: str, again: str | None, home: Path, tmp_path: Path) -> None:
+    out = copy(home, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (out / "rounds").rglob("*")}
+    _, said = resume(home, out, change)
+    field, _, value = change.partition("=")
+    if again:
+        assert f"note: {field} was " in said and f" is {value}; rounds 1 to 2 stay; made again: {again}\n" in said
+    assert "rounds to come" not in said  # its rates do not depend on how many there are
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items() if path.is_file())
+    if not again:
+        shutil.rmtree(out / "local")  # kept, in case it is asked for again
+    resume(home, tmp_path / "begun", change)
+    assert_same(tmp_path / "begun", out)
+    _, said = resume(home, out, change)  # finished: nothing is said or made again
+    assert "note" not in said and "train" not in said
+
+
+def test_a_change_is_recorded_and_said_where_rates_follow_the_whole_run(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = ("train.schedule=cosine", "evaluate.local_only=false", "federation.personal_steps=0")
+    resume(home, out, *settings, "federation.rounds=1")
+    found, said = resume(home, out, *settings)
+    assert "federation.rounds was 1 and is 2; round 1 stays; made again: the final models" in said
+    assert "train.schedule cosine follows the steps of the whole run" in said
+    (change,) = found.changes
+    assert (change.field, change.old, change.new, change.rounds) == ("federation.rounds", 1, 2, 1)
+    assert "federation.rounds was changed from 1 to 2 after round 1" in (out / "report.html").read_text()
+
+
+def test_what_the_past_stands_on_is_refused_by_name(home: Path, tmp_path: Path) -> None:
+    out = copy(home, tmp_path / "out")
+    for change, says in (
+        ("federation.rounds=1", "`federation.rounds` differs (was 2, is 1); set it back, or give another --out: 2 rou"),
+        ("train.learning_rate=0.02", "`train.learning_rate` differs (was 0.01, is 0.02)"),
+        (
+            "clients.0.leaves=1",
+            "`clients.0.leaves` differs (was null, is 1); set it back, or give another --out: round 2",
+        ),
+        ("clients.1.block=wide", '`clients.1.block` differs (was "dense", is "wide")'),
+        ("evaluate.scores=own", '`evaluate.scores` differs (was "everyone", is "own")'),
+    ):
+        assert_one_line(legolm("run", home / "run.yaml", "--out", out, "--resume", "--set", change), says)
+    # An edited config.yaml is a wish like any other, not what the run did.
+    written = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(written.replace("seed: 0", "seed: 1"))
+    assert_one_line(legolm("run", out / "config.yaml", "--out", out, "--resume"), "`seed` differs (was 0, is 1)")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+MADE_AGAIN = (
+    "blocks/wide/model.safetensors",
+    "blocks/wide/coverage.safetensors",
+    "blocks/wide/manifest.json",
+    "blocks/wide/config.json",
+    "blocks/wide/hashes.json",
+    "local/fr/adapter.safetensors",
+    "local/de/metrics.json",
+    "personal/fr/adapter.safetensors",
+    "personal/es/metrics.json",
+    "final/fr/model.safetensors",
+    "final/llm/factors.safetensors",
+    "final/de/adapter/adapter_model.safetensors",
+    "final/de/tokenizer.json",
+)
+SILENT = ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "clients.csv", "rounds.csv")
+KEPT = (
+    "rounds/0000/adapter.safetensors",
+    "rounds/0001/adapter.safetensors",
+    "rounds/0002/metrics.json",
+    "clients/fr/0002.safetensors",
+    "run.json",
+)
+
+
+def test_each_damaged_file_is_made_again_or_named(home: Path, tmp_path: Path) -> None:
+    for name in (*MADE_AGAIN, *SILENT, "clock.json", "rounds/0001/updates/fr.safetensors"):
+        out = copy(home, tmp_path / "out")
+        flip(out / name)
+        _, said = resume(home, out)
+        if name in MADE_AGAIN:
+            folder = "/".join(name.split("/")[:2])
+            assert f"{out / folder} is made again" in said, name
+        elif name not in SILENT:
+            assert f"{out / name}: is " in said, name
+        assert_same(home / "out", out)
+        shutil.rmtree(out)
+    for name in KEPT:
+        out = copy(home, tmp_path / "out")
+        flip(out / name)
+        assert_one_line(legolm("run", home / "run.yaml", "--out", out, "--resume"), f"{out / name}: is ")
+        (out / name).unlink()
+        assert_one_line(legolm("run", home / "run.yaml", "--out", out, "--resume"), str(out / name))
+        shutil.rmtree(out)
+
+
+def test_rounds_after_one_that_is_gone_are_made_again(home: Path, tmp_path: Path) -> None:
+    out = copy(home, tmp_path / "out")
+    shutil.rmtree(out / "rounds" / "0001")
+    for client in ("fr", "de", "es"):  # as they were after the round before
+        shutil.rmtree(out / "clients" / client)
+    _, said = resume(home, out)
+    assert f"{out}/rounds/0002: is made again, for an earlier round is not there" in said
+    assert_same(home / "out", out)
+
+
+def test_a_block_that_cannot_be_made_again_as_it_was_is_named(home: Path, tmp_path: Path) -> None:
+    out = copy(home, tmp_path / "out")
+    hashes = json.loads((out / "blocks" / "wide" / "hashes.json").read_text())["files"]
+    # As where another machine cuts otherwise.
+    files = hashes | {"model.safetensors": "0"}
+    (out / "blocks" / "wide" / "hashes.json").write_text(dump_sealed(Hashes(files=files)))
+    with pytest.raises(LegolmError, match=r"blocks/wide: cannot be made again as it was"):
+        resume(home, out)
+    assert not (out / "blocks" / "wide").exists()
+
+
+def test_work_before_an_interruption_counts(home: Path, tmp_path: Path) -> None:
+    def interrupted(run: RunDir, config: configs.RunConfig, actors: int, body: Body) -> None:
+        def wrap(exchange: Exchange) -> Exchange:
+            def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                for reply in exchange(requests, deadline_s):
+                    if (run.path / "rounds" / "0001").exists():
+                        time.sleep(0.4)
+                        raise KeyboardInterrupt
+                    yield reply
+
+            return changed
+
+        run_local(run, config, actors, lambda exchange: body(wrap(exchange)))
+
+    out, sets = tmp_path / "out", ["evaluate.local_only=false", "federation.personal_steps=0"]
+    config = configs.load(home / "run.yaml", sets)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(config, out, resume=True, engine=interrupted)
+    found, _ = resume(home, out, *sets)
+    assert found.history[2].seconds > 0.8
+    assert found.seconds["rounds"] > 0.8
+    began = time.perf_counter()
+    again, _ = resume(home, out, *sets)
+    assert 0 < again.wall_s - found.wall_s < time.perf_counter() - began + 0.1
+    assert again.seconds["rounds"] == found.seconds["rounds"]
+
+
+def test_a_killed_process_loses_a_second_at_most(tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "clock.json")
+    with clock.stage("round 1"):
+        time.sleep(1.1)
+        clock.tick()
+        later = Clock(tmp_path / "clock.json")  # another process, after this one was killed
+        assert later.seconds("round 1") > 1 and later.wall > 1
+    with later.stage("round 1"):
+        assert later.seconds("round 1") > 1.1 - 0.1
+    assert Clock(tmp_path / "clock.json").seconds("round 1") == 0  # its record has it
+
+
+def test_how_long_blocks_recover_stays_as_it_was_decided(home: Path) -> None:
+    def config(*sets: str) -> configs.RunConfig:
+        return configs.load(home / "run.yaml", ["train.steps=8", *sets])
+
+    one, two, three = (config(f"federation.rounds={rounds}") for rounds in (1, 2, 3))
+    for known, asked, steps in ((one, two, 0), (two, three, 16), (two, two, None)):
+        found = settled(known, asked)
+        assert found.blocks[0].recover.steps == steps
+        assert {change.field for change in differences(known, found)} <= {"federation.rounds"}
+    longer = config("federation.rounds=2", "blocks.0.recover.steps=20")
+    assert [change.field for change in differences(two, settled(two, longer))] == ["blocks.0.recover.steps"]
