@@ -44,7 +44,7 @@ def split(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         held, train = [rows[i] for i in order[:HELD_OUT]], [rows[i] for i in order[HELD_OUT:]]
     else:
-        parts = starter_parts(0).values()
+        parts = starter_parts("starter", seed=0).values()
         train = [example for part in parts for example in part.train]
         held = [part.test[i] for part in parts for i in range(HELD_OUT // len(parts))]
     return tuple([render(row, tokenizer, 512) for row in part] for part in (train, held))  # type: ignore[return-value]

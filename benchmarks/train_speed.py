@@ -44,7 +44,7 @@ def examples(options: argparse.Namespace) -> list[Any]:
     if options.data:
         parts = [[to_example(row, Fields()) for row in read_rows(file, "--data")] for file in options.data]
     else:
-        parts = [list(part.train) for part in starter_parts(0).values()]
+        parts = [list(part.train) for part in starter_parts("starter", seed=0).values()]
     tokenizer = load_tokenizer(resolve(options.model))
     wanted = BATCH * (options.steps + 1)
     mixed = [parts[i % len(parts)][i // len(parts)] for i in range(wanted)]

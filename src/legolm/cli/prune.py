@@ -24,7 +24,9 @@ def prune(
     intermediate_size: Annotated[str | None, typer.Option(help="structured: MLP neurons kept")] = None,
     num_key_value_heads: Annotated[str | None, typer.Option(help="structured: KV groups kept")] = None,
     num_hidden_layers: Annotated[str | None, typer.Option(help="structured: layers kept")] = None,
-    calibration: Annotated[str, typer.Option(help="`starter`, `pydoc`, a text file or conversations")] = "pydoc",
+    calibration: Annotated[
+        str, typer.Option(help="`starter-dates`, `starter`, `pydoc`, text or conversations")
+    ] = "pydoc",
     statistics: Annotated[list[Path] | None, typer.Option(help="instead: a file of `legolm calibrate`; repeat")] = None,
     samples: Annotated[int, typer.Option(help="calibration samples")] = 32,
     length: Annotated[int, typer.Option(help="tokens a calibration sample")] = 256,

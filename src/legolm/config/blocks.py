@@ -14,8 +14,8 @@ from legolm.config.section import Fields, LocalPath, Name, OpenSection, Quantity
 class CalibrationConfig(Section):
     """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`).
 
-    `text` is `starter`, `pydoc` (Python's help topics), a text file, or a file of conversations (JSON, JSONL, CSV,
-    Parquet), which is rendered with the model's chat template.
+    `text` is `starter-dates` or `starter`, `pydoc` (Python's help topics), a text file, or a file of conversations
+    (JSON, JSONL, CSV, Parquet), which is rendered with the model's chat template.
     """
 
     text: str = "starter"

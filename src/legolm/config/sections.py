@@ -36,7 +36,8 @@ class Split(Section):
 
 
 class DataConfig(Section):
-    """Examples: the built-in starter set, files (JSON, JSONL, CSV, Parquet; globs allowed) or a hub data set.
+    """Examples: a built-in set (`starter-dates`, `starter`), files (JSON, JSONL, CSV, Parquet; globs allowed) or
+    a hub data set.
 
     `validation` and `test` are paths like `train`, or a share of each client's training rows to hold out.
     """

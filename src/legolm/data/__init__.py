@@ -5,6 +5,7 @@ from legolm.data.examples import ClientData, Example, Message
 from legolm.data.render import Tokens, check_whole, render, render_whole
 from legolm.data.sources import check_apart, read_rows, read_text, to_example, with_system
 from legolm.data.split import client_data, data_fingerprint, load_parts
+from legolm.data.starter import is_starter
 
 __all__ = [
     "ClientData",
@@ -17,6 +18,7 @@ __all__ = [
     "check_whole",
     "client_data",
     "data_fingerprint",
+    "is_starter",
     "load_parts",
     "read_rows",
     "read_text",

@@ -16,7 +16,7 @@ from legolm.config import CalibrationConfig, Fields
 from legolm.data.examples import Example
 from legolm.data.render import render
 from legolm.data.sources import DATA_SUFFIXES, paths_of, read_rows, read_text, to_example
-from legolm.data.starter import public_starter_text
+from legolm.data.starter import is_starter, public_starter_text
 from legolm.errors import LegolmError
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ def calibration_tokens(
 ) -> Tensor:
     """Windows of the text that do not overlap, drawn by `seed`: (samples, length) int64; or, if `fewer`, as are there.
 
-    Conversations are rendered with the chat template and packed together; `starter` alternates between some and the
-    prose of Python's help topics. Raises `LegolmError` if the text is missing or too short.
+    Conversations are rendered with the chat template and packed together; a starter set alternates between
+    some and the prose of Python's help topics. Raises `LegolmError` if the text is missing or too short.
     """
-    if config.text in ("starter", "pydoc"):
+    if is_starter(config.text) or config.text == "pydoc":
         streams = [_prose("\n".join(topics.values()), tokenizer)]
-        if config.text == "starter":
-            streams.insert(0, _conversations(public_starter_text(), config, tokenizer, seed))
+        if is_starter(config.text):
+            streams.insert(0, _conversations(public_starter_text(config.text), config, tokenizer, seed))
     elif Path(config.text).suffix in DATA_SUFFIXES:
         rows = read_rows(config.text, "calibration.text")
         streams = [_conversations([to_example(row, config.fields) for row in rows], config, tokenizer, seed)]
@@ -59,7 +59,7 @@ def check_text(text: str, fields: Fields, field: str) -> None:
     if Path(text).suffix in DATA_SUFFIXES:
         for row in read_rows(text, field):
             to_example(row, fields)
-    elif text not in ("starter", "pydoc"):
+    elif not is_starter(text) and text != "pydoc":
         _read_prose(text, field)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from legolm.config import DataConfig, RunConfig, SiteConfig
 from legolm.data.examples import ClientData, Example
 from legolm.data.sources import Row, check_apart, read_rows, to_example, with_system
-from legolm.data.starter import SplitName, starter_parts
+from legolm.data.starter import SplitName, is_starter, starter_parts
 from legolm.errors import LegolmError
 
 Groups = dict[str, list[Example]]
@@ -35,9 +35,9 @@ def load_parts(config: DataConfig, clients: Sequence[str], seed: int) -> dict[st
     The starter data and splits by file or column have parts of their own; IID and Dirichlet splits deal all
     rows to the names given. Raises `LegolmError` for a bad row, an unknown part, or one with an empty split.
     """
-    if config.train == "starter":
+    if is_starter(config.train):
         _refuse_what_starter_ignores(config)
-        parts = starter_parts(seed)
+        parts = starter_parts(config.train, seed)
         _check_known(clients, parts)
         return {client: _finish(parts[client], config) for client in clients}
     sources = {split: getattr(config, split) for split in _SPLITS}

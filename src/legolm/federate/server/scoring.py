@@ -15,7 +15,7 @@ from legolm.adapter import Tensors, tensors_hash
 from legolm.aggregate import Scheme
 from legolm.block import Block
 from legolm.config import RunConfig
-from legolm.data import Example, check_apart, read_rows, to_example, with_system
+from legolm.data import Example, check_apart, is_starter, read_rows, to_example, with_system
 from legolm.errors import LegolmError
 from legolm.federate.client import ClientRuntime, Profile, only
 from legolm.federate.client import Split as AnySplit
@@ -183,7 +183,7 @@ def server_examples(config: RunConfig) -> list[Example]:
     data, source = config.data, config.evaluate.server_data
     if source is None:
         return []
-    if data.train != "starter":
+    if not is_starter(data.train):
         check_apart(data.train, source, "evaluate.server_data")
     rows = read_rows(source, "evaluate.server_data")
     found = [with_system(to_example(row, data.fields), data.system) for row in rows]
