@@ -18,7 +18,7 @@ from legolm.adapter import merge, save_adapter, save_factors
 from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
-from legolm.federate.server import Rounds
+from legolm.federate.server import Rounds, ask
 from legolm.federate.transport import Engine, engine_for
 from legolm.models import (
     choose_precision,
@@ -58,7 +58,8 @@ def run(
     """Run `config` in the folder `out` and return its summary. Raises `LegolmError` for bad input.
 
     `engine` replaces the configured one, for tests and for other transports. Runs with the same `store` share blocks
-    and their scores before training. Without `models` no final models are written; a resumed run would.
+    and their scores before training. Without `models` no final models are written and no sample
+    answers asked for; a resumed run would.
     """
     began = time.perf_counter()
     need_matplotlib()
@@ -94,9 +95,11 @@ def _run(
         engine(folder, config, plan.actors, rounds.run)
     if models:
         _write_final(folder, config, plan, blocks, block_of, rounds, progress)
+    samples = ask(folder, config, blocks, block_of, rounds, progress) if models else []
 
     seconds = time.perf_counter() - began
     summary = summarize(config, blocks, block_of, rounds.records(), identity, out.resolve().name, seconds)
+    summary = summary.model_copy(update={"samples": samples})
     summary.write(out)
     write_report(summary, out / "report.html")
     return summary

@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from legolm.adapter import Tensors, concatenated, tensors_hash
@@ -39,6 +40,7 @@ from legolm.runs import (
     Stages,
     Traffic,
     Training,
+    clients_of,
     dump_record,
     load_adapter_state,
     read_record,
@@ -63,7 +65,7 @@ class Rounds:
         progress: Progress,
         shared: Path | None = None,
     ) -> None:
-        self._folder, self._config, self._shared = folder, config, shared
+        self._folder, self._config, self._shared, self._progress = folder, config, shared, progress
         self._members = Members.of(config, blocks, block_of)
         self._dispatch = Dispatch(config, run, self._members, progress)
         self._scoring = Scoring(config, self._members, self._dispatch)
@@ -104,7 +106,16 @@ class Rounds:
             found = self._stages.state(self._folder.client_stage(stage, id))
             if found:  # else its training was passed over, and it has what the rounds gave it
                 return found
-        return self.scheme(self.best("validation")).adapter(members.block[id].coverage, members.rank[id])
+        return self.adapter(id, self.best("validation"))
+
+    def adapter(self, id: str, number: int) -> Tensors:
+        """A client's slice of the global adapter after a finished round."""
+        return self.scheme(number).adapter(self._members.block[id].coverage, self._members.rank[id])
+
+    def alone(self, id: str) -> Tensors:
+        """What a client ended with alone; empty where it was not trained so, or refused."""
+        path = self._folder.client_stage("local", id)
+        return self._stages.state(path) if self._stages.has(path) else {}
 
     def start_hash(self, number: int) -> str:
         """Of the global adapter after this round, from which a last training starts, in the LLM's coordinates."""
@@ -189,6 +200,8 @@ class Rounds:
             self._stages.fill(folder, path, scheme.state(), record)
         self._stages.write_lines()
         self._latest = number, scheme
+        llm = "" if record.llm_validation is None else f"LLM {record.llm_validation:.3f}, "
+        self._progress.say(f"round {number}: loss on validation data: {llm}blocks {record.validation:.3f}")
 
     def _check_enough(
         self, number: int, drawn: Sequence[str], accepted: Sequence[str], refused: Mapping[str, str]
@@ -256,6 +269,8 @@ class Rounds:
 
             self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep)
         self._stages.write_lines()
+        loss = fmean(one.validation for one in clients_of(self.records(), stage))
+        self._progress.say(f"{stage}: loss on validation data: blocks {loss:.3f}")
 
     # Pieces
 
