@@ -62,7 +62,8 @@ def print_comparison(found: Comparison, out: Path) -> None:
     print_table(("variant", *(f">{COLUMNS[name]}" for name in columns)), rows)
     console = Console()
     console.print(f"\n{LEGEND}{seeds(found)}\n", highlight=False)
-    console.print(f"{budget(found)}\ntable {out / 'compare.html'}", highlight=False, soft_wrap=True)
+    console.print(budget(found), highlight=False)
+    console.print(f"table {out / 'compare.html'}", highlight=False, soft_wrap=True)
 
 
 def variants(found: Comparison) -> dict[str, list[CompareRow]]:
@@ -134,9 +135,11 @@ def dots(found: Comparison) -> list[Raw]:
     sent = {name: fmean(one.bytes_down + one.bytes_up for one in runs) for name, runs in every.items()}
     there = [value for value in sent.values() if value > 0] or [1.0]
     low, high = math.log10(min(there)) - 0.3, math.log10(max(there)) + 0.3
-    ticks = {
-        (power - low) / (high - low): f"{10**power / 1e6:g} MB" for power in range(math.ceil(low), math.floor(high) + 1)
-    }
+    steps = [step * 10.0**power for power in range(math.floor(low), math.ceil(high)) for step in (1, 2, 5)]
+    inside = [step for step in steps if low <= math.log10(step) <= high]
+    decades = [step for step in inside if math.log10(step) % 1 == 0]
+    chosen = decades if len(decades) > 2 else inside
+    ticks = {(math.log10(step) - low) / (high - low): f"{step / 1e6:g} MB" for step in chosen}
     panels = []
     for label, loss in _measures(found).items():
         values = {name: known for name, runs in every.items() if (known := _known(loss(one) for one in runs))}
@@ -192,7 +195,7 @@ def _axes(
     """(share of the width, loss) to a place, and the marks of both axes."""
     finite = [value for value in values if math.isfinite(value)] or [0.0]
     least, span = min(finite), (max(finite) - min(finite)) or 1.0
-    right = WIDTH - 14
+    right = WIDTH - 20
 
     def at(share: float, value: float) -> tuple[float, float]:
         height = (value - least) / span if math.isfinite(value) else 1.0

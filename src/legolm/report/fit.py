@@ -33,8 +33,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], keys: int
 def fitted(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, keys: int = 1) -> list[Table]:
     """The tables of `print_table`, none wider than `width`."""
     kept = [i for i in range(len(columns)) if i < keys or any(row[i] for row in rows)]
-    # A head may be folded between its words, a number nowhere.
-    wide = {i: max(cell_len(part) for part in (*columns[i].lstrip(">").split(), *(r[i] for r in rows))) for i in kept}
+    heads = {i: columns[i].removeprefix(">") for i in kept}
+    wide = {i: max(map(cell_len, (heads[i], *(row[i] for row in rows)))) for i in kept}
+    if sum(wide.values()) + GAP * (len(kept) - 1) > width:  # a head may be folded between its words, a number nowhere
+        wide = {i: max(map(cell_len, (*heads[i].split(), *(row[i] for row in rows)))) for i in kept}
     first, rest = kept[:keys], kept[keys:]
     for i in first:
         wide[i] = min(wide[i], MOST_KEY)
@@ -60,7 +62,7 @@ def _table(part: Sequence[int], columns: Sequence[str], rows: Sequence[Sequence[
     table = Table(box=None, pad_edge=False)
     for i in part:
         justify = "right" if columns[i].startswith(">") else "left"
-        table.add_column(Text(columns[i].lstrip(">")), justify=justify, width=wide[i], overflow="fold")  # type: ignore[arg-type]
+        table.add_column(Text(columns[i].removeprefix(">")), justify=justify, width=wide[i], overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*(Text(row[i]) for i in part))
     return table

@@ -132,6 +132,7 @@ def _overview(axes: Any, summary: Summary, data: Data) -> None:
             axes.plot([min(known), max(known)], [i, i], linewidth=1, alpha=0.4, **style)
         for (stage, mark), shift in zip(_MARKS.items(), (0.0, -0.2, 0.0, 0.2), strict=True):
             axes.plot([values[stage]], [i + shift], **mark, **style)
+    axes.locator_params(axis="x", nbins=6)
     axes.set_yticks(range(len(clients)), [_short(client.id) for _, client in clients])
     axes.set(ylim=(len(clients) - 0.4, -0.6), xlim=_limits(summary), xlabel="loss (nats/token)")
     axes.grid(axis="x", color=_GRID, linewidth=0.7, clip_on=False)

@@ -54,10 +54,11 @@ def _settings(settings: Mapping[str, object]) -> str:
 def print_blocks(blocks: Sequence[Block]) -> None:
     """What was cut."""
     rows = [
-        (one.name, one.method, f"{one.sparsity:.3f}", _count(one.parameters), _mb(one.file_bytes), str(one.path))
-        for one in blocks
+        (one.name, one.method, f"{one.sparsity:.3f}", _count(one.parameters), _mb(one.file_bytes)) for one in blocks
     ]
-    print_table(("block", "method", ">sparsity", ">parameters", ">on disk", "folder"), rows)
+    print_table(("block", "method", ">sparsity", ">parameters", ">on disk"), rows)
+    for one in blocks:
+        Console().print(f"folder {one.path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_coverage(block: Block) -> None:
@@ -104,20 +105,23 @@ def _sizes(coverage: Coverage) -> tuple[str, ...]:
 
 def print_summary(summary: Summary, out: Path) -> None:
     """The figures of a finished run, and where its files are."""
-    columns = [(data, stage) for data in scored(summary) for stage in stages_of(summary)]
-    rows = []
-    for client in summary.clients:
-        losses = (client.loss(data).get(stage) for data, stage in columns)
-        rows.append((client.id, client.block, *("" if loss is None else f"{loss:.2f}" for loss in losses)))
-    heads = ("client", "block", *(f">{data} {stage}" for data, stage in columns))
-    print_table(heads, rows, title="Loss per answer token (nats) on test data")
+    for data in scored(summary):
+        stages = [stage for stage in stages_of(summary) if any(stage in one.loss(data) for one in summary.clients)]
+        rows = []
+        for client in summary.clients:
+            losses, exact = client.loss(data), client.exact_match(data)
+            cells = (f"{losses[one]:.2f} {exact.get(one, 0):4.0%}" if one in losses else "" for one in stages)
+            rows.append((client.id, client.block, *cells))
+        whose = "the clients' own" if data == "own" else "other clients'"
+        title = f"Loss (nats per answer token) and exact answers on {whose} test data"
+        print_table(("client", "block", *(f">{stage}" for stage in stages)), rows, title=title)
     print_samples(summary)
     console = Console()
     llm, lines, took = summary.llm, notes(summary), f"{summary.wall_s:.0f} s."
     if llm.loss_before is not None and llm.loss_after is not None:
-        data = "all clients' test data" if summary.scores == "everyone" else "the server's own test data"
+        asked = "all clients' test data" if summary.scores == "everyone" else "the server's own test data"
         took = (
-            f"LLM on {data}: {llm.loss_before:.2f} before, {llm.loss_after:.2f} after round {llm.best_round} of "
+            f"LLM on {asked}: {llm.loss_before:.2f} before, {llm.loss_after:.2f} after round {llm.best_round} of "
             f"{summary.rounds}. {took}"
         )
     lines += [took, f"report {out / 'report.html'}", f"models {out / 'final'}"]

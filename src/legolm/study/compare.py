@@ -64,9 +64,11 @@ def compare(
     for place, (config, _) in planned.items():
         RunDir(out / place).check(with_precision(config, out / place), resume=True)
     for number, (place, (config, plan)) in enumerate(planned.items(), 1):
-        progress, folder = Progress(of=f"{place} ({number} of {len(planned)})"), out / place
+        name, folder = Path(place).name, out / place
+        whose = name if seeds == 1 else f"{name}, seed {config.seed}"
+        progress = Progress(of=f"{whose} ({number} of {len(planned)})")
         summary = run(config, folder, folder.exists(), progress, store=store, models=models)
-        rows.append(found := row(Path(place).name, config, plan, summary, folder))
+        rows.append(found := row(name, config, plan, summary, folder))
         llm = "" if found.llm is None else f"LLM {found.llm:.3f}, "
         others = "" if found.others is None else f", others' {found.others:.3f}"
         progress.say(f"finished; loss on test data: {llm}blocks' own {found.own:.3f}{others}")
