@@ -14,7 +14,7 @@ from legolm.report.fit import print_table
 from legolm.report.page import Raw, document, drawing, figure, section, tag
 from legolm.report.page import table as html_table
 from legolm.report.plots import COLOURS
-from legolm.runs import CompareRow, Comparison
+from legolm.runs import CompareRow, Comparison, on_all_data
 from legolm.system import atomic_write
 
 COLUMNS = {
@@ -186,7 +186,7 @@ def _measures(found: Comparison) -> dict[str, Callable[[CompareRow], float | Non
     data = "all" if any(one.others is not None for one in found.rows) else "own"
     llm: dict[str, Callable[[CompareRow], float | None]] = {"the LLM": lambda one: one.llm}
     some = any(one.llm is not None for one in found.rows)
-    return (llm if some else {}) | {f"blocks, {data} data": _everyone}
+    return (llm if some else {}) | {f"blocks, {data} data": lambda one: on_all_data(one.own, one.others, one.clients)}
 
 
 def _axes(
@@ -235,12 +235,6 @@ def _key(found: Comparison) -> Raw:
         for place, name in enumerate(variants(found))
     ]
     return tag("p", *lines, class_="key lines")
-
-
-def _everyone(one: CompareRow) -> float:
-    """Mean over all (client, data set) pairs: own data is one of as many as there are clients."""
-    others = one.others if one.others is not None else one.own
-    return (one.own + (one.clients - 1) * others) / one.clients
 
 
 def _known(values: Any) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from legolm.block import Block, Coverage
 from legolm.config import RunConfig
-from legolm.evaluation import Evaluation, Result
+from legolm.evaluation import TEXT, Evaluation, Result
 from legolm.plan import Plan
 from legolm.report.fit import print_table, shortened
 from legolm.report.shown import SPEAKERS, notes, scored, stages_of
@@ -180,7 +180,8 @@ def _print_scores(results: Sequence[Result], names: Mapping[str, str]) -> None:
             row[3:] = names[one.against], _with_error(found.difference, found.stderr, "+"), f"{found.p:.3f}"
             row[5] = "<0.001" if found.p < 0.001 else row[5]
         rows.append(row)
-    title = f"{results[0].task}, {results[0].figure.count:,} questions"
+    task = results[0].task
+    title = f"{task}, {results[0].figure.count:,} {'windows' if task == TEXT else 'questions'}"
     print_table(("metric", "model", ">value", "against", ">difference", ">p"), rows, 2, title)
 
 

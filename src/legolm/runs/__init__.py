@@ -43,6 +43,7 @@ from legolm.runs.studies import (
     Losses,
     Paired,
     Point,
+    on_all_data,
 )
 from legolm.runs.summary import (
     STAGES,
@@ -116,6 +117,7 @@ __all__ = [
     "clients_of",
     "dump_record",
     "load_adapter_state",
+    "on_all_data",
     "others_of",
     "parse_record",
     "passed_of",

@@ -78,6 +78,11 @@ class CompareRow(Record):
         }
 
 
+def on_all_data(own: float, others: float | None, clients: int) -> float:
+    """A block's loss on all clients' data, of which its own is one; on its own where others' were not asked."""
+    return own if others is None else (own + (clients - 1) * others) / clients
+
+
 class Comparison(Record):
     """The variants of one study, in its order; with several seeds all of the first seed, then all of the next."""
 

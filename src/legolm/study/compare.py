@@ -33,6 +33,7 @@ from legolm.runs import (
     Summary,
     best_round,
     clients_of,
+    on_all_data,
     read_stages,
     rounds_of,
 )
@@ -159,21 +160,18 @@ def _curve(summary: Summary, rounds: Sequence[RoundRecord], local: Sequence[Clie
     for record, entry in zip(rounds, summary.history, strict=True):
         tokens += sum(one.tokens for one in record.train.values())
         sent += sum(one.up + one.down for one in record.bytes.values())
-        blocks = fmean(_everyone(one.own, one.others, count) for one in entry.clients.values())
+        blocks = fmean(on_all_data(one.own, one.others, count) for one in entry.clients.values())
         llm = None if entry.llm is None else entry.llm.loss
         found.append(Point(round=entry.round, tokens=tokens, bytes=sent, llm=llm, blocks=blocks))
     if local:
         blocks = fmean(
-            _everyone(one.own["local"], one.others.get("local"), count) for one in summary.clients if "local" in one.own
+            on_all_data(one.own["local"], one.others.get("local"), count)
+            for one in summary.clients
+            if "local" in one.own
         )
         tokens = sum(one.train.tokens for one in local)
         found.append(Point(round=1, tokens=tokens, bytes=0, llm=None, blocks=blocks))
     return found
-
-
-def _everyone(own: float, others: float | None, clients: int) -> float:
-    """A block's loss on all clients' data, of which its own is one; on its own where others' were not asked."""
-    return own if others is None else (own + (clients - 1) * others) / clients
 
 
 def _prepared(config: RunConfig, variant: Variant, parts: Parts) -> RunConfig:

@@ -20,6 +20,8 @@ from legolm.system import Progress, atomic_write, release_memory
 ASKED = 5
 SPARE, MOST = 8, 64
 """Tokens generated: as many as the longest wanted answer has and some to spare, at most so many."""
+LONGEST = 1000
+"""Letters kept of a question and of a wanted answer: enough to see what was asked."""
 
 
 def ask(
@@ -75,8 +77,8 @@ def _asked(
         Sample(
             client=id,
             block=block_of[id],
-            question=example.question,
-            wanted=example.wanted,
+            question=_cut(example.question),
+            wanted=_cut(example.wanted),
             answers={speaker: said[speaker] for speaker in get_args(Speaker) if speaker in said},
         )
         for (id, example), said in zip(questions, answers, strict=True)
@@ -99,3 +101,7 @@ def _questions(config: RunConfig) -> list[tuple[str, Example]]:
         ids = [ids[place * len(ids) // ASKED] for place in range(ASKED)]
     turns = [(id, data[id].test[turn]) for turn in range(ASKED) for id in ids if turn < len(data[id].test)]
     return sorted(turns[:ASKED], key=lambda one: ids.index(one[0]))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
