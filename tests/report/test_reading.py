@@ -250,6 +250,10 @@ def test_questions_are_asked_once_and_again_where_the_models_are_others(asked: S
     kept.write_text(found.replace('"of": "', '"of": "0'))
     assert "answer test questions" in legolm("run", asked.study, "--out", asked.out, "--resume").stderr
     assert kept.read_text() == found
+    kept.write_text(found[:-20])
+    broken = legolm("run", asked.study, "--out", asked.out, "--resume")
+    assert broken.returncode == 0 and "answers.json: is broken" in broken.stderr and "it is made again" in broken.stderr
+    assert kept.read_text() == found
 
 
 def test_where_data_are_the_clients_own_nobody_asks(asked: Study, tmp_path: Path) -> None:

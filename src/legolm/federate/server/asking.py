@@ -10,6 +10,7 @@ from legolm.adapter import Tensors, merged
 from legolm.block import Block
 from legolm.config import RunConfig
 from legolm.data import Example, client_data, render
+from legolm.errors import LegolmError
 from legolm.evaluation import generate
 from legolm.federate.server.loop import Rounds
 from legolm.federate.server.members import LLM
@@ -39,9 +40,16 @@ def ask(
     if config.evaluate.scores == "own":
         return []
     path = folder.path / "answers.json"
-    of = hashlib.sha256("".join(record.adapter for record in rounds.records()).encode()).hexdigest()
-    if path.exists() and (known := read_record(path, Samples, "delete it and run again with --resume")).of == of:
-        return known.samples
+    stood = [str(rounds.best("validation")), str(rounds.best("llm_validation")), *(r.adapter for r in rounds.records())]
+    of = hashlib.sha256(" ".join(stood).encode()).hexdigest()
+    if path.exists():
+        try:
+            known = read_record(path, Samples, "it is made again")
+        except LegolmError as error:
+            progress.note(str(error))
+        else:
+            if known.of == of:
+                return known.samples
     samples = _asked(config, blocks, block_of, rounds, progress)
     atomic_write(path, dump_record(Samples(of=of, samples=samples)))
     return samples
