@@ -221,9 +221,9 @@ def test_the_end_of_a_run_asks_five_questions_and_the_answers_are_the_models_own
         assert (one.question, one.wanted) in tests[one.client]
         assert list(one.answers) == ["before", "local", "final", "llm"]
         for speaker, folder in folders.items():
-            said = greedy(asked.out / folder.format(one.client), one.question, 3 + 8)  # two letters and the end, and 8
+            said = greedy(asked.out / folder.format(one.client), one.question, 3 + 4)  # two letters and the end, and 4
             assert one.answers[speaker] == said  # type: ignore[index]
-        assert one.answers["before"] == greedy(asked.out / "blocks" / one.block, one.question, 3 + 8)
+        assert one.answers["before"] == greedy(asked.out / "blocks" / one.block, one.question, 3 + 4)
     assert len({tuple(one.answers.values()) for one in summary.samples}) > 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
 from legolm.adapter import Tensors, merged
@@ -19,7 +19,7 @@ from legolm.runs import RunDir, Sample, Samples, Speaker, dump_record, read_reco
 from legolm.system import Progress, atomic_write, release_memory
 
 ASKED = 5
-SPARE, MOST = 8, 64
+SPARE, MOST = 4, 64
 """Tokens generated: as many as the longest wanted answer has and some to spare, at most so many."""
 LONGEST = 1000
 """Letters kept of a question and of a wanted answer: enough to see what was asked."""
@@ -60,15 +60,20 @@ def _asked(
 ) -> list[Sample]:
     questions = _questions(config)
     answers: list[dict[Speaker, str]] = [{} for _ in questions]
-    places = {id: [place for place, (one, _) in enumerate(questions) if one == id] for id, _ in questions}
-    jobs = [(block_of[id], speaker, factors, places[id]) for id, speaker, factors in _speakers(config, places, rounds)]
+    clients = list(dict.fromkeys(id for id, _ in questions))
+    jobs = [
+        (block_of[ids[0]], speaker, factors, [place for place, (id, _) in enumerate(questions) if id in ids])
+        for ids, speaker, factors in _speakers(config, clients, block_of, rounds)
+    ]
     if config.federation.mode != "alone":
         jobs.append((LLM, "llm", rounds.final_factors(None), list(range(len(questions)))))
-    precision = choose_precision(config.precision, config.device)
+    device = choose_device(config.device)
+    # A processor decodes token by token faster in fp32 than by autocast.
+    precision = "fp32" if device.type == "cpu" else choose_precision(config.precision, config.device)
     with progress.stage("answer test questions", len(jobs)) as advance:
         for name in dict.fromkeys(job[0] for job in jobs):
             block = blocks[name]
-            model = load_model(block.path, dtype_of(precision)).to(choose_device(config.device))
+            model = load_model(block.path, dtype_of(precision)).to(device)
             tokenizer = load_tokenizer(block.path)
             length = min(config.train.max_length, model.config.max_position_embeddings)
             rows = [render(example, tokenizer, length) for _, example in questions]
@@ -93,12 +98,18 @@ def _asked(
     ]
 
 
-def _speakers(config: RunConfig, clients: Iterable[str], rounds: Rounds) -> Iterator[tuple[str, Speaker, Tensors]]:
-    """What the clients' blocks had learned before training, alone, and at the end, one kind after the other."""
-    yield from ((id, "before", rounds.adapter(id, 0)) for id in clients)
-    yield from ((id, "local", factors) for id in clients if (factors := rounds.alone(id)))
+def _speakers(
+    config: RunConfig, clients: Sequence[str], block_of: Mapping[str, str], rounds: Rounds
+) -> Iterator[tuple[list[str], Speaker, Tensors]]:
+    """Clients, and what their block had learned before training (at once who holds the same), alone, at the end."""
+    rank = {client.id: client.rank for client in config.clients}
+    alike: dict[tuple[str, int | None], list[str]] = {}
+    for id in clients:
+        alike.setdefault((block_of[id], rank[id]), []).append(id)
+    yield from ((ids, "before", rounds.adapter(ids[0], 0)) for ids in alike.values())
+    yield from (([id], "local", factors) for id in clients if (factors := rounds.alone(id)))
     if config.federation.mode != "alone":
-        yield from ((id, "final", rounds.final_factors(id)) for id in clients)
+        yield from (([id], "final", rounds.final_factors(id)) for id in clients)
 
 
 def _questions(config: RunConfig) -> list[tuple[str, Example]]:
