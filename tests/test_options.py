@@ -109,6 +109,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "others": {"-": {}, "0": {"evaluate.others": 0}},
     "local": {"yes": {}, "no": {"evaluate.local_only": False}},
     "server_rate": {"1": {}, "0.5": {"aggregate.server_learning_rate": 0.5}},
+    "weight": {name: {"aggregate.weight": name} for name in ("capped", "examples", "equal")},
     "outliers": {n: {"aggregate.outliers": {"action": n, "factor": 10}} for n in ("none", "clip", "refuse")},
     "codec": {name: {"federation.codec": name} for name in ("none", "bf16", "int8")},
     "feedback": {"on": {}, "off": {"federation.error_feedback": False}},
@@ -168,10 +169,14 @@ def refusal(row: Row) -> str | None:
         return "others: is for scores 'everyone'"
     if row["mode"] == "alone" and row["local"] == "no":
         return "is the stage evaluate.local_only; set that to true"
+    if row["mode"] == "pooled" and row["scores"] != "everyone":
+        return "is for data that stay where they are"
     if row["optimizer"] != "none" and not scheme.optimizers:
         return "has its own step"
     if row["ranks"] != "-" and not scheme.module_ranks:
         return "products of another rank in each module need sums of factors"
+    if row["mode"] == "federated" and row["weight"] != "capped" and not scheme.weighs():
+        return "weighs clients in its own way"
     if row["mode"] == "federated" and row["capable"] == "no":
         if scheme.dense and row["block"] != "dense":
             return "it works on the whole LLM"
@@ -308,7 +313,10 @@ def stages(out: Path) -> list[Path]:
 def contents(out: Path) -> dict[str, str]:
     """What a run leaves but for clocks: hashes of tensors, and the figures."""
     found = {
-        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        # A kept update has a clock in its header.
+        str(path.relative_to(out)): tensors_hash(load_file(path))
+        if path.parent.name == "updates"
+        else hashlib.sha256(path.read_bytes()).hexdigest()
         for folder in ("rounds", "local", "personal", "final")
         for path in sorted((out / folder).rglob("*.safetensors"))
     }

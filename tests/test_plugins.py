@@ -217,7 +217,7 @@ BLOCK = "@criterion('mine', needs='diagonal')\ndef f(weight: Tensor, moments: Mo
         ("@scheme('mine')\nclass f(Scheme):\n    ...", ("scheme 'mine': raised TypeError: Can't instantiate",)),
         (
             SUM + "    def finish(self) -> None:\n        self.nothing()",
-            ("aggregate.scheme 'mine': raised AttributeError: 'f' object has no attribute 'nothing' at mine.py:",),
+            ("scheme 'mine': raised AttributeError: 'f' object has no attribute 'nothing' at mine.py:",),
         ),
         (
             SUM + "    def adapter(self, coverage: Any, rank: int) -> Tensors:\n        return {}",
@@ -237,6 +237,40 @@ def test_broken_schemes(
     for how in (("--dry-run",), ("--out", "out")):
         assert_one_line(legolm("run", path, *how), *says)
     assert not Path("out").exists()
+
+
+RAISES = "raise KeyError('no luck')"
+
+
+@pytest.mark.parametrize(
+    ("method", "does", "says"),
+    [
+        ("add(self, change: Any, coverage: Any) -> None", RAISES, "KeyError: 'no luck' at mine.py:"),
+        ("finish(self) -> None", RAISES, "KeyError: 'no luck' at mine.py:"),
+        ("payload(self, coverage: Any, rank: int) -> Tensors", RAISES, "KeyError: 'no luck' at mine.py:"),
+        ("whole(self, coverage: Any, rank: int) -> Tensors", RAISES, "KeyError: 'no luck' at mine.py:"),
+        # What it does to itself breaks in a method that it has from legolm.
+        (
+            "add(self, change: Any, coverage: Any) -> None",
+            "self._round = None",
+            "AttributeError: 'NoneType' object has",
+        ),
+    ],
+)
+def test_a_scheme_that_breaks_only_in_a_real_round(
+    method: str, does: str, says: str, plugin: Callable[..., None], config: Callable[..., Path]
+) -> None:
+    """The rehearsal's LLM has one layer, and this one's has two."""
+    name, _, rest = method.partition("(")
+    given = ", ".join(one.partition(":")[0] for one in rest.partition(")")[0].split(", ")[1:])
+    body = f"        if self._start.shape.layers > 1:\n            {does}\n        return super().{name}({given})"
+    plugin(f"{SUM}    def {method.replace('-> None', '-> Any')}:\n{body}")
+    path = config(plugins=["mine:f"], aggregate=SCHEME)
+    assert legolm("run", path, "--dry-run").returncode == 0
+    done = legolm("run", path, "--out", "out")
+    error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(error) == 1, done.stderr
+    assert f"scheme 'mine': raised {says}" in error[0]
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,8 @@ def federation(llm: lg.LLM, small: lg.Block, **changes: Any) -> lg.Federation:
 def test_from_the_cut_to_the_evaluation(llm: lg.LLM, small: lg.Block, tmp_path: Path) -> None:
     fed = federation(llm, small, scheme=bounded_mean(bound=2.0))
     assert "paris" in str(fed.plan()) and "bounded_mean (bound 2.0)" in str(fed.plan())
+    assert "All 2 clients count the same" in str(federation(llm, small).plan())  # 14 examples and 10, and the cap
+    assert "count the same" not in str(federation(llm, small, aggregate={"weight": "examples"}).plan())
     run = fed.run(tmp_path / "run", resume=True)
     losses = [record.llm.loss for record in run.rounds if record.llm is not None]
     assert len(losses) == 3 and losses[2] < losses[0]

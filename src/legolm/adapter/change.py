@@ -16,7 +16,8 @@ class Change:
 
     `received` is what the change is from: the factors after the codec, with those that the client made itself. `sent`
     is the same before the codec, as the server holds it, where that is another.
-    `examples` is the client's weight n_k, the number of examples that it trained on; `rank` its LoRA rank.
+    `examples` is the client's weight n_k, for a scheme only what it counts (`aggregate.weight`): the number of examples
+    that it trained on, or less; `rank` its LoRA rank.
     """
 
     delta: Mapping[str, Tensor]

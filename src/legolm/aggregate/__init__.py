@@ -14,6 +14,18 @@ from legolm.aggregate.exact import ExactForm
 from legolm.aggregate.factors import FactorSum
 from legolm.aggregate.interface import Scheme, Start, make_scheme, scheme
 from legolm.aggregate.rehearsal import rehearse
+from legolm.aggregate.share import Weighing, capped
 from legolm.aggregate.weight import holders
 
-__all__ = ["ExactForm", "FactorSum", "Scheme", "Start", "holders", "make_scheme", "rehearse", "scheme"]
+__all__ = [
+    "ExactForm",
+    "FactorSum",
+    "Scheme",
+    "Start",
+    "Weighing",
+    "capped",
+    "holders",
+    "make_scheme",
+    "rehearse",
+    "scheme",
+]

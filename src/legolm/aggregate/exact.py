@@ -25,6 +25,7 @@ Memory: for each module the stacked factors of all clients of the round, r (m + 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -81,6 +82,10 @@ class ExactForm(Scheme):
         # The usual start's factors are made anew for empty directions (`split`): the same for the same seed.
         self._begun = dict(self._factors) if state is None else None
         self._reset()
+
+    def held_rank(self, ranks: Sequence[int], rank: int, rounds: int) -> int:
+        """S, where rounds cover the same."""
+        return rank if self._residual == "drop" else max(rank, self._residual_rank)
 
     def payload(self, coverage: Coverage, rank: int) -> Tensors:
         """The block's slice of the first `rank` directions of G."""

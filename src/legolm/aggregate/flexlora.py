@@ -8,13 +8,15 @@ they are as much of the old A as V leaves. The LLM is scored and written with th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from legolm.adapter import Change, Tensors, parse_key
 from legolm.aggregate.interface import Scheme, Start, scheme
 from legolm.aggregate.lowrank import ProductSum
-from legolm.aggregate.one_adapter import OneAdapter
+from legolm.aggregate.one_adapter import OneAdapter, Round
 from legolm.block import Coverage
 
 
@@ -65,9 +67,20 @@ def complement(rows: Tensor, v: Tensor) -> Tensor:
     return found
 
 
+class WholeProduct(OneAdapter):
+    """One adapter from an SVD, and all of the mean product beside it."""
+
+    def __init__(self, make_round: Callable[[Start], Round]) -> None:
+        super().__init__(
+            lambda start, factors: make_round(start), unequal="rank", dense=True, streams=False, basis_stays=False
+        )
+
+    def held_rank(self, ranks: Sequence[int], rank: int, rounds: int) -> int:
+        """The sum of the clients' products."""
+        return sum(ranks)
+
+
 @scheme("flexlora")
 def flexlora() -> Scheme:
     """No settings."""
-    return OneAdapter(
-        lambda start, factors: FlexRound(start), unequal="rank", dense=True, streams=False, basis_stays=False
-    )
+    return WholeProduct(FlexRound)

@@ -7,6 +7,7 @@ at the clients after the codec, so that both have the same base.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ class Folding(Scheme):
         self._fold: Tensors = {} if state is None else under_prefix("fold", state)
         self._ranks: list[int] = [] if state is None else [int(rank) for rank in state["ranks"]]
         self._reset()
+
+    def held_rank(self, ranks: Sequence[int], rank: int, rounds: int) -> int:
+        """All rounds' changes."""
+        return rounds * self.fold_rank(ranks, rank)
 
     def payload(self, coverage: Coverage, rank: int) -> Tensors:
         """The block's slice of the adapter that trains."""

@@ -52,4 +52,4 @@ class _Round:
 @scheme("hetlora")
 def hetlora() -> Scheme:
     """No settings."""
-    return OneAdapter(_Round, unequal="rank", dense=True, streams=True)
+    return OneAdapter(_Round, unequal="rank", dense=True, streams=True, weighs=False)

@@ -92,9 +92,17 @@ class Scheme(ABC):
         """Rank of what a round with clients of these ranks, in a run of this rank, adds to everyone's download."""
         return 0
 
+    def held_rank(self, ranks: Sequence[int], rank: int, rounds: int) -> int:
+        """Rank of the products that `state` holds beside the factors after so many rounds of clients of these ranks."""
+        return 0
+
     def keep(self, sparsity: float) -> float:
         """Share of its change's entries, the largest, that a client sends whose block's masks have this sparsity."""
         return 1.0
+
+    def weighs(self) -> bool:
+        """Whether a client counts by its weight (`Change.examples`); else in a way of the scheme's own."""
+        return True
 
     def outvoted(self, holders: int) -> int | None:
         """How many liars among so many holders of an entry cannot move it far; None: the scheme resists none."""
@@ -124,12 +132,15 @@ class Scheme(ABC):
         """All that the next round needs, between rounds; factors by their keys, the rest under other prefixes."""
 
 
+METHODS = [name for name, value in vars(Scheme).items() if callable(value) and not name.startswith("_")]
+
+
 def scheme(name: str) -> Callable[[Callable[..., Any]], Entry[Scheme]]:
     """Register a scheme under the name that configs use; its keyword-only parameters are its settings.
 
     What is decorated is a class or function that makes a `Scheme` of its settings, or a plain statistic
     `f(changes, weight, *, ...)`: over the clients' changes (clients, rows, columns) of one factor, NaN where a client
-    holds nothing, and their numbers of examples (clients,), both float64, it gives (rows, columns). Raises
+    holds nothing, and what each counts (clients,; `aggregate.weight`), both float64, it gives (rows, columns). Raises
     `LegolmError` for a name that is taken and for a signature that is neither.
     """
 
@@ -145,6 +156,8 @@ def scheme(name: str) -> Callable[[Callable[..., Any]], Entry[Scheme]]:
             made = made_of(**settings)
             if not isinstance(made, Scheme):
                 raise LegolmError(f"scheme {name!r}: makes a {type(made).__name__}; it must make a Scheme")
+            for method in METHODS:  # what a rehearsal cannot try may still go wrong in a round
+                setattr(made, method, guarded(f"scheme {name!r}", getattr(made, method), made_of.__module__))
             return made
 
         return SCHEMES.register(name, made_of, make, () if is_maker else STATISTIC)

@@ -34,8 +34,9 @@ class OneAdapter(Scheme):
         dense: bool,
         streams: bool,
         basis_stays: bool = True,
+        weighs: bool = True,
     ) -> None:
-        self._make_round = make_round
+        self._make_round, self._weighs = make_round, weighs
         self.unequal, self.dense, self.streams, self.basis_stays = unequal, dense, streams, basis_stays
 
     def begin(self, start: Start, state: Tensors | None = None) -> None:
@@ -43,6 +44,10 @@ class OneAdapter(Scheme):
         self._start = start
         self._factors = start.make() if state is None else dict(state)
         self._round = self._make_round(start, self._factors)
+
+    def weighs(self) -> bool:
+        """As `make_round`'s rounds do."""
+        return self._weighs
 
     def payload(self, coverage: Coverage, rank: int) -> Tensors:
         """The block's slice of the global adapter: its first `rank` rank rows."""

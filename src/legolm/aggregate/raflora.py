@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 
 from legolm.adapter import Change, Tensors, parse_key
-from legolm.aggregate.flexlora import FlexRound
+from legolm.aggregate.flexlora import FlexRound, WholeProduct
 from legolm.aggregate.interface import Scheme, Start, scheme
 from legolm.aggregate.lowrank import ProductSum
-from legolm.aggregate.one_adapter import OneAdapter
 from legolm.block import Coverage
 
 
@@ -53,6 +52,4 @@ class _Round:
 @scheme("raflora")
 def raflora() -> Scheme:
     """No settings."""
-    return OneAdapter(
-        lambda start, factors: _Round(start), unequal="rank", dense=True, streams=False, basis_stays=False
-    )
+    return WholeProduct(_Round)

@@ -32,6 +32,12 @@ class Statistic(OneAdapter):
         )
         self._statistic = statistic
 
+    def weighs(self) -> bool:
+        """Tried: three clients with other changes, first of the same weight."""
+        changes = torch.tensor([0.0, 1.0, 10.0], dtype=torch.float64).view(3, 1, 1)
+        alike, other = (torch.tensor(weight, dtype=torch.float64) for weight in ([1, 1, 1], [1, 2, 100]))
+        return float(self._statistic(changes, alike)) != float(self._statistic(changes, other))
+
     def outvoted(self, holders: int) -> int:
         """Tried: honest clients change a coordinate by 0 and liars by 1e9, more and more of them until it moves."""
         for liars in range(1, holders + 1):

@@ -162,7 +162,9 @@ def _layer(wanted: Composition, layer: int, state: dict[str, Tensor]) -> dict[st
         if mask is not None:
             state[name] = state[name] * mask
         if not bool(state[name].isfinite().all()):
-            raise LegolmError(f"{wanted.base.path}: {name} of layer {layer} is not finite; its weights are broken")
+            raise LegolmError(
+                f"{wanted.base.path}: {name} of layer {layer} is not finite with what was learned in it; lower scaling"
+            )
         state[name] = rounded(state[name], wanted.base.dtype, seed)
     return state
 

@@ -116,7 +116,9 @@ def weights_by_loss(sources: Sequence[Source], data: str, progress: Progress) ->
             with merged(load_model(block.path), block.coverage, {} if source.merged else source.factors, 1.0) as model:
                 losses.append(score(model, rows, BATCH, "fp32").loss)
             if not math.isfinite(losses[-1]):
-                raise LegolmError(f"{source.name}: its loss on {data} is {losses[-1]}; its weights are broken")
+                raise LegolmError(
+                    f"{source.name}: its loss on {data} is {losses[-1]}; what it learned diverged, leave it out"
+                )
             advance(1)
     return torch.tensor(losses, dtype=torch.float64).neg().softmax(0).tolist()
 

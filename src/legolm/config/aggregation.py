@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from legolm.config.registry import SCHEMES, Registry
 from legolm.config.section import LocalPath, OpenSection, Section
@@ -44,6 +44,10 @@ class ServerConfig(Section):
         return self.server_learning_rate or (ADAPTIVE_RATE if adaptive else 1.0)
 
 
+WEIGHT_CAP = 0.5
+"""No client outweighs all others together."""
+
+
 class AggregateConfig(OpenSection, ServerConfig):
     """How updates become one. `heteagg` is the paper's; docs/aggregation.md has the table of schemes.
 
@@ -55,8 +59,23 @@ class AggregateConfig(OpenSection, ServerConfig):
     registry: ClassVar[Registry[Any]] = SCHEMES
 
     scheme: str = "heteagg"
+    weight: Literal["examples", "equal", "capped"] = Field(
+        "capped", description="how much a client counts: by its examples, as any other, or by examples up to weight_cap"
+    )
+    weight_cap: float = Field(
+        WEIGHT_CAP,
+        gt=0,
+        le=1,
+        description="of a round's weight, at most; fewer than 1 / weight_cap clients count alike",
+    )
     outliers: OutlierConfig = OutlierConfig()
     start: LocalPath | None = Field(None, description="run folder whose best global adapter this run starts from")
+
+    @model_validator(mode="after")
+    def _cap_is_used(self) -> AggregateConfig:
+        if self.weight != "capped" and self.weight_cap != WEIGHT_CAP:
+            raise ValueError(f"weight_cap {self.weight_cap:g} is of weight 'capped'; weight {self.weight!r} has none")
+        return self
 
 
 class FederationConfig(Section):

@@ -168,12 +168,12 @@ def foreign(where: str, module: str, passing: type[Exception] = LegolmError) -> 
         raise LegolmError(f"{where}: raised {_in_words(error)} at {Path(at.filename).name}:{at.lineno}") from error
 
 
-def guarded(where: str, function: Callable[..., R]) -> Callable[..., R]:
-    """The function with its exceptions as `foreign` makes them."""
+def guarded(where: str, function: Callable[..., R], module: str | None = None) -> Callable[..., R]:
+    """The function with its exceptions as `foreign` makes them; `module` is its own, if not given."""
 
     @wraps(function)
     def call(*arguments: Any, **settings: Any) -> R:
-        with foreign(where, function.__module__):
+        with foreign(where, module or function.__module__):
             return function(*arguments, **settings)
 
     return call

@@ -255,6 +255,11 @@ class RunConfig(Section):
                 raise ValueError(f"clients: {client.id!r} has rank {client.rank}; at most lora.rank, {self.lora.rank}")
         if self.federation.mode == "alone" and not self.evaluate.local_only:
             raise ValueError("federation.mode 'alone' is the stage evaluate.local_only; set that to true")
+        if self.federation.mode == "pooled" and self.evaluate.scores == "own":
+            raise ValueError(
+                "evaluate.scores 'own' is for data that stay where they are, and federation.mode 'pooled' trains on "
+                "everyone's at one place; take scores everyone, or another mode"
+            )
         self._check_scheme()
         if self.federation.min_replies > len(self.clients):
             raise ValueError(

@@ -93,11 +93,7 @@ def fit(task: Task) -> tuple[Tensors, dict[str, float]]:
             norm = float(nn.utils.clip_grad_norm_(theta, config.clip_norm))
             if not math.isfinite(loss.mean + norm):
                 culprits = ", ".join(str(chosen[place]) for place in loss.not_finite) or "finite, their gradient not"
-                raise Diverged(
-                    f"train.learning_rate {config.learning_rate}: the loss is not finite at step "
-                    f"{task.done + len(losses) + 1} (examples {culprits}); lower it",
-                    *result(),
-                )
+                raise Diverged(_diverged(task, task.done + len(losses) + 1, culprits), *result())
             for key, parameter in parameters.items():
                 good[key].copy_(parameter.detach())
             optimizer.step()
@@ -110,6 +106,13 @@ def fit(task: Task) -> tuple[Tensors, dict[str, float]]:
         for key, parameter in parameters.items():
             good[key].copy_(parameter.detach())
         return result()
+
+
+def _diverged(task: Task, step: int, culprits: str) -> str:
+    said = f"the loss is not finite at step {step} (examples {culprits})"
+    if step == 1:  # no learning rate did that
+        return f"train: {said}, before anything was learned; set precision fp32, or take these examples out"
+    return f"train.learning_rate {task.config.learning_rate:g}: {said}; lower it"
 
 
 adamw = trainer("adamw")(fit)

@@ -1,10 +1,12 @@
 """Where layers, heads and MLPs live in each model family; finding, loading, saving and fingerprinting models."""
 
 from legolm.models.family import FAMILIES, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
+from legolm.models.finite import finite
 from legolm.models.head import CHUNK, Head, answer_losses, divergences, judged
 from legolm.models.layered import CheckpointWriter, LayeredModel
 from legolm.models.lean import hidden_states, lean
 from legolm.models.load import (
+    check_weights,
     count_parameters,
     find_fingerprint,
     fingerprint,
@@ -33,6 +35,7 @@ __all__ = [
     "Unit",
     "answer_losses",
     "autocast",
+    "check_weights",
     "choose_device",
     "choose_precision",
     "count_parameters",
@@ -42,6 +45,7 @@ __all__ = [
     "family_of",
     "find_fingerprint",
     "fingerprint",
+    "finite",
     "folder_bytes",
     "hidden_states",
     "judged",

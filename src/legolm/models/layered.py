@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from legolm.errors import LegolmError
 from legolm.models.family import decoder_layers
+from legolm.models.finite import check_finite
 from legolm.models.load import load_config, weight_files
 
 CPU = torch.device("cpu")
@@ -87,6 +88,7 @@ class LayeredModel:
             raise LegolmError(f"model: the checkpoint has no tensor {name}; save it again with save_pretrained")
         with safe_open(self._files[name], framework="pt") as handle:
             tensor: Tensor = handle.get_tensor(name)
+        check_finite(name, tensor, self._files[name])
         return tensor
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from legolm.errors import LegolmError
 from legolm.models.family import decoder_layers, family_of
+from legolm.models.finite import check_files, check_finite, finite
 from legolm.models.rounding import rounded
 from legolm.models.starter import starter_path
 from legolm.system import hub_answers, wants_offline
@@ -94,6 +95,9 @@ def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise LegolmError(f"model: {path} cannot be loaded ({str(error).splitlines()[0]})") from None
+    if not all(finite(parameter) for parameter in model.parameters()):
+        check_files(weight_files(path))  # knows their names on disk
+        raise LegolmError(f"model: {path}: its weights are not finite in float32; take another checkpoint")
     model.requires_grad_(False)
     modules = family_of(model.config).modules
     for layer in decoder_layers(model):
@@ -128,7 +132,10 @@ def save_model(model: Any, tokenizer: Any, path: Path, dtype: torch.dtype) -> No
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of a checkpoint's weights, in the order of names."""
+    """SHA-256 over names, shapes, dtypes and bytes of a checkpoint's weights, in the order of names.
+
+    Raises `LegolmError` for a weight that is not finite: whoever stands on these weights should know it first.
+    """
     digest = hashlib.sha256()
     entries: list[tuple[str, Path]] = []
     for file in weight_files(path):
@@ -139,6 +146,7 @@ def fingerprint(path: Path) -> str:
     for name, file in sorted(entries):
         with safe_open(file, framework="pt") as handle:
             tensor = handle.get_tensor(name)
+        check_finite(name, tensor, file)
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
@@ -156,6 +164,11 @@ def count_parameters(path: Path) -> int:
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint's weights."""
     return sorted(file for file in path.glob("*.safetensors") if file.name not in OURS)
+
+
+def check_weights(path: Path) -> None:
+    """Read a checkpoint's weights. Raises `LegolmError` for one that is not finite, with its name and file."""
+    check_files(weight_files(path))
 
 
 def folder_bytes(path: Path) -> int:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from legolm.adapter import adapter_keys
-from legolm.aggregate import Scheme, holders, make_scheme
+from legolm.aggregate import Scheme, capped, holders, make_scheme
 from legolm.block import Coverage
 from legolm.config import RunConfig
 
 
-def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]]) -> tuple[str, ...]:
-    """Of a run whose rounds have these clients (coverage, rank)."""
+def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: Mapping[str, int]) -> tuple[str, ...]:
+    """Of a run whose rounds have these clients (coverage, rank), each with so many examples."""
     if config.federation.mode != "federated":
         return ()
     scheme = make_scheme(config.aggregate)
-    said = (_robust(config, scheme, members), _without_feedback(config, scheme))
+    said = (_robust(config, scheme, members), _without_feedback(config, scheme), _capped(config, scheme, examples))
     return tuple(note for note in said if note)
 
 
@@ -28,6 +28,22 @@ def _without_feedback(config: RunConfig, scheme: Scheme) -> str:
         f"Codec {federation.codec} is without error feedback: {config.aggregate.scheme} makes other factors each "
         "round, and what was lost of the last ones does not fit them."
     )
+
+
+def _capped(config: RunConfig, scheme: Scheme, examples: Mapping[str, int]) -> str:
+    """Who counts less than its examples, where all reply."""
+    if config.aggregate.weight != "capped" or not scheme.weighs():
+        return ""
+    cap, weights = config.aggregate.weight_cap, capped(examples, config.aggregate.weight_cap)
+    if len(examples) * cap <= 1:
+        alike = len(set(examples.values())) == 1
+        few = f"All {len(examples)} clients count the same, whatever their examples: more are needed for shares of at "
+        return "" if alike else f"{few}most {_percent(cap)} that differ (aggregate.weight_cap)."
+    total = sum(examples.values())
+    said = [f"{id} ({_percent(examples[id] / total)} of the examples)" for id in weights if weights[id] < examples[id]]
+    if not said:
+        return ""
+    return f"If all reply, {' and '.join(said)} count as {_percent(cap)} of a round each (aggregate.weight_cap)."
 
 
 def _robust(config: RunConfig, scheme: Scheme, members: Sequence[tuple[Coverage, int]]) -> str:

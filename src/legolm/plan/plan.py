@@ -15,8 +15,17 @@ from legolm.data import ClientData, Example, check_text, check_whole, client_dat
 from legolm.errors import LegolmError
 from legolm.federate.server import server_examples, start_factors
 from legolm.federate.wire import encoded_bytes
-from legolm.models import choose_device, choose_precision, fingerprint, load_config, load_tokenizer, resolve
+from legolm.models import (
+    check_weights,
+    choose_device,
+    choose_precision,
+    fingerprint,
+    load_config,
+    load_tokenizer,
+    resolve,
+)
 from legolm.plan.assign import assign
+from legolm.plan.disk import stages_bytes
 from legolm.plan.needs import training_bytes
 from legolm.plan.notes import notes
 from legolm.prune import criterion_of, planned_coverage, target_pattern
@@ -118,6 +127,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     check_files(config)
     rehearse(config.aggregate)
     modules_of(shape, config.lora.ranks, "lora.ranks")
+    check_weights(path)
     parts = parts or read_parts(config)
     lengths = parts.lengths
     longest = max(max(found) for found in lengths.values())
@@ -174,13 +184,14 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     size_of = {block.name: block.file_bytes for block in blocks}
     adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
     models = base.parameters * width + sum(size_of[client.block] for client in clients) + adapter * (len(clients) + 1)
-    disk = models + sum(size_of.values()) + adapter * (config.federation.rounds + len(clients))
+    disk = models + sum(size_of.values()) + stages_bytes(config, shape)
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
     memory = SPARE_BYTES + actors * actor
     found = data_fingerprint(parts.data, parts.server)
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
-    said = notes(config, [(coverages[block_of[one.id]], one.rank or config.lora.rank) for one in taking])
+    members = [(coverages[block_of[one.id]], one.rank or config.lora.rank) for one in taking]
+    said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking})
     return Plan(path, tuple(blocks), tuple(clients), found, actors, memory, disk, models, said)
 
 
@@ -193,6 +204,7 @@ def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
             raise LegolmError(f"block {name}: {block.path} was cut from another LLM than {config.model}; cut it anew")
         if (block.path / FACTORS).is_file():
             raise LegolmError(f"block {name}: {block.path} has learned something already; give the block as it was cut")
+        check_weights(block.path)
     return found
 
 
@@ -233,7 +245,12 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collect
             raise LegolmError(
                 f"round {number}: no client takes part; change clients' joins and leaves, or federation.capable"
             )
-    scheme, first = make_scheme(config.aggregate), taking[0]
+    scheme, first, weight = make_scheme(config.aggregate), taking[0], config.aggregate.weight
+    if weight != "capped" and not scheme.weighs():
+        raise LegolmError(
+            f"aggregate.weight {weight!r}: scheme {config.aggregate.scheme!r} weighs clients in its own way; "
+            "take the weight out"
+        )
     if scheme.unequal == "block":
         return
     for client in taking:

@@ -8,6 +8,7 @@ models via pruning and knowledge distillation", arXiv 2407.14679, for pruned LLM
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from legolm.adapter import init_factors, merge, slice_factors
 from legolm.block import Coverage
 from legolm.config import BlockConfig, Precision, RecoverConfig
 from legolm.data import Tokens, calibration_tokens
+from legolm.errors import LegolmError
 from legolm.finetune import lora, whole
 from legolm.models import Head, divergences, dtype_of, hidden_states, lean, load_model, pack
 from legolm.system import keep_freed_memory
@@ -68,7 +70,12 @@ def recover(
                 group["lr"] = recipe.learning_rate * left
             batch = torch.stack(list(itertools.islice(windows, recipe.batch_size)))
             found.append(_backward(model, teacher, heads, batch))
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = float(nn.utils.clip_grad_norm_(parameters, 1.0))
+            if not math.isfinite(found[-1] + norm):
+                raise LegolmError(
+                    f"block {spec.name}: recover.learning_rate {recipe.learning_rate:g}: the loss is not finite at "
+                    f"step {len(found)}; lower it"
+                )
             optimizer.step()
             optimizer.zero_grad()
             progress(1)

@@ -47,4 +47,12 @@ def notes(summary: Summary) -> list[str]:
         for stage, reason in client.refused.items():
             what = "training alone" if stage == "local" else "personal step"
             found.append(f"The {what} of {client.id} was refused: {reason}.")
+        lacking = {
+            entry.round: one.reason for entry in summary.history for one in entry.unscored if one.client == client.id
+        }
+        if lacking:
+            where, why = ", ".join(map(str, lacking)), next(iter(lacking.values()))
+            found.append(
+                f"The scores of {client.id} are missing in round {where}, and no round was chosen by them: {why}."
+            )
     return found

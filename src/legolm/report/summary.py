@@ -147,6 +147,7 @@ def _history(record: RoundRecord, others: Mapping[str, Sequence[str]]) -> RoundS
         llm_validation=record.llm_validation,
         accepted=record.accepted,
         refused=record.refused,
+        unscored=record.unscored,
         bytes_up=_traffic(record, "up", record.bytes),
         bytes_down=_traffic(record, "down", record.bytes),
         seconds=record.seconds,

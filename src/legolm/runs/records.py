@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Literal, TypeVar
@@ -87,22 +87,27 @@ class Refusal(Record):
 
 
 class Held(Record):
-    """Clients that hold one and the same model, and its scores: once for all of them."""
+    """Clients that hold one and the same model, and its scores: once for all of them.
+
+    `validation` is the loss on its own validation data, where it is one client's.
+    """
 
     clients: list[str]
     scores: Scores
+    validation: float | None = None
 
 
 class Global(Record):
     """Scores of one global adapter: of the LLM (None: nobody may score it) and of every distinct block.
 
     `validation` is the mean loss of the clients' blocks on their own validation data, `llm_validation` the LLM's on all
-    clients', or on the server's own.
+    clients', or on the server's own. `unscored` are the clients whose scores were refused, and are in none of these.
     """
 
     schema_number: Literal[2] = 2
     llm: Scores | None
     held: list[Held]
+    unscored: list[Refusal] = []
     validation: float
     llm_validation: float | None
 
@@ -112,13 +117,17 @@ class Global(Record):
 
 
 class RoundRecord(Global):
-    """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records."""
+    """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records.
+
+    `shares` is what part of the aggregate each accepted client's update was, where the scheme weighs clients.
+    """
 
     stage: Literal["round"] = "round"
     round: int
     accepted: list[str] = []
     refused: list[Refusal] = []
     train: dict[str, Training] = {}
+    shares: dict[str, float] = {}
     bytes: dict[str, Traffic] = {}
     adapter: str = ""
     seconds: float
@@ -240,11 +249,20 @@ def best_round(records: Sequence[StageRecord], by: Criterion) -> RoundRecord:
 
     `validation` is the mean of the clients' blocks on their own data, `llm_validation` the LLM's on everyone's: where
     few clients train or blocks are far from the LLM, the two are best at different times. Where nobody scores the LLM
-    its best round is the blocks'.
+    its best round is the blocks'. A client whose scores some round lacks has no say: rounds are compared by the same
+    clients.
     """
     rounds = rounds_of(records)
-    known = by if all(getattr(one, by) is not None for one in rounds) else "validation"
-    return min(rounds, key=lambda one: (getattr(one, known), one.round))
+    if by == "llm_validation" and all(one.llm_validation is not None for one in rounds):
+        return min(rounds, key=lambda one: (one.llm_validation, one.round))
+    lacking = {refusal.client for one in rounds for refusal in one.unscored}
+    return min(rounds, key=lambda one: (_validation(one, lacking), one.round))
+
+
+def _validation(record: RoundRecord, without: Collection[str]) -> float:
+    """The mean loss on validation data without these clients', if any is left."""
+    left = [one.validation for one in record.held if one.validation is not None and one.clients[0] not in without]
+    return fmean(left) if without and left else record.validation
 
 
 def _version(content: bytes | str) -> int | None:

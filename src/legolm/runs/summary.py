@@ -106,7 +106,7 @@ class BlockLoss(Record):
 
 
 class RoundSummary(Record):
-    """A round, 0 is before training. Bytes are all clients'."""
+    """A round, 0 is before training. Bytes are all clients'. Of `unscored` clients the scores were refused."""
 
     round: int
     llm: LlmScore | None
@@ -115,6 +115,7 @@ class RoundSummary(Record):
     llm_validation: float | None
     accepted: list[str]
     refused: list[Refusal]
+    unscored: list[Refusal] = Field([])
     bytes_up: int
     bytes_down: int
     seconds: float

@@ -24,7 +24,21 @@ from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.models import load_model, load_tokenizer
 from legolm.report import print_summary
-from legolm.runs import Others, RunDir, clients_of, others_of, read_stages, rounds_of
+from legolm.runs import (
+    Held,
+    Others,
+    Refusal,
+    RoundRecord,
+    RunDir,
+    Score,
+    Scores,
+    best_round,
+    clients_of,
+    others_of,
+    passed_of,
+    read_stages,
+    rounds_of,
+)
 
 
 @pytest.fixture
@@ -183,3 +197,94 @@ def test_changed_rows_of_the_server_stop_a_resume(raw: dict[str, Any], tmp_path:
         pipeline.run(config, out, resume=True)
     data = client_data(config)
     assert data_fingerprint(data, []) == data_fingerprint(data) != data_fingerprint(data, server_examples(config))
+
+
+def tampering(change: Callable[[str, list[Score]], list[Score] | None]) -> Callable[..., None]:
+    """The local engine; `change` gets each reply of scores (None: none comes), by the client who sends it."""
+
+    def engine(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def wrap(exchange: Exchange) -> Exchange:
+            def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                asked: list[str] = []
+                for reply in exchange((asked.append(one.client) or one for one in requests), deadline_s):
+                    if wire.kind_of(reply.content) == "scores":
+                        scores = list(wire.unpack(reply.content, wire.ScoreReply)[0].scores)
+                        said = change(asked[reply.index], scores)
+                        if said is not None:
+                            yield Reply(reply.index, wire.pack(wire.ScoreReply(scores=said), {}))
+                    else:
+                        yield reply
+
+            return changed
+
+        run_local(folder, config, actors, lambda exchange: body(wrap(exchange)))
+
+    return engine
+
+
+def broken_from(client: str, first: int, how: str) -> Callable[..., None]:
+    """Its scores from its reply number `first` (0 is before training) on come broken, or not at all."""
+    seen = 0
+
+    def change(sender: str, scores: list[Score]) -> list[Score] | None:
+        nonlocal seen
+        seen += sender == client
+        if sender != client or seen <= first:
+            return scores
+        broken = [scores[0].model_copy(update={"loss": float("nan")}), *scores[1:]]
+        return {"nan": broken, "few": scores[1:], "none": None}[how]
+
+    return tampering(change)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [("nan", "has loss nan"), ("few", "1 scores came for 2 sets"), ("none", "no reply came")],
+)
+def test_a_client_whose_own_scores_are_bad_is_passed_over_by_name(
+    how: str, says: str, raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = load(raw, local_only=False), tmp_path / "out"
+    summary = pipeline.run(config, out, engine=broken_from("de", 1, how))  # all but those before training
+    records = read_stages(out / "metrics.jsonl")
+    before, *rounds = rounds_of(records)
+    assert [one.clients for one in before.held] == [["fr"], ["de"], ["es"]] and before.unscored == []
+    for record in rounds:
+        assert [one.clients for one in record.held] == [["fr"], ["es"]]
+        assert [one.client for one in record.unscored] == ["de"] and says in record.unscored[0].reason
+        assert record.validation == fmean(one.validation or 0.0 for one in record.held)
+    assert [(one.phase, one.client) for one in passed_of(records)] == [("personal", "de")]
+    de = summary.clients[1]
+    assert set(de.own) == {"before"} and says in de.refused["personal"]
+    assert load_model(out / "final" / "de") is not None  # it ends with what the rounds gave it
+    capsys.readouterr()
+    print_summary(summary, out)
+    for said in (capsys.readouterr().out, (out / "report.html").read_text()):
+        assert "The scores of de are missing in round 1, 2, and no round was chosen by them: " in said
+        assert "The personal step of de was refused: " in said
+
+
+def test_where_nobodys_scores_are_good_the_run_ends_with_the_names(raw: dict[str, Any], tmp_path: Path) -> None:
+    engine = tampering(lambda sender, scores: [])
+    with pytest.raises(LegolmError, match=r"before: evaluate: no client has scores \(fr: 0 scores .*; de: .*; es: "):
+        pipeline.run(load(raw), tmp_path / "out", engine=engine)
+
+
+def test_rounds_are_compared_by_the_clients_that_all_of_them_scored() -> None:
+    """By hand: b is bad in both rounds, and missing in the second, which would look the better for it."""
+
+    def held(client: str, loss: float) -> Held:
+        score = Score(loss=loss, exact_match=0.0, tokens=1, examples=1)
+        return Held(clients=[client], scores=Scores({client: score}), validation=loss)
+
+    first = RoundRecord(
+        round=0, llm=None, held=[held("a", 1.0), held("b", 5.0)], validation=3.0, llm_validation=None, seconds=1.0
+    )
+    second = first.model_copy(
+        update={"round": 1, "held": [held("a", 2.0)], "validation": 2.0}
+        | {"unscored": [Refusal(client="b", reason="no reply came")]}
+    )
+    assert best_round([first, second], "validation").round == 0
+    assert best_round([first, second], "llm_validation").round == 0
+    nobody = second.model_copy(update={"unscored": [Refusal(client=id, reason="x") for id in "ab"]})
+    assert best_round([first, nobody], "validation").round == 1  # nobody to compare by: what each round has

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from legolm.adapter import Tensors
@@ -24,6 +24,7 @@ from legolm.federate.wire import (
     accept,
     encode,
     pack,
+    plain,
     unpack,
     write,
 )
@@ -122,8 +123,9 @@ class Dispatch:
 
     def score(
         self, jobs: Sequence[Job], exchange: Exchange, label: str, keep: Callable[[int, Sequence[Score]], None]
-    ) -> None:
-        """Send jobs, dearest first, and hand each job's scores to `keep` as they come. Raises `LegolmError`."""
+    ) -> dict[int, str]:
+        """Send jobs, dearest first, and hand each one's scores to `keep` as they come; give those without, and why."""
+        refused: dict[int, str] = {}
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].block.parameters)
 
         def requests() -> Iterator[Request]:
@@ -132,15 +134,17 @@ class Dispatch:
 
         with self._progress.stage(label, len(jobs)) as advance:
             for reply in self._each_once(exchange(requests()), [jobs[i].client for i in order], label):
-                job = jobs[order[reply.index]]
+                index = order[reply.index]
                 try:
                     if reply.error:
                         raise LegolmError(reply.error)
-                    scores = checked_scores(reply.content, job.sets)
+                    scores = checked_scores(reply.content, jobs[index].sets)
                 except LegolmError as error:
-                    raise LegolmError(f"{label}: client {job.client}, block {job.block.name}: {error}") from None
-                keep(order[reply.index], scores)
+                    refused[index] = str(error)
+                else:
+                    keep(index, scores)
                 advance(1)
+        return refused
 
     def question(self, job: Job) -> bytes:
         """The request that asks a client for a job's scores."""
@@ -164,7 +168,7 @@ class Dispatch:
         for reply in replies:
             if reply.index in left:
                 left.remove(reply.index)
-                yield reply
+                yield replace(reply, error=plain(reply.error))
             else:
                 whose = clients[reply.index] if 0 <= reply.index < len(clients) else "nobody"
                 self._progress.note(f"{label}: one more reply of {whose} (request {reply.index}) was dropped")
@@ -228,7 +232,7 @@ def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]]) -> Sequenc
     for (client, split), score in zip(sets, found, strict=True):
         where = f"its score on {split} data of {client!r}"
         if not 0 <= score.loss < math.inf:
-            raise LegolmError(f"{where} has loss {score.loss}; its weights are broken, or training diverged")
+            raise LegolmError(f"{where} has loss {score.loss}; if training diverged, lower train.learning_rate")
         if not 0 <= score.exact_match <= 1 or min(score.tokens, score.examples) < 1:
             raise LegolmError(
                 f"{where} has exact_match {score.exact_match}, tokens {score.tokens}, examples {score.examples}"

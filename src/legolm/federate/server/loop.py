@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Literal
 
 from legolm.adapter import Tensors, concatenated, tensors_hash
-from legolm.aggregate import Scheme
+from legolm.aggregate import Scheme, Weighing
 from legolm.block import Block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
@@ -150,7 +150,7 @@ class Rounds:
             scored = read_record(known, Global, "delete it")
         else:
             scored = self.score_global(scheme, exchange, "before: evaluate")
-            if known:
+            if known and not scored.unscored:
                 atomic_write(known, dump_record(scored))
         record = RoundRecord(round=0, seconds=time.perf_counter() - began, **dict(scored))
         self._stages.keep(path, scheme.state(), record)
@@ -170,13 +170,14 @@ class Rounds:
         train: dict[str, Training] = {}
         refused: dict[str, str] = {}
         traffic: dict[str, Traffic] = {}
+        weighing = Weighing(self._config.aggregate, scheme)
         with atomic_folder(path) as folder:
             for one in updates(self._config, self._dispatch, self.records(), number, drawn, scheme, exchange):
                 traffic[one.client] = Traffic(up=one.bytes_up, down=one.bytes_down)
                 if one.update is None:
                     refused[one.client] = one.reason
                     continue
-                scheme.add(one.update.change, self._members.block[one.client].coverage)
+                weighing.add(one.client, one.update.change, self._members.block[one.client].coverage)
                 train[one.client] = one.update.training
                 if keeps:
                     (folder / UPDATES).mkdir(exist_ok=True)
@@ -184,7 +185,7 @@ class Rounds:
             # Replies came in any order; the record does not depend on it.
             accepted = [id for id in drawn if id in train]
             self._check_enough(number, drawn, accepted, refused)
-            scheme.finish()
+            shares = weighing.finish()
             self._check_global(number, scheme, accepted)
             scored = self.score_global(scheme, exchange, f"round {number}: evaluate")
             record = RoundRecord(
@@ -192,6 +193,7 @@ class Rounds:
                 accepted=accepted,
                 refused=[Refusal(client=id, reason=refused[id]) for id in drawn if id in refused],
                 train={id: train[id] for id in accepted},
+                shares={id: shares[id] for id in accepted if id in shares},
                 # Data at one place travels no more.
                 bytes={id: traffic[id] for id in drawn if id in traffic and id != LLM},
                 seconds=time.perf_counter() - began,
@@ -247,7 +249,6 @@ class Rounds:
                 ended = {key: t + change.delta[key] if key in change.delta else t for key, t in change.received.items()}
                 save_adapter_state(own / one.client, concatenated(ended, scheme.fold(coverage, 0)))
                 training[one.client] = one.update.training
-            self._pass_over(stage, [id for id in left if id in refused], refused, len(left) == len(clients), began)
             jobs = [
                 Job(id, self._members.block[id], partial(load_adapter_state, own / id), self._scoring.sets_of(id))
                 for id in left
@@ -267,7 +268,9 @@ class Rounds:
                 self._stages.keep(self._folder.client_stage(stage, job.client), job.adapter(), record)
                 shutil.rmtree(own / job.client)
 
-            self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep)
+            for index, reason in self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep).items():
+                refused[jobs[index].client] = reason
+            self._pass_over(stage, [id for id in left if id in refused], refused, len(left) == len(clients), began)
         self._stages.write_lines()
         loss = fmean(one.validation for one in clients_of(self.records(), stage))
         self._progress.say(f"{stage}: loss on validation data: blocks {loss:.3f}")
@@ -284,7 +287,9 @@ class Rounds:
     ) -> None:
         """Record who was refused outside the rounds. Raises `LegolmError` where it is everybody."""
         if all_asked and len(clients) == len(self._members.clients):
-            raise LegolmError(f"{stage}: no client trained ({'; '.join(f'{id}: {reasons[id]}' for id in clients)})")
+            raise LegolmError(
+                f"{stage}: every client was refused ({'; '.join(f'{id}: {reasons[id]}' for id in clients)})"
+            )
         for id in clients:
             seconds = time.perf_counter() - began
             record = PassedRecord(phase=stage, client=id, reason=reasons[id], seconds=seconds)

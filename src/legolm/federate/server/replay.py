@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from legolm.aggregate import Scheme
+from legolm.aggregate import Scheme, Weighing
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.begin import begin
@@ -56,12 +56,13 @@ def replay(
 
     scheme = after(0)
     for number in range(1, last + 1):
+        weighing = Weighing(config.aggregate, scheme)
         there = [id for id in rounds[number].accepted if id not in without]
         for one in updates(config, dispatch, records, number, there, after(number - 1), _kept(folder, number)):
             if one.update is None:
                 raise LegolmError(f"round {number}: the kept update of {one.client}: {one.reason}")
-            scheme.add(one.update.change, members.block[one.client].coverage)
-        scheme.finish()
+            weighing.add(one.client, one.update.change, members.block[one.client].coverage)
+        weighing.finish()
     return scheme
 
 

@@ -19,11 +19,10 @@ from legolm.data import Example, read_rows, to_example, with_system
 from legolm.errors import LegolmError
 from legolm.federate.client import ClientRuntime, Profile, only
 from legolm.federate.client import Split as AnySplit
-from legolm.federate.server.dispatch import Dispatch, Job, Split
+from legolm.federate.server.dispatch import Dispatch, Job, Split, checked_scores
 from legolm.federate.server.members import LLM, Members, is_dense
 from legolm.federate.transport import Exchange
-from legolm.federate.wire import ScoreReply, unpack
-from legolm.runs import Global, Held, Score, Scores, others_of
+from legolm.runs import Global, Held, Refusal, Score, Scores, others_of
 
 Set = tuple[str, Split]
 
@@ -68,7 +67,10 @@ class Scoring:
             validation: tuple[Set, ...] = tuple((id, "validation") for id in asked)
             adapter = partial(scheme.adapter, block.coverage, rank) if jobs else whole
             jobs.append(Job(client, block, adapter, tests + validation))
-        results = self._scores(jobs, exchange, label)
+        results, refused = self._scores(jobs, exchange, label)
+        for index, reason in refused.items():
+            job = jobs[index]
+            raise LegolmError(f"{label}: client {job.client}, block {job.block.name}: {reason}")
 
         # Once for all who hold the same: with each client's own copy a record would grow with their square.
         held = [
@@ -90,7 +92,10 @@ class Scoring:
         )
 
     def _own(self, scheme: Scheme, exchange: Exchange, label: str) -> Global:
-        """Each client its own block on its own data; the LLM on the server's rows, where it has some."""
+        """Each client its own block on its own data; the LLM on the server's rows, where it has some.
+
+        A client without scores is named and left out. Raises `LegolmError` where that is everybody.
+        """
         members, factors = self._members, dict[tuple[str, int], Tensors]()
         jobs = []
         for id in members.clients:
@@ -99,28 +104,41 @@ class Scoring:
             if key not in factors:
                 factors[key] = scheme.adapter(block.coverage, rank)
             jobs.append(Job(id, block, partial(factors.__getitem__, key), ((id, "test"), (id, "validation"))))
-        results = self._scores(jobs, exchange, label)
+        results, refused = self._scores(jobs, exchange, label)
+        unscored = [Refusal(client=jobs[index].client, reason=refused[index]) for index in sorted(refused)]
+        if not results:
+            said = "; ".join(f"{one.client}: {one.reason}" for one in unscored)
+            raise LegolmError(f"{label}: no client has scores ({said})")
         held = [
-            Held(clients=[id], scores=by_client(jobs[index].sets, results[index]))
-            for index, id in enumerate(members.clients)
+            Held(
+                clients=[jobs[index].client],
+                scores=by_client(jobs[index].sets, results[index]),
+                validation=results[index][1].loss,
+            )
+            for index in sorted(results)
         ]
         found: Sequence[Score] = ()
         if self._config.evaluate.server_data is not None:
             adapter = partial(scheme.whole, members.llm.coverage, self._config.lora.rank)
             job = Job(LLM, members.llm, adapter, ((LLM, "test"),))
-            reply, _ = unpack(self._here.answer(self._dispatch.question(job)), ScoreReply)
-            found = reply.scores
+            try:
+                found = checked_scores(self._here.answer(self._dispatch.question(job)), job.sets)
+            except LegolmError as error:
+                raise LegolmError(f"{label}: the LLM on evaluate.server_data: {error}") from None
         return Global(
             llm=Scores({LLM: found[0]}) if found else None,
             held=held,
-            validation=fmean(results[index][1].loss for index in range(len(jobs))),
+            unscored=unscored,
+            validation=fmean(results[index][1].loss for index in sorted(results)),
             llm_validation=found[0].loss if found else None,
         )
 
-    def _scores(self, jobs: Sequence[Job], exchange: Exchange, label: str) -> Mapping[int, Sequence[Score]]:
+    def _scores(
+        self, jobs: Sequence[Job], exchange: Exchange, label: str
+    ) -> tuple[Mapping[int, Sequence[Score]], Mapping[int, str]]:
+        """The scores of the jobs by place, and why there are none of the others."""
         results: dict[int, Sequence[Score]] = {}
-        self._dispatch.score(jobs, exchange, label, results.__setitem__)
-        return results
+        return results, self._dispatch.score(jobs, exchange, label, results.__setitem__)
 
     @cached_property
     def _others(self) -> dict[str, list[str]]:

@@ -33,6 +33,8 @@ MOST_IN_FLIGHT, IN_FLIGHT_BYTES = 16, 64 << 20
 its time: Flower looks at every request under way for every node in turn, so few at once make its turns short, but each
 turn ends in a pause, so very few wait for it."""
 OBJECT_STORE_BYTES = 256 << 20
+UNASKED = -1
+"""Index of a reply to no request."""
 
 
 def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
@@ -74,11 +76,13 @@ def _exchange(
 ) -> Iterator[Reply]:
     """Push requests, a few for each of `actors` and more while they are small, and give replies as they come.
 
-    A client that crashed gives an error, not an end.
+    A client that crashed or cannot be reached gives an error, not an end. A reply that comes again has its index again,
+    and one to nothing that was asked `UNASKED`: who asks names and drops them.
     """
     queue = enumerate(requests)
     began = time.monotonic()
     waiting: dict[str, tuple[int, int]] = {}  # index and bytes by message
+    asked: dict[str, int] = {}  # index by message, of all
 
     def room() -> bool:
         small = len(waiting) < MOST_IN_FLIGHT * actors and sum(n for _, n in waiting.values()) < IN_FLIGHT_BYTES
@@ -92,13 +96,18 @@ def _exchange(
             content = RecordDict({"request": ConfigRecord({"content": request.content})})
             # The client `llm`, everyone's data at one place, has no node: any may answer.
             node = node_of.get(request.client, min(node_of.values()))
-            (message_id,) = grid.push_messages([Message(content, node, MessageType.TRAIN)])
-            waiting[message_id] = index, len(request.content)
+            sent = list(grid.push_messages([Message(content, node, MessageType.TRAIN)]))
+            if not sent:
+                yield Reply(index, error="its node cannot be reached")
+            for message_id in sent:
+                waiting[message_id], asked[message_id] = (index, len(request.content)), index
         if not waiting:
             return
         found = list(grid.pull_messages(list(waiting)))
         for reply in found:
-            yield _read(waiting.pop(reply.metadata.reply_to_message_id)[0], reply)
+            message_id = reply.metadata.reply_to_message_id
+            waiting.pop(message_id, None)
+            yield _read(asked.get(message_id, UNASKED), reply)
         if deadline_s is not None and time.monotonic() - began > deadline_s:
             for index in [*(index for index, _ in waiting.values()), *(index for index, _ in queue)]:
                 yield Reply(index, error=late(deadline_s))
@@ -108,14 +117,15 @@ def _exchange(
 
 
 def _read(index: int, reply: Message) -> Reply:
+    """What came, whatever it holds: a client may send anything."""
     if reply.has_error():
-        return Reply(index, error=(reply.error.reason or "the client crashed").strip().splitlines()[-1])
-    record = reply.content["reply"]
-    if "error" in record:
-        return Reply(index, error=str(record["error"]))
-    content = record["content"]
-    assert isinstance(content, bytes)
-    return Reply(index, content)
+        lines = (reply.error.reason or "").strip().splitlines()
+        return Reply(index, error=lines[-1] if lines else "the client crashed")
+    record = reply.content.config_records.get("reply", ConfigRecord())
+    content, error = record.get("content"), record.get("error")
+    if isinstance(content, bytes) and error is None:
+        return Reply(index, content)
+    return Reply(index, error=str(error or "its message has no reply in it"))
 
 
 def _wait_for_nodes(grid: Grid, count: int) -> list[int]:

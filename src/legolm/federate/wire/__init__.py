@@ -10,6 +10,7 @@ from legolm.federate.wire.messages import (
     UpdateReply,
     kind_of,
     pack,
+    plain,
     unpack,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "kind_of",
     "open_",
     "pack",
+    "plain",
     "unpack",
     "write",
 ]

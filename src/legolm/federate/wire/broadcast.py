@@ -155,8 +155,12 @@ def accept(content: bytes, request: TrainRequest, broadcast: Broadcast) -> Updat
         if getattr(reply, name) != value:
             raise LegolmError(f"{name} is {getattr(reply, name)!r}; asked for {value!r}")
     delta = codec.decode(tensors, request.settings.codec, broadcast.trained, request.settings.keep)
-    check_finite(delta)
-    _check_size(delta)
+    try:
+        check_finite(delta)
+        _check_size(delta)
+    except LegolmError as error:
+        rate = request.settings.train.learning_rate
+        raise LegolmError(f"{error}; if training diverged, lower train.learning_rate, {rate:g}") from None
     try:
         training = Training.model_validate(reply.metrics)
     except ValidationError as error:

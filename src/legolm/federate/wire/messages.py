@@ -164,7 +164,7 @@ def unpack(content: bytes, kind: type[Header], most: int = MAX_HEADER) -> tuple[
         where = ".".join(map(str, problem["loc"]))
         raise LegolmError(f"message header: {where}: {problem['msg']}"[:MAX_SAID]) from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
-        raise LegolmError(f"message is broken ({_plain(error)})") from None
+        raise LegolmError(f"message is broken ({plain(error)})") from None
 
 
 def kind_of(content: bytes) -> str:
@@ -172,12 +172,12 @@ def kind_of(content: bytes) -> str:
     try:
         return str(json.loads(_header(content, MAX_HEADER)["__metadata__"]["legolm"])["kind"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise LegolmError(f"message is broken ({_plain(error)})") from None
+        raise LegolmError(f"message is broken ({plain(error)})") from None
 
 
-def _plain(error: Exception) -> str:
-    """What an error says, short and without control codes: it may quote the message."""
-    return "".join(sign if sign.isprintable() else " " for sign in str(error)[:MAX_SAID])
+def plain(said: object) -> str:
+    """What an error, or a client, says: short and without control codes, as it may quote or be anything."""
+    return "".join(sign if sign.isprintable() else " " for sign in str(said)[:MAX_SAID])
 
 
 def _header(content: bytes, most: int) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""What the stages of a run keep on the disk, beside blocks and final models."""
+
+from __future__ import annotations
+
+from legolm.adapter import adapter_parameters, modules_of
+from legolm.aggregate import make_scheme
+from legolm.block import Coverage
+from legolm.config import RunConfig
+from legolm.models import Shape
+
+MOMENTS = {"none": 0, "fedavgm": 1, "fedadam": 2, "fedyogi": 2}
+"""Copies of the factors that a server optimizer keeps."""
+
+
+def stages_bytes(config: RunConfig, shape: Shape) -> int:
+    """Bytes of tensors: the server's state of each round, what clients carry over, their ends outside the rounds.
+
+    Of the kept updates of `federation.keep_updates` the plan knows more.
+    """
+    federation, lora, clients = config.federation, config.lora, len(config.clients)
+    adapter = 4 * adapter_parameters(Coverage.full(shape), lora.targets, lora.rank)
+    alone = adapter * clients * (config.evaluate.local_only + (federation.personal_steps > 0))
+    if federation.mode == "alone":
+        return adapter + alone
+    scheme, ranks = make_scheme(config.aggregate), [one.rank or lora.rank for one in config.clients]
+    server = adapter * (1 + federation.rounds * (1 + MOMENTS[config.aggregate.server_optimizer]))
+    server += sum(
+        product_bytes(config, shape, scheme.held_rank(ranks, lora.rank, number))
+        for number in range(1, federation.rounds + 1)
+    )
+    # A client keeps what it carried into its last accepted round until the next one is accepted: two files.
+    carried = 0
+    if scheme.folds:  # of the rounds before
+        held = [scheme.held_rank(ranks, lora.rank, federation.rounds - ago) for ago in (1, 2)]
+        carried += sum(product_bytes(config, shape, rank) for rank in held if rank > 0)
+    if federation.error_feedback and scheme.basis_stays and (federation.codec != "none" or scheme.keep(0.5) < 1):
+        carried += 2 * adapter
+    return server + alone + clients * carried
+
+
+def product_bytes(config: RunConfig, shape: Shape, rank: int) -> int:
+    """Bytes of factors of this rank of every module, float32; past a dense matrix's size as that and an identity."""
+    found = 0
+    for module in modules_of(shape, config.lora.targets):
+        rows, cols = shape.matrix(module)
+        found += (rows + cols) * (rank if rank * (rows + cols) <= rows * cols else min(rows, cols))
+    return 4 * shape.layers * found

@@ -1,0 +1,144 @@
+"""The way over Flower's grid where replies come twice, to nothing, with nothing in them, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+from rich.console import Console
+
+from legolm import config as configs
+from legolm import pipeline
+from legolm.config import RunConfig
+from legolm.federate import wire
+from legolm.federate.client import ClientRuntime, simulated
+from legolm.federate.transport import Exchange, Reply, Request
+from legolm.federate.transport.engine import Body
+from legolm.federate.transport.flower import _exchange
+from legolm.runs import RunDir
+from legolm.system import Progress
+
+Replies = Callable[[Message], list[Message]]
+
+
+@pytest.fixture(autouse=True)
+def task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages are made in a task of Flower's; one that a real run in this process began is put back."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+class OddGrid(Grid):
+    """Clients in this process; `answers` gives what comes back for a message, `gone` are nodes that nothing reaches."""
+
+    run, set_run, create_message, send_and_receive = None, None, None, None  # type: ignore[assignment]
+
+    def __init__(self, answers: Replies, gone: Iterable[int] = ()) -> None:
+        self._answers, self._gone, self._sent = answers, set(gone), list[Message]()
+
+    def get_node_ids(self) -> Iterable[int]:
+        return []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        there = [one for one in messages if one.metadata.dst_node_id not in self._gone]
+        for one in there:
+            one.metadata.__dict__["_message_id"] = f"m{id(one)}"
+        self._sent += there
+        return [one.metadata.message_id for one in there]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        wanted = set(message_ids)
+        sent, self._sent = self._sent, []
+        assert {one.metadata.message_id for one in sent} <= wanted
+        return [reply for one in sent for reply in self._answers(one)]
+
+
+def config_reply(request: Message, **content: Any) -> Message:
+    return Message(RecordDict({"reply": ConfigRecord(content)}), reply_to=request)
+
+
+NODES = {"fr": 1, "de": 2, "es": 3}
+
+
+def sent_back(replies: Replies, gone: Iterable[int] = ()) -> list[Reply]:
+    requests = [Request(id, id.encode()) for id in NODES]
+    return list(_exchange(OddGrid(replies, gone), NODES, 1, requests, None))
+
+
+def test_whatever_comes_is_a_reply_with_an_index() -> None:
+    def answers(request: Message) -> list[Message]:
+        node = request.metadata.dst_node_id
+        good = config_reply(request, content=b"x")
+        stray = config_reply(request, content=b"y")
+        stray.metadata.__dict__["_reply_to_message_id"] = "another"
+        return {1: [good, good], 2: [stray, good], 3: [good]}[node]
+
+    found = [(one.index, one.content) for one in sent_back(answers)]
+    assert found == [(0, b"x"), (0, b"x"), (-1, b"y"), (1, b"x"), (2, b"x")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda request: Message(RecordDict({}), reply_to=request), "its message has no reply in it"),
+        (lambda request: config_reply(request, content="text"), "its message has no reply in it"),
+        (lambda request: config_reply(request, content=[1.0]), "its message has no reply in it"),
+        (lambda request: config_reply(request, error="not now"), "not now"),
+        (lambda request: Message(Error(0, "  \n "), reply_to=request), "the client crashed"),
+        (lambda request: Message(Error(0, "Traceback:\n  at 7\nValueError: no"), reply_to=request), "ValueError: no"),
+    ],
+)
+def test_what_is_no_reply_is_an_error(answer: Callable[[Message], Message], says: str) -> None:
+    assert [(one.index, one.error) for one in sent_back(lambda request: [answer(request)])] == [
+        (0, says), (1, says), (2, says),
+    ]  # fmt: skip
+
+
+def test_a_node_that_cannot_be_reached_is_an_error() -> None:
+    found = sent_back(lambda request: [config_reply(request, content=b"x")], gone=[2])
+    assert {(one.index, one.error) for one in found} == {(0, ""), (1, "its node cannot be reached"), (2, "")}
+
+
+def test_a_run_goes_on_and_names_them(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """`fr` answers training twice, `de` once to nothing and once, `es` with a screen full of control codes."""
+    raw = three_clients(tmp_path, ("dense", "dense", "dense"), rows=10, evaluate={"local_only": False})
+    raw["data"] |= {"limit_test": 1, "limit_validation": 1}
+    raw["federation"]["rounds"] = 1
+    config = configs.validate(RunConfig, raw, "test")
+
+    def engine(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        runtime = ClientRuntime(simulated(run))
+
+        def answers(request: Message) -> list[Message]:
+            content = request.content.config_records["request"]["content"]
+            assert isinstance(content, bytes)
+            good = config_reply(request, content=runtime.answer(content))
+            if wire.kind_of(content) != "train":
+                return [good]
+            stray = config_reply(request, content=b"y")
+            stray.metadata.__dict__["_reply_to_message_id"] = "another"
+            loud = config_reply(request, error="\x1b[2J" + "x" * 10_000)
+            return {1: [good, good], 2: [stray, good], 3: [loud]}[request.metadata.dst_node_id]
+
+        grid = OddGrid(answers)
+
+        def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+            return _exchange(grid, NODES, actors, requests, deadline_s)
+
+        found: Exchange = exchange
+        body(found)
+
+    said = StringIO()
+    progress = Progress(Console(file=said, width=200))
+    summary = pipeline.run(config, tmp_path / "out", engine=engine, progress=progress, models=False)
+    assert "round 1: train: one more reply of fr (request 0) was dropped" in said.getvalue()
+    assert "round 1: train: one more reply of nobody (request -1) was dropped" in said.getvalue()
+    last = summary.history[-1]
+    assert last.accepted == ["fr", "de"] and last.refused[0].client == "es"
+    assert last.refused[0].reason == " [2J" + "x" * 296
