@@ -18,7 +18,7 @@ from legolm.adapter import merge, save_adapter, save_factors
 from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
-from legolm.federate.server import Rounds, steps_of
+from legolm.federate.server import Rounds, ask, steps_of
 from legolm.federate.transport import Engine, engine_for
 from legolm.finetune import learning_rate
 from legolm.models import (
@@ -77,7 +77,8 @@ def run(
     """Run `config` in the folder `out` and return its summary. Raises `LegolmError` for bad input.
 
     `engine` replaces the configured one, for tests and for other transports. Runs with the same `store` share blocks
-    and their scores before training. Without `models` no final models are written; a resumed run would.
+    and their scores before training. Without `models` no final models are written and no sample
+    answers asked for; a resumed run would.
     """
     clock = Clock(RunDir(out).clock_file)
     need_matplotlib()
@@ -127,9 +128,11 @@ def _run(
     if models:
         with clock.stage("final", recorded=False):
             _write_final(folder, config, plan, blocks, block_of, rounds, progress)
+    samples = ask(folder, config, blocks, block_of, rounds, progress) if models else []
 
     name, seconds = out.resolve().name, clock.seconds("blocks")
     summary = summarize(config, blocks, block_of, rounds.records(), identity, name, clock.wall, seconds)
+    summary = summary.model_copy(update={"samples": samples})
     summary.write(out)
     write_report(summary, out / "report.html")
     return summary

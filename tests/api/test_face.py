@@ -35,7 +35,7 @@ SIGNATURES = {
     "Task": "(model, coverage, start, scale, examples, config, precision, steps, seed, done=0, total=None, frozen=(), "
     "proximal=0.0, dropout=0.0)",
     "ablate": "(run, out=None, *, questions=None)",
-    "compare": "(study, out, *, changes=(), models=True)",
+    "compare": "(study, out, *, changes=(), models=True, seeds=1)",
     "compose": "(sources, into, out, *, base=None, method='heteagg', form=None, scaling=None, density=None, "
     "weights=None, validate=None)",
     "criterion": "(name, needs)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,6 +67,12 @@ def public_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def widest(shown: str) -> int:
+    """Of a table's lines: sentences and paths are left to the terminal to wrap."""
+    sentence = re.compile(r"\. |\.$|, codec|^folder ")
+    return max(len(line) for line in shown.splitlines() if not sentence.search(line))
+
+
 @pytest.mark.usefixtures("public_data")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_loads_and_plans(example: Path) -> None:
@@ -73,6 +80,7 @@ def test_every_example_loads_and_plans(example: Path) -> None:
     assert done.returncode == 0, done.stderr
     for word in ("block", "client", "tokens", "memory", "Nothing was done."):
         assert word in done.stdout
+    assert widest(done.stdout) <= 80
 
 
 def test_prune_eval_and_report(
@@ -81,8 +89,10 @@ def test_prune_eval_and_report(
     cut = ("prune", tiny("llama"), "--out", tmp_path / "b", "--calibration", corpus, "--samples", 4, "--length", 64)
     done = legolm(*cut, "--method", "structured", "--intermediate-size", 64, "--recover", 1)
     assert done.returncode == 0, done.stderr
+    assert widest(done.stdout) <= 80 and f"folder {tmp_path / 'b'}" in done.stdout
     done = legolm("inspect", tmp_path / "b")
     assert done.returncode == 0, done.stderr
+    assert widest(done.stdout.partition("LLM layers cut")[0]) <= 80
     # q, o 64x64, k, v 32x64 and three 96x64 in a layer; 64 of 96 neurons are left: 24,576 of 30,720 weights.
     assert "80.0%" in done.stdout
     for path in (tmp_path, tmp_path / "b" / "config.json"):

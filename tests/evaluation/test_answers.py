@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from legolm.data import Example, Tokens, render
 from legolm.data.examples import Message
-from legolm.evaluation import Questions, measure, rouge, score
+from legolm.evaluation import Questions, measure, questions, score
 from legolm.evaluation.answers import score_each
-from legolm.evaluation.rouge import generate, rouge_l
+from legolm.evaluation.greedy import generate
+from legolm.evaluation.rouge import rouge_l
 from legolm.models import FAMILIES, load_model
 
 
@@ -85,21 +86,19 @@ def test_rouge_l_by_hand() -> None:
 def test_greedy_answers_end_where_the_template_ends_them(
     unigram: Callable[..., Any], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rouge, "MAX_NEW_TOKENS", 5)
+    monkeypatch.setattr(questions, "MAX_NEW_TOKENS", 5)
     examples = [render(_example(text, "b"), tokenizer, 64) for text in ("a", "longer", "c")]
-    assert generate(unigram(b=9.0), examples, tokenizer, 2, "fp32") == ["bbbbb"] * 3
-    assert generate(unigram(**{"<|im_end|>": 9.0}), examples, tokenizer, 2, "fp32") == [""] * 3
+    assert generate(unigram(b=9.0), examples, tokenizer, 2, "fp32", 5) == ["bbbbb"] * 3
+    assert generate(unigram(b=9.0), examples, tokenizer, 2, "fp32", 2, "…") == ["bb…"] * 3
+    assert generate(unigram(**{"<|im_end|>": 9.0}), examples, tokenizer, 2, "fp32", 5, "…") == [""] * 3
     asked = Questions(examples=(_example("a", "bbbbb"), _example("a", "c")), rouge=True)
     assert measure(unigram(b=9.0), tokenizer, asked)["answers"]["ROUGE-L"].value == 0.5
 
 
-def test_generation_is_argmax_token_by_token(
-    tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rouge, "MAX_NEW_TOKENS", 6)
+def test_generation_is_argmax_token_by_token(tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast) -> None:
     model = load_model(tiny("llama"))
     examples = [render(_example(text, "b"), tokenizer, 64) for text in ("a", "much longer than the other")]
-    for example, answer in zip(examples, generate(model, examples, tokenizer, 2, "fp32"), strict=True):
+    for example, answer in zip(examples, generate(model, examples, tokenizer, 2, "fp32", 6), strict=True):
         ids = list(example.ids[: example.answer])
         for _ in range(6):
             with torch.no_grad():

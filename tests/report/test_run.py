@@ -281,7 +281,8 @@ def test_where_each_scores_its_own_data_the_page_says_so_and_has_no_empty_column
     assert row(page, "de").count("<td") == 5  # the block, and four stages on own data
     print_summary(summary, tmp_path)
     said = capsys.readouterr().out
-    assert "others before" not in said and "LLM on the server's own test data: 4.00 before" in said
+    assert "on other clients' test data" not in said and "on the clients' own test data" in said
+    assert "LLM on the server's own test data: 4.00 before" in said
 
 
 def test_a_run_whose_llm_nobody_scored(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,8 @@ OLD = Path(__file__).parents[2] / "docs" / "results" / "records" / "flan" / "het
 def variant(name: str, **changes: Any) -> CompareRow:
     figures: dict[str, Any] = {"llm": 1.5, "llm_before": 4.0, "own": 2.0, "others": 3.0, "validation": 2.5}
     figures |= {"llm_validation": 1.75, "bytes_down": 2e6, "bytes_up": 1e6, "replies": 6, "tokens": 1000.0}
+    figures |= {"seed": 0, "learning_rate": 0.01, "llm_best_round": 2, "llm_exact_match": 0.5, "own_exact_match": 0.25}
+    figures |= {"others_exact_match": 0.125, "curve": []}
     figures |= {"flops": 3e12, "memory": 4e8, "seconds": 12.0, "clients": 3, "rounds": 2, "best_round": 1}
     names = {"name": name, "scheme": "heteagg", "settings": {"form": "exact"}, "mode": "federated", "codec": "fp32"}
     return CompareRow.model_validate(names | figures | changes)
@@ -31,19 +33,21 @@ def test_a_comparison_is_the_same_in_json_csv_and_pandas(tmp_path: Path) -> None
     found.write(tmp_path)
     assert read_record(tmp_path / "compare.json", Comparison) == found
     first, second = (tmp_path / "compare.csv").read_text().splitlines()[1:]
-    assert first.startswith("a,heteagg,form=exact,federated,fp32,3,2,1,1.5,4.0,2.0,3.0,2.5,1.75,2000000.0,1000000.0,6,")
-    assert second.startswith('"b, c",heteagg,form=exact,federated,fp32,3,2,1,inf,4.0,2.0,,2.5')
+    assert first.startswith(
+        "a,0,heteagg,form=exact,federated,fp32,3,0.01,2,1,2,1.5,4.0,0.5,2.0,0.25,3.0,0.125,2.5,1.75,"
+    )
+    assert second.startswith('"b, c",0,heteagg,form=exact,federated,fp32,3,0.01,2,1,2,inf,4.0,0.5,2.0,0.25,,0.125,2.5')
     frame = found.to_frame()
     assert list(frame["name"]) == ["a", "b, c"]
     assert frame["others"][0] == 3.0 and math.isnan(frame["others"][1])
 
 
 def test_columns_without_a_figure_are_left_out() -> None:
-    nothing = {"llm": None, "llm_before": None, "llm_validation": None, "others": None}
+    nothing = dict.fromkeys(("llm", "llm_before", "llm_exact_match", "llm_validation", "others", "others_exact_match"))
     found = Comparison(name="study", rows=[variant("a", **nothing), variant("b", **nothing, own=2.5)])
-    assert shown(found)[:3] == ["own", "validation", "bytes_down"]
+    assert shown(found)[:5] == ["learning_rate", "own", "own_exact_match", "best_round", "validation"]
     text = page(found)
-    assert "blocks, own data" in text and ">LLM<" not in text and text.count("<circle") == 2
+    assert "blocks, own data" in text and "LLM loss" not in text and text.count("<circle") == 2
     both = page(Comparison(name="study", rows=[variant("a"), variant("b", **nothing)]))
     assert both.count("<circle") == 3  # two of the blocks, one LLM
 

@@ -13,9 +13,9 @@ from legolm.api.models import LLM
 from legolm.block import Block
 from legolm.config import Fields
 from legolm.errors import LegolmError
-from legolm.evaluation import Questions, Result, line_up, read_questions
+from legolm.evaluation import Evaluation, Questions, Result, line_up, read_questions
 from legolm.evaluation import evaluate as evaluate_all
-from legolm.report import print_scores
+from legolm.report import print_evaluation
 from legolm.runs import Row, to_frame
 
 if TYPE_CHECKING:
@@ -23,12 +23,16 @@ if TYPE_CHECKING:
 
 
 class Results(list[Result]):
-    """One entry a figure and model; printed, it is the command's table."""
+    """One entry a figure and model; printed, it is what the command prints. `found` has sizes and answers too."""
+
+    def __init__(self, found: Evaluation) -> None:
+        super().__init__(found.results)
+        self.found = found
 
     def __str__(self) -> str:
         text = StringIO()
         with redirect_stdout(text):
-            print_scores(self)
+            print_evaluation(self.found)
         return text.getvalue()
 
     def to_frame(self) -> pandas.DataFrame:

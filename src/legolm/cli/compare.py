@@ -14,6 +14,9 @@ def compare(
     config: Annotated[Path, typer.Argument(help="YAML with `run` and `variants`; see examples/compare/schemes.yaml")],
     out: Annotated[Path | None, typer.Option(help="folder of all runs; runs/<name of the config> if not given")] = None,
     set_: Sets = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=1000, help="run every variant with so many seeds, its own and the next ones")
+    ] = 1,
     models: Annotated[
         bool, typer.Option(help="write every variant's final models; `legolm run --resume` makes left-out ones later")
     ] = True,
@@ -30,7 +33,7 @@ def compare(
             from legolm.report import print_plan
             from legolm.study import plans
 
-            for name, (settings, plan) in plans(config, set_ or ()).items():
+            for name, (settings, plan) in plans(config, set_ or (), seeds).items():
                 typer.echo(f"\n{name}")
                 print_plan(plan, settings)
         return
@@ -38,4 +41,4 @@ def compare(
     from legolm.study import compare as run_all
 
     out = out or Path("runs") / config.stem
-    print_comparison(run_all(config, out, set_ or (), models, blocks), out)
+    print_comparison(run_all(config, out, set_ or (), models, blocks, seeds), out)

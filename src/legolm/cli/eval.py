@@ -35,7 +35,7 @@ def evaluate(
     from legolm.config import Fields
     from legolm.evaluation import evaluate as evaluate_all
     from legolm.evaluation import line_up, read_questions, write_json
-    from legolm.report import print_scores
+    from legolm.report import print_evaluation
 
     given = {"instruction": instruction, "answer": answer, "messages": messages}
     named = {name: field for name, field in given.items() if field is not None}
@@ -43,8 +43,8 @@ def evaluate(
         raise LegolmError(f"--messages {messages}: instead of --instruction and --answer; give the one or the others")
     fields = Fields(**named) if named else None
     questions = read_questions(task_names(tasks), include, data, fields, text, limit, rouge, length, windows)
-    results = evaluate_all(line_up(models, base, adapter), questions, precision)
-    print_scores(results)
+    found = evaluate_all(line_up(models, base, adapter), questions, precision)
+    print_evaluation(found)
     if out is not None:
-        write_json(results, questions, precision, out)
+        write_json(found, questions, precision, out)
         typer.echo(out)

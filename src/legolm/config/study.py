@@ -15,7 +15,7 @@ from legolm.config.section import Name, Section
 from legolm.config.sections import RunConfig
 from legolm.errors import LegolmError
 
-RESERVED = ("blocks", "compare.json", "compare.csv", "compare.html")
+RESERVED = ("blocks", "seeds", "compare.json", "compare.csv", "compare.html")
 
 
 class Variant(Section):

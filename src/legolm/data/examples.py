@@ -20,6 +20,16 @@ class Example:
 
     messages: tuple[Message, ...]
 
+    @property
+    def question(self) -> str:
+        """The message before the answer; empty where the answer is all there is."""
+        return self.messages[-2].content if len(self.messages) > 1 else ""
+
+    @property
+    def wanted(self) -> str:
+        """The answer."""
+        return self.messages[-1].content
+
 
 @dataclass(frozen=True)
 class ClientData:

@@ -2,14 +2,16 @@
 
 from legolm.evaluation.answers import score
 from legolm.evaluation.figure import Figure, digest
+from legolm.evaluation.greedy import generate
 from legolm.evaluation.paired import compare
 from legolm.evaluation.perplexity import perplexity
 from legolm.evaluation.questions import TEXT, Questions, check_finite, measure, read_questions
-from legolm.evaluation.side_by_side import Result, evaluate, line_up, write_json
+from legolm.evaluation.side_by_side import Evaluation, Result, evaluate, line_up, write_json
 from legolm.evaluation.tasks import load_tasks, run_tasks
 
 __all__ = [
     "TEXT",
+    "Evaluation",
     "Figure",
     "Questions",
     "Result",
@@ -17,6 +19,7 @@ __all__ = [
     "compare",
     "digest",
     "evaluate",
+    "generate",
     "line_up",
     "load_tasks",
     "measure",

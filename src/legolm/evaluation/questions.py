@@ -16,13 +16,19 @@ from legolm.data import Example, read_rows, read_text, render_whole, to_example
 from legolm.errors import LegolmError
 from legolm.evaluation.answers import score_each
 from legolm.evaluation.figure import RatioFigure, digest, ratio_figure
+from legolm.evaluation.greedy import generate
 from legolm.evaluation.perplexity import text_windows, window_losses
-from legolm.evaluation.rouge import generate, need_rouge, rouge_l
+from legolm.evaluation.rouge import need_rouge, rouge_l
 from legolm.evaluation.tasks import TaskFigures, Tasks, load_tasks, run_tasks
 
 BATCH = 8
+MAX_NEW_TOKENS = 128
+"""For ROUGE-L: an answer that has not ended by then is scored as it is."""
 DATA, TEXT = "answers", "text"
 """Names of the figures on conversations and on running text, beside those of tasks."""
+LOSS, EXACT = "answer loss", "exact match"
+SAMPLES, SPARE, MOST = 3, 8, 64
+"""Answers shown, and their tokens: as many as the longest wanted one has and some to spare, at most so many."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +105,11 @@ def measure(model: Any, tokenizer: Any, questions: Questions, precision: Precisi
         asked = digest(questions.examples)
         answers = score_each(model, examples, BATCH, precision)
         found[DATA] = {
-            "answer loss": ratio_figure(answers.losses, answers.tokens, asked),
-            "exact match": ratio_figure(answers.exact, None, asked),
+            LOSS: ratio_figure(answers.losses, answers.tokens, asked),
+            EXACT: ratio_figure(answers.exact, None, asked),
         }
         if questions.rouge:
-            texts = generate(model, examples, tokenizer, BATCH, precision)
+            texts = generate(model, examples, tokenizer, BATCH, precision, MAX_NEW_TOKENS)
             references = [example.messages[-1].content for example in questions.examples]
             found[DATA]["ROUGE-L"] = ratio_figure(rouge_l(texts, references), None, asked)
     if windows is not None:
@@ -112,6 +118,19 @@ def measure(model: Any, tokenizer: Any, questions: Questions, precision: Precisi
         asked = digest(windows.flatten().tolist())
         found[TEXT] = {"perplexity": ratio_figure(losses, predicted, asked, exponential=True)}
     return found
+
+
+def sample(model: Any, tokenizer: Any, questions: Questions, precision: Precision = "fp32") -> list[str]:
+    """The model's answers to `sampled` conversations, one that had not ended with an ellipsis."""
+    asked = render_whole(sampled(questions), tokenizer, model.config.max_position_embeddings, "--data")
+    most = min(MOST, SPARE + max((len(one.ids) - one.answer for one in asked), default=0))
+    return [text.strip() for text in generate(model, asked, tokenizer, BATCH, precision, most, "…")]
+
+
+def sampled(questions: Questions) -> list[Example]:
+    """A few conversations of all, the same ones for every model."""
+    places = sorted({turn * len(questions.examples) // SAMPLES for turn in range(SAMPLES)})
+    return [questions.examples[place] for place in places] if questions.examples else []
 
 
 def check_finite(found: TaskFigures, whose: str) -> None:

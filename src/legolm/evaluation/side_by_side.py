@@ -14,13 +14,17 @@ from legolm.block import Block, read_block
 from legolm.config import Precision
 from legolm.errors import LegolmError, brief
 from legolm.evaluation.figure import Figure
+from legolm.evaluation.floors import warnings
 from legolm.evaluation.paired import Comparison, compare
-from legolm.evaluation.questions import Questions, check_finite, measure
+from legolm.evaluation.questions import Questions, check_finite, measure, sample, sampled
+from legolm.evaluation.speed import tokens_per_second
 from legolm.evaluation.tasks import TaskFigures
 from legolm.models import (
     choose_device,
+    count_parameters,
     decoder_layers,
     find_fingerprint,
+    folder_bytes,
     load_config,
     load_model,
     load_tokenizer,
@@ -63,6 +67,35 @@ class Result:
         return names | self.figure.as_json() | {"against": paired}
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a model costs: its stored parameters, bytes of its folder, and tokens a second that it generates here."""
+
+    model: str
+    parameters: int
+    bytes: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question of `--data`, the wanted answer, and each model's, by name."""
+
+    question: str
+    wanted: str
+    answers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that `evaluate` found, the models in their order; `warnings` are figures that a blind guess would have."""
+
+    results: list[Result]
+    sizes: list[Size]
+    answered: list[Answered]
+    warnings: list[str]
+
+
 def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None = None) -> list[Subject]:
     """The models in order, each block's dense LLM before it, or the model itself before it with its adapter.
 
@@ -100,14 +133,20 @@ def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None
     return list(lineup.values())
 
 
-def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Precision = "fp32") -> list[Result]:
+def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Precision = "fp32") -> Evaluation:
     """Every figure of every model, one model in memory at a time, compared question by question."""
     found: dict[str, TaskFigures] = {}
+    sizes: dict[str, Size] = {}
+    said: dict[str, list[str]] = {}
     with Progress().stage("evaluate", len(subjects)) as advance:
         for subject in reversed(subjects):  # an adapter or a block that does not fit shows before the LLM has its turn
-            model, tokenizer = load_subject(subject), load_tokenizer(subject.path)
-            found[subject.name] = measure(model, tokenizer, questions, precision)
-            check_finite(found[subject.name], f"model {subject.name}")
+            name, path = subject.name, subject.path
+            model, tokenizer = load_subject(subject), load_tokenizer(path)
+            found[name] = measure(model, tokenizer, questions, precision)
+            check_finite(found[name], f"model {name}")
+            said[name] = sample(model, tokenizer, questions, precision)
+            speed = tokens_per_second(model, precision)
+            sizes[name] = Size(name, count_parameters(path), folder_bytes(path), speed)
             del model
             release_memory()
             advance(1)
@@ -119,15 +158,28 @@ def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Preci
                 other = None if subject.against is None else found[subject.against][task][metric]
                 comparison = None if other is None else compare(figure, other)
                 results.append(Result(task, metric, subject.name, figure, subject.against, comparison))
-    return results
+    names = [subject.name for subject in subjects]
+    answered = [
+        Answered(example.question, example.wanted, {name: said[name][place] for name in names})
+        for place, example in enumerate(sampled(questions))
+    ]
+    wanted = [example.wanted for example in questions.examples]
+    return Evaluation(
+        results, [sizes[name] for name in names], answered, warnings({name: found[name] for name in names}, wanted)
+    )
 
 
-def write_json(results: Sequence[Result], questions: Questions, precision: Precision, path: Path) -> None:
+def write_json(found: Evaluation, questions: Questions, precision: Precision, path: Path) -> None:
     """All figures, one a line, each with what every question gave to it, and how they were got."""
     asked = {name: getattr(questions, name) for name in ("limit", "length", "windows")}
     used = versions() | ({"lm_eval": version("lm_eval")} if questions.tasks else {})
-    head = json.dumps({"precision": precision, **asked, "versions": used}, indent=1).removesuffix("\n}")
-    lines = ",\n  ".join(json.dumps(one.as_json()) for one in results)
+    rest = {
+        "models": [asdict(one) for one in found.sizes],
+        "answers": [asdict(one) for one in found.answered],
+        "warnings": found.warnings,
+    }
+    head = json.dumps({"precision": precision, **asked, "versions": used, **rest}, indent=1).removesuffix("\n}")
+    lines = ",\n  ".join(json.dumps(one.as_json()) for one in found.results)
     atomic_write(path, f'{head},\n "results": [\n  {lines}\n ]\n}}\n')
 
 

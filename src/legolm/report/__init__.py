@@ -9,8 +9,8 @@ from legolm.report.terminal import (
     print_blocks,
     print_composition,
     print_coverage,
+    print_evaluation,
     print_plan,
-    print_scores,
     print_summary,
 )
 
@@ -22,8 +22,8 @@ __all__ = [
     "print_comparison",
     "print_composition",
     "print_coverage",
+    "print_evaluation",
     "print_plan",
-    "print_scores",
     "print_summary",
     "summarize",
     "write_ablation",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.table import Table
+from rich.console import Console
 
-from legolm.report.page import Raw, document, section, soft, tag
+from legolm.report.fit import print_table
+from legolm.report.page import Raw, document, drawing, figure, section, soft, tag
 from legolm.report.shown import sampled
-from legolm.report.terminal import wide_enough
 from legolm.runs import Ablation, LeftOut, Losses
 from legolm.system import atomic_write
 
@@ -21,20 +21,20 @@ def write_ablation(found: Ablation, path: Path) -> None:
 def print_ablation(found: Ablation, out: Path) -> None:
     """The table, and where the page is."""
     measures = list(found.all.measures())
-    table = Table(box=None, pad_edge=False)
-    for column in ("left out", "", *(text for measure in measures for text in (_name(measure), "more"))):
-        table.add_column(column, justify="right" if len(table.columns) > 1 else "left")
+    columns = ("left out", "", *(f">{_name(measure)}" for measure in measures))
+    rows = []
     for one in found.without:
         values = one.measures()
-        table.add_row(
-            one.kind, one.name, *(text for m in measures for text in (f"{values[m]:.3f}", _more(one, found.all, m)))
-        )
+        rows.append((one.kind, one.name, *(f"{values[m]:.3f} ({_more(one, found.all, m)})" for m in measures)))
     for name, losses in _lines(found).items():
         values = losses.measures()
-        cells = (f"{values[measure]:.3f}" if measure in values else "" for measure in measures)
-        table.add_row("", name, *(text for cell in cells for text in (cell, "")))
-    console = wide_enough(table)
-    console.print("Loss per answer token (nats) on all clients' test data without one block, without one client", table)
+        rows.append(("", name, *(f"{values[m]:.3f}" if m in values else "" for m in measures)))
+    title = (
+        "Loss per answer token (nats) on all clients' test data without one block, without\none client, and (how much "
+        "more that is)"
+    )
+    print_table(columns, rows, 2, title)
+    console = Console()
     for line in (*sampled(found.others), verdict(found), f"page {out / 'ablation.html'}"):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -54,7 +54,10 @@ def page(found: Ablation) -> str:
     body = (
         tag("h1", f"{found.name}: one left out"),
         tag("p", verdict(found)),
-        *(section(_name(measure), plot(found, measure)) for measure in found.all.measures()),
+        *(
+            section(_name(measure), figure(f"{_name(measure)} with one left out", plot(found, measure)))
+            for measure in found.all.measures()
+        ),
         tag(
             "p",
             f"Updates of rounds 1 to {found.round} as the run kept them, added again without those of the left-out "
@@ -105,7 +108,7 @@ def plot(found: Ablation, measure: str) -> Raw:
             tag("text", f"{name} {value:.4g}", x=end + 6, y=free),
         ]
     marks.append(tag("line", x1=left - 6, x2=end, y1=y(0), y2=y(0), class_="axis"))
-    return tag("svg", *marks, viewBox=f"0 0 {wide} {tall}", role="img", aria_label=_name(measure), class_="bars")
+    return drawing(_name(measure), wide, tall, *marks, class_="bars")
 
 
 def _lines(found: Ablation) -> dict[str, Losses]:

@@ -1,23 +1,32 @@
-"""A comparison's table and page: every variant's losses against what it costs."""
+"""A comparison's table and page: every variant's losses and answers against what they cost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
-from rich.table import Table
+from rich.console import Console
 
-from legolm.report.page import Raw, document, tag
+from legolm.report.fit import print_table
+from legolm.report.page import Raw, document, drawing, figure, section, tag
 from legolm.report.page import table as html_table
-from legolm.report.terminal import wide_enough
-from legolm.runs import CompareRow, Comparison, Row
+from legolm.report.plots import COLOURS
+from legolm.runs import CompareRow, Comparison, on_all_data
 from legolm.system import atomic_write
 
 COLUMNS = {
-    "llm": "LLM",
-    "own": "own",
-    "others": "others'",
+    "learning_rate": "learning rate",
+    "llm": "LLM loss",
+    "llm_exact_match": "LLM exact %",
+    "llm_best_round": "LLM's round",
+    "own": "own loss",
+    "own_exact_match": "own exact %",
+    "others": "others' loss",
+    "others_exact_match": "others' exact %",
+    "best_round": "blocks' round",
     "llm_validation": "LLM valid.",
     "validation": "valid.",
     "bytes_down": "MB down",
@@ -27,11 +36,18 @@ COLUMNS = {
     "memory": "memory",
     "seconds": "s",
 }
+ROUNDS, EXACT = ("llm_best_round", "best_round"), ("llm_exact_match", "own_exact_match", "others_exact_match")
+LOSSES = ("llm", "own", "others", "llm_validation", "validation")
 LEGEND = (
-    "Losses: nats per answer token on test data, of the LLM, and of the clients' blocks on their own and others' data; "
-    "valid.: the LLM on all validation data, blocks on their own. MB: a client and round. Tokens, TFLOP: training of "
-    "all clients. Memory: MB that training needs, mean of those who train."
+    "Losses: nats per answer token on test data, of the LLM, and of the clients' blocks on their own and others' data, "
+    "each after the round beside it (the LLM's best, the blocks' best; trained alone: 0, no round); exact %: answers "
+    "right to the letter. valid.: losses on validation data, the LLM's on all, blocks' on their own. MB: a client and "
+    "round. Tokens, TFLOP: training of all clients. Memory: MB that training needs, mean of those who train."
 )
+Runs = Sequence[CompareRow]
+"""One variant's, a seed each."""
+Line = Sequence[tuple[float, float]]
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360, 250, 46, 40, 26
 
 
 def write_comparison(found: Comparison, path: Path) -> None:
@@ -41,27 +57,39 @@ def write_comparison(found: Comparison, path: Path) -> None:
 
 def print_comparison(found: Comparison, out: Path) -> None:
     """The table, and where the page is."""
-    rows, columns = [one.row() for one in found.rows], shown(found)
-    table = Table(box=None, pad_edge=False)
-    for column in ("variant", *(COLUMNS[name] for name in columns)):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    for one in rows:
-        table.add_row(str(one["name"]), *(_text(name, one) for name in columns))
-    console = wide_enough(table)
-    console.print(table, LEGEND, sep="\n\n")
-    console.print(f"{budget(found.rows)}\ntable {out / 'compare.html'}", highlight=False, soft_wrap=True)
+    columns = shown(found)
+    rows = [(name, *(_text(one, runs) for one in columns)) for name, runs in variants(found).items()]
+    print_table(("variant", *(f">{COLUMNS[name]}" for name in columns)), rows)
+    console = Console()
+    console.print(f"\n{LEGEND}{seeds(found)}\n", highlight=False)
+    console.print(budget(found), highlight=False)
+    console.print(f"table {out / 'compare.html'}", highlight=False, soft_wrap=True)
+
+
+def variants(found: Comparison) -> dict[str, list[CompareRow]]:
+    """The runs of each variant, a seed each."""
+    runs: dict[str, list[CompareRow]] = {}
+    for one in found.rows:
+        runs.setdefault(one.name, []).append(one)
+    return runs
 
 
 def shown(found: Comparison) -> list[str]:
     """The columns in which some variant has a figure."""
-    rows = [one.row() for one in found.rows]
-    return [name for name in COLUMNS if any(one[name] is not None for one in rows)]
+    return [name for name in COLUMNS if any(_text(name, runs) for runs in variants(found).values())]
 
 
-def budget(found: Sequence[CompareRow]) -> str:
+def seeds(found: Comparison) -> str:
+    """How many there are, where there are several."""
+    count = max(map(len, variants(found).values()))
+    return "" if count == 1 else f" Means over {count} seeds ± standard error."
+
+
+def budget(found: Comparison) -> str:
     """Whether all variants had the same tokens and bytes, in words."""
-    tokens = {one.tokens for one in found}
-    up = [one.bytes_up for one in found if one.bytes_up]
+    every = variants(found).values()
+    tokens = {fmean(one.tokens for one in runs) for runs in every}
+    up = [mean for runs in every if (mean := fmean(one.bytes_up for one in runs))]
     words = (
         "All variants trained on the same tokens"
         if len(tokens) == 1
@@ -75,77 +103,166 @@ def budget(found: Sequence[CompareRow]) -> str:
 
 
 def page(found: Comparison) -> str:
-    """One self-contained HTML page: a plot of loss against bytes, and the table."""
+    """One self-contained HTML page: losses against bytes, learning curves, and the table."""
     columns = shown(found)
     rows = [
         tag(
             "tr",
-            tag("th", one.name, scope="row"),
-            tag("td", one.scheme),
-            *(tag("td", _text(c, one.row())) for c in columns),
+            tag("th", name, scope="row"),
+            tag("td", runs[0].scheme),
+            *(tag("td", _text(column, runs) or "–") for column in columns),
         )
-        for one in found.rows
+        for name, runs in variants(found).items()
     ]
+    names = ("variant", "scheme", *(COLUMNS[name] for name in columns))
     body = (
         tag("h1", f"{found.name}: schemes compared"),
-        tag("p", "Loss per answer token (nats) on test data against bytes a client and round, both ways."),
-        plot(found.rows),
-        html_table(("variant", "scheme", *(COLUMNS[name] for name in columns)), rows, 2),
-        tag("p", LEGEND),
-        tag("p", budget(found.rows)),
+        tag("p", budget(found) + seeds(found)),
+        section("Loss by bytes", tag("div", *dots(found), class_="pair")),
+        section("Learning curves", _key(found), tag("div", *curves(found), class_="pair")),
+        section("All figures", html_table("Every variant’s figures", names, rows, 2), tag("p", LEGEND, class_="soft")),
     )
     return document(found.name, *body)
 
 
-def plot(found: Sequence[CompareRow]) -> Raw:
-    """Panels of dots, the LLM's loss and the clients' on all data; bytes on a logarithmic axis.
+def dots(found: Comparison) -> list[Raw]:
+    """Panels of a dot a variant: the LLM's loss and the blocks' by bytes, on a logarithmic axis.
 
-    Where nobody scored the LLM its panel is left out; where nobody scored others' data blocks are on their own.
+    Where nobody scored the LLM its panel is left out. What sends nothing stands at the left edge. Whiskers: one
+    standard error over the seeds.
     """
-    width, height, left, bottom = 420, 260, 46, 34
-    bytes_of = {one.name: one.bytes_down + one.bytes_up for one in found}
-    sent = [value for value in bytes_of.values() if value > 0] or [1.0]
-    low, high = math.log10(min(sent)) - 0.3, math.log10(max(sent)) + 0.3
-    data = "all" if any(one.others is not None for one in found) else "own"
-    llm = {one.name: one.llm for one in found if one.llm is not None}
-    losses: dict[str, Mapping[str, float]] = {"LLM": llm} if llm else {}
-    losses[f"blocks, {data} data"] = {one.name: _everyone(one) for one in found}
+    every = variants(found)
+    sent = {name: fmean(one.bytes_down + one.bytes_up for one in runs) for name, runs in every.items()}
+    there = [value for value in sent.values() if value > 0] or [1.0]
+    low, high = math.log10(min(there)) - 0.3, math.log10(max(there)) + 0.3
+    steps = [step * 10.0**power for power in range(math.floor(low), math.ceil(high)) for step in (1, 2, 5)]
+    inside = [step for step in steps if low <= math.log10(step) <= high]
+    decades = [step for step in inside if math.log10(step) % 1 == 0]
+    chosen = decades if len(decades) > 2 else inside
+    ticks = {(math.log10(step) - low) / (high - low): f"{step / 1e6:g} MB" for step in chosen}
     panels = []
-    for shift, (label, values) in enumerate(losses.items()):
-        least, most = min(values.values()), max(values.values())
-        span = (most - least) or 1.0
-        marks = [tag("text", label, x=left, y=14, class_="name")]
-        for share in (0.0, 0.5, 1.0):
-            y = height - bottom - share * (height - bottom - 30)
-            marks.append(tag("text", f"{least + share * span:.2f}", x=left - 6, y=y + 4, text_anchor="end"))
-            marks.append(tag("line", x1=left, x2=width, y1=y, y2=y, class_="grid"))
-        for name, value in values.items():
-            amount = bytes_of[name]
-            # What sends nothing stands at the left edge.
-            place = (math.log10(amount) - low) / (high - low) if amount else 0.0
-            x, y = left + place * (width - left - 90), height - bottom - (value - least) / span * (height - bottom - 30)
-            marks.append(tag("circle", cx=round(x, 1), cy=round(y, 1), r=4))
-            marks.append(tag("text", name, x=round(x + 7, 1), y=round(y + 4, 1)))
-        for power in range(math.ceil(low), math.floor(high) + 1):
-            x = left + (power - low) / (high - low) * (width - left - 90)
-            marks.append(tag("text", f"{10**power / 1e6:g} MB", x=round(x, 1), y=height - 10, text_anchor="middle"))
-        panels.append(tag("g", *marks, transform=f"translate({shift * (width + 20)} 0)"))
-    wide = len(panels) * (width + 20) - 20
-    return tag("svg", *panels, viewBox=f"0 0 {wide} {height}", role="img", class_="dots")
+    for label, loss in _measures(found).items():
+        values = {name: known for name, runs in every.items() if (known := _known(loss(one) for one in runs))}
+        at, marks = _axes([mean + way * spread for mean, spread in values.values() for way in (-1, 1)], ticks)
+        for name, (mean, spread) in values.items():
+            x, y = at((math.log10(sent[name]) - low) / (high - low) if sent[name] else 0.0, mean)
+            if spread:
+                marks.append(
+                    tag("line", x1=x, x2=x, y1=at(0, mean - spread)[1], y2=at(0, mean + spread)[1], class_="spread")
+                )
+            marks.append(tag("circle", tag("title", f"{name}: {mean:.4f}"), cx=x, cy=y, r=4))
+            end = x > (LEFT + WIDTH) / 2  # a name goes to where there is room
+            marks.append(tag("text", name, x=x - 7 if end else x + 7, y=y + 4, text_anchor="end" if end else None))
+        title = f"Loss of {label} by bytes, a client and round, both ways"
+        panels.append(figure(title, drawing(title, WIDTH, HEIGHT, *marks, class_="dots")))
+    return panels
 
 
-def _everyone(one: CompareRow) -> float:
-    """Mean over all (client, data set) pairs: own data is one of as many as there are clients."""
-    others = one.others if one.others is not None else one.own
-    return (one.own + (one.clients - 1) * others) / one.clients
+def curves(found: Comparison) -> list[Raw]:
+    """Panels of a line a variant, the mean of its seeds: losses by tokens trained and by bytes sent."""
+    panels = []
+    for label, _ in _measures(found).items():
+        part = "llm" if label == "the LLM" else "blocks"
+        for what, unit, name in (("tokens", 1e3, "thousand tokens trained"), ("bytes", 1e6, "MB sent, both ways")):
+            lines = {
+                one: line for one, runs in variants(found).items() if len(line := _line(runs, part, what, unit)) > 1
+            }
+            if not lines:
+                continue
+            most = max(x for line in lines.values() for x, _ in line) or 1.0
+            ticks = {share: f"{share * most:,.3g}" for share in (0.0, 0.5, 1.0)}
+            at, marks = _axes([y for line in lines.values() for _, y in line], ticks, name)
+            for place, variant in enumerate(variants(found)):
+                if variant in lines:
+                    points = " ".join("{:g},{:g}".format(*at(x / most, y)) for x, y in lines[variant])
+                    marks.append(tag("polyline", tag("title", variant), points=points, style=_stroke(place)))
+            title = f"Loss of {label} by {name}, all clients"
+            panels.append(figure(title, drawing(title, WIDTH, HEIGHT, *marks, class_="lines")))
+    return panels
 
 
-def _text(column: str, row: Row) -> str:
-    value = row[column]
-    if not isinstance(value, int | float):
+def _measures(found: Comparison) -> dict[str, Callable[[CompareRow], float | None]]:
+    """Whose losses there are. Where nobody scored others' data blocks are on their own."""
+    data = "all" if any(one.others is not None for one in found.rows) else "own"
+    llm: dict[str, Callable[[CompareRow], float | None]] = {"the LLM": lambda one: one.llm}
+    some = any(one.llm is not None for one in found.rows)
+    return (llm if some else {}) | {f"blocks, {data} data": lambda one: on_all_data(one.own, one.others, one.clients)}
+
+
+def _axes(
+    values: Sequence[float], ticks: Mapping[float, str], name: str = ""
+) -> tuple[Callable[[float, float], tuple[float, float]], list[Raw]]:
+    """(share of the width, loss) to a place, and the marks of both axes."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    least, span = min(finite), (max(finite) - min(finite)) or 1.0
+    right = WIDTH - 20
+
+    def at(share: float, value: float) -> tuple[float, float]:
+        height = (value - least) / span if math.isfinite(value) else 1.0
+        return round(LEFT + share * (right - LEFT), 1), round(HEIGHT - BOTTOM - height * (HEIGHT - BOTTOM - TOP), 1)
+
+    marks = []
+    for share in (0.0, 0.5, 1.0):
+        x, y = at(0, least + share * span)
+        marks.append(tag("text", f"{least + share * span:.2f}", x=x - 6, y=y + 4, text_anchor="end"))
+        marks.append(tag("line", x1=x, x2=WIDTH, y1=y, y2=y, class_="grid"))
+    for share, text in ticks.items():
+        marks.append(tag("text", text, x=at(share, least)[0], y=HEIGHT - BOTTOM + 18, text_anchor="middle"))
+    if name:
+        marks.append(tag("text", name, x=(LEFT + right) / 2, y=HEIGHT - 4, text_anchor="middle"))
+    return at, marks
+
+
+def _line(runs: Runs, part: str, what: str, unit: float) -> Line:
+    """(x, mean loss) of the points that all seeds have."""
+    found = []
+    for points in zip(*(one.curve for one in runs), strict=False):
+        values = [value for one in points if (value := getattr(one, part)) is not None]
+        if len(values) == len(points):
+            found.append((fmean(getattr(one, what) for one in points) / unit, fmean(values)))
+    return found if len({x for x, _ in found}) > 1 else []  # what sends nothing has no curve by bytes
+
+
+def _stroke(place: int) -> str:
+    """Colours first, then dashes."""
+    dash = ("none", "7 3", "2 3")[place // COLOURS % 3]
+    return f"stroke:var(--b{place % COLOURS});stroke-dasharray:{dash}"
+
+
+def _key(found: Comparison) -> Raw:
+    lines = [
+        tag("span", tag("svg", tag("line", x1=0, x2=24, y1=5, y2=5, style=_stroke(place)), viewBox="0 0 24 10"), name)
+        for place, name in enumerate(variants(found))
+    ]
+    return tag("p", *lines, class_="key lines")
+
+
+def _known(values: Any) -> tuple[float, float] | None:
+    """Mean and standard error over seeds, 0 of one; None where some have none."""
+    known = list(values)
+    if any(value is None for value in known):
+        return None
+    return fmean(known), stdev(known) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+
+
+def _text(column: str, runs: Runs) -> str:
+    found = _known(getattr(one, column) for one in runs)
+    if found is None:
         return ""
+    mean, spread = found
+    if column == "llm_best_round" and all(one.llm is None for one in runs):
+        return ""
+    if column in ROUNDS:
+        return "–".join(
+            str(number) for number in sorted({pick(getattr(one, column) for one in runs) for pick in (min, max)})
+        )
+    if column == "learning_rate":
+        return f"{mean:g}"
+    if column in (*EXACT, *LOSSES):
+        unit, digits = (100, 1) if column in EXACT else (1, 3)
+        return f"{unit * mean:.{digits}f}" + (f" ±{unit * spread:.{digits}f}" if len(runs) > 1 else "")
     if column.startswith("bytes"):
-        return f"{value / 1e6:.2f}"
+        return f"{mean / 1e6:.2f}"
     if column in ("flops", "memory"):
-        return f"{value / (1e12 if column == 'flops' else 1e6):,.1f}"
-    return f"{value:.3f}" if column in ("llm", "own", "others", "validation", "llm_validation") else f"{value:,.0f}"
+        return f"{mean / (1e12 if column == 'flops' else 1e6):,.1f}"
+    return f"{mean:,.0f}"

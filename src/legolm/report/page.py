@@ -44,10 +44,31 @@ def soft(text: str) -> Raw:
     return tag("p", text, class_="soft")
 
 
-def table(names: Iterable[str], rows: Iterable[Raw], text: int, top: Raw | None = None) -> Raw:
-    """A table whose first `text` columns (2 or 3) hold words and the others numbers."""
+def table(caption: str, names: Iterable[str], rows: Iterable[Raw], text: int, top: Raw | None = None) -> Raw:
+    """A table whose first `text` columns (2 or 3; 0: all) hold words and the others numbers."""
     head = tag("thead", top or Raw(""), tag("tr", *(tag("th", name, scope="col") for name in names)))
-    return tag("div", tag("table", head, tag("tbody", *rows), class_=f"text{text}"), class_="scroll")
+    return scroll(
+        caption,
+        tag("table", tag("caption", caption), head, tag("tbody", *rows), class_=f"text{text}" if text else "words"),
+    )
+
+
+def figure(caption: str, svg: Raw) -> Raw:
+    """A figure under its caption."""
+    return tag("figure", tag("figcaption", caption), scroll(caption, svg))
+
+
+def scroll(label: str, content: Raw) -> Raw:
+    """What is wider than a phone: it scrolls by itself, by touch and by keyboard."""
+    return tag("div", content, class_="scroll", tabindex="0", role="region", aria_label=label)
+
+
+def drawing(label: str, width: float, height: float, *marks: Raw, class_: str) -> Raw:
+    """An SVG whose letters are never smaller than the style says, however narrow the page."""
+    size = f"min-width:{width:.0f}px;max-width:{1.6 * width:.0f}px"
+    return tag(
+        "svg", *marks, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=label, class_=class_, style=size
+    )
 
 
 def numeral(value: float | None, digits: int, unit: float = 1.0) -> Raw:

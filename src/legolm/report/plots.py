@@ -28,8 +28,9 @@ _CSS = {_INK: "currentColor", _GRID: "var(--grid)", _PAPER: "var(--paper)"}
 _CSS |= {f"#a0a0a{i}": f"var(--b{i})" for i in range(COLOURS)}
 MOST_DRAWN = 48
 """Clients that figures show: of more, some stand for all, so that drawing and the page stay small."""
+LETTERS = 10
 _NAMED_LINES = 12  # with more clients than this the lines go without names
-_WIDTH = 5.0  # inches: 360 units, so that 9-unit letters stay readable on a phone
+_WIDTH = 5.0  # inches: 360 units, shown 25rem wide at least: 10-unit letters are 11 px on a phone
 _MARKS: dict[Stage, dict[str, Any]] = {
     "before": {"linestyle": "none", "marker": "o", "markersize": 3.8, "markerfacecolor": _PAPER},
     "local": {"linestyle": "none", "marker": "D", "markersize": 4.2, "markerfacecolor": _PAPER},
@@ -107,11 +108,11 @@ def _curves(axes: Any, summary: Summary, data: Data) -> None:
     names.append((llm[llm_kept], "LLM", {"color": _INK}))
     names = sorted((name for name in names if not math.isnan(name[0])), key=lambda name: name[:2])
     if len(names) <= _NAMED_LINES + 1:
-        heights = _spread([name[0] for name in names], 0.043 * (high - low), low, high)
+        heights = _spread([name[0] for name in names], 0.055 * (high - low), low, high)
         for y, (target, text, style) in zip(heights, names, strict=True):
             axes.plot([end + gap * share for share in (0.12, 0.3, 0.5)], [target, y, y], linewidth=0.5, **style)
             weight = "normal" if "gid" in style else "bold"
-            axes.text(end + 0.55 * gap, y, text, va="center", fontsize=8, weight=weight, **style)
+            axes.text(end + 0.55 * gap, y, text, va="center", fontsize=LETTERS, weight=weight, **style)
     step = math.ceil(len(rounds) / 6)
     shown = rounds[step::step]
     ticks = ["before", *(f"round {one}" if one == shown[0] else str(one) for one in shown)]
@@ -131,6 +132,7 @@ def _overview(axes: Any, summary: Summary, data: Data) -> None:
             axes.plot([min(known), max(known)], [i, i], linewidth=1, alpha=0.4, **style)
         for (stage, mark), shift in zip(_MARKS.items(), (0.0, -0.2, 0.0, 0.2), strict=True):
             axes.plot([values[stage]], [i + shift], **mark, **style)
+    axes.locator_params(axis="x", nbins=6)
     axes.set_yticks(range(len(clients)), [_short(client.id) for _, client in clients])
     axes.set(ylim=(len(clients) - 0.4, -0.6), xlim=_limits(summary), xlabel="loss (nats/token)")
     axes.grid(axis="x", color=_GRID, linewidth=0.7, clip_on=False)
@@ -148,7 +150,7 @@ def _svg(paint: Callable[[Any], None], height: float, label: str, summary: Summa
     from matplotlib.figure import Figure
 
     look: dict[str, Any] = dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-    look |= {"svg.fonttype": "none", "svg.hashsalt": label, "text.parse_math": False, "font.size": 9}
+    look |= {"svg.fonttype": "none", "svg.hashsalt": label, "text.parse_math": False, "font.size": LETTERS}
     stream = io.StringIO()
     with matplotlib.rc_context(look), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the browser has the letters that this font lacks

@@ -11,6 +11,7 @@ from legolm.report.page import (
     change,
     clock,
     document,
+    figure,
     loss,
     number,
     numeral,
@@ -21,7 +22,7 @@ from legolm.report.page import (
     tag,
 )
 from legolm.report.plots import curves, drawn, ordered, overview, shade
-from legolm.report.shown import notes, scored, stages_of
+from legolm.report.shown import SPEAKERS, notes, scored, stages_of
 from legolm.runs import STAGES, Data, Stage, Summary
 from legolm.system import atomic_write
 
@@ -35,6 +36,10 @@ _MARKS: dict[Stage, str] = dict(zip(STAGES, "○◇●▲", strict=True))
 _DATA: dict[Data, str] = {"own": "own data", "others": "others’ data"}
 _TIMES = {"blocks": "making blocks", "before": "test before", "local": "local only", "rounds": "rounds"}
 _TIMES |= {"personal": "personal step", "final": "final models"}
+
+
+LONGEST = 300
+"""Letters of a question or an answer on the page."""
 
 
 class Finding(NamedTuple):
@@ -52,7 +57,7 @@ def write_report(summary: Summary, path: Path) -> None:
 
 def render(summary: Summary) -> str:
     """The page as a string; the same summary gives the same page."""
-    sections = (_verdict, _figure3, _overview, _clients, _blocks, _rounds, _time, _footer)
+    sections = (_verdict, _answers, _figure3, _overview, _clients, _blocks, _rounds, _time, _footer)
     follow = "".join(f"main:has(.c{i}:hover) svg .tip:not(.c{i}){{opacity:.13}}" for i, _ in drawn(summary))
     body = (_title(summary), *(part(summary) for part in sections))
     return document(f"{summary.run} · LEGO report", *body, style=follow)
@@ -126,11 +131,36 @@ def _figure3(summary: Summary) -> Raw:
     if (shown := len(drawn(summary))) < len(summary.clients):
         note += f" Figures show {shown} of the {len(summary.clients)} clients, spread evenly over the blocks; "
         note += "the table has all."
-    return section("Loss by round", _key(summary), _panels(curves, summary), soft(note))
+    return section("Loss by round", _key(summary), _panels("Loss by round", curves, summary), soft(note))
 
 
 def _overview(summary: Summary) -> Raw:
-    return section("Loss by client", _key(summary), _panels(overview, summary))
+    return section("Loss by client", _key(summary), _panels("Loss by client", overview, summary))
+
+
+def _answers(summary: Summary) -> Raw:
+    """The sample answers; those that are right to the letter are marked."""
+    if not summary.samples:
+        return Raw("")
+    speakers = [one for one in SPEAKERS if any(one in sample.answers for sample in summary.samples)]
+    rows = []
+    for sample in summary.samples:
+        said = [sample.answers.get(speaker, "–") for speaker in speakers]
+        cells = [tag("td", tag("b", "✓ ", one) if one == sample.wanted.strip() else one) for one in map(_cut, said)]
+        asked = (
+            tag("th", sample.client, scope="row"),
+            tag("td", _cut(sample.question)),
+            tag("td", _cut(sample.wanted)),
+        )
+        rows.append(tag("tr", *asked, *cells))
+    note = "Greedy answers, generated once. ✓: right to the letter. The block before is the client’s, untrained; after "
+    note += "the federation it is the client’s final model, and nobody trained the LLM. … ends what was cut off."
+    names = ("client", "question", "wanted", *(SPEAKERS[speaker] for speaker in speakers))
+    return section("Answers", table("Test questions of the clients, and who answers what", names, rows, 0), soft(note))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def _clients(summary: Summary) -> Raw:
@@ -147,10 +177,11 @@ def _clients(summary: Summary) -> Raw:
         cells += _scores(_mean(losses, stages), _mean(exact, stages), stages)
     rows.append(tag("tr", tag("th", "mean", scope="row"), tag("td"), *cells, class_="sum"))
     names = ("client", "block", *(_NAMES[stage] for stage in stages * len(data)))
+    caption = "Loss and exact match of each client’s block on test data"
     groups = [tag("th", _DATA[one], colspan=len(stages), class_="group") for one in data]
     note = "Loss in nats/token, below it the share of answers that match exactly. Bold: the best of "
     note += "local only, global update and personal step."
-    return section("Clients", table(names, rows, 2, tag("tr", tag("th", colspan=2), *groups)), soft(note))
+    return section("Clients", table(caption, names, rows, 2, tag("tr", tag("td", colspan=2), *groups)), soft(note))
 
 
 def _scores(losses: Mapping[Stage, float], exact: Mapping[Stage, float], stages: Iterable[Stage]) -> list[Raw]:
@@ -185,7 +216,8 @@ def _blocks(summary: Summary) -> Raw:
     rows.append(tag("tr", tag("th", "all clients", scope="row"), *[tag("td")] * 8, *total, tag("td"), class_="sum"))
     counts = ("sparsity", "parameters (M)", "on disk (MB)", "layers", "KV groups", "neurons")
     costs = ("up (MB/round)", "down (MB/round)", "training a client (s/round)")
-    return section("Blocks", table(("block", "method", "clients", *counts, *costs), rows, 3))
+    caption = "What each block keeps and costs"
+    return section("Blocks", table(caption, ("block", "method", "clients", *counts, *costs), rows, 3))
 
 
 def _rounds(summary: Summary) -> Raw:
@@ -213,7 +245,7 @@ def _rounds(summary: Summary) -> Raw:
         names += ["LLM, validation loss (nats/token)", "LLM loss (nats/token)", "LLM exact match"]
     names += ["up (MB)", "down (MB)", "time (s)"]
     text = "★ the lowest validation loss: the round that is kept, for the blocks and for the LLM."
-    return section("Rounds", table(names, rows, 3), soft(text))
+    return section("Rounds", table("What each round took in, cost and reached", names, rows, 3), soft(text))
 
 
 def _time(summary: Summary) -> Raw:
@@ -233,7 +265,7 @@ def _time(summary: Summary) -> Raw:
         for name, value in seconds.items()
         if value / total > 0.001
     ]
-    return section("Where the time went", tag("table", tag("tbody", *rows), class_="times"))
+    return section("Where the time went", tag("table", tag("caption", "By stage"), tag("tbody", *rows), class_="times"))
 
 
 def _footer(summary: Summary) -> Raw:
@@ -249,12 +281,12 @@ def _footer(summary: Summary) -> Raw:
     return tag("footer", tag("p", guide), tag("p", facts), tag("p", "LEGO: arXiv 2410.18287. Made by legolm."))
 
 
-def _panels(figure: Callable[[Summary, Data], str], summary: Summary) -> Raw:
+def _panels(name: str, draw: Callable[[Summary, Data], str], summary: Summary) -> Raw:
     """The figure for each kind of data that somebody scored."""
     data: list[Data] = [one for one in ("others", "own") if one in scored(summary)]
     letters = [f"({letter}) " for letter in "ab"] if len(data) > 1 else [""]
     shown = (
-        tag("figure", tag("figcaption", f"{letter}on {_DATA[one]}"), Raw(figure(summary, one)))
+        figure(f"{letter}{name}, on {_DATA[one]}", Raw(draw(summary, one)))
         for letter, one in zip(letters, data, strict=True)
     )
     return tag("div", *shown, class_="pair")

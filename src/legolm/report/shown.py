@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from legolm.report.page import number
-from legolm.runs import STAGES, Data, Others, Stage, Summary
+from legolm.runs import STAGES, Data, Others, Speaker, Stage, Summary
+
+SPEAKERS: dict[Speaker, str] = {
+    "before": "block before",
+    "local": "trained alone",
+    "final": "after the federation",
+    "llm": "the LLM",
+}
+"""Whose answers samples have."""
 
 
 def stages_of(summary: Summary) -> list[Stage]:

@@ -6,42 +6,35 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.table import Table
 
 from legolm.block import Block, Coverage
 from legolm.config import RunConfig
-from legolm.evaluation import Result
+from legolm.evaluation import TEXT, Evaluation, Result
 from legolm.plan import Plan
-from legolm.report.shown import notes, scored, stages_of
+from legolm.report.fit import print_table, shortened
+from legolm.report.shown import SPEAKERS, notes, scored, stages_of
 from legolm.runs import Summary
 
 if TYPE_CHECKING:
     from legolm.composition import Composition
 
 
-def wide_enough(*tables: Table) -> Console:
-    """As wide as the tables, whatever the terminal: lines that wrap are better than figures cut off."""
-    console = Console()
-    wide = Console(width=10_000, height=console.height)
-    width = max(console.width, *(wide.measure(table).maximum for table in tables))
-    return Console(width=width, height=console.height)  # without a height Rich takes 80 columns on a dumb terminal
-
-
 def print_plan(plan: Plan, config: RunConfig) -> None:
     """The dry run: blocks, clients, tokens, bytes, memory."""
-    blocks = _table("block", "method", ">sparsity", ">parameters", ">on disk", ">memory to train", ">recovery")
+    blocks = []
     for block in plan.blocks:
         sizes = (_count(block.parameters), _mb(block.file_bytes), _mb(block.training_bytes))
-        recovery = f"{block.recovery_steps} steps" if block.recovery_steps else "none"
-        blocks.add_row(block.name, block.method, f"{block.sparsity:.2f}", *sizes, recovery)
-    clients = _table("client", "block", ">examples", ">tokens a round", ">received a round", ">sent a round")
+        recovery = f"{block.recovery_steps} steps" if block.recovery_steps else ""
+        blocks.append((block.name, block.method, f"{block.sparsity:.2f}", *sizes, recovery))
+    print_table(("block", "method", ">sparsity", ">parameters", ">on disk", ">memory to train", ">recovery"), blocks)
+    clients = []
     for client in plan.clients:
         row = (f"{client.examples:,}", f"{client.tokens_per_round:,}", _mb(client.bytes_down), _mb(client.bytes_up))
-        clients.add_row(client.id, client.block, *row)
-    console = wide_enough(blocks, clients)
-    console.print(blocks, clients)
-    federation = config.federation
+        clients.append((client.id, client.block, *row))
+    print_table(("client", "block", ">examples", ">tokens a round", ">received a round", ">sent a round"), clients)
+    federation, console = config.federation, Console()
     console.print(
         f"{config.aggregate.scheme}{_settings(config.aggregate.settings)}, codec {federation.codec}, "
         f"{federation.rounds} rounds on {federation.engine}, {plan.actors} clients at once, "
@@ -60,26 +53,26 @@ def _settings(settings: Mapping[str, object]) -> str:
 
 def print_blocks(blocks: Sequence[Block]) -> None:
     """What was cut."""
-    table = _table("block", "method", ">sparsity", ">parameters", ">on disk", "folder")
-    for block in blocks:
-        row = (f"{block.sparsity:.3f}", _count(block.parameters), _mb(block.file_bytes), str(block.path))
-        table.add_row(block.name, block.method, *row)
-    wide_enough(table).print(table)
+    rows = [
+        (one.name, one.method, f"{one.sparsity:.3f}", _count(one.parameters), _mb(one.file_bytes)) for one in blocks
+    ]
+    print_table(("block", "method", ">sparsity", ">parameters", ">on disk"), rows)
+    for one in blocks:
+        Console().print(f"folder {one.path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_coverage(block: Block) -> None:
     """What a block kept of the LLM, layer by layer."""
     coverage, shape = block.coverage, block.coverage.shape
     print_blocks([block])
-    table = _table(
-        ">block layer", ">LLM layer", f"KV groups of {shape.kv_groups}", f">neurons of {shape.neurons}", ">weights kept"
-    )
+    rows = []
     for j, layer in enumerate(coverage.layers):
         kept = coverage.kept_in(layer) / shape.layer_weights
         groups = ", ".join(map(str, coverage.groups[j]))
-        table.add_row(str(j), str(layer), groups, f"{len(coverage.neurons[j]):,}", f"{kept:.1%}")
-    console = wide_enough(table)
-    console.print(table)
+        rows.append((str(j), str(layer), groups, f"{len(coverage.neurons[j]):,}", f"{kept:.1%}"))
+    names = (f"KV groups of {shape.kv_groups}", f">neurons of {shape.neurons}", ">weights kept")
+    print_table((">block layer", ">LLM layer", *names), rows)
+    console = Console()
     gone = sorted(set(range(shape.layers)) - set(coverage.layers))
     lines = [f"LLM layers cut: {', '.join(map(str, gone)) or 'none'}", f"coverage {coverage.hash}"]
     lines += [f"base {block.base_fingerprint}", *(f"{name} {value}" for name, value in block.details.items())]
@@ -88,17 +81,15 @@ def print_coverage(block: Block) -> None:
 
 def print_composition(wanted: Composition) -> None:
     """The dry run of `legolm compose`: what each source holds, what the target does, and how much of it is theirs."""
-    table = _table("source", "block", *(f">{size}" for size in ("layers", "KV groups", "neurons")), ">weights held")
-    for column in ("rank", "examples", "weight"):
-        table.add_column(column, justify="right")
+    rows = []
     for source, weight in zip(wanted.sources, wanted.weights, strict=True):
         rest = (str(source.rank), str(source.examples or ""), f"{weight:.3g}")
-        table.add_row(source.name, source.block.name, *_sizes(source.block.coverage), *rest)
-    table.add_row("target", "", *_sizes(wanted.coverage), "", "", "")
+        rows.append((source.name, source.block.name, *_sizes(source.block.coverage), *rest))
+    rows.append(("target", "", *_sizes(wanted.coverage), "", "", ""))
+    sizes = (">layers", ">KV groups", ">neurons", ">weights held")
+    print_table(("source", "block", *sizes, ">rank", ">examples", ">weight"), rows)
     settings = ", ".join(f"{name} {value}" for name, value in wanted.method.settings.items())
-    console = wide_enough(table)
-    console.print(table)
-    console.print(
+    Console().print(
         f"{wanted.method.name} ({settings}). Some source holds {wanted.covered:,} of the target's "
         f"{wanted.coverage.kept_weights:,} linear weights ({wanted.covered / wanted.coverage.kept_weights:.1%}); the "
         "rest stay as they are. Nothing was written.",
@@ -114,37 +105,84 @@ def _sizes(coverage: Coverage) -> tuple[str, ...]:
 
 def print_summary(summary: Summary, out: Path) -> None:
     """The figures of a finished run, and where its files are."""
-    columns = [(data, stage) for data in scored(summary) for stage in stages_of(summary)]
-    table = _table("client", "block", *(f">{data} {stage}" for data, stage in columns))
-    for client in summary.clients:
-        losses = (client.loss(data).get(stage) for data, stage in columns)
-        table.add_row(client.id, client.block, *("" if loss is None else f"{loss:.2f}" for loss in losses))
-    console = wide_enough(table)
-    console.print("Loss per answer token (nats) on test data", table)
+    for data in scored(summary):
+        stages = [stage for stage in stages_of(summary) if any(stage in one.loss(data) for one in summary.clients)]
+        rows = []
+        for client in summary.clients:
+            losses, exact = client.loss(data), client.exact_match(data)
+            cells = (f"{losses[one]:.2f} {exact.get(one, 0):4.0%}" if one in losses else "" for one in stages)
+            rows.append((client.id, client.block, *cells))
+        whose = "the clients' own" if data == "own" else "other clients'"
+        title = f"Loss (nats per answer token) and exact answers on {whose} test data"
+        print_table(("client", "block", *(f">{stage}" for stage in stages)), rows, title=title)
+    print_samples(summary)
+    console = Console()
     llm, lines, took = summary.llm, notes(summary), f"{summary.wall_s:.0f} s."
     if llm.loss_before is not None and llm.loss_after is not None:
-        data = "all clients' test data" if summary.scores == "everyone" else "the server's own test data"
+        asked = "all clients' test data" if summary.scores == "everyone" else "the server's own test data"
         took = (
-            f"LLM on {data}: {llm.loss_before:.2f} before, {llm.loss_after:.2f} after round {llm.best_round} of "
+            f"LLM on {asked}: {llm.loss_before:.2f} before, {llm.loss_after:.2f} after round {llm.best_round} of "
             f"{summary.rounds}. {took}"
         )
     lines += [took, f"report {out / 'report.html'}", f"models {out / 'final'}"]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def print_scores(results: Sequence[Result]) -> None:
+def print_samples(summary: Summary) -> None:
+    """A few test questions, and under each what the client's block and the LLM answer; right ones are marked."""
+    if not summary.samples:
+        return
+    console = Console()
+    console.print("\nTest questions, and answers that are right to the letter (✓)", highlight=False)
+    for one in summary.samples:
+        answers = {SPEAKERS[speaker]: text for speaker, text in one.answers.items()}
+        print_answers(f"{one.client}, {one.block}", one.question, one.wanted, answers)
+    console.print()
+
+
+def print_answers(whose: str, question: str, wanted: str, answers: Mapping[str, str]) -> None:
+    """A question, the wanted answer and each model's, a line each: what is longer is cut with an ellipsis."""
+    console = Console()
+    asked = f"{whose}: {question}" if whose else question
+    console.print(shortened(asked, console.width), highlight=False, markup=False)
+    wide = min(max(map(cell_len, ("wanted", *answers))), console.width // 2)
+    for name, text in {"wanted": wanted, **answers}.items():
+        mark = "✓" if name != "wanted" and text.strip() == wanted.strip() else " "
+        label = set_cell_size(shortened(name, wide), wide)
+        line = shortened(text, console.width - wide - 5)
+        console.print(f" {mark} {label}  {line}", highlight=False, markup=False)
+
+
+def print_evaluation(found: Evaluation) -> None:
+    """All of `legolm eval`: figures, what the models cost, a few answers, and what says less than it seems to."""
+    names = _short(one.model for one in found.sizes)
+    for task in dict.fromkeys(one.task for one in found.results):
+        _print_scores([one for one in found.results if one.task == task], names)
+    rows = [
+        (names[one.model], _count(one.parameters), _mb(one.bytes), f"{one.tokens_per_s:,.1f}") for one in found.sizes
+    ]
+    print_table(("model", ">parameters", ">on disk", ">tokens a second"), rows, title="\nSize, and speed here")
+    if found.answered:
+        Console().print("\nAnswers that are right to the letter have a ✓", highlight=False)
+    for asked in found.answered:
+        print_answers("", asked.question, asked.wanted, {names[model]: text for model, text in asked.answers.items()})
+    for warning in found.warnings:
+        Console().print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_scores(results: Sequence[Result], names: Mapping[str, str]) -> None:
     """One row a figure and model: value ± standard error, and the paired difference to the model `against`."""
-    table = _table("task", "metric", "model", ">value", ">questions", "against", ">difference", ">p")
-    names = _short({name for one in results for name in (one.model, one.against) if name is not None})
+    rows = []
     for one in results:
-        row = [one.task, one.metric, names[one.model], _with_error(one.figure.value, one.figure.stderr)]
-        row.append(f"{one.figure.count:,}")
+        row = [one.metric, names[one.model], _with_error(one.figure.value, one.figure.stderr), "", "", ""]
         if one.against is not None and one.comparison is not None:
             found = one.comparison
-            row += [names[one.against], _with_error(found.difference, found.stderr, "+")]
-            row.append("<0.001" if found.p < 0.001 else f"{found.p:.3f}")
-        table.add_row(*row)
-    wide_enough(table).print(table)
+            row[3:] = names[one.against], _with_error(found.difference, found.stderr, "+"), f"{found.p:.3f}"
+            row[5] = "<0.001" if found.p < 0.001 else row[5]
+        rows.append(row)
+    task = results[0].task
+    title = f"{task}, {results[0].figure.count:,} {'windows' if task == TEXT else 'questions'}"
+    print_table(("metric", "model", ">value", "against", ">difference", ">p"), rows, 2, title)
 
 
 def _short(names: Iterable[str]) -> dict[str, str]:
@@ -156,14 +194,6 @@ def _short(names: Iterable[str]) -> dict[str, str]:
 
 def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
     return f"{value:{sign}.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
-
-
-def _table(*columns: str) -> Table:
-    """A table; a leading `>` aligns a column to the right."""
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    return table
 
 
 def _mb(count: float) -> str:

@@ -19,10 +19,23 @@ if TYPE_CHECKING:
     import pandas
 
 
-class CompareRow(Record):
-    """A variant's figures: the LLM's loss after the round that is best for it, the blocks' after that best for them.
+class Point(Record):
+    """A variant after a round (alone: before training and after it). Tokens and bytes, both ways, are all clients' so
+    far; `blocks` is the mean loss of the clients' blocks on all test data that they were scored on.
+    """
 
-    (Alone: after local training.) `own` and `others` are means over the clients' blocks. To choose settings by:
+    round: int
+    tokens: float
+    bytes: int
+    llm: float | None
+    blocks: float
+
+
+class CompareRow(Record):
+    """A variant's figures with one seed: the LLM's after the round that is best for it, the blocks' after the one that
+    is best for them (alone: after local training).
+
+    `own` and `others` are means over the clients' blocks; exact matches are shares of answers. To choose settings by:
     `llm_validation`, the LLM's on all clients' validation data, and `validation`, the blocks' on their own clients'.
     What is None was not scored. Costs are a client's in a round: `bytes_down`, `bytes_up`. `tokens` are all that
     clients trained on in the rounds, `flops` the decoder's operations for them, `memory` the mean of what the plan
@@ -30,17 +43,23 @@ class CompareRow(Record):
     """
 
     name: str
+    seed: int
     scheme: str
     settings: dict[str, Any]
     mode: str
     codec: str
     clients: int
+    learning_rate: float
     rounds: int
     best_round: int
+    llm_best_round: int
     llm: float | None
     llm_before: float | None
+    llm_exact_match: float | None
     own: float
+    own_exact_match: float
     others: float | None
+    others_exact_match: float | None
     validation: float
     llm_validation: float | None
     bytes_down: float
@@ -50,21 +69,29 @@ class CompareRow(Record):
     flops: float
     memory: float | None
     seconds: float
+    curve: list[Point]
 
     def row(self) -> Row:
-        """A line of `compare.csv`."""
-        return self.model_dump() | {"settings": "; ".join(f"{name}={value}" for name, value in self.settings.items())}
+        """A line of `compare.csv`, which has no curves."""
+        return self.model_dump(exclude={"curve"}) | {
+            "settings": "; ".join(f"{name}={value}" for name, value in self.settings.items())
+        }
+
+
+def on_all_data(own: float, others: float | None, clients: int) -> float:
+    """A block's loss on all clients' data, of which its own is one; on its own where others' were not asked."""
+    return own if others is None else (own + (clients - 1) * others) / clients
 
 
 class Comparison(Record):
-    """The variants of one study, in its order."""
+    """The variants of one study, in its order; with several seeds all of the first seed, then all of the next."""
 
     schema_number: Literal[2] = 2
     name: str
     rows: list[CompareRow]
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row a variant, as in the CSV file. Raises `LegolmError` without pandas."""
+        """A row a variant and seed, as in the CSV file. Raises `LegolmError` without pandas."""
         return to_frame([one.row() for one in self.rows])
 
     def write(self, folder: Path) -> None:

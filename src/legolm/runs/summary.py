@@ -148,6 +148,29 @@ class Others(Record):
         return 0 < self.asked < self.there
 
 
+Speaker = Literal["before", "local", "final", "llm"]
+
+
+class Sample(Record):
+    """A client's test question, the wanted answer, and what models say: the client's block before training, trained
+    alone and as it ends, and the LLM as it ends. A stage that the run has not is not there.
+    """
+
+    client: str
+    block: str
+    question: str
+    wanted: str
+    answers: dict[Speaker, str]
+
+
+class Samples(Record):
+    """`answers.json`: asked once. `of` is a hash of the finished stages that the answers come from."""
+
+    schema_number: Literal[2] = 2
+    of: str
+    samples: list[Sample]
+
+
 class Summary(Record):
     """What people look for in a run. `global` losses are those of `best_round`, the LLM's of `llm.best_round`.
 
@@ -177,6 +200,8 @@ class Summary(Record):
     bytes_up_per_round: float
     bytes_down_per_round: float
     history: list[RoundSummary]
+    samples: list[Sample] = Field([])
+    """A few test questions with answers; none where clients' data are their own, or no final models are written."""
 
     def to_frame(self, of: Literal["rounds", "clients"] = "rounds") -> pandas.DataFrame:
         """A row a round or a client, as in the CSV files. Raises `LegolmError` without pandas."""

@@ -8,6 +8,7 @@ budgets differ (fewer clients take part, more is sent) the table says so.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,53 +23,78 @@ from legolm.plan import Parts, Plan, make_plan, read_parts
 from legolm.prune import planned_coverage
 from legolm.report import write_comparison
 from legolm.runs import (
+    ClientRecord,
     CompareRow,
     Comparison,
+    Point,
+    RoundRecord,
     RunDir,
     Stage,
     Summary,
     best_round,
     clients_of,
+    on_all_data,
     read_stages,
     rounds_of,
 )
 from legolm.system import Progress, check_room, held_bytes
 
+MAX_SEED = 2**63 - 1
+
 
 def compare(
-    path: Path, out: Path, changes: Sequence[str] = (), models: bool = True, store: Path | None = None
+    path: Path,
+    out: Path,
+    changes: Sequence[str] = (),
+    models: bool = True,
+    store: Path | None = None,
+    seeds: int = 1,
 ) -> Comparison:
     """Run every variant in `out`/<name>; write compare.json, compare.csv and compare.html.
 
     `changes` (`a.b=value`) override the run that the variants vary. Without `models` no variant writes its final ones.
-    Comparisons with the same `store` (`out`/blocks if not given) share blocks.
+    Comparisons with the same `store` (`out`/blocks if not given) share blocks. With more `seeds` every variant runs
+    with so many, its own and the next ones, those in `out`/seeds/<seed>/<name>.
     """
     rows, store = [], store or out / "blocks"
     # All first: bad input should not wait for the first run's end, nor another's folder or a small disk for the last.
-    planned = plans(path, changes)
+    planned = plans(path, changes, seeds)
     blocks = [sum(block.file_bytes for block in plan.blocks) for _, plan in planned.values()]
     needed = sum(plan.disk_bytes - (0 if models else plan.models_bytes) for _, plan in planned.values())
-    check_room(out, needed - sum(blocks) + max(blocks) - held_bytes(out))
-    for name, (config, _) in planned.items():
-        RunDir(out / name).check(settled(config, out / name), resume=True)
-    for name, (config, plan) in planned.items():
-        summary = run(config, out / name, (out / name).exists(), Progress(), store=store, models=models)
-        rows.append(row(name, config, plan, summary, out / name))
-    found = Comparison(name=path.stem, rows=rows)
-    found.write(out)
-    write_comparison(found, out / "compare.html")
-    return found
+    check_room(out, needed - sum(blocks) + seeds * max(blocks) - held_bytes(out))
+    for place, (config, _) in planned.items():
+        RunDir(out / place).check(settled(config, out / place), resume=True)
+    for number, (place, (config, plan)) in enumerate(planned.items(), 1):
+        name, folder = Path(place).name, out / place
+        whose = name if seeds == 1 else f"{name}, seed {config.seed}"
+        progress = Progress(of=f"{whose} ({number} of {len(planned)})")
+        summary = run(config, folder, folder.exists(), progress, store=store, models=models)
+        rows.append(found := row(name, config, plan, summary, folder))
+        llm = "" if found.llm is None else f"LLM {found.llm:.3f}, "
+        others = "" if found.others is None else f", others' {found.others:.3f}"
+        progress.say(f"finished; loss on test data: {llm}blocks' own {found.own:.3f}{others}")
+    result = Comparison(name=path.stem, rows=rows)
+    result.write(out)
+    write_comparison(result, out / "compare.html")
+    return result
 
 
-def plans(path: Path, changes: Sequence[str] = ()) -> dict[str, tuple[RunConfig, Plan]]:
-    """Config and plan of every variant, by name. Raises `LegolmError` for whatever cannot work."""
+def plans(path: Path, changes: Sequence[str] = (), seeds: int = 1) -> dict[str, tuple[RunConfig, Plan]]:
+    """Config and plan of every variant and seed, by its folder below the comparison's, the first seed's its name.
+
+    Raises `LegolmError` for whatever cannot work.
+    """
     study, configs = load_study(path, changes)
     read: dict[str, Parts] = {}
     found = {}
-    for variant in study.variants:
+    for number, variant in product(range(seeds), study.variants):
         config = configs[variant.name]
+        seed = config.seed + number
         # Variants mostly differ in the scheme: their data is read once.
         shared: dict[str, Any] = dict.fromkeys(("model", "seed", "data", "train"), True)
+        if seed > MAX_SEED:
+            raise LegolmError(f"--seeds {seeds}: variant {variant.name} starts at seed {config.seed}; lower it")
+        config = config.model_copy(update={"seed": seed})
         key = config.model_dump_json(
             include=shared | {"clients": {"__all__": {"id", "data"}}, "evaluate": {"server_data"}}
         )
@@ -76,7 +102,7 @@ def plans(path: Path, changes: Sequence[str] = ()) -> dict[str, tuple[RunConfig,
             read[key] = read_parts(config)
         parts = read[key]
         config = _prepared(config, variant, parts)
-        found[variant.name] = config, make_plan(config, parts)
+        found[f"seeds/{seed}/{variant.name}" if number else variant.name] = config, make_plan(config, parts)
     return found
 
 
@@ -96,17 +122,25 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Summary, folder: Path
     traffic = [count for record in rounds for count in record.bytes.values()]
     return CompareRow(
         name=name,
+        seed=config.seed,
         scheme=config.aggregate.scheme,
         settings=config.aggregate.settings,
         mode=config.federation.mode,
         codec=config.federation.codec,
         clients=len(summary.clients),
+        learning_rate=config.train.learning_rate,
         rounds=summary.rounds,
         best_round=summary.best_round,
+        llm_best_round=summary.llm.best_round,
         llm=summary.llm.loss_after,
         llm_before=summary.llm.loss_before,
+        llm_exact_match=summary.llm.exact_match_after,
         own=fmean(client.own[phase] for client in summary.clients if phase in client.own),
+        own_exact_match=fmean(
+            client.own_exact_match[phase] for client in summary.clients if phase in client.own_exact_match
+        ),
         others=_mean(client.others.get(phase) for client in summary.clients),
+        others_exact_match=_mean(client.others_exact_match.get(phase) for client in summary.clients),
         validation=fmean(one.validation for one in local) if alone else best_round(rounds, "validation").validation,
         llm_validation=None if alone else best_round(rounds, "llm_validation").llm_validation,
         bytes_down=_mean(count.down for count in traffic) or 0.0,
@@ -116,7 +150,28 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Summary, folder: Path
         flops=sum(one.tokens * held.token_flops for held, one in at_clients),
         memory=_mean(held.training_bytes for held, _ in at_clients),
         seconds=sum(record.seconds for record in rounds[1:]) or max((one.seconds for one in local), default=0.0),
+        curve=_curve(summary, rounds, local if alone else ()),
     )
+
+
+def _curve(summary: Summary, rounds: Sequence[RoundRecord], local: Sequence[ClientRecord]) -> list[Point]:
+    """Losses by what was trained and sent so far; where each trains alone, `local` is what comes after the start."""
+    count, tokens, sent, found = len(summary.clients), 0.0, 0, []
+    for record, entry in zip(rounds, summary.history, strict=True):
+        tokens += sum(one.tokens for one in record.train.values())
+        sent += sum(one.up + one.down for one in record.bytes.values())
+        blocks = fmean(on_all_data(one.own, one.others, count) for one in entry.clients.values())
+        llm = None if entry.llm is None else entry.llm.loss
+        found.append(Point(round=entry.round, tokens=tokens, bytes=sent, llm=llm, blocks=blocks))
+    if local:
+        blocks = fmean(
+            on_all_data(one.own["local"], one.others.get("local"), count)
+            for one in summary.clients
+            if "local" in one.own
+        )
+        tokens = sum(one.train.tokens for one in local)
+        found.append(Point(round=1, tokens=tokens, bytes=0, llm=None, blocks=blocks))
+    return found
 
 
 def _prepared(config: RunConfig, variant: Variant, parts: Parts) -> RunConfig:

@@ -13,18 +13,25 @@ from rich.progress import Progress as RichProgress
 class Progress:
     """Shows stages; where the output is no terminal, one line for each finished stage."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, of: str = "") -> None:
+        """`of`: whose stages these are, where there are several runs."""
         self._console = console or Console(stderr=True)
+        self._of = f"{of}: " if of else ""
         self.tick: Callable[[], None] = lambda: None
         """Called after every step of every stage."""
 
+    def say(self, text: str) -> None:
+        """A figure as it comes."""
+        self._console.print(self._of + text, highlight=False, markup=False, soft_wrap=True)
+
     def note(self, text: str) -> None:
         """Say a line beside the stages."""
-        self._console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+        self._console.print(f"note: {self._of}{text}", highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar of `total` steps; call what it yields with the steps done."""
+        label = self._of + label
         columns = (
             TextColumn("{task.description:<34}"),
             BarColumn(),
@@ -42,4 +49,4 @@ class Progress:
 
             yield advance
         if not self._console.is_terminal:
-            self._console.print(f"done: {label}", highlight=False)
+            self._console.print(f"done: {label}", highlight=False, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from legolm.adapter import Tensors, concatenated, tensors_hash
@@ -38,6 +39,7 @@ from legolm.runs import (
     Stages,
     Traffic,
     Training,
+    clients_of,
     dump_sealed,
     load_adapter_state,
     read_sealed,
@@ -63,7 +65,7 @@ class Rounds:
         shared: Path | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self._folder, self._config, self._shared = folder, config, shared
+        self._folder, self._config, self._shared, self._progress = folder, config, shared, progress
         self._clock = clock or Clock()
         self._members = Members.of(config, blocks, block_of)
         self._dispatch = Dispatch(config, run, self._members, progress)
@@ -108,7 +110,16 @@ class Rounds:
             found = self._stages.state(self._folder.client_stage(stage, id))
             if found:  # else its training was passed over, and it has what the rounds gave it
                 return found
-        return self.scheme(self.best("validation")).adapter(members.block[id].coverage, members.rank[id])
+        return self.adapter(id, self.best("validation"))
+
+    def adapter(self, id: str, number: int) -> Tensors:
+        """A client's slice of the global adapter after a finished round."""
+        return self.scheme(number).adapter(self._members.block[id].coverage, self._members.rank[id])
+
+    def alone(self, id: str) -> Tensors:
+        """What a client ended with alone; empty where it was not trained so, or refused."""
+        path = self._folder.client_stage("local", id)
+        return self._stages.state(path) if self._stages.has(path) else {}
 
     def start_hash(self, number: int) -> str:
         """Of the global adapter after this round, from which a last training starts, in the LLM's coordinates."""
@@ -201,6 +212,8 @@ class Rounds:
             self._stages.fill(folder, path, scheme.state(), record)
         self._stages.write_lines()
         self._latest = number, scheme
+        llm = "" if record.llm_validation is None else f"LLM {record.llm_validation:.3f}, "
+        self._progress.say(f"round {number}: loss on validation data: {llm}blocks {record.validation:.3f}")
 
     def _check_enough(
         self, number: int, drawn: Sequence[str], accepted: Sequence[str], refused: Mapping[str, str]
@@ -235,6 +248,8 @@ class Rounds:
         with self._clock.stage(stage):
             self._train_alone(stage, left, exchange)
         self._stages.write_lines()
+        loss = fmean(one.validation for one in clients_of(self.records(), stage))
+        self._progress.say(f"{stage}: loss on validation data: blocks {loss:.3f}")
 
     def _train_alone(self, stage: Literal["local", "personal"], left: Sequence[str], exchange: Exchange) -> None:
         clients, start = self._members.clients, 0 if stage == "local" else self._stages.best("validation")

@@ -1,0 +1,49 @@
+"""What a model has to beat before its figures say anything: one exact answer, and a guess that reads no question."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from legolm.evaluation.figure import RatioFigure
+from legolm.evaluation.questions import DATA, EXACT, LOSS
+from legolm.evaluation.tasks import TaskFigures
+
+REPEATED = 2
+"""Answers are labels where each is there this many times in the mean, and not all are one."""
+
+
+def warnings(found: Mapping[str, TaskFigures], answers: Sequence[str]) -> list[str]:
+    """By model's name its figures, and the wanted answers: a sentence for each figure that a blind guess would have.
+
+    The label prior guesses each answer as often as it is wanted, -ln p(answer) nats an answer over the answers'
+    tokens, and is right with the commonest.
+    """
+    figures = {name: one[DATA] for name, one in found.items() if DATA in one}
+    said = []
+    if nothing := [name for name, one in figures.items() if one[EXACT].value == 0]:
+        said.append(
+            f"exact match is 0: no answer of {', '.join(nothing)} is right to the letter. A lower loss or perplexity "
+            "alone does not say that a model answers; read the answers"
+        )
+    counts = Counter(answers)
+    if not 1 < len(counts) <= len(answers) / REPEATED:
+        return said
+    commonest = max(counts.values()) / len(answers)
+    nats = -sum(count * math.log(count / len(answers)) for count in counts.values())
+    for name, one in figures.items():
+        loss, exact = one[LOSS], one[EXACT].value
+        assert isinstance(loss, RatioFigure)
+        prior = nats / float(loss.weights.sum())
+        if loss.value >= prior:
+            said.append(
+                f"{name}: its answer loss {loss.value:.3f} does not beat the label prior's {prior:.3f} (guessing each "
+                "answer as often as it is wanted, whatever the question)"
+            )
+        if 0 < exact <= commonest:
+            said.append(
+                f"{name}: its exact match {exact:.3f} does not beat the label prior's {commonest:.3f} (always the "
+                "commonest answer)"
+            )
+    return said
