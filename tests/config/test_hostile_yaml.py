@@ -8,6 +8,7 @@ import pytest
 
 from helpers import assert_one_line, legolm
 from legolm.config import load, read
+from legolm.config.file import override
 from legolm.errors import LegolmError
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -76,3 +77,19 @@ def test_an_override_is_held_to_the_same(tmp_path: Path) -> None:
         load(path, ["train={steps: 1, steps: 2}"])
     result = legolm("run", str(path), "--set", "train=" + "[" * 5000 + "]" * 5000, "--dry-run")
     assert_one_line(result, "nested too deep")
+    for change, says in (
+        ("data.train.0.x=1", "data.train.0 is a value and has no fields"),
+        (f"data.train.{'9' * 5000}=1", "must be an index from 0 to 0"),
+    ):
+        path.write_text("data: {train: [a]}\n")
+        with pytest.raises(LegolmError, match=f"^--set .*{says}") as caught:
+            load(path, [change])
+        assert len(str(caught.value)) < 1000
+
+
+def test_an_override_of_an_alias_is_none_of_its_anchor(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("a: &a {x: [1]}\nb: *a\n")
+    found = read(path)
+    override(found, "a.x.0=2")
+    assert found == {"a": {"x": [2]}, "b": {"x": [1]}}

@@ -53,7 +53,8 @@ def read(path: Path) -> dict[str, Any]:
         raise LegolmError(f"config {path}{where}: not valid YAML ({_one_line(error)})") from None
     if not isinstance(raw, dict):
         raise LegolmError(f"config {path}: must be a mapping of sections, not {type(raw).__name__}")
-    return raw
+    unshared: dict[str, Any] = _unshared(raw)
+    return unshared
 
 
 def validate(kind: type[S], raw: dict[str, Any], source: str) -> S:
@@ -79,6 +80,8 @@ def override(raw: dict[str, Any], change: str) -> None:
     for depth, key in enumerate(keys[:-1]):
         child = _index(at, key, change) if isinstance(at, list) else at.setdefault(key, {})
         if not isinstance(child, dict | list):
+            if isinstance(at, list):
+                raise LegolmError(f"--set {_shown(change)}: {'.'.join(keys[: depth + 1])} is a value and has no fields")
             # `data: starter` is short for {train: starter}.
             child = at[key] = {"train": child} if keys[: depth + 1] == ["data"] else {}
         at = child
@@ -114,6 +117,13 @@ def _parse(text: str) -> Any:
         raise yaml.YAMLError(f"a value cannot be read: {error}") from None
     finally:
         loader.dispose()
+
+
+def _unshared(value: Any) -> Any:
+    """The value with a copy for each alias: an override of one is none of the others."""
+    if isinstance(value, dict):
+        return {key: _unshared(one) for key, one in value.items()}
+    return [_unshared(one) for one in value] if isinstance(value, list) else value
 
 
 def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
@@ -161,8 +171,8 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 def _index(items: list[Any], key: str, change: str) -> Any:
-    if not key.isdecimal() or int(key) >= len(items):
-        raise LegolmError(f"--set {change!r}: {key!r} must be an index from 0 to {len(items) - 1}")
+    if not key.isdecimal() or len(key) > 9 or int(key) >= len(items):
+        raise LegolmError(f"--set {_shown(change)}: {_shown(key)} must be an index from 0 to {len(items) - 1}")
     return items[int(key)]
 
 
