@@ -17,8 +17,6 @@ from legolm.errors import LegolmError, brief
 from legolm.models.family import known_family, shape_of
 from legolm.system import Stored, file_state, stored_tensors, strict_json
 
-OURS = ("coverage.safetensors", "factors.safetensors")
-"""Files in a block's folder that are no part of the checkpoint."""
 SINGLE, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 SAVE_AGAIN = "save it again with save_pretrained"
 MAX_CONFIG = 4 << 20
