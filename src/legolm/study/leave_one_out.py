@@ -131,6 +131,8 @@ def _config(run: RunDir) -> RunConfig:
         raise LegolmError(f"{where}: mode {config.federation.mode!r} aggregates no updates; there is none to leave out")
     if not config.federation.keep_updates:
         raise LegolmError(f"{where}: its updates were not kept; run it anew with --set federation.keep_updates=true")
+    if not (run.path / "summary.json").is_file():
+        raise LegolmError(f"{where}: no summary.json; finish the run first (legolm run CONFIG --resume)")
     return config
 
 
