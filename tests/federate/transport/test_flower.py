@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ NODES = {"fr": 1, "de": 2, "es": 3}
 
 def sent_back(replies: Replies, gone: Iterable[int] = ()) -> list[Reply]:
     requests = [Request(id, id.encode()) for id in NODES]
-    return list(_exchange(OddGrid(replies, gone), NODES, 1, requests, None))
+    return list(_exchange(OddGrid(replies, gone), NODES, 1, requests, None, Event()))
 
 
 def test_whatever_comes_is_a_reply_with_an_index() -> None:
@@ -129,7 +130,7 @@ def test_a_run_goes_on_and_names_them(three_clients: Callable[..., dict[str, Any
         grid = OddGrid(answers)
 
         def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
-            return _exchange(grid, NODES, actors, requests, deadline_s)
+            return _exchange(grid, NODES, actors, requests, deadline_s, Event())
 
         found: Exchange = exchange
         body(found)
