@@ -455,3 +455,57 @@ def test_a_broken_comparison_says_where(raw: dict[str, Any], tmp_path: Path) -> 
         path.write_text(json.dumps({"run": raw, "variants": variants}))
         with pytest.raises(LegolmError, match=says):
             compare(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["factor", "frozen_side"])
+def test_a_client_that_trains_some_layers_changes_and_sends_no_others(
+    raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path, form: str
+) -> None:
+    raw["clients"][1]["layers"] = [1]  # Fed-HeLLo: the whole LLM, LoRA in its last layer
+    raw["clients"] = raw["clients"][:2]
+    overrides = ("federation.rounds=1", "federation.keep_updates=true", f"aggregate.form={form}")
+    config = load(raw, tmp_path, *overrides, "aggregate.weight=equal")
+    one, two = (client.id for client in config.clients)
+    folder = RunDir(run_folder(run, config, tmp_path))
+    record = read_stage(folder.round(1))
+    assert isinstance(record, RoundRecord)
+    assert record.accepted == [one, two]
+    everything, some = (wire.unpack(folder.update(1, id).read_bytes(), wire.UpdateReply)[1] for id in (one, two))
+    sizes = [sum(tensor.numel() for tensor in update.values()) for update in (everything, some)]
+    assert sizes[1] * 2 == sizes[0]  # one of two equal layers
+    planned = {client.id: client for client in make_plan(config).clients}
+    assert planned[two].bytes_up * 2 == planned[one].bytes_up
+    assert planned[two].bytes_down == planned[one].bytes_down  # its forward needs all layers' adapters
+
+    # Layer 0 is the first client's alone, as in a run without the second; layer 1 is the mean of both.
+    raw["clients"][1]["joins"] = 2
+    alone = RunDir(run_folder(run, load(raw, tmp_path, *overrides), tmp_path, "alone"))
+    start, both, single = (
+        load_file(path / "adapter.safetensors") for path in (folder.round(0), folder.round(1), alone.round(1))
+    )
+    for key, tensor in both.items():
+        stays = torch.equal(tensor, start[key])  # the frozen side
+        assert torch.allclose(tensor, single[key], atol=1e-6) == ("layers.0." in key or stays), key
+
+
+def run_folder(run: Callable[..., Any], config: RunConfig, tmp_path: Path, name: str = "out") -> Path:
+    run(config, name, models=False)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"clients.1.layers": [2]}, "layers: layer 2 is not in the block, which has 0, 1"),
+        ({"clients.1.layers": []}, "clients.1.layers"),
+        ({"clients.1.layers": [0], "aggregate.scheme": "fedavg", "clients.2.block": "dense"}, "trains some layers"),
+        ({"clients.1.layers": [0], "clients.1.block": None, "clients.1.profile": {"memory_mb": 9e9}}, "with `block`"),
+        (
+            {"clients.2.layers": [1], "blocks.1.num_hidden_layers": 1},
+            "which its block 'wide' keeps is chosen when it is cut",
+        ),
+    ],
+)
+def test_layers_that_a_client_cannot_train(raw: dict[str, Any], tmp_path: Path, change: dict, says: str) -> None:
+    with pytest.raises(LegolmError, match=says):
+        make_plan(load(raw, tmp_path, *(f"{key}={json.dumps(value)}" for key, value in change.items())))

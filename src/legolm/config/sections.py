@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from legolm.config.aggregation import AggregateConfig, FederationConfig
 from legolm.config.blocks import BlockConfig
 from legolm.config.registry import SCHEMES, TRAINERS, Registry, load_plugins
-from legolm.config.section import Fields, LocalPath, Name, OpenSection, Section, Share
+from legolm.config.section import Fields, Layer, LocalPath, Name, OpenSection, Section, Share
 from legolm.errors import nearest
 
 Precision = Literal["fp32", "bf16"]
@@ -67,6 +67,9 @@ class ClientConfig(Section):
     block: str | None = None
     profile: Profile | None = None
     rank: int | None = Field(None, ge=1, description="its LoRA rank; lora.rank if not given")
+    layers: list[Layer] | None = Field(
+        None, min_length=1, description="LLM layers whose adapter it trains; all that its block has if not given"
+    )
     joins: int = Field(1, ge=1, description="first round that it takes part in")
     leaves: int | None = Field(None, ge=1, description="last round that it takes part in")
 
@@ -74,6 +77,8 @@ class ClientConfig(Section):
     def _one_way(self) -> ClientConfig:
         if (self.block is None) == (self.profile is None):
             raise ValueError("give either `block` or `profile`")
+        if self.layers is not None and self.block is None:
+            raise ValueError("`layers` is for a client with `block`: a profile chooses what can train as a whole")
         if self.leaves is not None and self.leaves < self.joins:
             raise ValueError(f"leaves after round {self.leaves}, before it joins in round {self.joins}")
         return self

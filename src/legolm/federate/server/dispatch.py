@@ -94,9 +94,9 @@ class Dispatch:
             # Only what folds into the base depends on the client: when it trained in a round, it had all that was
             # folded before that round.
             since = max(order.accepted.get(id, 0) - 1, 0) if order.scheme.folds else 0
-            key = (coverage.hash, rank, since)
+            key = (coverage.hash, self._members.trains[id].layers, rank, since)
             if key not in sent:
-                scheme, settings = order.scheme, self._settings(order, self._members.block[id])
+                scheme, settings = order.scheme, self._settings(order, id)
                 sent[key] = write(
                     settings, coverage, rank, scheme.payload(coverage, rank), scheme.fold(coverage, since)
                 )
@@ -175,8 +175,9 @@ class Dispatch:
         for index in sorted(left):
             yield Reply(index, error="no reply came")
 
-    def _settings(self, order: Order, block: Block) -> TrainSettings:
+    def _settings(self, order: Order, id: str) -> TrainSettings:
         config, scheme = self._config, order.scheme
+        coverage, trained = self._members.block[id].coverage, self._members.trains[id].layers
         # Only rounds send anything: local and personal training stay at the client.
         travels = order.phase == "round"
         return TrainSettings(
@@ -190,7 +191,8 @@ class Dispatch:
             derived_seed=scheme.derived_seed,
             proximal=scheme.proximal if travels else 0.0,
             codec=config.federation.codec if travels else "none",
-            keep=scheme.keep(block.coverage.mask_sparsity) if travels else 1.0,
+            layers=list(trained) if trained != coverage.layers else None,
+            keep=scheme.keep(coverage.mask_sparsity) if travels else 1.0,
             error_feedback=config.federation.error_feedback and scheme.basis_stays,
             deadline_s=config.federation.deadline_s if travels else None,
         )

@@ -185,7 +185,7 @@ class Rounds:
                 if one.update is None:
                     refused[one.client] = one.reason
                     continue
-                weighing.add(one.client, one.update.change, self._members.block[one.client].coverage)
+                weighing.add(one.client, one.update.change, self._members.trains[one.client])
                 train[one.client] = one.update.training
                 if keeps:
                     (folder / UPDATES).mkdir(exist_ok=True)

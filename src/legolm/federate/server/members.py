@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from legolm.block import Block
+from legolm.block import Block, Coverage
 from legolm.config import RunConfig
 from legolm.system import derive_seed
 
@@ -17,20 +17,30 @@ LLM = "llm"
 
 @dataclass(frozen=True)
 class Members:
-    """The clients' ids in the config's order; block and rank by client, those of `llm` too."""
+    """The clients' ids in the config's order; block and rank by client, those of `llm` too.
+
+    `trains` is what of the LLM a client's changes cover: its block's coverage, or of that the layers that it trains.
+    """
 
     clients: tuple[str, ...]
     block: Mapping[str, Block]
     rank: Mapping[str, int]
+    trains: Mapping[str, Coverage]
 
     @staticmethod
     def of(config: RunConfig, blocks: Mapping[str, Block], block_of: Mapping[str, str]) -> Members:
         """`blocks` are the cut blocks and the LLM by name, `block_of` the block's name of each client."""
         rank = {client.id: client.rank or config.lora.rank for client in config.clients}
+        block = {id: blocks[name] for id, name in block_of.items()} | {LLM: blocks[LLM]}
+        some = {client.id: tuple(client.layers) for client in config.clients if client.layers is not None}
+        # Clients are many, and blocks are few.
+        alike = {(block[id].name, layers): id for id, layers in some.items()}
+        cut = {key: block[id].coverage.within(key[1]) for key, id in alike.items()}
         return Members(
             tuple(client.id for client in config.clients),
-            {id: blocks[name] for id, name in block_of.items()} | {LLM: blocks[LLM]},
+            block,
             rank | {LLM: config.lora.rank},
+            {id: cut[one.name, some[id]] if id in some else one.coverage for id, one in block.items()},
         )
 
     @property

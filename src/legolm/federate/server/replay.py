@@ -62,7 +62,7 @@ def replay(
         for one in updates(config, dispatch, records, number, there, after(number - 1), _kept(folder, rounds[number])):
             if one.update is None:
                 raise LegolmError(f"round {number}: the kept update of {one.client}: {one.reason}")
-            weighing.add(one.client, one.update.change, members.block[one.client].coverage)
+            weighing.add(one.client, one.update.change, members.trains[one.client])
         weighing.finish()
     return scheme
 
