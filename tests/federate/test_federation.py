@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -507,5 +508,47 @@ def run_folder(run: Callable[..., Any], config: RunConfig, tmp_path: Path, name:
     ],
 )
 def test_layers_that_a_client_cannot_train(raw: dict[str, Any], tmp_path: Path, change: dict, says: str) -> None:
+    with pytest.raises(LegolmError, match=says):
+        make_plan(load(raw, tmp_path, *(f"{key}={json.dumps(value)}" for key, value in change.items())))
+
+
+def test_a_window_that_rolls_trains_what_it_covers_in_the_round(
+    raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """FedRolex: one client, half of the neurons in round 1, the other half in round 2, the first again in round 3."""
+    neurons = 96
+    raw["blocks"] = [
+        {"name": f"at-{offset}", "method": "window", "intermediate_size": neurons // 2, "offset": offset}
+        for offset in (0, neurons // 2)
+    ]
+    raw["clients"] = [{"id": raw["clients"][0]["id"], "blocks": ["at-0", "at-48"]}]
+    config = load(raw, tmp_path, "federation.rounds=3", "federation.keep_updates=true", "federation.personal_steps=1")
+    folder = RunDir(run_folder(run, config, tmp_path))
+    after = [load_file(folder.round(number) / "adapter.safetensors")["layers.1.mlp.up_proj.B"] for number in range(4)]
+    first = torch.arange(neurons) < neurons // 2
+    for (old, new), window in zip(pairwise(after), (first, ~first, first), strict=True):
+        assert torch.equal((new != old).any(1), window)
+    sent = [wire.unpack(folder.update(n, config.clients[0].id).read_bytes(), wire.UpdateReply)[0] for n in (1, 2, 3)]
+    assert [one.block for one in sent] == ["at-0", "at-48", "at-0"]
+    run(config, "out", resume=True)  # writes the final models
+    assert read_block(folder.final(config.clients[0].id)).name == "at-0"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"clients.0.blocks": ["dense", "wide"]}, "give one of `block`, `blocks` and `profile`"),
+        ({"clients.0.block": None, "clients.0.blocks": ["dense", "wild"]}, "wants block 'wild'; did you mean `wide`"),
+        (
+            {"clients.0.block": None, "clients.0.blocks": ["dense", "wide"], "aggregate.scheme": "hetlora"},
+            "trains another block in each round",
+        ),
+        (
+            {"clients.0.block": None, "clients.0.blocks": ["dense", "wide"], "federation.codec": "int8"},
+            "federation.error_feedback: client .* trains another block in each round",
+        ),
+    ],
+)
+def test_blocks_that_cannot_take_turns(raw: dict[str, Any], tmp_path: Path, change: dict, says: str) -> None:
     with pytest.raises(LegolmError, match=says):
         make_plan(load(raw, tmp_path, *(f"{key}={json.dumps(value)}" for key, value in change.items())))

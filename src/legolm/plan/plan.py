@@ -170,12 +170,15 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
         block = block_of[client.id]
         mean_length = sum(lengths[client.id]) / len(lengths[client.id])
         tokens = round(config.train.steps * config.train.batch_size * mean_length)
-        like = block, trains[client.id].layers, client.rank or config.lora.rank
-        if like not in traffic:
-            takes_part = not config.federation.capable or block in dense
-            sizes = coverages[block], trains[client.id], like[2], masked[block]
-            traffic[like] = _traffic(config, *sizes) if takes_part else (0, 0)
-        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *traffic[like]))
+        rank, takes_part = client.rank or config.lora.rank, not config.federation.capable or block in dense
+        most = 0, 0  # of the rounds, where their blocks differ
+        held = {name: coverages[name] for name in client.blocks or ()} or {block: trains[client.id]}
+        for name, trained in held.items() if takes_part else ():
+            like = name, trained.layers, rank
+            if like not in traffic:
+                traffic[like] = _traffic(config, coverages[name], trained, rank, masked[name])
+            most = max(most, traffic[like])
+        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *most))
 
     used = [needs[block] for block in set(block_of.values())]
     whole = training_bytes(
@@ -254,13 +257,21 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collect
             f"aggregate.weight {weight!r}: scheme {config.aggregate.scheme!r} weighs clients in its own way; "
             "take the weight out"
         )
+    turning = next((client.id for client in taking if client.blocks), None)
+    if turning and (scheme.folds or (config.federation.error_feedback and config.federation.codec != "none")):
+        what = "aggregate.scheme" if scheme.folds else "federation.error_feedback"
+        raise LegolmError(
+            f"{what}: client {turning!r} trains another block in each round, which what it keeps of the last one does "
+            f"not fit; take {'another scheme' if scheme.folds else 'error_feedback: false'}, or one `block`"
+        )
     if scheme.unequal == "block":
         return
     for client in taking:
-        if client.layers is not None:
+        if client.layers or client.blocks:
+            field, what = ("layers", "some layers") if client.layers else ("blocks", "another block in each round")
             raise LegolmError(
-                f"aggregate.scheme {config.aggregate.scheme!r}: client {client.id!r} trains some layers, and it "
-                f"averages equal adapters; take one of {SCHEMES.having('unequal', 'block')}, or take `layers` out"
+                f"aggregate.scheme {config.aggregate.scheme!r}: client {client.id!r} trains {what}, and it "
+                f"averages equal adapters; take one of {SCHEMES.having('unequal', 'block')}, or take `{field}` out"
             )
     for client in taking:
         block, rank = block_of[client.id], client.rank or config.lora.rank

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from legolm.block import Block, Coverage
 from legolm.config import RunConfig
@@ -20,12 +20,14 @@ class Members:
     """The clients' ids in the config's order; block and rank by client, those of `llm` too.
 
     `trains` is what of the LLM a client's changes cover: its block's coverage, or of that the layers that it trains.
+    `turns` are the blocks of those who train another one in each round; `block` is the first of them.
     """
 
     clients: tuple[str, ...]
     block: Mapping[str, Block]
     rank: Mapping[str, int]
     trains: Mapping[str, Coverage]
+    turns: Mapping[str, Sequence[Block]]
 
     @staticmethod
     def of(config: RunConfig, blocks: Mapping[str, Block], block_of: Mapping[str, str]) -> Members:
@@ -41,7 +43,14 @@ class Members:
             block,
             rank | {LLM: config.lora.rank},
             {id: cut[one.name, some[id]] if id in some else one.coverage for id, one in block.items()},
+            {client.id: [blocks[name] for name in client.blocks] for client in config.clients if client.blocks},
         )
+
+    def at(self, number: int) -> Members:
+        """The same with the blocks that are trained in this round."""
+        now = {id: blocks[(number - 1) % len(blocks)] for id, blocks in self.turns.items()}
+        trains = {id: one.coverage for id, one in now.items()}
+        return replace(self, block={**self.block, **now}, trains={**self.trains, **trains})
 
     @property
     def llm(self) -> Block:
