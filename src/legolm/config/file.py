@@ -17,6 +17,7 @@ from legolm.config.aggregation import AggregateConfig
 from legolm.config.section import OpenSection, Section
 from legolm.config.sections import RunConfig, TrainConfig
 from legolm.errors import LegolmError, nearest
+from legolm.system import read_bounded
 
 S = TypeVar("S", bound=Section)
 OPEN: dict[str, type[OpenSection]] = {"aggregate": AggregateConfig, "train": TrainConfig}
@@ -38,9 +39,7 @@ def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
 def read(path: Path) -> dict[str, Any]:
     """A YAML file's mapping. Raises `LegolmError`."""
     try:
-        if (size := path.stat().st_size) > 4 * MAX_SIZE:
-            raise LegolmError(f"config {path}: has {size} bytes; at most {4 * MAX_SIZE} are read")
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, 4 * MAX_SIZE).decode("utf-8")
     except FileNotFoundError:
         raise LegolmError(f"config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
