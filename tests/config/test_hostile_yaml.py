@@ -21,6 +21,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         ("seed: 1\ntrain: {steps: 2}\nseed: 2\n", ":3: not valid YAML \\('seed' is given twice; take one out\\)"),
         ("train:\n  steps: 2\n  rate: 1\n  steps: 3\n", ":4: not valid YAML \\('steps' is given twice"),
+        ("train: {learning_rate: 0.002,002}", "the key '002' is no word; mend it, or put it in quotes"),
+        ("train: {yes: 1}", "the key 'yes' is no word"),
         (BOMB, "with its aliases written out it has more than 4000000 characters"),
         ("a: &a [*a]\n", ":1: not valid YAML \\(it contains itself\\)"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deep"),

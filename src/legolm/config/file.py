@@ -25,6 +25,7 @@ UNION_BRANCH = re.compile(r"(function-|constrained-|list\[|dict\[|literal\[).*|s
 """What pydantic adds to a field's place to say which of its types did not fit."""
 MAX_SIZE = 4_000_000
 """Characters of a config with all its aliases written out: ten thousand clients fit."""
+TEXT_KEY, MERGE_KEY = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 MAX_SHOWN = 200
 
 
@@ -125,6 +126,9 @@ def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.tag not in (TEXT_KEY, MERGE_KEY):  # a number, a date, `yes`: `{rate: 0.002,002}` has the key 2
+                problem = f"the key {_shown(key.value)} is no word; mend it, or put it in quotes"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if key.value in seen:
                 problem = f"{_shown(key.value)} is given twice; take one out"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
