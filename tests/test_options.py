@@ -98,6 +98,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "mode": {name: {"federation.mode": name} for name in ("federated", "alone", "pooled")},
     "block": {name: {ONE + "block": name} for name in BLOCKS},
     "rank": {"4": {}, "2": {ONE + "rank": 2}},
+    "layers": {"all": {}, "1": {ONE + "layers": [1]}},
     "optimizer": {n: {"aggregate.server_optimizer": n} for n in ("none", "fedavgm", "fedadam", "fedyogi")},
     "ranks": {"-": {}, "q 2": {"lora.ranks": {"q_proj": 2}}},
     "targets": {"all": {}, "q, v": {"lora.targets": ["q_proj", "v_proj"]}, "down": {"lora.targets": ["down_proj"]}},
@@ -182,13 +183,13 @@ def refusal(row: Row) -> str | None:
             return "it works on the whole LLM"
         if scheme.unequal != "block" and row["block"] != "dense":
             return "it averages equal shapes"
-    if (
-        row["mode"] == "federated"
-        and scheme.unequal == "no"
-        and row["rank"] != "4"
-        and (row["block"] == "dense" or row["capable"] == "no")
-    ):
+    takes_part = row["block"] == "dense" or row["capable"] == "no"
+    if row["mode"] == "federated" and row["layers"] == "1" and takes_part and scheme.unequal != "block":
+        return "trains some layers, and it averages equal adapters"
+    if row["mode"] == "federated" and scheme.unequal == "no" and row["rank"] != "4" and takes_part:
         return "it averages equal ranks"
+    if row["layers"] == "1" and row["block"] == "structured":
+        return "keeps is chosen when it is cut"
     return None
 
 

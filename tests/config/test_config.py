@@ -56,7 +56,7 @@ def test_overrides(tmp_path: Path) -> None:
         ({"blocks": [{"name": "../x", "method": "dense"}]}, "`blocks.0.name` = '../x'"),
         ({"blocks": []}, "`blocks`"),
         ({"clients": [{"id": "fr", "block": "b"}]}, "'fr' wants block 'b'"),
-        ({"clients": [{"id": "fr"}]}, "give either `block` or `profile`"),
+        ({"clients": [{"id": "fr"}]}, "give one of `block`, `blocks` and `profile`"),
         ({"clients": [{"id": "fr", "block": "a"}] * 2}, "'fr' is there twice"),
         ({"clients": [{"id": "llm", "block": "a"}]}, "`llm` names the base model"),
         ({"clients": [{"id": "fr", "block": "a", "rank": 9}]}, "has rank 9; at most lora.rank, 8"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -455,3 +456,99 @@ def test_a_broken_comparison_says_where(raw: dict[str, Any], tmp_path: Path) -> 
         path.write_text(json.dumps({"run": raw, "variants": variants}))
         with pytest.raises(LegolmError, match=says):
             compare(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["factor", "frozen_side"])
+def test_a_client_that_trains_some_layers_changes_and_sends_no_others(
+    raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path, form: str
+) -> None:
+    raw["clients"][1]["layers"] = [1]  # Fed-HeLLo: the whole LLM, LoRA in its last layer
+    raw["clients"] = raw["clients"][:2]
+    overrides = ("federation.rounds=1", "federation.keep_updates=true", f"aggregate.form={form}")
+    config = load(raw, tmp_path, *overrides, "aggregate.weight=equal")
+    one, two = (client.id for client in config.clients)
+    folder = RunDir(run_folder(run, config, tmp_path))
+    record = read_stage(folder.round(1))
+    assert isinstance(record, RoundRecord)
+    assert record.accepted == [one, two]
+    everything, some = (wire.unpack(folder.update(1, id).read_bytes(), wire.UpdateReply)[1] for id in (one, two))
+    sizes = [sum(tensor.numel() for tensor in update.values()) for update in (everything, some)]
+    assert sizes[1] * 2 == sizes[0]  # one of two equal layers
+    planned = {client.id: client for client in make_plan(config).clients}
+    assert planned[two].bytes_up * 2 == planned[one].bytes_up
+    assert planned[two].bytes_down == planned[one].bytes_down  # its forward needs all layers' adapters
+
+    # Layer 0 is the first client's alone, as in a run without the second; layer 1 is the mean of both.
+    raw["clients"][1]["joins"] = 2
+    alone = RunDir(run_folder(run, load(raw, tmp_path, *overrides), tmp_path, "alone"))
+    start, both, single = (
+        load_file(path / "adapter.safetensors") for path in (folder.round(0), folder.round(1), alone.round(1))
+    )
+    for key, tensor in both.items():
+        stays = torch.equal(tensor, start[key])  # the frozen side
+        assert torch.allclose(tensor, single[key], atol=1e-6) == ("layers.0." in key or stays), key
+
+
+def run_folder(run: Callable[..., Any], config: RunConfig, tmp_path: Path, name: str = "out") -> Path:
+    run(config, name, models=False)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"clients.1.layers": [2]}, "layers: layer 2 is not in the block, which has 0, 1"),
+        ({"clients.1.layers": []}, "clients.1.layers"),
+        ({"clients.1.layers": [0], "aggregate.scheme": "fedavg", "clients.2.block": "dense"}, "trains some layers"),
+        ({"clients.1.layers": [0], "clients.1.block": None, "clients.1.profile": {"memory_mb": 9e9}}, "with `block`"),
+        (
+            {"clients.2.layers": [1], "blocks.1.num_hidden_layers": 1},
+            "which its block 'wide' keeps is chosen when it is cut",
+        ),
+    ],
+)
+def test_layers_that_a_client_cannot_train(raw: dict[str, Any], tmp_path: Path, change: dict, says: str) -> None:
+    with pytest.raises(LegolmError, match=says):
+        make_plan(load(raw, tmp_path, *(f"{key}={json.dumps(value)}" for key, value in change.items())))
+
+
+def test_a_window_that_rolls_trains_what_it_covers_in_the_round(
+    raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """FedRolex: one client, half of the neurons in round 1, the other half in round 2, the first again in round 3."""
+    neurons = 96
+    raw["blocks"] = [
+        {"name": f"at-{offset}", "method": "window", "intermediate_size": neurons // 2, "offset": offset}
+        for offset in (0, neurons // 2)
+    ]
+    raw["clients"] = [{"id": raw["clients"][0]["id"], "blocks": ["at-0", "at-48"]}]
+    config = load(raw, tmp_path, "federation.rounds=3", "federation.keep_updates=true", "federation.personal_steps=1")
+    folder = RunDir(run_folder(run, config, tmp_path))
+    after = [load_file(folder.round(number) / "adapter.safetensors")["layers.1.mlp.up_proj.B"] for number in range(4)]
+    first = torch.arange(neurons) < neurons // 2
+    for (old, new), window in zip(pairwise(after), (first, ~first, first), strict=True):
+        assert torch.equal((new != old).any(1), window)
+    sent = [wire.unpack(folder.update(n, config.clients[0].id).read_bytes(), wire.UpdateReply)[0] for n in (1, 2, 3)]
+    assert [one.block for one in sent] == ["at-0", "at-48", "at-0"]
+    run(config, "out", resume=True)  # writes the final models
+    assert read_block(folder.final(config.clients[0].id)).name == "at-0"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"clients.0.blocks": ["dense", "wide"]}, "give one of `block`, `blocks` and `profile`"),
+        ({"clients.0.block": None, "clients.0.blocks": ["dense", "wild"]}, "wants block 'wild'; did you mean `wide`"),
+        (
+            {"clients.0.block": None, "clients.0.blocks": ["dense", "wide"], "aggregate.scheme": "hetlora"},
+            "trains another block in each round",
+        ),
+        (
+            {"clients.0.block": None, "clients.0.blocks": ["dense", "wide"], "federation.codec": "int8"},
+            "federation.error_feedback: client .* trains another block in each round",
+        ),
+    ],
+)
+def test_blocks_that_cannot_take_turns(raw: dict[str, Any], tmp_path: Path, change: dict, says: str) -> None:
+    with pytest.raises(LegolmError, match=says):
+        make_plan(load(raw, tmp_path, *(f"{key}={json.dumps(value)}" for key, value in change.items())))

@@ -16,7 +16,7 @@ from legolm.config import BlockConfig, TrainConfig
 from legolm.data import Tokens
 from legolm.errors import LegolmError
 from legolm.finetune import MaskedLinear, Task, fit, lora, whole
-from legolm.models import FAMILIES, fingerprint, load_model, shape_of
+from legolm.models import FAMILIES, decoder_layers, fingerprint, load_model, shape_of
 from legolm.prune import cut_blocks
 from legolm.system import Progress
 
@@ -78,6 +78,19 @@ def test_what_is_trained_is_what_is_merged(masked: bool, sparse: Block, tiny: Ca
         for key, mask in coverage.masks.items():
             layer, module = int(key.split(".")[1]), key.split(".", 2)[2]
             assert bool((model.model.layers[layer].get_submodule(module).weight[~mask] == 0).all())
+
+
+def test_below_the_lowest_layer_that_trains_nothing_is_kept_for_backward(tiny: Callable[[str], Path]) -> None:
+    model = load_model(tiny("llama"))
+    coverage = Coverage.full(shape_of(model.config))
+    factors = factors_for(coverage)
+    outputs: list[torch.Tensor] = []
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(lambda layer, given, hidden: outputs.append(hidden))
+    with lora(model, coverage, factors, 2.0, frozen=[key for key in factors if "layers.0." in key]) as parameters:
+        model(TEXT).logits.square().mean().backward()
+        assert [hidden.requires_grad for hidden in outputs] == [False, True]
+        assert all("layers.1." in key and one.grad is not None for key, one in parameters.items())
 
 
 def test_masked_gradients_against_autograd_in_float64() -> None:

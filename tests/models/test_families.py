@@ -149,7 +149,10 @@ def test_structured_blocks_load_plainly_and_keep_the_llms_rows(
         assert model.config.layer_types == [dense.config.layer_types[i] for i in block.coverage.layers]
 
 
-@pytest.mark.parametrize("target", [SHAPES["neurons"], SHAPES["heads"]], ids=["neurons", "heads"])
+WINDOW = {"method": "window", "intermediate_size": 40, "num_key_value_heads": 1, "offset": 1}
+
+
+@pytest.mark.parametrize("target", [SHAPES["neurons"], SHAPES["heads"], WINDOW], ids=["neurons", "heads", "window"])
 def test_a_block_computes_what_the_llm_does_with_the_cut_columns_at_zero(
     variant: str, target: dict, cut: Callable[..., Block], tiny: Callable[[str], Path]
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -282,3 +283,61 @@ def test_a_block_folder_that_was_tampered_with_is_refused(cut: Callable[..., Blo
     (block.path / "manifest.json").unlink()
     with pytest.raises(LegolmError, match=r"no manifest\.json"):
         read_block(block.path)
+
+
+WINDOW = {"method": "window", "intermediate_size": 40, "num_key_value_heads": 1}
+
+
+def test_a_window_keeps_units_by_their_place_and_weights_as_they_are(
+    cut: Callable[..., Block], tiny: Callable[[str], Path]
+) -> None:
+    whole = load_file(tiny("llama") / "model.safetensors")
+    name = "model.layers.1.{}.weight"
+
+    prefix = cut("llama", out="prefix", **WINDOW)  # HeteroFL: the first units
+    assert prefix.coverage.layers == (0, 1)
+    assert prefix.coverage.groups[1] == (0,)
+    assert prefix.coverage.neurons[1] == tuple(range(40))
+    held = load_file(prefix.path / "model.safetensors")
+    assert torch.equal(held[name.format("mlp.up_proj")], whole[name.format("mlp.up_proj")][:40])
+    assert torch.equal(held[name.format("mlp.down_proj")], whole[name.format("mlp.down_proj")][:, :40])
+    width = len(whole[name.format("self_attn.q_proj")]) // 2  # of two groups
+    assert torch.equal(held[name.format("self_attn.q_proj")], whole[name.format("self_attn.q_proj")][:width])
+
+    neurons = len(whole[name.format("mlp.up_proj")])
+    rolled = cut("llama", out="rolled", offset=neurons - 3, **WINDOW).coverage  # FedRolex: it goes on at the front
+    assert rolled.neurons[0] == (*range(37), *range(neurons - 3, neurons))
+    assert rolled.groups[0] == ((neurons - 3) % 2,)
+
+
+def test_a_window_of_all_units_is_the_llm_and_one_of_layers_has_these(
+    cut: Callable[..., Block], tiny: Callable[[str], Path]
+) -> None:
+    base = tiny("llama")
+    whole = load_file(base / "model.safetensors")
+    every = cut("llama", out="every", method="window", layers=[0, 1], offset=1)
+    assert every.coverage.kept_weights == sum(t.numel() for key, t in whole.items() if "proj" in key)
+    assert load_file(every.path / "model.safetensors").keys() == whole.keys()
+    assert all(torch.equal(t, whole[key]) for key, t in load_file(every.path / "model.safetensors").items())
+    upper = cut("llama", out="upper", method="window", layers=[1])
+    held = load_file(upper.path / "model.safetensors")
+    assert upper.coverage.layers == (1,)
+    assert torch.equal(held["model.layers.0.mlp.up_proj.weight"], whole["model.layers.1.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ({"method": "window", "num_hidden_layers": 1}, "`num_hidden_layers` is not for window"),
+        ({"method": "structured", "intermediate_size": 40, "offset": 1}, "`offset` is not for structured"),
+        ({"method": "structured", "layers": [0]}, "`layers` is not for structured"),
+        ({"method": "window", "layers": [1, 0]}, "name each once, in ascending order"),
+        ({"method": "window", "offset": 1}, "window takes one of a shape; here is none"),
+        ({"method": "window", "layers": [0, 2]}, "wants layer 2; the LLM has 0 to 1"),
+        ({"method": "window", "intermediate_size": 10_000}, "wants intermediate_size 10000; the LLM has"),
+    ],
+)
+def test_a_window_that_cannot_be(target: dict, says: str, cut: Callable[..., Block], tmp_path: Path) -> None:
+    with pytest.raises((LegolmError, ValidationError), match=says):
+        cut("llama", **target)
+    assert not (tmp_path / "block").exists()

@@ -60,9 +60,9 @@ def cut(
     """Cut a block out of `llm` into the folder `out`, and recover it by `recover` steps of distillation.
 
     `target` is one of `sparsity` (removed share of the decoder's linear weights), `pattern` ("2:4"), `params` ("70M"),
-    `memory` ("150MB"), `speedup` (1.7), or a shape (`intermediate_size`, `num_key_value_heads`, `num_hidden_layers`);
-    and the criterion's own settings. `calibration` is `starter-dates`, `starter`, `pydoc`, a text file or a file of
-    conversations, of which `samples` of `length` tokens are read.
+    `memory` ("150MB"), `speedup` (1.7), or a shape (`intermediate_size`, `num_key_value_heads`, `num_hidden_layers`; of
+    a window `layers` by name, and `offset`); and the criterion's own settings. `calibration` is `starter-dates`,
+    `starter`, `pydoc`, a text file or a file of conversations, of which `samples` of `length` tokens are read.
 
     A block that is there and was cut by the same recipe is given as it is, so that a script can run again. Raises
     `LegolmError` for another one, and for a target that cannot be met.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -57,6 +57,20 @@ class Coverage:
         count = shape.layers
         groups, neurons = tuple(range(shape.kv_groups)), tuple(range(shape.neurons))
         return Coverage(shape, tuple(range(count)), (groups,) * count, (neurons,) * count)
+
+    def within(self, layers: Collection[int]) -> Coverage:
+        """The same of these LLM layers only. Raises `LegolmError` where the block lacks one of them."""
+        lacking = sorted(set(layers) - set(self.layers))
+        if lacking:
+            raise LegolmError(f"layer {lacking[0]} is not in the block, which has {', '.join(map(str, self.layers))}")
+        places = [j for j, layer in enumerate(self.layers) if layer in layers]
+        return Coverage(
+            self.shape,
+            tuple(self.layers[j] for j in places),
+            tuple(self.groups[j] for j in places),
+            tuple(self.neurons[j] for j in places),
+            {key: mask for key, mask in self.masks.items() if int(key.split(".", 2)[1]) in layers},
+        )
 
     @property
     def block_shape(self) -> Shape:

@@ -15,14 +15,14 @@ from legolm.errors import LegolmError
 def prune(
     model: Annotated[str, typer.Argument(help="`starter`, a local folder or a hub id")],
     out: Annotated[Path, typer.Option(help="folder of the block; of several blocks, the folder they go into")],
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, structured, or a plugin's name")],
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, structured, window, or a plugin's name")],
     sparsity: Annotated[str | None, typer.Option(help="removed share of the decoder's linear weights")] = None,
     params: Annotated[str | None, typer.Option(help="structured: parameters at most, for instance 70M")] = None,
     memory: Annotated[str | None, typer.Option(help="structured: bytes of weights at most, for instance 150MB")] = None,
     speedup: Annotated[str | None, typer.Option(help="structured: how much faster it generates, measured here")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M, N weights kept of each M in a row: 2:4")] = None,
-    intermediate_size: Annotated[str | None, typer.Option(help="structured: MLP neurons kept")] = None,
-    num_key_value_heads: Annotated[str | None, typer.Option(help="structured: KV groups kept")] = None,
+    intermediate_size: Annotated[str | None, typer.Option(help="structured, window: MLP neurons kept")] = None,
+    num_key_value_heads: Annotated[str | None, typer.Option(help="structured, window: KV groups kept")] = None,
     num_hidden_layers: Annotated[str | None, typer.Option(help="structured: layers kept")] = None,
     calibration: Annotated[
         str, typer.Option(help="`starter-dates`, `starter`, `pydoc`, text or conversations")

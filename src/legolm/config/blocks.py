@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from legolm.config.registry import CRITERIA, Registry
-from legolm.config.section import Fields, LocalPath, Name, OpenSection, Quantity, Section
+from legolm.config.section import Fields, Layer, LocalPath, Name, OpenSection, Quantity, Section
 
 
 class CalibrationConfig(Section):
@@ -49,17 +50,17 @@ class RecoverConfig(Section):
 class BlockConfig(OpenSection):
     """One block: to cut, by a method to a target, or one that is there already (`path`, a block's folder).
 
-    `structured` takes a budget or a shape in the model config's words; a criterion takes a sparsity or a pattern, and
-    its own settings stand here too.
+    `structured` takes a budget or a shape in the model config's words; `window` takes a shape, with layers by name, and
+    keeps units by their place; a criterion takes a sparsity or a pattern, and its own settings stand here too.
     """
 
     named: ClassVar[str] = "method"
     registry: ClassVar[Registry[Any]] = CRITERIA
-    others: ClassVar[tuple[str, ...]] = ("given", "dense", "structured")
+    others: ClassVar[tuple[str, ...]] = ("given", "dense", "structured", "window")
 
     name: Name
     method: str = Field(
-        "given", description="dense, structured, a criterion (magnitude, wanda, sparsegpt); with path none"
+        "given", description="dense, structured, window, a criterion (magnitude, wanda, sparsegpt); with path none"
     )
     path: LocalPath | None = Field(None, description="folder of a block of this LLM, taken as it is")
     sparsity: float | None = Field(None, ge=0, lt=1, description="removed share of the decoder's linear weights")
@@ -70,6 +71,10 @@ class BlockConfig(OpenSection):
     intermediate_size: int | None = Field(None, ge=1)
     num_key_value_heads: int | None = Field(None, ge=1)
     num_hidden_layers: int | None = Field(None, ge=1)
+    layers: tuple[Layer, ...] | None = Field(
+        None, min_length=1, description="window: LLM layers kept; all if not given"
+    )
+    offset: int | None = Field(None, ge=0, description="window: the first unit kept, counted around; 0 if not given")
     calibration: CalibrationConfig = CalibrationConfig()
     recover: RecoverConfig = RecoverConfig()
 
@@ -85,7 +90,7 @@ class BlockConfig(OpenSection):
 
     @model_validator(mode="after")
     def _one_target(self) -> BlockConfig:
-        shape = (self.intermediate_size, self.num_key_value_heads, self.num_hidden_layers)
+        shape = (self.intermediate_size, self.num_key_value_heads, self.num_hidden_layers, self.layers)
         budgets = {name: getattr(self, name) for name in ("sparsity", "params", "memory", "speedup")}
         given = [name for name, value in budgets.items() if value is not None]
         given += ["a shape"] if any(size is not None for size in shape) else []
@@ -96,10 +101,12 @@ class BlockConfig(OpenSection):
             "given": [],
             "dense": [],
             "structured": [*budgets, "a shape"],
+            "window": ["a shape"],
         }.get(self.method, ["sparsity", "pattern"])
         if len(given) != min(len(allowed), 1) or not set(given) <= set(allowed):
             takes = f"one of {', '.join(allowed)}" if allowed else "no target: it is the whole LLM, or a block as it is"
             raise ValueError(f"{self.method} takes {takes}; here is {' and '.join(given) or 'none'}")
+        self._check_window()
         if self.pattern and int(self.pattern.split(":")[0]) >= int(self.pattern.split(":")[1]):
             raise ValueError(f"pattern {self.pattern}: N must be less than M")
         by_width = given == ["a shape"] and self.num_hidden_layers is None
@@ -109,3 +116,12 @@ class BlockConfig(OpenSection):
                 "to choose a shape or layers, text is needed"
             )
         return self
+
+    def _check_window(self) -> None:
+        windows, others = ("layers", "offset"), ("num_hidden_layers",)
+        for name in others if self.method == "window" else windows:
+            if getattr(self, name) is not None:
+                takes = "layers by name, in `layers`" if self.method == "window" else "what to keep by what it costs"
+                raise ValueError(f"`{name}` is not for {self.method}, which takes {takes}")
+        if self.layers and any(one >= two for one, two in pairwise(self.layers)):
+            raise ValueError(f"layers {list(self.layers)}: name each once, in ascending order")

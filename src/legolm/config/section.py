@@ -97,6 +97,7 @@ def _quantity(value: object) -> object:
 
 Quantity = Annotated[int, BeforeValidator(_quantity), Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Layer = Annotated[int, Field(ge=0)]
 
 
 class Fields(Section):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from legolm.config.aggregation import AggregateConfig, FederationConfig
 from legolm.config.blocks import BlockConfig
 from legolm.config.registry import SCHEMES, TRAINERS, Registry, load_plugins
-from legolm.config.section import Fields, LocalPath, Name, OpenSection, Section, Share
+from legolm.config.section import Fields, Layer, LocalPath, Name, OpenSection, Section, Share
 from legolm.errors import nearest
 
 Precision = Literal["fp32", "bf16"]
@@ -60,20 +60,28 @@ class Profile(Section):
 
 
 class ClientConfig(Section):
-    """One client: its part of the data, and its block by name or by device profile."""
+    """One client: its part of the data, and its block by name, by round or by device profile."""
 
     id: Name
     data: str | None = Field(None, description="name of its part of the data; its id if not given")
     block: str | None = None
+    blocks: list[str] | None = Field(
+        None, min_length=2, description="its block in each round in turn; it is scored and ends with the first"
+    )
     profile: Profile | None = None
     rank: int | None = Field(None, ge=1, description="its LoRA rank; lora.rank if not given")
+    layers: list[Layer] | None = Field(
+        None, min_length=1, description="LLM layers whose adapter it trains; all that its block has if not given"
+    )
     joins: int = Field(1, ge=1, description="first round that it takes part in")
     leaves: int | None = Field(None, ge=1, description="last round that it takes part in")
 
     @model_validator(mode="after")
     def _one_way(self) -> ClientConfig:
-        if (self.block is None) == (self.profile is None):
-            raise ValueError("give either `block` or `profile`")
+        if [self.block, self.blocks, self.profile].count(None) != 2:
+            raise ValueError("give one of `block`, `blocks` and `profile`")
+        if self.layers is not None and self.block is None:
+            raise ValueError("`layers` is for a client with `block`: by round or profile its layers may be others")
         if self.leaves is not None and self.leaves < self.joins:
             raise ValueError(f"leaves after round {self.leaves}, before it joins in round {self.joins}")
         return self
@@ -250,8 +258,9 @@ class RunConfig(Section):
                 raise ValueError(f"{kind}: {twice[0]!r} is there twice; names must differ")
         known = [block.name for block in self.blocks]
         for client in self.clients:
-            if client.block is not None and client.block not in known:
-                raise ValueError(f"clients: {client.id!r} wants block {client.block!r};{nearest(client.block, known)}")
+            for name in [client.block] if client.block is not None else client.blocks or ():
+                if name not in known:
+                    raise ValueError(f"clients: {client.id!r} wants block {name!r};{nearest(name, known)}")
             if client.rank is not None and client.rank > self.lora.rank:
                 raise ValueError(f"clients: {client.id!r} has rank {client.rank}; at most lora.rank, {self.lora.rank}")
         if self.federation.mode == "alone" and not self.evaluate.local_only:

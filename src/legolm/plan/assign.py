@@ -9,15 +9,16 @@ from legolm.errors import LegolmError
 
 
 def assign(config: RunConfig, needs: Mapping[str, int], parameters: Mapping[str, int]) -> dict[str, str]:
-    """Block name of each client: as configured, or the one with the most parameters that its profile can hold.
+    """Block name of each client: as configured (of several the first), or the largest that its profile can hold.
 
     `needs` is the training memory (bytes) of each block. Raises `LegolmError` when no block fits a profile.
     """
-    return {client.id: client.block or _largest_that_fits(client, needs, parameters) for client in config.clients}
+    return {client.id: _block_of(client, needs, parameters) for client in config.clients}
 
 
-def _largest_that_fits(client: ClientConfig, needs: Mapping[str, int], parameters: Mapping[str, int]) -> str:
-    assert client.profile is not None
+def _block_of(client: ClientConfig, needs: Mapping[str, int], parameters: Mapping[str, int]) -> str:
+    if client.profile is None:
+        return client.block or (client.blocks or [""])[0]
     budget = client.profile.memory_mb * 1e6
     fitting = [name for name, need in needs.items() if need <= budget]
     if not fitting:

@@ -10,7 +10,7 @@ from pathlib import Path
 from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parameters, modules_of
 from legolm.aggregate import make_scheme, rehearse
 from legolm.block import Base, Block, Coverage, llm_block, read_block
-from legolm.config import SCHEMES, RunConfig
+from legolm.config import SCHEMES, ClientConfig, RunConfig
 from legolm.data import ClientData, Example, check_text, check_whole, client_data, data_fingerprint, render
 from legolm.errors import LegolmError
 from legolm.federate.server import server_examples, start_factors
@@ -164,16 +164,21 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     check_clients(config, block_of, dense)
     if config.lora.start is not None or config.aggregate.start is not None:
         start_factors(config, llm_block(path, fingerprint(path)))
-    clients, traffic = [], dict[tuple[str, int], tuple[int, int]]()
+    clients, traffic = [], dict[tuple[str, tuple[int, ...], int], tuple[int, int]]()
+    trains = {one.id: check_layers(one, config, coverages[block_of[one.id]]) for one in config.clients}
     for client in config.clients:
         block = block_of[client.id]
         mean_length = sum(lengths[client.id]) / len(lengths[client.id])
         tokens = round(config.train.steps * config.train.batch_size * mean_length)
-        like = block, client.rank or config.lora.rank
-        if like not in traffic:
-            takes_part = not config.federation.capable or block in dense
-            traffic[like] = _traffic(config, coverages[block], like[1], masked[block]) if takes_part else (0, 0)
-        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *traffic[like]))
+        rank, takes_part = client.rank or config.lora.rank, not config.federation.capable or block in dense
+        most = 0, 0  # of the rounds, where their blocks differ
+        held = {name: coverages[name] for name in client.blocks or ()} or {block: trains[client.id]}
+        for name, trained in held.items() if takes_part else ():
+            like = name, trained.layers, rank
+            if like not in traffic:
+                traffic[like] = _traffic(config, coverages[name], trained, rank, masked[name])
+            most = max(most, traffic[like])
+        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *most))
 
     used = [needs[block] for block in set(block_of.values())]
     whole = training_bytes(
@@ -190,7 +195,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     memory = SPARE_BYTES + actors * actor
     found = data_fingerprint(parts.data, parts.server)
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
-    members = [(coverages[block_of[one.id]], one.rank or config.lora.rank) for one in taking]
+    members = [(trains[one.id], one.rank or config.lora.rank) for one in taking]
     said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking})
     return Plan(path, tuple(blocks), tuple(clients), found, actors, memory, disk, models, said)
 
@@ -252,8 +257,22 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collect
             f"aggregate.weight {weight!r}: scheme {config.aggregate.scheme!r} weighs clients in its own way; "
             "take the weight out"
         )
+    turning = next((client.id for client in taking if client.blocks), None)
+    if turning and (scheme.folds or (config.federation.error_feedback and config.federation.codec != "none")):
+        what = "aggregate.scheme" if scheme.folds else "federation.error_feedback"
+        raise LegolmError(
+            f"{what}: client {turning!r} trains another block in each round, which what it keeps of the last one does "
+            f"not fit; take {'another scheme' if scheme.folds else 'error_feedback: false'}, or one `block`"
+        )
     if scheme.unequal == "block":
         return
+    for client in taking:
+        if client.layers or client.blocks:
+            field, what = ("layers", "some layers") if client.layers else ("blocks", "another block in each round")
+            raise LegolmError(
+                f"aggregate.scheme {config.aggregate.scheme!r}: client {client.id!r} trains {what}, and it "
+                f"averages equal adapters; take one of {SCHEMES.having('unequal', 'block')}, or take `{field}` out"
+            )
     for client in taking:
         block, rank = block_of[client.id], client.rank or config.lora.rank
         why = ""
@@ -271,14 +290,31 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collect
             )
 
 
-def _traffic(config: RunConfig, coverage: Coverage, rank: int, sparsity: float) -> tuple[int, int]:
+def check_layers(client: ClientConfig, config: RunConfig, coverage: Coverage) -> Coverage:
+    """What of its block's coverage the client trains. Raises `LegolmError` for layers that it will not have."""
+    if client.layers is None:
+        return coverage
+    method = next(block.method for block in config.blocks if block.name == client.block)
+    if method == "structured" and len(coverage.layers) < coverage.shape.layers:
+        raise LegolmError(
+            f"clients: {client.id!r}: layers: which its block {client.block!r} keeps is chosen when it is cut; name "
+            "those, too (method window, with `layers`)"
+        )
+    try:
+        return coverage.within(client.layers)
+    except LegolmError as error:
+        raise LegolmError(f"clients: {client.id!r}: layers: {error}") from None
+
+
+def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int, sparsity: float) -> tuple[int, int]:
     """Bytes (down, up) of one client's tensors in a round that it takes part in."""
     if config.federation.mode != "federated":
         return 0, 0
     scheme, codec = make_scheme(config.aggregate), config.federation.codec
     keys = adapter_keys(coverage, config.lora.targets, trained=scheme.frozen_side)
     own = adapter_layout(coverage, keys, rank, config.lora.ranks)
-    up = encoded_bytes(own, codec, scheme.keep(sparsity))
+    back = adapter_keys(trained, config.lora.targets, trained=scheme.frozen_side)
+    up = encoded_bytes(adapter_layout(trained, back, rank, config.lora.ranks), codec, scheme.keep(sparsity))
     fold = scheme.fold_rank([client.rank or config.lora.rank for client in config.clients], config.lora.rank)
     down = 0 if scheme.fresh else encoded_bytes(own, codec)
     return down + encoded_bytes(adapter_layout(coverage, keys, fold), codec), up

@@ -19,8 +19,9 @@ from legolm.prune.registry import criterion_of
 from legolm.prune.speed import shape_for
 from legolm.prune.statistics import load_statistics
 from legolm.prune.structured import StructuredCut
-from legolm.prune.target import given_shape, shapes_within, target_pattern
+from legolm.prune.target import given_shape, shapes_within, target_pattern, window_coverage
 from legolm.prune.unstructured import UnstructuredCut
+from legolm.prune.window import WindowCut
 from legolm.system import Progress
 
 
@@ -84,6 +85,8 @@ def _cut(
 ) -> Cut:
     if spec.method == "dense":
         return WholeCut(base.shape)
+    if spec.method == "window":
+        return WindowCut(window_coverage(spec, base))
     if spec.method == "structured":
         assert source is not None
         return StructuredCut(base.shape, *shapes[spec.name], base.config, source)
@@ -96,6 +99,8 @@ def _check(spec: BlockConfig, base: Base) -> None:
     """Raise `LegolmError` for a target that cannot be met, before any work."""
     if criterion_of(spec) is not None:
         target_pattern(spec, base.shape)
+    elif spec.method == "window":
+        window_coverage(spec, base)
     elif spec.method == "structured" and not spec.speedup:
         _ = given_shape(spec, base) or shapes_within(spec, base)
 

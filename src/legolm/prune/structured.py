@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from legolm.block import Coverage, config_changes
+from legolm.block import Coverage, config_changes, slice_matrix
 from legolm.models import Shape, Unit
 from legolm.prune.calibrate import Source, Stream
 from legolm.prune.select import eliminate, refit
@@ -76,15 +76,19 @@ class StructuredCut:
         for name in (name for name in self._shape.modules if name.startswith(part)):
             module = layer.get_submodule(name)
             assert isinstance(module, nn.Linear)
-            rows, weight = coverage.rows(self._at, name), module.weight.data
             if name == reader:
-                weight = refit(fit, weight, coverage.cols(self._at, name))
-            if rows is not None:
-                weight = weight[rows].clone()
-                if module.bias is not None:
-                    module.bias = nn.Parameter(module.bias.data[rows].clone(), requires_grad=False)
-            module.weight = nn.Parameter(weight, requires_grad=False)
-            module.out_features, module.in_features = weight.shape
+                weight = refit(fit, module.weight.data, coverage.cols(self._at, name))
+            else:
+                weight = slice_matrix(coverage, self._at, name, module.weight.data)
+            narrow(module, weight, coverage.rows(self._at, name))
+
+
+def narrow(module: nn.Linear, weight: Tensor, rows: Tensor | None) -> None:
+    """Give a layer the part of its weight that stays, and its bias these output rows (None: all)."""
+    if rows is not None and module.bias is not None:
+        module.bias = nn.Parameter(module.bias.data[rows].clone(), requires_grad=False)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.out_features, module.in_features = weight.shape
 
 
 def _tell(layer: nn.Module, changes: Mapping[str, Any]) -> None:

@@ -114,8 +114,30 @@ def target_pattern(block: BlockConfig, shape: Shape) -> Pattern:
     return Pattern(1 - kept / group, group)
 
 
+def window_coverage(block: BlockConfig, base: Base) -> Coverage:
+    """What a window keeps: in each of its layers the units from `offset` on, at the end on from the front.
+
+    Raises `LegolmError` for a layer that the LLM does not have, and for a shape that cannot be.
+    """
+    shape = base.shape
+    layers = tuple(range(shape.layers)) if block.layers is None else block.layers
+    if layers[-1] >= shape.layers:
+        raise LegolmError(f"blocks: {block.name!r} wants layer {layers[-1]}; the LLM has 0 to {shape.layers - 1}")
+    small = given_shape(block.model_copy(update={"num_hidden_layers": len(layers)}), base)
+    assert small is not None
+
+    def units(count: int, most: int) -> tuple[int, ...]:
+        return tuple(sorted(((block.offset or 0) + place) % most for place in range(count)))
+
+    groups, neurons = units(small.kv_groups, shape.kv_groups), units(small.neurons, shape.neurons)
+    return Coverage(shape, layers, (groups,) * len(layers), (neurons,) * len(layers))
+
+
 def planned_coverage(block: BlockConfig, base: Base) -> Coverage:
-    """Coverage of about the right size before anything is cut (the first layers, groups, neurons): for plans only."""
+    """Coverage before anything is cut: for plans only. A window's is exact; of the others the size is about right, and
+    it is of the first layers, groups and neurons."""
+    if block.method == "window":
+        return window_coverage(block, base)
     small = base.shape
     if block.method == "structured":
         # What a speed-up takes is measured when the block is cut; here, weights stand for time.

@@ -197,7 +197,9 @@ def _prepared(config: RunConfig, variant: Variant, parts: Parts) -> RunConfig:
         if variant.match_bytes:
             share = size(planned_coverage(specs[block_of[client.id]], base)) / whole
             rank = max(1, min(config.lora.rank, round((rank or config.lora.rank) * share)))
-        clients.append(client.model_copy(update={"block": variant.block, "profile": None, "rank": rank}))
+        clients.append(
+            client.model_copy(update={"block": variant.block, "blocks": None, "profile": None, "rank": rank})
+        )
     # The other blocks would only be cut.
     return config.model_copy(update={"clients": clients, "blocks": [specs[variant.block]]})
 

@@ -86,18 +86,19 @@ class Dispatch:
         Requests are made when they are sent, and what they share is made once: memory does not grow with clients.
         """
         # Dearest first, so that no actor is left with the longest job at the end.
-        clients = sorted(order.clients, key=lambda id: -self._members.block[id].parameters)
+        members = self._members.at(order.number) if order.phase == "round" else self._members
+        clients = sorted(order.clients, key=lambda id: -members.block[id].parameters)
         sent: dict[tuple[object, ...], Broadcast] = {}
         sizes: dict[int, int] = {}
 
         def shared(id: str) -> Broadcast:
-            coverage, rank = self._members.block[id].coverage, self._members.rank[id]
+            coverage, rank = members.block[id].coverage, members.rank[id]
             # Only what folds into the base depends on the client: when it trained in a round, it had all that was
             # folded before that round.
             since = max(order.accepted.get(id, 0) - 1, 0) if order.scheme.folds else 0
-            key = (coverage.hash, rank, since)
+            key = (coverage.hash, members.trains[id].layers, rank, since)
             if key not in sent:
-                scheme, settings = order.scheme, self._settings(order, self._members.block[id])
+                scheme, settings = order.scheme, self._settings(order, members, id)
                 sent[key] = write(
                     settings, coverage, rank, scheme.payload(coverage, rank), scheme.fold(coverage, since)
                 )
@@ -105,7 +106,7 @@ class Dispatch:
 
         def requests() -> Iterator[Request]:
             for index, id in enumerate(clients):
-                content = pack(self._request(order, id, shared(id)), shared(id).content)
+                content = pack(self._request(order, members, id, shared(id)), shared(id).content)
                 sizes[index] = len(content)
                 yield Request(id, content)
 
@@ -116,7 +117,7 @@ class Dispatch:
                 update, reason = None, reply.error
                 if not reason:
                     try:
-                        update = accept(reply.content, self._request(order, id, shared(id)), shared(id))
+                        update = accept(reply.content, self._request(order, members, id, shared(id)), shared(id))
                     except LegolmError as error:
                         reason = str(error)
                 yield Trained(id, update, reason, sizes.get(reply.index, 0), reply.content)
@@ -176,8 +177,9 @@ class Dispatch:
         for index in sorted(left):
             yield Reply(index, error="no reply came")
 
-    def _settings(self, order: Order, block: Block) -> TrainSettings:
+    def _settings(self, order: Order, members: Members, id: str) -> TrainSettings:
         config, scheme = self._config, order.scheme
+        coverage, trained = members.block[id].coverage, members.trains[id].layers
         # Only rounds send anything: local and personal training stay at the client.
         travels = order.phase == "round"
         return TrainSettings(
@@ -191,18 +193,19 @@ class Dispatch:
             derived_seed=scheme.derived_seed,
             proximal=scheme.proximal if travels else 0.0,
             codec=config.federation.codec if travels else "none",
-            keep=scheme.keep(block.coverage.mask_sparsity) if travels else 1.0,
+            layers=list(trained) if trained != coverage.layers else None,
+            keep=scheme.keep(coverage.mask_sparsity) if travels else 1.0,
             error_feedback=config.federation.error_feedback and scheme.basis_stays,
             deadline_s=config.federation.deadline_s if travels else None,
         )
 
-    def _request(self, order: Order, id: str, broadcast: Broadcast) -> TrainRequest:
+    def _request(self, order: Order, members: Members, id: str, broadcast: Broadcast) -> TrainRequest:
         steps, done, total = steps_of(self._config, order.phase, order.number)
         clients = len(self._config.clients) if id == LLM else 1
         # `*`: pooled runs of before named their client so, and go on giving what they gave.
         seed = derive_seed(self._config.seed, order.phase, order.number, "*" if id == LLM else id)
         return TrainRequest(
-            **self._envelope(id, self._members.block[id], self._members.rank[id]),
+            **self._envelope(id, members.block[id], members.rank[id]),
             phase=order.phase,
             round=order.number,
             steps=steps * clients,

@@ -177,7 +177,7 @@ class Rounds:
         train: dict[str, Training] = {}
         refused: dict[str, str] = {}
         traffic: dict[str, Traffic] = {}
-        weighing = Weighing(self._config.aggregate, scheme)
+        weighing, trains = Weighing(self._config.aggregate, scheme), self._members.at(number).trains
         kept: dict[str, str] = {}
         with atomic_folder(path) as folder:
             for one in updates(self._config, self._dispatch, self.records(), number, drawn, scheme, exchange):
@@ -185,7 +185,7 @@ class Rounds:
                 if one.update is None:
                     refused[one.client] = one.reason
                     continue
-                weighing.add(one.client, one.update.change, self._members.block[one.client].coverage)
+                weighing.add(one.client, one.update.change, trains[one.client])
                 train[one.client] = one.update.training
                 if keeps:
                     (folder / UPDATES).mkdir(exist_ok=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from legolm.block import Block
+from legolm.block import Block, Coverage
 from legolm.config import RunConfig
 from legolm.system import derive_seed
 
@@ -17,21 +17,40 @@ LLM = "llm"
 
 @dataclass(frozen=True)
 class Members:
-    """The clients' ids in the config's order; block and rank by client, those of `llm` too."""
+    """The clients' ids in the config's order; block and rank by client, those of `llm` too.
+
+    `trains` is what of the LLM a client's changes cover: its block's coverage, or of that the layers that it trains.
+    `turns` are the blocks of those who train another one in each round; `block` is the first of them.
+    """
 
     clients: tuple[str, ...]
     block: Mapping[str, Block]
     rank: Mapping[str, int]
+    trains: Mapping[str, Coverage]
+    turns: Mapping[str, Sequence[Block]]
 
     @staticmethod
     def of(config: RunConfig, blocks: Mapping[str, Block], block_of: Mapping[str, str]) -> Members:
         """`blocks` are the cut blocks and the LLM by name, `block_of` the block's name of each client."""
         rank = {client.id: client.rank or config.lora.rank for client in config.clients}
+        block = {id: blocks[name] for id, name in block_of.items()} | {LLM: blocks[LLM]}
+        some = {client.id: tuple(client.layers) for client in config.clients if client.layers is not None}
+        # Clients are many, and blocks are few.
+        alike = {(block[id].name, layers): id for id, layers in some.items()}
+        cut = {key: block[id].coverage.within(key[1]) for key, id in alike.items()}
         return Members(
             tuple(client.id for client in config.clients),
-            {id: blocks[name] for id, name in block_of.items()} | {LLM: blocks[LLM]},
+            block,
             rank | {LLM: config.lora.rank},
+            {id: cut[one.name, some[id]] if id in some else one.coverage for id, one in block.items()},
+            {client.id: [blocks[name] for name in client.blocks] for client in config.clients if client.blocks},
         )
+
+    def at(self, number: int) -> Members:
+        """The same with the blocks that are trained in this round."""
+        now = {id: blocks[(number - 1) % len(blocks)] for id, blocks in self.turns.items()}
+        trains = {id: one.coverage for id, one in now.items()}
+        return replace(self, block={**self.block, **now}, trains={**self.trains, **trains})
 
     @property
     def llm(self) -> Block:

@@ -57,12 +57,12 @@ def replay(
 
     scheme = after(0)
     for number in range(1, last + 1):
-        weighing = Weighing(config.aggregate, scheme)
+        weighing, trains = Weighing(config.aggregate, scheme), members.at(number).trains
         there = [id for id in rounds[number].accepted if id not in without]
         for one in updates(config, dispatch, records, number, there, after(number - 1), _kept(folder, rounds[number])):
             if one.update is None:
                 raise LegolmError(f"round {number}: the kept update of {one.client}: {one.reason}")
-            weighing.add(one.client, one.update.change, members.block[one.client].coverage)
+            weighing.add(one.client, one.update.change, trains[one.client])
         weighing.finish()
     return scheme
 

@@ -9,7 +9,7 @@ what the codec or the saliency mask lost of it for its next answer (error feedba
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -23,6 +23,7 @@ from legolm.adapter import (
     adapter_layout,
     check_finite,
     initial_factors,
+    parse_key,
     slice_factors,
     tensors_hash,
     under_prefix,
@@ -96,22 +97,22 @@ def write(settings: TrainSettings, coverage: Coverage, rank: int, payload: Tenso
     )
     plain = codec.encode(payload, settings.codec)
     content = plain | with_prefix("fold", codec.encode(fold, settings.codec))
-    trained = _trained(settings, coverage, rank)
     start: Tensors = {}
     sent: Tensors = {}
     if not settings.fresh:
         made = _made(settings, coverage, rank)
-        start = made | dict(_decoded(plain, settings, trained))
+        start = made | dict(_decoded(plain, settings, _sent(settings, coverage, rank)))
         sent = made | payload if settings.codec != "none" else {}
+    trained = _sent(settings, coverage, rank, settings.layers)
     return Broadcast(settings, coverage, rank, content, start, sent, trained, tensors_hash(content))
 
 
 def open_(request: TrainRequest, coverage: Coverage, content: Tensors) -> Opened:
     """What training starts from, in this block's slice. Raises `LegolmError` for tensors that do not fit it."""
     settings = request.settings
-    trained = _trained(settings, coverage, request.rank)
+    trained = _sent(settings, coverage, request.rank, settings.layers)
     # Frozen side: the factors that train are sent. A fresh adapter: none is.
-    sent = Layout({}) if settings.fresh else trained
+    sent = Layout({}) if settings.fresh else _sent(settings, coverage, request.rank)
     plain = {name: tensor for name, tensor in content.items() if not name.startswith("fold.")}
     start = _made(settings, coverage, request.rank, request.client) | dict(_decoded(plain, settings, sent))
     every = adapter_keys(coverage, settings.targets) if settings.fold_rank else []
@@ -209,9 +210,11 @@ def _check_size(delta: Flat) -> None:
         raise LegolmError(f"{key} has a change of {most:.3g}; at most {MAX_CHANGE:g} is taken")
 
 
-def _trained(settings: TrainSettings, coverage: Coverage, rank: int) -> Layout:
-    """Where the factors that train, and come back, are."""
+def _sent(settings: TrainSettings, coverage: Coverage, rank: int, layers: Collection[int] | None = None) -> Layout:
+    """Where the factors that are sent are; those of `layers`, if given, are what trains and comes back."""
     keys = adapter_keys(coverage, settings.targets, trained=settings.frozen_side)
+    if layers is not None:
+        keys = [key for key in keys if parse_key(key)[0] in layers]
     return adapter_layout(coverage, keys, rank, settings.ranks)
 
 

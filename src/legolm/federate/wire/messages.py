@@ -57,14 +57,16 @@ class TrainSettings(BaseModel):
 
     With `derived_seed` the client makes factors itself: those of the side that does not train if `frozen_side`, else
     all, and its own ones (`fresh`); they are slices of an adapter of rank `run_rank` (`ranks`: of single modules) on
-    `targets`. `fold.` tensors, of rank `fold_rank`, change its base from now on. The reply comes in this `codec`, with
-    the `keep` share of its entries, and after `deadline_s` seconds it comes too late.
+    `targets`. What is sent trains and comes back, of `layers` (LLM layers) only if they are given. `fold.` tensors, of
+    rank `fold_rank`, change its base from now on. The reply comes in this `codec`, with the `keep` share of its
+    entries, and after `deadline_s` seconds it comes too late.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     targets: list[str] | None
     run_rank: int
     ranks: dict[str, int]
+    layers: list[int] | None = None
     dropout: float
     train: TrainConfig
     precision: Precision
