@@ -24,6 +24,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("train:\n  steps: 2\n  rate: 1\n  steps: 3\n", ":4: not valid YAML \\('steps' is given twice"),
         ("train: {learning_rate: 0.002,002}", "the key '002' is no word; mend it, or put it in quotes"),
         ("train: {yes: 1}", "the key 'yes' is no word"),
+        (f"plugins: [{'a, ' * 80_000}]", "it has more than 75000 values"),
         (BOMB, "with its aliases written out it has more than 4000000 characters"),
         ("a: &a [*a]\n", ":1: not valid YAML \\(it contains itself\\)"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deep"),
