@@ -29,6 +29,8 @@ MAX_HEADER = 16 << 20
 MAX_REPLY_HEADER = 64 << 10
 MAX_TENSORS, MAX_DIMENSIONS = 16, 4
 MAX_EXAMPLES = 10**9
+MAX_PERIODS = 100_000
+"""Folded in one message: as many as a run has rounds."""
 MAX_SAID = 300
 """Signs of an error about a message, which may quote it."""
 Name = Annotated[str, Field(max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
@@ -55,8 +57,9 @@ class TrainSettings(BaseModel):
 
     With `derived_seed` the client makes factors itself: those of the side that does not train if `frozen_side`, else
     all, and its own ones (`fresh`); they are slices of an adapter of rank `run_rank` (`ranks`: of single modules) on
-    `targets`. `fold.` tensors, of rank `fold_rank`, change its base from now on. The reply comes in this `codec`, with
-    the `keep` share of its entries, and after `deadline_s` seconds it comes too late.
+    `targets`. What trains comes along if `sent`. `fold.` tensors, of rank `fold_rank`, change its base from now on;
+    with `fold_seeds` they are of the sides that trained, and the client makes the frozen ones. The reply comes in this
+    `codec`, with the `keep` share of its entries, and after `deadline_s` seconds it comes too late.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,7 +71,9 @@ class TrainSettings(BaseModel):
     precision: Precision
     frozen_side: bool
     derived_seed: int | None
+    sent: bool = True
     fold_rank: int = 0
+    fold_seeds: Annotated[list[int], Field(max_length=MAX_PERIODS)] = []
     proximal: float
     codec: Codec
     keep: float
