@@ -174,6 +174,35 @@ def test_each_damaged_file_is_made_again_or_named(home: Path, tmp_path: Path) ->
         shutil.rmtree(out)
 
 
+def test_a_damaged_file_is_named_by_what_reads_it(home: Path, tmp_path: Path) -> None:
+    for command, name in (
+        ("report", "summary.json"),
+        ("ablate", "summary.json"),
+        ("ablate", "blocks/wide/manifest.json"),
+        ("compose", "final/fr/factors.safetensors"),
+    ):
+        out = copy(home, tmp_path / "out")
+        rest = {"compose": (out / "final" / "fr", "--into", "llm", "--out", tmp_path / "made")}.get(command, (out,))
+        content = (out / name).read_bytes()
+        other = content.replace(b'": ', b'":  ', 1) if name.endswith("json") else content[:-1] + b"\x01"
+        (out / name).write_bytes(other)
+        assert_one_line(legolm(command, *rest), f"{out / name}: is not what the run wrote (its hash differs)")
+        shutil.rmtree(out)
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_people_put_beside_the_runs_files_stays(home: Path, tmp_path: Path) -> None:
+    out = copy(home, tmp_path / "out")
+    shutil.copytree(out / "rounds" / "0001", out / "rounds" / "0001 copy")
+    (out / "answers.json").write_text("[" * 100_000)
+    _, said = resume(home, out)
+    assert f"{out}/answers.json: is broken" in said and (out / "rounds" / "0001 copy").is_dir()
+    shutil.rmtree(out / "rounds" / "0001 copy")
+    assert_same(home / "out", out)
+    (out / "run.json").write_text("[" * 100_000)
+    assert_one_line(legolm("run", home / "run.yaml", "--out", out, "--resume"), f"{out}/run.json: is broken")
+
+
 def test_rounds_after_one_that_is_gone_are_made_again(home: Path, tmp_path: Path) -> None:
     out = copy(home, tmp_path / "out")
     shutil.rmtree(out / "rounds" / "0001")

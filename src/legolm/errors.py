@@ -17,9 +17,14 @@ class LegolmError(Exception):
     """
 
     def __str__(self) -> str:
-        line = "".join(sign if sign.isprintable() else " " for sign in super().__str__())
+        line = printable(super().__str__())
         half = MAX_LINE // 2
         return line if len(line) <= MAX_LINE else f"{line[:half]} … {line[-half:]}"
+
+
+def printable(text: str) -> str:
+    """The text with spaces for control codes and line ends."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
 MAX_SAID = 300
@@ -29,7 +34,7 @@ MAX_SAID = 300
 def brief(error: BaseException | str) -> str:
     """What an error of another library says: one line, not long, without control codes, and never nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
-    shown = "".join(sign if sign.isprintable() else " " for sign in text[:MAX_SAID])
+    shown = printable(text[:MAX_SAID])
     return shown if len(text) <= MAX_SAID else f"{shown}…"
 
 

@@ -147,6 +147,34 @@ class TestReadingErrors:
             path = write(tmp_path / "a.csv", f"instruction,output\n{broken}")
             assert error_of(path).startswith(f"{path}:2: not valid CSV (")
 
+    @pytest.mark.parametrize(
+        ("name", "text", "says"),
+        [
+            (
+                "a.jsonl",
+                '{"output": "a"}\n{"output": "b", "output": "c"}',
+                "{path}:2: cannot be read ('output' is there twice)",
+            ),
+            ("a.json", '[{"a": 1, "a": 2}]', "{path}:1: cannot be read ('a' is there twice)"),
+            (
+                "a.csv",
+                "output,instruction,output\n1,2,3\n",
+                "{path}:1: column output is there twice; rename one or take",
+            ),
+        ],
+    )
+    def test_a_field_that_is_there_twice(self, tmp_path: Path, name: str, text: str, says: str) -> None:
+        path = write(tmp_path / name, text)
+        assert error_of(path).startswith(says.format(path=path))
+
+    def test_csv_columns_without_a_name_are_nobodys(self, tmp_path: Path) -> None:
+        assert rows(write(tmp_path / "a.csv", "instruction,output,,\n1,2,,\n"))[0]["output"] == "2"
+
+    def test_parquet_that_python_cannot_hold(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.parquet"
+        parquet.write_table(pyarrow.table({"when": pyarrow.array([4_000_000], pyarrow.date32())}), path)
+        assert error_of(str(path)).startswith(f"data.train: {path} is not valid Parquet (")
+
     def test_not_utf8(self, tmp_path: Path) -> None:
         path = tmp_path / "a.jsonl"
         path.write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n')

@@ -41,6 +41,21 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrain
         ("{{ 'x' * 300_000_000 }}", "more than 8000000 characters|too much memory|more than 512 MB"),
         ("{{ 'x' | center(10**11) }}", "needs more than 512 MB"),
         (DOUBLED, "needs more than 512 MB"),
+        ("{{ '\\ud800' }}{% for m in messages %}{{ m.content }}\n{% endfor %}", "fails .*surrogates not allowed"),
+        ("", "leaves out the answer"),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+            "leaves out the answer",
+        ),
+        (
+            "{% for m in messages %}{{ m.content | upper }}\n{% endfor %}",
+            "leaves out the answer, or writes another one",
+        ),
+        ("{% if messages | length > 1 %}{{ messages[-1].content }}{% endif %}", "writes nothing before the answer"),
+        (
+            "{% for m in messages %}{% if m.content != 'Rome' %}{{ m.content }}{% endif %}{% endfor %}",
+            "nothing of the answer",
+        ),
         ("{{ raise_exception('no system') }}", r"refuses the data \(no system\)"),
     ],
 )

@@ -18,13 +18,15 @@ def rows(path: Path, count: int = 12) -> Path:
     return path
 
 
-@pytest.mark.parametrize("again", ["fr.jsonl", "*.jsonl", "../data/fr.jsonl", "link.jsonl"])
+@pytest.mark.parametrize("again", ["fr.jsonl", "*.jsonl", "../data/fr.jsonl", "link.jsonl", "hard.jsonl"])
 def test_in_one_source(tmp_path: Path, again: str) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     path = rows(folder / "fr.jsonl")
     if again.startswith("link"):
         (folder / again).symlink_to(path)
+    if again.startswith("hard"):
+        (folder / again).hardlink_to(path)
     config = DataConfig.model_validate({"train": [str(path), str(folder / again)], "split": {"by": "iid"}})
     with pytest.raises(LegolmError, match=r"data.train: .* is named twice.*name it once"):
         load_parts(config, ["fr"], 0)

@@ -236,7 +236,8 @@ def test_the_answers_are_on_the_terminal_and_on_the_page_which_needs_no_model(as
         assert all(escape(text) in words for text in one.answers.values())
     for name in ("block before", "trained alone", "after the federation", "the LLM"):
         assert any(line.split(name)[0].strip() in ("", "✓") for line in lines if name in line) and name in words
-    shutil.copy(asked.out / "summary.json", tmp_path)
+    for name in ("summary.json", "hashes.json"):
+        shutil.copy(asked.out / name, tmp_path)
     assert legolm("report", tmp_path).returncode == 0
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == asked.pages["report"]
 

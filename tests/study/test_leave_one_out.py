@@ -40,6 +40,7 @@ from legolm.runs import (
     read_record,
     read_stages,
     rounds_of,
+    seal,
 )
 from legolm.study.leave_one_out import ablate
 from legolm.system import Progress
@@ -232,6 +233,7 @@ def test_files_that_are_not_the_runs_are_one_line(run: Path, tmp_path: Path) -> 
         ({"schema_number": 1}, "another version of legolm wrote it"),
     ):
         path.write_text(json.dumps(summary | changes))
+        seal(path.parent, path.name)
         with pytest.raises(LegolmError, match=rf"summary\.json: {says}.*; write it anew: legolm run --resume"):
             ablate(tmp_path / "run", tmp_path / "out", None, QUIET)
     (tmp_path / "out").mkdir()

@@ -11,7 +11,7 @@ from legolm.block import Block, read_block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError, nearest
 from legolm.report import draw
-from legolm.runs import Data, RoundRecord, RunDir, StageRecord, Summary, read_record, read_stages, rounds_of
+from legolm.runs import Data, RoundRecord, RunDir, StageRecord, Summary, read_stages, rounds_of
 from legolm.system import atomic_write
 
 
@@ -58,10 +58,7 @@ class Run:
     @cached_property
     def summary(self) -> Summary:
         """The figures of a finished run; `to_frame()` gives them to pandas. Raises `LegolmError` before its end."""
-        path = self.folder / "summary.json"
-        if not path.is_file():
-            raise LegolmError(f"run folder {self.folder}: is not finished; run it again with resume=True")
-        return read_record(path, Summary)
+        return Summary.read(self.folder)
 
     def block(self, name: str) -> Block:
         """What a client ended with, or the LLM (`llm`): a finished model with its coverage."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from legolm.adapter import FACTORS, Tensors, adapter_keys, factor_shape, load_factors, merged, parse_key, read_adapter
-from legolm.block import Block, Coverage, read_block
+from legolm.block import Block, Coverage
+from legolm.composition.target import checked_block
 from legolm.config import Fields
 from legolm.data import read_rows, render_whole, to_example
 from legolm.errors import LegolmError
@@ -19,6 +20,8 @@ from legolm.models import load_config, load_model, load_tokenizer
 from legolm.system import Progress
 
 BATCH = 8
+MOST = 10**12
+"""Of a weight: sums of them must have an end."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Source:
     def examples(self) -> int | None:
         """Training examples, where the run recorded them."""
         found = self.block.details.get("examples")
-        return found if isinstance(found, int) and found > 0 else None
+        return found if isinstance(found, int) and 0 < found <= MOST else None
 
 
 def read_sources(names: Sequence[str]) -> list[Source]:
@@ -86,8 +89,10 @@ def given_weights(text: str, sources: Sequence[Source]) -> list[float]:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
         raise LegolmError(f"--weights {text}: write numbers with commas between them, for instance 1,2,1") from None
-    if len(weights) != len(sources) or not all(0 < weight < math.inf for weight in weights):
-        raise LegolmError(f"--weights {text}: give a number above 0 for each of the {len(sources)} sources")
+    if len(weights) != len(sources) or not all(0 < weight <= MOST for weight in weights):
+        raise LegolmError(
+            f"--weights {text}: give a number above 0, at most {MOST:g}, for each of the {len(sources)} sources"
+        )
     return weights
 
 
@@ -131,7 +136,7 @@ def _folders(name: str) -> list[Path]:
 
 def _read(name: str) -> Source:
     folder, *adapter = _folders(name)
-    block = read_block(folder)
+    block = checked_block(folder)
     if adapter:
         if (folder / FACTORS).is_file():
             raise LegolmError(

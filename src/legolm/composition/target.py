@@ -13,13 +13,21 @@ from legolm.adapter import FACTORS
 from legolm.block import Base, Block, Coverage, add_matrix, config_changes, read_block, slice_matrix
 from legolm.errors import LegolmError, nearest
 from legolm.models import Shape
+from legolm.runs import HASHES, check_sealed
 
 SIZES = ("layers", "kv_groups", "neurons")
 
 
+def checked_block(path: Path) -> Block:
+    """The block in a folder. Raises `LegolmError` as `read_block`, and where a run wrote it, for any other content."""
+    if (path / HASHES).is_file():
+        check_sealed(path)
+    return read_block(path)
+
+
 def target_block(path: Path) -> Block:
     """A block to compose into. Raises `LegolmError` when it has learned something already, which would count twice."""
-    block = read_block(path)
+    block = checked_block(path)
     if (path / FACTORS).is_file() or block.method == "composed":
         raise LegolmError(f"--into {path}: has learned something already; give the block as it was cut")
     return block

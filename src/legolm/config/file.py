@@ -17,6 +17,7 @@ from legolm.config.aggregation import AggregateConfig
 from legolm.config.section import OpenSection, Section
 from legolm.config.sections import RunConfig, TrainConfig
 from legolm.errors import LegolmError, nearest
+from legolm.system import read_bounded
 
 S = TypeVar("S", bound=Section)
 OPEN: dict[str, type[OpenSection]] = {"aggregate": AggregateConfig, "train": TrainConfig}
@@ -24,6 +25,7 @@ UNION_BRANCH = re.compile(r"(function-|constrained-|list\[|dict\[|literal\[).*|s
 """What pydantic adds to a field's place to say which of its types did not fit."""
 MAX_SIZE = 4_000_000
 """Characters of a config with all its aliases written out: ten thousand clients fit."""
+TEXT_KEY, MERGE_KEY = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 MAX_SHOWN = 200
 
 
@@ -38,9 +40,7 @@ def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
 def read(path: Path) -> dict[str, Any]:
     """A YAML file's mapping. Raises `LegolmError`."""
     try:
-        if (size := path.stat().st_size) > 4 * MAX_SIZE:
-            raise LegolmError(f"config {path}: has {size} bytes; at most {4 * MAX_SIZE} are read")
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, 4 * MAX_SIZE).decode("utf-8")
     except FileNotFoundError:
         raise LegolmError(f"config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -53,7 +53,8 @@ def read(path: Path) -> dict[str, Any]:
         raise LegolmError(f"config {path}{where}: not valid YAML ({_one_line(error)})") from None
     if not isinstance(raw, dict):
         raise LegolmError(f"config {path}: must be a mapping of sections, not {type(raw).__name__}")
-    return raw
+    unshared: dict[str, Any] = _unshared(raw)
+    return unshared
 
 
 def validate(kind: type[S], raw: dict[str, Any], source: str) -> S:
@@ -79,6 +80,8 @@ def override(raw: dict[str, Any], change: str) -> None:
     for depth, key in enumerate(keys[:-1]):
         child = _index(at, key, change) if isinstance(at, list) else at.setdefault(key, {})
         if not isinstance(child, dict | list):
+            if isinstance(at, list):
+                raise LegolmError(f"--set {_shown(change)}: {'.'.join(keys[: depth + 1])} is a value and has no fields")
             # `data: starter` is short for {train: starter}.
             child = at[key] = {"train": child} if keys[: depth + 1] == ["data"] else {}
         at = child
@@ -116,6 +119,13 @@ def _parse(text: str) -> Any:
         loader.dispose()
 
 
+def _unshared(value: Any) -> Any:
+    """The value with a copy for each alias: an override of one is none of the others."""
+    if isinstance(value, dict):
+        return {key: _unshared(one) for key, one in value.items()}
+    return [_unshared(one) for one in value] if isinstance(value, list) else value
+
+
 def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
     """Characters of a node with its aliases written out. Raises `yaml.YAMLError` for too many, or a key given twice."""
     if id(node) in sizes:
@@ -126,6 +136,9 @@ def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.tag not in (TEXT_KEY, MERGE_KEY):  # a number, a date, `yes`: `{rate: 0.002,002}` has the key 2
+                problem = f"the key {_shown(key.value)} is no word; mend it, or put it in quotes"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if key.value in seen:
                 problem = f"{_shown(key.value)} is given twice; take one out"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
@@ -161,8 +174,8 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 def _index(items: list[Any], key: str, change: str) -> Any:
-    if not key.isdecimal() or int(key) >= len(items):
-        raise LegolmError(f"--set {change!r}: {key!r} must be an index from 0 to {len(items) - 1}")
+    if not key.isdecimal() or len(key) > 9 or int(key) >= len(items):
+        raise LegolmError(f"--set {_shown(change)}: {_shown(key)} must be an index from 0 to {len(items) - 1}")
     return items[int(key)]
 
 

@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from legolm.data.examples import Example, Message
-from legolm.data.template import render_template
+from legolm.data.template import render_template, template_error
 from legolm.errors import LegolmError
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> t
     turns = [{"role": message.role, "content": message.content} for message in messages]
     marked_turns = [*turns[:-1], turns[-1] | {"content": _MARK}]
     prompt, whole, marked = render_template(tokenizer, [(turns[:-1], True), (turns, False), (marked_turns, False)])
-    before, _, after = marked.rpartition(_MARK)
+    before, mark, after = marked.rpartition(_MARK)
+    if not mark:
+        raise template_error(tokenizer, "leaves out the answer, or writes another one")
     if not whole.startswith(prompt):
         # The template puts more in the generation prompt (`<think>`) than it leaves in a finished turn. Then
         # the prompt is what both share, but nothing of the answer, which may begin like what was left out.
@@ -90,6 +92,8 @@ def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> t
         prompt = "".join(signs[0] for signs in shared)
     # Whitespace after the end of the turn belongs to the next turn: nobody generates it.
     answer = whole[len(prompt) :].rstrip()
+    if not prompt or not answer:
+        raise template_error(tokenizer, f"writes nothing {'before the answer' if answer else 'of the answer'}")
     # A template that writes nothing after the answer would teach the model never to stop.
     return prompt, answer if after.strip() else answer + _end(tokenizer)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from legolm.config import Fields
 from legolm.data.examples import Example, Message
 from legolm.errors import LegolmError, brief
-from legolm.system import hub_answers, wants_offline
+from legolm.system import hub_answers, strict_json, wants_offline
 
 MAX_BYTES = 4 * 10**9
 MAX_TEXT = 1_000_000
@@ -81,8 +80,9 @@ def _same(part: Path | str) -> str:
     """What all names of one file have in common, and all of one split of a hub data set."""
     if isinstance(part, Path):
         try:
-            return os.path.realpath(part)
-        except ValueError:  # a NUL in it; who opens it says so
+            found = part.stat()
+            return f"{found.st_dev} {found.st_ino}"  # hard links are one file, too
+        except (OSError, ValueError):  # none there, a NUL in it; who opens it says so
             return str(part)
     return part if part.removeprefix("hub:").count(":") else f"{part}:train"
 
@@ -204,10 +204,10 @@ def _read_json(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        return strict_json(text)
     except json.JSONDecodeError as error:
         raise LegolmError(f"{path}:{first_line + error.lineno - 1}: not valid JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+    except ValueError as error:  # a key twice, a number of thousands of digits, lists in lists without end
         raise LegolmError(f"{path}:{first_line}: cannot be read ({_first_line(error)})") from None
 
 
@@ -219,7 +219,7 @@ def _read_csv(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         for cells in reader:
             place, start = f"{path}:{start}", reader.line_num + 1
             if not header or not cells:
-                header = header or cells
+                header = header or _each_once(cells, place)
             elif len(cells) != len(header):
                 raise LegolmError(
                     f"{place}: {len(cells)} cells but {len(header)} in the header; quote cells with commas"
@@ -230,6 +230,14 @@ def _read_csv(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         raise LegolmError(f"{path}:{start}: not valid CSV ({error})") from None
 
 
+def _each_once(columns: list[str], place: str) -> list[str]:
+    """The columns. Raises `LegolmError` for a name that two have; those without one are nobody's."""
+    for name in columns:
+        if name and columns.count(name) > 1:
+            raise LegolmError(f"{place}: column {brief(name)} is there twice; rename one or take it out")
+    return columns
+
+
 def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet
@@ -237,7 +245,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         raise LegolmError(f"{field}: {path} needs pyarrow; run: pip install 'legolm[data]'") from None
     try:
         rows = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError, ArithmeticError) as error:  # a date of the year 10000
         raise LegolmError(f"{field}: {path} is not valid Parquet ({_first_line(error)})") from None
     for number, row in enumerate(rows, 1):
         yield f"{path} row {number}", row

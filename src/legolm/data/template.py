@@ -75,17 +75,22 @@ def render_template(tokenizer: Any, wanted: Sequence[tuple[Sequence[Turn], bool]
 
     Raises `LegolmError` for a template that refuses the messages, is broken, or takes too much time or memory.
     """
-    where = f"model: {tokenizer.name_or_path}: its chat template"
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:  # several, and none is the default
-        raise LegolmError(f"{where} cannot be chosen ({brief(error)}); {WAY_OUT}") from None
+        raise template_error(tokenizer, f"cannot be chosen ({brief(error)})") from None
     reply = _RENDERER.ask([template, tokenizer.special_tokens_map, wanted])
     if reply is None:
-        raise LegolmError(f"{where} does not end, or needs too much memory; {WAY_OUT}")
+        raise template_error(tokenizer, "does not end, or needs too much memory")
     if reply.get("refused"):
-        raise LegolmError(f"{where} refuses the data ({brief(reply['error'])}); mend `data.system` or the messages")
+        why = f"refuses the data ({brief(reply['error'])})"
+        raise template_error(tokenizer, why, "mend `data.system` or the messages")
     if "error" in reply:
-        raise LegolmError(f"{where} fails ({brief(reply['error'])}); {WAY_OUT}")
+        raise template_error(tokenizer, f"fails ({brief(reply['error'])})")
     texts: list[str] = reply["texts"]
     return texts
+
+
+def template_error(tokenizer: Any, fault: str, way_out: str = WAY_OUT) -> LegolmError:
+    """What is wrong with the tokenizer's chat template."""
+    return LegolmError(f"model: {tokenizer.name_or_path}: its chat template {fault}; {way_out}")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
-from legolm.report.fit import print_table
+from legolm.report.fit import print_lines, print_table
 from legolm.report.page import Raw, document, drawing, figure, section, soft, tag
 from legolm.report.shown import sampled
 from legolm.runs import Ablation, LeftOut, Losses
@@ -34,9 +32,7 @@ def print_ablation(found: Ablation, out: Path) -> None:
         "more that is)"
     )
     print_table(columns, rows, 2, title)
-    console = Console()
-    for line in (*sampled(found.others), verdict(found), f"page {out / 'ablation.html'}"):
-        console.print(line, highlight=False, soft_wrap=True)
+    print_lines((*sampled(found.others), verdict(found), f"page {out / 'ablation.html'}"))
 
 
 def verdict(found: Ablation) -> str:

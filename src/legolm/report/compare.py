@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from legolm.report.fit import print_table
+from legolm.report.fit import print_lines, print_table
 from legolm.report.page import Raw, document, drawing, figure, section, tag
 from legolm.report.page import table as html_table
 from legolm.report.plots import COLOURS
@@ -61,9 +61,9 @@ def print_comparison(found: Comparison, out: Path) -> None:
     rows = [(name, *(_text(one, runs) for one in columns)) for name, runs in variants(found).items()]
     print_table(("variant", *(f">{COLUMNS[name]}" for name in columns)), rows)
     console = Console()
-    console.print(f"\n{LEGEND}{seeds(found)}\n", highlight=False)
-    console.print(budget(found), highlight=False)
-    console.print(f"table {out / 'compare.html'}", highlight=False, soft_wrap=True)
+    console.print(f"\n{LEGEND}{seeds(found)}\n", highlight=False, markup=False)
+    console.print(budget(found), highlight=False, markup=False)
+    print_lines([f"table {out / 'compare.html'}"])
 
 
 def variants(found: Comparison) -> dict[str, list[CompareRow]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from legolm.errors import printable
 
 GAP = 2
 """Between columns."""
@@ -28,6 +30,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], keys: int
         if place:
             console.print()
         console.print(table)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines as they are: what they quote of others may hold control codes, or what Rich takes for markup."""
+    for line in lines:
+        Console().print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def fitted(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, keys: int = 1) -> list[Table]:
@@ -54,7 +62,7 @@ def fitted(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, ke
 
 def shortened(text: str, width: int) -> str:
     """The text in one line without control codes, cut with an ellipsis where it is wider than `width` cells."""
-    line = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+    line = " ".join(printable(text).split())
     return line if cell_len(line) <= width else set_cell_size(line, max(width - 1, 0)).rstrip() + "…"
 
 
@@ -64,5 +72,5 @@ def _table(part: Sequence[int], columns: Sequence[str], rows: Sequence[Sequence[
         justify = "right" if columns[i].startswith(">") else "left"
         table.add_column(Text(columns[i].removeprefix(">")), justify=justify, width=wide[i], overflow="fold")  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*(Text(row[i]) for i in part))
+        table.add_row(*(Text(printable(row[i])) for i in part))
     return table

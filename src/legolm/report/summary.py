@@ -163,7 +163,8 @@ def _llm(record: RoundRecord) -> LlmScore | None:
 
 def _seconds(records: Sequence[StageRecord], blocks: Mapping[str, Block], cut_s: float) -> dict[str, float]:
     rounds = rounds_of(records)
-    cut = sum(float(block.details.get("seconds", 0.0)) for block in blocks.values())
+    took = [block.details.get("seconds") for block in blocks.values()]  # of a block from elsewhere it may be anything
+    cut = sum(one for one in took if isinstance(one, int | float) and 0 <= one < 1e15)
     found = {"blocks": max(cut, cut_s)}  # with what was interrupted
     found["before"] = rounds[0].seconds
     # Clients share the stages outside the rounds: the last one's clock has seen the whole stage.

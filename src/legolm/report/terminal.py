@@ -13,7 +13,7 @@ from legolm.block import Block, Coverage
 from legolm.config import RunConfig
 from legolm.evaluation import TEXT, Evaluation, Result
 from legolm.plan import Plan
-from legolm.report.fit import print_table, shortened
+from legolm.report.fit import print_lines, print_table, shortened
 from legolm.report.shown import SPEAKERS, notes, scored, stages_of
 from legolm.runs import Summary
 
@@ -34,16 +34,13 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
         row = (f"{client.examples:,}", f"{client.tokens_per_round:,}", _mb(client.bytes_down), _mb(client.bytes_up))
         clients.append((client.id, client.block, *row))
     print_table(("client", "block", ">examples", ">tokens a round", ">received a round", ">sent a round"), clients)
-    federation, console = config.federation, Console()
-    console.print(
+    federation = config.federation
+    said = (
         f"{config.aggregate.scheme}{_settings(config.aggregate.settings)}, codec {federation.codec}, "
         f"{federation.rounds} rounds on {federation.engine}, {plan.actors} clients at once, "
-        f"about {_mb(plan.memory_bytes)} of memory and {_mb(plan.disk_bytes)} of disk. Nothing was done.",
-        highlight=False,
-        soft_wrap=True,
+        f"about {_mb(plan.memory_bytes)} of memory and {_mb(plan.disk_bytes)} of disk. Nothing was done."
     )
-    for note in plan.notes:
-        console.print(note, highlight=False, soft_wrap=True)
+    print_lines([said, *plan.notes])
 
 
 def _settings(settings: Mapping[str, object]) -> str:
@@ -57,8 +54,7 @@ def print_blocks(blocks: Sequence[Block]) -> None:
         (one.name, one.method, f"{one.sparsity:.3f}", _count(one.parameters), _mb(one.file_bytes)) for one in blocks
     ]
     print_table(("block", "method", ">sparsity", ">parameters", ">on disk"), rows)
-    for one in blocks:
-        Console().print(f"folder {one.path}", highlight=False, markup=False, soft_wrap=True)
+    print_lines(f"folder {one.path}" for one in blocks)
 
 
 def print_coverage(block: Block) -> None:
@@ -72,11 +68,10 @@ def print_coverage(block: Block) -> None:
         rows.append((str(j), str(layer), groups, f"{len(coverage.neurons[j]):,}", f"{kept:.1%}"))
     names = (f"KV groups of {shape.kv_groups}", f">neurons of {shape.neurons}", ">weights kept")
     print_table((">block layer", ">LLM layer", *names), rows)
-    console = Console()
     gone = sorted(set(range(shape.layers)) - set(coverage.layers))
     lines = [f"LLM layers cut: {', '.join(map(str, gone)) or 'none'}", f"coverage {coverage.hash}"]
     lines += [f"base {block.base_fingerprint}", *(f"{name} {value}" for name, value in block.details.items())]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    print_lines(lines)
 
 
 def print_composition(wanted: Composition) -> None:
@@ -89,13 +84,12 @@ def print_composition(wanted: Composition) -> None:
     sizes = (">layers", ">KV groups", ">neurons", ">weights held")
     print_table(("source", "block", *sizes, ">rank", ">examples", ">weight"), rows)
     settings = ", ".join(f"{name} {value}" for name, value in wanted.method.settings.items())
-    Console().print(
+    said = (
         f"{wanted.method.name} ({settings}). Some source holds {wanted.covered:,} of the target's "
         f"{wanted.coverage.kept_weights:,} linear weights ({wanted.covered / wanted.coverage.kept_weights:.1%}); the "
-        "rest stay as they are. Nothing was written.",
-        highlight=False,
-        soft_wrap=True,
+        "rest stay as they are. Nothing was written."
     )
+    print_lines([said])
 
 
 def _sizes(coverage: Coverage) -> tuple[str, ...]:
@@ -116,7 +110,6 @@ def print_summary(summary: Summary, out: Path) -> None:
         title = f"Loss (nats per answer token) and exact answers on {whose} test data"
         print_table(("client", "block", *(f">{stage}" for stage in stages)), rows, title=title)
     print_samples(summary)
-    console = Console()
     llm, lines, took = summary.llm, notes(summary), f"{summary.wall_s:.0f} s."
     if llm.loss_before is not None and llm.loss_after is not None:
         asked = "all clients' test data" if summary.scores == "everyone" else "the server's own test data"
@@ -125,7 +118,7 @@ def print_summary(summary: Summary, out: Path) -> None:
             f"{summary.rounds}. {took}"
         )
     lines += [took, f"report {out / 'report.html'}", f"models {out / 'final'}"]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    print_lines(lines)
 
 
 def print_samples(summary: Summary) -> None:
@@ -166,8 +159,7 @@ def print_evaluation(found: Evaluation) -> None:
         Console().print("\nAnswers that are right to the letter have a ✓", highlight=False)
     for asked in found.answered:
         print_answers("", asked.question, asked.wanted, {names[model]: text for model, text in asked.answers.items()})
-    for warning in found.warnings:
-        Console().print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    print_lines(f"warning: {warning}" for warning in found.warnings)
 
 
 def _print_scores(results: Sequence[Result], names: Mapping[str, str]) -> None:

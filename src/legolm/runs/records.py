@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from legolm.errors import LegolmError
+from legolm.system import read_bounded
 
 SCHEMA = 2
 """Of run folders. 1 had no number in its files; it is named as too old."""
@@ -57,6 +58,9 @@ class Scores(RootModel[dict[str, Score]]):
         return Scores(found) if found else None
 
 
+Amount = Annotated[float, Field(ge=0)]
+
+
 class Training(Record):
     """What a client says of one training, and the size of its change (root mean square) where it was aggregated.
 
@@ -67,11 +71,11 @@ class Training(Record):
 
     loss_first: float
     loss_last: float
-    steps: float
-    tokens: float
-    seconds: float
-    truncated: float = 0.0
-    micro_batch_tokens: float | None = None
+    steps: Amount
+    tokens: Amount
+    seconds: Amount
+    truncated: Amount = 0.0
+    micro_batch_tokens: Amount | None = None
     size: float | None = None
     state: str | None = None
     """Hash of the file that the client keeps for its next round, if it keeps any."""
@@ -216,7 +220,7 @@ R = TypeVar("R", bound=BaseModel)
 def read_record(path: Path, kind: type[R], way_out: str = ANEW) -> R:
     """A record from a file of a run. Raises `LegolmError` when it is missing, broken or of another version."""
     try:
-        return parse_record(path.read_bytes(), kind, path, way_out)
+        return parse_record(read_bounded(path), kind, path, way_out)
     except OSError as error:
         raise LegolmError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
 
@@ -248,14 +252,15 @@ def read_sealed(path: Path, kind: type[R], way_out: str = ANEW) -> R:
     Earlier versions wrote none: what they began would go on otherwise (schemes draw and fill other factors now).
     """
     try:
-        content = path.read_bytes()
+        content = read_bounded(path)
         value = json.loads(content)
     except OSError as error:
         raise LegolmError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or _version(content) != SCHEMA:
-        return parse_record(content, kind, path, way_out)  # which says what is wrong
+        parse_record(content, kind, path, way_out)  # which says what is wrong
+        raise LegolmError(f"{path}: is broken; {way_out}")
     if HASH not in value:
         raise LegolmError(
             f"{path}: another version of legolm wrote it (without a hash of itself), whose runs go on otherwise; "
@@ -324,7 +329,7 @@ def _version(content: bytes | str) -> int | None:
     """The schema number of a JSON object, 1 where it has none; None where it is no object."""
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     number = value.get("schema_number", 1) if isinstance(value, Mapping) else None
     return number if isinstance(number, int) else None

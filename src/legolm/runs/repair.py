@@ -13,7 +13,7 @@ from legolm.errors import LegolmError
 from legolm.runs.folder import UPDATES, RunDir
 from legolm.runs.records import ANEW, Record, RoundRecord, dump_sealed, read_sealed
 from legolm.runs.store import check_state, read_stage
-from legolm.system import file_hash
+from legolm.system import atomic_write, file_hash
 
 HASHES = "hashes.json"
 REMEDY = "restore it, or let `legolm run --resume` make it again"
@@ -26,15 +26,16 @@ class Hashes(Record):
     files: dict[str, str]
 
 
-def seal(folder: Path) -> None:
-    """Write the hashes of all that a folder holds."""
-    files = {str(path.relative_to(folder)): file_hash(path) for path in _files(folder)}
-    (folder / HASHES).write_text(dump_sealed(Hashes(files=files)), encoding="utf-8")
+def seal(folder: Path, *names: str) -> None:
+    """Write the hashes of these files in a folder, or of all that it holds."""
+    paths = [folder / name for name in names] or _files(folder)
+    files = {str(path.relative_to(folder)): file_hash(path) for path in paths}
+    atomic_write(folder / HASHES, dump_sealed(Hashes(files=files)))
 
 
 def check_sealed(folder: Path) -> dict[str, str]:
     """The hashes of a sealed folder. Raises `LegolmError` with the first file that is lost or not what was written."""
-    known = read_sealed(folder / HASHES, Hashes).files
+    known = read_sealed(folder / HASHES, Hashes, "let `legolm run --resume` make it again").files
     for name, wanted in known.items():
         if not (folder / name).is_file():
             raise LegolmError(f"{folder / name}: is lost; {REMEDY}")
@@ -108,9 +109,10 @@ def _check_clients(run: RunDir, records: list[RoundRecord]) -> None:
 
 def _after(run: RunDir, done: int) -> list[Path]:
     """Rounds after the first that is missing, and personal steps that went on from them."""
-    later = sorted(path for path in run.round(0).parent.glob("[0-9]*") if int(path.name) > done)
+    rounds = [path for path in sorted(run.round(0).parent.glob("[0-9]*")) if path.name.isdecimal()]
+    later = [path for path in rounds if int(path.name) > done]
     if not run.round(0).exists():
-        later = [*sorted(run.round(0).parent.glob("[0-9]*")), run.path / "local"]
+        later = [*rounds, run.path / "local"]
     followers = [run.path / "personal", run.path / "final"] if later else []
     return [path for path in [*later, *followers] if path.exists()]
 

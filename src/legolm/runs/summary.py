@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import Field
 
-from legolm.runs.records import Change, Machine, Record, Refusal, dump_record
+from legolm.errors import LegolmError
+from legolm.runs.records import Change, Machine, Record, Refusal, dump_record, read_record
+from legolm.runs.repair import check_sealed, seal
 from legolm.runs.tables import Row, to_frame, write_csv
 from legolm.system import atomic_write
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 Stage = Literal["before", "local", "global", "personal"]
 Data = Literal["own", "others"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+SUMMARY = "summary.json"
 
 
 class KeptSummary(Record):
@@ -209,9 +212,21 @@ class Summary(Record):
 
     def write(self, folder: Path) -> None:
         """Write `summary.json`, `rounds.csv` and `clients.csv`, each whole or not at all."""
-        atomic_write(folder / "summary.json", dump_record(self, indent=2))
+        atomic_write(folder / SUMMARY, dump_record(self, indent=2))
+        seal(folder, SUMMARY)
         write_csv(self._rows("rounds"), folder / "rounds.csv")
         write_csv(self._rows("clients"), folder / "clients.csv")
+
+    @staticmethod
+    def read(folder: Path) -> Summary:
+        """That of a finished run. Raises `LegolmError` for a run that is not, and for a file that it did not write."""
+        if not (folder / SUMMARY).is_file():
+            raise LegolmError(
+                f"run folder {folder}: no {SUMMARY}; finish the run first (`legolm run --resume`, or resume=True)"
+            )
+        found = read_record(folder / SUMMARY, Summary, "write it anew: legolm run --resume")
+        check_sealed(folder)
+        return found
 
     def _rows(self, of: Literal["rounds", "clients"]) -> list[Row]:
         return [one.row() for one in (self.history if of == "rounds" else self.clients)]

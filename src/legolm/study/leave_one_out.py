@@ -34,6 +34,7 @@ from legolm.runs import (
     RunDir,
     Scores,
     Summary,
+    check_sealed,
     clients_of,
     dump_record,
     others_of,
@@ -54,7 +55,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     run = RunDir(folder)
     config = _config(run)
     identity = run.identity()
-    summary = _finished(folder / "summary.json", config)
+    summary = _finished(folder, config)
     last, block_of = summary.best_round, {client.id: client.block for client in summary.clients}
     if not last:
         raise LegolmError(f"run folder {folder}: no round beat its start, which it kept; there is nothing to leave out")
@@ -135,12 +136,13 @@ def _config(run: RunDir) -> RunConfig:
     return config
 
 
-def _finished(path: Path, config: RunConfig) -> Summary:
+def _finished(folder: Path, config: RunConfig) -> Summary:
     """The summary of a finished run. Raises `LegolmError` when it is another's."""
-    found = read_record(path, Summary, "write it anew: legolm run --resume")
+    found = Summary.read(folder)
     ids, names = [client.id for client in config.clients], {block.name for block in config.blocks}
     fits = [one.id for one in found.clients] == ids and names >= {one.block for one in found.clients}
     if not fits or found.best_round not in range(config.federation.rounds + 1):
+        path = folder / "summary.json"
         raise LegolmError(f"{path}: its clients or best_round are not the config's; write it anew: legolm run --resume")
     return found
 
@@ -149,6 +151,8 @@ def _blocks(run: RunDir, config: RunConfig, wanted: str) -> dict[str, Block]:
     base = resolve(config.model)
     if fingerprint(base) != wanted:
         raise LegolmError(f"run folder {run.path}: the model changed since the run; its updates are for another one")
+    for one in config.blocks:
+        check_sealed(run.block(one.name))
     return {"llm": llm_block(base, wanted)} | {one.name: read_block(run.block(one.name)) for one in config.blocks}
 
 

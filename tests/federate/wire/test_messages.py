@@ -124,6 +124,11 @@ def test_a_client_opens_what_the_server_wrote() -> None:
         (with_header(factors=one(shape=json.loads("[" * 900 + "]" * 900))), "message is broken"),
         (reply(examples=10**400), "examples: Input should be less than or equal to 1000000000"),
         (reply(metrics=TOLD | {"loss_last": float("inf")}), "metrics.loss_last: Input should be a finite number"),
+        (
+            reply(metrics=TOLD | {"loss_last": 1e308}),
+            "metrics.loss_last: Input should be less than or equal to 1000000",
+        ),
+        (reply(metrics=TOLD | {"tokens": -1.0}), "metrics.tokens: input should be greater than or equal to 0"),
         (reply(metrics=TOLD | {"x" * 129: 1.0}), "should have at most 128 characters"),
         (reply(metrics=TOLD | {"a\x1b[31m": 1.0}), "should match pattern"),
         (reply(metrics=TOLD | {f"m{i}": 1.0 for i in range(60)}), "should have at most 64 items"),

@@ -161,7 +161,7 @@ def _keep_state(site: Site, request: TrainRequest, state: Tensors) -> str:
     path, content = _state_file(site, request.round), save({key: one.contiguous() for key, one in state.items()})
     atomic_write(path, content)
     for old in path.parent.glob("*.safetensors"):
-        if int(old.stem) < request.accepted:
+        if old.stem.isdecimal() and int(old.stem) < request.accepted:
             old.unlink()
     return hashlib.sha256(content).hexdigest()
 

@@ -15,7 +15,7 @@ from legolm.evaluation import generate
 from legolm.federate.server.loop import Rounds
 from legolm.federate.server.members import LLM
 from legolm.models import choose_device, choose_precision, dtype_of, load_model, load_tokenizer
-from legolm.runs import RunDir, Sample, Samples, Speaker, dump_record, read_record
+from legolm.runs import RunDir, Sample, Samples, Speaker, dump_sealed, read_sealed
 from legolm.system import Progress, atomic_write, release_memory
 
 ASKED = 5
@@ -44,14 +44,14 @@ def ask(
     of = hashlib.sha256(" ".join(stood).encode()).hexdigest()
     if path.exists():
         try:
-            known = read_record(path, Samples, "it is made again")
+            known = read_sealed(path, Samples, "it is made again")
         except LegolmError as error:
             progress.note(str(error))
         else:
             if known.of == of:
                 return known.samples
     samples = _asked(config, blocks, block_of, rounds, progress)
-    atomic_write(path, dump_record(Samples(of=of, samples=samples)))
+    atomic_write(path, dump_sealed(Samples(of=of, samples=samples)))
     return samples
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -31,6 +30,8 @@ from legolm.federate.wire import (
 from legolm.runs import Score
 from legolm.system import Progress, derive_seed
 
+MAX_LOSS, MAX_COUNT = 1e6, 10**12
+"""Of a score, nats per token and tokens: of means and sums of them something is left."""
 Phase = Literal["round", "local", "personal"]
 Split = Literal["validation", "test"]
 
@@ -233,9 +234,9 @@ def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]]) -> Sequenc
         raise LegolmError(f"{len(found)} scores came for {len(sets)} sets")
     for (client, split), score in zip(sets, found, strict=True):
         where = f"its score on {split} data of {client!r}"
-        if not 0 <= score.loss < math.inf:
+        if not 0 <= score.loss <= MAX_LOSS:
             raise LegolmError(f"{where} has loss {score.loss}; if training diverged, lower train.learning_rate")
-        if not 0 <= score.exact_match <= 1 or min(score.tokens, score.examples) < 1:
+        if not 0 <= score.exact_match <= 1 or not all(1 <= n <= MAX_COUNT for n in (score.tokens, score.examples)):
             raise LegolmError(
                 f"{where} has exact_match {score.exact_match}, tokens {score.tokens}, examples {score.examples}"
             )

@@ -248,7 +248,10 @@ class Rounds:
         with self._clock.stage(stage):
             self._train_alone(stage, left, exchange)
         self._stages.write_lines()
-        loss = fmean(one.validation for one in clients_of(self.records(), stage))
+        found = clients_of(self.records(), stage)
+        if not found:  # some were passed over in an earlier process, the rest in this one
+            raise LegolmError(f"{stage}: every client was refused; remove {self._folder.path / stage} to ask again")
+        loss = fmean(one.validation for one in found)
         self._progress.say(f"{stage}: loss on validation data: blocks {loss:.3f}")
 
     def _train_alone(self, stage: Literal["local", "personal"], left: Sequence[str], exchange: Exchange) -> None:

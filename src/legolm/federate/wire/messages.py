@@ -17,7 +17,7 @@ from safetensors.torch import save as safetensors_save
 
 from legolm.adapter import Tensors
 from legolm.config import Codec, Precision, TrainConfig
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, printable
 from legolm.runs import Score
 
 # Tensors of a message are views of its bytes; nobody writes to them.
@@ -31,6 +31,8 @@ MAX_TENSORS, MAX_DIMENSIONS = 16, 4
 MAX_EXAMPLES = 10**9
 MAX_PERIODS = 100_000
 """Folded in one message: as many as a run has rounds."""
+MAX_METRIC = 1e15
+"""Of what a client says of its training: sums of it must have an end."""
 MAX_SAID = 300
 """Signs of an error about a message, which may quote it."""
 Name = Annotated[str, Field(max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
@@ -120,6 +122,9 @@ class EvaluateRequest(Envelope):
     batch_size: int
 
 
+Metric = Annotated[float, Field(ge=-MAX_METRIC, le=MAX_METRIC, allow_inf_nan=False)]
+
+
 class UpdateReply(Envelope):
     """Header of an update; the tensors are the change of each factor. `state` is the hash of what the client keeps."""
 
@@ -128,7 +133,7 @@ class UpdateReply(Envelope):
     received_hash: Name
     examples: Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]
     state: Name = ""
-    metrics: Annotated[dict[Name, Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=64)]
+    metrics: Annotated[dict[Name, Metric], Field(max_length=64)]
 
     @field_serializer("metrics")
     def _fixed_width(self, metrics: dict[str, float]) -> dict[str, str]:
@@ -183,7 +188,7 @@ def kind_of(content: bytes) -> str:
 
 def plain(said: object) -> str:
     """What an error, or a client, says: short and without control codes, as it may quote or be anything."""
-    return "".join(sign if sign.isprintable() else " " for sign in str(said)[:MAX_SAID])
+    return printable(str(said)[:MAX_SAID])
 
 
 def _header(content: bytes, most: int) -> dict[str, Any]:
