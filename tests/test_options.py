@@ -93,6 +93,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "form": {"-": {}} | {name: {"aggregate.form": name} for name in ("factor", "exact", "frozen_side")},
     "mask": {"-": {}, "saliency": {"aggregate.mask": "saliency"}},
     "residual": {"-": {}} | {name: {"aggregate.residual": name} for name in ("fold", "drop")},
+    "redraw": {"-": {}, "1": {"aggregate.redraw": 1}, "2": {"aggregate.redraw": 2}},
     "denominator": {"-": {}, "global_fill": {"aggregate.denominator": "global_fill"}},
     "capable": {"no": {}, "yes": {"federation.capable": True}},
     "mode": {name: {"federation.mode": name} for name in ("federated", "alone", "pooled")},
@@ -145,12 +146,14 @@ PARAMETERS: dict[str, dict[str, Options]] = {
 Row = dict[str, str]
 Home = Callable[[Row], tuple[RunConfig, Path]]
 USUAL: Row = {name: next(iter(values)) for name, values in PARAMETERS.items()} | {"scheme": "heteagg"}
-HETEAGG = {"form": "-", "residual": "-", "denominator": "-", "mask": "-"}
+HETEAGG = {"form": "-", "residual": "-", "redraw": "-", "denominator": "-", "mask": "-"}
 
 
 def traits(row: Row) -> Any:
     """The scheme of the row, which says itself what it takes."""
-    settings = {"form": row["form"]} if row["scheme"] == "heteagg" and row["form"] != "-" else {}
+    settings: Options = {"form": row["form"]} if row["scheme"] == "heteagg" and row["form"] != "-" else {}
+    if row["redraw"] != "-" and row["form"] in ("-", "frozen_side"):
+        settings["redraw"] = int(row["redraw"])
     return SCHEMES.entry(row["scheme"]).make(**settings)
 
 
@@ -162,6 +165,8 @@ def refusal(row: Row) -> str | None:
     scheme, exact = traits(row), row["form"] == "exact"
     if exact and row["mask"] == "saliency":
         return "mask 'saliency' is on factors"
+    if row["redraw"] != "-" and row["form"] not in ("-", "frozen_side"):
+        return "is of form 'frozen_side'"
     if not exact and row["residual"] != "-":
         return "is of form 'exact'"
     if row["ranks"] != "-" and row["targets"] == "down":
@@ -232,7 +237,8 @@ def pairwise() -> list[Row]:
     return rows
 
 
-ROWS = pairwise()
+# Of the pairs some rows have a third value that makes little of them: kept updates beside redrawn sides are replayed.
+ROWS = [*pairwise(), USUAL | {"redraw": "1", "updates": "kept", "resumed": "yes", "block": "structured"}]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ FORMS = {
     "heteagg": AggregateConfig(form="factor"),
     "heteagg fill": AggregateConfig(form="factor", denominator="global_fill"),
     "heteagg frozen": AggregateConfig(form="frozen_side"),
+    "heteagg redrawn": AggregateConfig(redraw=2),
     "heteagg exact": AggregateConfig(form="exact", residual="fold"),
 }
 ANY_BLOCK = [name for name in FORMS if name.startswith("heteagg") or name in ("median", "trimmed_mean")]
@@ -78,7 +79,11 @@ def test_what_nobody_covers_does_not_move(name: str) -> None:
     assert not after["layers.0.mlp.up_proj"].any()
     moved = after["layers.1.mlp.up_proj"].abs().sum(1) > 1e-6
     assert moved.tolist() == [True, False, True, False, False]  # neurons 0 and 2
-    if name in ("heteagg exact", "heteagg frozen"):  # in factor form B moves for all, and meets the start's A there
+    if name in (
+        "heteagg exact",
+        "heteagg frozen",
+        "heteagg redrawn",
+    ):  # in factor form B moves for all, and meets the start's A there
         moved = after["layers.1.mlp.down_proj"].abs().sum(0) > 1e-6
         assert moved.tolist() == [True, False, True, False, False]
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from legolm import composition, pipeline
 from legolm import config as configs
-from legolm import pipeline
 from legolm.block import read_block
 from legolm.config import RunConfig, load_study
 from legolm.data import client_data, render
@@ -29,6 +30,9 @@ from legolm.models import load_model, load_tokenizer
 from legolm.plan import make_plan
 from legolm.runs import RoundRecord, RunDir, Summary, dump_sealed, read_stage
 from legolm.study import compare, plans
+from legolm.system import Progress
+
+INT8 = ("federation.codec=int8",)
 
 
 @pytest.fixture
@@ -243,6 +247,69 @@ def test_where_factors_are_others_each_round_nothing_of_the_last_is_fed_back(
         assert not [key for key in load_file(path) if key.startswith("residual.")]
 
 
+def test_a_redrawn_side_costs_the_bytes_of_one_and_whoever_comes_late_has_the_same_base(
+    raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    raw["clients"][1]["joins"] = 3
+    raw["federation"] |= {"rounds": 3, "personal_steps": 1}
+    fixed, planned = load(raw, tmp_path), {}
+    redrawn = load(raw, tmp_path, "aggregate.redraw=1")
+    run(fixed, "fixed", models=False), run(redrawn, "redrawn")
+    for name, config in (("fixed", fixed), ("redrawn", redrawn)):
+        planned[name] = {client.id: (client.bytes_down, client.bytes_up) for client in make_plan(config).clients}
+    assert planned["redrawn"] == planned["fixed"]
+    for number in (1, 2, 3):
+        one, two = (
+            json.loads((tmp_path / name / "rounds" / f"{number:04d}" / "metrics.json").read_text())["bytes"]
+            for name in planned
+        )
+        for id, way in ((id, way) for id in one for way in ("up", "down")):
+            late = 2 if (id, number, way) == ("de", 3, "down") else 1  # it gets what two rounds folded
+            sent = planned["fixed"][id][way == "up"]
+            assert abs(two[id][way] - one[id][way] - (late - 1) * sent) < 100  # in headers
+    states = {id: load_file(tmp_path / "redrawn" / "clients" / id / "0003.safetensors") for id in ("fr", "de", "es")}
+    assert states["fr"]["fold.layers.0.mlp.up_proj.A"].shape[0] == 8
+    assert all(torch.equal(states["fr"][key], states["de"][key]) for key in states["fr"])
+    rows = read_block(tmp_path / "redrawn" / "blocks" / "wide").coverage.rows(0, "mlp.up_proj")
+    key = "fold.layers.0.mlp.up_proj.B"
+    assert torch.equal(states["es"][key], states["fr"][key][rows])
+
+    final, plain = tmp_path / "redrawn" / "final", load_model(Path(raw["model"]), torch.float32)
+    peft, merged = PeftModel.from_pretrained(plain, final / "llm" / "adapter"), load_model(final / "llm", torch.float32)
+    tokens = torch.arange(12)[None]
+    best = json.loads((tmp_path / "redrawn" / "summary.json").read_text())["best_round"]
+    assert peft.peft_config["default"].r % 4 == 0
+    torch.testing.assert_close(peft(tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-4)
+    # What is folded, and a last side of the personal step, the same for both: the mean of factors is that of products.
+    assert load_file(final / "fr" / "factors.safetensors")["layers.0.mlp.up_proj.A"].shape[0] == 4 * best + 4
+    for form in ("factor", "exact"):
+        method = composition.choose_method("heteagg", form, None, None)
+        wanted = composition.plan([str(final / "fr"), str(final / "es")], "llm", None, method, None, None, Progress())
+        composition.compose(wanted, tmp_path / form, Progress())
+    one, two = (load_model(tmp_path / form, torch.float32)(tokens).logits for form in ("factor", "exact"))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_codec_lost_beside_a_side_that_is_gone_is_not_added(
+    raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    added: list[bool] = []
+
+    def spied(request: Any, content: Any, delta: Any, examples: int, metrics: Any, lost: Any, keep: Any) -> Any:
+        added.append(bool(lost))
+        return wire.answer(request, content, delta, examples, metrics, lost, keep)
+
+    raw["clients"] = raw["clients"][:1]
+    config = load(raw, tmp_path, "aggregate.redraw=2", "federation.codec=int8", "federation.rounds=4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("legolm.federate.client.runtime.answer", spied)
+        run(config, models=False)
+    assert added == [False, True, False, True]
+    assert "int8 is without error feedback" in make_plan(load(raw, tmp_path, "aggregate.redraw=1", *INT8)).notes[0]
+    masked = make_plan(load(raw, tmp_path, "aggregate.redraw=1", "aggregate.mask=saliency")).notes
+    assert "The saliency mask is without error feedback" in masked[0]
+
+
 def test_clients_join_leave_and_are_drawn(raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path) -> None:
     raw["clients"][0]["leaves"] = 1
     raw["clients"][1]["joins"] = 2
@@ -402,6 +469,14 @@ def test_a_warm_start_goes_on_from_another_run(
             "`aggregate.trim` of scheme 'median'; it is trimmed_mean's",
         ),
         (("aggregate.residual=fold",), "residual 'fold' is of form 'exact'"),
+        (
+            ("aggregate.redraw=2", "aggregate.form=factor"),
+            "redraw 2 is of form 'frozen_side'; form 'factor' freezes no",
+        ),
+        (("aggregate.redraw=1", "aggregate.form=exact"), "redraw 1 is of form 'frozen_side'; form 'exact' freezes no"),
+        (("aggregate.scheme=fedavg", "aggregate.redraw=1"), "`aggregate.redraw` of scheme 'fedavg'; it is heteagg's"),
+        (("aggregate.redraw=-1",), "`redraw` = -1"),
+        (("aggregate.redraw=1", "aggregate.server_optimizer=fedavgm"), "or redraws them: take server_optimizer none"),
         (("aggregate.scheme=median", "aggregate.server_optimizer=fedavgm"), "has its own step"),
         (("federation.mode=alone",), "set that to true"),
         (("lora.start=adapter", "aggregate.form=frozen_side"), "keeps random factors, and that adapter has others"),

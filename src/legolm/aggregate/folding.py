@@ -54,7 +54,7 @@ class Folding(Scheme):
 
     def adapter(self, coverage: Coverage, rank: int) -> Tensors:
         """Both, as one adapter."""
-        return concatenated(self.payload(coverage, rank), self.fold(coverage, 0))
+        return concatenated(self.fold(coverage, 0), self.payload(coverage, rank))
 
     def add(self, change: Change, coverage: Coverage) -> None:
         """Keep the factors that the client ended with, weighted by its examples."""

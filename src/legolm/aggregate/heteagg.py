@@ -14,6 +14,7 @@ from pydantic import Field
 from legolm.aggregate.exact import RESIDUAL_RANK, ExactForm, Residual
 from legolm.aggregate.factors import Denominator, FactorSum
 from legolm.aggregate.interface import Scheme, scheme
+from legolm.aggregate.redrawn import RedrawnSide
 
 
 @scheme("heteagg")
@@ -24,8 +25,14 @@ def heteagg(
     mask: Literal["structure", "saliency"] = "structure",
     residual: Residual = "feedback",
     residual_rank: Annotated[int, Field(ge=1)] = RESIDUAL_RANK,
+    redraw: Annotated[int, Field(ge=0)] = 0,
 ) -> Scheme:
-    """`denominator`: mean over those who hold an entry, or over all. `residual`, `residual_rank`: the exact form's."""
+    """`denominator`: mean over those who hold an entry, or over all. `residual`, `residual_rank`: the exact form's.
+
+    `redraw`: rounds after which the frozen side is made anew, and what was learned beside it folded; 0: never.
+    """
+    if redraw and form != "frozen_side":
+        raise ValueError(f"redraw {redraw} is of form 'frozen_side'; form {form!r} freezes no side")
     if form == "exact":
         if mask == "saliency":
             raise ValueError("mask 'saliency' is on factors; form 'exact' aggregates products: take mask structure")
@@ -33,4 +40,6 @@ def heteagg(
     for name, value, usual in (("residual", residual, "feedback"), ("residual_rank", residual_rank, RESIDUAL_RANK)):
         if value != usual:
             raise ValueError(f"{name} {value!r} is of form 'exact'; form {form!r} has none")
+    if redraw:
+        return RedrawnSide(denominator, mask == "saliency", redraw)
     return FactorSum(denominator, frozen_side=form == "frozen_side", salient=mask == "saliency")

@@ -88,8 +88,15 @@ class Scheme(ABC):
         """The change of the base (factors A and B of any rank) that rounds after `since` made, in the block's slice."""
         return {}
 
+    def fold_seeds(self, since: int) -> list[int]:
+        """Seeds of the frozen sides of `fold`, of the run's rank each, which clients make; empty: they get it whole."""
+        return []
+
     def fold_rank(self, ranks: Sequence[int], rank: int) -> int:
-        """Rank of what a round with clients of these ranks, in a run of this rank, adds to everyone's download."""
+        """Rank of what a round with clients of these ranks, in a run of this rank, adds to everyone's download.
+
+        With a frozen side it takes the place of the factors there, of which clients make the new ones.
+        """
         return 0
 
     def held_rank(self, ranks: Sequence[int], rank: int, rounds: int) -> int:

@@ -284,8 +284,9 @@ class RunConfig(Section):
         optimizer = self.aggregate.server_optimizer
         if optimizer != "none" and not scheme.optimizers:
             raise ValueError(
-                f"aggregate.server_optimizer {optimizer!r} needs a mean to step along; scheme {name!r} with these "
-                f"settings has its own step: take server_optimizer none, or one of {SCHEMES.having('optimizers')}"
+                f"aggregate.server_optimizer {optimizer!r} needs a mean of the same factors in every round; scheme "
+                f"{name!r} with these settings has its own step, or redraws them: take server_optimizer none, or one "
+                f"of {SCHEMES.having('optimizers')}"
             )
         if self.lora.ranks and not scheme.module_ranks:
             raise ValueError(

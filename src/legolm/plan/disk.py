@@ -23,6 +23,8 @@ def stages_bytes(config: RunConfig, shape: Shape) -> int:
     if federation.mode == "alone":
         return adapter + alone
     scheme, ranks = make_scheme(config.aggregate), [one.rank or lora.rank for one in config.clients]
+    if scheme.folds and federation.personal_steps:  # beside what a client ends with
+        alone += clients * product_bytes(config, shape, scheme.held_rank(ranks, lora.rank, federation.rounds))
     server = adapter * (1 + federation.rounds * (1 + MOMENTS[config.aggregate.server_optimizer]))
     server += sum(
         product_bytes(config, shape, scheme.held_rank(ranks, lora.rank, number))

@@ -41,11 +41,12 @@ def _some_layers(config: RunConfig) -> str:
 
 def _without_feedback(config: RunConfig, scheme: Scheme) -> str:
     """Where error feedback was asked for and cannot be."""
-    federation = config.federation
-    if scheme.basis_stays or not federation.error_feedback or federation.codec == "none":
+    federation, salient = config.federation, scheme.keep(0.5) < 1
+    if scheme.basis_stays or not federation.error_feedback or (federation.codec == "none" and not salient):
         return ""
+    losing = "The saliency mask" if federation.codec == "none" else f"Codec {federation.codec}"
     return (
-        f"Codec {federation.codec} is without error feedback: {config.aggregate.scheme} makes other factors each "
+        f"{losing} is without error feedback: {config.aggregate.scheme} makes other factors each "
         "round, and what was lost of the last ones does not fit them."
     )
 

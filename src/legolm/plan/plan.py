@@ -317,7 +317,9 @@ def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int
     up = encoded_bytes(adapter_layout(trained, back, rank, config.lora.ranks), codec, scheme.keep(sparsity))
     fold = scheme.fold_rank([client.rank or config.lora.rank for client in config.clients], config.lora.rank)
     down = 0 if scheme.fresh else encoded_bytes(own, codec)
-    return down + encoded_bytes(adapter_layout(coverage, keys, fold), codec), up
+    folded = encoded_bytes(adapter_layout(coverage, keys, fold, config.lora.ranks), codec)
+    # Where a side is redrawn, one or the other: at most this.
+    return max(down, folded) if scheme.frozen_side else down + folded, up
 
 
 def _actors(config: RunConfig, need: int) -> int:

@@ -60,6 +60,8 @@ class ClientRuntime:
         opened = open_(request, block.coverage, content)
         state = _read_state(site, request)
         fold = concatenated(under_prefix("fold", state), opened.fold)
+        # Of a side that is not trained beside any more what was lost fits nothing.
+        lost = {} if settings.fold_seeds else under_prefix("residual", state)
         config = settings.train
         examples = self._examples(request.client, site, "train", config.max_length, config.long_examples == "refuse")
         with merged(self._model, block.coverage, fold, request.scale) as model:
@@ -84,7 +86,7 @@ class ClientRuntime:
         def keep(lost: Tensors) -> str:
             return _keep_state(site, request, with_prefix("fold", fold) | with_prefix("residual", lost))
 
-        return answer(request, content, delta, len(examples), metrics, under_prefix("residual", state), keep)[0]
+        return answer(request, content, delta, len(examples), metrics, lost, keep)[0]
 
     def _evaluate(self, request: EvaluateRequest, content: Tensors) -> bytes:
         block = self._load(self._site_of(request.client, request.block), request, request.precision)

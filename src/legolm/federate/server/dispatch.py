@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from legolm.adapter import Tensors
+from legolm.adapter import Tensors, parse_key
 from legolm.aggregate import Scheme
 from legolm.block import Block
 from legolm.config import RunConfig
@@ -98,7 +98,7 @@ class Dispatch:
             since = max(order.accepted.get(id, 0) - 1, 0) if order.scheme.folds else 0
             key = (coverage.hash, members.trains[id].layers, rank, since)
             if key not in sent:
-                scheme, settings = order.scheme, self._settings(order, members, id)
+                scheme, settings = order.scheme, self._settings(order, members, id, since)
                 sent[key] = write(
                     settings, coverage, rank, scheme.payload(coverage, rank), scheme.fold(coverage, since)
                 )
@@ -151,12 +151,13 @@ class Dispatch:
     def question(self, job: Job) -> bytes:
         """The request that asks a client for a job's scores."""
         config, factors = self._config, job.adapter()
-        rank = max((t.shape[0] for key, t in factors.items() if key.endswith(".A")), default=0)
+        ranks = {parse_key(key)[1].rpartition(".")[2]: len(t) for key, t in factors.items() if key.endswith(".A")}
+        rank = max(ranks.values(), default=0)
         header = EvaluateRequest(
             **self._envelope(job.client, job.block, rank),
             sets=list(job.sets),
             targets=config.lora.targets,
-            ranks=config.lora.ranks,
+            ranks={module: own for module, own in ranks.items() if own < rank},
             max_length=config.train.max_length,
             long_examples=config.train.long_examples,
             precision=_decided(config),
@@ -177,7 +178,7 @@ class Dispatch:
         for index in sorted(left):
             yield Reply(index, error="no reply came")
 
-    def _settings(self, order: Order, members: Members, id: str) -> TrainSettings:
+    def _settings(self, order: Order, members: Members, id: str, since: int) -> TrainSettings:
         config, scheme = self._config, order.scheme
         coverage, trained = members.block[id].coverage, members.trains[id].layers
         # Only rounds send anything: local and personal training stay at the client.
@@ -191,6 +192,7 @@ class Dispatch:
             precision=_decided(config),
             frozen_side=scheme.frozen_side,
             derived_seed=scheme.derived_seed,
+            fold_seeds=scheme.fold_seeds(since),
             proximal=scheme.proximal if travels else 0.0,
             codec=config.federation.codec if travels else "none",
             layers=list(trained) if trained != coverage.layers else None,

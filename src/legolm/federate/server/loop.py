@@ -267,7 +267,7 @@ class Rounds:
                     continue
                 change, coverage = one.update.change, self._members.block[one.client].coverage
                 ended = {key: t + change.delta[key] if key in change.delta else t for key, t in change.received.items()}
-                save_adapter_state(own / one.client, concatenated(ended, scheme.fold(coverage, 0)))
+                save_adapter_state(own / one.client, concatenated(scheme.fold(coverage, 0), ended))
                 training[one.client] = one.update.training
             jobs = [
                 Job(id, self._members.block[id], partial(load_adapter_state, own / id), self._scoring.sets_of(id))

@@ -22,7 +22,9 @@ from legolm.adapter import (
     adapter_keys,
     adapter_layout,
     check_finite,
+    concatenated,
     initial_factors,
+    is_frozen,
     parse_key,
     slice_factors,
     tensors_hash,
@@ -92,32 +94,34 @@ class Update:
 
 def write(settings: TrainSettings, coverage: Coverage, rank: int, payload: Tensors, fold: Tensors) -> Broadcast:
     """The broadcast of a scheme's `payload` and `fold` for this coverage and rank."""
-    settings = settings.model_copy(
-        update={"fold_rank": next((t.shape[0] for key, t in fold.items() if key.endswith(".A")), 0)}
-    )
+    fold_rank = max((t.shape[0] for key, t in fold.items() if key.endswith(".A")), default=0)
+    if settings.fold_seeds:
+        fold = {key: tensor for key, tensor in fold.items() if not is_frozen(key, coverage.shape)}
+        if not any(bool(tensor.any()) for tensor in payload.values()):
+            payload = {}  # a period begins with what the client makes
+    sent = bool(payload) or settings.derived_seed is None
+    settings = settings.model_copy(update={"sent": sent, "fold_rank": fold_rank})
     plain = codec.encode(payload, settings.codec)
     content = plain | with_prefix("fold", codec.encode(fold, settings.codec))
     start: Tensors = {}
-    sent: Tensors = {}
+    held: Tensors = {}
     if not settings.fresh:
         made = _made(settings, coverage, rank)
-        start = made | dict(_decoded(plain, settings, _sent(settings, coverage, rank)))
-        sent = made | payload if settings.codec != "none" else {}
+        layout = _sent(settings, coverage, rank) if sent else Layout({})
+        start = made | dict(_decoded(plain, settings, layout))
+        held = made | payload if settings.codec != "none" else {}
     trained = _sent(settings, coverage, rank, settings.layers)
-    return Broadcast(settings, coverage, rank, content, start, sent, trained, tensors_hash(content))
+    return Broadcast(settings, coverage, rank, content, start, held, trained, tensors_hash(content))
 
 
 def open_(request: TrainRequest, coverage: Coverage, content: Tensors) -> Opened:
     """What training starts from, in this block's slice. Raises `LegolmError` for tensors that do not fit it."""
     settings = request.settings
     trained = _sent(settings, coverage, request.rank, settings.layers)
-    # Frozen side: the factors that train are sent. A fresh adapter: none is.
-    sent = Layout({}) if settings.fresh else _sent(settings, coverage, request.rank)
+    sent = _sent(settings, coverage, request.rank) if settings.sent else Layout({})
     plain = {name: tensor for name, tensor in content.items() if not name.startswith("fold.")}
     start = _made(settings, coverage, request.rank, request.client) | dict(_decoded(plain, settings, sent))
-    every = adapter_keys(coverage, settings.targets) if settings.fold_rank else []
-    fold = _decoded(under_prefix("fold", content), settings, adapter_layout(coverage, every, settings.fold_rank))
-    return Opened(start, set(start) - set(trained.shapes), dict(fold))
+    return Opened(start, set(start) - set(trained.shapes), _fold(settings, coverage, under_prefix("fold", content)))
 
 
 def answer(
@@ -200,6 +204,22 @@ def _made(settings: TrainSettings, coverage: Coverage, rank: int, client: str = 
         settings.ranks,
     )
     return slice_factors(coverage, factors, rank)
+
+
+def _fold(settings: TrainSettings, coverage: Coverage, content: Tensors) -> Tensors:
+    """What the base gets: as it was sent, or beside the frozen sides of its periods."""
+    seeds, targets = settings.fold_seeds, settings.targets
+    if not seeds:
+        keys = adapter_keys(coverage, targets) if settings.fold_rank else []
+        return dict(_decoded(content, settings, adapter_layout(coverage, keys, settings.fold_rank)))
+    ranks = {module: len(seeds) * rank for module, rank in settings.ranks.items()}
+    keys = adapter_keys(coverage, targets, trained=True)
+    trained = _decoded(content, settings, adapter_layout(coverage, keys, len(seeds) * settings.run_rank, ranks))
+    made: Tensors = {}
+    for seed in seeds:
+        one = initial_factors(coverage.shape, targets, settings.run_rank, seed, True, settings.ranks)
+        made = concatenated(made, {key: one[key] for key in one if is_frozen(key, coverage.shape)})
+    return slice_factors(coverage, made, len(seeds) * settings.run_rank) | dict(trained)
 
 
 def _check_size(delta: Flat) -> None:

@@ -29,6 +29,8 @@ MAX_HEADER = 16 << 20
 MAX_REPLY_HEADER = 64 << 10
 MAX_TENSORS, MAX_DIMENSIONS = 16, 4
 MAX_EXAMPLES = 10**9
+MAX_PERIODS = 100_000
+"""Folded in one message: as many as a run has rounds."""
 MAX_METRIC = 1e15
 """Of what a client says of its training: sums of it must have an end."""
 MAX_SAID = 300
@@ -57,9 +59,10 @@ class TrainSettings(BaseModel):
 
     With `derived_seed` the client makes factors itself: those of the side that does not train if `frozen_side`, else
     all, and its own ones (`fresh`); they are slices of an adapter of rank `run_rank` (`ranks`: of single modules) on
-    `targets`. What is sent trains and comes back, of `layers` (LLM layers) only if they are given. `fold.` tensors, of
-    rank `fold_rank`, change its base from now on. The reply comes in this `codec`, with the `keep` share of its
-    entries, and after `deadline_s` seconds it comes too late.
+    `targets`. What trains comes along if `sent`, and comes back, of `layers` (LLM layers) only if they are given.
+    `fold.` tensors, of rank `fold_rank`, change its base from now on; with `fold_seeds` they are of the sides that trained, and
+    the client makes the frozen ones. The reply comes in this `codec`, with the `keep` share of its entries, and after
+    `deadline_s` seconds it comes too late.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,7 +75,9 @@ class TrainSettings(BaseModel):
     precision: Precision
     frozen_side: bool
     derived_seed: int | None
+    sent: bool = True
     fold_rank: int = 0
+    fold_seeds: Annotated[list[int], Field(max_length=MAX_PERIODS)] = []
     proximal: float
     codec: Codec
     keep: float
