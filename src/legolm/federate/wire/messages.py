@@ -60,8 +60,9 @@ class TrainSettings(BaseModel):
     With `derived_seed` the client makes factors itself: those of the side that does not train if `frozen_side`, else
     all, and its own ones (`fresh`); they are slices of an adapter of rank `run_rank` (`ranks`: of single modules) on
     `targets`. What trains comes along if `sent`, and comes back, of `layers` (LLM layers) only if they are given.
-    `fold.` tensors, of rank `fold_rank`, change its base from now on; with `fold_seeds` they are of the sides that trained, and
-    the client makes the frozen ones. The reply comes in this `codec`, with the `keep` share of its entries, and after
+    `fold.` tensors, of rank `fold_rank`, change its base from now on; with `fold_seeds` they are of the sides that
+    trained, and the client makes the frozen ones. The reply comes in this `codec`, with the `keep` share of its
+    entries, and after
     `deadline_s` seconds it comes too late.
     """
 
