@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import Field
 
-from legolm.runs.records import Change, Machine, Record, Refusal, dump_record
+from legolm.runs.records import Change, Machine, Mixture, Record, Refusal, Weights, dump_record
 from legolm.runs.tables import Row, to_frame, write_csv
 from legolm.system import atomic_write
 
@@ -59,6 +59,9 @@ class ClientSummary(Record):
     others_exact_match: dict[Stage, float]
     refused: dict[Literal["local", "personal"], str]
     """Why a training outside the rounds was passed over."""
+    mixtures: list[Mixture] = Field([])
+    """What it could end with (stage `personal`), from the most global on; of these it chose that with `weights`."""
+    weights: Weights = Field({})
 
     def loss(self, data: Data) -> dict[Stage, float]:
         """By stage."""

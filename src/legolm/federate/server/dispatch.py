@@ -149,12 +149,13 @@ class Dispatch:
     def question(self, job: Job) -> bytes:
         """The request that asks a client for a job's scores."""
         config, factors = self._config, job.adapter()
-        rank = max((t.shape[0] for key, t in factors.items() if key.endswith(".A")), default=0)
+        ranks = {key.split(".")[-2]: t.shape[0] for key, t in factors.items() if key.endswith(".A")}
+        rank = max(ranks.values(), default=0)
         header = EvaluateRequest(
             **self._envelope(job.client, job.block, rank),
             sets=list(job.sets),
             targets=config.lora.targets,
-            ranks=config.lora.ranks,
+            ranks={module: own for module, own in ranks.items() if own < rank},
             max_length=config.train.max_length,
             long_examples=config.train.long_examples,
             precision=_decided(config),
