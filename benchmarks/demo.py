@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+STAGES = ("before", "local", "global", "personal")
+KINDS = ("own_exact_match", "others_exact_match", "own", "others")
 CONFIG = Path(__file__).parent.parent / "examples" / "demo.yaml"
 
 
@@ -63,10 +65,12 @@ def figures(summary: dict[str, Any], wall_s: float, peak: list[int]) -> dict[str
         "largest_processes_gb": [round(one / 1e9, 2) for one in sorted(peak, reverse=True)[:3]],
         "llm_loss_before": round(summary["llm"]["loss_before"], 3),
         "llm_loss_after": round(summary["llm"]["loss_after"], 3),
-        "own": {phase: mean("own", phase) for phase in ("before", "local", "global", "personal")},
-        "others": {phase: mean("others", phase) for phase in ("before", "local", "global", "personal")},
-        "others_global_better_than_local": sum(c["others"]["global"] < c["others"]["local"] for c in clients),
-        "own_personal_over_local": round(mean("own", "personal") / mean("own", "local") - 1, 4),
+        "llm_exact_before": round(summary["llm"]["exact_match_before"], 3),
+        "llm_exact_after": round(summary["llm"]["exact_match_after"], 3),
+        **{kind: {stage: mean(kind, stage) for stage in STAGES} for kind in KINDS},
+        "others_better_than_alone": sum(
+            c["others_exact_match"]["personal"] > c["others_exact_match"]["local"] for c in clients
+        ),
         "bytes_up_per_round": round(summary["bytes_up_per_round"]),
         "bytes_down_per_round": round(summary["bytes_down_per_round"]),
         "seconds": {stage: round(value, 1) for stage, value in summary["seconds"].items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         ("seed: 1\ntrain: {steps: 2}\nseed: 2\n", ":3: not valid YAML \\('seed' is given twice; take one out\\)"),
         ("train:\n  steps: 2\n  rate: 1\n  steps: 3\n", ":4: not valid YAML \\('steps' is given twice"),
+        ("train: {learning_rate: 0.002,002}", "the key '002' is no word; mend it, or put it in quotes"),
+        ("train: {yes: 1}", "the key 'yes' is no word"),
         (BOMB, "with its aliases written out it has more than 4000000 characters"),
         ("a: &a [*a]\n", ":1: not valid YAML \\(it contains itself\\)"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deep"),
@@ -42,7 +45,7 @@ def test_is_refused_in_one_line_that_names_the_place(tmp_path: Path, text: str, 
 def test_a_file_too_large_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("# " + "x" * 17_000_000)
-    with pytest.raises(LegolmError, match="has 17000002 bytes; at most 16000000 are read"):
+    with pytest.raises(LegolmError, match="has more than the 16000000 bytes that are read"):
         read(path)
 
 
@@ -76,3 +79,11 @@ def test_an_override_is_held_to_the_same(tmp_path: Path) -> None:
         load(path, ["train={steps: 1, steps: 2}"])
     result = legolm("run", str(path), "--set", "train=" + "[" * 5000 + "]" * 5000, "--dry-run")
     assert_one_line(result, "nested too deep")
+
+
+def test_a_device_or_a_pipe_is_no_config(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(LegolmError, match=f"{name}: cannot be read .*is no regular file"):
+            load(tmp_path / name)

@@ -14,7 +14,7 @@ from legolm.adapter.keys import Tensors, factor_key, parse_key
 from legolm.block import Coverage
 from legolm.errors import LegolmError, brief
 from legolm.models import FAMILIES, Shape
-from legolm.system import open_tensors, strict_json
+from legolm.system import open_tensors, read_bounded, strict_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FACTORS = "factors.safetensors"
@@ -161,9 +161,7 @@ def _key_of(name: str, where: str, coverage: Coverage) -> tuple[str, str]:
 def adapter_config(path: Path, where: str) -> dict[str, Any]:
     """What a PEFT adapter's folder says of it, of any kind. Raises `LegolmError`, which begins with `where`."""
     try:
-        if (path / CONFIG).stat().st_size > MAX_CONFIG:
-            raise ValueError(f"it has more than {MAX_CONFIG} bytes")
-        config = strict_json((path / CONFIG).read_text(encoding="utf-8"))
+        config = strict_json(read_bounded(path / CONFIG, MAX_CONFIG).decode())
         if not isinstance(config, dict):
             raise ValueError(f"it is a {type(config).__name__}")
         for field, most in (("alpha", MAX_ALPHA), ("rank", MAX_RANK)):

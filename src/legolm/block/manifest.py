@@ -12,6 +12,7 @@ from legolm.block.block import Block
 from legolm.block.coverage import Coverage, load_coverage, save_coverage
 from legolm.errors import LegolmError
 from legolm.models import count_parameters, folder_bytes, load_config, shape_of
+from legolm.system import read_bounded
 
 
 class Manifest(BaseModel):
@@ -73,7 +74,7 @@ def llm_block(path: Path, base_fingerprint: str) -> Block:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        return Manifest.model_validate_json((path / "manifest.json").read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(read_bounded(path / "manifest.json"))
     except (FileNotFoundError, NotADirectoryError):
         raise LegolmError(f"block {path}: no manifest.json; give a folder that `legolm prune` wrote") from None
     except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -17,6 +17,7 @@ from legolm.config.aggregation import AggregateConfig
 from legolm.config.section import OpenSection, Section
 from legolm.config.sections import RunConfig, TrainConfig
 from legolm.errors import LegolmError, nearest
+from legolm.system import read_bounded
 
 S = TypeVar("S", bound=Section)
 OPEN: dict[str, type[OpenSection]] = {"aggregate": AggregateConfig, "train": TrainConfig}
@@ -24,6 +25,7 @@ UNION_BRANCH = re.compile(r"(function-|constrained-|list\[|dict\[|literal\[).*|s
 """What pydantic adds to a field's place to say which of its types did not fit."""
 MAX_SIZE = 4_000_000
 """Characters of a config with all its aliases written out: ten thousand clients fit."""
+TEXT_KEY, MERGE_KEY = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 MAX_SHOWN = 200
 
 
@@ -38,9 +40,7 @@ def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
 def read(path: Path) -> dict[str, Any]:
     """A YAML file's mapping. Raises `LegolmError`."""
     try:
-        if (size := path.stat().st_size) > 4 * MAX_SIZE:
-            raise LegolmError(f"config {path}: has {size} bytes; at most {4 * MAX_SIZE} are read")
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, 4 * MAX_SIZE).decode("utf-8")
     except FileNotFoundError:
         raise LegolmError(f"config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -126,6 +126,9 @@ def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.tag not in (TEXT_KEY, MERGE_KEY):  # a number, a date, `yes`: `{rate: 0.002,002}` has the key 2
+                problem = f"the key {_shown(key.value)} is no word; mend it, or put it in quotes"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if key.value in seen:
                 problem = f"{_shown(key.value)} is given twice; take one out"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)

@@ -63,7 +63,7 @@ class Entry(Generic[T]):
         known = list(self.settings.model_fields)
         for key in given:
             if key not in known:
-                raise ValueError(f"unknown key `{key}` of {self.kind} {self.name!r};{nearest(key, known)}")
+                raise ValueError(f"unknown key `{key}` of {self.kind} {self.name!r};{nearest(str(key), known)}")
         try:
             checked = self.settings.model_validate(dict(given)).model_dump()
             with foreign(f"{self.kind} {self.name!r}", self.module, passing=ValueError):
@@ -125,7 +125,7 @@ class Registry(Generic[T]):
             if key not in entry.settings.model_fields:
                 owners = sorted(one.name for one in self._entries.values() if key in one.settings.model_fields)
                 known = [*entry.settings.model_fields, *beside]
-                hint = f" it is {' and '.join(owners)}'s" if owners else nearest(key, known)
+                hint = f" it is {' and '.join(owners)}'s" if owners else nearest(str(key), known)
                 raise ValueError(f"unknown key `{key}` of {self.kind} {name!r};{hint}")
         return entry.check(given)
 

@@ -61,7 +61,7 @@ class OpenSection(Section):
         if isinstance(name, str) and name not in cls.others:
             return shared | cls.registry.check(name, own, known, cls.others)
         for key in own:
-            raise ValueError(f"unknown key `{key}`;{nearest(key, known)}")
+            raise ValueError(f"unknown key `{key}`;{nearest(str(key), known)}")
         return shared
 
 

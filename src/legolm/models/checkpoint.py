@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from legolm.errors import LegolmError, brief
 from legolm.models.family import known_family, shape_of
-from legolm.system import Stored, file_state, stored_tensors, strict_json
+from legolm.system import Stored, file_state, read_bounded, stored_tensors, strict_json
 
 OURS = ("coverage.safetensors", "factors.safetensors")
 """Files in a block's folder that are no part of the checkpoint."""
@@ -108,9 +108,7 @@ def _read_object(path: Path, most: int) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise LegolmError(f"model: no file {path}; give the folder of a Hugging Face checkpoint")
-        if path.stat().st_size > most:
-            raise LegolmError(f"model: {path}: has {path.stat().st_size} bytes; at most {most} are read")
-        value = strict_json(path.read_text(encoding="utf-8"))
+        value = strict_json(read_bounded(path, most).decode())
     except (OSError, ValueError) as error:
         raise LegolmError(f"model: {path}: is not valid JSON ({brief(error)})") from None
     if not isinstance(value, dict):

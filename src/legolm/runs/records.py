@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from legolm.errors import LegolmError
+from legolm.system import read_bounded
 
 SCHEMA = 2
 """Of run folders. 1 had no number in its files; it is named as too old."""
@@ -231,7 +232,7 @@ R = TypeVar("R", bound=BaseModel)
 def read_record(path: Path, kind: type[R], way_out: str = ANEW) -> R:
     """A record from a file of a run. Raises `LegolmError` when it is missing, broken or of another version."""
     try:
-        return parse_record(path.read_bytes(), kind, path, way_out)
+        return parse_record(read_bounded(path), kind, path, way_out)
     except OSError as error:
         raise LegolmError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
 
@@ -263,7 +264,7 @@ def read_sealed(path: Path, kind: type[R], way_out: str = ANEW) -> R:
     Earlier versions wrote none: what they began would go on otherwise (schemes draw and fill other factors now).
     """
     try:
-        content = path.read_bytes()
+        content = read_bounded(path)
         value = json.loads(content)
     except OSError as error:
         raise LegolmError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None

@@ -8,6 +8,7 @@ from legolm.system.files import (
     file_hash,
     held_bytes,
     locked,
+    read_bounded,
     read_json,
     scratch_folder,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "locked",
     "machine",
     "open_tensors",
+    "read_bounded",
     "read_json",
     "release_memory",
     "scratch_folder",

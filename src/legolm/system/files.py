@@ -123,10 +123,23 @@ def check_room(out: Path, needed: int = 0) -> None:
         )
 
 
+def read_bounded(path: Path, most: int = 1 << 28) -> bytes:
+    """The whole file. Raises `OSError` for one that is missing, larger than `most` bytes, or a device or pipe, which
+    may never end.
+    """
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    with path.open("rb") as file:
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise OSError(errno.EFBIG, f"has more than the {most} bytes that are read", str(path))
+    return found
+
+
 def read_json(path: Path, *fields: str) -> dict[str, Any]:
     """A JSON object from a file of the run. Raises `LegolmError` when it is broken or lacks one of the fields."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(path))
     except (OSError, ValueError) as error:
         raise LegolmError(f"{path}: cannot be read ({error}); start the run again in a new folder") from None
     if not isinstance(value, dict):
