@@ -88,7 +88,7 @@ def measure(clients: int, rounds: int) -> dict[str, float]:
             "clients": [{"id": f"c{i:04d}", "block": ("dense", "half")[i % 2]} for i in range(clients)],
             "lora": {"rank": 4},
             "train": {"steps": 1, "batch_size": 2, "learning_rate": 0.01},
-            "federation": {"engine": "local", "rounds": rounds, "personal_steps": 1},
+            "federation": {"engine": "local", "rounds": rounds, "personal_steps": 1, "personal": "last"},
         }
         config = validate(RunConfig, raw, "benchmark")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

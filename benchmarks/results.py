@@ -14,6 +14,7 @@
     legolm compare examples/compare/flan_warm.yaml --out RUNS/flan_warm --blocks RUNS/blocks --no-models
         --set aggregate.start=RUNS/public
     legolm run examples/flan/mixed.yaml --out RUNS/personal --set train.steps=6 --set federation.personal_steps=4
+        --set federation.personal=last
     legolm ablate RUNS/flan/heteagg_frozen_side
     legolm ablate RUNS/flan/heteagg_frozen_side --out RUNS/hellaswag --include examples/tasks --tasks hellaswag
         --limit 200

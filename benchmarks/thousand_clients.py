@@ -120,7 +120,7 @@ def main() -> None:
             "lora": {"rank": 4},
             "aggregate": {"form": "factor"},
             "train": {"steps": 1, "batch_size": 2, "learning_rate": 0.01},
-            "federation": {"engine": "flower", "rounds": options.rounds, "personal_steps": 1},
+            "federation": {"engine": "flower", "rounds": options.rounds, "personal_steps": 1, "personal": "last"},
         }
         began = time.perf_counter()
         with contextlib.suppress(Enough):

@@ -116,6 +116,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "codec": {name: {"federation.codec": name} for name in ("none", "bf16", "int8")},
     "feedback": {"on": {}, "off": {"federation.error_feedback": False}},
     "personal": {"0": {}, "1": {"federation.personal_steps": 1}},
+    "ends": {"mixture": {}, "last": {"federation.personal": "last"}},
     "fraction": {"1": {}, "0.5": {"federation.fraction": 0.5}},
     "updates": {"gone": {}, "kept": {"federation.keep_updates": True}},
     "rslora": {"off": {}, "on": {"lora.rslora": True}},
@@ -363,7 +364,8 @@ def check_figures(summary: Summary, row: Row) -> None:
     """All losses that the row's options give are there, and finite; the clients that they let take part do."""
     rounds = 0 if row["mode"] == "alone" else 2
     names = {"before", "global"} | ({"local"} if row["local"] == "yes" else set())
-    names |= {"personal"} if row["personal"] == "1" and rounds else set()
+    mixes = row["local"] == "yes" and row["ends"] == "mixture"
+    names |= {"personal"} if (row["personal"] == "1" or mixes) and rounds else set()
     assert summary.rounds == rounds
     asked = row["scores"] == "everyone" and row["others"] == "-"
     for client in summary.clients:

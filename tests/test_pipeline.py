@@ -271,7 +271,7 @@ def test_refusals_outside_the_rounds_are_named_and_passed_over(config_file: Path
     (fr, *others) = summary.clients
     assert set(fr.refused) == {"local", "personal"} and "is not finite" in fr.refused["local"]
     assert set(fr.own) == {"before", "global"} and all(one.refused == {} for one in others)
-    assert "The personal step of fr was refused" in (out / "report.html").read_text()
+    assert "The personal model of fr was refused" in (out / "report.html").read_text()
     # It ends with what the rounds gave it, and a resumed run does not ask it again.
     ended = load_file(out / "final" / "fr" / "factors.safetensors")
     known = load_file(out / "rounds" / f"000{summary.best_round}" / "adapter.safetensors")

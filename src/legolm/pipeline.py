@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from legolm.adapter import merge, save_adapter, save_factors
+from legolm.adapter import merge, save_adapter, save_factors, tensors_hash
 from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
@@ -59,7 +59,7 @@ from legolm.system import (
     versions,
 )
 
-NAMES = {"local": "training alone", "personal": "the personal step", "final": "the final models"}
+NAMES = {"local": "training alone", "personal": "the personal models", "final": "the final models"}
 """Of stages, as people read them."""
 STEPS = ("federation.rounds", "federation.personal_steps")
 """Fields that change how many steps a client makes in all."""
@@ -270,7 +270,7 @@ def _write_final(
     tokenizer, dtype = load_tokenizer(plan.base), load_config(plan.base).dtype or torch.float32
     llm_best, best = rounds.best("llm_validation"), rounds.best("validation")
     start = {number: rounds.start_hash(number) for number in {llm_best, best}}
-    examples = {client.id: client.examples for client in plan.clients}
+    apart, examples = rounds.apart(), {client.id: client.examples for client in plan.clients}
     with progress.stage("write final models", len(left)) as advance:
         for id in left:
             client = None if id == "llm" else id
@@ -283,7 +283,8 @@ def _write_final(
                     hub = client is None and config.model != "starter" and not Path(config.model).is_dir()
                     base = config.model if hub else str(block.path.resolve())
                     save_adapter(block.coverage, factors, config.lora.scaling, base, partial / "adapter")
-                save_factors(factors, config.lora.scaling, start[number], partial)
+                begun = tensors_hash(factors) if client in apart else start[number]
+                save_factors(factors, config.lora.scaling, begun, partial)
                 save_model(model, tokenizer, partial, dtype)
                 steps = config.federation.personal_steps if client else 0
                 manifest = Manifest(

@@ -19,22 +19,29 @@ UNIT = 2 * (64 + 64) * 4
 
 
 @pytest.mark.parametrize(
-    ("aggregate", "directions"),
+    ("aggregate", "directions", "alone"),
     [
         # Three dense clients of rank 4 in two rounds: the start's, and both rounds'.
-        ({"scheme": "fedavg"}, 3 * 4),
-        ({"scheme": "fedavg", "server_optimizer": "fedadam"}, 4 + 2 * (4 + 8)),
+        ({"scheme": "fedavg"}, 3 * 4, False),
+        ({"scheme": "fedavg", "server_optimizer": "fedadam"}, 4 + 2 * (4 + 8), False),
         # And the clients' stacked products each round.
-        ({"scheme": "flexlora"}, 3 * 4 + 2 * 12),
-        ({"form": "exact", "residual_rank": 9}, 3 * 4 + 2 * 9),
+        ({"scheme": "flexlora"}, 3 * 4 + 2 * 12, False),
+        ({"form": "exact", "residual_rank": 9}, 3 * 4 + 2 * 9, False),
         # Folds pile up: 12 after the first round, 24 after the second; each client came to have the first.
-        ({"scheme": "flora"}, 3 * 4 + 12 + 24 + 3 * 12),
+        ({"scheme": "flora"}, 3 * 4 + 12 + 24 + 3 * 12, False),
+        # What each learns alone, and a mixture with it: of both ranks, or of one where frozen factors are the same.
+        ({"scheme": "fedavg"}, 3 * 4 + 3 * 4 + 3 * 8, True),
+        ({"form": "frozen_side"}, 3 * 4 + 3 * 4 + 3 * 4, True),
     ],
 )
 def test_stages_by_hand_and_on_the_disk(
-    aggregate: dict[str, Any], directions: int, three_clients: Callable[..., dict[str, Any]], tmp_path: Path
+    aggregate: dict[str, Any],
+    directions: int,
+    alone: bool,
+    three_clients: Callable[..., dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
-    raw = three_clients(tmp_path, ("dense", "dense", "dense"), rows=10, evaluate={"local_only": False})
+    raw = three_clients(tmp_path, ("dense", "dense", "dense"), rows=10, evaluate={"local_only": alone})
     raw["data"] |= {"limit_test": 1, "limit_validation": 1}
     raw["lora"]["targets"] = ["q_proj"]
     config = configs.validate(RunConfig, raw | {"aggregate": aggregate}, "test")
@@ -44,5 +51,6 @@ def test_stages_by_hand_and_on_the_disk(
     out = tmp_path / "out"
     pipeline.run(config, out, models=False)
     files = [*out.glob("rounds/*/adapter.safetensors"), *out.glob("clients/*/*.safetensors")]
+    files += [*out.glob("local/*/adapter.safetensors"), *out.glob("personal/*/adapter.safetensors")]
     there = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
     assert 0.5 * directions * UNIT < there <= directions * UNIT + 100  # and FLoRA's ranks

@@ -151,7 +151,7 @@ def test_the_verdict_is_what_one_computes_by_hand(summary: Summary) -> None:
     assert llm.numbers == "4.00 → 1.50" and "62.5 % better" in llm.text and "from 2.0 % to 20.0 %" in llm.text
     assert others.numbers == "2.50 vs 4.00"
     assert "2 of 2 clients (mean 2.50 against 4.00: 37.5 % better)" in others.text
-    assert "moves the mean to 2.60" in others.text
+    assert "Personal models have 2.60" in others.text
     assert "5.0 % better than local-only training (mean 1.90 against 2.00; better for 1 of 2 clients)" in own.text
     assert "global update alone: 10.0 % worse" in own.text
 
@@ -237,10 +237,10 @@ def test_a_run_without_local_only_and_personal_step(raw: dict[str, Any]) -> None
         for key in ("own", "others", "own_exact_match", "others_exact_match"):
             del each[key]["local"], each[key]["personal"]
     page = render(typed(raw))
-    assert "local-only training" not in page and "Diamonds" not in page and ">personal step<" not in page
+    assert "local-only training" not in page and "Diamonds" not in page and ">personal model<" not in page
     _, others, own = verdict(typed(raw))
     assert "better than before the rounds for 2 of 2" in others.text and "no local-only baseline" in others.text
-    assert "no personal step" in own.text and "48.2 % better" in own.text  # 2.2 against 4.25
+    assert "no personal models" in own.text and "48.2 % better" in own.text  # 2.2 against 4.25
 
 
 def test_losses_may_be_missing_or_no_numbers(raw: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from legolm.adapter.keys import (
     with_prefix,
 )
 from legolm.adapter.merge import linears, merge, merged, merged_weight
-from legolm.adapter.slices import concatenated, slice_factors, tensors_hash
+from legolm.adapter.slices import concatenated, mixed, slice_factors, tensors_hash
 from legolm.adapter.start import init_factors, initial_factors
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "merge",
     "merged",
     "merged_weight",
+    "mixed",
     "modules_of",
     "parse_key",
     "read_adapter",

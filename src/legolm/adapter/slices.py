@@ -8,6 +8,8 @@ Factor A of a module is (rank, in) and B is (out, rank). A block holds some colu
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -51,6 +53,24 @@ def tensors_hash(tensors: Tensors) -> str:
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
     return digest.hexdigest()
+
+
+def mixed(parts: Sequence[tuple[float, Tensors]]) -> Tensors:
+    """One adapter, float32, whose product is the weighted sum of these adapters' products.
+
+    Where of every module one factor is the same in all of them (the frozen-side form), the sum of the other one is the
+    sum of the products, and the rank stays; else the rank rows stand one after the other.
+    """
+    (weight, first), *rest = parts
+    same = {key for key, tensor in first.items() if all(torch.equal(tensor, other[key]) for _, other in rest)}
+    scaled = {f"{key[:-1]}{'B' if f'{key[:-1]}A' in same else 'A'}" for key in same}
+    if len(same | scaled) < len(first):
+        weighted = [{key: t * w if key.endswith(".B") else t for key, t in one.items()} for w, one in parts]
+        return reduce(concatenated, weighted)
+    return {
+        key: sum((w * one[key] for w, one in rest), weight * tensor) if key in scaled else tensor
+        for key, tensor in first.items()
+    }
 
 
 def concatenated(one: Tensors, two: Tensors) -> Tensors:

@@ -247,6 +247,15 @@ class RunConfig(Section):
             for block in self.blocks
         ]
 
+    @property
+    def own_parts(self) -> tuple[Literal["personal", "local"], ...]:
+        """What a client's final model is made of beside the global update; without any there is no such stage."""
+        federation = self.federation
+        if federation.mode == "alone":
+            return ()
+        alone = self.evaluate.local_only and federation.personal == "mixture"
+        return (*(("personal",) if federation.personal_steps else ()), *(("local",) if alone else ()))
+
     @model_validator(mode="after")
     def _names_fit(self) -> RunConfig:
         for kind, names in (

@@ -19,7 +19,7 @@ def stages_bytes(config: RunConfig, shape: Shape) -> int:
     """
     federation, lora, clients = config.federation, config.lora, len(config.clients)
     adapter = 4 * adapter_parameters(Coverage.full(shape), lora.targets, lora.rank)
-    alone = adapter * clients * (config.evaluate.local_only + (federation.personal_steps > 0))
+    alone = adapter * clients * (config.evaluate.local_only + (mixed_parts(config) if config.own_parts else 0))
     if federation.mode == "alone":
         return adapter + alone
     scheme, ranks = make_scheme(config.aggregate), [one.rank or lora.rank for one in config.clients]
@@ -38,6 +38,12 @@ def stages_bytes(config: RunConfig, shape: Shape) -> int:
     if federation.error_feedback and scheme.basis_stays and (federation.codec != "none" or scheme.keep(0.5) < 1):
         carried += 2 * adapter
     return server + alone + clients * carried
+
+
+def mixed_parts(config: RunConfig) -> int:
+    """How many adapters stand one after the other in what a client ends with, at most (`adapter.mixed`)."""
+    own, stays = config.own_parts, config.federation.personal == "last" or make_scheme(config.aggregate).frozen_side
+    return 1 if stays else 1 + len(own)
 
 
 def product_bytes(config: RunConfig, shape: Shape, rank: int) -> int:

@@ -25,7 +25,7 @@ from legolm.models import (
     resolve,
 )
 from legolm.plan.assign import assign
-from legolm.plan.disk import stages_bytes
+from legolm.plan.disk import mixed_parts, stages_bytes
 from legolm.plan.needs import training_bytes
 from legolm.plan.notes import notes
 from legolm.prune import criterion_of, planned_coverage, target_pattern
@@ -188,7 +188,11 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     actors = _actors(config, actor)
     size_of = {block.name: block.file_bytes for block in blocks}
     adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
-    models = base.parameters * width + sum(size_of[client.block] for client in clients) + adapter * (len(clients) + 1)
+    models = (
+        base.parameters * width
+        + sum(size_of[client.block] for client in clients)
+        + adapter * (1 + mixed_parts(config) * len(clients))
+    )
     disk = models + sum(size_of.values()) + stages_bytes(config, shape)
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)

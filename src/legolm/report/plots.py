@@ -65,7 +65,7 @@ def curves(summary: Summary, data: Data) -> str:
 
 
 def overview(summary: Summary, data: Data) -> str:
-    """A row a client: loss before, with local only, after the global update, after the personal step."""
+    """A row a client: loss before, with local only, after the global update, as a personal model."""
     inches = 0.75 + 0.29 * len(drawn(summary))
     return _svg(lambda axes: _overview(axes, summary, data), inches, f"Loss on {data} data by client", summary)
 
@@ -116,7 +116,7 @@ def _curves(axes: Any, summary: Summary, data: Data) -> None:
     step = math.ceil(len(rounds) / 6)
     shown = rounds[step::step]
     ticks = ["before", *(f"round {one}" if one == shown[0] else str(one) for one in shown)]
-    ticks += [{"local": "local\nonly", "personal": "personal\nstep"}[stage] for stage in columns]
+    ticks += [{"local": "local\nonly", "personal": "personal\nmodel"}[stage] for stage in columns]
     axes.set_xticks([rounds[0], *shown, *columns.values()], ticks)
     axes.set(xlim=(-0.15 * gap, end + gap / 2), ylim=(low, high), ylabel="loss (nats/token)")
     axes.grid(axis="y", color=_GRID, linewidth=0.7, clip_on=False)

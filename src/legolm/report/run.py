@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,20 +23,21 @@ from legolm.report.page import (
     tag,
 )
 from legolm.report.plots import curves, drawn, ordered, overview, shade
-from legolm.report.shown import SPEAKERS, notes, scored, stages_of
-from legolm.runs import STAGES, Data, Stage, Summary
+from legolm.report.shown import SPEAKERS, notes, points_of, scored, stages_of
+from legolm.runs import STAGES, Data, Part, Stage, Summary
 from legolm.system import atomic_write
 
 _NAMES: dict[Stage, str] = {
     "before": "before",
     "local": "local only",
     "global": "global update",
-    "personal": "personal step",
+    "personal": "personal model",
 }
+_PARTS: dict[Part, str] = {"global": "global update", "personal": "own steps after it", "local": "alone"}
 _MARKS: dict[Stage, str] = dict(zip(STAGES, "○◇●▲", strict=True))
 _DATA: dict[Data, str] = {"own": "own data", "others": "others’ data"}
 _TIMES = {"blocks": "making blocks", "before": "test before", "local": "local only", "rounds": "rounds"}
-_TIMES |= {"personal": "personal step", "final": "final models"}
+_TIMES |= {"personal": "personal models", "final": "final models"}
 
 
 LONGEST = 300
@@ -57,7 +59,7 @@ def write_report(summary: Summary, path: Path) -> None:
 
 def render(summary: Summary) -> str:
     """The page as a string; the same summary gives the same page."""
-    sections = (_verdict, _answers, _figure3, _overview, _clients, _blocks, _rounds, _time, _footer)
+    sections = (_verdict, _answers, _figure3, _overview, _clients, _mixtures, _blocks, _rounds, _time, _footer)
     follow = "".join(f"main:has(.c{i}:hover) svg .tip:not(.c{i}){{opacity:.13}}" for i, _ in drawn(summary))
     body = (_title(summary), *(part(summary) for part in sections))
     return document(f"{summary.run} · LEGO report", *body, style=follow)
@@ -83,15 +85,15 @@ def verdict(summary: Summary) -> list[Finding]:
         text = f"On other clients’ data, blocks after the global update are better than {against} for "
         text += f"{wins} of {count} clients (mean {mean:.2f} against {other:.2f}: {change(mean, other)})."
         later, _, moved, _ = _compare(summary, "others", "personal", rival)
-        text += f" The personal step moves the mean to {moved:.2f}." if later else ""
+        text += f" Personal models have {moved:.2f}." if later else ""
         text += " This run has no local-only baseline." if rival == "before" else ""
         found.append(Finding("Blocks, others’ data", f"{mean:.2f} vs {other:.2f}", text))
 
     alone, last = (_compare(summary, "own", stage, rival) for stage in (STAGES[2], STAGES[3]))
     count, wins, mean, other = last if last[0] else alone
     if count:
-        step = "personal step" if last[0] else "global update (this run has no personal step)"
-        text = f"On their own data after the {step} they are {change(mean, other, against)} "
+        step = "as personal models" if last[0] else "after the global update (this run has no personal models)"
+        text = f"On their own data {step} they are {change(mean, other, against)} "
         text += f"(mean {mean:.2f} against {other:.2f}; better for {wins} of {count} clients)."
         text += f" With the global update alone: {change(*alone[2:])}." if last[0] and alone[0] else ""
         found.append(Finding("Blocks, own data", f"{mean:.2f} vs {other:.2f}", text))
@@ -125,7 +127,7 @@ def _figure3(summary: Summary) -> Raw:
     note = "Thin lines are clients’ blocks"
     note += f", the thick line is the LLM on {_llm_data(summary)}. " if _has_llm(summary) else ". "
     note += "The large dot is the round "
-    note += "that is kept" + ("; a dotted line leads from it to the personal step. " if "personal" in stages else ". ")
+    note += "that is kept" + ("; a dotted line leads from it to the personal model. " if "personal" in stages else ". ")
     note += "Diamonds are the same blocks trained alone for as many steps. " if "local" in stages else ""
     note += "Point at a client to follow it through all figures."
     if (shown := len(drawn(summary))) < len(summary.clients):
@@ -180,8 +182,32 @@ def _clients(summary: Summary) -> Raw:
     caption = "Loss and exact match of each client’s block on test data"
     groups = [tag("th", _DATA[one], colspan=len(stages), class_="group") for one in data]
     note = "Loss in nats/token, below it the share of answers that match exactly. Bold: the best of "
-    note += "local only, global update and personal step."
+    note += "local only, global update and personal model."
     return section("Clients", table(caption, names, rows, 2, tag("tr", tag("td", colspan=2), *groups)), soft(note))
+
+
+def _mixtures(summary: Summary) -> Raw:
+    """Each client's loss by what its final model is mixed of; its choice is bold."""
+    points = points_of(summary)
+    if not points:
+        return Raw("")
+    rows = []
+    for i, client in enumerate(ordered(summary)):
+        at = {tuple(one.weights.items()): one.validation for one in client.mixtures}
+        cells = [
+            tag("td", tag("b" if one == client.weights else "span", loss(at.get(tuple(one.items()))))) for one in points
+        ]
+        block = tag("td", _dot(summary, client.block), client.block)
+        rows.append(tag("tr", tag("th", client.id, scope="row"), block, *cells, class_=f"c{i}"))
+    names = (", ".join(f"{_share(weight)}{_PARTS[part]}" for part, weight in one.items()) for one in points)
+    note = "Loss in nats/token on the client’s own validation data, of means in weight space of what it has; from left "
+    note += "to right they are less and less everyone’s. Bold: its final model, the first nearly as good as the best."
+    caption = "Loss of each client’s block by what it is a mixture of"
+    return section("Personal models", table(caption, ("client", "block", *names), rows, 2), soft(note))
+
+
+def _share(weight: float) -> str:
+    return "" if weight == 1 else f"{Fraction(weight).limit_denominator(100)} "
 
 
 def _scores(losses: Mapping[Stage, float], exact: Mapping[Stage, float], stages: Iterable[Stage]) -> list[Raw]:
@@ -274,8 +300,9 @@ def _footer(summary: Summary) -> Raw:
     if summary.others.sampled:
         guide = guide.replace("all other clients’", "the drawn other clients’")
     guide += "Local only is the same block trained on the client’s data alone for as many steps; the global update "
-    guide += "is what all clients learned, applied to every block; the personal step is a last training on own "
-    guide += "data. Sparsity is the removed share of the decoder’s linear weights. MB is a million bytes."
+    guide += "is what all clients learned, applied to every block; the personal model is "
+    guide += "what a client ends with: a mixture of these and of own steps after the last round, or those steps alone. "
+    guide += "Sparsity is the removed share of the decoder’s linear weights. MB is a million bytes."
     versions = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
     facts = f"Seed {summary.seed} · base model {summary.base_fingerprint} · {versions}"
     return tag("footer", tag("p", guide), tag("p", facts), tag("p", "LEGO: arXiv 2410.18287. Made by legolm."))

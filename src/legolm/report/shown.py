@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from legolm.report.page import number
-from legolm.runs import STAGES, Data, Others, Speaker, Stage, Summary
+from legolm.runs import STAGES, Data, Others, Speaker, Stage, Summary, Weights
 
 SPEAKERS: dict[Speaker, str] = {
     "before": "block before",
@@ -36,6 +36,12 @@ def sampled(others: Others) -> list[str]:
     ]
 
 
+def points_of(summary: Summary) -> list[Weights]:
+    """The mixtures that some client could end with, from the most global on."""
+    longest = max((client.mixtures for client in summary.clients), key=len, default=[])
+    return [one.weights for one in longest]
+
+
 def notes(summary: Summary) -> list[str]:
     """Sentences on what nobody scored, or on a sample only, and what was changed on the way."""
     found = sampled(summary.others)
@@ -48,7 +54,7 @@ def notes(summary: Summary) -> list[str]:
         found.append("Nobody scored the LLM: the server has no data of its own (evaluate.server_data).")
     for client in summary.clients:
         for stage, reason in client.refused.items():
-            what = "training alone" if stage == "local" else "personal step"
+            what = "training alone" if stage == "local" else "personal model"
             found.append(f"The {what} of {client.id} was refused: {reason}.")
         lacking = {
             entry.round: one.reason for entry in summary.history for one in entry.unscored if one.client == client.id

@@ -10,6 +10,7 @@ from legolm.config import RunConfig
 from legolm.runs import (
     BlockLoss,
     BlockSummary,
+    ClientRecord,
     ClientSummary,
     Identity,
     KeptSummary,
@@ -54,6 +55,7 @@ def summarize(
     stages: dict[Stage, dict[str, Scores]] = {"before": rounds[0].by_client(), "global": best.by_client()}
     for stage in ALONE:
         stages[stage] = {one.client: one.scores for one in clients_of(records, stage)}
+    ended = {one.client: one for one in clients_of(records, "personal")}
     before, after = _llm(rounds[0]), _llm(llm_best)
     seconds = _seconds(records, blocks, cut_s)
     return Summary(
@@ -75,7 +77,9 @@ def summarize(
         best_round=best.round,
         blocks=[_block(block, block_of, rounds[1:]) for block in blocks.values()],
         clients=[
-            _client(id, block, stages, others[id], [one for one in passed_of(records) if one.client == id])
+            _client(
+                id, block, stages, others[id], [one for one in passed_of(records) if one.client == id], ended.get(id)
+            )
             for id, block in block_of.items()
         ],
         llm=LlmSummary(
@@ -97,6 +101,7 @@ def _client(
     stages: Mapping[Stage, Mapping[str, Scores]],
     others: Sequence[str],
     passed: Sequence[PassedRecord],
+    ended: ClientRecord | None,
 ) -> ClientSummary:
     own = {stage: found[id].root[id] for stage, found in stages.items() if id in found}
     all_rest = {stage: found[id].only(others) for stage, found in stages.items() if id in found}
@@ -109,6 +114,8 @@ def _client(
         own_exact_match={stage: score.exact_match for stage, score in own.items()},
         others_exact_match={stage: scores.exact_match for stage, scores in rest.items()},
         refused={one.phase: one.reason for one in passed},
+        mixtures=ended.mixtures if ended else [],
+        weights=ended.weights if ended else {},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -15,7 +15,7 @@ from legolm.evaluation import TEXT, Evaluation, Result
 from legolm.plan import Plan
 from legolm.report.fit import print_lines, print_table, shortened
 from legolm.report.shown import SPEAKERS, notes, scored, stages_of
-from legolm.runs import Summary
+from legolm.runs import Part, Summary
 
 if TYPE_CHECKING:
     from legolm.composition import Composition
@@ -109,6 +109,13 @@ def print_summary(summary: Summary, out: Path) -> None:
         whose = "the clients' own" if data == "own" else "other clients'"
         title = f"Loss (nats per answer token) and exact answers on {whose} test data"
         print_table(("client", "block", *(f">{stage}" for stage in stages)), rows, title=title)
+    if mixing := [one for one in summary.clients if one.weights]:
+        parts: tuple[Part, ...] = get_args(Part)
+        rows = [
+            (one.id, *(f"{one.weights[part]:.0%}" if part in one.weights else "" for part in parts)) for one in mixing
+        ]
+        title = "What each client's personal model is a mixture of, chosen by its own validation data"
+        print_table(("client", *(f">{part}" for part in parts)), rows, title=title)
     print_samples(summary)
     llm, lines, took = summary.llm, notes(summary), f"{summary.wall_s:.0f} s."
     if llm.loss_before is not None and llm.loss_after is not None:

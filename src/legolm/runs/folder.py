@@ -131,7 +131,10 @@ class RunDir:
     def known(self) -> RunConfig:
         """As the run wrote it; `config.yaml`, which people edit, only where nothing else was written yet."""
         if self.identity_file.exists() or (self.path / "blocks").exists():  # which come after it
-            return configs.validate(RunConfig, self.identity().config, f"config in {self.identity_file}")
+            config = self.identity().config
+            if isinstance(federation := config.get("federation"), dict):
+                federation.setdefault("personal", "last")  # what runs of before did
+            return configs.validate(RunConfig, config, f"config in {self.identity_file}")
         return configs.load(self.config_file)
 
     def block(self, name: str) -> Path:

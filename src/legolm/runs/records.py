@@ -144,17 +144,32 @@ class RoundRecord(Global):
     seconds: float
 
 
+Part = Literal["global", "personal", "local"]
+"""Of a mixture in weight space: the best global update, the client's own steps after it, what it learned alone."""
+Weights = dict[Part, float]
+
+
+class Mixture(Record):
+    """A mixture of what a client has, and its loss on the client's own validation data (nats per answer token)."""
+
+    weights: Weights
+    validation: float
+
+
 class ClientRecord(Record):
     """What one client did outside the rounds: alone (`local`), or on from the best global update (`personal`).
 
-    `seconds` counts from the stage's begin, which clients share.
+    `train` is None where it made no step. `weights` are those that it chose among `mixtures`; without any it has what
+    it trained last. `seconds` counts from the stage's begin, which clients share.
     """
 
     schema_number: Literal[2] = 2
     stage: Literal["local", "personal"]
     client: str
     scores: Scores
-    train: Training
+    train: Training | None
+    mixtures: list[Mixture] = []
+    weights: Weights = {}
     validation: float
     adapter: str = ""
     seconds: float

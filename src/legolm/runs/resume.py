@@ -14,13 +14,14 @@ FREE = (
     "federation.deadline_s",
     "federation.min_replies",
     "evaluate.batch_size",
-    "evaluate.local_only",
 )
 """Fields that change nothing that was done."""
 AGAIN: Mapping[str, tuple[str, ...]] = {
     # Alone, a client trains as many steps as in all rounds and the personal step.
     "federation.rounds": ("local", "personal", "final"),
     "federation.personal_steps": ("local", "personal", "final"),
+    "federation.personal": ("personal", "final"),
+    "evaluate.local_only": ("personal", "final"),
     "evaluate.others": ("local", "personal"),
 }
 """Fields that leave the rounds as they are, with the stages to make again."""

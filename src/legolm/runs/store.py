@@ -35,15 +35,13 @@ class Stages:
 
     def __init__(self, folder: RunDir, config: RunConfig) -> None:
         self._folder = folder
-        alone = config.federation.mode == "alone"
-        self.rounds = 0 if alone else config.federation.rounds
-        self.personal_steps = 0 if alone else config.federation.personal_steps
+        self.rounds = 0 if config.federation.mode == "alone" else config.federation.rounds
         clients = [client.id for client in config.clients]
         self._paths = [folder.round(0)]
         if config.evaluate.local_only:
             self._paths += [folder.client_stage("local", id) for id in clients]
         self._paths += [folder.round(number) for number in range(1, self.rounds + 1)]
-        if self.personal_steps:
+        if config.own_parts:
             self._paths += [folder.client_stage("personal", id) for id in clients]
         self._records = {path: read_stage(path) for path in self._paths if path.exists()}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from pydantic import Field
 
 from legolm.errors import LegolmError
-from legolm.runs.records import Change, Machine, Record, Refusal, dump_record, read_record
+from legolm.runs.records import Change, Machine, Mixture, Record, Refusal, Weights, dump_record, read_record
 from legolm.runs.repair import check_sealed, seal
 from legolm.runs.tables import Row, to_frame, write_csv
 from legolm.system import atomic_write
@@ -62,6 +62,9 @@ class ClientSummary(Record):
     others_exact_match: dict[Stage, float]
     refused: dict[Literal["local", "personal"], str]
     """Why a training outside the rounds was passed over."""
+    mixtures: list[Mixture] = Field([])
+    """What it could end with (stage `personal`), from the most global on; of these it chose that with `weights`."""
+    weights: Weights = Field({})
 
     def loss(self, data: Data) -> dict[Stage, float]:
         """By stage."""

@@ -115,7 +115,7 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Summary, folder: Path
     phase: Stage = "local" if alone else "global"
     records = read_stages(folder / "metrics.jsonl")
     rounds, local = rounds_of(records), clients_of(records, "local")
-    trained = [(one.client, one.train) for one in local]
+    trained = [(one.client, one.train) for one in local if one.train]
     trained += [(id, one) for record in rounds for id, one in record.train.items()]
     block_of, block = {one.id: one.block for one in plan.clients}, {one.name: one for one in plan.blocks}
     at_clients = [(block[block_of[id]], one) for id, one in trained if id in block_of]
@@ -169,7 +169,7 @@ def _curve(summary: Summary, rounds: Sequence[RoundRecord], local: Sequence[Clie
             for one in summary.clients
             if "local" in one.own
         )
-        tokens = sum(one.train.tokens for one in local)
+        tokens = sum(one.train.tokens for one in local if one.train)
         found.append(Point(round=1, tokens=tokens, bytes=0, llm=None, blocks=blocks))
     return found
 

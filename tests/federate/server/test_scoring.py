@@ -240,7 +240,7 @@ def broken_from(client: str, first: int, how: str) -> Callable[..., None]:
 
 @pytest.mark.parametrize(
     ("how", "says"),
-    [("nan", "has loss nan"), ("few", "1 scores came for 2 sets"), ("none", "no reply came")],
+    [("nan", "has loss nan"), ("few", "scores came for"), ("none", "no reply came")],
 )
 def test_a_client_whose_own_scores_are_bad_is_passed_over_by_name(
     how: str, says: str, raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -262,7 +262,7 @@ def test_a_client_whose_own_scores_are_bad_is_passed_over_by_name(
     print_summary(summary, out)
     for said in (capsys.readouterr().out, (out / "report.html").read_text()):
         assert "The scores of de are missing in round 1, 2, and no round was chosen by them: " in said
-        assert "The personal step of de was refused: " in said
+        assert "The personal model of de was refused: " in said
 
 
 def test_where_nobodys_scores_are_good_the_run_ends_with_the_names(raw: dict[str, Any], tmp_path: Path) -> None:

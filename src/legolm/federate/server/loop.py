@@ -1,4 +1,4 @@
-"""The rounds of one run over any transport: before, local only, rounds, personal step; each a stage that is kept.
+"""The rounds of one run over any transport: before, local only, rounds, personal models; each a stage that is kept.
 
 A stage leaves a folder that appears only when it is whole (`runs.Stages`).
 """
@@ -8,20 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from legolm.adapter import Tensors, concatenated, tensors_hash
-from legolm.aggregate import Scheme, Weighing
+from legolm.adapter import Tensors, concatenated, mixed, tensors_hash
+from legolm.aggregate import Scheme, Weighing, make_scheme
 from legolm.block import Block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.begin import begin
 from legolm.federate.server.dispatch import Dispatch, Job, Order
 from legolm.federate.server.members import LLM, Members
+from legolm.federate.server.mixture import choose, points
 from legolm.federate.server.replay import replay, updates
 from legolm.federate.server.scoring import Scoring, by_client
 from legolm.federate.transport import Exchange
@@ -30,6 +31,7 @@ from legolm.runs import (
     ClientRecord,
     Clock,
     Global,
+    Mixture,
     PassedRecord,
     Refusal,
     RoundRecord,
@@ -39,6 +41,7 @@ from legolm.runs import (
     Stages,
     Traffic,
     Training,
+    Weights,
     clients_of,
     dump_sealed,
     load_adapter_state,
@@ -80,7 +83,7 @@ class Rounds:
             self._alone("local", exchange)
         for number in range(1, self._stages.rounds + 1):
             self._round(number, exchange)
-        if self._stages.personal_steps:
+        if self._config.own_parts:
             self._alone("personal", exchange)
 
     def write_lines(self) -> None:
@@ -105,8 +108,8 @@ class Rounds:
         members = self._members
         if id is None:
             return self.scheme(self.best("llm_validation")).whole(members.llm.coverage, members.rank[LLM])
-        if self._stages.personal_steps or not self._stages.rounds:
-            stage = "personal" if self._stages.personal_steps else "local"
+        if self._config.own_parts or not self._stages.rounds:
+            stage = "personal" if self._config.own_parts else "local"
             found = self._stages.state(self._folder.client_stage(stage, id))
             if found:  # else its training was passed over, and it has what the rounds gave it
                 return found
@@ -124,6 +127,17 @@ class Rounds:
     def start_hash(self, number: int) -> str:
         """Of the global adapter after this round, from which a last training starts, in the LLM's coordinates."""
         return tensors_hash(self.scheme(number).adapter(self._members.llm.coverage, self._members.rank[LLM]))
+
+    def apart(self) -> set[str]:
+        """Clients whose final factors must not be averaged with those of the same start.
+
+        A mixture's stand one after the other, and what was learned alone began elsewhere; not so where all have the
+        same frozen ones.
+        """
+        if make_scheme(self._config.aggregate).frozen_side:
+            return set()
+        ended = clients_of(self.records(), "personal")
+        return {one.client for one in ended if len(one.weights) > 1 or "local" in one.weights}
 
     def scheme(self, number: int) -> Scheme:
         """The scheme as it was after a finished round. The one used last is in memory already."""
@@ -238,8 +252,8 @@ class Rounds:
     def _alone(self, stage: Literal["local", "personal"], exchange: Exchange) -> None:
         """Train each client without aggregation, and score its block.
 
-        `local` is the baseline: alone for every step that a client makes in the federation. `personal` is the last
-        step: on from the best global update.
+        `local` is the baseline: alone for every step that a client makes in the federation. `personal` is what it ends
+        with: own steps on from the best global update, if any, and the mixture that its validation data choose.
         """
         clients = self._members.clients
         left = [id for id in clients if not self._stages.has(self._folder.client_stage(stage, id))]
@@ -257,11 +271,14 @@ class Rounds:
     def _train_alone(self, stage: Literal["local", "personal"], left: Sequence[str], exchange: Exchange) -> None:
         clients, start = self._members.clients, 0 if stage == "local" else self._stages.best("validation")
         scheme = self.scheme(start)
+        trains = stage == "local" or "personal" in self._config.own_parts
         training: dict[str, Training] = {}
         refused: dict[str, str] = {}
+        mixtures: dict[str, list[Mixture]] = {}
         # What each learned waits on the disk until it is scored: the server's memory must not grow with clients.
         with scratch_folder(self._folder.path / stage) as own:
-            for one in self._dispatch.train(Order(left, scheme, stage, start, {}), exchange, f"{stage}: train"):
+            order = Order(left, scheme, stage, start, {})
+            for one in self._dispatch.train(order, exchange, f"{stage}: train") if trains else ():
                 if one.update is None:
                     refused[one.client] = one.reason
                     continue
@@ -269,10 +286,12 @@ class Rounds:
                 ended = {key: t + change.delta[key] if key in change.delta else t for key, t in change.received.items()}
                 save_adapter_state(own / one.client, concatenated(scheme.fold(coverage, 0), ended))
                 training[one.client] = one.update.training
+            if stage == "personal" and self._config.federation.personal == "mixture":
+                mixtures = self._mix(start, [id for id in left if id not in refused], own, exchange, refused)
             jobs = [
                 Job(id, self._members.block[id], partial(load_adapter_state, own / id), self._scoring.sets_of(id))
                 for id in left
-                if id in training
+                if id not in refused
             ]
 
             def keep(index: int, scores: Sequence[Score]) -> None:
@@ -281,7 +300,9 @@ class Rounds:
                     stage=stage,
                     client=job.client,
                     scores=by_client(job.sets, scores),
-                    train=training[job.client],
+                    train=training.get(job.client),
+                    mixtures=(found := mixtures.get(job.client, [])),
+                    weights=choose(found).weights if found else {},
                     validation=scores[-1].loss,
                     seconds=self._clock.seconds(stage),
                 )
@@ -293,6 +314,44 @@ class Rounds:
             self._pass_over(stage, [id for id in left if id in refused], refused, len(left) == len(clients))
 
     # Pieces
+
+    def _mix(
+        self, number: int, clients: Sequence[str], own: Path, exchange: Exchange, refused: dict[str, str]
+    ) -> dict[str, list[Mixture]]:
+        """Each client's points by its own loss; what it chooses takes the place of what it trained, in `own`.
+
+        Adds who has no scores to `refused`.
+        """
+        alone = {one.client for one in clients_of(self.records(), "local")}
+        parts = [part for part in self._config.own_parts if part != "local"]
+        asked = [(id, at) for id in clients for at in points([*parts, "local"] if id in alone else parts)]
+        jobs = [
+            Job(id, self._members.block[id], partial(self._mixture, number, id, at, own), ((id, "validation"),))
+            for id, at in asked
+        ]
+        losses: dict[int, float] = {}
+
+        def keep(index: int, scores: Sequence[Score]) -> None:
+            losses[index] = scores[0].loss
+
+        for index, reason in self._dispatch.score(jobs, exchange, "personal: choose", keep).items():
+            refused[jobs[index].client] = reason
+        found: dict[str, list[Mixture]] = {id: [] for id in clients if id not in refused}
+        for index, (id, at) in enumerate(asked):
+            if id in found:
+                found[id].append(Mixture(weights=at, validation=losses[index]))
+        for id, curve in found.items():
+            save_adapter_state(own / id, self._mixture(number, id, choose(curve).weights, own))
+        return found
+
+    def _mixture(self, number: int, id: str, weights: Weights, own: Path) -> Tensors:
+        """What a client has after round `number`, in `own` and alone, with these weights."""
+        parts: dict[str, Callable[[], Tensors]] = {
+            "global": partial(self.adapter, id, number),
+            "personal": partial(load_adapter_state, own / id),
+            "local": partial(self.alone, id),
+        }
+        return mixed([(weight, parts[part]()) for part, weight in weights.items()])
 
     def _pass_over(
         self,
