@@ -116,7 +116,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "codec": {name: {"federation.codec": name} for name in ("none", "bf16", "int8")},
     "feedback": {"on": {}, "off": {"federation.error_feedback": False}},
     "personal": {"0": {}, "1": {"federation.personal_steps": 1}},
-    "ends": {"mixture": {}, "last": {"federation.personal": "last"}},
+    "ends": {"last": {}, "mixture": {"federation.personal": "mixture"}},
     "fraction": {"1": {}, "0.5": {"federation.fraction": 0.5}},
     "updates": {"gone": {}, "kept": {"federation.keep_updates": True}},
     "rslora": {"off": {}, "on": {"lora.rslora": True}},

@@ -72,7 +72,7 @@ def assert_same(one: Path, two: Path) -> None:
         ("federation.personal_steps=2", "training alone, the personal models, the final models"),
         ("evaluate.others=1", "training alone, the personal models"),
         ("evaluate.local_only=false", "the personal models, the final models"),
-        ("federation.personal=last", "the personal models, the final models"),
+        ("federation.personal=mixture", "the personal models, the final models"),
         ("evaluate.batch_size=8", None),
     ],
 )

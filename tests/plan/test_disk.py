@@ -41,7 +41,9 @@ def test_stages_by_hand_and_on_the_disk(
     three_clients: Callable[..., dict[str, Any]],
     tmp_path: Path,
 ) -> None:
+    ends = {"personal": "mixture" if alone else "last"}
     raw = three_clients(tmp_path, ("dense", "dense", "dense"), rows=10, evaluate={"local_only": alone})
+    raw["federation"] |= ends
     raw["data"] |= {"limit_test": 1, "limit_validation": 1}
     raw["lora"]["targets"] = ["q_proj"]
     config = configs.validate(RunConfig, raw | {"aggregate": aggregate}, "test")

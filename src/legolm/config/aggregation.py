@@ -97,8 +97,8 @@ class FederationConfig(Section):
     error_feedback: bool = Field(True, description="a client adds what the codec or mask lost to its next update")
     keep_updates: bool = Field(False, description="keep every accepted update in its round's folder (legolm ablate)")
     personal_steps: int = Field(0, ge=0, description="own steps of each client after the last global update")
-    personal: Literal["mixture", "last"] = Field(
-        "mixture",
-        description="what a client ends with: the mixture of the global update, its own steps after it and what it "
-        "learned alone (evaluate.local_only) that its validation data choose, or what it had last",
+    personal: Literal["last", "mixture"] = Field(
+        "last",
+        description="what a client ends with: what it had last, or the mixture of the global update, its own steps "
+        "after it and what it learned alone (evaluate.local_only) that its validation data choose",
     )

@@ -85,7 +85,7 @@ def test_the_choice_by_hand() -> None:
 @pytest.fixture
 def raw(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
     """Two rounds and a personal step, everyone also trained alone; blocks of all kinds."""
-    federation = {"engine": "local", "rounds": 2, "personal_steps": 2}
+    federation = {"engine": "local", "rounds": 2, "personal_steps": 2, "personal": "mixture"}
     data = {"train": f"{tmp_path}/data/*.jsonl", "limit_test": 1, "limit_validation": 2}
     found = three_clients(tmp_path, ("dense", "half", "sparse"), rows=10, data=data, federation=federation)
     found["evaluate"] = {"scores": "own"}
