@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, Any]:
         text = read_bounded(path, 4 * MAX_SIZE).decode("utf-8")
     except FileNotFoundError:
         raise LegolmError(f"config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise LegolmError(f"config {path}: cannot be read ({error})") from None
     try:
         raw = _parse(text)

@@ -293,7 +293,7 @@ def _digest(value: object) -> str:
 def read_stages(path: Path) -> list[StageRecord]:
     """The records in a `metrics.jsonl`, in order. Raises `LegolmError` as `read_record` does."""
     try:
-        lines = path.read_bytes().splitlines()  # of bytes: texts may have signs that end lines elsewhere
+        lines = read_bounded(path, 1 << 31).splitlines()  # of bytes: texts may have signs that end lines elsewhere
     except OSError as error:
         raise LegolmError(f"{path}: cannot be read ({error.strerror}); {ANEW}") from None
     return [parse_record(line, AnyStage, path).root for line in lines]
