@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from legolm.cli.export import export
 from legolm.cli.options import check_new
+from legolm.errors import LegolmError
 
 
 def compose(
@@ -21,10 +24,12 @@ def compose(
     density: Annotated[float | None, typer.Option(help="ties: share of each change that is kept, 0.2")] = None,
     weights: Annotated[str | None, typer.Option(help="one a source: 1,2,1; by training examples if not given")] = None,
     validate: Annotated[str | None, typer.Option(help="weights by loss on this file of instructions, answers")] = None,
+    then: Annotated[str | None, typer.Option(help="of what was composed: 'export --to gguf --out both.gguf'")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is held and covered, and stop")] = False,
 ) -> None:
     """Combine what separately trained blocks learned into one block, or into the LLM."""
     check_new(out)
+    after = None if then is None else _parsed(then, out)
 
     from legolm.composition import choose_method, plan
     from legolm.composition import compose as put_together
@@ -38,3 +43,20 @@ def compose(
         print_composition(wanted)
         return
     print_blocks([put_together(wanted, out, progress)])
+    if after is not None:
+        export(**after)
+
+
+def _parsed(then: str, out: Path) -> dict[str, Any]:
+    """Arguments of `legolm export`. Raises `LegolmError` for another command, before the work."""
+    try:
+        word, *words = shlex.split(then)
+    except ValueError:
+        word, words = then, []
+    if word != "export":
+        raise LegolmError(f"--then {then!r}: must be an export: 'export --to gguf --out FILE'")
+    command = typer.Typer(add_completion=False)
+    command.command()(export)
+    given = typer.main.get_command(command).make_context("compose --then export", [str(out), *words]).params
+    check_new(given["out"])
+    return given

@@ -3,7 +3,18 @@
 from legolm.config.aggregation import AggregateConfig, Codec, FederationConfig, OutlierConfig, ServerConfig
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.file import dump, load, read, validate
-from legolm.config.registry import CRITERIA, SCHEMES, TRAINERS, Choice, Entry, Registry, foreign, guarded, load_plugins
+from legolm.config.registry import (
+    CRITERIA,
+    EXPORTERS,
+    SCHEMES,
+    TRAINERS,
+    Choice,
+    Entry,
+    Registry,
+    foreign,
+    guarded,
+    load_plugins,
+)
 from legolm.config.section import Fields
 from legolm.config.sections import (
     ClientConfig,
@@ -22,6 +33,7 @@ from legolm.config.study import Variant, load_study
 
 __all__ = [
     "CRITERIA",
+    "EXPORTERS",
     "SCHEMES",
     "TRAINERS",
     "AggregateConfig",

@@ -1,11 +1,12 @@
 """From files, hub data sets and the starter data to clients' examples, tokens and calibration text."""
 
-from legolm.data.calibration import calibration_tokens, check_text
+from legolm.data.calibration import calibration_tokens, check_text, prose
 from legolm.data.examples import ClientData, Example, Message
-from legolm.data.render import Tokens, check_whole, render, render_whole
+from legolm.data.render import Tokens, check_whole, render, render_prompt, render_whole
 from legolm.data.sources import check_apart, read_rows, read_text, to_example, with_system
 from legolm.data.split import client_data, data_fingerprint, load_parts
 from legolm.data.starter import is_starter
+from legolm.data.template import render_template
 
 __all__ = [
     "ClientData",
@@ -20,9 +21,12 @@ __all__ = [
     "data_fingerprint",
     "is_starter",
     "load_parts",
+    "prose",
     "read_rows",
     "read_text",
     "render",
+    "render_prompt",
+    "render_template",
     "render_whole",
     "to_example",
     "with_system",

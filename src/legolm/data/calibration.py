@@ -84,6 +84,13 @@ def _conversations(
     return list(islice(chain.from_iterable(rendered), config.samples * config.length))
 
 
+def prose(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+    """The first `count` tokens of Python's help topics, from the start again where a context is longer."""
+    text = "\n".join(topics.values())
+    ids = _prose(text[: 16 * count], tokenizer)  # no tokenizer makes fewer tokens of it
+    return (ids * (count // len(ids) + 1))[:count]
+
+
 def _prose(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # verbose=False: a text longer than the model's context is no mistake here.
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))

@@ -49,6 +49,15 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     return Tokens(ids=(*prompt, *answer), answer=len(prompt), truncated=truncated)
 
 
+def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a conversation that the model is to go on with, in the tokenizer's chat template."""
+    if tokenizer.chat_template is None:
+        return _encode("".join(f"{message.content}\n" for message in messages), tokenizer)
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    (text,) = render_template(tokenizer, [(turns, True)])
+    return _encode(text, tokenizer)
+
+
 def render_whole(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int, option: str
 ) -> list[Tokens]:

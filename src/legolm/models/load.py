@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -23,6 +25,9 @@ from legolm.system import hub_answers, open_tensors, wants_offline
 
 transformers_logging.disable_progress_bar()
 
+SIDE_FILES = re.compile(
+    r"(config|generation_config|.*token.*|vocab|manifest)\.json|.*\.(jinja|model)|merges\.txt|coverage\.safetensors"
+)
 MAX_TOKENIZER = 256 << 20
 """Bytes of a tokenizer's file: eight times those of the largest."""
 
@@ -163,6 +168,18 @@ def fingerprint(path: Path) -> str:
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, as stored, of all that a checkpoint holds, one at a time."""
+    for name, (file, _) in stored_weights(path).items():
+        with open_tensors(file, "model: ", SAVE_AGAIN) as handle:
+            yield name, handle.get_tensor(name)
+
+
+def side_files(path: Path) -> list[Path]:
+    """What lies beside a checkpoint's weights and belongs to it: config, tokenizer, coverage; no adapters, records."""
+    return sorted(file for file in path.iterdir() if file.is_file() and SIDE_FILES.fullmatch(file.name))
 
 
 def count_parameters(path: Path) -> int:

@@ -11,6 +11,7 @@ from legolm.report.terminal import (
     print_coverage,
     print_evaluation,
     print_plan,
+    print_speeds,
     print_summary,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "print_coverage",
     "print_evaluation",
     "print_plan",
+    "print_speeds",
     "print_summary",
     "summarize",
     "write_ablation",

@@ -2,6 +2,7 @@
 
 from legolm.system.files import (
     LOCK,
+    appearing,
     atomic_folder,
     atomic_write,
     check_room,
@@ -23,6 +24,7 @@ __all__ = [
     "LOCK",
     "Progress",
     "Stored",
+    "appearing",
     "atomic_folder",
     "atomic_write",
     "available_bytes",
