@@ -12,8 +12,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from legolm.adapter import merge, save_adapter, save_factors, tensors_hash
 from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
 from legolm.config import RunConfig
@@ -22,6 +20,7 @@ from legolm.federate.server import Rounds, ask, steps_of
 from legolm.federate.transport import Engine, engine_for
 from legolm.finetune import learning_rate
 from legolm.models import (
+    carry,
     choose_precision,
     fingerprint,
     lasting_name,
@@ -267,7 +266,7 @@ def _write_final(
     left = [id for id in ["llm", *block_of] if not folder.final(id).exists()]
     if not left:
         return
-    tokenizer, dtype = load_tokenizer(plan.base), load_config(plan.base).dtype or torch.float32
+    tokenizer, dtype = load_tokenizer(plan.base), load_config(plan.base).dtype
     llm_best, best = rounds.best("llm_validation"), rounds.best("validation")
     start = {number: rounds.start_hash(number) for number in {llm_best, best}}
     apart, examples = rounds.apart(), {client.id: client.examples for client in plan.clients}
@@ -286,6 +285,7 @@ def _write_final(
                 begun = tensors_hash(factors) if client in apart else start[number]
                 save_factors(factors, config.lora.scaling, begun, partial)
                 save_model(model, tokenizer, partial, dtype)
+                carry(plan.base, partial)
                 steps = config.federation.personal_steps if client else 0
                 manifest = Manifest(
                     name=block.name,

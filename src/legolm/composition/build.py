@@ -18,6 +18,7 @@ from legolm.errors import LegolmError
 from legolm.models import (
     CheckpointWriter,
     LayeredModel,
+    carry,
     count_parameters,
     find_fingerprint,
     lasting_name,
@@ -122,9 +123,9 @@ def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
         config = copy.deepcopy(base.config)
         if not wanted.whole and coverage.block_shape != base.shape:
             config.update(config_changes(config, coverage.block_shape, coverage.layers))
-        config.dtype = base.dtype
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        carry(base.path, folder)
         manifest = Manifest(
             name=out.name,
             method="composed",

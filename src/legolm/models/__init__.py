@@ -1,9 +1,11 @@
 """Where layers, heads and MLPs live in each model family; finding, loading, saving and fingerprinting models."""
 
+from legolm.models.beside import carry
 from legolm.models.checkpoint import load_config
 from legolm.models.family import FAMILIES, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
 from legolm.models.finite import finite
 from legolm.models.head import CHUNK, Head, answer_losses, divergences, judged
+from legolm.models.importing import import_model
 from legolm.models.layered import CheckpointWriter, LayeredModel
 from legolm.models.lean import hidden_states, lean
 from legolm.models.load import (
@@ -35,6 +37,7 @@ __all__ = [
     "Unit",
     "answer_losses",
     "autocast",
+    "carry",
     "check_weights",
     "choose_device",
     "choose_precision",
@@ -48,6 +51,7 @@ __all__ = [
     "finite",
     "folder_bytes",
     "hidden_states",
+    "import_model",
     "judged",
     "lasting_name",
     "lean",

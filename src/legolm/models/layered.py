@@ -92,8 +92,8 @@ class LayeredModel:
 class CheckpointWriter:
     """Writes tensors in one dtype as safetensors shards, in the layout that `from_pretrained` reads."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self._folder, self._dtype = folder, dtype
+    def __init__(self, folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder, self._dtype, self._shard_bytes = folder, dtype, shard_bytes
         self._waiting: dict[str, Tensor] = {}
         self._shard_of: dict[str, int] = {}
         self._shards = self._bytes = 0
@@ -101,7 +101,7 @@ class CheckpointWriter:
     def add(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
         """Add tensors, their names behind `prefix`."""
         self._waiting |= {prefix + name: tensor.to(CPU, self._dtype).contiguous() for name, tensor in tensors.items()}
-        if sum(tensor.nbytes for tensor in self._waiting.values()) >= SHARD_BYTES:
+        if sum(tensor.nbytes for tensor in self._waiting.values()) >= self._shard_bytes:
             self._flush()
 
     def close(self) -> None:
