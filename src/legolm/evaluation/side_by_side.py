@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from legolm.config import Precision
 from legolm.errors import LegolmError, brief
 from legolm.evaluation.figure import Figure
 from legolm.evaluation.floors import warnings
+from legolm.evaluation.kept import Kept, as_json, digest_of, from_json
 from legolm.evaluation.paired import Comparison, compare
-from legolm.evaluation.questions import Questions, check_finite, measure, sample, sampled
+from legolm.evaluation.questions import NOWHERE, Questions, check_finite, measure, sample, sampled
 from legolm.evaluation.speed import tokens_per_second
 from legolm.evaluation.tasks import TaskFigures
 from legolm.models import (
@@ -133,22 +135,27 @@ def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None
     return list(lineup.values())
 
 
-def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Precision = "fp32") -> Evaluation:
-    """Every figure of every model, one model in memory at a time, compared question by question."""
+def evaluate(
+    subjects: Sequence[Subject], questions: Questions, precision: Precision = "fp32", parts: Path | None = None
+) -> Evaluation:
+    """Every figure of every model, one model in memory at a time, compared question by question.
+
+    What is found is kept in the folder `parts`, and taken from there.
+    """
     found: dict[str, TaskFigures] = {}
     sizes: dict[str, Size] = {}
     said: dict[str, list[str]] = {}
     with Progress().stage("evaluate", len(subjects)) as advance:
         for subject in reversed(subjects):  # an adapter or a block that does not fit shows before the LLM has its turn
             name, path = subject.name, subject.path
-            model, tokenizer = load_subject(subject), load_tokenizer(path)
-            found[name] = measure(model, tokenizer, questions, precision)
-            check_finite(found[name], f"model {name}")
-            said[name] = sample(model, tokenizer, questions, precision)
-            speed = tokens_per_second(model, precision)
+            kept = NOWHERE
+            if parts is not None and subject.model is None:
+                used = json.dumps([precision, str(choose_device("auto")), versions()])
+                kept = Kept(parts, f"{digest_of(path, subject.adapter)} {used}")
+            asked = questions.asked() if kept.folder else ""
+            figures, said[name], speed = kept.once(asked, partial(_measured, subject, questions, precision, kept))
+            found[name] = from_json(figures)
             sizes[name] = Size(name, count_parameters(path), folder_bytes(path), speed)
-            del model
-            release_memory()
             advance(1)
     results = []
     for task, metrics in found[subjects[0].name].items():
@@ -167,6 +174,18 @@ def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Preci
     return Evaluation(
         results, [sizes[name] for name in names], answered, warnings({name: found[name] for name in names}, wanted)
     )
+
+
+def _measured(subject: Subject, questions: Questions, precision: Precision, kept: Kept) -> list[Any]:
+    """Figures as JSON, answers and tokens a second of one model."""
+    model, tokenizer = load_subject(subject), load_tokenizer(subject.path)
+    found = measure(model, tokenizer, questions, precision, kept)
+    check_finite(found, f"model {subject.name}")
+    said = sample(model, tokenizer, questions, precision)
+    speed = tokens_per_second(model, precision)
+    del model
+    release_memory()
+    return [as_json(found), said, speed]
 
 
 def write_json(found: Evaluation, questions: Questions, precision: Precision, path: Path) -> None:

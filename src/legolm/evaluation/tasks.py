@@ -40,9 +40,18 @@ TaskFigures = dict[str, dict[str, Figure]]
 
 @dataclass(frozen=True)
 class Tasks:
-    """Loaded tasks with their questions, for any number of models; `loaded` is what the harness's evaluator takes."""
+    """Loaded tasks with their questions, for any number of models; `loaded` is what the harness's evaluator takes.
+
+    `parts` are the same by the names that were asked for.
+    """
 
     loaded: Any
+    parts: tuple[Any, ...] = ()
+
+    def each(self) -> list[Tasks]:
+        """What can be measured by itself: each name that was asked for, where no task is in two of them."""
+        apart = sum(len(part["tasks"]) for part in self.parts) == len(self.loaded["tasks"])
+        return [Tasks(part) for part in self.parts] if self.parts and apart else [self]
 
     def asked(self, limit: int | None) -> str:
         """Digest of what the first `limit` questions of each task are asked, and how; of all groups too."""
@@ -86,6 +95,7 @@ def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | N
         if name not in own:
             _need_hub(f"task {name!r}")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    parts = []
     for name in names:
         with _one_line(name, files.get(name), index[name].cfg), _quiet():
             found = manager.load([name])
@@ -96,13 +106,14 @@ def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | N
                     _check_golds(task, files[task_name], limit)
         if not found["tasks"]:
             raise LegolmError(f"task {name!r}: holds no task; give its YAML a list `task`")
+        parts.append({part: found.get(part, {}) for part in loaded})
         for part in loaded:
-            loaded[part] |= found.get(part, {})
+            loaded[part] |= parts[-1][part]
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed=1234)
-    return Tasks(loaded)
+    return Tasks(loaded, tuple(parts))
 
 
 def run_tasks(
