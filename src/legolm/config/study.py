@@ -49,7 +49,7 @@ class Study(Section):
 def load_study(path: Path, changes: Sequence[str] = ()) -> tuple[Study, dict[str, RunConfig]]:
     """The study and each variant's resolved config, by name; `changes` are `--set` of the run. Raises `LegolmError`.
 
-    A variant trains alone only if that is its mode, or if it sets evaluate.local_only: a table needs that baseline once.
+    A variant trains alone only if that is its mode, or if it sets evaluate.local_only: a table needs that once.
     """
     study = validate(Study, read(path), f"config {path}")
     raw = read(path.parent / study.run) if isinstance(study.run, str) else study.run
