@@ -189,7 +189,10 @@ def weights_file(path: Path, where: str) -> Path:
 
 
 def adapter_config(path: Path, where: str) -> dict[str, Any]:
-    """What a PEFT adapter's folder says of it, of any kind. Raises `LegolmError`, which begins with `where`."""
+    """What a PEFT adapter's folder says of it, of any kind.
+
+    Raises `LegolmError`, which begins with `where`, also where it goes on other weights than the base model's.
+    """
     try:
         config = strict_json(read_bounded(path / CONFIG, MAX_CONFIG).decode())
         if not isinstance(config, dict):
