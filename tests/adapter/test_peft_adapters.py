@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import warnings
@@ -98,6 +99,17 @@ def assert_same(base: Any, folder: Path, learned: torch.Tensor) -> None:
 )
 def test_what_is_b_a_is_as_peft_computes_it(change: dict[str, Any], base: Any, tmp_path: Path) -> None:
     assert_same(base, tmp_path, trained(base, tmp_path, LoraConfig(**SMALL | change)))
+
+
+def test_in_every_family_by_its_own_names(variant: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny(variant), dtype=torch.float32)
+    last = list(shape_of(model.config).modules)[-1]  # mlp.down_proj, dense_4h_to_h
+    own = {f"layers.1.{last}": 2}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", rank_pattern=own, alpha_pattern={last: 12})
+    assert_same(model, tmp_path, trained(model, tmp_path, config))
+    usual = LoraConfig(r=4, lora_alpha=32)  # PEFT knows where for most
+    with contextlib.suppress(ValueError):
+        assert_same(model, tmp_path / "usual", trained(model, tmp_path / "usual", usual))
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])

@@ -202,7 +202,8 @@ def adapter_config(path: Path, where: str) -> dict[str, Any]:
             own = config.get(f"{field}_pattern") or {}
             given = {whole: config[whole]} if config.get(whole) is not None else {}
             for name, value in (given | own).items():
-                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                unused = value == 0 and config.get("peft_type") != "LORA"  # OFT's r
+                if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value <= most or unused):
                     raise ValueError(f"{name} is {brief(json.dumps(value))}; must be a number up to {most}")
         check_patterns(config)
     except (OSError, ValueError, TypeError) as error:
