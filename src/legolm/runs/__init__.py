@@ -9,6 +9,7 @@ from legolm.runs.folder import (
 )
 from legolm.runs.records import (
     SCHEMA,
+    UNSCORED,
     Change,
     ClientRecord,
     Criterion,
@@ -84,6 +85,7 @@ __all__ = [
     "HASHES",
     "SCHEMA",
     "STAGES",
+    "UNSCORED",
     "UPDATES",
     "Ablation",
     "BlockLoss",
