@@ -29,7 +29,7 @@ from legolm.models import (
     load_tokenizer,
     save_model,
 )
-from legolm.plan import Plan, make_plan
+from legolm.plan import Plan, PlannedClient, make_plan
 from legolm.prune import cut_blocks
 from legolm.report import need_matplotlib, summarize, write_report
 from legolm.runs import (
@@ -43,7 +43,9 @@ from legolm.runs import (
     Summary,
     check_same,
     dump_sealed,
+    lasting_base,
     mend,
+    point_adapters,
     seal,
 )
 from legolm.system import (
@@ -81,10 +83,11 @@ def run(
     """
     clock = Clock(RunDir(out).clock_file)
     need_matplotlib()
-    config = settled(config, out)
+    config = RunDir(out).settled(config)
     progress = progress or Progress()
     engine = engine or engine_for(config)
     plan = make_plan(config)
+    config = config.model_copy(update={"precision": plan.precision})  # decided once a run
     check_room(out, plan.disk_bytes - (0 if models else plan.models_bytes) - held_bytes(out))
     RunDir(out).check(config, resume)
     with locked(out):
@@ -120,13 +123,15 @@ def _run(
         blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
     block_of = {client.id: client.block for client in plan.clients}
     shared = store / "before" if store else None
-    rounds = Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock)
+    train = {client.id: config.train.model_copy(update=_settings(client)) for client in plan.clients}
+    rounds = Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock, train)
     rounds.write_lines()
     if not rounds.finished:
         engine(folder, config, plan.actors, rounds.run)
     if models:
         with clock.stage("final", recorded=False):
             _write_final(folder, config, plan, blocks, block_of, rounds, progress)
+        point_adapters(folder)
     samples = ask(folder, config, blocks, block_of, rounds, progress) if models else []
 
     name, seconds = out.resolve().name, clock.seconds("blocks")
@@ -137,12 +142,12 @@ def _run(
     return summary
 
 
-def settled(config: RunConfig, out: Path) -> RunConfig:
-    """Decide once a run what its config leaves open: a resumed one keeps what its first part had."""
-    config = RunDir(out).settled(config)
-    if config.precision != "auto":
-        return config
-    return config.model_copy(update={"precision": choose_precision("auto", config.device)})
+def _settings(client: PlannedClient) -> dict[str, int | bool]:
+    """What of the section `train` is the client's own."""
+    return {
+        "micro_batch_tokens": client.micro_batch_tokens,
+        "gradient_checkpointing": client.gradient_checkpointing,
+    }
 
 
 def changed(folder: RunDir, config: RunConfig, changes: Sequence[Difference]) -> list[str]:
@@ -193,6 +198,11 @@ def _identify(folder: RunDir, config: RunConfig, plan: Plan) -> Identity:
         if changed:
             raise LegolmError(f"run folder {folder.path}: the {what} changed since the run started; give another --out")
     return known
+
+
+def _llm_base(model: str, path: Path) -> str | Path:
+    """What PEFT finds from any folder; nothing but legolm knows what `starter` is."""
+    return path.resolve() if model == "starter" or Path(model).is_dir() else model
 
 
 def _cut_blocks(
@@ -278,9 +288,7 @@ def _write_final(
             merge(model, block.coverage, factors, config.lora.scaling)
             with atomic_folder(folder.final(id)) as partial:
                 if not block.coverage.masks:
-                    # What PEFT finds from any folder; nothing but legolm knows what `starter` is.
-                    hub = client is None and config.model != "starter" and not Path(config.model).is_dir()
-                    base = config.model if hub else str(block.path.resolve())
+                    base = str(lasting_base(block.path) if client else _llm_base(config.model, block.path))
                     save_adapter(block.coverage, factors, config.lora.scaling, base, partial / "adapter")
                 begun = tensors_hash(factors) if client in apart else start[number]
                 save_factors(factors, config.lora.scaling, begun, partial)
