@@ -3,6 +3,7 @@
 from legolm.data.calibration import calibration_tokens, check_text
 from legolm.data.examples import ClientData, Example, Message
 from legolm.data.render import Tokens, check_whole, render, render_whole
+from legolm.data.sequence import begin, begun, encode, windows
 from legolm.data.sources import check_apart, read_rows, read_text, to_example, with_system
 from legolm.data.split import client_data, data_fingerprint, load_parts
 from legolm.data.starter import is_starter
@@ -12,12 +13,15 @@ __all__ = [
     "Example",
     "Message",
     "Tokens",
+    "begin",
+    "begun",
     "calibration_tokens",
     "check_apart",
     "check_text",
     "check_whole",
     "client_data",
     "data_fingerprint",
+    "encode",
     "is_starter",
     "load_parts",
     "read_rows",
@@ -25,5 +29,6 @@ __all__ = [
     "render",
     "render_whole",
     "to_example",
+    "windows",
     "with_system",
 ]

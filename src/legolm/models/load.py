@@ -17,6 +17,7 @@ from legolm.errors import LegolmError, brief
 from legolm.models.checkpoint import SAVE_AGAIN, drop_sampling, load_config, stored_weights, weight_files
 from legolm.models.family import decoder_layers, family_of
 from legolm.models.finite import check_files, check_finite, finite
+from legolm.models.rotary import by_own_length
 from legolm.models.rounding import rounded
 from legolm.models.starter import starter_path
 from legolm.system import hub_answers, open_tensors, wants_offline
@@ -99,6 +100,7 @@ def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
         for module in modules:
             layer.get_submodule(module).to(linears)
     model.config.use_cache = False
+    by_own_length(model)
     return model.eval()
 
 
@@ -132,6 +134,7 @@ def load_tokenizer(path: Path) -> Any:
             f"{where}: its tokenizer has {len(ids)} tokens and the model rows for {rows} (vocab_size); copy the "
             "tokenizer that belongs to it there"
         )
+    tokenizer.rows = rows  # of the model's embeddings, which `data.encode` holds every text to
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
