@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,11 +37,14 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
-def check_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise the error of `encode` where the text names a token without an embedding; it is not tokenized."""
-    for id, token in tokenizer.added_tokens_decoder.items():
-        if id >= getattr(tokenizer, "rows", id + 1) and token.content in text:
-            raise _foreign(id, tokenizer)
+def check_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise the error of `encode` where a text names a token without an embedding; none is tokenized."""
+    rows = getattr(tokenizer, "rows", math.inf)
+    beyond = [(id, token.content) for id, token in tokenizer.added_tokens_decoder.items() if id >= rows]
+    for text in texts if beyond else ():
+        for id, token in beyond:
+            if token in text:
+                raise _foreign(id, tokenizer, where)
 
 
 def windows(ids: Sequence[int], length: int, first: Sequence[int], most: int | None = None) -> Tensor:
@@ -64,11 +68,10 @@ def windows(ids: Sequence[int], length: int, first: Sequence[int], most: int | N
     return torch.tensor(found, dtype=torch.int64).view(len(found), length)
 
 
-def _foreign(id: int, tokenizer: PreTrainedTokenizerBase) -> LegolmError:
-    token = brief(str(tokenizer.convert_ids_to_tokens(id)))
+def _foreign(id: int, tokenizer: PreTrainedTokenizerBase, where: str = "") -> LegolmError:
     rows = getattr(tokenizer, "rows", 0)
     return LegolmError(
-        f"model: {tokenizer.name_or_path}/tokenizer.json: token {token!r} has id {id}, and the model embeddings for "
-        f"{rows} tokens only (vocab_size); save the model after `resize_token_embeddings`, or take the token out of "
-        "the tokenizer or the data"
+        f"{where}{': ' if where else ''}token {brief(repr(tokenizer.convert_ids_to_tokens(id)))} has id {id} in "
+        f"{tokenizer.name_or_path}/tokenizer.json, and the model embeddings for {rows} tokens (vocab_size); save the "
+        "model after `resize_token_embeddings`, or take the token out of the data or the tokenizer"
     )
