@@ -153,7 +153,7 @@ class TrainConfig(OpenSection):
     clip_norm: float = Field(1.0, gt=0)
     max_length: int = Field(512, ge=8, description="tokens of an example, at most")
     long_examples: Literal["truncate", "refuse"] = Field(
-        "truncate", description="truncated ones lose the start of their prompt"
+        "truncate", description="truncated ones lose the start of their question"
     )
     gradient_checkpointing: bool = Field(False, description="less memory for a third more work")
 

@@ -7,7 +7,7 @@ from legolm.data.sequence import begin, begun, check_tokens, encode, windows
 from legolm.data.sources import check_apart, paths_of, read_rows, read_text, to_example, with_system
 from legolm.data.split import client_data, data_fingerprint, load_parts
 from legolm.data.starter import is_starter
-from legolm.data.template import DATE, prompt_look, set_template
+from legolm.data.template import DATE, prompt_look, set_template, take_look
 
 __all__ = [
     "DATE",
@@ -34,6 +34,7 @@ __all__ = [
     "render",
     "render_whole",
     "set_template",
+    "take_look",
     "to_example",
     "windows",
     "with_system",

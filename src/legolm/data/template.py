@@ -136,6 +136,12 @@ def prompt_look(tokenizer: Any) -> tuple[Any, str | None]:
     return tokenizer.chat_template, tokenizer.init_kwargs.get(DATE)
 
 
+def take_look(tokenizer: Any, look: tuple[Any, str | None]) -> None:
+    """Let the tokenizer's prompts look as another's do (`prompt_look`)."""
+    tokenizer.chat_template = look[0]
+    tokenizer.init_kwargs |= {DATE: look[1]} if look[1] else {}
+
+
 def render_template(tokenizer: Any, wanted: Sequence[tuple[Sequence[Turn], bool]]) -> list[str]:
     """What the tokenizer's chat template makes of each conversation; the bool: begin an answer at its end.
 
