@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from legolm import config as configs
 from legolm import pipeline
 from legolm.composition import choose_method, compose, plan
-from legolm.config import RunConfig
+from legolm.config import DataConfig, RunConfig
 from legolm.data import DATE, Example, Message, prompt_look
 from legolm.errors import LegolmError
 from legolm.evaluation import Questions, evaluate, line_up, measure
@@ -99,6 +100,17 @@ def test_a_word_without_an_embedding_is_named(raw: Raw) -> None:
     tokenizer.save_pretrained(raw["model"])
     with pytest.raises(LegolmError, match=r"rows for 260 \(vocab_size\), none for '<\|tool\|>', id 260"):
         notes(raw)
+
+
+def test_a_given_block_gets_the_runs_template_and_its_own_folder_keeps_what_it_had(
+    raw: Raw, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    given = Path(raw["model"])
+    shutil.copytree(given, tmp_path / "block", copy_function=os.link)
+    pipeline._replace_tokenizer(load_tokenizer(given, DataConfig(template="alpaca")), tmp_path / "block")
+    assert "### Response" in load_tokenizer(tmp_path / "block").chat_template
+    assert load_tokenizer(given).chat_template == tokenizer.chat_template
+    assert {file.name for file in given.iterdir()} == {file.name for file in (tmp_path / "block").iterdir()}
 
 
 def test_the_template_goes_with_blocks_final_and_composed_models_and_a_resumed_run_keeps_it(

@@ -34,7 +34,8 @@ BUILT_IN = {
         "{%- for message in messages %}"
         f"{{%- if {_ROLE} == 'user' %}}{{{{- '### Instruction:\\n' + {_CONTENT} + '\\n\\n' }}}}"
         f"{{%- elif {_ROLE} == 'assistant' %}}{{{{- '### Response:\\n' + {_CONTENT} + eos_token + '\\n\\n' }}}}"
-        "{%- elif not loop.first %}{{- raise_exception('a system message must be the first') }}{%- endif %}"
+        f"{{%- elif {_ROLE} != 'system' or not loop.first %}}"
+        "{{- raise_exception('alpaca has messages of user and assistant, and of system at the start') }}{%- endif %}"
         "{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '### Response:\\n' }}{%- endif %}"
     ),
