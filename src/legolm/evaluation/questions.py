@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from legolm.config import Fields, Precision
-from legolm.data import Example, read_rows, read_text, render_whole, to_example
+from legolm.data import Example, begin, encode, read_rows, read_text, render_whole, to_example
 from legolm.errors import LegolmError
 from legolm.evaluation.answers import score_each
 from legolm.evaluation.figure import Figure, RatioFigure, digest, ratio_figure
@@ -174,5 +174,5 @@ def _windows(most: int, tokenizer: Any, questions: Questions) -> Tensor:
     """Token ids (windows, length) of the text. Raises `LegolmError` when it, or the model, is too short for one."""
     if questions.length > most:
         raise LegolmError(f"--length {questions.length}: the model takes {most} tokens; give a smaller one")
-    tokens = torch.tensor(tokenizer.encode(questions.text, add_special_tokens=False, verbose=False))
-    return text_windows(tokens, questions.length, questions.windows)
+    tokens = torch.tensor(encode(str(questions.text), tokenizer))
+    return text_windows(tokens, questions.length, questions.windows, begin(tokenizer))

@@ -15,7 +15,7 @@ import torch
 from legolm.adapter import CONFIG, FACTORS, adapter_config, weights_file
 from legolm.block import Block, read_block
 from legolm.config import Precision
-from legolm.data import Tokens
+from legolm.data import Tokens, prompt_look, take_look
 from legolm.errors import LegolmError, brief
 from legolm.evaluation.figure import Figure
 from legolm.evaluation.floors import warnings
@@ -100,7 +100,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that `evaluate` found, the models in their order; `warnings` are figures that a blind guess would have."""
+    """All that `evaluate` found, the models in their order.
+
+    `warnings` are figures that a blind guess would have, and who is asked in another chat template than its own.
+    """
 
     results: list[Result]
     sizes: list[Size]
@@ -155,15 +158,23 @@ def evaluate(
     found: dict[str, TaskFigures] = {}
     sizes: dict[str, Size] = {}
     said: dict[str, list[str]] = {}
+    looks: list[str] = []
     with Progress().stage("evaluate", len(subjects)) as advance:
         for subject in reversed(subjects):  # an adapter or a block that does not fit shows before the LLM has its turn
             name, path = subject.name, subject.path
+            look, block = None, _first_block(subjects, name)
+            if block is not None:
+                asked_look = prompt_look(load_tokenizer(block.path))
+                if asked_look != prompt_look(load_tokenizer(path)):
+                    look = asked_look
+                    looks.append(f"{name}: is asked in the chat template of {block.name}, not in its own")
             kept = NOWHERE
             if parts is not None and subject.model is None:
-                used = json.dumps([precision, str(choose_device("auto")), versions()])
+                used = json.dumps([precision, str(choose_device("auto")), versions(), repr(look)])
                 kept = Kept(parts, f"{digest_of(path, subject.adapter)} {used}")
             asked = questions.asked() if kept.folder else ""
-            figures, said[name], speed = kept.once(asked, partial(_measured, subject, questions, precision, kept))
+            measured = partial(_measured, subject, questions, precision, kept, look)
+            figures, said[name], speed = kept.once(asked, measured)
             found[name] = from_json(figures)
             sizes[name] = Size(name, count_parameters(path), folder_bytes(path), speed)
             advance(1)
@@ -181,14 +192,22 @@ def evaluate(
         for place, example in enumerate(sampled(questions))
     ]
     wanted = [example.wanted for example in questions.examples]
-    return Evaluation(
-        results, [sizes[name] for name in names], answered, warnings({name: found[name] for name in names}, wanted)
-    )
+    guessed = warnings({name: found[name] for name in names}, wanted)
+    return Evaluation(results, [sizes[name] for name in names], answered, [*looks, *guessed])
 
 
-def _measured(subject: Subject, questions: Questions, precision: Precision, kept: Kept) -> list[Any]:
-    """Figures as JSON, answers and tokens a second of one model."""
+def _first_block(subjects: Sequence[Subject], llm: str) -> Subject | None:
+    """The first block that is compared with this LLM: both are asked alike."""
+    return next((one for one in subjects if one.block is not None and one.against == llm), None)
+
+
+def _measured(
+    subject: Subject, questions: Questions, precision: Precision, kept: Kept, look: tuple[Any, str | None] | None
+) -> list[Any]:
+    """Figures as JSON, answers and tokens a second of one model, asked with this look of prompts (None: its own)."""
     model, tokenizer = load_subject(subject), load_tokenizer(subject.path)
+    if look is not None:
+        take_look(tokenizer, look)
     found = measure(model, tokenizer, questions, precision, kept)
     check_finite(found, f"model {subject.name}")
     said = sample(model, tokenizer, questions, precision)

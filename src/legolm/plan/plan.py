@@ -6,12 +6,26 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parameters, modules_of
 from legolm.aggregate import make_scheme, rehearse
 from legolm.block import Base, Block, Coverage, llm_block, read_block
 from legolm.config import SCHEMES, Precision, RunConfig
-from legolm.data import ClientData, Example, check_text, check_whole, client_data, data_fingerprint, render
+from legolm.data import (
+    ClientData,
+    Example,
+    Tokens,
+    check_text,
+    check_tokens,
+    check_whole,
+    client_data,
+    data_fingerprint,
+    is_starter,
+    paths_of,
+    read_text,
+    render,
+)
 from legolm.errors import LegolmError
 from legolm.federate.server import server_examples, start_factors
 from legolm.federate.wire import encoded_bytes
@@ -26,7 +40,7 @@ from legolm.models import (
 from legolm.plan.assign import assign
 from legolm.plan.disk import mixed_parts, stages_bytes
 from legolm.plan.needs import settings_of, training_bytes, worst_batch
-from legolm.plan.notes import notes
+from legolm.plan.notes import notes, prompt_notes
 from legolm.plan.trainees import Trainees, check_layers
 from legolm.prune import criterion_of, planned_coverage, target_pattern
 from legolm.system import available_bytes, stored_tensors
@@ -79,7 +93,8 @@ class PlannedClient:
 class Plan:
     """The whole run. `memory_bytes` is the peak over all processes; `disk_bytes` what the run folder will hold.
 
-    `models_bytes` of the latter are the final models. `notes` say how far promises go (`plan.notes`).
+    `models_bytes` of the latter are the final models. `template` is the chat template where the config names one.
+    `notes` say how far promises go (`plan.notes`).
     """
 
     base: Path
@@ -91,37 +106,47 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     models_bytes: int
+    template: str
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Every client's data, the lengths of its training examples in tokens, and the server's own data."""
+    """Every client's data, the lengths of its training examples in tokens, and the server's own data.
+
+    `tokenizer` has the run's chat template; `notes` say how prompts look.
+    """
 
     data: dict[str, ClientData]
     lengths: dict[str, list[int]]
     server: list[Example]
+    tokenizer: Any
+    notes: tuple[str, ...]
 
 
 def read_parts(config: RunConfig) -> Parts:
     """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones."""
     path = resolve(config.model)
-    data, tokenizer, most = client_data(config), load_tokenizer(path), config.train.max_length
+    data, tokenizer, most = client_data(config), load_tokenizer(path, config.data), config.train.max_length
     refuse = config.train.long_examples == "refuse"
     if refuse:
         most = min(most, load_config(path).max_position_embeddings)
-    lengths = {}
+    lengths, learned = {}, list[Tokens]()
     for client, rows in data.items():
+        for split in ("train", "validation", "test"):
+            texts = (message.content for row in getattr(rows, split) for message in row.messages)
+            check_tokens(texts, tokenizer, f"data: {split} rows of {client!r}")
         for split in ("train", "validation", "test") if refuse else ("train",):
             found = [render(row, tokenizer, most) for row in getattr(rows, split)]
             if refuse:
                 check_whole(found, most, split, client)
             if split == "train":
                 lengths[client] = [len(one.ids) for one in found]
+                learned += found
     server = server_examples(config)
     if refuse:
         check_whole([render(row, tokenizer, most) for row in server], most, "evaluate.server_data", "llm")
-    return Parts(data, lengths, server)
+    return Parts(data, lengths, server, tokenizer, prompt_notes(tokenizer, learned))
 
 
 def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
@@ -137,6 +162,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     modules_of(shape, config.lora.ranks, "lora.ranks")
     check_weights(path)
     parts = parts or read_parts(config)
+    check_texts(config, parts.tokenizer)
     lengths = parts.lengths
     batches = {client: worst_batch(found, config.train.batch_size) for client, found in lengths.items()}
     longest = max(batches.values(), key=sum)
@@ -227,7 +253,9 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
     members = [(trains[one.id], one.rank or config.lora.rank) for one in taking]
     said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking})
-    return Plan(path, precision, tuple(blocks), tuple(clients), found, actors, memory, disk, models, said)
+    template = "" if config.data.template == "model" else str(parts.tokenizer.chat_template)
+    said = (*parts.notes, *said)
+    return Plan(path, precision, tuple(blocks), tuple(clients), found, actors, memory, disk, models, template, said)
 
 
 def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
@@ -265,6 +293,20 @@ def check_files(config: RunConfig) -> None:
     for field, folder in (("lora.start", config.lora.start), ("aggregate.start", config.aggregate.start)):
         if folder and not Path(folder).is_dir():
             raise LegolmError(f"{field}: no folder {folder}")
+
+
+def check_texts(config: RunConfig, tokenizer: Any) -> None:
+    """Raise `LegolmError` when a text to calibrate or recover on names a token that the model has no embedding for."""
+    for spec in config.cuts:
+        texts = {"calibration": spec.calibration.text}
+        if spec.recover.text and spec.recover.most_steps:
+            texts["recover"] = spec.recover.text
+        for section, text in texts.items():
+            if spec.method in ("dense", "given") or is_starter(text) or text == "pydoc" or text.startswith("hub:"):
+                continue
+            field = f"block {spec.name}: {section}.text"
+            files = (path for path in paths_of(text, field) if path.suffix != ".parquet")
+            check_tokens((read_text(path, field) for path in files), tokenizer, field)
 
 
 def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collection[str]) -> None:
