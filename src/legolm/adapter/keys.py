@@ -64,7 +64,8 @@ def check_factors(where: str, factors: Tensors, coverage: Coverage) -> None:
     for key in sorted(wanted | set(factors)):
         tensor = factors.get(key)
         if tensor is None or key not in wanted:
-            raise LegolmError(f"{where}: {key} is {'missing' if tensor is None else 'not the block’s'}")
+            lost = "missing; an adapter must be on the same modules in every layer of its block"
+            raise LegolmError(f"{where}: {key} is {lost if tensor is None else 'not the block’s'}")
         # A and B of a module have one rank, A's.
         rank = len(factors.get(f"{key[:-1]}A", tensor))
         if tuple(tensor.shape) != factor_shape(coverage, key, rank):

@@ -8,12 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from legolm.block import Block, read_block
+from legolm.block import Block
 from legolm.config import BlockConfig, Fields, validate
 from legolm.data import Example, read_rows, to_example, with_system
-from legolm.errors import LegolmError
 from legolm.models import fingerprint, lasting_name, load_config, load_model, load_tokenizer, resolve, shape_of
-from legolm.prune import cut_blocks
+from legolm.prune import cut_blocks, kept_block
 from legolm.system import Progress, check_room
 
 
@@ -71,11 +70,7 @@ def cut(
     text = {"text": calibration, "samples": samples, "length": length}
     raw = {"name": folder.name, "method": method, "calibration": text, "recover": {"steps": recover}} | target
     spec = validate(BlockConfig, raw, "cut")
-    if folder.exists():
-        found = read_block(folder)
-        recipe = spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True)
-        if (found.base_fingerprint, found.method, found.details.get("target")) != (llm.fingerprint, method, recipe):
-            raise LegolmError(f"cut: {folder} holds another block ({found.method}); give another folder")
+    if (found := kept_block(folder, llm.fingerprint, spec, seed, precision)) is not None:
         return found
     check_room(folder)
     model = lasting_name(llm.name)

@@ -21,6 +21,7 @@ from legolm.cli.compose import compose
 from legolm.cli.eval import evaluate
 from legolm.cli.export import export
 from legolm.cli.generate import generate
+from legolm.cli.importing import import_model
 from legolm.cli.inspect import inspect
 from legolm.cli.prune import prune
 from legolm.cli.report import report
@@ -52,6 +53,7 @@ def main_options(version: Version = False) -> None:
 # In the order in which `legolm --help` lists them.
 app.command()(run)
 app.command()(prune)
+app.command(name="import")(import_model)
 app.command()(calibrate)
 app.command()(inspect)
 app.command(name="eval")(evaluate)

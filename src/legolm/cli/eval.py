@@ -29,12 +29,15 @@ def evaluate(
     precision: Precision = "fp32",
     out: Annotated[Path | None, typer.Option(help="JSON file of all figures, with every question's part")] = None,
 ) -> None:
-    """Tasks, answers and perplexity, with standard errors; a block beside its LLM, with a paired test."""
+    """Tasks, answers and perplexity, with standard errors; a block beside its LLM, with a paired test.
+
+    With --out, a command that was killed goes on where it was.
+    """
     if out is not None:
         check_new(out)
     from legolm.config import Fields
     from legolm.evaluation import evaluate as evaluate_all
-    from legolm.evaluation import line_up, read_questions, write_json
+    from legolm.evaluation import kept_beside, line_up, read_questions, write_json
     from legolm.report import print_evaluation
 
     given = {"instruction": instruction, "answer": answer, "messages": messages}
@@ -43,8 +46,11 @@ def evaluate(
         raise LegolmError(f"--messages {messages}: instead of --instruction and --answer; give the one or the others")
     fields = Fields(**named) if named else None
     questions = read_questions(task_names(tasks), include, data, fields, text, limit, rouge, length, windows)
-    found = evaluate_all(line_up(models, base, adapter), questions, precision)
+    subjects = line_up(models, base, adapter)
+    with kept_beside(out) as parts:
+        found = evaluate_all(subjects, questions, precision, parts)
+        if out is not None:
+            write_json(found, questions, precision, out)
     print_evaluation(found)
     if out is not None:
-        write_json(found, questions, precision, out)
         typer.echo(out)

@@ -35,7 +35,10 @@ def prune(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     precision: Precision = "fp32",
 ) -> None:
-    """Cut one block, or several at once (`--sparsity 0.25,0.5`): checkpoints with a manifest of what they kept."""
+    """Cut one block, or several at once (`--sparsity 0.25,0.5`): checkpoints with a manifest of what they kept.
+
+    Blocks that are there and were cut by the same recipe stay: a command that was killed goes on.
+    """
     from legolm.config import BlockConfig, load_plugins, validate
 
     load_plugins(plugin or ())
@@ -64,15 +67,24 @@ def prune(
     for folder in folders:
         if folders.count(folder) > 1:
             raise LegolmError(f"legolm prune: {folder.name} is asked for twice; give each target once")
-        check_new(folder)
+        if not folder.exists():
+            check_new(folder)
 
     from legolm.models import fingerprint, lasting_name, resolve
-    from legolm.prune import cut_blocks
+    from legolm.prune import cut_blocks, kept_block
     from legolm.report import print_blocks
     from legolm.system import Progress
 
-    base = resolve(model)
-    print_blocks(cut_blocks(base, fingerprint(base), wanted, seed, precision, Progress(), lasting_name(model)))
+    base, progress = resolve(model), Progress()
+    digest = fingerprint(base)
+    blocks = {folder: kept_block(folder, digest, spec, seed, precision) for spec, folder in wanted}
+    left = [(spec, folder) for spec, folder in wanted if blocks[folder] is None]
+    for folder in folders:
+        if blocks[folder] is not None:
+            progress.note(f"{folder}: is there already, cut by the same recipe")
+    made = cut_blocks(base, digest, left, seed, precision, progress, lasting_name(model)) if left else []
+    new = {block.path: block for block in made}
+    print_blocks([blocks[folder] or new[folder] for folder in folders])
 
 
 def _each(targets: dict[str, str | None]) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from legolm.config import CalibrationConfig, Fields
 from legolm.data.examples import Example
 from legolm.data.render import render
+from legolm.data.sequence import begin, begun, encode, windows
 from legolm.data.sources import DATA_SUFFIXES, paths_of, read_rows, read_text, to_example
 from legolm.data.starter import is_starter, public_starter_text
 from legolm.errors import LegolmError
@@ -28,19 +29,20 @@ def calibration_tokens(
 ) -> Tensor:
     """Windows of the text that do not overlap, drawn by `seed`: (samples, length) int64; or, if `fewer`, as are there.
 
+    Each begins as the tokenizer begins a text.
     Conversations are rendered with the chat template and packed together; a starter set alternates between
     some and the prose of Python's help topics. Raises `LegolmError` if the text is missing or too short.
     """
     if is_starter(config.text) or config.text == "pydoc":
-        streams = [_prose("\n".join(topics.values()), tokenizer)]
+        streams = [encode("\n".join(topics.values()), tokenizer)]
         if is_starter(config.text):
             streams.insert(0, _conversations(public_starter_text(config.text), config, tokenizer, seed))
     elif Path(config.text).suffix in DATA_SUFFIXES:
         rows = read_rows(config.text, "calibration.text")
         streams = [_conversations([to_example(row, config.fields) for row in rows], config, tokenizer, seed)]
     else:
-        streams = [_prose(_read_prose(config.text, "calibration.text"), tokenizer)]
-    pools = [_windows(stream, config.length, seed) for stream in streams]
+        streams = [encode(_read_prose(config.text, "calibration.text"), tokenizer)]
+    pools = [_shuffled(windows(stream, config.length, begin(tokenizer)), seed) for stream in streams]
     available = min(len(pool) * len(pools) + place for place, pool in enumerate(pools))
     if available < (1 if fewer else config.samples):
         raise LegolmError(
@@ -68,11 +70,8 @@ def _read_prose(text: str, field: str) -> str:
     return "\n".join(read_text(path, field) for path in paths_of(text, field))
 
 
-def _windows(stream: list[int], length: int, seed: int) -> Tensor:
-    """All windows that fit side by side, shuffled: (windows, length)."""
-    count = len(stream) // length
-    order = random.Random(f"{seed} windows").sample(range(count), count)
-    return torch.tensor(stream[: count * length]).view(count, length)[order]
+def _shuffled(found: Tensor, seed: int) -> Tensor:
+    return found[random.Random(f"{seed} windows").sample(range(len(found)), len(found))]
 
 
 def _conversations(
@@ -85,12 +84,10 @@ def _conversations(
 
 
 def prose(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
-    """The first `count` tokens of Python's help topics, from the start again where a context is longer."""
+    """The first `count` tokens of Python's help topics, begun as the tokenizer begins a text.
+
+    From the start again where a context is longer.
+    """
     text = "\n".join(topics.values())
-    ids = _prose(text[: 16 * count], tokenizer)  # no tokenizer makes fewer tokens of it
-    return (ids * (count // len(ids) + 1))[:count]
-
-
-def _prose(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # verbose=False: a text longer than the model's context is no mistake here.
-    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    ids = encode(text[: 16 * count], tokenizer)  # no tokenizer makes fewer tokens of it
+    return begun((ids * (count // len(ids) + 1)), begin(tokenizer))[:count]

@@ -8,7 +8,8 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from legolm.data.examples import Example, Message
-from legolm.data.template import render_template, template_error
+from legolm.data.sequence import begin, begun, encode
+from legolm.data.template import Turn, render_template, template_error
 from legolm.errors import LegolmError
 
 if TYPE_CHECKING:
@@ -22,40 +23,48 @@ _MARK = "(the answer)"
 class Tokens:
     """A conversation. The answer is `ids[answer:]`, its end-of-turn token included; `answer` is 1 or more.
 
-    `truncated`: it was longer.
+    `truncated`: it was longer. `rewritten`: the chat template would change the answer, which is here as it stands.
     """
 
     ids: tuple[int, ...]
     answer: int
     truncated: bool = False
+    rewritten: bool = False
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
     """At most `max_length` tokens (2 or more) of the conversation in the tokenizer's chat template.
 
-    The prompt loses its start if it is too long, and the answer its end only if it is too long by itself.
+    It begins as the tokenizer begins a text (`begin`); a chat template writes its own begin. A prompt that is too long
+    keeps this and the system message, and loses what follows them; the answer loses its end only if it is too long by
+    itself. Raises `LegolmError` for a token that the model has no embedding for.
     """
-    prompt_text, answer_text = _texts(example.messages, tokenizer)
-    prompt = _encode(prompt_text, tokenizer)
-    both = _encode(prompt_text + answer_text, tokenizer)
+    prompt_text, answer_text, rewritten = _texts(example.messages, tokenizer)
+    prompt = encode(prompt_text, tokenizer)
+    both = encode(prompt_text + answer_text, tokenizer)
     # Generation starts from the prompt's own tokens, so the loss must be on what follows exactly those. If a
     # token of the whole text spans the border, the answer is tokenized by itself; else the whole text serves,
     # since some tokenizers put a space before the first word of a text.
-    answer = both[len(prompt) :] if both[: len(prompt)] == prompt else _encode(answer_text, tokenizer)
+    answer = both[len(prompt) :] if both[: len(prompt)] == prompt else encode(answer_text, tokenizer)
+    if tokenizer.chat_template is None:
+        prompt = begun(prompt, begin(tokenizer))
     # One token of the prompt must stay: no logit predicts the first token of a sequence.
     truncated = len(prompt) + len(answer) > max_length
     answer = answer[: max_length - 1]
-    prompt = prompt[-(max_length - len(answer)) :]
-    return Tokens(ids=(*prompt, *answer), answer=len(prompt), truncated=truncated)
+    room = max_length - len(answer)
+    if len(prompt) > room:
+        kept = prompt[: _kept(example.messages, prompt, room, tokenizer)]
+        prompt = kept + prompt[len(prompt) - room + len(kept) :]
+    return Tokens(ids=(*prompt, *answer), answer=len(prompt), truncated=truncated, rewritten=rewritten)
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of a conversation that the model is to go on with, in the tokenizer's chat template."""
     if tokenizer.chat_template is None:
-        return _encode("".join(f"{message.content}\n" for message in messages), tokenizer)
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    (text,) = render_template(tokenizer, [(turns, True)])
-    return _encode(text, tokenizer)
+        text = "".join(f"{message.content}\n" for message in messages)
+        return begun(encode(text, tokenizer), begin(tokenizer))
+    (text,) = render_template(tokenizer, [(_turns(messages), True)])
+    return encode(text, tokenizer)
 
 
 def render_whole(
@@ -82,13 +91,13 @@ def check_whole(examples: Sequence[Tokens], length: int, split: str, client: str
             )
 
 
-def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The prompt, and the answer with what ends the assistant's turn."""
+def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, bool]:
+    """The prompt, the answer with what ends the assistant's turn, and whether the template would change the answer."""
     content = messages[-1].content
     if tokenizer.chat_template is None:
         prompt = "".join(f"{message.content}\n" for message in messages[:-1])
-        return prompt, content + _end(tokenizer)
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+        return prompt, content + _end(tokenizer), False
+    turns = _turns(messages)
     marked_turns = [*turns[:-1], turns[-1] | {"content": _MARK}]
     prompt, whole, marked = render_template(tokenizer, [(turns[:-1], True), (turns, False), (marked_turns, False)])
     before, mark, after = marked.rpartition(_MARK)
@@ -99,12 +108,40 @@ def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> t
         # the prompt is what both share, but nothing of the answer, which may begin like what was left out.
         shared = takewhile(lambda signs: len(set(signs)) == 1, zip(prompt, before, whole, strict=False))
         prompt = "".join(signs[0] for signs in shared)
-    # Whitespace after the end of the turn belongs to the next turn: nobody generates it.
-    answer = whole[len(prompt) :].rstrip()
-    if not prompt or not answer:
-        raise template_error(tokenizer, f"writes nothing {'before the answer' if answer else 'of the answer'}")
-    # A template that writes nothing after the answer would teach the model never to stop.
-    return prompt, answer if after.strip() else answer + _end(tokenizer)
+    written = whole[len(prompt) :].strip()
+    if not prompt or not written:
+        raise template_error(tokenizer, f"writes nothing {'before the answer' if written else 'of the answer'}")
+    rewritten = not whole.endswith(content + after)
+    # Reasoning that the template takes out is what may have to be learned: the answer is the data's, not its.
+    answer = content if rewritten else whole[len(prompt) : len(whole) - len(after)]
+    # Whitespace after the end of the turn belongs to the next turn: nobody generates it. A template that
+    # writes nothing there would teach the model never to stop.
+    return prompt, answer + (after.rstrip() or _end(tokenizer)), rewritten
+
+
+def _turns(messages: Sequence[Message]) -> list[Turn]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _kept(messages: Sequence[Message], prompt: list[int], room: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of a prompt's first tokens stay where it has `room`: what comes before the first message that is not the
+    system's, with a token at least after it; or BOS alone.
+    """
+    turns = _turns(messages[:-1])
+    first = next((place for place, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+    if tokenizer.chat_template is None:
+        head = "".join(f"{turn['content']}\n" for turn in turns[:first])
+    else:
+        turns[first : first + 1] = [{"role": "user", "content": _MARK}]
+        (marked,) = render_template(tokenizer, [(turns, True)])
+        head = marked.partition(_MARK)[0]
+    begins = begin(tokenizer)
+    if not begins or prompt[: len(begins)] != begins:
+        begins = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+    # Tokens may span the border to the message.
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(begun(encode(head, tokenizer), begins), prompt, strict=False))
+    whole = sum(1 for _ in same)
+    return whole if whole < room else min(len(begins), room)
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -113,7 +150,3 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> str:
             "model: its tokenizer has no eos_token to end answers with; name one in tokenizer_config.json"
         )
     return str(tokenizer.eos_token)
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))

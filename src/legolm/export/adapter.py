@@ -12,6 +12,7 @@ from legolm.export.probe import Reference
 from legolm.export.source import Source
 from legolm.export.target import exporter
 from legolm.models import load_model
+from legolm.runs import lasting_base
 
 READ, ASKED = 32, 16
 LIMIT = 1e-3
@@ -27,7 +28,7 @@ def adapter(source: Source, out: Path) -> list[str]:
     bare = source.bare
     hub = isinstance(recorded, str) and not source.is_cut and recorded != "starter" and not Path(recorded).exists()
     check_unmasked(source, "adapter")
-    save_adapter(source.coverage, source.factors, 1.0, str(recorded) if hub else str(bare.resolve()), out)
+    save_adapter(source.coverage, source.factors, 1.0, str(recorded) if hub else str(lasting_base(bare)), out)
     wanted = merged_reference(source, READ, ASKED)
     model = PeftModel.from_pretrained(load_model(bare), out)
     found = Reference.of(model, source.tokenizer, READ, ASKED)

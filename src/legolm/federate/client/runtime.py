@@ -125,7 +125,7 @@ class ClientRuntime:
         if found is None:
             path = self._held[0].path
             if path not in self._tokenizers:
-                self._tokenizers[path] = load_tokenizer(path)
+                self._tokenizers[path] = load_tokenizer(path, site.prompts())
             found = tuple(render(row, self._tokenizers[path], length) for row in site.examples(split))
             if refuse:
                 check_whole(found, length, split, client)
