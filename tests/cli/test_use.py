@@ -13,7 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from helpers import assert_one_line, legolm
 from legolm.data import Message, render_prompt
+from legolm.errors import LegolmError
+from legolm.export import Candidate, Speed, pick
 from legolm.models import load_model, load_tokenizer
+from legolm.report.tradeoff import front
+from legolm.runs import Score
 
 
 @pytest.fixture
@@ -86,11 +90,39 @@ def test_compose_then_export(exported_run: Path, tmp_path: Path) -> None:
     assert torch.equal(plain(ids).logits, load_model(tmp_path / "both")(ids).logits)
 
 
-def test_bench_tells_what_models_cost(exported_run: Path, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_bench_tells_what_models_cost(exported_run: Path) -> None:
     pytest.importorskip("xllamacpp")
     cut, short = exported_run.parent.parent / "blocks" / "b", ("--prompt", 16, "--tokens", 4)
-    runtimes = ("--runtime", "llama.cpp", "--runtime", "transformers")
-    done = legolm("bench", cut, *short, *runtimes, "--quant", "f16")
+    done = legolm("bench", cut, *short, "--runtimes", "llama.cpp,transformers", "--quant", "f16")
     assert done.returncode == 0, done.stderr
-    assert "llama.cpp f16" in done.stdout and "transformers" in done.stdout and "first token" in done.stdout
+    assert "llama.cpp f16" in done.stdout and "transformers" in done.stdout and "time to the first token" in done.stdout
     assert_one_line(legolm("bench", cut, "--prompt", 600), "takes 512 tokens in all")
+    assert_one_line(legolm("bench", cut, "--runtimes", "llama"), "'llama' is not known; did you mean `llama.cpp`?")
+
+
+def made(name: str, decode: float, memory: int, loss: float) -> Candidate:
+    speed = Speed(name, "llama.cpp q8_0", 100.0, decode, 0.1, memory, memory // 2, None)
+    return Candidate(speed, Score(loss=loss, exact_match=0.5, tokens=10, examples=5))
+
+
+def test_the_best_that_fits_is_picked() -> None:
+    large, half, small = made("large", 10, 900, 1.0), made("half", 20, 500, 1.2), made("small", 40, 300, 2.0)
+    worse = made("worse", 15, 600, 1.5)
+    every = [half, large, worse, small]
+    assert pick(every, 1000, 0) is large and pick(every, 600, 15) is half and pick(every, 1000, 30) is small
+    with pytest.raises(LegolmError, match=r"none of 4 models has at most .* the fastest makes 40.0"):
+        pick(every, 100, 30)
+    assert front(every) == [large, half, small]
+
+
+def test_pick_measures_a_runs_models_on_the_users_questions(exported_run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    run, data = exported_run.parent.parent, tmp_path / "q.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"Say {i}", "output": "ab"}) + "\n" for i in range(4)))
+    asked = ("pick", run, "--data", data, "--quant", "f16")
+    done = legolm(*asked, "--memory", "4GB", "--picture", tmp_path / "p.svg")
+    assert done.returncode == 0, done.stderr
+    assert "best of those that fit, in llama.cpp f16:" in done.stdout
+    assert (tmp_path / "p.svg").read_text().count("<svg") == 1
+    assert_one_line(legolm(*asked, "--memory", "much"), "--memory much: write a number, with k, M or G")
+    assert_one_line(legolm("pick", run, "--data", tmp_path / "none.jsonl"), "none.jsonl")

@@ -23,6 +23,7 @@ from legolm.cli.export import export
 from legolm.cli.generate import generate
 from legolm.cli.importing import import_model
 from legolm.cli.inspect import inspect
+from legolm.cli.pick import pick
 from legolm.cli.prune import prune
 from legolm.cli.report import report
 from legolm.cli.run import run
@@ -64,6 +65,7 @@ app.command()(chat)
 app.command()(generate)
 app.command()(serve)
 app.command()(bench)
+app.command()(pick)
 app.command()(ablate)
 app.command()(report)
 

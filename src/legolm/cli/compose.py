@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,11 +45,11 @@ def compose(
         return
     print_blocks([put_together(wanted, out, progress)])
     if after is not None:
-        export(**after)
+        after()
 
 
-def _parsed(then: str, out: Path) -> dict[str, Any]:
-    """Arguments of `legolm export`. Raises `LegolmError` for another command, before the work."""
+def _parsed(then: str, out: Path) -> Callable[[], None]:
+    """What exports the folder `out`. Raises `LegolmError` for another command and a bad one, before the work."""
     try:
         word, *words = shlex.split(then)
     except ValueError:
@@ -57,6 +58,7 @@ def _parsed(then: str, out: Path) -> dict[str, Any]:
         raise LegolmError(f"--then {then!r}: must be an export: 'export --to gguf --out FILE'")
     command = typer.Typer(add_completion=False)
     command.command()(export)
-    given = typer.main.get_command(command).make_context("compose --then export", [str(out), *words]).params
-    check_new(given["out"])
-    return given
+    made: Any = typer.main.get_command(command)
+    given = made.make_context("compose --then export", [str(out), *words]).params
+    check_new(Path(given["out"]))
+    return lambda: made.main([str(out), *words], standalone_mode=False)

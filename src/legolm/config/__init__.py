@@ -15,7 +15,7 @@ from legolm.config.registry import (
     guarded,
     load_plugins,
 )
-from legolm.config.section import Fields
+from legolm.config.section import Fields, parse_quantity
 from legolm.config.sections import (
     ClientConfig,
     DataConfig,
@@ -66,6 +66,7 @@ __all__ = [
     "load",
     "load_plugins",
     "load_study",
+    "parse_quantity",
     "read",
     "validate",
 ]

@@ -24,6 +24,8 @@ def main() -> None:
     params.verbosity, params.warmup, params.fit_params, params.ui = -1, False, False, False
     params.use_jinja, params.model_alias = True, {settings["alias"]}
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, scale) for path, scale in settings["adapters"]]
+    # What was read with one adapter is no beginning for another.
+    params.cache_prompt, params.cache_ram_mib = not settings["adapters"], 0
     try:
         server = xllamacpp.Server(params)
     except Exception as error:  # whatever it raises: the parent says it

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from legolm.errors import LegolmError, brief
 from legolm.export.probe import LIKELIEST, Answer, Limits, Reference, measure
@@ -72,33 +73,51 @@ def _write(model: Any, out: Path, name: str) -> None:
         ) from None
 
 
-def _answer(file: Path) -> Answer:
-    """onnxruntime: the first prompt is read at once, the rest token by token, with what the graph gave as its cache."""
-    import numpy as np
-    import onnxruntime
+class Session:
+    """onnxruntime with what the graph gave as its cache: a text is read bit by bit."""
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    inputs = {one.name: one.shape for one in session.get_inputs()}
-    outputs = [one.name for one in session.get_outputs()]
-    cache: dict[str, Any] = {
-        name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in inputs.items() if CACHE in name
-    }
-    known = 0
+    def __init__(self, file: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self._outputs = [one.name for one in self._session.get_outputs()]
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new text."""
+        import numpy as np
+
+        self.known = 0
+        self._cache: dict[str, Any] = {
+            one.name: np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32)
+            for one in self._session.get_inputs()
+            if CACHE in one.name
+        }
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """(vocabulary,) float32 after these ids, which come behind those before."""
+        import numpy as np
+
+        whole = self.known + len(ids)
+        given = {
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, whole), np.int64),
+            "position_ids": np.arange(self.known, whole)[None],
+        }
+        found = dict(zip(self._outputs, self._session.run(None, {**given, **self._cache}), strict=True))
+        self._cache = {name: found[name.replace("input.", "output.", 1)] for name in self._cache}
+        self.known = whole
+        return torch.from_numpy(found["logits"][0, -1])
+
+
+def _answer(file: Path) -> Answer:
+    """The first prompt is read at once, the rest token by token."""
+    session = Session(file)
 
     def answer(ids: Sequence[int], token: int) -> tuple[float, dict[int, float]]:
-        nonlocal known
-        given = {
-            "input_ids": np.array([ids[known:]]),
-            "attention_mask": np.ones((1, len(ids)), np.int64),
-            "position_ids": np.arange(known, len(ids))[None],
-        }
-        found = dict(zip(outputs, session.run(None, {**given, **cache}), strict=True))
-        for name in cache:
-            cache[name] = found[name.replace("input.", "output.", 1)]
-        known = len(ids)
-        logs = torch.from_numpy(found["logits"][0, -1]).log_softmax(-1)
+        logs = session.logits(ids[session.known :]).log_softmax(-1)
         top = logs.topk(min(LIKELIEST, len(logs))).indices.tolist()
         return float(logs[token]), {index: float(logs[index]) for index in top}
 

@@ -14,20 +14,20 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import psutil
 import torch
 
 from legolm.config import EXPORTERS
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, nearest
 from legolm.export.llama_cpp import llama_cpp
 from legolm.export.source import find_model
 from legolm.export.write import export
 from legolm.models import folder_bytes, load_config, load_model
 from legolm.system import scratch_folder
 
-Runtime = Literal["llama.cpp", "transformers"]
+Runtime = Literal["llama.cpp", "transformers", "onnxruntime"]
 ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
@@ -52,6 +52,14 @@ class Speed:
     memory: int
     bytes: int
     joules: float | None
+
+
+def checked_runtimes(names: Sequence[str]) -> list[Runtime]:
+    """Each once. Raises `LegolmError` for one that is not known."""
+    for name in names:
+        if name not in get_args(Runtime):
+            raise LegolmError(f"--runtimes: {name!r} is not known;{nearest(name, get_args(Runtime))}")
+    return list(dict.fromkeys(names))  # type: ignore[arg-type]
 
 
 class Runner:
@@ -90,8 +98,9 @@ def bench(
             raise LegolmError(
                 f"--prompt {prompt} --tokens {tokens}: {name} takes {config.max_position_embeddings} tokens in all"
             )
-    if "llama.cpp" in runtimes:
-        EXPORTERS.entry("gguf").make().need()
+    for runtime, target in (("llama.cpp", "gguf"), ("onnxruntime", "onnx")):
+        if runtime in runtimes:
+            EXPORTERS.entry(target).make().need()
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder(beside))
         runners = []
@@ -101,8 +110,11 @@ def bench(
                     file = scratch / f"{place}.gguf"
                     export(name, "gguf", file, settings={"quant": quant})
                     runners.append(stack.enter_context(in_llama_cpp(name, file, quant, prompt, tokens)))
+                elif runtime == "onnxruntime":
+                    export(name, "onnx", scratch / f"{place}")
+                    runners.append(stack.enter_context(in_process(name, runtime, scratch / f"{place}", prompt, tokens)))
                 else:
-                    runners.append(stack.enter_context(in_transformers(name, prompt, tokens)))
+                    runners.append(stack.enter_context(in_process(name, runtime, find_model(name), prompt, tokens)))
         for number in range(turns + 1):
             for runner in runners:
                 found = runner.turn()
@@ -132,35 +144,62 @@ def in_llama_cpp(name: str, file: Path, quant: str, prompt: int, tokens: int) ->
 
 
 @contextmanager
-def in_transformers(name: str, prompt: int, tokens: int) -> Iterator[Runner]:
-    """The checkpoint in float32, in a process of its own."""
-    path = find_model(name)
+def in_process(name: str, runtime: str, path: Path, prompt: int, tokens: int) -> Iterator[Runner]:
+    """A checkpoint in transformers, or what was exported for onnxruntime, in a process of its own; both in float32."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        pool.submit(_load, path, torch.get_num_threads()).result()
+        pool.submit(_load, runtime, path, torch.get_num_threads()).result()
 
         def turn() -> Turn:
             return pool.submit(_answer, prompt, tokens).result()
 
-        yield Runner(name, "transformers", folder_bytes(path), turn, lambda: pool.submit(_own_peak).result())
+        yield Runner(name, runtime, folder_bytes(path), turn, lambda: pool.submit(_own_peak).result())
 
 
-_loaded: list[Any] = []
+Step = Callable[[torch.Tensor], torch.Tensor]
+"""(ids (n,) behind those before) -> the likeliest next token (1,)."""
+_begin: list[Callable[[], Step]] = []
+"""Of the process: what begins an answer."""
 
 
-def _load(path: Path, threads: int) -> None:
+def _load(runtime: str, path: Path, threads: int) -> None:
     torch.set_num_threads(threads)
-    _loaded[:] = [load_model(path)]
+    _begin[:] = [_in_onnxruntime(path) if runtime == "onnxruntime" else _in_transformers(load_model(path))]
+
+
+def _in_transformers(model: Any) -> Callable[[], Step]:
+    def begin() -> Step:
+        cache = None
+
+        def step(ids: torch.Tensor) -> torch.Tensor:
+            nonlocal cache
+            found = model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = found.past_key_values
+            return torch.as_tensor(found.logits[0, -1:].argmax(-1))
+
+        return step
+
+    return begin
+
+
+def _in_onnxruntime(path: Path) -> Callable[[], Step]:
+    from legolm.export.onnx import Session
+
+    session = Session(path / "model.onnx")
+
+    def begin() -> Step:
+        session.forget()
+        return lambda ids: session.logits(ids.tolist()).argmax(-1)[None]
+
+    return begin
 
 
 @torch.no_grad()
 def _answer(prompt: int, tokens: int) -> Turn:
     """Greedy, with a cache: the prompt at once, then one token after the other."""
-    (model,), before = _loaded, _joules()
-    ids, cache = torch.arange(prompt)[None] % 200, None
-    began, first = time.perf_counter(), 0.0
+    step, before = _begin[0](), _joules()
+    ids, began, first = torch.arange(prompt) % 200, time.perf_counter(), 0.0
     for number in range(tokens):
-        found = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        ids, cache = found.logits[:, -1:].argmax(-1), found.past_key_values
+        ids = step(ids)
         int(ids)
         if not number:
             first = time.perf_counter() - began

@@ -201,9 +201,10 @@ def print_speeds(speeds: Sequence[Speed]) -> None:
                 energy,
             )
         )
-    columns = (">prefill, tokens/s", ">decode, tokens/s", ">first token, ms", ">peak memory", ">bytes", ">J/token")
+    columns = (">prefill/s", ">decode/s", ">first, ms", ">peak", ">bytes", ">J/token")
     shown = columns if any(one.joules is not None for one in speeds) else columns[:-1]
-    print_table(("model", "runtime", *shown), [row[: len(shown) + 2] for row in rows])
+    title = "Tokens a second, read and written; time to the first token; peak memory"
+    print_table(("model", "runtime", *shown), [row[: len(shown) + 2] for row in rows], title=title)
 
 
 def _print_scores(results: Sequence[Result], names: Mapping[str, str]) -> None:
