@@ -21,7 +21,7 @@ from legolm import pipeline
 from legolm.adapter import Tensors, adapter_keys, factor_shape, merge, save_adapter, save_factors
 from legolm.block import Block, Coverage, Manifest, read_block, write_block
 from legolm.composition import choose_method, compose, plan
-from legolm.config import Fields
+from legolm.config import RowsConfig
 from legolm.data import read_rows, render, to_example
 from legolm.errors import LegolmError
 from legolm.evaluation import score
@@ -236,7 +236,7 @@ def test_weights_by_examples_by_hand_and_by_loss(run: Path, tmp_path: Path) -> N
     losses = []
     for name in names:
         tokenizer = load_tokenizer(Path(name))
-        rows = [render(to_example(row, Fields()), tokenizer, 512) for row in read_rows(str(data), "data")]
+        rows = [render(to_example(row, RowsConfig()), tokenizer, 512) for row in read_rows(str(data), "data")]
         losses.append(score(load_model(Path(name)), rows, 8, "fp32").loss)
     scale = 2 / sum(math.exp(-loss) for loss in losses)
     assert weights(None, str(data)) == pytest.approx([scale * math.exp(-loss) for loss in losses], rel=1e-4)

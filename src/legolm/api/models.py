@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from legolm.block import Block, read_block
-from legolm.config import BlockConfig, Fields, validate
-from legolm.data import Example, read_rows, to_example, with_system
+from legolm.config import BlockConfig, RowsConfig, validate
+from legolm.data import Example, read_examples, with_system
 from legolm.errors import LegolmError
 from legolm.models import fingerprint, lasting_name, load_config, load_model, load_tokenizer, resolve, shape_of
 from legolm.prune import cut_blocks
@@ -86,16 +86,23 @@ def cut(
 def read(
     source: str | Path | Sequence[str],
     *,
-    instruction: str = "instruction",
-    answer: str = "output",
+    layout: str = "auto",
+    instruction: str | None = None,
+    input: str | None = None,
+    answer: str | None = None,
     messages: str | None = None,
+    text: str | None = None,
+    bad_rows: Literal["refuse", "skip"] = "refuse",
     system: str | None = None,
 ) -> list[Example]:
-    """Conversations from files (JSON, JSONL, CSV, Parquet; patterns), `hub:owner/name[:split]`, or a list of them.
+    """Conversations from files (JSON, JSONL, CSV, Parquet; patterns), `hub:owner/name[[:config]:split]`, or a list.
 
-    `instruction` and `answer` name a row's fields, or `messages` its list of role and content; `system` is put before
-    each conversation without a system message. Raises `LegolmError` with the place of a bad row.
+    `layout` is that of rows: alpaca, dolly, sharegpt, messages, pairs (prompt and completion as they stand) or text;
+    `auto` takes each row as its fields say. The others name its fields where they are called otherwise: `instruction`,
+    `input` beside it and `answer`, or `messages`, or `text`. `bad_rows` that are skipped are in none of it; `system` is
+    put before each conversation without a system message. Raises `LegolmError` with the places of bad rows.
     """
-    fields = Fields(instruction=instruction, answer=answer, messages=messages)
+    fields = {"instruction": instruction, "input": input, "answer": answer, "messages": messages, "text": text}
+    rows = validate(RowsConfig, {"layout": layout, "fields": fields, "bad_rows": bad_rows}, "read")
     files = str(source) if isinstance(source, Path) else source
-    return [with_system(to_example(row, fields), system) for row in read_rows(files, "read")]
+    return [with_system(example, system) for example in read_examples(files, rows, "read")]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from legolm.cli.options import Precision, check_new
+from legolm.cli.options import Answer, Input, Instruction, LayoutOption, Messages, Precision, check_new, rows_of
 from legolm.errors import LegolmError
 
 
@@ -27,6 +27,11 @@ def prune(
     calibration: Annotated[
         str, typer.Option(help="`starter-dates`, `starter`, `pydoc`, text or conversations")
     ] = "pydoc",
+    layout: LayoutOption = None,
+    instruction: Instruction = None,
+    input: Input = None,
+    answer: Answer = None,
+    messages: Messages = None,
     statistics: Annotated[list[Path] | None, typer.Option(help="instead: a file of `legolm calibrate`; repeat")] = None,
     samples: Annotated[int, typer.Option(help="calibration samples")] = 32,
     length: Annotated[int, typer.Option(help="tokens a calibration sample")] = 256,
@@ -53,6 +58,7 @@ def prune(
     if statistics and len({path.resolve() for path in statistics}) < len(statistics):
         raise LegolmError("--statistics: a file is given twice; its client would count twice")
     text = {"text": calibration, "samples": samples, "length": length, "statistics": sums}
+    text |= rows_of(layout, instruction, input, answer, messages)
     wanted = []
     chosen = _each(targets)
     for target in chosen:
@@ -66,13 +72,17 @@ def prune(
             raise LegolmError(f"legolm prune: {folder.name} is asked for twice; give each target once")
         check_new(folder)
 
+    from legolm.data import check_text
     from legolm.models import fingerprint, lasting_name, resolve
     from legolm.prune import cut_blocks
     from legolm.report import print_blocks
     from legolm.system import Progress
 
-    base = resolve(model)
-    print_blocks(cut_blocks(base, fingerprint(base), wanted, seed, precision, Progress(), lasting_name(model)))
+    base, progress = resolve(model), Progress()
+    if statistics is None:
+        for note in check_text(calibration, wanted[0][0].calibration, "--calibration"):
+            progress.note(note)
+    print_blocks(cut_blocks(base, fingerprint(base), wanted, seed, precision, progress, lasting_name(model)))
 
 
 def _each(targets: dict[str, str | None]) -> list[dict[str, str]]:

@@ -2,15 +2,19 @@
 
 from legolm.data.calibration import calibration_tokens, check_text
 from legolm.data.examples import ClientData, Example, Message
+from legolm.data.layouts import read_examples, to_example, with_system
+from legolm.data.prose import read_text, text_tokens
 from legolm.data.render import Tokens, check_whole, render, render_whole
-from legolm.data.sources import check_apart, read_rows, read_text, to_example, with_system
+from legolm.data.sources import check_apart, read_rows
 from legolm.data.split import client_data, data_fingerprint, load_parts
 from legolm.data.starter import is_starter
+from legolm.data.tokens import TokenRows, tokenize
 
 __all__ = [
     "ClientData",
     "Example",
     "Message",
+    "TokenRows",
     "Tokens",
     "calibration_tokens",
     "check_apart",
@@ -20,10 +24,13 @@ __all__ = [
     "data_fingerprint",
     "is_starter",
     "load_parts",
+    "read_examples",
     "read_rows",
     "read_text",
     "render",
     "render_whole",
+    "text_tokens",
     "to_example",
+    "tokenize",
     "with_system",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from legolm.data.examples import Example, Message
+from legolm.data.examples import Example
 from legolm.data.template import render_template, template_error
 from legolm.errors import LegolmError
 
@@ -35,14 +35,15 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 
     The prompt loses its start if it is too long, and the answer its end only if it is too long by itself.
     """
-    prompt_text, answer_text = _texts(example.messages, tokenizer)
+    prompt_text, answer_text = _texts(example, tokenizer)
     prompt = _encode(prompt_text, tokenizer)
     both = _encode(prompt_text + answer_text, tokenizer)
     # Generation starts from the prompt's own tokens, so the loss must be on what follows exactly those. If a
     # token of the whole text spans the border, the answer is tokenized by itself; else the whole text serves,
     # since some tokenizers put a space before the first word of a text.
     answer = both[len(prompt) :] if both[: len(prompt)] == prompt else _encode(answer_text, tokenizer)
-    # One token of the prompt must stay: no logit predicts the first token of a sequence.
+    # One token of the prompt must stay: no logit predicts the first token of a sequence. A text's is its own first.
+    prompt, answer = (prompt, answer) if prompt else (answer[:1], answer[1:])
     truncated = len(prompt) + len(answer) > max_length
     answer = answer[: max_length - 1]
     prompt = prompt[-(max_length - len(answer)) :]
@@ -73,14 +74,18 @@ def check_whole(examples: Sequence[Tokens], length: int, split: str, client: str
             )
 
 
-def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The prompt, and the answer with what ends the assistant's turn."""
-    content = messages[-1].content
+    messages, content = example.messages, example.messages[-1].content
+    if example.raw:
+        return "".join(message.content for message in messages[:-1]), content + _end(tokenizer)
     if tokenizer.chat_template is None:
+        if any(message.more for message in messages):
+            raise LegolmError("data: tool calls need a chat template, and the model has none; take another model")
         prompt = "".join(f"{message.content}\n" for message in messages[:-1])
         return prompt, content + _end(tokenizer)
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    marked_turns = [*turns[:-1], turns[-1] | {"content": _MARK}]
+    turns = [message.turn for message in messages]
+    marked_turns = [*turns[:-1], {"role": "assistant", "content": _MARK}]
     prompt, whole, marked = render_template(tokenizer, [(turns[:-1], True), (turns, False), (marked_turns, False)])
     before, mark, after = marked.rpartition(_MARK)
     if not mark:

@@ -15,7 +15,7 @@ from typing import Any
 from legolm.errors import LegolmError, brief
 
 PROGRAM = Path(__file__).with_name("template_process.py")
-Turn = dict[str, str]
+Turn = dict[str, Any]
 WAY_OUT = "mend chat_template.jinja (or tokenizer_config.json) there, or take another checkpoint"
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from legolm.config import Fields, Precision
-from legolm.data import Example, read_rows, read_text, render_whole, to_example
+from legolm.config import Precision, RowsConfig
+from legolm.data import Example, read_examples, read_text, render_whole, text_tokens
 from legolm.errors import LegolmError
 from legolm.evaluation.answers import score_each
 from legolm.evaluation.figure import RatioFigure, digest, ratio_figure
@@ -22,6 +21,8 @@ from legolm.evaluation.rouge import need_rouge, rouge_l
 from legolm.evaluation.tasks import TaskFigures, Tasks, load_tasks, run_tasks
 
 BATCH = 8
+LONGEST_TOKEN = 256
+"""Bytes a token of running text has at most, on average."""
 MAX_NEW_TOKENS = 128
 """For ROUGE-L: an answer that has not ended by then is scored as it is."""
 DATA, TEXT = "answers", "text"
@@ -37,6 +38,7 @@ class Questions:
 
     `limit`: only so many questions of each task and so many conversations. `rouge`: answers are also generated, for
     ROUGE-L. `length`, `windows`: tokens a window of the text, and only so many windows.
+    `notes` say how the conversations were read.
     """
 
     tasks: Tasks | None = None
@@ -46,13 +48,14 @@ class Questions:
     rouge: bool = False
     length: int = 1024
     windows: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_questions(
     tasks: Sequence[str],
     include: Path | None,
     data: str | None,
-    fields: Fields | None,
+    rows: RowsConfig | None,
     text: Path | None,
     limit: int | None = None,
     rouge: bool = False,
@@ -67,7 +70,7 @@ def read_questions(
         ("--include", include, "--tasks", tasks),
         ("--limit", limit, "--tasks or --data", tasks or data is not None),
         ("--rouge", rouge or None, "--data", data is not None),
-        ("--instruction, --answer, --messages", fields, "--data", data is not None),
+        ("--layout and names of fields", rows, "--data", data is not None),
         ("--length", length, "--text", text is not None),
         ("--windows", windows, "--text", text is not None),
     ):
@@ -77,15 +80,17 @@ def read_questions(
         raise LegolmError("nothing to evaluate on; give --tasks, --data or --text, or several")
     if rouge:
         need_rouge()
-    fields = fields or Fields()
+    said: list[str] = []
+    examples = () if data is None else tuple(read_examples(data, rows or RowsConfig(), "--data", said))
     return Questions(
         tasks=load_tasks(tasks, include, limit) if tasks else None,
-        examples=() if data is None else tuple(to_example(row, fields) for row in read_rows(data, "--data"))[:limit],
-        text=None if text is None else read_text(text, "--text"),
+        examples=examples[:limit],
+        text=None if text is None else read_text(text, "--text", _bytes(length or Questions.length, windows)),
         limit=limit,
         rouge=rouge,
         length=length or Questions.length,
         windows=windows,
+        notes=tuple(said),
     )
 
 
@@ -148,5 +153,11 @@ def _windows(most: int, tokenizer: Any, questions: Questions) -> Tensor:
     """Token ids (windows, length) of the text. Raises `LegolmError` when it, or the model, is too short for one."""
     if questions.length > most:
         raise LegolmError(f"--length {questions.length}: the model takes {most} tokens; give a smaller one")
-    tokens = torch.tensor(tokenizer.encode(questions.text, add_special_tokens=False, verbose=False))
-    return text_windows(tokens, questions.length, questions.windows)
+    wanted = None if questions.windows is None else questions.windows * questions.length
+    assert questions.text is not None
+    return text_windows(text_tokens(questions.text, tokenizer, wanted), questions.length, questions.windows)
+
+
+def _bytes(length: int, windows: int | None) -> int | None:
+    """Of a text, as many as the windows may have."""
+    return None if windows is None else LONGEST_TOKEN * length * windows

@@ -7,11 +7,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parameters, modules_of
 from legolm.aggregate import make_scheme, rehearse
 from legolm.block import Base, Block, Coverage, llm_block, read_block
-from legolm.config import SCHEMES, ClientConfig, RunConfig
-from legolm.data import ClientData, Example, check_text, check_whole, client_data, data_fingerprint, render
+from legolm.config import SCHEMES, ClientConfig, RowsConfig, RunConfig
+from legolm.data import ClientData, Example, check_text, check_whole, client_data, data_fingerprint, tokenize
 from legolm.errors import LegolmError
 from legolm.federate.server import server_examples, start_factors
 from legolm.federate.wire import encoded_bytes
@@ -71,7 +73,8 @@ class PlannedClient:
 class Plan:
     """The whole run. `memory_bytes` is the peak over all processes; `disk_bytes` what the run folder will hold.
 
-    `models_bytes` of the latter are the final models. `notes` say how far promises go (`plan.notes`).
+    `models_bytes` of the latter are the final models. `read` says how rows were read, `notes` how far promises go
+    (`plan.notes`).
     """
 
     base: Path
@@ -82,37 +85,42 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     models_bytes: int
+    read: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Every client's data, the lengths of its training examples in tokens, and the server's own data."""
+    """Every client's data, the tokens of each of its training examples, and the server's own data.
+
+    `notes` say how the rows were read: layouts, text that nothing uses, rows that were left out.
+    """
 
     data: dict[str, ClientData]
-    lengths: dict[str, list[int]]
+    lengths: dict[str, np.ndarray]
     server: list[Example]
+    notes: tuple[str, ...]
 
 
 def read_parts(config: RunConfig) -> Parts:
     """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones."""
-    path = resolve(config.model)
-    data, tokenizer, most = client_data(config), load_tokenizer(path), config.train.max_length
+    path, said = resolve(config.model), list[str]()
+    data, tokenizer, most = client_data(config, said), load_tokenizer(path), config.train.max_length
     refuse = config.train.long_examples == "refuse"
     if refuse:
         most = min(most, load_config(path).max_position_embeddings)
     lengths = {}
     for client, rows in data.items():
         for split in ("train", "validation", "test") if refuse else ("train",):
-            found = [render(row, tokenizer, most) for row in getattr(rows, split)]
+            found = tokenize(getattr(rows, split), tokenizer, most, config.train.turns if split == "train" else "last")
             if refuse:
                 check_whole(found, most, split, client)
             if split == "train":
-                lengths[client] = [len(one.ids) for one in found]
-    server = server_examples(config)
+                lengths[client] = found.lengths
+    server = server_examples(config, said)
     if refuse:
-        check_whole([render(row, tokenizer, most) for row in server], most, "evaluate.server_data", "llm")
-    return Parts(data, lengths, server)
+        check_whole(tokenize(server, tokenizer, most), most, "evaluate.server_data", "llm")
+    return Parts(data, lengths, server, tuple(said))
 
 
 def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
@@ -124,13 +132,13 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     shape, width = base.shape, base.dtype.itemsize
     choose_device(config.device)
     precision = choose_precision(config.precision, config.device)
-    check_files(config)
+    of_texts = check_files(config)
     rehearse(config.aggregate)
     modules_of(shape, config.lora.ranks, "lora.ranks")
     check_weights(path)
     parts = parts or read_parts(config)
     lengths = parts.lengths
-    longest = max(max(found) for found in lengths.values())
+    longest = max(int(found.max()) for found in lengths.values())
 
     coverages: dict[str, Coverage] = {}
     blocks, masked = [], dict[str, float]()
@@ -168,7 +176,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     trains = {one.id: check_layers(one, config, coverages[block_of[one.id]]) for one in config.clients}
     for client in config.clients:
         block = block_of[client.id]
-        mean_length = sum(lengths[client.id]) / len(lengths[client.id])
+        mean_length = float(lengths[client.id].mean())
         tokens = round(config.train.steps * config.train.batch_size * mean_length)
         rank, takes_part = client.rank or config.lora.rank, not config.federation.capable or block in dense
         most = 0, 0  # of the rounds, where their blocks differ
@@ -201,7 +209,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
     members = [(trains[one.id], one.rank or config.lora.rank) for one in taking]
     said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking})
-    return Plan(path, tuple(blocks), tuple(clients), found, actors, memory, disk, models, said)
+    return Plan(path, tuple(blocks), tuple(clients), found, actors, memory, disk, models, parts.notes + of_texts, said)
 
 
 def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
@@ -217,12 +225,13 @@ def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
     return found
 
 
-def check_files(config: RunConfig) -> None:
-    """Raise `LegolmError` when a file or folder that the run will need is not there."""
-    read = set()  # most blocks see one text
+def check_files(config: RunConfig) -> tuple[str, ...]:
+    """What there is to say of calibration rows. Raises `LegolmError` when a file that the run needs is not there."""
+    read, said = set(), list[str]()  # most blocks see one text
     for spec in config.cuts:
         if spec.method not in ("dense", "given"):
-            where, fields = f"block {spec.name}: ", spec.calibration.fields
+            where = f"block {spec.name}: "
+            rows = RowsConfig(**{name: getattr(spec.calibration, name) for name in RowsConfig.model_fields})
             texts = []
             for file in spec.calibration.statistics or ():
                 if not Path(file).is_file():
@@ -233,12 +242,13 @@ def check_files(config: RunConfig) -> None:
             if spec.recover.text and spec.recover.most_steps:
                 texts.append((spec.recover.text, "recover.text"))
             for text, field in texts:
-                if (text, fields) not in read:
-                    check_text(text, fields, f"{where}{field}")
-                    read.add((text, fields))
+                if (text, rows) not in read:
+                    said += check_text(text, rows, f"{where}{field}")
+                    read.add((text, rows))
     for field, folder in (("lora.start", config.lora.start), ("aggregate.start", config.aggregate.start)):
         if folder and not Path(folder).is_dir():
             raise LegolmError(f"{field}: no folder {folder}")
+    return tuple(said)
 
 
 def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collection[str]) -> None:

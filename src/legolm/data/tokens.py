@@ -1,0 +1,98 @@
+"""Tokens of many examples, kept flat: ten million of them are 20 MB, not objects."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, overload
+
+import numpy as np
+
+from legolm.data.examples import Example
+from legolm.data.render import Tokens, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WHOLE = 1 << 40
+"""More tokens than a text has."""
+
+
+class TokenRows(Sequence[Tokens]):
+    """`ids` (tokens,) of all examples, uint16 where the vocabulary allows; of each example where its ids end, where its
+    answer begins in them, and whether it was cut: `ends`, `answers` int64, `truncated` bool, (n,).
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self._ids, self._ends, self._answers = array("H" if vocabulary <= 1 << 16 else "I"), array("q"), array("q")
+        self._truncated = bytearray()
+
+    def add(self, tokens: Tokens) -> None:
+        """Put it last."""
+        self._ids.extend(tokens.ids)
+        self._ends.append(len(self._ids))
+        self._answers.append(tokens.answer)
+        self._truncated.append(tokens.truncated)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all examples."""
+        return len(self._ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, (n,) int64."""
+        return np.diff(np.array(self._ends, dtype=np.int64), prepend=0)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Tokens: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tokens]: ...
+    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
+        if isinstance(index, slice):
+            return [self._get(place) for place in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._get(index % len(self))
+
+    def __iter__(self) -> Iterator[Tokens]:
+        return map(self._get, range(len(self)))
+
+    def _get(self, place: int) -> Tokens:
+        start = self._ends[place - 1] if place else 0
+        ids = tuple(self._ids[start : self._ends[place]])
+        return Tokens(ids, self._answers[place], bool(self._truncated[place]))
+
+
+def tokenize(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    turns: Literal["last", "all"] = "last",
+) -> TokenRows:
+    """At most `max_length` tokens of each example; a text is cut into as many examples as it takes.
+
+    With `turns` all, each of the assistant's turns is an example of its own, with what stands before it as the prompt:
+    as the template writes it when that turn is asked for.
+    """
+    found = TokenRows(len(tokenizer))
+    for example in examples:
+        if example.raw and len(example.messages) == 1:
+            for piece in _pieces(render(example, tokenizer, WHOLE), max_length):
+                found.add(piece)
+        else:
+            for one in example.turns if turns == "all" else (example,):
+                found.add(render(one, tokenizer, max_length))
+    return found
+
+
+def _pieces(whole: Tokens, length: int) -> Iterator[Tokens]:
+    """A text in sequences of at most `length` tokens, each of which begins as the text does or where the last ended.
+
+    So every token but the first is learned once, with what stands before it in its sequence.
+    """
+    for start in range(0, len(whole.ids) - 1, length - 1):
+        yield Tokens(whole.ids[start : start + length], 1)
