@@ -40,8 +40,8 @@ class Split(Section):
 
 
 class DataConfig(RowsConfig):
-    """Examples: a built-in set (`starter-dates`, `starter`), files (JSON, JSONL, CSV, Parquet; globs allowed) or
-    a hub data set (`hub:owner/name`, `:split` or `:config:split` behind it).
+    """Examples: a built-in set (`starter`, `starter-dates`, `starter-languages`), files (JSON, JSONL, CSV, Parquet;
+    globs allowed) or a hub data set (`hub:owner/name`, `:split` or `:config:split` behind it).
 
     `validation` and `test` are paths like `train`, or a share of each client's training rows to hold out.
     """
@@ -165,6 +165,9 @@ class EvaluateConfig(Section):
     """
 
     batch_size: int = Field(16, ge=1)
+    every: int = Field(
+        1, ge=1, description="rounds from one scoring to the next; those between have no scores. The last is scored"
+    )
     local_only: bool = Field(True, description="also train each client alone for as many steps in all")
     scores: Literal["everyone", "own"] = "everyone"
     others: int | None = Field(

@@ -160,6 +160,8 @@ def _curve(summary: Summary, rounds: Sequence[RoundRecord], local: Sequence[Clie
     for record, entry in zip(rounds, summary.history, strict=True):
         tokens += sum(one.tokens for one in record.train.values())
         sent += sum(one.up + one.down for one in record.bytes.values())
+        if not entry.scored:
+            continue
         blocks = fmean(on_all_data(one.own, one.others, count) for one in entry.clients.values())
         llm = None if entry.llm is None else entry.llm.loss
         found.append(Point(round=entry.round, tokens=tokens, bytes=sent, llm=llm, blocks=blocks))

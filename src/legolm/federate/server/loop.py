@@ -27,6 +27,7 @@ from legolm.federate.server.replay import replay, updates
 from legolm.federate.server.scoring import Scoring, by_client
 from legolm.federate.transport import Exchange
 from legolm.runs import (
+    UNSCORED,
     UPDATES,
     ClientRecord,
     Clock,
@@ -210,7 +211,8 @@ class Rounds:
             self._check_enough(number, drawn, accepted, refused)
             shares = weighing.finish()
             self._check_global(number, scheme, accepted)
-            scored = self.score_global(scheme, exchange, f"round {number}: evaluate")
+            due = number % self._config.evaluate.every == 0 or number == self._stages.rounds
+            scored = self.score_global(scheme, exchange, f"round {number}: evaluate") if due else UNSCORED
             record = RoundRecord(
                 round=number,
                 accepted=accepted,
@@ -226,6 +228,8 @@ class Rounds:
             self._stages.fill(folder, path, scheme.state(), record)
         self._stages.write_lines()
         self._latest = number, scheme
+        if record.validation is None:
+            return
         llm = "" if record.llm_validation is None else f"LLM {record.llm_validation:.3f}, "
         self._progress.say(f"round {number}: loss on validation data: {llm}blocks {record.validation:.3f}")
 
