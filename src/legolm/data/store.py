@@ -50,7 +50,7 @@ class Store:
 
     def get(self, place: int) -> Example:
         """The example of this place."""
-        turns, raw = json.loads(self.content(place))
+        turns, raw = json.loads(self.content(place).decode())
         return Example(tuple(Message(*turn) for turn in turns), raw)
 
 

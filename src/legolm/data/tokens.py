@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 
 from legolm.data.examples import Example
-from legolm.data.render import Tokens, render
+from legolm.data.render import Tokens, render_many
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WHOLE = 1 << 40
 """More tokens than a text has."""
+AT_ONCE = 64
+"""Examples rendered at once."""
 
 
 class TokenRows(Sequence[Tokens]):
@@ -79,13 +82,12 @@ def tokenize(
     as the template writes it when that turn is asked for.
     """
     found = TokenRows(len(tokenizer))
-    for example in examples:
-        if example.raw and len(example.messages) == 1:
-            for piece in _pieces(render(example, tokenizer, WHOLE), max_length):
-                found.add(piece)
-        else:
-            for one in example.turns if turns == "all" else (example,):
-                found.add(render(one, tokenizer, max_length))
+    answers = (one for example in examples for one in (example.turns if turns == "all" else (example,)))
+    for is_text, alike in groupby(answers, key=lambda one: one.raw and len(one.messages) == 1):
+        while some := list(islice(alike, AT_ONCE)):
+            for tokens in render_many(some, tokenizer, WHOLE if is_text else max_length):
+                for one in _pieces(tokens, max_length) if is_text else (tokens,):
+                    found.add(one)
     return found
 
 
