@@ -37,7 +37,7 @@ SIGNATURES = {
     "ablate": "(run, out=None, *, questions=None)",
     "compare": "(study, out, *, changes=(), models=True, seeds=1)",
     "compose": "(sources, into, out, *, base=None, method='heteagg', form=None, scaling=None, density=None, "
-    "weights=None, validate=None)",
+    "weights=None, validate=None, rows=None)",
     "criterion": "(name, needs)",
     "cut": "(llm, out, *, method='structured', recover=0, calibration='pydoc', samples=32, length=256, seed=0, "
     "precision='fp32', **target)",

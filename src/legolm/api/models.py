@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,7 +50,7 @@ def cut(
     *,
     method: str = "structured",
     recover: int = 0,
-    calibration: str = "pydoc",
+    calibration: str | Mapping[str, Any] = "pydoc",
     samples: int = 32,
     length: int = 256,
     seed: int = 0,
@@ -62,13 +62,15 @@ def cut(
     `target` is one of `sparsity` (removed share of the decoder's linear weights), `pattern` ("2:4"), `params` ("70M"),
     `memory` ("150MB"), `speedup` (1.7), or a shape (`intermediate_size`, `num_key_value_heads`, `num_hidden_layers`; of
     a window `layers` by name, and `offset`); and the criterion's own settings. `calibration` is `starter-dates`,
-    `starter`, `pydoc`, a text file or a file of conversations, of which `samples` of `length` tokens are read.
+    `starter`, `pydoc`, a text file or a file of conversations, of which `samples` of `length` tokens are read; or a
+    config's section, {"text": file, "layout": "dolly"}.
 
     A block that is there and was cut by the same recipe is given as it is, so that a script can run again. Raises
     `LegolmError` for another one, and for a target that cannot be met.
     """
     folder = Path(out)
-    text = {"text": calibration, "samples": samples, "length": length}
+    named = dict(calibration) if isinstance(calibration, Mapping) else {"text": calibration}
+    text = {"samples": samples, "length": length} | named
     raw = {"name": folder.name, "method": method, "calibration": text, "recover": {"steps": recover}} | target
     spec = validate(BlockConfig, raw, "cut")
     if folder.exists():

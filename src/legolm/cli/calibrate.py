@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from legolm.cli.options import Answer, Input, Instruction, LayoutOption, Messages, Precision, check_new, rows_of
+from legolm.cli.options import (
+    Answer,
+    BadRows,
+    Input,
+    Instruction,
+    LayoutOption,
+    Messages,
+    Precision,
+    check_new,
+    rows_of,
+)
 
 
 def calibrate(
@@ -25,12 +35,13 @@ def calibrate(
     input: Input = None,
     answer: Answer = None,
     messages: Messages = None,
+    bad_rows: BadRows = None,
     precision: Precision = "fp32",
 ) -> None:
     """Private calibration: write sums of activation statistics, which `legolm prune --statistics` adds up."""
     from legolm.config import CalibrationConfig, validate
 
-    rows = rows_of(layout, instruction, input, answer, messages)
+    rows = rows_of(layout, instruction, input, answer, messages, bad_rows)
     given = {"text": text, "samples": samples, "length": length} | rows
     settings = validate(CalibrationConfig, given, "legolm calibrate")
     check_new(out)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from legolm.cli.options import Answer, Input, Instruction, LayoutOption, Messages, check_new, rows_of
+from legolm.cli.options import Answer, BadRows, Input, Instruction, LayoutOption, Messages, check_new, rows_of
 from legolm.errors import LegolmError
 
 
@@ -27,12 +27,13 @@ def compose(
     input: Input = None,
     answer: Answer = None,
     messages: Messages = None,
+    bad_rows: BadRows = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is held and covered, and stop")] = False,
 ) -> None:
     """Combine what separately trained blocks learned into one block, or into the LLM."""
     check_new(out)
 
-    given = rows_of(layout, instruction, input, answer, messages)
+    given = rows_of(layout, instruction, input, answer, messages, bad_rows)
     if given and validate is None:
         raise LegolmError("--layout and names of fields: only with --validate; give that too, or leave them out")
 

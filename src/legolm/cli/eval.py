@@ -9,6 +9,7 @@ import typer
 
 from legolm.cli.options import (
     Answer,
+    BadRows,
     Input,
     Instruction,
     LayoutOption,
@@ -35,6 +36,7 @@ def evaluate(
     input: Input = None,
     answer: Answer = None,
     messages: Messages = None,
+    bad_rows: BadRows = None,
     length: Annotated[int | None, typer.Option(min=2, help="tokens a perplexity window, 1024")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="at most this many windows")] = None,
     precision: Precision = "fp32",
@@ -49,7 +51,7 @@ def evaluate(
     from legolm.report import print_evaluation
     from legolm.system import Progress
 
-    given = rows_of(layout, instruction, input, answer, messages)
+    given = rows_of(layout, instruction, input, answer, messages, bad_rows)
     rows = validate(RowsConfig, given, "legolm eval") if given else None
     questions = read_questions(task_names(tasks), include, data, rows, text, limit, rouge, length, windows)
     for note in questions.notes:

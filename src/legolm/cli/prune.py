@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from legolm.cli.options import Answer, Input, Instruction, LayoutOption, Messages, Precision, check_new, rows_of
+from legolm.cli.options import (
+    Answer,
+    BadRows,
+    Input,
+    Instruction,
+    LayoutOption,
+    Messages,
+    Precision,
+    check_new,
+    rows_of,
+)
 from legolm.errors import LegolmError
 
 
@@ -32,6 +42,7 @@ def prune(
     input: Input = None,
     answer: Answer = None,
     messages: Messages = None,
+    bad_rows: BadRows = None,
     statistics: Annotated[list[Path] | None, typer.Option(help="instead: a file of `legolm calibrate`; repeat")] = None,
     samples: Annotated[int, typer.Option(help="calibration samples")] = 32,
     length: Annotated[int, typer.Option(help="tokens a calibration sample")] = 256,
@@ -58,7 +69,7 @@ def prune(
     if statistics and len({path.resolve() for path in statistics}) < len(statistics):
         raise LegolmError("--statistics: a file is given twice; its client would count twice")
     text = {"text": calibration, "samples": samples, "length": length, "statistics": sums}
-    text |= rows_of(layout, instruction, input, answer, messages)
+    text |= rows_of(layout, instruction, input, answer, messages, bad_rows)
     wanted = []
     chosen = _each(targets)
     for target in chosen:

@@ -113,7 +113,7 @@ def _templated(chats: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenize
             raise
         # One may do what it likes with the time and memory of one: it is found there.
         return [_templated([messages], tokenizer)[0] for messages in chats]
-    return [_parted(*texts[place : place + 3], tokenizer) for place in range(0, len(texts), 3)]
+    return [_parted(*three, tokenizer) for three in zip(texts[::3], texts[1::3], texts[2::3], strict=True)]
 
 
 def _parted(prompt: str, whole: str, marked: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 
 from legolm.data.examples import Example, Message
+from legolm.errors import LegolmError
 
 IN_MEMORY = 1 << 26
 """Bytes of a store that stay in memory; what is more goes into a file without a name, which ends with the process."""
@@ -35,10 +36,18 @@ class Store:
         self._tail += json.dumps([turns, example.raw], ensure_ascii=False).encode()
         self._ends.append(self._stored + len(self._tail))
         if len(self._tail) > IN_MEMORY:
-            self._file = self._file or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as the store)
+            self._to_file()
+
+    def _to_file(self) -> None:
+        try:
+            self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the store)
             self._file.write(self._tail)
-            self._stored += len(self._tail)
-            self._tail = bytearray()
+            self._file.flush()
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise LegolmError(f"data: no room for the rows in {where} ({error.strerror}); set TMPDIR") from None
+        self._stored += len(self._tail)
+        self._tail = bytearray()
 
     def content(self, place: int) -> bytes:
         """What stands for the example of this place; equal for equal ones."""

@@ -22,17 +22,21 @@ AT_ONCE = 64
 
 
 class TokenRows(Sequence[Tokens]):
-    """`ids` (tokens,) of all examples, uint16 where the vocabulary allows; of each example where its ids end, where its
-    answer begins in them, and whether it was cut: `ends`, `answers` int64, `truncated` bool, (n,).
+    """The ids of all examples, two bytes each while none needs more, else four; of each where they end, where its
+    answer begins in them, and whether it was cut.
     """
 
-    def __init__(self, vocabulary: int) -> None:
-        self._ids, self._ends, self._answers = array("H" if vocabulary <= 1 << 16 else "I"), array("q"), array("q")
+    def __init__(self) -> None:
+        self._ids, self._ends, self._answers = array("H"), array("q"), array("q")
         self._truncated = bytearray()
 
     def add(self, tokens: Tokens) -> None:
         """Put it last."""
-        self._ids.extend(tokens.ids)
+        try:
+            self._ids.extend(tokens.ids)
+        except OverflowError:
+            self._ids = array("I", self._ids[: self._ends[-1] if self._ends else 0])
+            self._ids.extend(tokens.ids)
         self._ends.append(len(self._ids))
         self._answers.append(tokens.answer)
         self._truncated.append(tokens.truncated)
@@ -81,7 +85,7 @@ def tokenize(
     With `turns` all, each of the assistant's turns is an example of its own, with what stands before it as the prompt:
     as the template writes it when that turn is asked for.
     """
-    found = TokenRows(len(tokenizer))
+    found = TokenRows()
     answers = (one for example in examples for one in (example.turns if turns == "all" else (example,)))
     for is_text, alike in groupby(answers, key=lambda one: one.raw and len(one.messages) == 1):
         while some := list(islice(alike, AT_ONCE)):
