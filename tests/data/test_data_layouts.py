@@ -280,12 +280,17 @@ class TestParts:
 
     def test_one_test_set_is_everyones(self, tmp_path: Path) -> None:
         for client in ("north", "south"):
-            write(tmp_path / "train" / f"{client}.jsonl", self.ROWS)
-        test = write(tmp_path / "all.jsonl", ({"instruction": "?", "output": str(n)} for n in range(5)))
+            write(tmp_path / "train" / f"{client}.jsonl", [row | {"why": "y"} for row in self.ROWS])
+        test = write(tmp_path / "all.jsonl", ({"instruction": "?", "output": str(n), "why": "x"} for n in range(5)))
         notes: list[str] = []
         parts = load_parts(DataConfig(train=f"{tmp_path}/train/*.jsonl", test=test), ["north", "south"], 0, notes)
         assert [sorted(one.wanted for one in data.test) for data in parts.values()] == [list("01234")] * 2
-        assert "data.test: no part has a client's name, so that all clients share it." in notes
+        assert notes == [
+            "data.train: alpaca: 24 of 24 rows.",
+            "data.test: no part has a client's name, so that all clients share it.",
+            "data.test: alpaca: 5 of 5 rows.",
+            "data: nothing uses the text in field `why` (29 rows).",
+        ]
 
 
 def test_a_reading_says_what_a_system_message_cannot_be_put_before(tmp_path: Path) -> None:

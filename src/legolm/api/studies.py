@@ -56,7 +56,8 @@ def compose(
 
     `sources` are folders of a run's final/ or "BLOCK:ADAPTER"; `into` is `llm`, `union`, sizes
     ("layers=30,kv_groups=3,neurons=1536") or a block. `weights` are one a source, or `validate` a file of answers to
-    weigh them by, read as `rows` says ({"layout": "dolly"}; a config's `data`). Raises `LegolmError` for what does not fit.
+    weigh them by, read as `rows` says ({"layout": "dolly"}, as a config's `data`). Raises `LegolmError` for what
+    does not fit.
     """
     folder, progress = Path(out), Progress()
     check_room(folder)

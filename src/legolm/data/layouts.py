@@ -62,9 +62,9 @@ def layout_of(row: Row, config: RowsConfig) -> Found:
             return _by_turns(found, row, config)
     nearest = max(tries, key=lambda one: sum(name in row.values for name in one.columns.values()))
     if config.layout == "auto" and not config.fields.given and not set(nearest.columns.values()) & row.values.keys():
-        there = brief(", ".join(map(str, row.values)))
+        known = brief(", ".join(map(str, row.values)))
         raise BadRow(
-            row.place, f"fields {there} are of no known layout", "name them (`fields`, or --instruction and --answer)"
+            row.place, f"fields {known} are of no known layout", "name them (`fields`, or --instruction and --answer)"
         )
     missing = next(name for role, name in nearest.columns.items() if role != MAY_LACK and name not in row.values)
     _ = row[missing]
@@ -91,7 +91,7 @@ class Reading:
         self._config, self._field, self._label, self._system = config, field, label, system
         self._layouts: Counter[str] = Counter()
         self._inputs: Counter[str] = Counter()
-        self._unused: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
         self._bad: list[BadRow] = []
         self._skipped = self._rows = 0
 
@@ -118,17 +118,13 @@ class Reading:
 
     @property
     def notes(self) -> list[str]:
-        """The layouts that were taken, text that nothing uses, and rows that were skipped: a sentence each."""
+        """The layouts that were taken, and rows that were skipped: a sentence each."""
         taken = "; ".join(
             f"{name}: {count:,} of {self._rows:,} rows"
             + (f", {self._inputs[name]:,} with {COLUMNS[name][MAY_LACK][0]}" if self._inputs[name] else "")
             for name, count in self._layouts.items()
         )
         said = [f"{self._field}: {taken}."] if taken else []
-        said += [
-            f"{self._field}: nothing uses the text in field `{name}` ({count:,} rows)."
-            for name, count in self._unused.items()
-        ]
         raw = self._layouts["pairs"] + self._layouts["text"]
         if raw and self._system:
             said.append(f"{self._field}: data.system is for chats only; {raw:,} rows are trained on as they stand.")
@@ -142,7 +138,7 @@ class Reading:
         self._inputs[found.layout] += bool(_context(row, found))
         for name, value in row.values.items():
             if name not in used and name != self._label and _holds_text(value):
-                self._unused[name] += 1
+                self.unused[name] += 1
 
     def _named(self) -> str:
         more = self._skipped - len(self._bad)
@@ -170,7 +166,12 @@ def read_examples(
     for _, example in reading.examples(source):
         yield example
     if notes is not None:
-        notes += reading.notes
+        notes += [*reading.notes, *unread(field, reading.unused)]
+
+
+def unread(field: str, unused: Mapping[str, int]) -> list[str]:
+    """A sentence for each field of rows that holds text which nothing uses."""
+    return [f"{field}: nothing uses the text in field `{name}` ({count:,} rows)." for name, count in unused.items()]
 
 
 def _candidates(config: RowsConfig) -> list[str]:

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import random
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from legolm.config import DataConfig, RunConfig, SiteConfig
 from legolm.data.examples import ClientData, Example
-from legolm.data.layouts import Reading, with_system
+from legolm.data.layouts import Reading, unread, with_system
 from legolm.data.sources import check_apart, names_of, parts_of
 from legolm.data.starter import SplitName, is_starter, starter_parts
 from legolm.data.store import Examples, Store
@@ -51,9 +52,9 @@ def load_parts(
     for split in ("validation", "test"):
         if not isinstance(other := sources[split], float):
             check_apart(config.train, other, f"data.{split}")
-    store, names, said = Store(), list(dict.fromkeys(clients)), list[str]()
+    store, names, said, unused = Store(), list(dict.fromkeys(clients)), list[str](), Counter[str]()
     groups = {
-        split: _group(source, split, config, names, store, said)
+        split: _group(source, split, config, names, store, said, unused)
         for split, source in sources.items()
         if not isinstance(source, float)
     }
@@ -61,7 +62,7 @@ def load_parts(
         groups = _deal(groups, names, config, seed)
     _check_known(clients, groups["train"])
     if notes is not None:
-        notes += said
+        notes += [*said, *unread("data", unused)]
     return {client: _finish(_hold_out(client, groups, config, seed, store), config) for client in clients}
 
 
@@ -79,7 +80,13 @@ def data_fingerprint(data: Mapping[str, ClientData], server: Sequence[Example] =
 
 
 def _group(
-    source: str | list[str], split: SplitName, config: DataConfig, clients: Sequence[str], store: Store, said: list[str]
+    source: str | list[str],
+    split: SplitName,
+    config: DataConfig,
+    clients: Sequence[str],
+    store: Store,
+    said: list[str],
+    unused: Counter[str],
 ) -> Groups:
     field, by = f"data.{split}", config.split.by
     labels = _by_place(source, split, config, clients, said) if by in ("file", "folder") else {}
@@ -93,6 +100,7 @@ def _group(
     if not groups:
         raise LegolmError(f"{field}: {source!r} has no rows; name files with examples")
     said += reading.notes
+    unused += reading.unused
     found = {label: np.frombuffer(places, dtype=np.int64) for label, places in groups.items()}
     return dict.fromkeys(clients, found[""]) if by in ("file", "folder") and "" in found else found
 
