@@ -51,24 +51,22 @@ class Found:
 
 
 def layout_of(row: Row, config: RowsConfig) -> Found:
-    """The config's layout, or that which the row's fields are of. Raises `BadRow` where a field is missing."""
+    """The config's layout, or that which the row's fields are of; the nearest, where one is missing.
+
+    Raises `BadRow` where there is nothing of any.
+    """
+    tries = [_columns(name, config, row.values) for name in _candidates(config)]
     # Rows of several layouts may have the fields of all of them, and those of the others are null.
-    filled = {name: value for name, value in row.values.items() if value is not None}
-    tries = [found for found in (_columns(name, config, row.values) for name in _candidates(config)) if found]
-    for there in (filled, row.values):
+    for there in ({name for name, value in row.values.items() if value is not None}, row.values.keys()):
         whole = [one for one in tries if all(name in there for role, name in one.columns.items() if role != MAY_LACK)]
-        if whole:
-            found = max(whole, key=lambda one: sum(name in there for name in one.columns.values()))
-            return _by_turns(found, row, config)
-    nearest = max(tries, key=lambda one: sum(name in row.values for name in one.columns.values()))
-    if config.layout == "auto" and not config.fields.given and not set(nearest.columns.values()) & row.values.keys():
-        known = brief(", ".join(map(str, row.values)))
-        raise BadRow(
-            row.place, f"fields {known} are of no known layout", "name them (`fields`, or --instruction and --answer)"
-        )
-    missing = next(name for role, name in nearest.columns.items() if role != MAY_LACK and name not in row.values)
-    _ = row[missing]
-    raise AssertionError
+        alike = [one for one in whole if one.columns.keys() == whole[0].columns.keys()]
+        if alike:
+            return _by_turns(max(alike, key=lambda one: len(there & set(one.columns.values()))), row, config)
+    nearest = max(tries, key=lambda one: len(row.values.keys() & set(one.columns.values())))
+    if config.layout == "auto" and not config.fields.given and not row.values.keys() & set(nearest.columns.values()):
+        known, way_out = brief(", ".join(map(str, row.values))), "name them (`fields`, or --instruction and --answer)"
+        raise BadRow(row.place, f"fields {known} are of no known layout", way_out)
+    return nearest
 
 
 def to_example(row: Row, config: RowsConfig) -> Example:
