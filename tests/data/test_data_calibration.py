@@ -45,6 +45,19 @@ def test_file_windows_do_not_overlap_and_cover_the_text(tokenizer: PreTrainedTok
     assert sorted(tokenizer.decode(sample) for sample in tokens) == ["a" * 8, "b" * 8, "c" * 8]
 
 
+def test_every_window_begins_with_bos_once(bos_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("aaaaaaabbbbbbbcccccccddd", encoding="utf-8")
+    tokens = calibration_tokens(CalibrationConfig(text=str(path), samples=3, length=8), bos_tokenizer, seed=0)
+    found = sorted(bos_tokenizer.decode(sample) for sample in tokens)
+    assert found == ["<|im_start|>" + sign * 7 for sign in "abc"]
+    path = tmp_path / "talks.jsonl"
+    path.write_text('{"instruction": "a", "output": "bcdef"}\n' * 9, encoding="utf-8")
+    tokens = calibration_tokens(CalibrationConfig(text=str(path), samples=6, length=9), bos_tokenizer, seed=0)
+    # A conversation is BOS, a, line break, bcdef, end: 9 tokens, so that each window is one.
+    assert {bos_tokenizer.decode(sample) for sample in tokens} == {"<|im_start|>a\nbcdef<|im_end|>"}
+
+
 def test_conversations_of_a_task_are_rendered(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
     path.write_text("".join(f'{{"question": "Say {i}", "answer": "yes {i}"}}\n' for i in range(20)), encoding="utf-8")

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from legolm.composition.methods import Method, Part
 from legolm.composition.sources import Source, given_weights, read_sources, weights_by_examples, weights_by_loss
 from legolm.composition.target import covered_weights, held, masked_like, parse_sizes, shaped, target_block
 from legolm.config import RowsConfig
+from legolm.data import DATE, prompt_look
 from legolm.errors import LegolmError
 from legolm.models import (
     CheckpointWriter,
@@ -110,6 +112,7 @@ def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
     """
     coverage, base = wanted.coverage, wanted.base
     model, tokenizer = LayeredModel(base.path), load_tokenizer(base.path)
+    _take_template(tokenizer, wanted.sources, progress)
     dense = replace(coverage, masks={}).kept_weights
     check_room(out, (base.parameters if wanted.whole else base.parameters_of(dense)) * base.dtype.itemsize)
     with atomic_folder(out) as folder:
@@ -145,6 +148,23 @@ def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
         )
         write_block(manifest, coverage, folder)
     return read_block(out)
+
+
+def _take_template(tokenizer: Any, sources: Sequence[Source], progress: Progress) -> None:
+    """Prompts look as the sources were trained on; as the first was, where they differ, which is said."""
+    # What composing needs of a source is no checkpoint.
+    whole = [source for source in sources if (source.block.path / "tokenizer_config.json").is_file()]
+    looks = [prompt_look(load_tokenizer(source.block.path)) for source in whole]
+    if not looks:
+        return
+    tokenizer.chat_template = looks[0][0]
+    tokenizer.init_kwargs |= {DATE: looks[0][1]} if looks[0][1] else {}
+    other = next((source.name for source, look in zip(whole, looks, strict=True) if look != looks[0]), None)
+    if other is not None:
+        progress.note(
+            f"{other} was trained with another chat template or date than {whole[0].name}, whose goes with the "
+            "composed model"
+        )
 
 
 def _layer(wanted: Composition, layer: int, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import date as Day
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -51,6 +52,10 @@ class DataConfig(RowsConfig):
     test: str | list[str] | Share = 0.2
     split: Split = Split()
     system: str | None = Field(None, description="system message put before each conversation without one")
+    template: LocalPath = Field(
+        "model", description="chat template: the model's own, `alpaca`, `chatml`, or a file in Jinja"
+    )
+    date: Day = Field(Day(2024, 7, 26), description="the day that a template which writes today's writes")
     limit_train: int | None = Field(None, ge=1, description="keep at most this many training examples a client")
     limit_validation: int | None = Field(None, ge=1)
     limit_test: int | None = Field(None, ge=1)

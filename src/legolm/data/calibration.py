@@ -16,6 +16,7 @@ from legolm.data.examples import Example
 from legolm.data.layouts import read_examples
 from legolm.data.prose import PIECE, check_prose, read_prose, text_tokens
 from legolm.data.render import render
+from legolm.data.sequence import begin, windows
 from legolm.data.sources import is_rows, paths_of
 from legolm.data.starter import is_starter, public_starter_text
 from legolm.data.store import Examples
@@ -33,6 +34,7 @@ def calibration_tokens(
 ) -> Tensor:
     """Windows of the text that do not overlap, drawn by `seed`: (samples, length) int64; or, if `fewer`, as are there.
 
+    Each begins as the tokenizer begins a text.
     Conversations are rendered with the chat template and packed together; a starter set alternates between
     some and the prose of Python's help topics. Raises `LegolmError` if the text is missing or too short.
     """
@@ -48,7 +50,7 @@ def calibration_tokens(
         paths = paths_of(config.text, "calibration.text")
         text = read_prose(paths, "calibration.text", max(PIECE, LONG * needed), seed)
         streams = [text_tokens(text, tokenizer)]
-    pools = [_windows(stream, config.length, seed) for stream in streams]
+    pools = [_shuffled(windows(stream.numpy(), config.length, begin(tokenizer)), seed) for stream in streams]
     available = min(len(pool) * len(pools) + place for place, pool in enumerate(pools))
     if available < (1 if fewer else config.samples):
         raise LegolmError(
@@ -73,11 +75,8 @@ def check_text(text: str, rows: RowsConfig, field: str) -> list[str]:
     return said
 
 
-def _windows(stream: Tensor, length: int, seed: int) -> Tensor:
-    """All windows that fit side by side, shuffled: (windows, length)."""
-    count = len(stream) // length
-    order = random.Random(f"{seed} windows").sample(range(count), count)
-    return stream[: count * length].view(count, length)[order]
+def _shuffled(found: Tensor, seed: int) -> Tensor:
+    return found[random.Random(f"{seed} windows").sample(range(len(found)), len(found))]
 
 
 def _conversations(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from legolm.data.files import NOT_UTF8, check_file
+from legolm.data.sequence import encode
 from legolm.errors import LegolmError
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase, most: int | None 
     while at < len(text) and (most is None or len(found) < most):
         border = _BORDER.search(text, at + PIECE, at + 2 * PIECE)
         end = border.end() if border else at + PIECE if len(text) > at + 2 * PIECE else len(text)
-        # verbose=False: a text longer than the model's context is no mistake here.
-        found.extend(tokenizer.encode(text[at:end], add_special_tokens=False, verbose=False))
+        found.extend(encode(text[at:end], tokenizer))
         at = end
     return torch.from_numpy(np.array(found[:most], dtype=np.int64))
 

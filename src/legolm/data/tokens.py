@@ -11,6 +11,8 @@ import numpy as np
 
 from legolm.data.examples import Example
 from legolm.data.render import Tokens, render_many
+from legolm.data.sequence import begin
+from legolm.errors import LegolmError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,12 +25,12 @@ AT_ONCE = 64
 
 class TokenRows(Sequence[Tokens]):
     """The ids of all examples, two bytes each while none needs more, else four; of each where they end, where its
-    answer begins in them, and whether it was cut.
+    answer begins in them, and whether it was cut, or its chat template would change it.
     """
 
     def __init__(self) -> None:
         self._ids, self._ends, self._answers = array("H"), array("q"), array("q")
-        self._truncated = bytearray()
+        self._truncated, self._rewritten = bytearray(), bytearray()
 
     def add(self, tokens: Tokens) -> None:
         """Put it last."""
@@ -40,11 +42,17 @@ class TokenRows(Sequence[Tokens]):
         self._ends.append(len(self._ids))
         self._answers.append(tokens.answer)
         self._truncated.append(tokens.truncated)
+        self._rewritten.append(tokens.rewritten)
 
     @property
     def tokens(self) -> int:
         """Tokens of all examples."""
         return len(self._ids)
+
+    @property
+    def rewritten(self) -> int:
+        """Examples whose answer the chat template would change."""
+        return sum(self._rewritten)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -71,7 +79,8 @@ class TokenRows(Sequence[Tokens]):
     def _get(self, place: int) -> Tokens:
         start = self._ends[place - 1] if place else 0
         ids = tuple(self._ids[start : self._ends[place]])
-        return Tokens(ids, self._answers[place], bool(self._truncated[place]))
+        flags = bool(self._truncated[place]), bool(self._rewritten[place])
+        return Tokens(ids, self._answers[place], *flags)
 
 
 def tokenize(
@@ -85,20 +94,25 @@ def tokenize(
     With `turns` all, each of the assistant's turns is an example of its own, with what stands before it as the prompt:
     as the template writes it when that turn is asked for.
     """
-    found = TokenRows()
+    found, first = TokenRows(), begin(tokenizer)
     answers = (one for example in examples for one in (example.turns if turns == "all" else (example,)))
     for is_text, alike in groupby(answers, key=lambda one: one.raw and len(one.messages) == 1):
         while some := list(islice(alike, AT_ONCE)):
             for tokens in render_many(some, tokenizer, WHOLE if is_text else max_length):
-                for one in _pieces(tokens, max_length) if is_text else (tokens,):
+                for one in _pieces(tokens, first, max_length) if is_text else (tokens,):
                     found.add(one)
     return found
 
 
-def _pieces(whole: Tokens, length: int) -> Iterator[Tokens]:
-    """A text in sequences of at most `length` tokens, each of which begins as the text does or where the last ended.
+def _pieces(whole: Tokens, first: Sequence[int], length: int) -> Iterator[Tokens]:
+    """A text in sequences of at most `length` tokens, which begin as a text does: with `first`, or else with the last
+    token of the one before.
 
-    So every token but the first is learned once, with what stands before it in its sequence.
+    So every token of the text that something stands before is learned once.
     """
-    for start in range(0, len(whole.ids) - 1, length - 1):
-        yield Tokens(whole.ids[start : start + length], 1)
+    shared = len(first) or 1
+    if shared >= length:
+        raise LegolmError(f"train.max_length {length}: the tokenizer begins each text with {shared} tokens; raise it")
+    for start in range(shared, len(whole.ids), length - shared):
+        before = first or whole.ids[start - 1 : start]
+        yield Tokens((*before, *whole.ids[start : start + length - shared]), shared)

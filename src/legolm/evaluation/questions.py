@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from legolm.config import Precision, RowsConfig
-from legolm.data import Example, read_examples, read_text, render_whole, text_tokens
+from legolm.data import Example, begin, read_examples, read_text, render_whole, text_tokens
 from legolm.errors import LegolmError
 from legolm.evaluation.answers import score_each
 from legolm.evaluation.figure import RatioFigure, digest, ratio_figure
@@ -154,8 +154,8 @@ def _windows(most: int, tokenizer: Any, questions: Questions) -> Tensor:
     if questions.length > most:
         raise LegolmError(f"--length {questions.length}: the model takes {most} tokens; give a smaller one")
     wanted = None if questions.windows is None else questions.windows * questions.length
-    assert questions.text is not None
-    return text_windows(text_tokens(questions.text, tokenizer, wanted), questions.length, questions.windows)
+    tokens = text_tokens(str(questions.text), tokenizer, wanted)
+    return text_windows(tokens, questions.length, questions.windows, begin(tokenizer))
 
 
 def _bytes(length: int, windows: int | None) -> int | None:

@@ -20,6 +20,7 @@ from legolm.models.load import (
 )
 from legolm.models.packing import LONG, pack
 from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of
+from legolm.models.rotary import scales_by_length
 from legolm.models.rounding import rounded
 
 __all__ = [
@@ -58,5 +59,6 @@ __all__ = [
     "resolve",
     "rounded",
     "save_model",
+    "scales_by_length",
     "shape_of",
 ]

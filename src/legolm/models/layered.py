@@ -19,6 +19,7 @@ from legolm.errors import LegolmError
 from legolm.models.checkpoint import SAVE_AGAIN, load_config, stored_weights
 from legolm.models.family import decoder_layers
 from legolm.models.finite import check_finite
+from legolm.models.rotary import by_own_length
 from legolm.system import open_tensors
 
 CPU = torch.device("cpu")
@@ -37,6 +38,7 @@ class LayeredModel:
         with init_empty_weights():
             # A copy: making the model writes its dtype into the config.
             model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=torch.float32)
+        by_own_length(model)
         self._decoder: Any = model.eval().get_decoder()
         self.layers = decoder_layers(model)
         for module in self._decoder.modules():

@@ -13,10 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from legolm.config import DataConfig
+from legolm.data import set_template
 from legolm.errors import LegolmError, brief
 from legolm.models.checkpoint import SAVE_AGAIN, drop_sampling, load_config, stored_weights, weight_files
 from legolm.models.family import decoder_layers, family_of
 from legolm.models.finite import check_files, check_finite, finite
+from legolm.models.rotary import by_own_length
 from legolm.models.rounding import rounded
 from legolm.models.starter import starter_path
 from legolm.system import hub_answers, open_tensors, wants_offline
@@ -99,13 +102,15 @@ def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
         for module in modules:
             layer.get_submodule(module).to(linears)
     model.config.use_cache = False
+    by_own_length(model)
     return model.eval()
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path, data: DataConfig | None = None) -> Any:
     """The checkpoint's tokenizer; padding falls back to the end-of-text token.
 
-    Raises `LegolmError` for one that is broken, has no end-of-text token, or has tokens that the model has no row for.
+    It has the chat template and the day of `data`, if given, else what was saved with it. Raises `LegolmError` for one
+    that is broken, has no end-of-text token, or has tokens that the model has no row for.
     """
     where = f"model: {path}"
     for file in path.glob("*token*"):
@@ -128,12 +133,17 @@ def load_tokenizer(path: Path) -> Any:
     # A few text-only models keep special tokens of their multimodal kin (Gemma 3), which no text makes.
     beyond = [token for token, index in ids.items() if index >= rows and index not in special]
     if beyond or tokenizer.eos_token_id >= rows:
+        token = min(beyond or [tokenizer.eos_token], key=lambda token: ids[token])
         raise LegolmError(
-            f"{where}: its tokenizer has {len(ids)} tokens and the model rows for {rows} (vocab_size); copy the "
-            "tokenizer that belongs to it there"
+            f"{where}: its tokenizer has {len(ids)} tokens and the model rows for {rows} (vocab_size), none for "
+            f"{brief(repr(token))}, id {ids[token]}; copy the tokenizer that belongs to it there, or save the model "
+            "after `resize_token_embeddings`"
         )
+    tokenizer.rows = rows  # of the model's embeddings, which `data.encode` holds every text to
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
+    if data is not None:
+        set_template(tokenizer, data)
     return tokenizer
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,20 @@ from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parame
 from legolm.aggregate import make_scheme, rehearse
 from legolm.block import Base, Block, Coverage, llm_block, read_block
 from legolm.config import SCHEMES, ClientConfig, RowsConfig, RunConfig
-from legolm.data import ClientData, Example, check_text, check_whole, client_data, data_fingerprint, tokenize
+from legolm.data import (
+    ClientData,
+    Example,
+    TokenRows,
+    check_text,
+    check_tokens,
+    check_whole,
+    client_data,
+    data_fingerprint,
+    is_starter,
+    paths_of,
+    read_text,
+    tokenize,
+)
 from legolm.errors import LegolmError
 from legolm.federate.server import server_examples, start_factors
 from legolm.federate.wire import encoded_bytes
@@ -29,7 +43,7 @@ from legolm.models import (
 from legolm.plan.assign import assign
 from legolm.plan.disk import mixed_parts, stages_bytes
 from legolm.plan.needs import training_bytes
-from legolm.plan.notes import notes
+from legolm.plan.notes import notes, prompt_notes
 from legolm.prune import criterion_of, planned_coverage, target_pattern
 from legolm.system import available_bytes, stored_tensors
 
@@ -73,8 +87,8 @@ class PlannedClient:
 class Plan:
     """The whole run. `memory_bytes` is the peak over all processes; `disk_bytes` what the run folder will hold.
 
-    `models_bytes` of the latter are the final models. `read` says how rows were read, `notes` how far promises go
-    (`plan.notes`).
+    `models_bytes` of the latter are the final models. `template` is the chat template where the config names one.
+    `read` says how rows were read, `notes` how far promises go (`plan.notes`).
     """
 
     base: Path
@@ -85,6 +99,7 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     models_bytes: int
+    template: str
     read: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -93,34 +108,42 @@ class Plan:
 class Parts:
     """Every client's data, the tokens of each of its training examples, and the server's own data.
 
-    `notes` say how the rows were read: layouts, text that nothing uses, rows that were left out.
+    `tokenizer` has the run's chat template. `read` says how the rows were read: layouts, text that nothing uses, rows
+    that were left out; `notes` how prompts look.
     """
 
     data: dict[str, ClientData]
     lengths: dict[str, np.ndarray]
     server: list[Example]
+    tokenizer: Any
+    read: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 def read_parts(config: RunConfig) -> Parts:
     """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones."""
     path, said = resolve(config.model), list[str]()
-    data, tokenizer, most = client_data(config, said), load_tokenizer(path), config.train.max_length
+    data, tokenizer, most = client_data(config, said), load_tokenizer(path, config.data), config.train.max_length
     refuse = config.train.long_examples == "refuse"
     if refuse:
         most = min(most, load_config(path).max_position_embeddings)
-    lengths = {}
+    lengths, learned = {}, list[TokenRows]()
     for client, rows in data.items():
+        for split in ("train", "validation", "test"):
+            texts = (message.content for row in getattr(rows, split) for message in row.messages)
+            check_tokens(texts, tokenizer, f"data: {split} rows of {client!r}")
         for split in ("train", "validation", "test") if refuse else ("train",):
             found = tokenize(getattr(rows, split), tokenizer, most, config.train.turns if split == "train" else "last")
             if refuse:
                 check_whole(found, most, split, client)
             if split == "train":
                 lengths[client] = found.lengths
+                learned.append(found)
     server = server_examples(config, said)
     if refuse:
         check_whole(tokenize(server, tokenizer, most), most, "evaluate.server_data", "llm")
-    return Parts(data, lengths, server, tuple(said))
+    chats = any(not row.raw for rows in data.values() for row in rows.train)
+    return Parts(data, lengths, server, tokenizer, tuple(said), prompt_notes(tokenizer, learned, chats))
 
 
 def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
@@ -137,6 +160,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     modules_of(shape, config.lora.ranks, "lora.ranks")
     check_weights(path)
     parts = parts or read_parts(config)
+    check_texts(config, parts.tokenizer)
     lengths = parts.lengths
     longest = max(int(found.max()) for found in lengths.values())
 
@@ -209,7 +233,9 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
     members = [(trains[one.id], one.rank or config.lora.rank) for one in taking]
     said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking})
-    return Plan(path, tuple(blocks), tuple(clients), found, actors, memory, disk, models, parts.notes + of_texts, said)
+    template = "" if config.data.template == "model" else str(parts.tokenizer.chat_template)
+    read, said = parts.read + of_texts, (*parts.notes, *said)
+    return Plan(path, tuple(blocks), tuple(clients), found, actors, memory, disk, models, template, read, said)
 
 
 def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
@@ -249,6 +275,20 @@ def check_files(config: RunConfig) -> tuple[str, ...]:
         if folder and not Path(folder).is_dir():
             raise LegolmError(f"{field}: no folder {folder}")
     return tuple(said)
+
+
+def check_texts(config: RunConfig, tokenizer: Any) -> None:
+    """Raise `LegolmError` when a text to calibrate or recover on names a token that the model has no embedding for."""
+    for spec in config.cuts:
+        texts = {"calibration": spec.calibration.text}
+        if spec.recover.text and spec.recover.most_steps:
+            texts["recover"] = spec.recover.text
+        for section, text in texts.items():
+            if spec.method in ("dense", "given") or is_starter(text) or text == "pydoc" or text.startswith("hub:"):
+                continue
+            field = f"block {spec.name}: {section}.text"
+            files = (path for path in paths_of(text, field) if path.suffix.lower() not in (".parquet", ".gz"))
+            check_tokens((read_text(path, field) for path in files), tokenizer, field)
 
 
 def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collection[str]) -> None:

@@ -45,10 +45,12 @@ def cut_blocks(
     progress: Progress,
     model_name: str | None = None,
     device: torch.device = CPU,
+    tokenizer: Any = None,
 ) -> list[Block]:
     """Cut blocks from the checkpoint at `path` into their folders, each whole or not at all.
 
-    They record `model_name`, or the path, as the LLM that they were cut from. What is computed is computed on `device`.
+    They record `model_name`, or the path, as the LLM that they were cut from, and get `tokenizer`, or the LLM's. What
+    is computed is computed on `device`.
 
     The LLM is read one decoder layer at a time. Blocks with the same calibration share its text and the hidden states
     of the dense model. Raises `LegolmError` for bad targets, text or disks before anything is written.
@@ -56,10 +58,10 @@ def cut_blocks(
     began = time.perf_counter()
     model = LayeredModel(path, device)
     base = Base.of(path, fingerprint, model.config)
-    load_tokenizer(path)  # which goes into the blocks: a broken one is to show before the work
+    tokenizer = tokenizer or load_tokenizer(path)  # a broken one is to show before the work
     weights = sum(base.parameters_of(planned_coverage(spec, base).kept_weights) for spec, _ in wanted)
     check_room(wanted[0][1], weights * base.dtype.itemsize)
-    cuts, dense = start_cuts([spec for spec, _ in wanted], model, base, seed, precision, progress)
+    cuts, dense = start_cuts([spec for spec, _ in wanted], model, base, tokenizer, seed, precision, progress)
     with ExitStack() as stack:
         jobs = []
         for (spec, out), cut in zip(wanted, cuts, strict=True):
@@ -70,7 +72,7 @@ def cut_blocks(
         seconds = (time.perf_counter() - began) / len(jobs)
         dense.clear()  # recovery needs the memory
         for job in jobs:
-            _finish(job, base, model_name or str(path.resolve()), seconds, seed, precision, progress, device)
+            _finish(job, base, tokenizer, model_name or str(path.resolve()), seconds, seed, precision, progress, device)
             job.closing.close()
     return [read_block(out) for _, out in wanted]
 
@@ -100,6 +102,7 @@ def _cut(
 def _finish(
     job: _Job,
     base: Base,
+    tokenizer: Any,
     model_name: str,
     seconds: float,
     seed: int,
@@ -110,7 +113,7 @@ def _finish(
     """Make the folder a checkpoint, recover it, and add the manifest."""
     began = time.perf_counter()
     spec, coverage, folder = job.spec, job.cut.coverage, job.folder
-    config, tokenizer = copy.deepcopy(base.config), load_tokenizer(base.path)
+    config = copy.deepcopy(base.config)
     if coverage.block_shape != base.shape:
         config.update(config_changes(config, coverage.block_shape, coverage.layers))
     config.dtype = base.dtype

@@ -128,7 +128,7 @@ class ClientRuntime:
         if found is None:
             path = self._held[0].path
             if path not in self._tokenizers:
-                self._tokenizers[path] = load_tokenizer(path)
+                self._tokenizers[path] = load_tokenizer(path, site.prompts())
             found = tokenize(site.examples(split), self._tokenizers[path], length, turns)
             if refuse:
                 check_whole(found, length, split, client)

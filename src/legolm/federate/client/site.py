@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from legolm.block import Block, llm_block, read_block
-from legolm.config import Device, RowsConfig, SiteConfig
+from legolm.config import DataConfig, Device, RowsConfig, SiteConfig
 from legolm.data import ClientData, Example, client_data, read_examples
 from legolm.errors import LegolmError
 from legolm.models import resolve
@@ -41,6 +41,9 @@ class Site(Protocol):
     def profile(self) -> Profile:
         """How it works."""
 
+    def prompts(self) -> DataConfig | None:
+        """What decides the chat template; None where the block says it all."""
+
 
 @dataclass(frozen=True)
 class DeviceSite:
@@ -68,6 +71,10 @@ class DeviceSite:
     def profile(self) -> Profile:
         """As given."""
         return Profile(self.device, self.threads)
+
+    def prompts(self) -> DataConfig | None:
+        """The block's own tokenizer has its run's."""
+        return None
 
 
 SiteOf = Callable[[str, str], Site]
@@ -131,3 +138,7 @@ class SimulatedSite:
     def profile(self) -> Profile:
         """As the run's config says."""
         return Profile(self.config.device, self.config.federation.threads)
+
+    def prompts(self) -> DataConfig | None:
+        """As the run's config says: the LLM's tokenizer has none of it."""
+        return self.config.data

@@ -14,7 +14,7 @@ from statistics import fmean
 from legolm.adapter import Tensors, tensors_hash
 from legolm.aggregate import Scheme
 from legolm.block import Block
-from legolm.config import RunConfig
+from legolm.config import DataConfig, RunConfig
 from legolm.data import Example, check_apart, is_starter, read_examples, with_system
 from legolm.errors import LegolmError
 from legolm.federate.client import ClientRuntime, Profile, only
@@ -176,6 +176,9 @@ class _ServerSite:
 
     def profile(self) -> Profile:
         return Profile(self._config.device, self._config.federation.threads)
+
+    def prompts(self) -> DataConfig:
+        return self._config.data
 
 
 def server_examples(config: RunConfig, notes: list[str] | None = None) -> list[Example]:
