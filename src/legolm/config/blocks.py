@@ -15,13 +15,8 @@ from legolm.config.section import Layer, LocalPath, Name, OpenSection, Quantity,
 class CalibrationConfig(RowsConfig):
     """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`).
 
-    <<<<<<< HEAD
-        `text` is `starter-dates` or `starter`, `pydoc` (Python's help topics), a text file, or a file of conversations
-        (JSON, JSONL, CSV, Parquet), which is read as `data` is and rendered as in training.
-    =======
-        `text` is a starter set, `pydoc` (Python's help topics), a text file, or a file of conversations
-        (JSON, JSONL, CSV, Parquet), which is rendered with the model's chat template.
-    >>>>>>> main
+    `text` is a starter set, `pydoc` (Python's help topics), a text file, or a file of rows (JSON, JSONL, CSV, Parquet),
+    which is read as `data` is and rendered as in training.
     """
 
     text: str = "starter"
