@@ -40,6 +40,12 @@ def test_alpaca_by_hand(tokenizer: PreTrainedTokenizerFast) -> None:
     )
 
 
+def test_alpaca_refuses_what_it_would_leave_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    late = Example((TWO.messages[0], Message("system", "Be brief."), TWO.messages[-1]))
+    with pytest.raises(LegolmError, match="alpaca has messages of user and assistant, and of system at the start"):
+        parts(late, tokenizer, template="alpaca")
+
+
 @pytest.mark.parametrize(("end", "eos"), [("<|im_end|>", "<|im_end|>"), ("<|unk|>", "<|unk|>")])
 def test_chatml_by_hand_ends_turns_with_eos_where_its_own_end_is_no_token(
     tokenizer: PreTrainedTokenizerFast, end: str, eos: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from legolm import config as configs
 from legolm import pipeline
 from legolm.composition import choose_method, compose, plan
-from legolm.config import RunConfig
-from legolm.data import DATE, prompt_look
+from legolm.config import DataConfig, RunConfig
+from legolm.data import DATE, Example, Message, prompt_look
 from legolm.errors import LegolmError
-from legolm.models import load_tokenizer
+from legolm.evaluation import Questions, evaluate, line_up, measure
+from legolm.models import load_model, load_tokenizer
 from legolm.plan import make_plan
 from legolm.system import Progress
 
@@ -100,6 +102,17 @@ def test_a_word_without_an_embedding_is_named(raw: Raw) -> None:
         notes(raw)
 
 
+def test_a_given_block_gets_the_runs_template_and_its_own_folder_keeps_what_it_had(
+    raw: Raw, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    given = Path(raw["model"])
+    shutil.copytree(given, tmp_path / "block", copy_function=os.link)
+    pipeline._replace_tokenizer(load_tokenizer(given, DataConfig(template="alpaca")), tmp_path / "block")
+    assert "### Response" in load_tokenizer(tmp_path / "block").chat_template
+    assert load_tokenizer(given).chat_template == tokenizer.chat_template
+    assert {file.name for file in given.iterdir()} == {file.name for file in (tmp_path / "block").iterdir()}
+
+
 def test_the_template_goes_with_blocks_final_and_composed_models_and_a_resumed_run_keeps_it(
     raw: Raw, bos_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -114,6 +127,11 @@ def test_the_template_goes_with_blocks_final_and_composed_models_and_a_resumed_r
     compose(wanted, tmp_path / "composed", Progress())
     for folder in (out / "blocks" / "wide", out / "final" / "llm", out / "final" / "fr", tmp_path / "composed"):
         assert prompt_look(load_tokenizer(folder)) == (DAY, "2026-01-02"), folder
+    questions = Questions(examples=(Example((Message("user", "Say 1"), Message("assistant", "bb"))),))
+    found = evaluate(line_up(sources[:1], raw["model"]), questions)  # the LLM beside its block, and asked as it was
+    assert found.warnings[0] == f"{raw['model']}: is asked in the chat template of {sources[0]}, not in its own"
+    asked = measure(load_model(Path(raw["model"])), load_tokenizer(out / "final" / "fr"), questions)
+    assert found.results[0].figure.value == pytest.approx(asked["answers"]["answer loss"].value)
     known = json.loads((out / "run.json").read_text())
     assert (known["template"], known["config"]["data"]["date"]) == (DAY, "2026-01-02")
     assert DATE in json.loads((out / "final" / "fr" / "tokenizer_config.json").read_text())

@@ -16,7 +16,7 @@ from legolm.composition.methods import Method, Part
 from legolm.composition.sources import Source, given_weights, read_sources, weights_by_examples, weights_by_loss
 from legolm.composition.target import covered_weights, held, masked_like, parse_sizes, shaped, target_block
 from legolm.config import RowsConfig
-from legolm.data import DATE, prompt_look
+from legolm.data import prompt_look, take_look
 from legolm.errors import LegolmError
 from legolm.models import (
     CheckpointWriter,
@@ -157,8 +157,7 @@ def _take_template(tokenizer: Any, sources: Sequence[Source], progress: Progress
     looks = [prompt_look(load_tokenizer(source.block.path)) for source in whole]
     if not looks:
         return
-    tokenizer.chat_template = looks[0][0]
-    tokenizer.init_kwargs |= {DATE: looks[0][1]} if looks[0][1] else {}
+    take_look(tokenizer, looks[0])
     other = next((source.name for source, look in zip(whole, looks, strict=True) if look != looks[0]), None)
     if other is not None:
         progress.note(

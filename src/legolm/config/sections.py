@@ -62,13 +62,15 @@ class DataConfig(RowsConfig):
 
 
 class Profile(Section):
-    """What a device can hold; `assign` gives it the block with the most parameters that fits."""
+    """What a device can hold. Its client trains with the fastest settings that fit: micro-batches of
+    `train.micro_batch_tokens`, smaller ones, then checkpointing; without a block it gets the largest that fits so.
+    """
 
-    memory_mb: float = Field(gt=0, description="memory for fine-tuning, in MB (1e6 bytes)")
+    memory_mb: float = Field(gt=0, description="memory of the process that fine-tunes, in MB (1e6 bytes)")
 
 
 class ClientConfig(Section):
-    """One client: its part of the data, and its block by name, by round or by device profile."""
+    """One client: its part of the data, and its block by name, by round or by what its device holds (`profile`)."""
 
     id: Name
     data: str | None = Field(None, description="name of its part of the data; its id if not given")
@@ -86,8 +88,9 @@ class ClientConfig(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> ClientConfig:
-        if [self.block, self.blocks, self.profile].count(None) != 2:
-            raise ValueError("give one of `block`, `blocks` and `profile`")
+        named = [one for one in (self.block, self.blocks) if one is not None]
+        if len(named) > 1 or not (named or self.profile):
+            raise ValueError("give one of `block`, `blocks` and `profile`, or a `profile` beside one of the others")
         if self.layers is not None and self.block is None:
             raise ValueError("`layers` is for a client with `block`: by round or profile its layers may be others")
         if self.leaves is not None and self.leaves < self.joins:
@@ -149,7 +152,7 @@ class TrainConfig(OpenSection):
     tokens: int | None = Field(None, ge=1, description="tokens trained on, at most")
     seconds: float | None = Field(None, gt=0, description="a device's time budget; the result depends on its speed")
     batch_size: int = Field(8, ge=1, description="examples a step")
-    micro_batch_tokens: int = Field(2048, ge=1, description="tokens at once; a larger batch accumulates over several")
+    micro_batch_tokens: int = Field(2048, ge=1, description="tokens at once, at most; a larger batch accumulates")
     learning_rate: float = Field(2e-3, gt=0, description="in a run, what its scheme asks for by default")
     schedule: Literal["constant_linear", "cosine", "constant"] = "constant_linear"
     warmup_steps: int = Field(0, ge=0, description="steps of the whole run over which the learning rate rises")
@@ -159,9 +162,9 @@ class TrainConfig(OpenSection):
         "last", description="of a conversation: its last answer, or each of the assistant's, with all before as prompt"
     )
     long_examples: Literal["truncate", "refuse"] = Field(
-        "truncate", description="truncated ones lose the start of their prompt"
+        "truncate", description="truncated ones lose the start of their question"
     )
-    gradient_checkpointing: bool = Field(False, description="less memory for a third more work")
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more work, of all clients")
 
 
 class EvaluateConfig(Section):

@@ -9,7 +9,7 @@ from legolm.data.sequence import begin, begun, check_tokens, encode, windows
 from legolm.data.sources import check_apart, paths_of, read_rows
 from legolm.data.split import client_data, data_fingerprint, load_parts
 from legolm.data.starter import is_starter
-from legolm.data.template import DATE, prompt_look, set_template
+from legolm.data.template import DATE, prompt_look, set_template, take_look
 from legolm.data.tokens import TokenRows, tokenize
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "render",
     "render_whole",
     "set_template",
+    "take_look",
     "text_tokens",
     "to_example",
     "tokenize",

@@ -34,7 +34,8 @@ BUILT_IN = {
         "{%- for message in messages %}"
         f"{{%- if {_ROLE} == 'user' %}}{{{{- '### Instruction:\\n' + {_CONTENT} + '\\n\\n' }}}}"
         f"{{%- elif {_ROLE} == 'assistant' %}}{{{{- '### Response:\\n' + {_CONTENT} + eos_token + '\\n\\n' }}}}"
-        "{%- elif not loop.first %}{{- raise_exception('a system message must be the first') }}{%- endif %}"
+        f"{{%- elif {_ROLE} != 'system' or not loop.first %}}"
+        "{{- raise_exception('alpaca has messages of user and assistant, and of system at the start') }}{%- endif %}"
         "{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '### Response:\\n' }}{%- endif %}"
     ),
@@ -134,6 +135,12 @@ def writes_date(tokenizer: Any) -> bool:
 def prompt_look(tokenizer: Any) -> tuple[Any, str | None]:
     """What decides how prompts look: the chat template, and the day that it writes."""
     return tokenizer.chat_template, tokenizer.init_kwargs.get(DATE)
+
+
+def take_look(tokenizer: Any, look: tuple[Any, str | None]) -> None:
+    """Let the tokenizer's prompts look as another's do (`prompt_look`)."""
+    tokenizer.chat_template = look[0]
+    tokenizer.init_kwargs |= {DATE: look[1]} if look[1] else {}
 
 
 def render_template(tokenizer: Any, wanted: Sequence[tuple[Sequence[Turn], bool]]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from legolm.adapter import CONFIG, FACTORS, WEIGHTS, adapter_config
 from legolm.block import Block, read_block
 from legolm.config import Precision
+from legolm.data import prompt_look, take_look
 from legolm.errors import LegolmError, brief
 from legolm.evaluation.figure import Figure
 from legolm.evaluation.floors import warnings
@@ -88,7 +89,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that `evaluate` found, the models in their order; `warnings` are figures that a blind guess would have."""
+    """All that `evaluate` found, the models in their order.
+
+    `warnings` are figures that a blind guess would have, and who is asked in another chat template than its own.
+    """
 
     results: list[Result]
     sizes: list[Size]
@@ -138,10 +142,15 @@ def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Preci
     found: dict[str, TaskFigures] = {}
     sizes: dict[str, Size] = {}
     said: dict[str, list[str]] = {}
+    looks: list[str] = []
     with Progress().stage("evaluate", len(subjects)) as advance:
         for subject in reversed(subjects):  # an adapter or a block that does not fit shows before the LLM has its turn
             name, path = subject.name, subject.path
             model, tokenizer = load_subject(subject), load_tokenizer(path)
+            look, block = prompt_look(tokenizer), _first_block(subjects, name)
+            if block is not None and (asked := prompt_look(load_tokenizer(block.path))) != look:
+                take_look(tokenizer, asked)
+                looks.append(f"{name}: is asked in the chat template of {block.name}, not in its own")
             found[name] = measure(model, tokenizer, questions, precision)
             check_finite(found[name], f"model {name}")
             said[name] = sample(model, tokenizer, questions, precision)
@@ -164,9 +173,13 @@ def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Preci
         for place, example in enumerate(sampled(questions))
     ]
     wanted = [example.wanted for example in questions.examples]
-    return Evaluation(
-        results, [sizes[name] for name in names], answered, warnings({name: found[name] for name in names}, wanted)
-    )
+    guessed = warnings({name: found[name] for name in names}, wanted)
+    return Evaluation(results, [sizes[name] for name in names], answered, [*looks, *guessed])
+
+
+def _first_block(subjects: Sequence[Subject], llm: str) -> Subject | None:
+    """The first block that is compared with this LLM: both are asked alike."""
+    return next((one for one in subjects if one.block is not None and one.against == llm), None)
 
 
 def write_json(found: Evaluation, questions: Questions, precision: Precision, path: Path) -> None:

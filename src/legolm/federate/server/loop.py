@@ -17,7 +17,7 @@ from typing import Literal
 from legolm.adapter import Tensors, concatenated, mixed, tensors_hash
 from legolm.aggregate import Scheme, Weighing, make_scheme
 from legolm.block import Block
-from legolm.config import RunConfig
+from legolm.config import RunConfig, TrainConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.begin import begin
 from legolm.federate.server.dispatch import Dispatch, Job, Order
@@ -55,6 +55,7 @@ from legolm.system import Progress, atomic_folder, atomic_write, scratch_folder
 class Rounds:
     """`blocks` are the cut blocks and the LLM by name, `block_of` the block's name of each client by id.
 
+    `train` is the section `train` of clients that have one of their own.
     Runs of the same data and blocks that give the same folder as `shared` score them before training once.
     """
 
@@ -68,11 +69,12 @@ class Rounds:
         progress: Progress,
         shared: Path | None = None,
         clock: Clock | None = None,
+        train: Mapping[str, TrainConfig] | None = None,
     ) -> None:
         self._folder, self._config, self._shared, self._progress = folder, config, shared, progress
         self._clock = clock or Clock()
         self._members = Members.of(config, blocks, block_of)
-        self._dispatch = Dispatch(config, run, self._members, progress)
+        self._dispatch = Dispatch(config, run, self._members, progress, train or {})
         self._scoring = Scoring(config, self._members, self._dispatch)
         self._stages = Stages(folder, config)
         self._latest: tuple[int, Scheme] | None = None
