@@ -112,7 +112,7 @@ def _run(
     clock: Clock,
 ) -> Summary:
     changes = RunDir(out).check(config, resume)
-    for line in changed(RunDir(out), config, changes):
+    for line in (*plan.read, *changed(RunDir(out), config, changes)):
         progress.note(line)
     if clock.broken:
         progress.note(f"{RunDir(out).clock_file}: is not what the run wrote; its times count from here")
