@@ -16,9 +16,9 @@ from typing import Any
 from legolm.adapter import merge, save_adapter, save_factors, tensors_hash
 from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
 from legolm.config import RunConfig
-from legolm.data import DATE, prompt_look
+from legolm.data import DATE, client_data, data_fingerprint, prompt_look
 from legolm.errors import LegolmError
-from legolm.federate.server import Rounds, ask, steps_of
+from legolm.federate.server import Rounds, ask, server_examples, steps_of
 from legolm.federate.transport import Engine, engine_for
 from legolm.finetune import learning_rate
 from legolm.models import (
@@ -117,7 +117,10 @@ def _run(
     if clock.broken:
         progress.note(f"{RunDir(out).clock_file}: is not what the run wrote; its times count from here")
     clock.forget(*(stage for change in changes for stage in AGAIN.get(change.field, ())))
-    folder = RunDir.open(out, config, resume)
+    came = any(change.field == "clients" for change in changes)
+    if came:
+        _check_data(RunDir(out), config)
+    folder = RunDir.open(out, config, resume, plan.data_fingerprint if came else None)
     identity = _identify(folder, config, plan)
     again = mend(folder, config, progress.note)
 
@@ -129,6 +132,8 @@ def _run(
     rounds = Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock, train)
     rounds.write_lines()
     if not rounds.finished:
+        for line in plan.read:
+            progress.note(line)
         engine(folder, config, plan.actors, rounds.run)
     if models:
         with clock.stage("final", recorded=False):
@@ -207,6 +212,19 @@ def _identify(folder: RunDir, config: RunConfig, plan: Plan) -> Identity:
 def _llm_base(model: str, path: Path) -> str | Path:
     """What PEFT finds from any folder; nothing but legolm knows what `starter` is."""
     return path.resolve() if model == "starter" or Path(model).is_dir() else model
+
+
+def _check_data(folder: RunDir, config: RunConfig) -> None:
+    """Raise `LegolmError` where the clients that were there have other data beside those that came."""
+    if not folder.identity_file.exists():
+        return
+    old = {client.id for client in folder.known().clients}
+    held = {id: data for id, data in client_data(config).items() if id in old}
+    if data_fingerprint(held, server_examples(config)) != folder.identity().data_fingerprint:
+        raise LegolmError(
+            f"run folder {folder.path}: belongs to another config, `clients` differs: with those who came the others' "
+            f"data are not what they were (data.split by {config.data.split.by}); give another --out"
+        )
 
 
 def _cut_blocks(

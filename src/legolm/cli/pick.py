@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from legolm.cli.options import check_new
+from legolm.cli.options import Answer, BadRows, Input, Instruction, LayoutOption, Messages, check_new, rows_of
 
 
 def pick(
@@ -17,15 +17,19 @@ def pick(
     min_tokens_per_s: Annotated[float, typer.Option(min=0, help="at least so many generated")] = 0.0,
     runtime: Annotated[Literal["llama.cpp", "transformers"], typer.Option(help="that will be used")] = "llama.cpp",
     quant: Annotated[str, typer.Option(help="llama.cpp: f16, q8_0, q5_1, q5_0, q4_1 or q4_0")] = "q8_0",
-    instruction: Annotated[str, typer.Option(help="field of the question")] = "instruction",
-    answer: Annotated[str, typer.Option(help="field of the answer")] = "output",
+    layout: LayoutOption = None,
+    instruction: Instruction = None,
+    input: Input = None,
+    answer: Answer = None,
+    messages: Messages = None,
+    bad_rows: BadRows = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only so many questions")] = None,
     picture: Annotated[Path | None, typer.Option(help="SVG file of the trade-off")] = None,
 ) -> None:
     """Measure models on this device, and name the best of those that fit."""
     if picture is not None:
         check_new(picture)
-    from legolm.config import Fields, parse_quantity
+    from legolm.config import RowsConfig, parse_quantity, validate
     from legolm.errors import LegolmError
     from legolm.export import candidates
     from legolm.export import pick as choose
@@ -36,7 +40,8 @@ def pick(
         most = float("inf") if memory is None else float(parse_quantity(memory))
     except ValueError as error:
         raise LegolmError(f"--memory {memory}: {error}") from None
-    found = candidates(models, data, Fields(instruction=instruction, answer=answer), runtime, quant, limit)
+    rows = validate(RowsConfig, rows_of(layout, instruction, input, answer, messages, bad_rows), "legolm pick")
+    found = candidates(models, data, rows, runtime, quant, limit)
     best = choose(found, most, min_tokens_per_s)
     print_picked(found, best, most, min_tokens_per_s)
     if picture is not None:

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from legolm.cli.options import Precision, check_new
+from legolm.cli.options import (
+    Answer,
+    BadRows,
+    Input,
+    Instruction,
+    LayoutOption,
+    Messages,
+    Precision,
+    check_new,
+    rows_of,
+)
 from legolm.errors import LegolmError
 
 
@@ -27,6 +37,12 @@ def prune(
     calibration: Annotated[
         str, typer.Option(help="`starter-dates`, `starter`, `pydoc`, text or conversations")
     ] = "pydoc",
+    layout: LayoutOption = None,
+    instruction: Instruction = None,
+    input: Input = None,
+    answer: Answer = None,
+    messages: Messages = None,
+    bad_rows: BadRows = None,
     statistics: Annotated[list[Path] | None, typer.Option(help="instead: a file of `legolm calibrate`; repeat")] = None,
     samples: Annotated[int, typer.Option(help="calibration samples")] = 32,
     length: Annotated[int, typer.Option(help="tokens a calibration sample")] = 256,
@@ -56,6 +72,7 @@ def prune(
     if statistics and len({path.resolve() for path in statistics}) < len(statistics):
         raise LegolmError("--statistics: a file is given twice; its client would count twice")
     text = {"text": calibration, "samples": samples, "length": length, "statistics": sums}
+    text |= rows_of(layout, instruction, input, answer, messages, bad_rows)
     wanted = []
     chosen = _each(targets)
     for target in chosen:
@@ -70,12 +87,14 @@ def prune(
         if not folder.exists():
             check_new(folder)
 
+    from legolm.data import check_text
     from legolm.models import fingerprint, lasting_name, resolve
     from legolm.prune import cut_blocks, kept_block
     from legolm.report import print_blocks
     from legolm.system import Progress
 
     base, progress = resolve(model), Progress()
+    notes = check_text(calibration, wanted[0][0].calibration, "--calibration") if statistics is None else []
     digest = fingerprint(base)
     blocks = {folder: kept_block(folder, digest, spec, seed, precision) for spec, folder in wanted}
     left = [(spec, folder) for spec, folder in wanted if blocks[folder] is None]
@@ -83,6 +102,8 @@ def prune(
         if blocks[folder] is not None:
             progress.note(f"{folder}: is there already, cut by the same recipe")
     made = cut_blocks(base, digest, left, seed, precision, progress, lasting_name(model)) if left else []
+    for note in notes:  # not before: bad input is one line
+        progress.note(note)
     new = {block.path: block for block in made}
     print_blocks([blocks[folder] or new[folder] for folder in folders])
 

@@ -15,6 +15,7 @@ from legolm.block import Base, Block, Coverage, Manifest, config_changes, read_b
 from legolm.composition.methods import Method, Part
 from legolm.composition.sources import Source, given_weights, read_sources, weights_by_examples, weights_by_loss
 from legolm.composition.target import covered_weights, held, masked_like, parse_sizes, shaped, target_block
+from legolm.config import RowsConfig
 from legolm.data import prompt_look, take_look
 from legolm.errors import LegolmError
 from legolm.models import (
@@ -59,10 +60,12 @@ def plan(
     weights: str | None,
     validate: str | None,
     progress: Progress,
+    rows: RowsConfig | None = None,
 ) -> Composition:
     """Read and check everything; with `validate` also evaluate the sources. Raises `LegolmError` for bad input.
 
     `into` is `llm`, `union`, sizes, or a block's folder; `base` the LLM, which runs record in their final folders.
+    `rows`: how those of `validate` are read.
     """
     if weights is not None and validate is not None:
         raise LegolmError("--weights and --validate: give one of them")
@@ -95,7 +98,7 @@ def plan(
     if weights is not None:
         numbers = given_weights(weights, sources)
     elif validate is not None:
-        numbers = weights_by_loss(sources, validate, progress)
+        numbers = weights_by_loss(sources, validate, progress, rows or RowsConfig())
     else:
         numbers = weights_by_examples(sources)
     mean = sum(numbers) / len(numbers)

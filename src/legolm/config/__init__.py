@@ -15,7 +15,7 @@ from legolm.config.registry import (
     guarded,
     load_plugins,
 )
-from legolm.config.section import Fields, parse_quantity
+from legolm.config.section import LAYOUT_FIELDS, Fields, Layout, RowsConfig, parse_quantity
 from legolm.config.sections import (
     ClientConfig,
     DataConfig,
@@ -34,6 +34,7 @@ from legolm.config.study import Variant, load_study
 __all__ = [
     "CRITERIA",
     "EXPORTERS",
+    "LAYOUT_FIELDS",
     "SCHEMES",
     "TRAINERS",
     "AggregateConfig",
@@ -48,12 +49,14 @@ __all__ = [
     "EvaluateConfig",
     "FederationConfig",
     "Fields",
+    "Layout",
     "LoraConfig",
     "OutlierConfig",
     "Precision",
     "Profile",
     "RecoverConfig",
     "Registry",
+    "RowsConfig",
     "RunConfig",
     "ServerConfig",
     "SiteConfig",

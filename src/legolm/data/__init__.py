@@ -1,19 +1,23 @@
 """From files, hub data sets and the starter data to clients' examples, tokens and calibration text."""
 
-from legolm.data.calibration import calibration_tokens, check_text, prose
+from legolm.data.calibration import calibration_tokens, check_text, help_tokens
 from legolm.data.examples import ClientData, Example, Message
+from legolm.data.layouts import read_examples, to_example, with_system
+from legolm.data.prose import read_text, text_tokens
 from legolm.data.render import Tokens, check_whole, render, render_prompt, render_whole
 from legolm.data.sequence import begin, begun, check_tokens, encode, windows
-from legolm.data.sources import check_apart, paths_of, read_rows, read_text, to_example, with_system
+from legolm.data.sources import check_apart, paths_of, read_rows
 from legolm.data.split import client_data, data_fingerprint, load_parts
 from legolm.data.starter import is_starter
 from legolm.data.template import DATE, prompt_look, render_template, set_template, take_look
+from legolm.data.tokens import TokenRows, tokenize
 
 __all__ = [
     "DATE",
     "ClientData",
     "Example",
     "Message",
+    "TokenRows",
     "Tokens",
     "begin",
     "begun",
@@ -25,11 +29,12 @@ __all__ = [
     "client_data",
     "data_fingerprint",
     "encode",
+    "help_tokens",
     "is_starter",
     "load_parts",
     "paths_of",
     "prompt_look",
-    "prose",
+    "read_examples",
     "read_rows",
     "read_text",
     "render",
@@ -38,7 +43,9 @@ __all__ = [
     "render_whole",
     "set_template",
     "take_look",
+    "text_tokens",
     "to_example",
+    "tokenize",
     "windows",
     "with_system",
 ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from legolm.data.examples import Example, Message
-from legolm.data.sequence import begin, begun, encode
+from legolm.data.sequence import begin, begun, encode, encode_all
 from legolm.data.template import Turn, render_template, template_error
 from legolm.errors import LegolmError
 
@@ -32,6 +32,14 @@ class Tokens:
     rewritten: bool = False
 
 
+class _Written(NamedTuple):
+    """The prompt, the answer with what ends the assistant's turn, and whether the template would change the answer."""
+
+    prompt: str
+    answer: str
+    rewritten: bool
+
+
 def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
     """At most `max_length` tokens (2 or more) of the conversation in the tokenizer's chat template.
 
@@ -39,23 +47,31 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     keeps this and the system message, and loses what follows them; the answer loses its end only if it is too long by
     itself. Raises `LegolmError` for a token that the model has no embedding for.
     """
-    prompt_text, answer_text, rewritten = _texts(example.messages, tokenizer)
-    prompt = encode(prompt_text, tokenizer)
-    both = encode(prompt_text + answer_text, tokenizer)
-    # Generation starts from the prompt's own tokens, so the loss must be on what follows exactly those. If a
-    # token of the whole text spans the border, the answer is tokenized by itself; else the whole text serves,
-    # since some tokenizers put a space before the first word of a text.
-    answer = both[len(prompt) :] if both[: len(prompt)] == prompt else encode(answer_text, tokenizer)
-    if tokenizer.chat_template is None:
-        prompt = begun(prompt, begin(tokenizer))
-    # One token of the prompt must stay: no logit predicts the first token of a sequence.
-    truncated = len(prompt) + len(answer) > max_length
-    answer = answer[: max_length - 1]
-    room = max_length - len(answer)
-    if len(prompt) > room:
-        kept = prompt[: _kept(example.messages, prompt, room, tokenizer)]
-        prompt = kept + prompt[len(prompt) - room + len(kept) :]
-    return Tokens(ids=(*prompt, *answer), answer=len(prompt), truncated=truncated, rewritten=rewritten)
+    return render_many((example,), tokenizer, max_length)[0]
+
+
+def render_many(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens]:
+    """As `render`, of some at once, which is several times faster."""
+    texts = _texts(examples, tokenizer)
+    prompts = encode_all([one.prompt for one in texts], tokenizer)
+    wholes = encode_all([one.prompt + one.answer for one in texts], tokenizer)
+    first, found = begin(tokenizer), []
+    for example, written, prompt, both in zip(examples, texts, prompts, wholes, strict=True):
+        # Generation starts from the prompt's own tokens, so the loss must be on what follows exactly those. If a
+        # token of the whole text spans the border, the answer is tokenized by itself; else the whole text serves,
+        # since some tokenizers put a space before the first word of a text.
+        answer = both[len(prompt) :] if both[: len(prompt)] == prompt else encode(written.answer, tokenizer)
+        if example.raw or tokenizer.chat_template is None:
+            # No logit predicts the first token of a sequence: where nothing is before a text, its own first stays.
+            prompt = begun(prompt, first) or [answer.pop(0)]
+        truncated = len(prompt) + len(answer) > max_length
+        answer = answer[: max_length - 1]
+        room = max_length - len(answer)
+        if len(prompt) > room:
+            kept = prompt[: _kept(example, prompt, room, tokenizer)]
+            prompt = kept + prompt[len(prompt) - room + len(kept) :]
+        found.append(Tokens((*prompt, *answer), len(prompt), truncated, written.rewritten))
+    return found
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -71,7 +87,7 @@ def render_whole(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int, option: str
 ) -> list[Tokens]:
     """All conversations. Raises `LegolmError` for one of more than `length` tokens, the model's context."""
-    found = [render(example, tokenizer, length) for example in examples]
+    found = render_many(examples, tokenizer, length)
     for place, one in enumerate(found, 1):
         if one.truncated:
             raise LegolmError(
@@ -91,15 +107,42 @@ def check_whole(examples: Sequence[Tokens], length: int, split: str, client: str
             )
 
 
-def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, bool]:
-    """The prompt, the answer with what ends the assistant's turn, and whether the template would change the answer."""
-    content = messages[-1].content
-    if tokenizer.chat_template is None:
-        prompt = "".join(f"{message.content}\n" for message in messages[:-1])
-        return prompt, content + _end(tokenizer), False
-    turns = _turns(messages)
-    marked_turns = [*turns[:-1], turns[-1] | {"content": _MARK}]
-    prompt, whole, marked = render_template(tokenizer, [(turns[:-1], True), (turns, False), (marked_turns, False)])
+def _texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[_Written]:
+    chats = [] if tokenizer.chat_template is None else [one.messages for one in examples if not one.raw]
+    written = iter(_templated(chats, tokenizer))
+    return [_plain(one, tokenizer) if one.raw or not chats else next(written) for one in examples]
+
+
+def _plain(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Written:
+    """Without a template: as it stands, or a message a line."""
+    *before, last = example.messages
+    if not example.raw and any(message.more for message in example.messages):
+        raise LegolmError("data: tool calls need a chat template, and the model has none; give one in data.template")
+    end = "" if example.raw else "\n"
+    return _Written("".join(f"{message.content}{end}" for message in before), last.content + _end(tokenizer), False)
+
+
+def _templated(chats: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase) -> list[_Written]:
+    if not chats:
+        return []
+    wanted: list[tuple[Sequence[Turn], bool]] = []
+    for messages in chats:
+        turns = [message.turn for message in messages]
+        marked: list[Turn] = [*turns[:-1], {"role": "assistant", "content": _MARK}]
+        wanted += [(turns[:-1], True), (turns, False), (marked, False)]
+    try:
+        texts = render_template(tokenizer, wanted)
+    except LegolmError:
+        if len(chats) == 1:
+            raise
+        # Each may take the time and memory of one: whose fault it is shows alone.
+        return [_templated([messages], tokenizer)[0] for messages in chats]
+    three = zip(texts[::3], texts[1::3], texts[2::3], strict=True)
+    return [_parted(*some, messages[-1].content, tokenizer) for some, messages in zip(three, chats, strict=True)]
+
+
+def _parted(prompt: str, whole: str, marked: str, content: str, tokenizer: PreTrainedTokenizerBase) -> _Written:
+    """Of what the template makes of the turns before the answer, of all, and of all with a mark as the answer."""
     before, mark, after = marked.rpartition(_MARK)
     if not mark:
         raise template_error(tokenizer, "leaves out the answer, or writes another one")
@@ -116,20 +159,18 @@ def _texts(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> t
     answer = content if rewritten else whole[len(prompt) : len(whole) - len(after)]
     # Whitespace after the end of the turn belongs to the next turn: nobody generates it. A template that
     # writes nothing there would teach the model never to stop.
-    return prompt, answer + (after.rstrip() or _end(tokenizer)), rewritten
+    return _Written(prompt, answer + (after.rstrip() or _end(tokenizer)), rewritten)
 
 
-def _turns(messages: Sequence[Message]) -> list[Turn]:
-    return [{"role": message.role, "content": message.content} for message in messages]
-
-
-def _kept(messages: Sequence[Message], prompt: list[int], room: int, tokenizer: PreTrainedTokenizerBase) -> int:
+def _kept(example: Example, prompt: list[int], room: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many of a prompt's first tokens stay where it has `room`: what comes before the first message that is not the
     system's, with a token at least after it; or BOS alone.
     """
-    turns = _turns(messages[:-1])
+    turns = [message.turn for message in example.messages[:-1]]
     first = next((place for place, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
-    if tokenizer.chat_template is None:
+    if example.raw:
+        head = ""
+    elif tokenizer.chat_template is None:
         head = "".join(f"{turn['content']}\n" for turn in turns[:first])
     else:
         turns[first : first + 1] = [{"role": "user", "content": _MARK}]

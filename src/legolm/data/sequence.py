@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,12 +30,19 @@ def begun(ids: Sequence[int], first: Sequence[int]) -> list[int]:
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The text's own tokens. Raises `LegolmError` for one that the model has no embedding for."""
+    return encode_all((text,), tokenizer)[0]
+
+
+def encode_all(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """As `encode`, of several at once, which is faster."""
     # verbose=False: a text longer than the model's context is no mistake here.
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    rows = getattr(tokenizer, "rows", None)  # which `load_tokenizer` knows
-    if rows is not None and ids and max(ids) >= rows:
-        raise _foreign(next(one for one in ids if one >= rows), tokenizer)
-    return ids
+    given: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    found: list[list[int]] = tokenizer(list(texts), **given)["input_ids"]
+    rows = getattr(tokenizer, "rows", math.inf)  # which `load_tokenizer` knows
+    for ids in found:
+        if ids and max(ids) >= rows:
+            raise _foreign(next(one for one in ids if one >= rows), tokenizer)
+    return found
 
 
 def check_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -47,7 +55,7 @@ def check_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, where
                 raise _foreign(id, tokenizer, where)
 
 
-def windows(ids: Sequence[int], length: int, first: Sequence[int], most: int | None = None) -> Tensor:
+def windows(ids: Sequence[int] | np.ndarray, length: int, first: Sequence[int], most: int | None = None) -> Tensor:
     """The first `most` windows (windows, length) int64 of a text's tokens, side by side; the rest of it is left out.
 
     Each begins with `first` (what `begin` gave), once. Raises `LegolmError` where that leaves no room for the text.
@@ -60,7 +68,7 @@ def windows(ids: Sequence[int], length: int, first: Sequence[int], most: int | N
     found: list[Sequence[int]] = []
     start = 0
     while (most is None or len(found) < most) and start < len(ids):
-        window = begun(ids[start : start + length], first)[:length]
+        window = begun([int(id) for id in ids[start : start + length]], first)[:length]
         if len(window) < length:
             break
         start += length if list(ids[start : start + len(first)]) == list(first) else length - len(first)

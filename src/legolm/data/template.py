@@ -18,7 +18,7 @@ from legolm.errors import LegolmError, brief
 from legolm.system import read_bounded
 
 PROGRAM = Path(__file__).with_name("template_process.py")
-Turn = dict[str, str]
+Turn = dict[str, Any]
 WAY_OUT = "mend chat_template.jinja (or tokenizer_config.json) there, or take another checkpoint"
 MAX_BYTES = 1 << 20
 """Of a template's file: a hundred times the longest."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from legolm.config import Fields, Precision
+from legolm.config import Fields, Precision, RowsConfig
 from legolm.data import Tokens, read_rows, render_whole, to_example
 from legolm.models import autocast, choose_device, load_config, load_model, load_tokenizer
 
@@ -58,6 +58,7 @@ def answer_rows(
     """
     blank = "answer"
     fields = Fields(messages=messages) if messages else Fields(instruction=instruction, answer=blank)
+    config = RowsConfig(layout="messages" if messages else "alpaca", fields=fields)
     rows = list(read_rows(data, "generate"))
     asked = []
     for row in rows:
@@ -65,7 +66,7 @@ def answer_rows(
         turns = values.get(messages) if messages else None
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") != "assistant":
             values[str(messages)] = [*turns, {"role": "assistant", "content": "."}]
-        asked.append(to_example(replace(row, values=values), fields))
+        asked.append(to_example(replace(row, values=values), config))
     tokenizer, context = load_tokenizer(path), load_config(path).max_position_embeddings
     prompts = render_whole(asked, tokenizer, context, "generate")
     model = load_model(path).to(choose_device("auto"))

@@ -24,7 +24,7 @@ def text_windows(tokens: Tensor, length: int, most: int | None = None, first: Se
     Each begins with `first`, as the tokenizer begins a text (`data.begin`). Raises `LegolmError` when the text is
     shorter than one.
     """
-    found = windows(tokens.tolist(), length, first, most)
+    found = windows(tokens.numpy(), length, first, most)
     if not len(found):
         raise LegolmError(f"text: {len(tokens)} tokens; a window needs {length}; give more text or a smaller --length")
     return found

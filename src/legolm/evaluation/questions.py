@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from legolm.config import Fields, Precision
-from legolm.data import Example, begin, encode, read_rows, read_text, render_whole, to_example
+from legolm.config import Precision, RowsConfig
+from legolm.data import Example, begin, read_examples, read_text, render_whole, text_tokens
 from legolm.errors import LegolmError
 from legolm.evaluation.answers import score_each
 from legolm.evaluation.figure import Figure, RatioFigure, digest, ratio_figure
@@ -25,6 +24,8 @@ from legolm.evaluation.tasks import TaskFigures, Tasks, load_tasks, run_tasks
 
 NOWHERE = Kept()
 BATCH = 8
+LONGEST_TOKEN = 256
+"""Bytes a token of running text has at most, on average."""
 MAX_NEW_TOKENS = 128
 """For ROUGE-L: an answer that has not ended by then is scored as it is."""
 DATA, TEXT = "answers", "text"
@@ -40,6 +41,7 @@ class Questions:
 
     `limit`: only so many questions of each task and so many conversations. `rouge`: answers are also generated, for
     ROUGE-L. `length`, `windows`: tokens a window of the text, and only so many windows.
+    `notes` say how the conversations were read.
     """
 
     tasks: Tasks | None = None
@@ -49,6 +51,7 @@ class Questions:
     rouge: bool = False
     length: int = 1024
     windows: int | None = None
+    notes: tuple[str, ...] = ()
 
     def asked(self) -> str:
         """Digest of all that is asked, and how."""
@@ -60,7 +63,7 @@ def read_questions(
     tasks: Sequence[str],
     include: Path | None,
     data: str | None,
-    fields: Fields | None,
+    rows: RowsConfig | None,
     text: Path | None,
     limit: int | None = None,
     rouge: bool = False,
@@ -75,7 +78,7 @@ def read_questions(
         ("--include", include, "--tasks", tasks),
         ("--limit", limit, "--tasks or --data", tasks or data is not None),
         ("--rouge", rouge or None, "--data", data is not None),
-        ("--instruction, --answer, --messages", fields, "--data", data is not None),
+        ("--layout, --instruction, --input, --answer, --messages, --bad-rows", rows, "--data", data is not None),
         ("--length", length, "--text", text is not None),
         ("--windows", windows, "--text", text is not None),
     ):
@@ -85,15 +88,17 @@ def read_questions(
         raise LegolmError("nothing to evaluate on; give --tasks, --data or --text, or several")
     if rouge:
         need_rouge()
-    fields = fields or Fields()
+    said: list[str] = []
+    examples = () if data is None else tuple(read_examples(data, rows or RowsConfig(), "--data", said))
     return Questions(
         tasks=load_tasks(tasks, include, limit) if tasks else None,
-        examples=() if data is None else tuple(to_example(row, fields) for row in read_rows(data, "--data"))[:limit],
-        text=None if text is None else read_text(text, "--text"),
+        examples=examples[:limit],
+        text=None if text is None else read_text(text, "--text", _bytes(length or Questions.length, windows)),
         limit=limit,
         rouge=rouge,
         length=length or Questions.length,
         windows=windows,
+        notes=tuple(said),
     )
 
 
@@ -174,5 +179,11 @@ def _windows(most: int, tokenizer: Any, questions: Questions) -> Tensor:
     """Token ids (windows, length) of the text. Raises `LegolmError` when it, or the model, is too short for one."""
     if questions.length > most:
         raise LegolmError(f"--length {questions.length}: the model takes {most} tokens; give a smaller one")
-    tokens = torch.tensor(encode(str(questions.text), tokenizer))
+    wanted = None if questions.windows is None else questions.windows * questions.length
+    tokens = text_tokens(str(questions.text), tokenizer, wanted)
     return text_windows(tokens, questions.length, questions.windows, begin(tokenizer))
+
+
+def _bytes(length: int, windows: int | None) -> int | None:
+    """Of a text, as many as the windows may have."""
+    return None if windows is None else LONGEST_TOKEN * length * windows

@@ -17,7 +17,7 @@ from legolm.errors import LegolmError, brief
 from legolm.export.probe import LIKELIEST, Answer, Limits, Reference, measure
 from legolm.export.source import Source
 from legolm.export.target import exporter
-from legolm.models import side_files
+from legolm.models import shape_of, side_files
 
 LIMITS = Limits(2e-3)
 """Both are float32."""
@@ -78,7 +78,10 @@ class Session:
 
     def __init__(self, file: Path) -> None:
         import onnxruntime
+        from transformers import AutoConfig
 
+        shape = shape_of(AutoConfig.from_pretrained(file.parent, trust_remote_code=False))
+        self._empty = (1, shape.kv_groups, 0, shape.head_dim)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -91,9 +94,7 @@ class Session:
 
         self.known = 0
         self._cache: dict[str, Any] = {
-            one.name: np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32)
-            for one in self._session.get_inputs()
-            if CACHE in one.name
+            one.name: np.zeros(self._empty, np.float32) for one in self._session.get_inputs() if CACHE in one.name
         }
 
     def logits(self, ids: Sequence[int]) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from legolm.config import Fields
-from legolm.data import read_rows, render_whole, to_example
+from legolm.config import RowsConfig
+from legolm.data import read_examples, render_whole
 from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.export.source import find_model
@@ -32,21 +32,21 @@ class Candidate:
 
 
 def candidates(
-    names: Sequence[str], data: str, fields: Fields, runtime: Runtime, quant: str, limit: int | None = None
+    names: Sequence[str], data: str, rows: RowsConfig, runtime: Runtime, quant: str, limit: int | None = None
 ) -> list[Candidate]:
     """Measure each model; a run's folder stands for all of its final models. `data` is a file of questions and answers.
 
     Raises `LegolmError` for a model that cannot be had or exported, and data that cannot be read.
     """
     models = list(dict.fromkeys(one for name in names for one in _models(name)))
-    examples = [to_example(row, fields) for row in read_rows(data, "--data")][:limit]
+    examples = list(read_examples(data, rows, "--data"))[:limit]
     if not examples:
         raise LegolmError(f"--data {data}: has no questions")
     scores = []
     for name in models:
         path = find_model(name)
-        rows = render_whole(examples, load_tokenizer(path), load_config(path).max_position_embeddings, "--data")
-        scores.append(score(load_model(path), rows, BATCH, "fp32"))
+        asked = render_whole(examples, load_tokenizer(path), load_config(path).max_position_embeddings, "--data")
+        scores.append(score(load_model(path), asked, BATCH, "fp32"))
         if not math.isfinite(scores[-1].loss):
             raise LegolmError(f"{name}: its loss on {data} is {scores[-1].loss}; leave it out")
     speeds = bench(models, [runtime], quant)

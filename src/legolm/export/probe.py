@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from legolm.data import prose
+from legolm.data import help_tokens
 from legolm.errors import LegolmError
 
 LIKELIEST = 256
@@ -29,7 +29,7 @@ class Reference:
     @staticmethod
     def of(model: Any, tokenizer: Any, read: int, asked: int) -> Reference:
         """Of a model in float32: `read` tokens of prose at once, and `asked` more, one after the other."""
-        ids = prose(tokenizer, read + asked)
+        ids = help_tokens(tokenizer, read + asked)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, read - 1 : -1].float()
         return Reference(ids, read, log_softmax(logits, -1))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from legolm.block import Block, llm_block, read_block
-from legolm.config import DataConfig, Device, Fields, SiteConfig
-from legolm.data import ClientData, Example, client_data, read_rows, to_example
+from legolm.config import DataConfig, Device, RowsConfig, SiteConfig
+from legolm.data import ClientData, Example, client_data, read_examples
 from legolm.errors import LegolmError
 from legolm.models import resolve
 from legolm.runs import RunDir
@@ -49,7 +49,7 @@ class Site(Protocol):
 class DeviceSite:
     """A device of its own: a folder with `block/` (a cut block) and `data/{train,validation,test}.jsonl`.
 
-    Nothing outside the folder is read. Rows are conversations (`messages`). Raises `LegolmError` for what is missing.
+    Nothing outside the folder is read. Rows are of any known layout. Raises `LegolmError` for what is missing.
     """
 
     home: Path
@@ -62,8 +62,7 @@ class DeviceSite:
 
     def examples(self, split: Split) -> Sequence[Example]:
         """Of `data/`."""
-        fields = Fields(messages="messages")
-        return [to_example(row, fields) for row in read_rows(str(self.home / "data" / f"{split}.jsonl"), "data")]
+        return list(read_examples(str(self.home / "data" / f"{split}.jsonl"), RowsConfig(), "data"))
 
     def state(self) -> Path:
         """`state/`."""

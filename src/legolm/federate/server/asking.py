@@ -119,6 +119,7 @@ def _questions(config: RunConfig) -> list[tuple[str, Example]]:
     if len(ids) > ASKED:
         ids = [ids[place * len(ids) // ASKED] for place in range(ASKED)]
     turns = [(id, data[id].test[turn]) for turn in range(ASKED) for id in ids if turn < len(data[id].test)]
+    turns = [(id, example) for id, example in turns if len(example.messages) > 1]  # a text asks nothing
     return sorted(turns[:ASKED], key=lambda one: ids.index(one[0]))
 
 
