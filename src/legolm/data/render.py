@@ -79,7 +79,7 @@ def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBas
     if tokenizer.chat_template is None:
         text = "".join(f"{message.content}\n" for message in messages)
         return begun(encode(text, tokenizer), begin(tokenizer))
-    (text,) = render_template(tokenizer, [(_turns(messages), True)])
+    (text,) = render_template(tokenizer, [([message.turn for message in messages], True)])
     return encode(text, tokenizer)
 
 
