@@ -1,7 +1,7 @@
 """From a block to what runs it elsewhere: a file each target, each checked in its runtime before it appears."""
 
 from legolm.export.picking import Candidate, candidates, pick
-from legolm.export.serving import serving
+from legolm.export.server import serving
 from legolm.export.source import Source, find_model
 from legolm.export.sparse import load
 from legolm.export.speed import Speed, bench, checked_runtimes
