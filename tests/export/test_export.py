@@ -255,11 +255,10 @@ def test_a_picture_by_hand() -> None:
     ]
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma3_text"])
-def test_onnx_is_one_graph_that_reads_and_goes_on(variant: str, block: Callable[..., Block], tmp_path: Path) -> None:
+def test_onnx_is_one_graph_that_reads_and_goes_on(block: Callable[..., Block], tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    found = export(str(block(variant).path), "onnx", tmp_path / "o")
+    found = export(str(block("gemma3_text").path), "onnx", tmp_path / "o")  # with windows
     assert found.lines[-1].startswith("onnxruntime, float32: error")
     session = onnxruntime.InferenceSession(tmp_path / "o" / "model.onnx")
     names = {one.name for one in session.get_inputs()}

@@ -21,7 +21,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, max=10, help="0: the likeliest token each time")] = 0.0,
 ) -> None:
     """Talk to a model: a line is a message, an empty one begins anew, Ctrl-D ends."""
-    from legolm.data import Message
+    from legolm.data import Message, prompt_look, take_look
     from legolm.evaluation import Subject, line_up, load_subject, reply
     from legolm.export import find_model
     from legolm.models import load_tokenizer
@@ -32,8 +32,9 @@ def chat(
     else:
         subjects = line_up([str(path)], None, adapter)[-1:] if adapter else [Subject(model, path)]
     loaded = [(load_subject(one), load_tokenizer(one.path)) for one in subjects]
-    for one, _ in loaded:
+    for one, tokenizer in loaded:
         one.config.use_cache = True
+        take_look(tokenizer, prompt_look(loaded[-1][1]))  # the LLM is asked as its block is
     begin = [] if system is None else [Message("system", system)]
     talks = [list(begin) for _ in subjects]
     while (line := _ask()) is not None:
