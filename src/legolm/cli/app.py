@@ -14,8 +14,10 @@ import typer
 
 from legolm.cli.ablate import ablate
 from legolm.cli.calibrate import calibrate
+from legolm.cli.certs import certs
 from legolm.cli.compare import compare
 from legolm.cli.compose import compose
+from legolm.cli.devices import devices
 from legolm.cli.eval import evaluate
 from legolm.cli.inspect import inspect
 from legolm.cli.prune import prune
@@ -54,6 +56,8 @@ app.command()(compare)
 app.command()(compose)
 app.command()(ablate)
 app.command()(report)
+app.add_typer(certs, name="certs")
+app.add_typer(devices, name="devices")
 
 
 STOPPED = 130

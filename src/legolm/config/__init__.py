@@ -4,7 +4,7 @@ from legolm.config.aggregation import AggregateConfig, Codec, FederationConfig, 
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.file import dump, load, read, validate
 from legolm.config.registry import CRITERIA, SCHEMES, TRAINERS, Choice, Entry, Registry, foreign, guarded, load_plugins
-from legolm.config.section import Fields
+from legolm.config.section import Fields, Name
 from legolm.config.sections import (
     ClientConfig,
     DataConfig,
@@ -37,6 +37,7 @@ __all__ = [
     "FederationConfig",
     "Fields",
     "LoraConfig",
+    "Name",
     "OutlierConfig",
     "Precision",
     "Profile",
