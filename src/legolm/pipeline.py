@@ -122,6 +122,14 @@ def _run(
     block_of = {client.id: client.block for client in plan.clients}
     shared = store / "before" if store else None
     rounds = Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock)
+    name = out.resolve().name
+
+    def so_far() -> Summary:
+        found = rounds.records()
+        return summarize(config, blocks, block_of, found, identity, name, clock.wall, clock.seconds("blocks"))
+
+    if config.federation.engine == "deployment":  # whose rounds take as long as devices do
+        rounds.after_round = lambda: write_report(so_far(), out / "report.html")
     rounds.write_lines()
     if not rounds.finished:
         engine(folder, config, plan.actors, rounds.run)
@@ -130,9 +138,7 @@ def _run(
             _write_final(folder, config, plan, blocks, block_of, rounds, progress)
     samples = ask(folder, config, blocks, block_of, rounds, progress) if models else []
 
-    name, seconds = out.resolve().name, clock.seconds("blocks")
-    summary = summarize(config, blocks, block_of, rounds.records(), identity, name, clock.wall, seconds)
-    summary = summary.model_copy(update={"samples": samples})
+    summary = so_far().model_copy(update={"samples": samples})
     summary.write(out)
     write_report(summary, out / "report.html")
     return summary
@@ -287,6 +293,7 @@ def _write_final(
                 save_factors(factors, config.lora.scaling, begun, partial)
                 save_model(model, tokenizer, partial, dtype)
                 steps = config.federation.personal_steps if client else 0
+                held = [examples[client]] if client else list(examples.values())
                 manifest = Manifest(
                     name=block.name,
                     method=block.method,
@@ -298,7 +305,7 @@ def _write_final(
                         "client": client,
                         "round": number,
                         "personal_steps": steps,
-                        "examples": examples[client] if client else sum(examples.values()),
+                        "examples": None if None in held else sum(one for one in held if one),
                         "model": lasting_name(config.model),
                     },
                 )

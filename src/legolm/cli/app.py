@@ -15,6 +15,7 @@ import typer
 from legolm.cli.ablate import ablate
 from legolm.cli.calibrate import calibrate
 from legolm.cli.certs import certs
+from legolm.cli.client import client
 from legolm.cli.compare import compare
 from legolm.cli.compose import compose
 from legolm.cli.devices import devices
@@ -23,6 +24,7 @@ from legolm.cli.inspect import inspect
 from legolm.cli.prune import prune
 from legolm.cli.report import report
 from legolm.cli.run import run
+from legolm.cli.status import status
 from legolm.errors import LegolmError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -56,6 +58,8 @@ app.command()(compare)
 app.command()(compose)
 app.command()(ablate)
 app.command()(report)
+app.command()(status)
+app.command()(client)
 app.add_typer(certs, name="certs")
 app.add_typer(devices, name="devices")
 

@@ -1,6 +1,13 @@
 """The run's configuration: its fields (`sections`) and its files (`file`)."""
 
-from legolm.config.aggregation import AggregateConfig, Codec, FederationConfig, OutlierConfig, ServerConfig
+from legolm.config.aggregation import (
+    AggregateConfig,
+    Codec,
+    FederationConfig,
+    OutlierConfig,
+    ServerConfig,
+    SuperLinkConfig,
+)
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.file import dump, load, read, validate
 from legolm.config.registry import CRITERIA, SCHEMES, TRAINERS, Choice, Entry, Registry, foreign, guarded, load_plugins
@@ -47,6 +54,7 @@ __all__ = [
     "ServerConfig",
     "SiteConfig",
     "Split",
+    "SuperLinkConfig",
     "TrainConfig",
     "Variant",
     "dump",

@@ -4,7 +4,7 @@ from legolm.data.calibration import calibration_tokens, check_text
 from legolm.data.examples import ClientData, Example, Message
 from legolm.data.render import Tokens, check_whole, render, render_whole
 from legolm.data.sources import check_apart, read_rows, read_text, to_example, with_system
-from legolm.data.split import client_data, data_fingerprint, load_parts
+from legolm.data.split import client_data, data_fingerprint, load_parts, own_part
 from legolm.data.starter import is_starter
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "data_fingerprint",
     "is_starter",
     "load_parts",
+    "own_part",
     "read_rows",
     "read_text",
     "render",

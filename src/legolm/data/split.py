@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from legolm.config import DataConfig, RunConfig, SiteConfig
+from legolm.config import DataConfig, Fields, RunConfig, SiteConfig
 from legolm.data.examples import ClientData, Example
 from legolm.data.sources import Row, check_apart, read_rows, to_example, with_system
 from legolm.data.starter import SplitName, is_starter, starter_parts
@@ -49,6 +49,18 @@ def load_parts(config: DataConfig, clients: Sequence[str], seed: int) -> dict[st
         groups = _deal(groups, list(dict.fromkeys(clients)), config, seed)
     _check_known(clients, groups["train"])
     return {client: _finish(_hold_out(client, groups, config, seed), config) for client in clients}
+
+
+def own_part(
+    source: str | Sequence[str], fields: Fields, held_out: tuple[float, float], part: str, seed: int, field: str
+) -> ClientData:
+    """One client's rows, all of `source`: split as `load_parts` splits the part of this name.
+
+    `held_out` are the shares of validation and test. Raises `LegolmError` for a bad row, and for too few.
+    """
+    rows = [to_example(row, fields) for row in read_rows(source, field)]
+    config = DataConfig(train=field, validation=held_out[0], test=held_out[1])
+    return _hold_out(part, {"train": {part: rows}}, config, seed)
 
 
 def data_fingerprint(data: Mapping[str, ClientData], server: Sequence[Example] = ()) -> str:

@@ -30,6 +30,7 @@ from legolm.plan.needs import training_bytes
 from legolm.plan.notes import notes
 from legolm.prune import criterion_of, planned_coverage, target_pattern
 from legolm.system import available_bytes, stored_tensors
+from legolm.trust import server_files
 
 SPARE_BYTES = 3 << 29
 """Memory left to the server, Flower's own processes and the system when actors are counted."""
@@ -57,11 +58,14 @@ class PlannedBlock:
 
 @dataclass(frozen=True)
 class PlannedClient:
-    """One client's work in a round: examples held, tokens trained on, bytes of tensors each way (headers are more)."""
+    """One client's work in a round: examples held, tokens trained on, bytes of tensors each way (headers are more).
+
+    Of a device of its own nobody knows the examples (None), and the tokens are the most.
+    """
 
     id: str
     block: str
-    examples: int
+    examples: int | None
     tokens_per_round: int
     bytes_down: int
     bytes_up: int
@@ -95,8 +99,13 @@ class Parts:
 
 
 def read_parts(config: RunConfig) -> Parts:
-    """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones."""
+    """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones.
+
+    Devices' rows stay there: their examples are as long as any may be.
+    """
     path = resolve(config.model)
+    if config.federation.engine == "deployment":
+        return Parts({}, {client.id: [config.train.max_length] for client in config.clients}, server_examples(config))
     data, tokenizer, most = client_data(config), load_tokenizer(path), config.train.max_length
     refuse = config.train.long_examples == "refuse"
     if refuse:
@@ -178,7 +187,8 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
             if like not in traffic:
                 traffic[like] = _traffic(config, coverages[name], trained, rank, masked[name])
             most = max(most, traffic[like])
-        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *most))
+        held_rows = len(lengths[client.id]) if parts.data else None
+        clients.append(PlannedClient(client.id, block, held_rows, tokens, *most))
 
     used = [needs[block] for block in set(block_of.values())]
     whole = training_bytes(
@@ -200,7 +210,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     found = data_fingerprint(parts.data, parts.server)
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
     members = [(trains[one.id], one.rank or config.lora.rank) for one in taking]
-    said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking})
+    said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking} if parts.data else {})
     return Plan(path, tuple(blocks), tuple(clients), found, actors, memory, disk, models, said)
 
 
@@ -236,6 +246,11 @@ def check_files(config: RunConfig) -> None:
                 if (text, fields) not in read:
                     check_text(text, fields, f"{where}{field}")
                     read.add((text, fields))
+    superlink = config.federation.superlink
+    if config.federation.engine == "deployment" and superlink.address is None:
+        server_files(Path(superlink.home))
+    if superlink.root_certificates is not None and not Path(superlink.root_certificates).is_file():
+        raise LegolmError(f"federation.superlink.root_certificates: no file {superlink.root_certificates}")
     for field, folder in (("lora.start", config.lora.start), ("aggregate.start", config.aggregate.start)):
         if folder and not Path(folder).is_dir():
             raise LegolmError(f"{field}: no folder {folder}")
@@ -328,7 +343,7 @@ def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int
 
 def _actors(config: RunConfig, need: int) -> int:
     """As many clients at once as cores and memory allow, and never more than there are."""
-    if config.federation.engine == "local":
+    if config.federation.engine != "flower":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     by_memory = (available_bytes() - SPARE_BYTES) // need

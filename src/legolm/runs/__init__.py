@@ -6,6 +6,8 @@ from legolm.runs.folder import (
     UPDATES,
     RunDir,
 )
+from legolm.runs.kept import Kept
+from legolm.runs.live import Live, State, read_live
 from legolm.runs.records import (
     SCHEMA,
     UNSCORED,
@@ -101,8 +103,10 @@ __all__ = [
     "Global",
     "Held",
     "Identity",
+    "Kept",
     "KeptSummary",
     "LeftOut",
+    "Live",
     "LlmScore",
     "LlmSummary",
     "Losses",
@@ -127,6 +131,7 @@ __all__ = [
     "Stage",
     "StageRecord",
     "Stages",
+    "State",
     "Summary",
     "Traffic",
     "Training",
@@ -144,6 +149,7 @@ __all__ = [
     "others_of",
     "parse_record",
     "passed_of",
+    "read_live",
     "read_record",
     "read_sealed",
     "read_stage",

@@ -183,7 +183,7 @@ def server_examples(config: RunConfig) -> list[Example]:
     data, source = config.data, config.evaluate.server_data
     if source is None:
         return []
-    if not is_starter(data.train):
+    if config.federation.engine != "deployment" and not is_starter(data.train):
         check_apart(data.train, source, "evaluate.server_data")
     rows = read_rows(source, "evaluate.server_data")
     found = [with_system(to_example(row, data.fields), data.system) for row in rows]
