@@ -26,7 +26,8 @@ class Helpers:
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
         self._folder = folder
         scripts = sysconfig.get_path("scripts")
-        self._env = {**os.environ, **env, "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")])}
+        path = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+        self._env = {**os.environ, **env, "PATH": path, "LEGOLM_PARENT": str(os.getpid())}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 

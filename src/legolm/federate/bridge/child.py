@@ -11,8 +11,8 @@ LOOK_S = 1.0
 
 
 def end_with_parent() -> None:
-    """Have this process ended as by SIGTERM when its parent is gone."""
-    parent = os.getppid()
+    """Have this process ended as by SIGTERM when `LEGOLM_PARENT`, who started it, is gone."""
+    parent = int(os.environ["LEGOLM_PARENT"])
 
     def watch() -> None:
         while os.getppid() == parent:

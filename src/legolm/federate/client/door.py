@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import ssl
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -30,6 +31,8 @@ class Door:
 
     def __init__(self, server: str, ca: Path, key: Path) -> None:
         self._server = server
+        if not re.fullmatch(r"[^/?#@\s]+:[0-9]{1,5}", server):
+            raise LegolmError(f"--server {server!r}: write it as HOST:PORT, for instance fl.example.org:8000")
         try:
             context = ssl.create_default_context(cafile=str(ca))
         except (OSError, ssl.SSLError) as error:
@@ -65,6 +68,8 @@ class Door:
     def piece(self, path: str, at: int) -> bytes:
         """Bytes of a block's file from `at` on. Raises as `hello`."""
         found = self._get(f"blocks/{path}", at=at)
+        if found.status_code == httpx.codes.NOT_FOUND:
+            raise LegolmError(f"{self._server}: does not give {path}; copy the block here, and give it as --block")
         if found.status_code != httpx.codes.OK:
             self._said(found)
         return found.content
@@ -92,8 +97,6 @@ class Door:
             return self._http.get(f"/legolm/{path}", params=query, headers=headers)
         except httpx.HTTPError as error:
             raise self._why(error) from None
-        except httpx.InvalidURL as error:
-            raise LegolmError(f"--server {self._server!r}: {brief(error)}; write it as HOST:PORT") from None
 
     def _why(self, error: httpx.HTTPError) -> LegolmError:
         said = str(error)
