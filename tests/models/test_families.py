@@ -269,7 +269,7 @@ def test_errors_name_what_the_family_has(tiny: Callable[[str], Path]) -> None:
     ("changes", "says"),
     [
         ({"model_type": "gpt2"}, r"family 'gpt2' is not known; known: llama, .*FAMILIES \(legolm/models/family\.py\)"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"call model\.dequantize\(\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "legolm import MODEL --out DIR"),
         ({"text_config": object()}, "text-only checkpoint"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not a causal LM"),
     ],

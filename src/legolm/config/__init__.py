@@ -11,7 +11,7 @@ from legolm.config.aggregation import (
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.file import dump, load, read, validate
 from legolm.config.registry import CRITERIA, SCHEMES, TRAINERS, Choice, Entry, Registry, foreign, guarded, load_plugins
-from legolm.config.section import Fields, Name
+from legolm.config.section import LAYOUT_FIELDS, Fields, Layout, Name, RowsConfig
 from legolm.config.sections import (
     ClientConfig,
     DataConfig,
@@ -29,6 +29,7 @@ from legolm.config.study import Variant, load_study
 
 __all__ = [
     "CRITERIA",
+    "LAYOUT_FIELDS",
     "SCHEMES",
     "TRAINERS",
     "AggregateConfig",
@@ -43,6 +44,7 @@ __all__ = [
     "EvaluateConfig",
     "FederationConfig",
     "Fields",
+    "Layout",
     "LoraConfig",
     "Name",
     "OutlierConfig",
@@ -50,6 +52,7 @@ __all__ = [
     "Profile",
     "RecoverConfig",
     "Registry",
+    "RowsConfig",
     "RunConfig",
     "ServerConfig",
     "SiteConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import date as Day
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from legolm.config.aggregation import AggregateConfig, FederationConfig
 from legolm.config.blocks import BlockConfig
 from legolm.config.registry import SCHEMES, TRAINERS, Registry, load_plugins
-from legolm.config.section import Fields, Layer, LocalPath, Name, OpenSection, Section, Share
+from legolm.config.section import Layer, LocalPath, Name, OpenSection, RowsConfig, Section, Share
 from legolm.errors import nearest
 
 Precision = Literal["fp32", "bf16"]
@@ -22,9 +23,13 @@ LEAST_RECOVERY, MOST_RECOVERY = 16, 40
 
 
 class Split(Section):
-    """How rows become parts, one a client: by file stem, by a column's value, IID, or Dirichlet over a column."""
+    """How rows become parts, one a client: by file, by folder, by a column's value, IID, or Dirichlet over a column.
 
-    by: Literal["file", "column", "iid", "dirichlet"] = "file"
+    `file` is a file's stem, or the name of its folder where clients are called so. A validation or test set by file
+    that has no client's name is everyone's.
+    """
+
+    by: Literal["file", "folder", "column", "iid", "dirichlet"] = "file"
     column: str | None = None
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is heterogeneous")
 
@@ -35,9 +40,9 @@ class Split(Section):
         return self
 
 
-class DataConfig(Section):
-    """Examples: a built-in set (`starter`, `starter-dates`, `starter-languages`), files (JSON, JSONL, CSV,
-    Parquet; globs allowed) or a hub data set.
+class DataConfig(RowsConfig):
+    """Examples: a built-in set (`starter`, `starter-dates`, `starter-languages`), files (JSON, JSONL, CSV, Parquet;
+    globs allowed) or a hub data set (`hub:owner/name`, `:split` or `:config:split` behind it).
 
     `validation` and `test` are paths like `train`, or a share of each client's training rows to hold out.
     """
@@ -45,22 +50,27 @@ class DataConfig(Section):
     train: str | list[str] = "starter"
     validation: str | list[str] | Share = 0.1
     test: str | list[str] | Share = 0.2
-    fields: Fields = Fields()
     split: Split = Split()
     system: str | None = Field(None, description="system message put before each conversation without one")
+    template: LocalPath = Field(
+        "model", description="chat template: the model's own, `alpaca`, `chatml`, or a file in Jinja"
+    )
+    date: Day = Field(Day(2024, 7, 26), description="the day that a template which writes today's writes")
     limit_train: int | None = Field(None, ge=1, description="keep at most this many training examples a client")
     limit_validation: int | None = Field(None, ge=1)
     limit_test: int | None = Field(None, ge=1)
 
 
 class Profile(Section):
-    """What a device can hold; `assign` gives it the block with the most parameters that fits."""
+    """What a device can hold. Its client trains with the fastest settings that fit: micro-batches of
+    `train.micro_batch_tokens`, smaller ones, then checkpointing; without a block it gets the largest that fits so.
+    """
 
-    memory_mb: float = Field(gt=0, description="memory for fine-tuning, in MB (1e6 bytes)")
+    memory_mb: float = Field(gt=0, description="memory of the process that fine-tunes, in MB (1e6 bytes)")
 
 
 class ClientConfig(Section):
-    """One client: its part of the data, and its block by name, by round or by device profile."""
+    """One client: its part of the data, and its block by name, by round or by what its device holds (`profile`)."""
 
     id: Name
     data: str | None = Field(None, description="name of its part of the data; its id if not given")
@@ -78,8 +88,9 @@ class ClientConfig(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> ClientConfig:
-        if [self.block, self.blocks, self.profile].count(None) != 2:
-            raise ValueError("give one of `block`, `blocks` and `profile`")
+        named = [one for one in (self.block, self.blocks) if one is not None]
+        if len(named) > 1 or not (named or self.profile):
+            raise ValueError("give one of `block`, `blocks` and `profile`, or a `profile` beside one of the others")
         if self.layers is not None and self.block is None:
             raise ValueError("`layers` is for a client with `block`: by round or profile its layers may be others")
         if self.leaves is not None and self.leaves < self.joins:
@@ -141,16 +152,19 @@ class TrainConfig(OpenSection):
     tokens: int | None = Field(None, ge=1, description="tokens trained on, at most")
     seconds: float | None = Field(None, gt=0, description="a device's time budget; the result depends on its speed")
     batch_size: int = Field(8, ge=1, description="examples a step")
-    micro_batch_tokens: int = Field(2048, ge=1, description="tokens at once; a larger batch accumulates over several")
+    micro_batch_tokens: int = Field(2048, ge=1, description="tokens at once, at most; a larger batch accumulates")
     learning_rate: float = Field(2e-3, gt=0, description="in a run, what its scheme asks for by default")
     schedule: Literal["constant_linear", "cosine", "constant"] = "constant_linear"
     warmup_steps: int = Field(0, ge=0, description="steps of the whole run over which the learning rate rises")
     clip_norm: float = Field(1.0, gt=0)
     max_length: int = Field(512, ge=8, description="tokens of an example, at most")
-    long_examples: Literal["truncate", "refuse"] = Field(
-        "truncate", description="truncated ones lose the start of their prompt"
+    turns: Literal["last", "all"] = Field(
+        "last", description="of a conversation: its last answer, or each of the assistant's, with all before as prompt"
     )
-    gradient_checkpointing: bool = Field(False, description="less memory for a third more work")
+    long_examples: Literal["truncate", "refuse"] = Field(
+        "truncate", description="truncated ones lose the start of their question"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more work, of all clients")
 
 
 class EvaluateConfig(Section):

@@ -1,9 +1,11 @@
 """Where layers, heads and MLPs live in each model family; finding, loading, saving and fingerprinting models."""
 
+from legolm.models.beside import carry
 from legolm.models.checkpoint import load_config
 from legolm.models.family import FAMILIES, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
 from legolm.models.finite import finite
 from legolm.models.head import CHUNK, Head, answer_losses, divergences, judged
+from legolm.models.importing import import_model
 from legolm.models.layered import CheckpointWriter, LayeredModel
 from legolm.models.lean import hidden_states, lean
 from legolm.models.load import (
@@ -20,6 +22,7 @@ from legolm.models.load import (
 )
 from legolm.models.packing import LONG, pack
 from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of
+from legolm.models.rotary import scales_by_length
 from legolm.models.rounding import rounded
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "Unit",
     "answer_losses",
     "autocast",
+    "carry",
     "check_weights",
     "choose_device",
     "choose_precision",
@@ -48,6 +52,7 @@ __all__ = [
     "finite",
     "folder_bytes",
     "hidden_states",
+    "import_model",
     "judged",
     "lasting_name",
     "lean",
@@ -58,5 +63,6 @@ __all__ = [
     "resolve",
     "rounded",
     "save_model",
+    "scales_by_length",
     "shape_of",
 ]

@@ -157,11 +157,9 @@ def shape_of(config: Any) -> Shape:
             f"model: {', '.join(architectures) or config.model_type} is not a causal LM; give one that is"
         )
     family_of(config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise LegolmError(
-            "model: its weights are quantized; load it with transformers, call model.dequantize() and "
-            "model.save_pretrained(FOLDER), and give that folder"
-        )
+    for name in ("quantization_config", "compression_config"):
+        if (found := getattr(config, name, None)) is not None:
+            raise quantized_error(found.get("quant_method", "") if isinstance(found, dict) else "")
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:
@@ -177,6 +175,14 @@ def shape_of(config: Any) -> Shape:
         kv_groups=groups,
         queries_per_group=heads // groups,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+def quantized_error(method: str) -> LegolmError:
+    """What is said of a quantized model, and the way out."""
+    return LegolmError(
+        f"model: its weights are quantized{method and f' ({brief(str(method))})'}; run: legolm import MODEL --out DIR, "
+        "and give DIR in its place"
     )
 
 

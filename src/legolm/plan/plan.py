@@ -6,19 +6,34 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parameters, modules_of
 from legolm.aggregate import make_scheme, rehearse
 from legolm.block import Base, Block, Coverage, llm_block, read_block
-from legolm.config import SCHEMES, ClientConfig, RunConfig
-from legolm.data import ClientData, Example, check_text, check_whole, client_data, data_fingerprint, render
+from legolm.config import SCHEMES, Precision, RowsConfig, RunConfig
+from legolm.data import (
+    ClientData,
+    Example,
+    TokenRows,
+    check_text,
+    check_tokens,
+    check_whole,
+    client_data,
+    data_fingerprint,
+    is_starter,
+    paths_of,
+    read_text,
+    tokenize,
+)
 from legolm.errors import LegolmError
 from legolm.federate.server import server_examples, start_factors
 from legolm.federate.wire import encoded_bytes
 from legolm.models import (
     check_weights,
     choose_device,
-    choose_precision,
     fingerprint,
     load_config,
     load_tokenizer,
@@ -26,8 +41,9 @@ from legolm.models import (
 )
 from legolm.plan.assign import assign
 from legolm.plan.disk import mixed_parts, stages_bytes
-from legolm.plan.needs import training_bytes
-from legolm.plan.notes import notes
+from legolm.plan.needs import settings_of, training_bytes, worst_batch
+from legolm.plan.notes import notes, prompt_notes
+from legolm.plan.trainees import Trainees, check_layers
 from legolm.prune import criterion_of, planned_coverage, target_pattern
 from legolm.system import available_bytes, stored_tensors
 from legolm.trust import server_files
@@ -41,6 +57,8 @@ ACTOR_SHARE = 1.5
 @dataclass(frozen=True)
 class PlannedBlock:
     """One block: stored parameters, checkpoint bytes, peak bytes and operations a token of fine-tuning it, recovery.
+
+    The peak is that of the client with the longest batch, without a memory budget.
 
     `token_flops` are the decoder's products: 4 a weight, two forward and two for the input's gradient; the masked
     forward of unstructured blocks also needs the weights' gradient. `recovery_steps` is the most.
@@ -60,6 +78,7 @@ class PlannedBlock:
 class PlannedClient:
     """One client's work in a round: examples held, tokens trained on, bytes of tensors each way (headers are more).
 
+    And how it trains: tokens at once, whether layers are computed again, and the peak memory (bytes) that this takes.
     Of a device of its own nobody knows the examples (None), and the tokens are the most.
     """
 
@@ -69,16 +88,21 @@ class PlannedClient:
     tokens_per_round: int
     bytes_down: int
     bytes_up: int
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    training_bytes: int
 
 
 @dataclass(frozen=True)
 class Plan:
     """The whole run. `memory_bytes` is the peak over all processes; `disk_bytes` what the run folder will hold.
 
-    `models_bytes` of the latter are the final models. `notes` say how far promises go (`plan.notes`).
+    `models_bytes` of the latter are the final models. `template` is the chat template where the config names one.
+    `read` says how rows were read, `notes` how far promises go (`plan.notes`).
     """
 
     base: Path
+    precision: Precision
     blocks: tuple[PlannedBlock, ...]
     clients: tuple[PlannedClient, ...]
     data_fingerprint: str
@@ -86,42 +110,58 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     models_bytes: int
+    template: str
+    read: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Every client's data, the lengths of its training examples in tokens, and the server's own data."""
+    """Every client's data, the tokens of each of its training examples, and the server's own data.
+
+    `tokenizer` has the run's chat template. `read` says how the rows were read: layouts, text that nothing uses, rows
+    that were left out; `notes` how prompts look.
+    """
 
     data: dict[str, ClientData]
-    lengths: dict[str, list[int]]
+    lengths: dict[str, np.ndarray]
     server: list[Example]
+    tokenizer: Any
+    read: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def read_parts(config: RunConfig) -> Parts:
     """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones.
 
-    Devices' rows stay there: their examples are as long as any may be.
+    Devices' rows stay there: all that a client trains on at once may be as long as any.
     """
-    path = resolve(config.model)
+    path, said = resolve(config.model), list[str]()
     if config.federation.engine == "deployment":
-        return Parts({}, {client.id: [config.train.max_length] for client in config.clients}, server_examples(config))
-    data, tokenizer, most = client_data(config), load_tokenizer(path), config.train.max_length
+        longest = np.full(config.train.batch_size, config.train.max_length)
+        server, tokenizer = server_examples(config, said), load_tokenizer(path, config.data)
+        return Parts({}, {client.id: longest for client in config.clients}, server, tokenizer, tuple(said), ())
+    data, tokenizer, most = client_data(config, said), load_tokenizer(path, config.data), config.train.max_length
     refuse = config.train.long_examples == "refuse"
     if refuse:
         most = min(most, load_config(path).max_position_embeddings)
-    lengths = {}
+    lengths, learned = {}, list[TokenRows]()
     for client, rows in data.items():
+        for split in ("train", "validation", "test"):
+            texts = (message.content for row in getattr(rows, split) for message in row.messages)
+            check_tokens(texts, tokenizer, f"data: {split} rows of {client!r}")
         for split in ("train", "validation", "test") if refuse else ("train",):
-            found = [render(row, tokenizer, most) for row in getattr(rows, split)]
+            found = tokenize(getattr(rows, split), tokenizer, most, config.train.turns if split == "train" else "last")
             if refuse:
                 check_whole(found, most, split, client)
             if split == "train":
-                lengths[client] = [len(one.ids) for one in found]
-    server = server_examples(config)
+                lengths[client] = found.lengths
+                learned.append(found)
+    server = server_examples(config, said)
     if refuse:
-        check_whole([render(row, tokenizer, most) for row in server], most, "evaluate.server_data", "llm")
-    return Parts(data, lengths, server)
+        check_whole(tokenize(server, tokenizer, most), most, "evaluate.server_data", "llm")
+    chats = any(not row.raw for rows in data.values() for row in rows.train)
+    return Parts(data, lengths, server, tokenizer, tuple(said), prompt_notes(tokenizer, learned, chats))
 
 
 def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
@@ -132,42 +172,48 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     base = Base.of(path, "", model)
     shape, width = base.shape, base.dtype.itemsize
     choose_device(config.device)
-    precision = choose_precision(config.precision, config.device)
-    check_files(config)
+    of_texts = check_files(config)
     rehearse(config.aggregate)
     modules_of(shape, config.lora.ranks, "lora.ranks")
     check_weights(path)
     parts = parts or read_parts(config)
+    check_texts(config, parts.tokenizer)
     lengths = parts.lengths
-    longest = max(max(found) for found in lengths.values())
+    batches = {client: worst_batch(found.tolist(), config.train.batch_size) for client, found in lengths.items()}
+    longest = max(batches.values(), key=sum)
 
     coverages: dict[str, Coverage] = {}
-    blocks, masked = [], dict[str, float]()
+    parameters, masked, patterned = dict[str, int](), dict[str, float](), set[str]()
     given = given_blocks(config, path)
     for spec in config.cuts:
         there = given.get(spec.name)
         coverage = coverages[spec.name] = there.coverage if there else planned_coverage(spec, base)
-        parameters = there.parameters if there else base.parameters_of(coverage.kept_weights)
+        parameters[spec.name] = there.parameters if there else base.parameters_of(coverage.kept_weights)
         criterion = criterion_of(spec)
         masked[spec.name] = target_pattern(spec, shape).sparsity if criterion else coverage.mask_sparsity
         if criterion is not None:
             criterion.rehearse(target_pattern(spec, shape))
+        if criterion or coverage.masks:
+            patterned.add(spec.name)
+    trainees = Trainees(config, base, coverages, patterned)
+    precision, fits = assign(config, batches, parameters, trainees)
+    blocks = []
+    for spec in config.cuts:
+        coverage, criterion = coverages[spec.name], criterion_of(spec)
+        usual = training_bytes(trainees.of(spec.name), longest, settings_of(config.train), precision)
         blocks.append(
             PlannedBlock(
                 name=spec.name,
                 method=spec.method,
                 sparsity=target_pattern(spec, shape).sparsity if criterion else coverage.sparsity,
-                parameters=parameters,
-                file_bytes=parameters * width,
-                training_bytes=training_bytes(
-                    coverage, parameters, model.vocab_size, longest, config.train, config.lora, precision
-                ),
-                token_flops=(6 if criterion or coverage.masks else 4) * coverage.kept_weights,
+                parameters=parameters[spec.name],
+                file_bytes=parameters[spec.name] * width,
+                training_bytes=usual,
+                token_flops=(6 if spec.name in patterned else 4) * coverage.kept_weights,
                 recovery_steps=spec.recover.most_steps,
             )
         )
-    needs = {block.name: block.training_bytes for block in blocks}
-    block_of = assign(config, needs, {block.name: block.parameters for block in blocks})
+    block_of = {id: fit.block for id, fit in fits.items()}
 
     dense = {block.name for block in blocks if block.method == "dense"}
     check_clients(config, block_of, dense)
@@ -177,7 +223,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     trains = {one.id: check_layers(one, config, coverages[block_of[one.id]]) for one in config.clients}
     for client in config.clients:
         block = block_of[client.id]
-        mean_length = sum(lengths[client.id]) / len(lengths[client.id])
+        mean_length = float(lengths[client.id].mean())
         tokens = round(config.train.steps * config.train.batch_size * mean_length)
         rank, takes_part = client.rank or config.lora.rank, not config.federation.capable or block in dense
         most = 0, 0  # of the rounds, where their blocks differ
@@ -187,14 +233,25 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
             if like not in traffic:
                 traffic[like] = _traffic(config, coverages[name], trained, rank, masked[name])
             most = max(most, traffic[like])
-        held_rows = len(lengths[client.id]) if parts.data else None
-        clients.append(PlannedClient(client.id, block, held_rows, tokens, *most))
+        fit = fits[client.id]
+        clients.append(
+            PlannedClient(
+                client.id,
+                block,
+                len(lengths[client.id]) if parts.data else None,
+                tokens,
+                *most,
+                micro_batch_tokens=fit.settings.micro_batch_tokens,
+                gradient_checkpointing=fit.settings.gradient_checkpointing,
+                training_bytes=fit.memory,
+            )
+        )
 
-    used = [needs[block] for block in set(block_of.values())]
-    whole = training_bytes(
-        Coverage.full(shape), base.parameters, model.vocab_size, longest, config.train, config.lora, precision
+    whole = training_bytes(trainees.whole, longest, settings_of(config.train), precision)
+    actor = int(
+        max(whole, *(fit.memory for fit in fits.values()))
+        * (ACTOR_SHARE if config.federation.engine == "flower" else 1)
     )
-    actor = int(max(*used, whole) * (ACTOR_SHARE if config.federation.engine == "flower" else 1))
     actors = _actors(config, actor)
     size_of = {block.name: block.file_bytes for block in blocks}
     adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
@@ -211,7 +268,11 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
     members = [(trains[one.id], one.rank or config.lora.rank) for one in taking]
     said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking} if parts.data else {})
-    return Plan(path, tuple(blocks), tuple(clients), found, actors, memory, disk, models, said)
+    template = "" if config.data.template == "model" else str(parts.tokenizer.chat_template)
+    read, said = parts.read + of_texts, (*parts.notes, *said)
+    return Plan(
+        path, precision, tuple(blocks), tuple(clients), found, actors, memory, disk, models, template, read, said
+    )
 
 
 def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
@@ -227,12 +288,13 @@ def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
     return found
 
 
-def check_files(config: RunConfig) -> None:
-    """Raise `LegolmError` when a file or folder that the run will need is not there."""
-    read = set()  # most blocks see one text
+def check_files(config: RunConfig) -> tuple[str, ...]:
+    """What there is to say of calibration rows. Raises `LegolmError` when a file that the run needs is not there."""
+    read, said = set(), list[str]()  # most blocks see one text
     for spec in config.cuts:
         if spec.method not in ("dense", "given"):
-            where, fields = f"block {spec.name}: ", spec.calibration.fields
+            where = f"block {spec.name}: "
+            rows = RowsConfig(**{name: getattr(spec.calibration, name) for name in RowsConfig.model_fields})
             texts = []
             for file in spec.calibration.statistics or ():
                 if not Path(file).is_file():
@@ -243,9 +305,9 @@ def check_files(config: RunConfig) -> None:
             if spec.recover.text and spec.recover.most_steps:
                 texts.append((spec.recover.text, "recover.text"))
             for text, field in texts:
-                if (text, fields) not in read:
-                    check_text(text, fields, f"{where}{field}")
-                    read.add((text, fields))
+                if (text, rows) not in read:
+                    said += check_text(text, rows, f"{where}{field}")
+                    read.add((text, rows))
     superlink = config.federation.superlink
     if config.federation.engine == "deployment" and superlink.address is None:
         server_files(Path(superlink.home))
@@ -254,6 +316,21 @@ def check_files(config: RunConfig) -> None:
     for field, folder in (("lora.start", config.lora.start), ("aggregate.start", config.aggregate.start)):
         if folder and not Path(folder).is_dir():
             raise LegolmError(f"{field}: no folder {folder}")
+    return tuple(said)
+
+
+def check_texts(config: RunConfig, tokenizer: Any) -> None:
+    """Raise `LegolmError` when a text to calibrate or recover on names a token that the model has no embedding for."""
+    for spec in config.cuts:
+        texts = {"calibration": spec.calibration.text}
+        if spec.recover.text and spec.recover.most_steps:
+            texts["recover"] = spec.recover.text
+        for section, text in texts.items():
+            if spec.method in ("dense", "given") or is_starter(text) or text == "pydoc" or text.startswith("hub:"):
+                continue
+            field = f"block {spec.name}: {section}.text"
+            files = (path for path in paths_of(text, field) if path.suffix.lower() not in (".parquet", ".gz"))
+            check_tokens((read_text(path, field) for path in files), tokenizer, field)
 
 
 def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collection[str]) -> None:
@@ -307,22 +384,6 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collect
                 f"take one of {SCHEMES.having('unequal', 'block')}, "
                 "or leave such clients out (federation.capable: true)"
             )
-
-
-def check_layers(client: ClientConfig, config: RunConfig, coverage: Coverage) -> Coverage:
-    """What of its block's coverage the client trains. Raises `LegolmError` for layers that it will not have."""
-    if client.layers is None:
-        return coverage
-    method = next(block.method for block in config.blocks if block.name == client.block)
-    if method == "structured" and len(coverage.layers) < coverage.shape.layers:
-        raise LegolmError(
-            f"clients: {client.id!r}: layers: which its block {client.block!r} keeps is chosen when it is cut; name "
-            "those, too (method window, with `layers`)"
-        )
-    try:
-        return coverage.within(client.layers)
-    except LegolmError as error:
-        raise LegolmError(f"clients: {client.id!r}: layers: {error}") from None
 
 
 def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int, sparsity: float) -> tuple[int, int]:

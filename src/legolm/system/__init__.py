@@ -4,6 +4,7 @@ from legolm.system.files import (
     LOCK,
     atomic_folder,
     atomic_write,
+    cache_folder,
     check_room,
     file_hash,
     held_bytes,
@@ -18,7 +19,7 @@ from legolm.system.memory import available_bytes, keep_freed_memory, release_mem
 from legolm.system.processes import Helpers, free_port
 from legolm.system.progress import Progress
 from legolm.system.seeds import derive_seed
-from legolm.system.tensors import Stored, file_state, open_tensors, stored_tensors, strict_json
+from legolm.system.tensors import Stored, file_state, open_tensors, stored_tensors, strict_decoder, strict_json
 
 __all__ = [
     "LOCK",
@@ -28,6 +29,7 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "available_bytes",
+    "cache_folder",
     "check_room",
     "derive_seed",
     "file_hash",
@@ -44,6 +46,7 @@ __all__ = [
     "release_memory",
     "scratch_folder",
     "stored_tensors",
+    "strict_decoder",
     "strict_json",
     "total_bytes",
     "trim",

@@ -24,7 +24,7 @@ from legolm.federate.wire import OwnData, Welcome, block_files, own_data, read_w
 from legolm.runs import Kept, RunDir
 
 DATA = OwnData(
-    fields=configs.Fields(), validation=0.1, test=0.2, limits=(None, None, None), system=None, part="fr", seed=0
+    rows=configs.RowsConfig(), validation=0.1, test=0.2, limits=(None, None, None), system=None, part="fr", seed=0
 )
 
 

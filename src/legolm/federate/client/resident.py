@@ -12,7 +12,8 @@ from socket import socket
 from typing import Any
 
 from legolm.block import Block, read_block
-from legolm.data import Example, own_part, with_system
+from legolm.config import DataConfig
+from legolm.data import Example, own_part
 from legolm.errors import LegolmError, brief
 from legolm.federate.bridge import Link
 from legolm.federate.client.fetch import Piece, UnreachableError, find_block
@@ -56,6 +57,9 @@ class _HeldSite:
 
     def profile(self) -> Profile:
         return self.how
+
+    def prompts(self) -> DataConfig | None:
+        return None  # the block's own tokenizer has its run's
 
 
 class Resident:
@@ -143,10 +147,8 @@ class Resident:
         self._told[key] = text
 
     def _examples(self, told: OwnData) -> dict[Split, Sequence[Example]]:
-        shares = told.validation, told.test
-        found = own_part(self._held.data, told.fields, shares, told.part, told.seed, "--data")
-        parts = (found.train, found.validation, found.test)
-        return {
-            split: [with_system(example, told.system) for example in rows[:limit]]
-            for split, rows, limit in zip(SPLITS, parts, told.limits, strict=True)
-        }
+        said: list[str] = []
+        found = own_part(self._held.data, told.config, told.part, told.seed, "--data", said)
+        for line in said:
+            self._note(line)
+        return {split: getattr(found, split) for split in SPLITS}

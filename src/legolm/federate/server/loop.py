@@ -18,7 +18,7 @@ from typing import Literal
 from legolm.adapter import Tensors, concatenated, mixed, tensors_hash
 from legolm.aggregate import Scheme, Weighing, make_scheme
 from legolm.block import Block
-from legolm.config import RunConfig
+from legolm.config import RunConfig, TrainConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.begin import begin
 from legolm.federate.server.dispatch import Dispatch, Job, Order, Trained
@@ -59,6 +59,7 @@ AGAIN_S = 10.0
 class Rounds:
     """`blocks` are the cut blocks and the LLM by name, `block_of` the block's name of each client by id.
 
+    `train` is the section `train` of clients that have one of their own.
     Runs of the same data and blocks that give the same folder as `shared` score them before training once.
     """
 
@@ -72,11 +73,12 @@ class Rounds:
         progress: Progress,
         shared: Path | None = None,
         clock: Clock | None = None,
+        train: Mapping[str, TrainConfig] | None = None,
     ) -> None:
         self._folder, self._config, self._shared, self._progress = folder, config, shared, progress
         self._clock = clock or Clock()
         self._members = Members.of(config, blocks, block_of)
-        self._dispatch = Dispatch(config, run, self._members, progress)
+        self._dispatch = Dispatch(config, run, self._members, progress, train or {})
         self._scoring = Scoring(config, self._members, self._dispatch)
         self._stages = Stages(folder, config)
         self._latest: tuple[int, Scheme] | None = None
@@ -86,6 +88,11 @@ class Rounds:
     def run(self, exchange: Exchange) -> None:
         """All that needs clients. Stages that are finished are passed over."""
         self._before(exchange)
+        for number in self._unknowing():
+            label = f"round {number}: evaluate with those who came"
+            scored = self.score_global(self.scheme(number), exchange, label)
+            self._stages.score_again(self._folder.round(number), scored)
+        self._stages.write_lines()
         if self._config.evaluate.local_only:
             self._alone("local", exchange)
         for number in range(1, self._stages.rounds + 1):
@@ -100,7 +107,18 @@ class Rounds:
     @property
     def finished(self) -> bool:
         """Nothing that needs clients is left to do."""
-        return self._stages.finished
+        return self._stages.finished and not self._unknowing()
+
+    def _unknowing(self) -> list[int]:
+        """Finished rounds whose scores know nothing of clients that came later."""
+        rounds = [number for number in range(self._stages.rounds + 1) if self._stages.has(self._folder.round(number))]
+        scored = {number: self._stages.round(number) for number in rounds}
+        found = []
+        for number, record in scored.items():
+            there = {id for one in record.held for id in one.clients} | {one.client for one in record.unscored}
+            if there and there != set(self._members.clients):
+                found.append(number)
+        return found
 
     def records(self) -> list[StageRecord]:
         """Of every finished stage, in order."""

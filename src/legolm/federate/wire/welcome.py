@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from legolm.config import Fields, RunConfig
+from legolm.config import DataConfig, RowsConfig, RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.bridge import PIECE
 from legolm.federate.wire.messages import MAX_SAID, Name
@@ -35,15 +35,23 @@ class BlockFile(_Told):
 
 
 class OwnData(_Told):
-    """How a device makes examples of its rows: the fields, what it holds out, how many at most, what is put before."""
+    """How a device makes examples of its rows: layout, what it holds out, how many at most, what is put before."""
 
-    fields: Fields
+    rows: RowsConfig
     validation: Annotated[float, Field(gt=0, lt=1)]
     test: Annotated[float, Field(gt=0, lt=1)]
     limits: tuple[int | None, int | None, int | None]
     system: str | None
     part: Name
     seed: int
+
+    @property
+    def config(self) -> DataConfig:
+        """The same as a config's section; its sources are the device's."""
+        train, validation, test = self.limits
+        limits = {"limit_train": train, "limit_validation": validation, "limit_test": test}
+        held_out = {"validation": self.validation, "test": self.test}
+        return DataConfig(**dict(self.rows), **held_out, **limits, system=self.system)  # type: ignore[arg-type]
 
 
 class Welcome(_Told):
@@ -91,7 +99,7 @@ def own_data(config: RunConfig, client: str) -> OwnData:
     assert isinstance(data.validation, float) and isinstance(data.test, float)  # the config's own check
     limits = data.limit_train, data.limit_validation, data.limit_test
     return OwnData(
-        fields=data.fields,
+        rows=RowsConfig(layout=data.layout, fields=data.fields, bad_rows=data.bad_rows),
         validation=data.validation,
         test=data.test,
         limits=limits,
