@@ -139,12 +139,17 @@ def check_kept_out(devices: Devices) -> None:
         web.shutdown()
 
 
-def end_server_app(out: Path) -> None:
-    """SIGKILL Flower's ServerApp of the run in `out`."""
+def end_server_app() -> None:
+    """SIGKILL Flower's ServerApp."""
+
+    def is_it(process: psutil.Process) -> bool:
+        try:
+            return "flwr-serverapp" in " ".join(process.cmdline())
+        except psutil.Error:  # it ended meanwhile
+            return False
 
     def found() -> list[psutil.Process]:
-        mine = psutil.Process().children(recursive=True)
-        return [one for one in mine if "flwr-serverapp" in " ".join(one.cmdline())]
+        return [one for one in psutil.Process().children(recursive=True) if is_it(one)]
 
     for one in until(found):
         one.kill()
@@ -163,14 +168,14 @@ def test_a_federation(three_clients: Callable[..., dict[str, Any]], devices: Dev
         except BaseException as error:
             ended.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     devices.start("de", "es")
     until(lambda: "this device is 'es'" in devices.log("es"))
     check_kept_out(devices)
     until(lambda: "evaluate: answered" in devices.log("es"))
     devices.kill("es")
-    end_server_app(out)
+    end_server_app()
     devices.start("es", "fr")
     thread.join(PATIENCE_S)
     (summary,) = ended
