@@ -13,18 +13,24 @@ import click
 import typer
 
 from legolm.cli.ablate import ablate
+from legolm.cli.bench import bench
 from legolm.cli.calibrate import calibrate
 from legolm.cli.certs import certs
+from legolm.cli.chat import chat
 from legolm.cli.client import client
 from legolm.cli.compare import compare
 from legolm.cli.compose import compose
 from legolm.cli.devices import devices
 from legolm.cli.eval import evaluate
+from legolm.cli.export import export
+from legolm.cli.generate import generate
 from legolm.cli.importing import import_model
 from legolm.cli.inspect import inspect
+from legolm.cli.pick import pick
 from legolm.cli.prune import prune
 from legolm.cli.report import report
 from legolm.cli.run import run
+from legolm.cli.serve import serve
 from legolm.cli.status import status
 from legolm.errors import LegolmError
 
@@ -58,6 +64,12 @@ app.command()(inspect)
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(compose)
+app.command()(export)
+app.command()(chat)
+app.command()(generate)
+app.command()(serve)
+app.command()(bench)
+app.command()(pick)
 app.command()(ablate)
 app.command()(report)
 app.command()(status)

@@ -10,8 +10,19 @@ from legolm.config.aggregation import (
 )
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.file import dump, load, read, validate
-from legolm.config.registry import CRITERIA, SCHEMES, TRAINERS, Choice, Entry, Registry, foreign, guarded, load_plugins
-from legolm.config.section import LAYOUT_FIELDS, Fields, Layout, Name, RowsConfig
+from legolm.config.registry import (
+    CRITERIA,
+    EXPORTERS,
+    SCHEMES,
+    TRAINERS,
+    Choice,
+    Entry,
+    Registry,
+    foreign,
+    guarded,
+    load_plugins,
+)
+from legolm.config.section import LAYOUT_FIELDS, Fields, Layout, Name, RowsConfig, parse_quantity
 from legolm.config.sections import (
     ClientConfig,
     DataConfig,
@@ -29,6 +40,7 @@ from legolm.config.study import Variant, load_study
 
 __all__ = [
     "CRITERIA",
+    "EXPORTERS",
     "LAYOUT_FIELDS",
     "SCHEMES",
     "TRAINERS",
@@ -66,6 +78,7 @@ __all__ = [
     "load",
     "load_plugins",
     "load_study",
+    "parse_quantity",
     "read",
     "validate",
 ]

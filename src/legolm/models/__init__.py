@@ -1,7 +1,7 @@
 """Where layers, heads and MLPs live in each model family; finding, loading, saving and fingerprinting models."""
 
 from legolm.models.beside import carry
-from legolm.models.checkpoint import load_config
+from legolm.models.checkpoint import load_config, weight_files
 from legolm.models.family import FAMILIES, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
 from legolm.models.finite import finite
 from legolm.models.head import CHUNK, Head, answer_losses, divergences, judged
@@ -17,8 +17,10 @@ from legolm.models.load import (
     lasting_name,
     load_model,
     load_tokenizer,
+    read_weights,
     resolve,
     save_model,
+    side_files,
 )
 from legolm.models.packing import LONG, pack
 from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of
@@ -60,9 +62,12 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "pack",
+    "read_weights",
     "resolve",
     "rounded",
     "save_model",
     "scales_by_length",
     "shape_of",
+    "side_files",
+    "weight_files",
 ]

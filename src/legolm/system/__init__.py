@@ -2,6 +2,7 @@
 
 from legolm.system.files import (
     LOCK,
+    appearing,
     atomic_folder,
     atomic_write,
     cache_folder,
@@ -26,6 +27,7 @@ __all__ = [
     "Helpers",
     "Progress",
     "Stored",
+    "appearing",
     "atomic_folder",
     "atomic_write",
     "available_bytes",
