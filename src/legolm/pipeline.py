@@ -130,6 +130,14 @@ def _run(
     shared = store / "before" if store else None
     train = {client.id: config.train.model_copy(update=_settings(client)) for client in plan.clients}
     rounds = Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock, train)
+    name = out.resolve().name
+
+    def so_far() -> Summary:
+        found = rounds.records()
+        return summarize(config, blocks, block_of, found, identity, name, clock.wall, clock.seconds("blocks"))
+
+    if config.federation.engine == "deployment":  # whose rounds take as long as devices do
+        rounds.after_round = lambda: write_report(so_far(), out / "report.html")
     rounds.write_lines()
     if not rounds.finished:
         for line in plan.read:
@@ -141,9 +149,7 @@ def _run(
         point_adapters(folder)
     samples = ask(folder, config, blocks, block_of, rounds, progress) if models else []
 
-    name, seconds = out.resolve().name, clock.seconds("blocks")
-    summary = summarize(config, blocks, block_of, rounds.records(), identity, name, clock.wall, seconds)
-    summary = summary.model_copy(update={"samples": samples})
+    summary = so_far().model_copy(update={"samples": samples})
     summary.write(out)
     write_report(summary, out / "report.html")
     return summary
@@ -331,6 +337,7 @@ def _write_final(
                 save_model(model, tokenizer, partial, dtype)
                 carry(plan.base, partial)
                 steps = config.federation.personal_steps if client else 0
+                held = [examples[client]] if client else list(examples.values())
                 manifest = Manifest(
                     name=block.name,
                     method=block.method,
@@ -342,7 +349,7 @@ def _write_final(
                         "client": client,
                         "round": number,
                         "personal_steps": steps,
-                        "examples": examples[client] if client else sum(examples.values()),
+                        "examples": None if None in held else sum(one for one in held if one),
                         "model": lasting_name(config.model),
                     },
                 )

@@ -260,8 +260,8 @@ def test_bad_input_ends_a_process_with_code_2(tmp_path: Path) -> None:
 def test_help_names_the_commands() -> None:
     done = legolm("--help")
     assert done.returncode == 0
-    commands = ("run", "compare", "prune", "calibrate", "inspect", "eval", "compose", "ablate", "report")
-    assert all(command in done.stdout for command in commands)
+    commands = ("run", "compare", "prune", "calibrate", "inspect", "eval", "compose", "ablate", "report", "status")
+    assert all(command in done.stdout for command in (*commands, "client", "certs", "devices"))
 
 
 def test_help_says_what_arguments_are_and_the_version_is_told() -> None:

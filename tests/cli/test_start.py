@@ -31,6 +31,18 @@ def test_import_and_help_bring_nothing_heavy(code: str) -> None:
     assert brought(code) == set()
 
 
+def test_flowers_processes_on_a_device_and_a_server_bring_no_model() -> None:
+    """A device has two small ones beside its resident process, whose memory is for training."""
+    apps = [f"legolm.federate.bridge.{name}" for name in ("client_app", "server_app", "guard")]
+    assert brought(f"import {', '.join(apps)}") == {"flwr"}
+
+
+def test_a_device_needs_no_package_of_a_simulation() -> None:
+    absent = ("ray", "pandas", "datasets", "matplotlib", "pyarrow")
+    gone = f"sys.modules.update(dict.fromkeys({absent}))\n"  # importing them raises then
+    brought(f"{gone}from legolm.federate.client import ClientRuntime, Resident\nimport legolm.federate.client.device")
+
+
 # transformers' models too: whether the weights are the config's is asked of the model, made without memory.
 def test_a_dry_run_brings_no_more_than_it_reads_with(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {i}", "output": "ab"} for i in range(20)]

@@ -118,7 +118,10 @@ def test_commands_have_their_options() -> None:
     for page in PAGES:
         for line in re.findall(r"^legolm .*$", "\n".join(blocks(page, "")), re.MULTILINE):
             words = shlex.split(re.sub(r"[\[\]]|\.\.\.", " ", line), comments=True)[1:]
-            known = {option for one in command.commands[words[0]].params for option in one.opts}
+            used_one = command.commands[words[0]]
+            for word in words[1:2] if isinstance(used_one, typer.core.TyperGroup) else ():
+                used_one = used_one.commands[word]
+            known = {option for one in used_one.params for option in one.opts}
             used = {word for word in words if word.startswith("--")}
             assert used <= known, line
             found += len(used)

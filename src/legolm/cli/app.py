@@ -15,9 +15,12 @@ import typer
 from legolm.cli.ablate import ablate
 from legolm.cli.bench import bench
 from legolm.cli.calibrate import calibrate
+from legolm.cli.certs import certs
 from legolm.cli.chat import chat
+from legolm.cli.client import client
 from legolm.cli.compare import compare
 from legolm.cli.compose import compose
+from legolm.cli.devices import devices
 from legolm.cli.eval import evaluate
 from legolm.cli.export import export
 from legolm.cli.generate import generate
@@ -28,6 +31,7 @@ from legolm.cli.prune import prune
 from legolm.cli.report import report
 from legolm.cli.run import run
 from legolm.cli.serve import serve
+from legolm.cli.status import status
 from legolm.errors import LegolmError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -68,6 +72,10 @@ app.command()(bench)
 app.command()(pick)
 app.command()(ablate)
 app.command()(report)
+app.command()(status)
+app.command()(client)
+app.add_typer(certs, name="certs")
+app.add_typer(devices, name="devices")
 
 
 STOPPED = 130

@@ -1,6 +1,13 @@
 """The run's configuration: its fields (`sections`) and its files (`file`)."""
 
-from legolm.config.aggregation import AggregateConfig, Codec, FederationConfig, OutlierConfig, ServerConfig
+from legolm.config.aggregation import (
+    AggregateConfig,
+    Codec,
+    FederationConfig,
+    OutlierConfig,
+    ServerConfig,
+    SuperLinkConfig,
+)
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.file import dump, load, read, validate
 from legolm.config.registry import (
@@ -15,7 +22,7 @@ from legolm.config.registry import (
     guarded,
     load_plugins,
 )
-from legolm.config.section import LAYOUT_FIELDS, Fields, Layout, RowsConfig, parse_quantity
+from legolm.config.section import LAYOUT_FIELDS, Fields, Layout, Name, RowsConfig, parse_quantity
 from legolm.config.sections import (
     ClientConfig,
     DataConfig,
@@ -51,6 +58,7 @@ __all__ = [
     "Fields",
     "Layout",
     "LoraConfig",
+    "Name",
     "OutlierConfig",
     "Precision",
     "Profile",
@@ -61,6 +69,7 @@ __all__ = [
     "ServerConfig",
     "SiteConfig",
     "Split",
+    "SuperLinkConfig",
     "TrainConfig",
     "Variant",
     "dump",

@@ -78,6 +78,27 @@ class AggregateConfig(OpenSection, ServerConfig):
         return self
 
 
+class SuperLinkConfig(Section):
+    """Where devices of their own (engine `deployment`) meet: a SuperLink that the run starts, or one that is there.
+
+    `home` is the folder of `legolm certs init`, with the certificates and the register of devices.
+    """
+
+    home: LocalPath = "federation"
+    host: str = Field("0.0.0.0", description="address of this machine to listen at; 0.0.0.0 is all")
+    port: int = Field(8000, ge=1, le=65535)
+    address: str | None = Field(
+        None, pattern=r"^.+:[0-9]{1,5}$", description="HOST:PORT of a SuperLink that is there; its register counts"
+    )
+    root_certificates: LocalPath | None = Field(None, description="of `address`: its CA; the system's if not given")
+
+    @model_validator(mode="after")
+    def _of_address(self) -> SuperLinkConfig:
+        if self.root_certificates is not None and self.address is None:
+            raise ValueError("root_certificates: is for `address`; the certificates of its own are in `home`")
+        return self
+
+
 class FederationConfig(Section):
     """Who runs the rounds, how many, who takes part and what travels.
 
@@ -86,13 +107,18 @@ class FederationConfig(Section):
     """
 
     mode: Literal["federated", "alone", "pooled"] = "federated"
-    engine: Literal["flower", "local"] = "flower"
+    engine: Literal["flower", "local", "deployment"] = Field(
+        "flower", description="Flower's simulation, this process, or devices of their own (docs/deployment.md)"
+    )
+    superlink: SuperLinkConfig = SuperLinkConfig()
     rounds: int = Field(3, ge=1, le=100_000)
     threads: int = Field(1, ge=1, description="CPU threads a client")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the clients that are there, drawn anew each round")
     capable: bool = Field(False, description="only clients that hold the whole LLM take part in the rounds")
     deadline_s: float | None = Field(None, gt=0, description="later replies of a round are dropped")
-    min_replies: int = Field(1, ge=1, description="stop the run when fewer updates than this are accepted")
+    min_replies: int = Field(
+        1, ge=1, description="with fewer updates a round is none: the run stops, or asks devices of their own again"
+    )
     codec: Codec = Field("none", description="of the factors on the wire, both ways: fp32, bf16, or int8 a rank row")
     error_feedback: bool = Field(True, description="a client adds what the codec or mask lost to its next update")
     keep_updates: bool = Field(False, description="keep every accepted update in its round's folder (legolm ablate)")

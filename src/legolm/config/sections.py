@@ -297,11 +297,28 @@ class RunConfig(Section):
                 "everyone's at one place; take scores everyone, or another mode"
             )
         self._check_scheme()
+        self._check_devices()
         if self.federation.min_replies > len(self.clients):
             raise ValueError(
                 f"federation.min_replies is {self.federation.min_replies}; there are {len(self.clients)} clients"
             )
         return self
+
+    def _check_devices(self) -> None:
+        """Raise `ValueError` for what devices of their own cannot do: nobody else has their rows."""
+        if self.federation.engine != "deployment":
+            return
+        if self.evaluate.scores != "own":
+            raise ValueError(
+                "evaluate.scores 'everyone' needs everyone's data at one place, and federation.engine 'deployment' "
+                "leaves them on the devices; set evaluate.scores to own"
+            )
+        for name in ("validation", "test"):
+            if not isinstance(getattr(self.data, name), float):
+                raise ValueError(
+                    f"data.{name}: is a share that each device holds out of its rows with federation.engine "
+                    "'deployment', for instance 0.1"
+                )
 
     def _check_scheme(self) -> None:
         """Raise `ValueError` for what the scheme says that it does not take."""

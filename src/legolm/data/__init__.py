@@ -7,7 +7,7 @@ from legolm.data.prose import read_text, text_tokens
 from legolm.data.render import Tokens, check_whole, render, render_prompt, render_whole
 from legolm.data.sequence import begin, begun, check_tokens, encode, windows
 from legolm.data.sources import check_apart, paths_of, read_rows
-from legolm.data.split import client_data, data_fingerprint, load_parts
+from legolm.data.split import client_data, data_fingerprint, load_parts, own_part
 from legolm.data.starter import is_starter
 from legolm.data.template import DATE, prompt_look, render_template, set_template, take_look
 from legolm.data.tokens import TokenRows, tokenize
@@ -32,6 +32,7 @@ __all__ = [
     "help_tokens",
     "is_starter",
     "load_parts",
+    "own_part",
     "paths_of",
     "prompt_look",
     "read_examples",

@@ -66,6 +66,22 @@ def load_parts(
     return {client: _finish(_hold_out(client, groups, config, seed, store), config) for client in clients}
 
 
+def own_part(
+    source: str | Sequence[str], config: DataConfig, part: str, seed: int, field: str, notes: list[str]
+) -> ClientData:
+    """One client's rows, all of `source`: read and split as `load_parts` does the part of this name.
+
+    What there is to say of the rows is added to `notes`. Raises `LegolmError` for bad rows, and for too few.
+    """
+    store, places, reading = Store(), array("q"), Reading(config, field, None, config.system is not None)
+    for _, example in reading.examples(source):
+        places.append(len(store))
+        store.add(with_system(example, config.system))
+    notes += [*reading.notes, *unread(field, reading.unused)]
+    groups: dict[SplitName, Groups] = {"train": {part: np.frombuffer(places, dtype=np.int64)}}
+    return _finish(_hold_out(part, groups, config, seed, store), config)
+
+
 def data_fingerprint(data: Mapping[str, ClientData], server: Sequence[Example] = ()) -> str:
     """SHA-256 over every client's examples, by client, and the server's own where it has some."""
     found = hashlib.sha256()

@@ -13,7 +13,7 @@ from legolm.data import DATE, TokenRows, begin
 
 
 def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: Mapping[str, int]) -> tuple[str, ...]:
-    """Of a run whose rounds have these clients (coverage, rank), each with so many examples."""
+    """Of a run whose rounds have these clients (coverage, rank), each with so many examples, if anybody knows."""
     if config.federation.mode != "federated":
         return ()
     scheme = make_scheme(config.aggregate)
@@ -71,7 +71,7 @@ def _without_feedback(config: RunConfig, scheme: Scheme) -> str:
 
 def _capped(config: RunConfig, scheme: Scheme, examples: Mapping[str, int]) -> str:
     """Who counts less than its examples, where all reply."""
-    if config.aggregate.weight != "capped" or not scheme.weighs():
+    if config.aggregate.weight != "capped" or not scheme.weighs() or not examples:
         return ""
     cap, weights = config.aggregate.weight_cap, capped(examples, config.aggregate.weight_cap)
     if len(examples) * cap <= 1:

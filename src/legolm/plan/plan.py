@@ -46,6 +46,7 @@ from legolm.plan.notes import notes, prompt_notes
 from legolm.plan.trainees import Trainees, check_layers
 from legolm.prune import criterion_of, planned_coverage, target_pattern
 from legolm.system import available_bytes, stored_tensors
+from legolm.trust import server_files
 
 SPARE_BYTES = 3 << 29
 """Memory left to the server, Flower's own processes and the system when actors are counted."""
@@ -78,11 +79,12 @@ class PlannedClient:
     """One client's work in a round: examples held, tokens trained on, bytes of tensors each way (headers are more).
 
     And how it trains: tokens at once, whether layers are computed again, and the peak memory (bytes) that this takes.
+    Of a device of its own nobody knows the examples (None), and the tokens are the most.
     """
 
     id: str
     block: str
-    examples: int
+    examples: int | None
     tokens_per_round: int
     bytes_down: int
     bytes_up: int
@@ -130,8 +132,15 @@ class Parts:
 
 
 def read_parts(config: RunConfig) -> Parts:
-    """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones."""
+    """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones.
+
+    Devices' rows stay there: all that a client trains on at once may be as long as any.
+    """
     path, said = resolve(config.model), list[str]()
+    if config.federation.engine == "deployment":
+        longest = np.full(config.train.batch_size, config.train.max_length)
+        server, tokenizer = server_examples(config, said), load_tokenizer(path, config.data)
+        return Parts({}, {client.id: longest for client in config.clients}, server, tokenizer, tuple(said), ())
     data, tokenizer, most = client_data(config, said), load_tokenizer(path, config.data), config.train.max_length
     refuse = config.train.long_examples == "refuse"
     if refuse:
@@ -229,7 +238,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
             PlannedClient(
                 client.id,
                 block,
-                len(lengths[client.id]),
+                len(lengths[client.id]) if parts.data else None,
                 tokens,
                 *most,
                 micro_batch_tokens=fit.settings.micro_batch_tokens,
@@ -258,7 +267,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     found = data_fingerprint(parts.data, parts.server)
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
     members = [(trains[one.id], one.rank or config.lora.rank) for one in taking]
-    said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking})
+    said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking} if parts.data else {})
     template = "" if config.data.template == "model" else str(parts.tokenizer.chat_template)
     read, said = parts.read + of_texts, (*parts.notes, *said)
     return Plan(
@@ -299,6 +308,11 @@ def check_files(config: RunConfig) -> tuple[str, ...]:
                 if (text, rows) not in read:
                     said += check_text(text, rows, f"{where}{field}")
                     read.add((text, rows))
+    superlink = config.federation.superlink
+    if config.federation.engine == "deployment" and superlink.address is None:
+        server_files(Path(superlink.home))
+    if superlink.root_certificates is not None and not Path(superlink.root_certificates).is_file():
+        raise LegolmError(f"federation.superlink.root_certificates: no file {superlink.root_certificates}")
     for field, folder in (("lora.start", config.lora.start), ("aggregate.start", config.aggregate.start)):
         if folder and not Path(folder).is_dir():
             raise LegolmError(f"{field}: no folder {folder}")
@@ -390,7 +404,7 @@ def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int
 
 def _actors(config: RunConfig, need: int) -> int:
     """As many clients at once as cores and memory allow, and never more than there are."""
-    if config.federation.engine == "local":
+    if config.federation.engine != "flower":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     by_memory = (available_bytes() - SPARE_BYTES) // need

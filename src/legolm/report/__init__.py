@@ -4,6 +4,7 @@ from legolm.report.ablation import print_ablation, write_ablation
 from legolm.report.compare import print_comparison, write_comparison
 from legolm.report.plots import draw, need_matplotlib
 from legolm.report.run import write_report
+from legolm.report.status import read_status, show_status
 from legolm.report.summary import summarize
 from legolm.report.terminal import (
     print_blocks,
@@ -30,6 +31,8 @@ __all__ = [
     "print_plan",
     "print_speeds",
     "print_summary",
+    "read_status",
+    "show_status",
     "summarize",
     "write_ablation",
     "write_comparison",

@@ -32,7 +32,8 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     print_table(("block", "method", ">sparsity", ">parameters", ">on disk", ">memory to train", ">recovery"), blocks)
     clients = []
     for client in plan.clients:
-        row = (f"{client.examples:,}", f"{client.tokens_per_round:,}", _mb(client.bytes_down), _mb(client.bytes_up))
+        examples = "its own" if client.examples is None else f"{client.examples:,}"
+        row = (examples, f"{client.tokens_per_round:,}", _mb(client.bytes_down), _mb(client.bytes_up))
         clients.append((client.id, client.block, *row))
     print_table(("client", "block", ">examples", ">tokens a round", ">received a round", ">sent a round"), clients)
     if any(client.profile for client in config.clients):

@@ -7,6 +7,8 @@ from legolm.runs.folder import (
     UPDATES,
     RunDir,
 )
+from legolm.runs.kept import Kept
+from legolm.runs.live import Live, State, read_live
 from legolm.runs.records import (
     SCHEMA,
     UNSCORED,
@@ -102,8 +104,10 @@ __all__ = [
     "Global",
     "Held",
     "Identity",
+    "Kept",
     "KeptSummary",
     "LeftOut",
+    "Live",
     "LlmScore",
     "LlmSummary",
     "Losses",
@@ -128,6 +132,7 @@ __all__ = [
     "Stage",
     "StageRecord",
     "Stages",
+    "State",
     "Summary",
     "Traffic",
     "Training",
@@ -147,6 +152,7 @@ __all__ = [
     "parse_record",
     "passed_of",
     "point_adapters",
+    "read_live",
     "read_record",
     "read_sealed",
     "read_stage",

@@ -13,6 +13,11 @@ FREE = (
     "federation.threads",
     "federation.deadline_s",
     "federation.min_replies",
+    "federation.superlink.home",
+    "federation.superlink.host",
+    "federation.superlink.port",
+    "federation.superlink.address",
+    "federation.superlink.root_certificates",
     "evaluate.batch_size",
 )
 """Fields that change nothing that was done."""

@@ -17,12 +17,14 @@ from legolm.system.files import (
 from legolm.system.hub import hub_answers, wants_offline
 from legolm.system.machine import machine, versions
 from legolm.system.memory import available_bytes, keep_freed_memory, release_memory, total_bytes, trim, uncollected
+from legolm.system.processes import Helpers, free_port
 from legolm.system.progress import Progress
 from legolm.system.seeds import derive_seed
 from legolm.system.tensors import Stored, file_state, open_tensors, stored_tensors, strict_decoder, strict_json
 
 __all__ = [
     "LOCK",
+    "Helpers",
     "Progress",
     "Stored",
     "appearing",
@@ -34,6 +36,7 @@ __all__ = [
     "derive_seed",
     "file_hash",
     "file_state",
+    "free_port",
     "held_bytes",
     "hub_answers",
     "keep_freed_memory",

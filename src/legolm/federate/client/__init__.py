@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from legolm.federate.client.resident import Holdings, Resident
 from legolm.federate.client.runtime import ClientRuntime
 from legolm.federate.client.site import DeviceSite, Profile, Site, SiteOf, Split, only, simulated
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
-__all__ = ["ClientRuntime", "DeviceSite", "Profile", "Site", "SiteOf", "Split", "flower_app", "only", "simulated"]
+__all__ = [
+    "ClientRuntime",
+    "DeviceSite",
+    "Holdings",
+    "Profile",
+    "Resident",
+    "Site",
+    "SiteOf",
+    "Split",
+    "flower_app",
+    "only",
+    "serve",
+    "simulated",
+]
+
+
+def serve(server: str, ca: Path | None, held: Holdings, note: Callable[[str], None]) -> None:
+    """Be the device in `held.home` of the federation at `server` (host:port), until interrupted. Needs Flower."""
+    from legolm.federate.client.device import serve as serve_device
+
+    serve_device(server, ca, held, note)
 
 
 def flower_app(path: Path) -> ClientApp:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +21,7 @@ from legolm.block import Block
 from legolm.config import RunConfig, TrainConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.begin import begin
-from legolm.federate.server.dispatch import Dispatch, Job, Order
+from legolm.federate.server.dispatch import Dispatch, Job, Order, Trained
 from legolm.federate.server.members import LLM, Members
 from legolm.federate.server.mixture import choose, points
 from legolm.federate.server.replay import replay, updates
@@ -51,6 +52,9 @@ from legolm.runs import (
 )
 from legolm.system import Progress, atomic_folder, atomic_write, scratch_folder
 
+AGAIN_S = 10.0
+"""Before devices are asked again for want of updates."""
+
 
 class Rounds:
     """`blocks` are the cut blocks and the LLM by name, `block_of` the block's name of each client by id.
@@ -78,6 +82,8 @@ class Rounds:
         self._scoring = Scoring(config, self._members, self._dispatch)
         self._stages = Stages(folder, config)
         self._latest: tuple[int, Scheme] | None = None
+        self.after_round: Callable[[], None] = lambda: None
+        """Called after each round that this process finishes."""
 
     def run(self, exchange: Exchange) -> None:
         """All that needs clients. Stages that are finished are passed over."""
@@ -200,6 +206,7 @@ class Rounds:
             return
         with self._clock.stage(f"round {number}"):
             self._train_round(number, path, exchange)
+        self.after_round()
 
     def _train_round(self, number: int, path: Path, exchange: Exchange) -> None:
         scheme, drawn = self.scheme(number - 1), self._members.draw(self._config, number)
@@ -213,13 +220,14 @@ class Rounds:
         weighing, trains = Weighing(self._config.aggregate, scheme), self._members.at(number).trains
         kept: dict[str, str] = {}
         with atomic_folder(path) as folder:
-            for one in updates(self._config, self._dispatch, self.records(), number, drawn, scheme, exchange):
+            for one in self._updates(number, drawn, train, scheme, exchange):
                 traffic[one.client] = Traffic(up=one.bytes_up, down=one.bytes_down)
                 if one.update is None:
                     refused[one.client] = one.reason
                     continue
                 weighing.add(one.client, one.update.change, trains[one.client])
                 train[one.client] = one.update.training
+                refused.pop(one.client, None)
                 if keeps:
                     (folder / UPDATES).mkdir(exist_ok=True)
                     (folder / UPDATES / f"{one.client}.safetensors").write_bytes(one.reply)
@@ -250,6 +258,26 @@ class Rounds:
             return
         llm = "" if record.llm_validation is None else f"LLM {record.llm_validation:.3f}, "
         self._progress.say(f"round {number}: loss on validation data: {llm}blocks {record.validation:.3f}")
+
+    def _updates(
+        self, number: int, drawn: Sequence[str], train: Mapping[str, Training], scheme: Scheme, exchange: Exchange
+    ) -> Iterator[Trained]:
+        """What the drawn clients return; `train` has those whose updates were added.
+
+        Devices of their own come back: while too few updates are there, the others are asked again.
+        """
+        federation, left = self._config.federation, drawn
+        least = min(federation.min_replies, len(drawn))
+        while True:
+            yield from updates(self._config, self._dispatch, self.records(), number, left, scheme, exchange)
+            if federation.engine != "deployment" or len(train) >= least:
+                return
+            left = [id for id in drawn if id not in train]
+            self._progress.note(
+                f"round {number}: {len(train)} updates accepted, federation.min_replies is {federation.min_replies}; "
+                f"asked again: {', '.join(left)}"
+            )
+            time.sleep(AGAIN_S)
 
     def _check_enough(
         self, number: int, drawn: Sequence[str], accepted: Sequence[str], refused: Mapping[str, str]

@@ -189,7 +189,7 @@ def server_examples(config: RunConfig, notes: list[str] | None = None) -> list[E
     data, source = config.data, config.evaluate.server_data
     if source is None:
         return []
-    if not is_starter(data.train):
+    if config.federation.engine != "deployment" and not is_starter(data.train):
         check_apart(data.train, source, "evaluate.server_data")
     rows = read_examples(source, data, "evaluate.server_data", notes)
     found = [with_system(example, data.system) for example in rows]

@@ -21,6 +21,10 @@ def engine_for(config: RunConfig) -> Engine:
         from legolm.federate.transport.local import run_local
 
         return run_local
+    if config.federation.engine == "deployment":
+        from legolm.federate.transport.deployment import run_deployment
+
+        return run_deployment
     from importlib.util import find_spec
 
     if find_spec("ray") is None:

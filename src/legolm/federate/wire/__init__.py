@@ -13,26 +13,33 @@ from legolm.federate.wire.messages import (
     plain,
     unpack,
 )
+from legolm.federate.wire.welcome import BlockFile, OwnData, Welcome, block_files, own_data, read_welcome
 
 __all__ = [
+    "BlockFile",
     "Broadcast",
     "EvaluateRequest",
     "Opened",
+    "OwnData",
     "ScoreReply",
     "TrainRequest",
     "TrainSettings",
     "Update",
     "UpdateReply",
+    "Welcome",
     "accept",
     "answer",
     "arrived",
+    "block_files",
     "decode",
     "encode",
     "encoded_bytes",
     "kind_of",
     "open_",
+    "own_data",
     "pack",
     "plain",
+    "read_welcome",
     "unpack",
     "write",
 ]

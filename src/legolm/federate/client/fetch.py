@@ -1,0 +1,83 @@
+"""Where a device's block comes from: what it has, a folder that it was given, or the server, in checked pieces."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from legolm.errors import LegolmError
+from legolm.federate.bridge import PIECE
+from legolm.federate.wire import BlockFile, Welcome
+from legolm.system import check_room, file_hash
+
+Piece = Callable[[str, int], bytes]
+"""(BLOCK/FILE, first byte) -> at most `PIECE` bytes."""
+TRIES = 3
+"""Of a piece whose hash is not the one that was told."""
+
+
+class UnreachableError(LegolmError):
+    """Nobody answers now; later somebody may."""
+
+
+def find_block(
+    welcome: Welcome, home: Path, folders: Sequence[Path], piece: Piece, note: Callable[[str], None]
+) -> Path:
+    """The block's folder: in `home`, among `folders`, or fetched into `home`, where it stays.
+
+    What came before a cut is not fetched again. Raises `LegolmError` for what is not what the server told, and
+    `UnreachableError` when the server goes away.
+    """
+    path = home / "blocks" / welcome.block_id
+    if path.is_dir():
+        return path
+    for folder in folders:
+        if all(_is(folder / one.name, one) for one in welcome.files):
+            note(f"block {welcome.block}: is the one in {folder}")
+            return folder
+    partial = path.with_name(f".{path.name}.partial")
+    left = welcome.bytes - sum(one.stat().st_size for one in partial.rglob("*") if one.is_file())
+    check_room(home, max(left, 0))
+    note(f"block {welcome.block}: {left / 1e6:.1f} MB to fetch")
+    for one in welcome.files:
+        _fetch(partial / one.name, one, f"{welcome.block}/{one.name}", piece)
+    partial.rename(path)
+    return path
+
+
+def _fetch(path: Path, told: BlockFile, name: str, piece: Piece) -> None:
+    if len(told.pieces) != -(-told.bytes // PIECE):
+        raise LegolmError(f"block file {name}: {len(told.pieces)} hashes of pieces for {told.bytes} bytes")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with path.open("r+b") as file:
+        for index, wanted in enumerate(told.pieces):
+            file.seek(index * PIECE)
+            size = min(PIECE, told.bytes - index * PIECE)
+            if _hash(file.read(size)) == wanted:
+                continue
+            file.seek(index * PIECE)
+            file.write(_checked(name, index, wanted, piece))
+            file.flush()
+        file.truncate(told.bytes)
+    if not _is(path, told):
+        shutil.rmtree(path.parent)
+        raise LegolmError(f"block file {name}: its pieces are right and the whole is not; ask for it again")
+
+
+def _checked(name: str, index: int, wanted: str, piece: Piece) -> bytes:
+    for _ in range(TRIES):
+        content = piece(name, index * PIECE)
+        if _hash(content) == wanted:
+            return content
+    raise LegolmError(f"block file {name}: piece {index + 1} came {TRIES} times, and never as the server told it")
+
+
+def _is(path: Path, told: BlockFile) -> bool:
+    return path.is_file() and path.stat().st_size == told.bytes and file_hash(path) == told.sha256
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,154 @@
+"""The resident process of a device: holds block, data, state and replies, and answers who passes requests to it."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+from legolm.block import Block, read_block
+from legolm.config import DataConfig
+from legolm.data import Example, own_part
+from legolm.errors import LegolmError, brief
+from legolm.federate.bridge import Link
+from legolm.federate.client.fetch import Piece, UnreachableError, find_block
+from legolm.federate.client.runtime import ClientRuntime
+from legolm.federate.client.site import Profile, Site, Split
+from legolm.federate.wire import OwnData, Welcome, kind_of, plain, read_welcome
+from legolm.runs import Kept
+
+KEPT = 32
+"""Replies kept of a run: as many as may be asked for again."""
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What a device was given: its folder, its rows, folders with blocks, and how it works."""
+
+    home: Path
+    data: tuple[str, ...]
+    blocks: tuple[Path, ...] = ()
+    profile: Profile = field(default_factory=Profile)
+
+
+@dataclass(frozen=True)
+class _HeldSite:
+    """The device's part of one run, with one block."""
+
+    folder: Path
+    run: Path
+    rows: dict[Split, Sequence[Example]]
+    how: Profile
+
+    def block(self) -> Block:
+        return read_block(self.folder)
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        return self.rows[split]
+
+    def state(self) -> Path:
+        return self.run / "state"
+
+    def profile(self) -> Profile:
+        return self.how
+
+    def prompts(self) -> DataConfig | None:
+        return None  # the block's own tokenizer has its run's
+
+
+class Resident:
+    """Answers one request at a time. `name` is who the device is to its server; None where that does not say so."""
+
+    def __init__(self, held: Holdings, name: str | None, piece: Piece, note: Callable[[str], None]) -> None:
+        self._held, self._name, self._piece, self._note = held, name, piece, note
+        self._lock = threading.Lock()
+        self._run = ""
+        self._sites: dict[tuple[str, str], Site] = {}
+        self._told: dict[tuple[str, str], str] = {}
+        self._runtime = ClientRuntime(self._site)
+
+    def answer(self, welcome: str, request: bytes) -> tuple[dict[str, Any], bytes]:
+        """A header, empty where all is well, and the reply; the same bytes have the same reply, ever.
+
+        `error` says what is wrong with the request or the device, `again` that it may be asked again.
+        """
+        try:
+            told = read_welcome(welcome)
+            with self._lock:
+                kept = Kept(self._folder(told.run) / "replies", KEPT)
+                reply = kept.get(request)
+                if reply is None:
+                    self._settle(told, welcome)
+                    began = time.monotonic()
+                    reply = self._runtime.answer(request)
+                    kept.put(request, reply)
+                    self._note(f"{kind_of(request)}: answered in {time.monotonic() - began:.1f} s")
+                return {}, reply
+        except UnreachableError as error:
+            return {"again": plain(error)}, b""
+        except LegolmError as error:
+            self._note(f"a request was refused: {error}")
+            return {"error": plain(error)}, b""
+        except Exception as error:  # of torch, say: without memory it raises what it likes
+            self._note(f"a request failed: {type(error).__name__}: {brief(error)}")
+            return {"error": plain(f"{type(error).__name__}: {error}")}, b""
+
+    def serve(self, listener: socket) -> None:
+        """Answer who connects, until the listener is closed."""
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(Link(connection),), daemon=True).start()
+
+    def _serve(self, link: Link) -> None:
+        with link:
+            try:
+                header, request = link.receive()
+                link.send(*self.answer(str(header.get("welcome", "")), request))
+            except OSError:
+                return  # who asked is gone; the reply is kept
+
+    def _folder(self, run: str) -> Path:
+        return self._held.home / "runs" / run
+
+    def _site(self, client: str, block: str) -> Site:
+        """For the runtime: of what the last welcome told."""
+        if (client, block) not in self._sites:
+            raise LegolmError(f"client {client}, block {block}: the request is not for whom its welcome says")
+        return self._sites[client, block]
+
+    def _settle(self, told: Welcome, text: str) -> None:
+        """Be ready for this run, block and data. Raises `LegolmError` for what is another's, or cannot be."""
+        if self._name is not None and told.client != self._name:
+            raise LegolmError(f"client {told.client}: this device is {self._name!r}")
+        key = told.client, told.block
+        if told.run != self._run:
+            self._run, self._runtime = told.run, ClientRuntime(self._site)
+            self._sites.clear()
+            self._told.clear()
+        if self._told.get(key) == text:
+            return
+        folder = find_block(told, self._held.home, self._held.blocks, self._piece, self._note)
+        try:
+            read_block(folder)
+        except LegolmError:
+            if folder.parent == self._held.home / "blocks":
+                shutil.rmtree(folder)
+            raise
+        self._sites[key] = _HeldSite(folder, self._folder(told.run), self._examples(told.data), self._held.profile)
+        self._told[key] = text
+
+    def _examples(self, told: OwnData) -> dict[Split, Sequence[Example]]:
+        said: list[str] = []
+        found = own_part(self._held.data, told.config, told.part, told.seed, "--data", said)
+        for line in said:
+            self._note(line)
+        return {split: getattr(found, split) for split in SPLITS}

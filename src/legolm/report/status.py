@@ -1,0 +1,66 @@
+"""A run as it goes: its rounds, and each device's state, block, bytes and loss."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from legolm.runs import RunDir, read_live, read_stages, rounds_of
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What stands in the run folder now, as JSON has it. Raises `LegolmError` for what is no run."""
+    run = RunDir(folder)
+    config, lines = run.known(), folder / "metrics.jsonl"
+    rounds, live = rounds_of(read_stages(lines)) if lines.exists() else [], read_live(folder).root
+    clients = {}
+    for one in config.clients:
+        last = next((r for r in reversed(rounds) if one.id in {c for held in r.held for c in held.clients}), None)
+        held = next((held for held in last.held if one.id in held.clients), None) if last else None
+        now = live.get(one.id)
+        clients[one.id] = {
+            "block": one.block or (one.blocks[0] if one.blocks else None),
+            "state": now.state if now else None,
+            "since": now.since.isoformat() if now else None,
+            "updates": sum(one.id in r.accepted for r in rounds),
+            "refused": sum(any(no.client == one.id for no in r.refused) for r in rounds),
+            "bytes_up": sum(r.bytes[one.id].up for r in rounds if one.id in r.bytes),
+            "bytes_down": sum(r.bytes[one.id].down for r in rounds if one.id in r.bytes),
+            "validation": held.validation if held else None,
+        }
+    done = [r for r in rounds if r.round > 0]
+    return {
+        "run": run.identity().run if run.identity_file.exists() else None,
+        "rounds_done": len(done),
+        "rounds": config.federation.rounds,
+        "finished": (folder / "summary.json").exists(),
+        "validation": [r.validation for r in rounds],
+        "seconds": [r.seconds for r in done],
+        "clients": clients,
+    }
+
+
+def show_status(found: dict[str, Any]) -> Group:
+    """The same for people."""
+    losses = [f"{loss:.3f}" for loss in found["validation"] if loss is not None]
+    title = f"round {found['rounds_done']} of {found['rounds']}" + (", finished" if found["finished"] else "")
+    if losses:
+        title += f"; loss on validation data {' → '.join(losses[-4:])}"
+    table = Table("client", "block", "state", "since", "updates", "refused", "received", "sent", "loss")
+    for id, one in found["clients"].items():
+        loss = "" if one["validation"] is None else f"{one['validation']:.3f}"
+        traffic = f"{one['bytes_down'] / 1e6:.2f} MB", f"{one['bytes_up'] / 1e6:.2f} MB"
+        numbers = str(one["updates"]), str(one["refused"])
+        table.add_row(id, one["block"] or "", one["state"] or "", _ago(one["since"]), *numbers, *traffic, loss)
+    return Group(title, table)
+
+
+def _ago(since: str | None) -> str:
+    if since is None:
+        return ""
+    seconds = max(0, round((datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()))
+    return f"{seconds} s" if seconds < 120 else f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"

@@ -1,0 +1,32 @@
+"""Who is who in a federation of devices: a CA, the server's certificate, the devices' keys and their register."""
+
+from legolm.trust.authority import (
+    CA,
+    KEY,
+    PUBLIC,
+    SERVER_CERTIFICATE,
+    SERVER_KEY,
+    make_authority,
+    make_key,
+    make_server,
+    server_files,
+)
+from legolm.trust.devices import REGISTER, Device, add_device, pem_of, read_devices, revoke_device
+
+__all__ = [
+    "CA",
+    "KEY",
+    "PUBLIC",
+    "REGISTER",
+    "SERVER_CERTIFICATE",
+    "SERVER_KEY",
+    "Device",
+    "add_device",
+    "make_authority",
+    "make_key",
+    "make_server",
+    "pem_of",
+    "read_devices",
+    "revoke_device",
+    "server_files",
+]

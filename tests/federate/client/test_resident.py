@@ -1,0 +1,163 @@
+"""A device's resident process: its block by pieces, its rows, and one answer to one request."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from legolm import config as configs
+from legolm import pipeline
+from legolm.config import RunConfig
+from legolm.errors import LegolmError
+from legolm.federate.bridge import PIECE, Link, connect, listen
+from legolm.federate.client import Holdings, Profile, Resident
+from legolm.federate.client.fetch import UnreachableError, find_block
+from legolm.federate.transport import run_local
+from legolm.federate.wire import OwnData, Welcome, block_files, own_data, read_welcome
+from legolm.runs import Kept, RunDir
+
+DATA = OwnData(
+    rows=configs.RowsConfig(), validation=0.1, test=0.2, limits=(None, None, None), system=None, part="fr", seed=0
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file of three pieces, one of none and one in a folder."""
+    folder = tmp_path_factory.mktemp("files") / "a"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(torch.arange(2 * PIECE + 5, dtype=torch.uint8).numpy()))
+    (folder / "empty").touch()
+    (folder / "sub" / "config.json").write_text("{}")
+    return folder
+
+
+class Server:
+    """Gives pieces of `folder`, and goes away after `pieces` of them."""
+
+    def __init__(self, folder: Path, pieces: int = 1000) -> None:
+        self._folder, self.left, self.asked = folder, pieces, list[tuple[str, int]]()
+
+    def piece(self, path: str, at: int) -> bytes:
+        if len(self.asked) >= self.left:
+            raise UnreachableError("gone")
+        self.asked.append((path, at))
+        return (self._folder / path.partition("/")[2]).read_bytes()[at : at + PIECE]
+
+
+def welcome_of(folder: Path) -> Welcome:
+    return Welcome(run="0" * 16, client="fr", block="a", files=block_files(folder), data=DATA)
+
+
+def test_a_block_comes_once_and_goes_on_after_a_cut(files: Path, tmp_path: Path) -> None:
+    welcome, said = welcome_of(files), list[str]()
+    first = Server(files, pieces=3)
+    with pytest.raises(UnreachableError):
+        find_block(welcome, tmp_path, [], first.piece, said.append)
+    second = Server(files)
+    found = find_block(welcome, tmp_path, [], second.piece, said.append)
+    assert len(first.asked) == 3 and not set(first.asked) & set(second.asked)
+    assert len(first.asked + second.asked) == sum(len(one.pieces) for one in welcome.files) == 4
+    assert block_files(found) == block_files(files)
+    third = Server(files, pieces=0)
+    assert find_block(welcome, tmp_path, [], third.piece, said.append) == found
+    assert find_block(welcome, tmp_path / "other", [tmp_path, files], third.piece, said.append) == files
+
+
+def test_wrong_pieces_are_not_kept(files: Path, tmp_path: Path) -> None:
+    welcome = welcome_of(files)
+    with pytest.raises(LegolmError, match="came 3 times, and never as the server told it"):
+        find_block(welcome, tmp_path, [], lambda path, at: b"x", lambda text: None)
+    assert not (tmp_path / "blocks" / welcome.block_id).exists()
+    (path,) = (tmp_path / "blocks").iterdir()  # what of it was damaged on the disk comes again
+    server = Server(files)
+    for one in welcome.files:
+        (path / one.name).parent.mkdir(exist_ok=True)
+        (path / one.name).write_bytes(b"y" * one.bytes)
+    assert block_files(find_block(welcome, tmp_path, [], server.piece, lambda text: None)) == welcome.files
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../b", "", ".hidden", "a//b", "a\\b\x00"])
+def test_a_server_names_no_file_elsewhere(files: Path, name: str) -> None:
+    whole = welcome_of(files).model_dump()
+    whole["files"][0]["name"] = name
+    with pytest.raises(ValueError, match="name"):
+        Welcome.model_validate(whole)
+    with pytest.raises(LegolmError, match="is it of another version of legolm"):
+        read_welcome(json.dumps(whole))
+
+
+def test_kept_replies(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "replies", most=2)
+    for number in range(4):
+        kept.put(bytes([number]), b"reply" * number)
+    assert [kept.get(bytes([number])) for number in range(4)] == [None, None, b"reply" * 2, b"reply" * 3]
+    (file,) = [one for one in (tmp_path / "replies").iterdir() if one.read_bytes().endswith(b"reply" * 3)]
+    file.write_bytes(file.read_bytes()[:-1])
+    assert kept.get(bytes([3])) is None
+
+
+def test_a_device_answers_as_the_simulation(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Every request of a run, asked of a device that has its own file only; twice, and trained once."""
+    changes = {"evaluate": {"scores": "own", "local_only": False}}
+    config = configs.validate(RunConfig, three_clients(tmp_path, ("wide",) * 3, **changes), "test")
+    asked: list[tuple[str, bytes, bytes]] = []
+
+    def engine(run: RunDir, config: RunConfig, actors: int, body: Any) -> None:
+        def recorded(exchange: Any) -> None:
+            def record(requests: Any, deadline_s: float | None = None) -> Any:
+                sent = list(requests)
+                for reply in exchange(sent, deadline_s):
+                    if sent[reply.index].client == "fr":
+                        asked.append((sent[reply.index].client, sent[reply.index].content, reply.content))
+                    yield reply
+
+            body(record)
+
+        run_local(run, config, actors, recorded)
+
+    pipeline.run(config, tmp_path / "out", engine=engine, models=False)
+    block, said = RunDir(tmp_path / "out").block("wide"), list[str]()
+    run = RunDir(tmp_path / "out").identity().run
+    told = Welcome(run=run, client="fr", block="wide", files=block_files(block), data=own_data(config, "fr"))
+    held = Holdings(tmp_path / "home", (str(tmp_path / "data" / "fr.jsonl"),), (block,), Profile("cpu"))
+    resident = Resident(held, "fr", Server(block, pieces=0).piece, said.append)
+    for _, request, reply in asked:
+        for _ in range(2):
+            header, found = resident.answer(told.model_dump_json(), request)
+            assert header == {}
+        assert _timeless(found) == _timeless(reply)
+    assert len(asked) == 5 and sum("answered in" in line for line in said) == 5
+    other = Resident(held, "de", Server(block, pieces=0).piece, said.append)
+    Kept(tmp_path / "home" / "runs" / run / "replies").put(asked[0][1], b"")
+    assert "this device is 'de'" in other.answer(told.model_dump_json(), asked[1][1] + b" ")[0]["error"]
+    assert "message is broken" in resident.answer(told.model_dump_json(), b"hello")[0]["error"]
+
+
+def _timeless(reply: bytes) -> bytes:
+    """Without the header, which has times."""
+    return reply[8 + int.from_bytes(reply[:8], "little") :]
+
+
+def test_frames(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with listen(path) as listener:
+        assert Path(path).stat().st_mode & 0o777 == 0o600
+        threading.Thread(target=lambda: Link(listener.accept()[0]).send({"a": "é"}, b"x" * 3_000_000)).start()
+        with connect(path) as link:
+            assert link.receive() == ({"a": "é"}, b"x" * 3_000_000)
+    here, there = socket.socketpair()
+    there.sendall(b"\xff" * 16)
+    with pytest.raises(OSError, match="too large"):
+        Link(here).receive()
+    there.close()
+    with pytest.raises(OSError, match="gone"):
+        Link(here).receive()
+    here.close()
