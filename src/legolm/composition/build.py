@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from legolm.block import Base, Block, Coverage, Manifest, config_changes, read_block, slice_matrix, write_block
+from legolm.block import Base, Block, Coverage, Manifest, read_block, slice_matrix, write_block
 from legolm.composition.methods import Method, Part
 from legolm.composition.sources import Source, given_weights, read_sources, weights_by_examples, weights_by_loss
 from legolm.composition.target import covered_weights, held, masked_like, parse_sizes, shaped, target_block
 from legolm.errors import LegolmError
 from legolm.models import (
+    config_changes,
     CheckpointWriter,
     LayeredModel,
     count_parameters,

@@ -1,10 +1,13 @@
 """Where layers, heads and MLPs live in each model family; finding, loading, saving and fingerprinting models."""
 
+from legolm.models.calls import Call, recorded
 from legolm.models.checkpoint import load_config
-from legolm.models.family import FAMILIES, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
+from legolm.models.cut import config_changes, narrow, tell
+from legolm.models.family import FAMILIES, LLAMA, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
 from legolm.models.finite import finite
 from legolm.models.head import CHUNK, Head, answer_losses, divergences, judged
 from legolm.models.layered import CheckpointWriter, LayeredModel
+from legolm.models.layout import Layout, layout_of
 from legolm.models.lean import hidden_states, lean
 from legolm.models.load import (
     check_weights,
@@ -25,11 +28,14 @@ from legolm.models.rounding import rounded
 __all__ = [
     "CHUNK",
     "FAMILIES",
+    "LLAMA",
     "LONG",
+    "Call",
     "CheckpointWriter",
     "Family",
     "Head",
     "LayeredModel",
+    "Layout",
     "Module",
     "Shape",
     "Unit",
@@ -38,6 +44,7 @@ __all__ = [
     "check_weights",
     "choose_device",
     "choose_precision",
+    "config_changes",
     "count_parameters",
     "decoder_layers",
     "divergences",
@@ -50,13 +57,17 @@ __all__ = [
     "hidden_states",
     "judged",
     "lasting_name",
+    "layout_of",
     "lean",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "narrow",
     "pack",
+    "recorded",
     "resolve",
     "rounded",
     "save_model",
     "shape_of",
+    "tell",
 ]

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from legolm.errors import LegolmError, brief
 from legolm.models.family import known_family, shape_of
+from legolm.models.layout import check_dense, empty_model, layout_of
 from legolm.system import Stored, file_state, read_bounded, stored_tensors, strict_json
 
 SINGLE, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
@@ -52,6 +53,7 @@ def load_config(path: Path) -> Any:
     except Exception as error:  # whatever a dozen config classes make of values that they did not expect
         raise LegolmError(f"{where}: is no config that transformers reads ({brief(error)})") from None
     shape_of(config)
+    layout_of(config)
     if (path / GENERATION).exists():
         _check_generation(path / GENERATION)
     files = [path / "config.json", *weight_files(path)]

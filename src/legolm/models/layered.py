@@ -19,6 +19,7 @@ from legolm.errors import LegolmError
 from legolm.models.checkpoint import SAVE_AGAIN, load_config, stored_weights
 from legolm.models.family import decoder_layers
 from legolm.models.finite import check_finite
+from legolm.models.transposed import as_linears
 from legolm.system import open_tensors
 
 CPU = torch.device("cpu")
@@ -39,6 +40,7 @@ class LayeredModel:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=torch.float32)
         self._decoder: Any = model.eval().get_decoder()
         self.layers = decoder_layers(model)
+        as_linears(self.layers)
         for module in self._decoder.modules():
             module._buffers = {name: buffer.to(device) for name, buffer in module._buffers.items()}
         names = {id(module): name for name, module in model.named_modules()}

