@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Mapping
@@ -10,11 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from legolm.errors import LegolmError, brief
-from legolm.models.family import known_family, shape_of
+from legolm.models.family import check_kind, known_family
 from legolm.models.layout import check_dense, empty_model, layout_of
 from legolm.system import Stored, file_state, read_bounded, stored_tensors, strict_json
 
@@ -52,12 +50,12 @@ def load_config(path: Path) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a dozen config classes make of values that they did not expect
         raise LegolmError(f"{where}: is no config that transformers reads ({brief(error)})") from None
-    shape_of(config)
-    layout_of(config)
+    check_kind(config)
     if (path / GENERATION).exists():
         _check_generation(path / GENERATION)
     files = [path / "config.json", *weight_files(path)]
-    _check_weights(path, tuple(file_state(file) for file in files))
+    _check_model(path, tuple(file_state(file) for file in files))
+    layout_of(config)
     return config
 
 
@@ -154,17 +152,14 @@ def drop_sampling(generation: Any) -> None:
 
 
 @lru_cache(maxsize=64)
-def _check_weights(path: Path, _states: tuple[str, ...]) -> None:
-    """Raise `LegolmError` unless the tensors are those of the config's model, which is made without memory."""
-    # Here, not above: it brings all that transformers has for models.
-    from transformers import AutoModelForCausalLM
-
+def _check_model(path: Path, _states: tuple[str, ...]) -> None:
+    """Raise `LegolmError` unless the config is a dense decoder's, and the tensors are those of its model."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    except Exception as error:  # as with configs
-        raise LegolmError(f"model: {path / 'config.json'}: transformers cannot make it ({brief(error)})") from None
+        model = empty_model(config)
+    except LegolmError as error:
+        raise LegolmError(f"{error}: {path / 'config.json'}") from None
+    check_dense(model)
     wanted = {_today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {_today(name): stored for name, (_, stored) in stored_weights(path).items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())

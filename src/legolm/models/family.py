@@ -168,22 +168,28 @@ class Shape:
         return sum(rows * cols for rows, cols in map(self.matrix, self.modules))
 
 
-def shape_of(config: Any) -> Shape:
-    """Sizes of a Hugging Face model config.
-
-    Raises `LegolmError` for what is no causal LM, for a quantized one, and for a family that lacks one of the sizes.
-    """
+def check_kind(config: Any) -> None:
+    """Raise `LegolmError` for what is no causal LM of a known family, and for a quantized one."""
     architectures = config.architectures or []
     if not set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise LegolmError(
             f"model: {', '.join(architectures) or config.model_type} is not a causal LM; give one that is"
         )
-    family = family_of(config)
+    family_of(config)
     if getattr(config, "quantization_config", None) is not None:
         raise LegolmError(
             "model: its weights are quantized; load it with transformers, call model.dequantize() and "
             "model.save_pretrained(FOLDER), and give that folder"
         )
+
+
+def shape_of(config: Any) -> Shape:
+    """Sizes of a Hugging Face model config.
+
+    Raises `LegolmError` for what `check_kind` refuses, and for a family that lacks one of the sizes.
+    """
+    check_kind(config)
+    family = family_of(config)
     heads, hidden, layers = (_size(config, f) for f in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:
