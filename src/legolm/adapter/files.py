@@ -13,7 +13,7 @@ from torch import Tensor
 from legolm.adapter.keys import Tensors, factor_key, parse_key
 from legolm.block import Coverage
 from legolm.errors import LegolmError, brief
-from legolm.models import FAMILIES, Shape
+from legolm.models import Shape
 from legolm.system import open_tensors, read_bounded, strict_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,6 +47,7 @@ def save_adapter(coverage: Coverage, factors: Tensors, scale: float, base: str, 
         target_modules=sorted(ranks),
         rank_pattern=own,
         alpha_pattern={module: scale * rank for module, rank in own.items()},
+        fan_in_fan_out=coverage.shape.entry.transposed,
         inference_mode=True,
     )
     path.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def read_adapter(path: Path, coverage: Coverage, where: str) -> Tensors:
 
     `where` begins errors. Raises `LegolmError` for what is no plain LoRA of the block (DoRA, modules_to_save, biases).
     """
-    config = _read_config(path, where)
+    config = _read_config(path, where, coverage.shape)
     factors = {}
     with open_tensors(path / WEIGHTS, f"{where}: ", "give a PEFT adapter's folder") as handle:
         for name in handle.keys():  # noqa: SIM118 (not a dict)
@@ -142,7 +143,7 @@ def _finite(value: Any) -> float:
 
 
 def _prefix(shape: Shape) -> str:
-    return f"base_model.model.{FAMILIES[shape.family].layers}."
+    return f"base_model.model.{shape.entry.layers}."
 
 
 def _key_of(name: str, where: str, coverage: Coverage) -> tuple[str, str]:
@@ -176,14 +177,16 @@ def adapter_config(path: Path, where: str) -> dict[str, Any]:
     return config
 
 
-def _read_config(path: Path, where: str) -> dict[str, Any]:
+def _read_config(path: Path, where: str, shape: Shape) -> dict[str, Any]:
     """That of a LoRA that is nothing but B·A."""
     config = adapter_config(path, where)
     if config.get("peft_type") != "LORA":
         said = brief(str(config.get("peft_type")))
         raise LegolmError(f"{where}: is {said}; only LoRA adapters can be averaged")
     for field, plain in (("use_dora", False), ("modules_to_save", None), ("bias", "none"), ("fan_in_fan_out", False)):
-        if config.get(field, plain) not in (plain, [], None):
+        # Of a Conv1D PEFT knows, whatever the config says.
+        turned = field == "fan_in_fan_out" and shape.entry.transposed
+        if config.get(field, plain) not in (plain, [], None) and not turned:
             raise LegolmError(
                 f"{where}: {field} is {brief(repr(config[field]))}; such an adapter is more than B·A and cannot "
                 f"be averaged; train one with {field} {plain!r}"

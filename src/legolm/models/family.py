@@ -130,9 +130,14 @@ class Shape:
         known_family(self.family)
 
     @property
+    def entry(self) -> Family:
+        """Where its linear layers are."""
+        return known_family(self.family)
+
+    @property
     def modules(self) -> Mapping[str, Module]:
         """The linear layers of a decoder layer, in the family's order."""
-        return known_family(self.family).modules
+        return self.entry.modules
 
     def module(self, name: str) -> Module:
         """One of `modules`. Raises `LegolmError` for a name that the family does not have."""
