@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,11 @@ FAMILIES = [
     "granite", "olmo2", "olmo3", "phi3", "phi-4-mini", "starcoder2", "gpt_neox", "gpt2", "opt", "opt-350m",
 ]  # fmt: skip
 """Of `VARIANTS` and `ROUND_TRIPS`: each row of docs/pruning.md's table has one here."""
-SIZES = {"neurons": ("intermediate_size", 40), "kv_groups": ("num_key_value_heads", 1), "layers": ("num_hidden_layers", 2)}
+SIZES = {
+    "neurons": ("intermediate_size", 40),
+    "kv_groups": ("num_key_value_heads", 1),
+    "layers": ("num_hidden_layers", 2),
+}
 
 
 def plain_loss(model: Any) -> Tensor:
@@ -128,3 +133,15 @@ def test_what_a_part_of_the_answer_only_makes_up_for(tiny: Callable[[str], Path]
     fit = stream.regression(0, layer, "mlp.down_proj", after.hidden)
     found = refit(fit, layer.mlp.down_proj.weight.data, None)
     assert float((found - whole).norm() / whole.norm()) < 0.02
+
+
+def test_the_table_in_the_docs_has_a_row_a_test_and_what_can_be_cut(tiny: Callable[[str], Path]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "pruning.md").read_text()
+    rows = re.findall(r"^\|[^|]+\|[^|]+\| `([\w-]+)` \|([^|]*)\|$", text, re.MULTILINE)
+    names = {"layers": "layers", "kv_groups": "KV groups", "neurons": "neurons"}
+    assert rows == [
+        (family, f" {cut} " if cut else " ")
+        for family in FAMILIES
+        for fixed in [layout_of(load_config(tiny(family))).fixed]
+        for cut in [", ".join(said for size, said in names.items() if size not in fixed)]
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,14 @@ LARGEST = {
     "head_dim": 1 << 12,
     "vocab_size": 1 << 22,
     "max_position_embeddings": 1 << 31,
+    # GPT-2's and OPT's own names of these.
+    "n_layer": 1 << 10,
+    "n_embd": 1 << 17,
+    "n_inner": 1 << 20,
+    "ffn_dim": 1 << 20,
+    "word_embed_proj_dim": 1 << 17,
+    "n_head": 1 << 12,
+    "n_positions": 1 << 31,
 }
 """Sizes in a config: some times those of the largest models there are. transformers makes lists as long as them."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -161,7 +169,9 @@ def _check_model(path: Path, _states: tuple[str, ...]) -> None:
         raise LegolmError(f"{error}: {path / 'config.json'}") from None
     check_dense(model)
     wanted = {_today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {_today(name): stored for name, (_, stored) in stored_weights(path).items()}
+    weights = stored_weights(path)
+    named = full_names(model, weights)
+    found = {_today(named[name]): stored for name, (_, stored) in weights.items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     unused = [UNUSED, *(model._keys_to_ignore_on_load_unexpected or ())]
     foreign = [name for name in found.keys() - wanted.keys() if not any(re.search(one, name) for one in unused)]
@@ -178,6 +188,13 @@ def _check_model(path: Path, _states: tuple[str, ...]) -> None:
                 f"model: {path}: config.json and the weights differ: {brief(names[0])}"
                 f"{f', the first of {len(names)} tensors' if len(names) > 1 else ''}, {fault}; {SAVE_AGAIN}"
             )
+
+
+def full_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """The model's name of each stored tensor: GPT-2's checkpoints are of the decoder alone, and leave its name out."""
+    names, prefix = list(stored), f"{model.base_model_prefix}."
+    own = set(names) if any(name.startswith(prefix) for name in names) else set(model.state_dict())
+    return {name: name if name in own else prefix + name for name in names}
 
 
 def _today(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Where layers, heads and MLPs live in each model family, as data: one entry of `FAMILIES` for each that differs from Llama."""
+"""Where layers, heads and MLPs live in each model family, as data: an entry for each that is not Llama's."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from legolm.errors import LegolmError
-from legolm.models.checkpoint import SAVE_AGAIN, load_config, stored_weights
+from legolm.models.checkpoint import SAVE_AGAIN, full_names, load_config, stored_weights
 from legolm.models.family import decoder_layers
 from legolm.models.finite import check_finite
 from legolm.models.transposed import as_linears
@@ -45,7 +45,8 @@ class LayeredModel:
             module._buffers = {name: buffer.to(device) for name, buffer in module._buffers.items()}
         names = {id(module): name for name, module in model.named_modules()}
         self._prefix, self._layers_prefix = f"{names[id(self._decoder)]}.", f"{names[id(self.layers)]}."
-        self._files = {name: file for name, (file, _) in stored_weights(path).items()}
+        stored = stored_weights(path)
+        self._files = {name: (stored[own][0], own) for own, name in full_names(model, stored).items()}
 
     def layer(self, index: int) -> AbstractContextManager[nn.Module]:
         """Decoder layer `index`, with its weights."""
@@ -85,9 +86,10 @@ class LayeredModel:
     def _read(self, name: str) -> Tensor:
         if name not in self._files:
             raise LegolmError(f"model: the checkpoint has no tensor {name}; {SAVE_AGAIN}")
-        with open_tensors(self._files[name], "model: ", SAVE_AGAIN) as handle:
-            tensor: Tensor = handle.get_tensor(name)
-        check_finite(name, tensor, self._files[name])
+        file, own = self._files[name]
+        with open_tensors(file, "model: ", SAVE_AGAIN) as handle:
+            tensor: Tensor = handle.get_tensor(own)
+        check_finite(name, tensor, file)
         return tensor
 
 

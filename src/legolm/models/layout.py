@@ -5,6 +5,7 @@ A family needs no entry for that, and none is believed: what transformers' code 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -88,7 +89,9 @@ def empty_model(config: Any) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     except Exception as error:  # whatever a hundred config and model classes make of values they did not expect
-        raise LegolmError(f"model: family {config.model_type!r}: transformers cannot make it ({brief(error)})") from None
+        raise LegolmError(
+            f"model: family {config.model_type!r}: transformers cannot make it ({brief(error)})"
+        ) from None
 
 
 def check_dense(model: Any) -> None:
@@ -238,8 +241,6 @@ def _cached(small: Any) -> Layout | None:
 
 
 def _keep(small: Any, found: Layout) -> Layout:
-    try:
+    with contextlib.suppress(OSError, LegolmError):  # no room, or a home that cannot be written to
         atomic_write(_file(small), found.model_dump_json())
-    except (OSError, LegolmError):
-        pass  # no room, or a home that cannot be written to: the next process proves it again
     return found

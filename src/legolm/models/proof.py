@@ -134,7 +134,7 @@ def _look(model: Any, tokens: Tensor, fixed: dict[str, str]) -> Layout:
     if not _alike(moved, added * step) or added == 0:
         why = "its layers normalise the sum of the MLP's answer and the residual stream"
         return Layout(norms=norms, added=1.0, fixed={"layers": why, "neurons": why} | fixed)
-    return Layout(norms=norms, added=round(added, 4), fixed=fixed)
+    return Layout(norms=norms, added=float(f"{added:.5g}"), fixed=fixed)
 
 
 def _cut(model: Any, tokens: Tensor, layout: Layout) -> list[tuple[Tensor, Tensor]]:

@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -168,9 +168,7 @@ class Stream:
     def fork(self) -> Stream:
         """Another stream from here, which another cut goes on with."""
         hidden = _buffer(self.hidden.shape).copy_(self.hidden)
-        return Stream(
-            hidden, self._chunk, self._calls, self._shape, self._layout, self._precision, self._device
-        )
+        return Stream(hidden, self._chunk, self._calls, self._shape, self._layout, self._precision, self._device)
 
     def run(self, index: int, layer: nn.Module) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(samples, input, output) of one decoder layer for each chunk, without moving on."""
