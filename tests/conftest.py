@@ -80,7 +80,6 @@ SLIDES = ["sliding_attention", "full_attention", "sliding_attention"]
 ROUND_TRIPS: dict[str, dict[str, Any]] = {
     "llama-3": {
         "family": "llama",
-        "num_hidden_layers": 3,
         "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 500000.0,
@@ -91,13 +90,12 @@ ROUND_TRIPS: dict[str, dict[str, Any]] = {
         },
     },
     "ministral": {**THREE, "layer_types": SLIDES},
-    "ministral3": {"num_hidden_layers": 3, "sliding_window": None},
+    "ministral3": {"sliding_window": None},
     "qwen2-window": {"family": "qwen2", **THREE, "use_sliding_window": True, "max_window_layers": 1},
     "gemma2": {**THREE, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3-three": {"family": "gemma3_text", **THREE, "query_pre_attn_scalar": 24, "layer_types": SLIDES},
     "smollm3": {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
     "granite": {
-        "num_hidden_layers": 3,
         "embedding_multiplier": 6.0,
         "attention_multiplier": 0.1,
         "residual_multiplier": 0.22,
@@ -106,7 +104,6 @@ ROUND_TRIPS: dict[str, dict[str, Any]] = {
     "olmo3": {**THREE, "tie_word_embeddings": False, "layer_types": SLIDES},
     "phi-4-mini": {
         "family": "phi3",
-        "num_hidden_layers": 3,
         "partial_rotary_factor": 0.5,
         "original_max_position_embeddings": 16,
         "rope_parameters": {
@@ -118,9 +115,9 @@ ROUND_TRIPS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 16,
         },
     },
-    "starcoder2": {**THREE, "use_bias": True},
-    "gpt2": {"num_hidden_layers": 3, "n_inner": 96},
-    "opt": {"num_hidden_layers": 3, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "starcoder2": {"sliding_window": 24, "use_bias": True},
+    "gpt2": {"n_inner": 96},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "opt-350m": {
         "family": "opt",
         "ffn_dim": 96,

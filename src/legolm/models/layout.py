@@ -21,7 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from legolm.errors import LegolmError, brief
-from legolm.models.cut import sizes_in
+from legolm.models.cut import config_changes, sizes_in
 from legolm.models.family import FAMILIES, LLAMA, ONLY_DENSE, Shape, decoder_layers, family_of, shape_of
 from legolm.system import atomic_write, cache_folder, versions
 
@@ -152,7 +152,7 @@ def _fixed(small: Any) -> dict[str, str]:
         narrow = replace(shape, **{size: count})  # type: ignore[arg-type]
         changed = copy.deepcopy(small)
         try:
-            changed.update(sizes_in(small, narrow, (0, 1)))
+            changed.update(config_changes(small, narrow, (0, 1)))
             found = _tensors(changed)
         except Exception:
             found = {}
