@@ -19,6 +19,7 @@ from legolm.adapter import init_factors, merged, read_adapter, save_adapter, sli
 from legolm.block import Coverage
 from legolm.config import BlockConfig, CalibrationConfig
 from legolm.data import Tokens
+from legolm.errors import LegolmError
 from legolm.models import (
     Head,
     LayeredModel,
@@ -31,6 +32,7 @@ from legolm.models import (
     load_config,
     load_model,
     pack,
+    write_text_part,
 )
 from legolm.prune import cut_blocks
 from legolm.prune.calibrate import Stream
@@ -144,3 +146,27 @@ def test_the_table_in_the_docs_has_a_row_a_test_and_what_can_be_cut(tiny: Callab
         for fixed in [layout_of(load_config(tiny(family))).fixed]
         for cut in [", ".join(said for size, said in names.items() if size not in fixed)]
     ]
+
+
+def test_the_text_part_of_a_multimodal_gemma_3(tmp_path: Path) -> None:
+    """The same logits for text as the whole model gives."""
+    from transformers import AutoConfig, Gemma3ForConditionalGeneration
+
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 130, "sliding_window": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"image_size": 16, "patch_size": 8}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=129
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "today")
+    with pytest.raises(LegolmError, match="more than a text model"):
+        load_config(tmp_path / "today")
+    (tmp_path / "text").mkdir()
+    write_text_part(tmp_path / "today", tmp_path / "text")
+    load_config(tmp_path / "text")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    torch.testing.assert_close(found(TOKENS).logits, model(TOKENS).logits)
+    load_model(tmp_path / "text")

@@ -24,6 +24,7 @@ from legolm.models.load import (
 from legolm.models.packing import LONG, pack
 from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of
 from legolm.models.rounding import rounded
+from legolm.models.text_part import write_text_part
 
 __all__ = [
     "CHUNK",
@@ -70,4 +71,5 @@ __all__ = [
     "save_model",
     "shape_of",
     "tell",
+    "write_text_part",
 ]

@@ -37,6 +37,8 @@ REASONS = {
     "a state-space or recurrent model": "its layers carry a state, which has no KV groups to cut",
     "a hybrid of attention and state-space layers": "its layers differ in their linear layers",
 }
+VOLATILE = ("_name_or_path", "transformers_version", "dtype", "use_cache")
+"""Of a config, what does not say what its model is."""
 INDEX = re.compile(r"layer_?(idx|id|index|number)$")
 """A layer's own place, as modules call it."""
 
@@ -67,8 +69,10 @@ def layout_of(config: Any) -> Layout:
     """
     key = _hash(config)
     if key not in _KNOWN:
-        places = _by_place(config)
-        small = copy_config(config, _two_kinds(config))
+        kinds = _facts(config, range(config.num_hidden_layers))
+        places = _by_place(config, kinds)
+        # The first layer, and the first that differs from it; without one the last.
+        small = copy_config(config, (0, next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(kinds) - 1)))
         found = _cached(small) or _keep(small, _prove(small))
         _KNOWN[key] = found.model_copy(update={"fixed": places | found.fixed})
     return _KNOWN[key]
@@ -187,22 +191,13 @@ def _expected(shape: Shape, small: Shape, whole: Mapping[str, tuple[int, ...]]) 
     return wanted
 
 
-def _by_place(config: Any) -> dict[str, str]:
+def _by_place(config: Any, kinds: list[dict[str, Any]]) -> dict[str, str]:
     """`layers` as fixed where a layer's place, and no list in the config, says what it does."""
-    count = config.num_hidden_layers
-    if count == 1:
-        return {}
-    whole, rest = _facts(config, range(count)), _facts(config, range(1, count))
-    for before, after in zip(whole[1:], rest, strict=True):
+    rest = _facts(config, range(1, len(kinds))) if len(kinds) > 1 else []
+    for before, after in zip(kinds[1:], rest, strict=True):
         if differ := sorted(name for name in before | after if before.get(name) != after.get(name)):
             return {"layers": f"{differ[0]} of a layer goes by its place, and config.json has no list of it"}
     return {}
-
-
-def _two_kinds(config: Any) -> tuple[int, int]:
-    """The first layer, and the first that differs from it; without one the last."""
-    facts = _facts(config, range(config.num_hidden_layers))
-    return 0, next((index for index, one in enumerate(facts) if one != facts[0]), len(facts) - 1)
 
 
 def _facts(config: Any, kept: range) -> list[dict[str, Any]]:
@@ -223,7 +218,7 @@ def _plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _hash(config: Any) -> str:
     """Of all that a config says, and of what reads it."""
-    said = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype")}
+    said = {k: v for k, v in config.to_dict().items() if k not in VOLATILE}
     text = json.dumps([said, versions()], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
