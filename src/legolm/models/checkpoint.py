@@ -61,8 +61,9 @@ def load_config(path: Path) -> Any:
     check_kind(config)
     if (path / GENERATION).exists():
         _check_generation(path / GENERATION)
+    _check_dense(path, file_state(path / "config.json"))
     files = [path / "config.json", *weight_files(path)]
-    _check_model(path, tuple(file_state(file) for file in files))
+    _check_weights(path, tuple(file_state(file) for file in files))
     layout_of(config)
     return config
 
@@ -160,14 +161,19 @@ def drop_sampling(generation: Any) -> None:
 
 
 @lru_cache(maxsize=64)
-def _check_model(path: Path, _states: tuple[str, ...]) -> None:
-    """Raise `LegolmError` unless the config is a dense decoder's, and the tensors are those of its model."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+def _check_dense(path: Path, _state: str) -> None:
+    """Raise `LegolmError` unless the config is a dense decoder's."""
     try:
-        model = empty_model(config)
+        model = empty_model(AutoConfig.from_pretrained(path, trust_remote_code=False))
     except LegolmError as error:
         raise LegolmError(f"{error}: {path / 'config.json'}") from None
     check_dense(model)
+
+
+@lru_cache(maxsize=64)
+def _check_weights(path: Path, _states: tuple[str, ...]) -> None:
+    """Raise `LegolmError` unless the tensors are those of the config's model, which is made without memory."""
+    model = empty_model(AutoConfig.from_pretrained(path, trust_remote_code=False))
     wanted = {_today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = stored_weights(path)
     named = full_names(model, weights)

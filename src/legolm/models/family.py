@@ -186,6 +186,12 @@ def check_kind(config: Any) -> None:
             "model: its weights are quantized; load it with transformers, call model.dequantize() and "
             "model.save_pretrained(FOLDER), and give that folder"
         )
+    heads, groups = (_field(config, name) for name in ("num_attention_heads", "num_key_value_heads"))
+    if type(heads) is int and type(groups) is int and heads % groups:
+        raise LegolmError(
+            f"model: config.json has {heads} num_attention_heads, which its {groups} num_key_value_heads do not "
+            "divide; mend it"
+        )
 
 
 def shape_of(config: Any) -> Shape:
@@ -196,12 +202,7 @@ def shape_of(config: Any) -> Shape:
     check_kind(config)
     family = family_of(config)
     heads, hidden, layers = (_size(config, f) for f in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    if heads % groups:
-        raise LegolmError(
-            f"model: config.json has {heads} num_attention_heads, which its {groups} num_key_value_heads do not "
-            "divide; mend it"
-        )
+    groups = _field(config, "num_key_value_heads") or heads
     return Shape(
         family=config.model_type,
         layers=layers,
@@ -209,12 +210,20 @@ def shape_of(config: Any) -> Shape:
         neurons=4 * hidden if getattr(config, family.neurons, 0) is None else _size(config, family.neurons),
         kv_groups=groups,
         queries_per_group=heads // groups,
-        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        head_dim=_field(config, "head_dim") or hidden // heads,
     )
 
 
+def _field(config: Any, name: str) -> Any:
+    """A value of the config; None where it has none, or one a layer."""
+    try:
+        return getattr(config, name, None)
+    except ValueError:  # as transformers' configs with values a layer say it
+        return None
+
+
 def _size(config: Any, field: str) -> int:
-    size = getattr(config, field, None)
+    size = _field(config, field)
     if type(size) is not int or size < 1:
         raise LegolmError(
             f"model: family {config.model_type!r} has {brief(repr(size))} as {field}, and Llama's layers have one "

@@ -168,10 +168,10 @@ def _cut(model: Any, tokens: Tensor, layout: Layout) -> list[tuple[Tensor, Tenso
     ends: list[tuple[Tensor, Tensor]] = []
     for index, layer in enumerate(decoder_layers(whole)):
         for unit in units:
-            weight = layer.get_submodule(shape.reader(unit)).weight
+            weight = layer.get_parameter(f"{shape.reader(unit)}.weight")
             gone = torch.ones(shape.size(unit), dtype=torch.bool)
             gone[_index(shape, unit, units)] = False
-            weight[:, gone] = 0  # type: ignore[index]
+            weight[:, gone] = 0
         if index not in kept:
             layer.forward = lambda hidden, *_others, **_named: hidden
     hook = decoder_layers(whole)[-1].register_forward_hook(lambda _m, given, out: ends.append((given[0], out)))
