@@ -218,7 +218,7 @@ def _field(config: Any, name: str) -> Any:
     """A value of the config; None where it has none, or one a layer."""
     try:
         return getattr(config, name, None)
-    except ValueError:  # as transformers' configs with values a layer say it
+    except RuntimeError:  # as transformers' configs with values a layer say it
         return None
 
 
