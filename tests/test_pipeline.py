@@ -386,7 +386,7 @@ def test_profiles_get_the_largest_block_that_fits(config_file: Path) -> None:
         {"id": "es", "profile": {"memory_mb": 1}},
     ]
     config_file.write_text(json.dumps(raw))
-    with pytest.raises(LegolmError, match="'es' has 1 MB; the smallest block needs"):
+    with pytest.raises(LegolmError, match=r"'es' has 1 MB \(profile.memory_mb\); the smallest block, '\w+', needs"):
         pipeline.make_plan(configs.load(config_file))
     plan = pipeline.make_plan(configs.load(config_file, ["clients.2.profile.memory_mb=100000"]))
     largest = max(plan.blocks, key=lambda block: block.parameters).name

@@ -30,7 +30,7 @@ from legolm.models import (
     load_tokenizer,
     save_model,
 )
-from legolm.plan import Plan, make_plan
+from legolm.plan import Plan, PlannedClient, make_plan
 from legolm.prune import cut_blocks
 from legolm.report import need_matplotlib, summarize, write_report
 from legolm.runs import (
@@ -82,10 +82,11 @@ def run(
     """
     clock = Clock(RunDir(out).clock_file)
     need_matplotlib()
-    config = settled(config, out)
+    config = RunDir(out).settled(config)
     progress = progress or Progress()
     engine = engine or engine_for(config)
     plan = make_plan(config)
+    config = config.model_copy(update={"precision": plan.precision})  # decided once a run
     check_room(out, plan.disk_bytes - (0 if models else plan.models_bytes) - held_bytes(out))
     RunDir(out).check(config, resume)
     with locked(out):
@@ -121,7 +122,8 @@ def _run(
         blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
     block_of = {client.id: client.block for client in plan.clients}
     shared = store / "before" if store else None
-    rounds = Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock)
+    train = {client.id: config.train.model_copy(update=_settings(client)) for client in plan.clients}
+    rounds = Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock, train)
     rounds.write_lines()
     if not rounds.finished:
         engine(folder, config, plan.actors, rounds.run)
@@ -138,12 +140,12 @@ def _run(
     return summary
 
 
-def settled(config: RunConfig, out: Path) -> RunConfig:
-    """Decide once a run what its config leaves open: a resumed one keeps what its first part had."""
-    config = RunDir(out).settled(config)
-    if config.precision != "auto":
-        return config
-    return config.model_copy(update={"precision": choose_precision("auto", config.device)})
+def _settings(client: PlannedClient) -> dict[str, int | bool]:
+    """What of the section `train` is the client's own."""
+    return {
+        "micro_batch_tokens": client.micro_batch_tokens,
+        "gradient_checkpointing": client.gradient_checkpointing,
+    }
 
 
 def changed(folder: RunDir, config: RunConfig, changes: Sequence[Difference]) -> list[str]:

@@ -137,3 +137,11 @@ def test_no_date_is_in_two_splits_and_public_ones_are_in_other_languages(dates: 
     public = public_starter_text("starter-dates")
     assert not any("French" in question(example) for example in public)
     assert len(public) > 2000
+
+
+def test_each_client_has_the_dates_of_one_language() -> None:
+    parts = starter_parts("starter-languages", seed=0)
+    assert set(parts) == set(CLIENT_LANGUAGES)
+    assert all("in German." in question(one) for one in parts["de"].train)
+    assert {month(one) for one in parts["de"].train} == set(range(1, 13))
+    assert public_starter_text("starter-languages") == public_starter_text("starter-dates")

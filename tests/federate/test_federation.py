@@ -500,6 +500,22 @@ def test_every_comparison_of_the_examples_loads(path: Path) -> None:
         assert found[variant.name].train.learning_rate == variant.set.get("train.learning_rate", 0.5)
 
 
+def test_a_variant_trains_alone_if_that_is_its_mode_or_if_it_says_so(raw: dict[str, Any], tmp_path: Path) -> None:
+    sets: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "alone": {"federation.mode": "alone"},
+        "mixture": {"evaluate.local_only": True, "federation.personal": "mixture"},
+    }
+    variants = [{"name": name, "set": one} for name, one in sets.items()]
+    (tmp_path / "study.yaml").write_text(json.dumps({"run": raw, "variants": variants}))
+    found = load_study(tmp_path / "study.yaml")[1]
+    assert {name: one.evaluate.local_only for name, one in found.items()} == {
+        "plain": False,
+        "alone": True,
+        "mixture": True,
+    }
+
+
 def test_a_folder_of_another_run_is_found_before_the_first_variant_runs(raw: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(json.dumps({"run": raw, "variants": [{"name": "a"}, {"name": "b"}]}))

@@ -15,9 +15,9 @@ from legolm.block import Coverage
 from legolm.config import TrainConfig
 from legolm.data import Tokens
 from legolm.errors import LegolmError
-from legolm.finetune import Task, fit
-from legolm.finetune.loop import Diverged, _micro_batches, _with_less_memory, learning_rate
-from legolm.models import load_model, shape_of
+from legolm.finetune import Task, fit, lora
+from legolm.finetune.loop import Diverged, _backward, _micro_batches, _with_less_memory, learning_rate
+from legolm.models import Head, lean, load_model, shape_of
 
 EXAMPLES = [Tokens((10, 20 + i, *range(30, 33 + 3 * (i % 4)), 1), 2) for i in range(12)]
 
@@ -51,6 +51,22 @@ def test_what_saves_memory_changes_nothing(settings: dict, model: Any) -> None:
     assert again["loss_first"] == pytest.approx(metrics["loss_first"], rel=1e-5)
     moved = {key: (plain[key] * other[key] >= 0).double().mean() for key in plain}
     assert min(moved.values()) > 0.99
+
+
+@pytest.mark.parametrize("size", [1, 9, 17])
+def test_the_gradient_of_a_split_batch_is_that_of_the_whole(size: int, model: Any) -> None:
+    coverage, batch = Coverage.full(shape_of(model.config)), EXAMPLES[:5]
+    start = {key: 0.1 * torch.ones_like(one) for key, one in init_factors(coverage.shape, None, 4, seed=1).items()}
+
+    def gradient(size: int) -> tuple[float, Tensors]:
+        with lora(model, coverage, start, 2.0) as parameters, lean(model, "fp32"):
+            mean = _backward(model, Head.of(model, "fp32"), batch, size).mean
+            return mean, {key: one.grad.clone() for key, one in parameters.items() if one.grad is not None}
+
+    (whole, wanted), (split, found) = gradient(1000), gradient(size)
+    assert split == pytest.approx(whole, rel=1e-6)
+    assert len(found) == len(start)
+    assert difference(found, wanted) < 1e-5
 
 
 def test_micro_batches_by_hand() -> None:

@@ -9,7 +9,6 @@ import torch
 
 from legolm.config import RunConfig
 from legolm.models import choose_device, choose_precision, dtype_of, precision
-from legolm.pipeline import settled
 from legolm.runs import RunDir
 
 
@@ -30,8 +29,7 @@ def test_auto_measures_here() -> None:
 
 def test_a_resumed_run_keeps_its_precision(tmp_path: Path) -> None:
     config = RunConfig(blocks=[{"name": "a", "method": "dense"}], clients=[{"id": "c", "block": "a"}], precision="auto")
-    decided = settled(config, tmp_path / "run").precision
-    assert decided == choose_precision("auto")
-    other = "fp32" if decided == "bf16" else "bf16"
+    assert RunDir(tmp_path / "run").settled(config).precision == "auto"
+    other = "fp32" if choose_precision("auto") == "bf16" else "bf16"
     RunDir.open(tmp_path / "run", config.model_copy(update={"precision": other}), resume=False)
-    assert settled(config, tmp_path / "run").precision == other
+    assert RunDir(tmp_path / "run").settled(config).precision == other

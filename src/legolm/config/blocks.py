@@ -15,7 +15,7 @@ from legolm.config.section import Fields, Layer, LocalPath, Name, OpenSection, Q
 class CalibrationConfig(Section):
     """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`).
 
-    `text` is `starter-dates` or `starter`, `pydoc` (Python's help topics), a text file, or a file of conversations
+    `text` is a starter set, `pydoc` (Python's help topics), a text file, or a file of conversations
     (JSON, JSONL, CSV, Parquet), which is rendered with the model's chat template.
     """
 

@@ -36,8 +36,8 @@ class Split(Section):
 
 
 class DataConfig(Section):
-    """Examples: a built-in set (`starter-dates`, `starter`), files (JSON, JSONL, CSV, Parquet; globs allowed) or
-    a hub data set.
+    """Examples: a built-in set (`starter`, `starter-dates`, `starter-languages`), files (JSON, JSONL, CSV,
+    Parquet; globs allowed) or a hub data set.
 
     `validation` and `test` are paths like `train`, or a share of each client's training rows to hold out.
     """
@@ -54,13 +54,15 @@ class DataConfig(Section):
 
 
 class Profile(Section):
-    """What a device can hold; `assign` gives it the block with the most parameters that fits."""
+    """What a device can hold. Its client trains with the fastest settings that fit: micro-batches of
+    `train.micro_batch_tokens`, smaller ones, then checkpointing; without a block it gets the largest that fits so.
+    """
 
-    memory_mb: float = Field(gt=0, description="memory for fine-tuning, in MB (1e6 bytes)")
+    memory_mb: float = Field(gt=0, description="memory of the process that fine-tunes, in MB (1e6 bytes)")
 
 
 class ClientConfig(Section):
-    """One client: its part of the data, and its block by name, by round or by device profile."""
+    """One client: its part of the data, and its block by name, by round or by what its device holds (`profile`)."""
 
     id: Name
     data: str | None = Field(None, description="name of its part of the data; its id if not given")
@@ -78,8 +80,9 @@ class ClientConfig(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> ClientConfig:
-        if [self.block, self.blocks, self.profile].count(None) != 2:
-            raise ValueError("give one of `block`, `blocks` and `profile`")
+        named = [one for one in (self.block, self.blocks) if one is not None]
+        if len(named) > 1 or not (named or self.profile):
+            raise ValueError("give one of `block`, `blocks` and `profile`, or a `profile` beside one of the others")
         if self.layers is not None and self.block is None:
             raise ValueError("`layers` is for a client with `block`: by round or profile its layers may be others")
         if self.leaves is not None and self.leaves < self.joins:
@@ -141,7 +144,7 @@ class TrainConfig(OpenSection):
     tokens: int | None = Field(None, ge=1, description="tokens trained on, at most")
     seconds: float | None = Field(None, gt=0, description="a device's time budget; the result depends on its speed")
     batch_size: int = Field(8, ge=1, description="examples a step")
-    micro_batch_tokens: int = Field(2048, ge=1, description="tokens at once; a larger batch accumulates over several")
+    micro_batch_tokens: int = Field(2048, ge=1, description="tokens at once, at most; a larger batch accumulates")
     learning_rate: float = Field(2e-3, gt=0, description="in a run, what its scheme asks for by default")
     schedule: Literal["constant_linear", "cosine", "constant"] = "constant_linear"
     warmup_steps: int = Field(0, ge=0, description="steps of the whole run over which the learning rate rises")
@@ -150,7 +153,7 @@ class TrainConfig(OpenSection):
     long_examples: Literal["truncate", "refuse"] = Field(
         "truncate", description="truncated ones lose the start of their prompt"
     )
-    gradient_checkpointing: bool = Field(False, description="less memory for a third more work")
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more work, of all clients")
 
 
 class EvaluateConfig(Section):
@@ -159,6 +162,9 @@ class EvaluateConfig(Section):
     """
 
     batch_size: int = Field(16, ge=1)
+    every: int = Field(
+        1, ge=1, description="rounds from one scoring to the next; those between have no scores. The last is scored"
+    )
     local_only: bool = Field(True, description="also train each client alone for as many steps in all")
     scores: Literal["everyone", "own"] = "everyone"
     others: int | None = Field(

@@ -49,7 +49,7 @@ class Study(Section):
 def load_study(path: Path, changes: Sequence[str] = ()) -> tuple[Study, dict[str, RunConfig]]:
     """The study and each variant's resolved config, by name; `changes` are `--set` of the run. Raises `LegolmError`.
 
-    Each variant trains alone only if that is its scheme: a table needs that baseline once.
+    A variant trains alone only if that is its mode, or if it sets evaluate.local_only: a table needs that once.
     """
     study = validate(Study, read(path), f"config {path}")
     raw = read(path.parent / study.run) if isinstance(study.run, str) else study.run
@@ -64,6 +64,7 @@ def load_study(path: Path, changes: Sequence[str] = ()) -> tuple[Study, dict[str
             override(changed, f"{key}={json.dumps(value, default=str)}")
         federation = changed.get("federation")
         alone = isinstance(federation, dict) and federation.get("mode") == "alone"
-        override(changed, f"evaluate.local_only={json.dumps(alone)}")
+        if "evaluate.local_only" not in variant.set:
+            override(changed, f"evaluate.local_only={json.dumps(alone)}")
         configs[variant.name] = validate(RunConfig, changed, f"config {path}: variant {variant.name}")
     return study, configs

@@ -1,6 +1,7 @@
-"""The starter data, made offline from Unicode CLDR: two sets whose parts lie with different clients.
+"""The starter data, made offline from Unicode CLDR: three sets whose parts lie with different clients.
 
 `starter-dates`: dates to write in French. Each client has those of six months; months lie with half of the clients.
+`starter-languages`: dates of all months, each client's in one language.
 `starter`: names of countries, languages and currencies. Each client speaks one language.
 
 Whether a date or an entity is for training, validation or testing is decided once for all clients, so that none is
@@ -35,7 +36,7 @@ CLIENT_MONTHS = {
     )
 }
 """The months (1 to 12) of each client's dates."""
-YEARS = range(1900, 2100)
+YEARS, YEAR = range(1900, 2100), tuple(range(1, 13))
 DATES = 600
 """Dates a client has, of all splits together; and a public language."""
 
@@ -143,6 +144,11 @@ STARTERS = {
     "starter-dates": _Set(
         tuple(CLIENT_MONTHS),
         lambda part: _dates("fr", CLIENT_MONTHS[part]),
-        lambda language: _dates(language, tuple(range(1, 13))),
+        lambda language: _dates(language, YEAR),
+    ),
+    "starter-languages": _Set(
+        CLIENT_LANGUAGES,
+        lambda part: _dates(part, YEAR),
+        lambda language: _dates(language, YEAR),
     ),
 }

@@ -17,7 +17,6 @@ def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: 
     scheme = make_scheme(config.aggregate)
     said = (
         _turns(config),
-        _some_layers(config),
         _robust(config, scheme, members),
         _without_feedback(config, scheme),
         _capped(config, scheme, examples),
@@ -30,13 +29,6 @@ def _turns(config: RunConfig) -> str:
     count = sum(bool(one.blocks) for one in config.clients)
     said = f"{count} of {len(config.clients)} clients train another block in each round (clients[].blocks)"
     return f"{said}: the table has the first, with which they end, and the most bytes." if count else ""
-
-
-def _some_layers(config: RunConfig) -> str:
-    """Who trains less than the table's memory is for."""
-    count = sum(bool(one.layers) for one in config.clients)
-    said = f"{count} of {len(config.clients)} clients train the adapter of some layers only (clients[].layers)"
-    return f"{said}: memory is what training all of the block's would take." if count else ""
 
 
 def _without_feedback(config: RunConfig, scheme: Scheme) -> str:

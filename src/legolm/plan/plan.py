@@ -10,7 +10,7 @@ from pathlib import Path
 from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parameters, modules_of
 from legolm.aggregate import make_scheme, rehearse
 from legolm.block import Base, Block, Coverage, llm_block, read_block
-from legolm.config import SCHEMES, ClientConfig, RunConfig
+from legolm.config import SCHEMES, Precision, RunConfig
 from legolm.data import ClientData, Example, check_text, check_whole, client_data, data_fingerprint, render
 from legolm.errors import LegolmError
 from legolm.federate.server import server_examples, start_factors
@@ -18,7 +18,6 @@ from legolm.federate.wire import encoded_bytes
 from legolm.models import (
     check_weights,
     choose_device,
-    choose_precision,
     fingerprint,
     load_config,
     load_tokenizer,
@@ -26,8 +25,9 @@ from legolm.models import (
 )
 from legolm.plan.assign import assign
 from legolm.plan.disk import mixed_parts, stages_bytes
-from legolm.plan.needs import training_bytes
+from legolm.plan.needs import settings_of, training_bytes, worst_batch
 from legolm.plan.notes import notes
+from legolm.plan.trainees import Trainees, check_layers
 from legolm.prune import criterion_of, planned_coverage, target_pattern
 from legolm.system import available_bytes, stored_tensors
 
@@ -40,6 +40,8 @@ ACTOR_SHARE = 1.5
 @dataclass(frozen=True)
 class PlannedBlock:
     """One block: stored parameters, checkpoint bytes, peak bytes and operations a token of fine-tuning it, recovery.
+
+    The peak is that of the client with the longest batch, without a memory budget.
 
     `token_flops` are the decoder's products: 4 a weight, two forward and two for the input's gradient; the masked
     forward of unstructured blocks also needs the weights' gradient. `recovery_steps` is the most.
@@ -57,7 +59,10 @@ class PlannedBlock:
 
 @dataclass(frozen=True)
 class PlannedClient:
-    """One client's work in a round: examples held, tokens trained on, bytes of tensors each way (headers are more)."""
+    """One client's work in a round: examples held, tokens trained on, bytes of tensors each way (headers are more).
+
+    And how it trains: tokens at once, whether layers are computed again, and the peak memory (bytes) that this takes.
+    """
 
     id: str
     block: str
@@ -65,6 +70,9 @@ class PlannedClient:
     tokens_per_round: int
     bytes_down: int
     bytes_up: int
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    training_bytes: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ class Plan:
     """
 
     base: Path
+    precision: Precision
     blocks: tuple[PlannedBlock, ...]
     clients: tuple[PlannedClient, ...]
     data_fingerprint: str
@@ -123,42 +132,47 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     base = Base.of(path, "", model)
     shape, width = base.shape, base.dtype.itemsize
     choose_device(config.device)
-    precision = choose_precision(config.precision, config.device)
     check_files(config)
     rehearse(config.aggregate)
     modules_of(shape, config.lora.ranks, "lora.ranks")
     check_weights(path)
     parts = parts or read_parts(config)
     lengths = parts.lengths
-    longest = max(max(found) for found in lengths.values())
+    batches = {client: worst_batch(found, config.train.batch_size) for client, found in lengths.items()}
+    longest = max(batches.values(), key=sum)
 
     coverages: dict[str, Coverage] = {}
-    blocks, masked = [], dict[str, float]()
+    parameters, masked, patterned = dict[str, int](), dict[str, float](), set[str]()
     given = given_blocks(config, path)
     for spec in config.cuts:
         there = given.get(spec.name)
         coverage = coverages[spec.name] = there.coverage if there else planned_coverage(spec, base)
-        parameters = there.parameters if there else base.parameters_of(coverage.kept_weights)
+        parameters[spec.name] = there.parameters if there else base.parameters_of(coverage.kept_weights)
         criterion = criterion_of(spec)
         masked[spec.name] = target_pattern(spec, shape).sparsity if criterion else coverage.mask_sparsity
         if criterion is not None:
             criterion.rehearse(target_pattern(spec, shape))
+        if criterion or coverage.masks:
+            patterned.add(spec.name)
+    trainees = Trainees(config, base, coverages, patterned)
+    precision, fits = assign(config, batches, parameters, trainees)
+    blocks = []
+    for spec in config.cuts:
+        coverage, criterion = coverages[spec.name], criterion_of(spec)
+        usual = training_bytes(trainees.of(spec.name), longest, settings_of(config.train), precision)
         blocks.append(
             PlannedBlock(
                 name=spec.name,
                 method=spec.method,
                 sparsity=target_pattern(spec, shape).sparsity if criterion else coverage.sparsity,
-                parameters=parameters,
-                file_bytes=parameters * width,
-                training_bytes=training_bytes(
-                    coverage, parameters, model.vocab_size, longest, config.train, config.lora, precision
-                ),
-                token_flops=(6 if criterion or coverage.masks else 4) * coverage.kept_weights,
+                parameters=parameters[spec.name],
+                file_bytes=parameters[spec.name] * width,
+                training_bytes=usual,
+                token_flops=(6 if spec.name in patterned else 4) * coverage.kept_weights,
                 recovery_steps=spec.recover.most_steps,
             )
         )
-    needs = {block.name: block.training_bytes for block in blocks}
-    block_of = assign(config, needs, {block.name: block.parameters for block in blocks})
+    block_of = {id: fit.block for id, fit in fits.items()}
 
     dense = {block.name for block in blocks if block.method == "dense"}
     check_clients(config, block_of, dense)
@@ -178,13 +192,25 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
             if like not in traffic:
                 traffic[like] = _traffic(config, coverages[name], trained, rank, masked[name])
             most = max(most, traffic[like])
-        clients.append(PlannedClient(client.id, block, len(lengths[client.id]), tokens, *most))
+        fit = fits[client.id]
+        clients.append(
+            PlannedClient(
+                client.id,
+                block,
+                len(lengths[client.id]),
+                tokens,
+                *most,
+                micro_batch_tokens=fit.settings.micro_batch_tokens,
+                gradient_checkpointing=fit.settings.gradient_checkpointing,
+                training_bytes=fit.memory,
+            )
+        )
 
-    used = [needs[block] for block in set(block_of.values())]
-    whole = training_bytes(
-        Coverage.full(shape), base.parameters, model.vocab_size, longest, config.train, config.lora, precision
+    whole = training_bytes(trainees.whole, longest, settings_of(config.train), precision)
+    actor = int(
+        max(whole, *(fit.memory for fit in fits.values()))
+        * (ACTOR_SHARE if config.federation.engine == "flower" else 1)
     )
-    actor = int(max(*used, whole) * (ACTOR_SHARE if config.federation.engine == "flower" else 1))
     actors = _actors(config, actor)
     size_of = {block.name: block.file_bytes for block in blocks}
     adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
@@ -201,7 +227,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
     members = [(trains[one.id], one.rank or config.lora.rank) for one in taking]
     said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking})
-    return Plan(path, tuple(blocks), tuple(clients), found, actors, memory, disk, models, said)
+    return Plan(path, precision, tuple(blocks), tuple(clients), found, actors, memory, disk, models, said)
 
 
 def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
@@ -292,22 +318,6 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collect
                 f"take one of {SCHEMES.having('unequal', 'block')}, "
                 "or leave such clients out (federation.capable: true)"
             )
-
-
-def check_layers(client: ClientConfig, config: RunConfig, coverage: Coverage) -> Coverage:
-    """What of its block's coverage the client trains. Raises `LegolmError` for layers that it will not have."""
-    if client.layers is None:
-        return coverage
-    method = next(block.method for block in config.blocks if block.name == client.block)
-    if method == "structured" and len(coverage.layers) < coverage.shape.layers:
-        raise LegolmError(
-            f"clients: {client.id!r}: layers: which its block {client.block!r} keeps is chosen when it is cut; name "
-            "those, too (method window, with `layers`)"
-        )
-    try:
-        return coverage.within(client.layers)
-    except LegolmError as error:
-        raise LegolmError(f"clients: {client.id!r}: layers: {error}") from None
 
 
 def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int, sparsity: float) -> tuple[int, int]:

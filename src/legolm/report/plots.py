@@ -81,7 +81,7 @@ def draw(summary: Summary, what: Literal["loss", "clients"], data: Data) -> str:
 
 
 def _curves(axes: Any, summary: Summary, data: Data) -> None:
-    history, (low, high) = summary.history, _limits(summary)
+    history, (low, high) = [entry for entry in summary.history if entry.scored], _limits(summary)
     rounds = [entry.round for entry in history]
     kept, llm_kept = (rounds.index(best) for best in (summary.best_round, summary.llm.best_round))
     gap = max(0.7, 0.18 * rounds[-1])

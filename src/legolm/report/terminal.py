@@ -34,6 +34,8 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
         row = (f"{client.examples:,}", f"{client.tokens_per_round:,}", _mb(client.bytes_down), _mb(client.bytes_up))
         clients.append((client.id, client.block, *row))
     print_table(("client", "block", ">examples", ">tokens a round", ">received a round", ">sent a round"), clients)
+    if any(client.profile for client in config.clients):
+        _print_budgets(plan, config)
     federation = config.federation
     said = (
         f"{config.aggregate.scheme}{_settings(config.aggregate.settings)}, codec {federation.codec}, "
@@ -41,6 +43,18 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
         f"about {_mb(plan.memory_bytes)} of memory and {_mb(plan.disk_bytes)} of disk. Nothing was done."
     )
     print_lines([said, *plan.notes])
+
+
+def _print_budgets(plan: Plan, config: RunConfig) -> None:
+    """How each client trains within its device's memory."""
+    rows = []
+    for planned, client in zip(plan.clients, config.clients, strict=True):
+        budget = _mb(client.profile.memory_mb * 1e6) if client.profile else ""
+        checkpointing = "on" if planned.gradient_checkpointing else "off"
+        settings = f"{planned.micro_batch_tokens:,}", checkpointing, plan.precision
+        rows.append((client.id, planned.block, budget, _mb(planned.training_bytes), *settings))
+    names = (">budget", ">memory to train", ">tokens at once", "checkpointing", "precision")
+    print_table(("client", "block", *names), rows)
 
 
 def _settings(settings: Mapping[str, object]) -> str:

@@ -8,6 +8,7 @@ from legolm.runs.folder import (
 )
 from legolm.runs.records import (
     SCHEMA,
+    UNSCORED,
     Change,
     ClientRecord,
     Criterion,
@@ -83,6 +84,7 @@ __all__ = [
     "HASHES",
     "SCHEMA",
     "STAGES",
+    "UNSCORED",
     "UPDATES",
     "Ablation",
     "BlockLoss",

@@ -111,18 +111,22 @@ class Global(Record):
 
     `validation` is the mean loss of the clients' blocks on their own validation data, `llm_validation` the LLM's on all
     clients', or on the server's own. `unscored` are the clients whose scores were refused, and are in none of these.
+    Nothing is there where nobody was asked (`evaluate.every`).
     """
 
     schema_number: Literal[2] = 2
     llm: Scores | None
     held: list[Held]
     unscored: list[Refusal] = []
-    validation: float
+    validation: float | None
     llm_validation: float | None
 
     def by_client(self) -> dict[str, Scores]:
         """Each client's block's scores, by client."""
         return {id: one.scores for one in self.held for id in one.clients}
+
+
+UNSCORED = Global(llm=None, held=[], validation=None, llm_validation=None)
 
 
 class RoundRecord(Global):
@@ -320,21 +324,21 @@ def passed_of(records: Iterable[StageRecord]) -> list[PassedRecord]:
 
 
 def best_round(records: Sequence[StageRecord], by: Criterion) -> RoundRecord:
-    """The round with the lowest loss on validation data, the earlier of equals.
+    """The round with the lowest loss on validation data of those that were scored, the earlier of equals.
 
     `validation` is the mean of the clients' blocks on their own data, `llm_validation` the LLM's on everyone's: where
     few clients train or blocks are far from the LLM, the two are best at different times. Where nobody scores the LLM
     its best round is the blocks'. A client whose scores some round lacks has no say: rounds are compared by the same
     clients.
     """
-    rounds = rounds_of(records)
+    rounds = [one for one in rounds_of(records) if one.validation is not None]
     if by == "llm_validation" and all(one.llm_validation is not None for one in rounds):
         return min(rounds, key=lambda one: (one.llm_validation, one.round))
     lacking = {refusal.client for one in rounds for refusal in one.unscored}
     return min(rounds, key=lambda one: (_validation(one, lacking), one.round))
 
 
-def _validation(record: RoundRecord, without: Collection[str]) -> float:
+def _validation(record: RoundRecord, without: Collection[str]) -> float | None:
     """The mean loss on validation data without these clients', if any is left."""
     left = [one.validation for one in record.held if one.validation is not None and one.clients[0] not in without]
     return fmean(left) if without and left else record.validation

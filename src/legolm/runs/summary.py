@@ -112,12 +112,15 @@ class BlockLoss(Record):
 
 
 class RoundSummary(Record):
-    """A round, 0 is before training. Bytes are all clients'. Of `unscored` clients the scores were refused."""
+    """A round, 0 is before training. Bytes are all clients'. Of `unscored` clients the scores were refused.
+
+    A round in which nobody was asked (`evaluate.every`) has no losses.
+    """
 
     round: int
     llm: LlmScore | None
     clients: dict[str, BlockLoss]
-    validation: float
+    validation: float | None
     llm_validation: float | None
     accepted: list[str]
     refused: list[Refusal]
@@ -125,6 +128,11 @@ class RoundSummary(Record):
     bytes_up: int
     bytes_down: int
     seconds: float
+
+    @property
+    def scored(self) -> bool:
+        """Whether anybody was asked."""
+        return self.validation is not None
 
     def row(self) -> Row:
         """A line of `rounds.csv`; accepted and refused are numbers of clients."""

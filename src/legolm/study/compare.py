@@ -18,7 +18,7 @@ from legolm.block import Base, Coverage
 from legolm.config import AggregateConfig, BlockConfig, RunConfig, Variant, load_study
 from legolm.errors import LegolmError
 from legolm.models import load_config, resolve
-from legolm.pipeline import run, settled
+from legolm.pipeline import run
 from legolm.plan import Parts, Plan, make_plan, read_parts
 from legolm.prune import planned_coverage
 from legolm.report import write_comparison
@@ -63,7 +63,8 @@ def compare(
     needed = sum(plan.disk_bytes - (0 if models else plan.models_bytes) for _, plan in planned.values())
     check_room(out, needed - sum(blocks) + seeds * max(blocks) - held_bytes(out))
     for place, (config, _) in planned.items():
-        RunDir(out / place).check(settled(config, out / place), resume=True)
+        there = RunDir(out / place)
+        there.check(there.settled(config), resume=True)
     for number, (place, (config, plan)) in enumerate(planned.items(), 1):
         name, folder = Path(place).name, out / place
         whose = name if seeds == 1 else f"{name}, seed {config.seed}"
@@ -118,6 +119,7 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Summary, folder: Path
     trained = [(one.client, one.train) for one in local if one.train]
     trained += [(id, one) for record in rounds for id, one in record.train.items()]
     block_of, block = {one.id: one.block for one in plan.clients}, {one.name: one for one in plan.blocks}
+    memory = {one.id: one.training_bytes for one in plan.clients}
     at_clients = [(block[block_of[id]], one) for id, one in trained if id in block_of]
     traffic = [count for record in rounds for count in record.bytes.values()]
     return CompareRow(
@@ -148,7 +150,7 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Summary, folder: Path
         replies=len(traffic),
         tokens=sum(one.tokens for _, one in trained),
         flops=sum(one.tokens * held.token_flops for held, one in at_clients),
-        memory=_mean(held.training_bytes for held, _ in at_clients),
+        memory=_mean(memory[id] for id, _ in trained if id in memory),
         seconds=sum(record.seconds for record in rounds[1:]) or max((one.seconds for one in local), default=0.0),
         curve=_curve(summary, rounds, local if alone else ()),
     )
@@ -160,6 +162,8 @@ def _curve(summary: Summary, rounds: Sequence[RoundRecord], local: Sequence[Clie
     for record, entry in zip(rounds, summary.history, strict=True):
         tokens += sum(one.tokens for one in record.train.values())
         sent += sum(one.up + one.down for one in record.bytes.values())
+        if not entry.scored:
+            continue
         blocks = fmean(on_all_data(one.own, one.others, count) for one in entry.clients.values())
         llm = None if entry.llm is None else entry.llm.loss
         found.append(Point(round=entry.round, tokens=tokens, bytes=sent, llm=llm, blocks=blocks))

@@ -289,3 +289,21 @@ def test_rounds_are_compared_by_the_clients_that_all_of_them_scored() -> None:
     assert best_round([first, second], "llm_validation").round == 0
     nobody = second.model_copy(update={"unscored": [Refusal(client=id, reason="x") for id in "ab"]})
     assert best_round([first, nobody], "validation").round == 1  # nobody to compare by: what each round has
+
+
+def test_rounds_are_scored_as_often_as_asked_and_the_last_in_any_case(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["federation"]["rounds"] = 3
+    config = configs.validate(RunConfig, raw | {"evaluate": {"every": 2}}, "test")
+    asked: list[tuple[str, str, str]] = []
+    summary = pipeline.run(config, tmp_path / "rare", engine=asked_for(asked), models=False)
+    often = pipeline.run(configs.validate(RunConfig, raw | {"evaluate": {}}, "test"), tmp_path / "often", models=False)
+    records, all_records = (rounds_of(read_stages(tmp_path / name / "metrics.jsonl")) for name in ("rare", "often"))
+    assert [one.validation is not None for one in records] == [True, False, True, True]
+    assert [bool(one.held) and one.llm is not None for one in records] == [True, False, True, True]
+    # Training is the same; so is every score that was asked for.
+    assert [one.adapter for one in records] == [one.adapter for one in all_records]
+    assert [one for one in records if one.validation is not None][1].held == all_records[2].held
+    assert best_round(records, "validation").round in (0, 2, 3)
+    assert summary.history[1].clients == {} and often.history[1].clients
+    assert "–" in (tmp_path / "rare" / "report.html").read_text()
+    print_summary(summary, tmp_path / "rare")

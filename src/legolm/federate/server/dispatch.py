@@ -9,7 +9,7 @@ from typing import Any, Literal
 from legolm.adapter import Tensors, parse_key
 from legolm.aggregate import Scheme
 from legolm.block import Block
-from legolm.config import RunConfig
+from legolm.config import RunConfig, TrainConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.members import LLM, Members
 from legolm.federate.transport import Exchange, Reply, Request
@@ -74,10 +74,12 @@ class Trained:
 
 
 class Dispatch:
-    """Speaks to the clients of one run."""
+    """Speaks to the clients of one run; `train` is the section `train` of those that have one of their own."""
 
-    def __init__(self, config: RunConfig, run: str, members: Members, progress: Progress) -> None:
-        self._config, self._run, self._members = config, run, members
+    def __init__(
+        self, config: RunConfig, run: str, members: Members, progress: Progress, train: Mapping[str, TrainConfig]
+    ) -> None:
+        self._config, self._run, self._members, self._train = config, run, members, train
         self._progress = progress
 
     def train(self, order: Order, exchange: Exchange, label: str) -> Iterator[Trained]:
@@ -96,7 +98,9 @@ class Dispatch:
             # Only what folds into the base depends on the client: when it trained in a round, it had all that was
             # folded before that round.
             since = max(order.accepted.get(id, 0) - 1, 0) if order.scheme.folds else 0
-            key = (coverage.hash, members.trains[id].layers, rank, since)
+            train = self._train.get(id, self._config.train)
+            own = train.micro_batch_tokens, train.gradient_checkpointing
+            key = (coverage.hash, members.trains[id].layers, rank, since, own)
             if key not in sent:
                 scheme, settings = order.scheme, self._settings(order, members, id, since)
                 sent[key] = write(
@@ -188,7 +192,7 @@ class Dispatch:
             run_rank=config.lora.rank,
             ranks=config.lora.ranks,
             dropout=config.lora.dropout,
-            train=config.train,
+            train=self._train.get(id, config.train),
             precision=_decided(config),
             frozen_side=scheme.frozen_side,
             derived_seed=scheme.derived_seed,

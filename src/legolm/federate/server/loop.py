@@ -17,7 +17,7 @@ from typing import Literal
 from legolm.adapter import Tensors, concatenated, mixed, tensors_hash
 from legolm.aggregate import Scheme, Weighing, make_scheme
 from legolm.block import Block
-from legolm.config import RunConfig
+from legolm.config import RunConfig, TrainConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.begin import begin
 from legolm.federate.server.dispatch import Dispatch, Job, Order
@@ -27,6 +27,7 @@ from legolm.federate.server.replay import replay, updates
 from legolm.federate.server.scoring import Scoring, by_client
 from legolm.federate.transport import Exchange
 from legolm.runs import (
+    UNSCORED,
     UPDATES,
     ClientRecord,
     Clock,
@@ -54,6 +55,7 @@ from legolm.system import Progress, atomic_folder, atomic_write, scratch_folder
 class Rounds:
     """`blocks` are the cut blocks and the LLM by name, `block_of` the block's name of each client by id.
 
+    `train` is the section `train` of clients that have one of their own.
     Runs of the same data and blocks that give the same folder as `shared` score them before training once.
     """
 
@@ -67,11 +69,12 @@ class Rounds:
         progress: Progress,
         shared: Path | None = None,
         clock: Clock | None = None,
+        train: Mapping[str, TrainConfig] | None = None,
     ) -> None:
         self._folder, self._config, self._shared, self._progress = folder, config, shared, progress
         self._clock = clock or Clock()
         self._members = Members.of(config, blocks, block_of)
-        self._dispatch = Dispatch(config, run, self._members, progress)
+        self._dispatch = Dispatch(config, run, self._members, progress, train or {})
         self._scoring = Scoring(config, self._members, self._dispatch)
         self._stages = Stages(folder, config)
         self._latest: tuple[int, Scheme] | None = None
@@ -210,7 +213,8 @@ class Rounds:
             self._check_enough(number, drawn, accepted, refused)
             shares = weighing.finish()
             self._check_global(number, scheme, accepted)
-            scored = self.score_global(scheme, exchange, f"round {number}: evaluate")
+            due = number % self._config.evaluate.every == 0 or number == self._stages.rounds
+            scored = self.score_global(scheme, exchange, f"round {number}: evaluate") if due else UNSCORED
             record = RoundRecord(
                 round=number,
                 accepted=accepted,
@@ -226,6 +230,8 @@ class Rounds:
             self._stages.fill(folder, path, scheme.state(), record)
         self._stages.write_lines()
         self._latest = number, scheme
+        if record.validation is None:
+            return
         llm = "" if record.llm_validation is None else f"LLM {record.llm_validation:.3f}, "
         self._progress.say(f"round {number}: loss on validation data: {llm}blocks {record.validation:.3f}")
 
