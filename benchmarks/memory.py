@@ -105,6 +105,7 @@ def measure(model: str, folder: Path, case: Case) -> dict[str, float]:
         targets=lora.targets,
         rank=lora.rank,
         masked=bool(coverage.masks),
+        layout=layout_of(config),
     )
     settings = Settings(train.micro_batch_tokens, train.gradient_checkpointing)
     planned = training_bytes(trainee, [case.length] * case.batch, settings, case.precision)

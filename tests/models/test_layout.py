@@ -138,7 +138,7 @@ def test_a_config_is_proved_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -
     found = layout_of(config)
     assert torch.equal(torch.get_rng_state(), state)
     (file,) = fresh.iterdir()
-    assert json.loads(file.read_text()) == {"norms": {}, "added": 1.0, "fixed": {}}
+    assert json.loads(file.read_text()) == {"norms": {}, "added": 1.0, "fixed": {}, "query_norms": False}
 
     proofs: list[Any] = []
     monkeypatch.setattr(layout, "_prove", lambda small: proofs.append(small) or found)

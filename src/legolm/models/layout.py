@@ -48,14 +48,15 @@ class Layout(BaseModel):
 
     `norms`: the module between a linear layer's output and the sum with the residual stream, where there is one.
     `added`: the part of the MLP's answer that the sum gets (Granite's `residual_multiplier`). `fixed` says of a field
-    of `Shape` that structured pruning must leave it alone, and why.
+    of `Shape` that structured pruning must leave it alone, and why. `query_norms`: queries and keys are normalised.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    norms: dict[str, str]
-    added: float
-    fixed: dict[str, str]
+    norms: dict[str, str] = {}
+    added: float = 1.0
+    fixed: dict[str, str] = {}
+    query_norms: bool = False
 
 
 _KNOWN: dict[str, Layout] = {}
@@ -81,7 +82,8 @@ def layout_of(config: Any) -> Layout:
 def _prove(small: Any) -> Layout:
     from legolm.models.proof import prove  # which reads what is here
 
-    return prove(small, _fixed(small))
+    query_norms = any("q_norm" in name for name in _tensors(small))
+    return prove(small, _fixed(small)).model_copy(update={"query_norms": query_norms})
 
 
 def empty_model(config: Any) -> Any:
