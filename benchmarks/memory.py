@@ -77,7 +77,7 @@ def measure(model: str, folder: Path, case: Case) -> dict[str, float]:
     from legolm.config import LoraConfig, TrainConfig
     from legolm.data import Tokens
     from legolm.finetune import Task, fit
-    from legolm.models import CHUNK, count_parameters, dtype_of, load_config, load_model, resolve, shape_of
+    from legolm.models import CHUNK, count_parameters, dtype_of, layout_of, load_config, load_model, resolve, shape_of
     from legolm.plan.needs import Settings, Trainee, training_bytes
 
     base = resolve(model)
