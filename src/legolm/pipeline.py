@@ -44,7 +44,9 @@ from legolm.runs import (
     Summary,
     check_same,
     dump_sealed,
+    lasting_base,
     mend,
+    point_adapters,
     seal,
 )
 from legolm.system import (
@@ -130,6 +132,7 @@ def _run(
     if models:
         with clock.stage("final", recorded=False):
             _write_final(folder, config, plan, blocks, block_of, rounds, progress)
+        point_adapters(folder)
     samples = ask(folder, config, blocks, block_of, rounds, progress) if models else []
 
     name, seconds = out.resolve().name, clock.seconds("blocks")
@@ -196,6 +199,11 @@ def _identify(folder: RunDir, config: RunConfig, plan: Plan) -> Identity:
         if changed:
             raise LegolmError(f"run folder {folder.path}: the {what} changed since the run started; give another --out")
     return known
+
+
+def _llm_base(model: str, path: Path) -> str | Path:
+    """What PEFT finds from any folder; nothing but legolm knows what `starter` is."""
+    return path.resolve() if model == "starter" or Path(model).is_dir() else model
 
 
 def _cut_blocks(
@@ -281,9 +289,7 @@ def _write_final(
             merge(model, block.coverage, factors, config.lora.scaling)
             with atomic_folder(folder.final(id)) as partial:
                 if not block.coverage.masks:
-                    # What PEFT finds from any folder; nothing but legolm knows what `starter` is.
-                    hub = client is None and config.model != "starter" and not Path(config.model).is_dir()
-                    base = config.model if hub else str(block.path.resolve())
+                    base = str(lasting_base(block.path) if client else _llm_base(config.model, block.path))
                     save_adapter(block.coverage, factors, config.lora.scaling, base, partial / "adapter")
                 begun = tensors_hash(factors) if client in apart else start[number]
                 save_factors(factors, config.lora.scaling, begun, partial)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -263,6 +264,12 @@ def test_bad_input_is_one_line(run: Path, llm: Path, tmp_path: Path) -> None:
     fails("train them with the same lora.targets", [fr, f"{wide}:{tmp_path / 'few'}"])
     fails("has no factors.safetensors", [wide])
     fails("no readable adapter_config.json", [f"{wide}:{tmp_path / 'nothing'}"])
+    some = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1])
+    get_peft_model(load_model(wide), some).save_pretrained(tmp_path / "some")
+    fails("is missing; an adapter must be on the same modules in every layer", [f"{wide}:{tmp_path / 'some'}"])
+    changed = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    get_peft_model(load_model(wide), changed).save_pretrained(tmp_path / "changed")
+    fails("init_lora_weights is 'pissa'", [f"{wide}:{tmp_path / 'changed'}"])
     fails("no manifest.json", [tmp_path / "nothing"])
     fails("give it", [other])
     fails("is not the LLM that the blocks were cut from", [foreign], base=llm)

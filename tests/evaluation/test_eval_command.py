@@ -319,12 +319,30 @@ def test_bad_input_is_one_line(
     get_peft_model(load_model(llm), prompt).save_pretrained(tmp_path / "prompt")
     for name in ("head", "prompt"):
         fails(llm, "--adapter", tmp_path / name, "--data", data, says=("changes the prompt or the head",))
+    for name, says, settings in (
+        ("pissa", "init_lora_weights is 'pissa', whose start changes", {"init_lora_weights": "pissa"}),
+        ("alora", "outside the decoder's modules too", {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}),
+        ("tokens", "outside the decoder's modules too", {"trainable_token_indices": [3, 5]}),  # tied to the head
+    ):
+        more = get_peft_model(load_model(llm), LoraConfig(target_modules=["q_proj"], r=2, **settings))
+        for parameter in more.parameters():
+            parameter.data += 0.1 * parameter.requires_grad
+        more.save_pretrained(tmp_path / name)
+        fails(llm, "--adapter", tmp_path / name, "--data", data, says=(says,))
+    pickled = tmp_path / "pissa" / "adapter_model.bin"
+    (tmp_path / "pissa" / "adapter_model.safetensors").rename(pickled)
+    (tmp_path / "pissa" / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    fails(llm, "--adapter", tmp_path / "pissa", "--data", data, says=("has adapter_model.bin, a pickle",))
     wrong = adapter.rename(tmp_path / "wrong")
     settings = json.loads((wrong / "adapter_config.json").read_text())
     for change in ({"r": 3}, {"target_modules": ["k_proj"]}, {"peft_type": "NEW"}):
         (wrong / "adapter_config.json").write_text(json.dumps(settings | change))
         fails(llm, "--adapter", wrong, "--data", data, says=("--adapter", "wrong"))
     tensors = load_file(wrong / "adapter_model.safetensors")
+    (wrong / "adapter_config.json").write_text(json.dumps(settings))
+    part = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
+    save_file(part, wrong / "adapter_model.safetensors")
+    fails(llm, "--adapter", wrong, "--data", data, says=("lacks base_model.model.model.layers.1.",))
     moved = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in tensors.items()}
     save_file(moved, wrong / "adapter_model.safetensors")
     (wrong / "adapter_config.json").write_text(json.dumps(settings))

@@ -11,6 +11,7 @@ from legolm.adapter.files import (
     read_adapter,
     save_adapter,
     save_factors,
+    weights_file,
 )
 from legolm.adapter.flat import Flat, Layout, adapter_layout, check_finite
 from legolm.adapter.keys import (
@@ -63,5 +64,6 @@ __all__ = [
     "slice_factors",
     "tensors_hash",
     "under_prefix",
+    "weights_file",
     "with_prefix",
 ]

@@ -11,18 +11,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from legolm.adapter.keys import Tensors, factor_key, parse_key
+from legolm.adapter.plain import Plain, check_base, check_patterns
 from legolm.block import Coverage
 from legolm.errors import LegolmError, brief
 from legolm.models import Shape
 from legolm.system import open_tensors, read_bounded, strict_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 FACTORS = "factors.safetensors"
+OUTER = "base_model.model."
+"""What PEFT puts before the names of a model."""
 MAX_CONFIG = 1 << 20
 """Bytes of an adapter's config."""
 MAX_RANK, MAX_ALPHA = 1 << 14, 1e6
-DEFAULT_ALPHA = 8
-"""PEFT's own."""
 
 
 def save_adapter(coverage: Coverage, factors: Tensors, scale: float, base: str, path: Path) -> None:
@@ -90,15 +92,27 @@ def load_adapter(path: Path, into: Tensors, shape: Shape, scale: float) -> Tenso
 def read_adapter(path: Path, coverage: Coverage, where: str) -> Tensors:
     """Factors (float32) of a PEFT LoRA of a block; its scale goes into B, so that it changes weights by B·A.
 
-    `where` begins errors. Raises `LegolmError` for what is no plain LoRA of the block (DoRA, modules_to_save, biases).
+    `where` begins errors. Raises `LegolmError` for what is more than B·A, goes on other weights than the base model's,
+    or of which PEFT would leave something out (`Plain`).
     """
-    config = _read_config(path, where, coverage.shape)
-    factors = {}
-    with open_tensors(path / WEIGHTS, f"{where}: ", "give a PEFT adapter's folder") as handle:
+    plain = Plain(adapter_config(path, where), where, coverage.shape, len(coverage.layers))
+    factors, modules = {}, {}
+    with open_tensors(weights_file(path, where), f"{where}: ", "give a PEFT adapter's folder") as handle:
         for name in handle.keys():  # noqa: SIM118 (not a dict)
             key, module = _key_of(name, where, coverage)
-            factor = _factor(handle, name)
-            factors[key] = factor if key.endswith(".A") else factor * _scale_of(config, module, factor.shape[1])
+            factors[key] = _factor(handle, name)
+            modules[key.rpartition(".")[0]] = module
+    plain.check_modules(set(modules.values()))
+    for key, module in modules.items():
+        a, b = (factors.get(f"{key}.{side}") for side in "AB")
+        if a is None or b is None:
+            raise LegolmError(f"{where}: has only one of lora_A and lora_B of {module}; give the whole adapter")
+        if (len(a), b.shape[1]) != (plain.rank(module), plain.rank(module)):
+            raise LegolmError(
+                f"{where}: {module} has rank {len(a)}, and adapter_config.json says {plain.rank(module)} (r, "
+                "rank_pattern); give the config that PEFT wrote with it"
+            )
+        factors[f"{key}.B"] = b * plain.scale(module)
     return factors
 
 
@@ -143,24 +157,43 @@ def _finite(value: Any) -> float:
 
 
 def _prefix(shape: Shape) -> str:
-    return f"base_model.model.{shape.entry.layers}."
+    return f"{OUTER}{shape.entry.layers}."
 
 
 def _key_of(name: str, where: str, coverage: Coverage) -> tuple[str, str]:
-    """(factor key, module) of a tensor's name."""
+    """(factor key, module by its name in the model) of a tensor's name."""
     shape = coverage.shape
     layer, _, rest = name.removeprefix(_prefix(shape)).partition(".")
     module, _, side = rest.removesuffix(".weight").rpartition(".lora_")
     fits = layer.isdecimal() and len(layer) < 10 and module in shape.modules and side in ("A", "B")
     if not name.startswith(_prefix(shape)) or not fits:
-        raise LegolmError(f"{where}: {brief(name)} is not a LoRA factor of a linear layer of {shape.family!r}")
+        raise LegolmError(
+            f"{where}: {brief(name)} is not a LoRA factor of a linear layer of {shape.family!r} as PEFT names it "
+            f"({_prefix(shape)}0.{next(iter(shape.modules))}.lora_A.weight); load it with PEFT on this model and "
+            "save_pretrained again"
+        )
     if int(layer) >= len(coverage.layers):
         raise LegolmError(f"{where}: {name} is of another model, which has more than {len(coverage.layers)} layers")
-    return factor_key(coverage.layers[int(layer)], module, side), module
+    return factor_key(coverage.layers[int(layer)], module, side), name.removeprefix(OUTER).rpartition(".lora_")[0]
+
+
+def weights_file(path: Path, where: str) -> Path:
+    """An adapter's weights. Raises `LegolmError` where its folder has none, or a pickle."""
+    if not (path / WEIGHTS).is_file():
+        if (path / PICKLE).exists():
+            raise LegolmError(
+                f"{where}: has {PICKLE}, a pickle, which can run any code; load it with PEFT where you trust it and "
+                f"save_pretrained again, which writes {WEIGHTS}"
+            )
+        raise LegolmError(f"{where}: {path / WEIGHTS}: no such file; give a PEFT adapter's folder")
+    return path / WEIGHTS
 
 
 def adapter_config(path: Path, where: str) -> dict[str, Any]:
-    """What a PEFT adapter's folder says of it, of any kind. Raises `LegolmError`, which begins with `where`."""
+    """What a PEFT adapter's folder says of it, of any kind.
+
+    Raises `LegolmError`, which begins with `where`, also where it goes on other weights than the base model's.
+    """
     try:
         config = strict_json(read_bounded(path / CONFIG, MAX_CONFIG).decode())
         if not isinstance(config, dict):
@@ -170,32 +203,11 @@ def adapter_config(path: Path, where: str) -> dict[str, Any]:
             own = config.get(f"{field}_pattern") or {}
             given = {whole: config[whole]} if config.get(whole) is not None else {}
             for name, value in (given | own).items():
-                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                unused = value == 0 and config.get("peft_type") != "LORA"  # OFT's r
+                if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value <= most or unused):
                     raise ValueError(f"{name} is {brief(json.dumps(value))}; must be a number up to {most}")
+        check_patterns(config)
     except (OSError, ValueError, TypeError) as error:
         raise LegolmError(f"{where}: no readable {CONFIG} ({brief(error)}); give a PEFT adapter's folder") from None
+    check_base(config, where)
     return config
-
-
-def _read_config(path: Path, where: str, shape: Shape) -> dict[str, Any]:
-    """That of a LoRA that is nothing but B·A."""
-    config = adapter_config(path, where)
-    if config.get("peft_type") != "LORA":
-        said = brief(str(config.get("peft_type")))
-        raise LegolmError(f"{where}: is {said}; only LoRA adapters can be averaged")
-    for field, plain in (("use_dora", False), ("modules_to_save", None), ("bias", "none"), ("fan_in_fan_out", False)):
-        # Of a Conv1D PEFT knows, whatever the config says.
-        turned = field == "fan_in_fan_out" and shape.entry.transposed
-        if config.get(field, plain) not in (plain, [], None) and not turned:
-            raise LegolmError(
-                f"{where}: {field} is {brief(repr(config[field]))}; such an adapter is more than B·A and cannot "
-                f"be averaged; train one with {field} {plain!r}"
-            )
-    return config
-
-
-def _scale_of(config: dict[str, Any], module: str, rank: int) -> float:
-    """What PEFT multiplies B·A of a module by."""
-    own = [alpha for name, alpha in (config.get("alpha_pattern") or {}).items() if f".{module}".endswith(f".{name}")]
-    alpha = float(own[0] if own else config.get("lora_alpha", DEFAULT_ALPHA))
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)

@@ -9,9 +9,11 @@ import typer
 
 
 def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
-    """Write `report.html` again from `summary.json`."""
+    """Write `report.html` again from `summary.json`; of a run that has moved, the adapters' paths too."""
     from legolm.report import write_report
-    from legolm.runs import Summary
+    from legolm.runs import RunDir, Summary, point_adapters
 
     write_report(Summary.read(folder), folder / "report.html")
     typer.echo(folder / "report.html")
+    for adapter in point_adapters(RunDir(folder)):
+        typer.echo(adapter)

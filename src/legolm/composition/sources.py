@@ -159,7 +159,8 @@ def _check(source: Source, coverage: Coverage) -> None:
     for key in sorted(wanted | set(source.factors)):
         tensor = source.factors.get(key)
         if tensor is None or key not in wanted:
-            raise LegolmError(f"{source.name}: {key} is {'missing' if tensor is None else 'not the block’s'}")
+            lost = "missing; an adapter must be on the same modules in every layer of its block"
+            raise LegolmError(f"{source.name}: {key} is {lost if tensor is None else 'not the block’s'}")
         # A and B of a module have one rank, A's.
         rank = len(source.factors.get(f"{key[:-1]}A", tensor))
         if tuple(tensor.shape) != factor_shape(coverage, key, rank):

@@ -9,9 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from legolm.adapter import CONFIG, FACTORS, WEIGHTS, adapter_config
+import torch
+
+from legolm.adapter import CONFIG, FACTORS, adapter_config, weights_file
 from legolm.block import Block, read_block
 from legolm.config import Precision
+from legolm.data import Tokens
 from legolm.errors import LegolmError, brief
 from legolm.evaluation.figure import Figure
 from legolm.evaluation.floors import warnings
@@ -20,18 +23,25 @@ from legolm.evaluation.questions import Questions, check_finite, measure, sample
 from legolm.evaluation.speed import tokens_per_second
 from legolm.evaluation.tasks import TaskFigures
 from legolm.models import (
+    Head,
     choose_device,
     count_parameters,
     decoder_layers,
     find_fingerprint,
     folder_bytes,
+    hidden_states,
+    lean,
     load_config,
     load_model,
     load_tokenizer,
+    pack,
     resolve,
     shape_of,
 )
 from legolm.system import Progress, atomic_write, release_memory, stored_tensors, versions
+
+PROBE = 8
+"""Tokens before and after what an adapter waits for, in the text that tries it."""
 
 
 @dataclass(frozen=True)
@@ -222,24 +232,46 @@ def _with_adapter(model: Any, path: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for file in (CONFIG, WEIGHTS):
-        if not (path / file).is_file():
-            raise LegolmError(f"--adapter {path}: no {file}; give the folder of a PEFT adapter")
-    adapter_config(path, f"--adapter {path}")
-    names = set(stored_tensors(path / WEIGHTS, "--adapter ", "give the folder of a PEFT adapter"))
+    where = f"--adapter {path}"
+    if not (path / CONFIG).is_file():
+        raise LegolmError(f"{where}: no {CONFIG}; give the folder of a PEFT adapter")
+    adapter_config(path, where)
+    names = set(stored_tensors(weights_file(path, where), "--adapter ", "give the folder of a PEFT adapter"))
     try:
-        adapted = PeftModel.from_pretrained(model, path)
-        left = sorted(names - set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
+        adapted = PeftModel.from_pretrained(model, path).eval()
+        known = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     except Exception as error:  # PEFT raises a dozen kinds for an adapter that does not fit
         raise LegolmError(f"--adapter {path}: does not fit the model ({brief(error)})") from None
     if adapted.active_peft_config.is_prompt_learning or isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
         raise LegolmError(
-            f"--adapter {path}: changes the prompt or the head, and eval takes adapters of the decoder's layers; "
-            "merge it into the model first"
+            f"{where}: changes the prompt or the head, and eval takes adapters of the decoder's layers; merge it into "
+            "the model first"
         )
-    if left:
-        raise LegolmError(f"--adapter {path}: the model has no place for {left[0]}; give the adapter of this model")
+    if left := sorted(names - known):
+        raise LegolmError(f"{where}: the model has no place for {left[0]}; give the adapter of this model")
+    if left := sorted(known - names):
+        raise LegolmError(f"{where}: lacks {left[0]}, which its config names; give the whole adapter of this model")
+    if not _is_in_modules(adapted):
+        raise LegolmError(
+            f"{where}: PEFT applies it outside the decoder's modules too, where eval does not; merge it into the model "
+            "first, if PEFT can"
+        )
     return adapted
+
+
+def _is_in_modules(adapted: Any) -> bool:
+    """Whether the forward pass that scores answers, which leaves PEFT's own out, gives the same logits as that."""
+    invoked = getattr(adapted.active_peft_config, "alora_invocation_tokens", None) or []
+    ids = torch.tensor([*range(PROBE), *invoked, *range(PROBE)], device=adapted.device)
+    try:
+        with torch.no_grad():
+            whole = adapted(input_ids=ids[None]).logits[0].float()
+            with lean(adapted, "fp32"):
+                hidden = hidden_states(adapted, pack([Tokens(tuple(ids.tolist()), 1)], adapted.device))
+                parts = Head.of(adapted, "fp32").logits(hidden)
+    except AttributeError:  # PEFT's wrapper of an embedding that is the head too
+        return False
+    return not bool((whole - parts).abs().max() > 1e-3 * whole.abs().max())  # what is not finite is another error
 
 
 def _mask(model: Any, block: Block) -> None:

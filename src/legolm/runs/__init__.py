@@ -1,5 +1,6 @@
 """The run folder, and the typed records that runs and studies keep."""
 
+from legolm.runs.bases import lasting_base, point_adapters
 from legolm.runs.clock import Clock
 from legolm.runs.folder import (
     DATA,
@@ -138,12 +139,14 @@ __all__ = [
     "clients_of",
     "dump_record",
     "dump_sealed",
+    "lasting_base",
     "load_adapter_state",
     "mend",
     "on_all_data",
     "others_of",
     "parse_record",
     "passed_of",
+    "point_adapters",
     "read_record",
     "read_sealed",
     "read_stage",

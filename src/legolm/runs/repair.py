@@ -33,6 +33,13 @@ def seal(folder: Path, *names: str) -> None:
     atomic_write(folder / HASHES, dump_sealed(Hashes(files=files)))
 
 
+def reseal(folder: Path, file: Path) -> None:
+    """Write the hash of a file that legolm itself changed in a sealed folder; the others stay as they are."""
+    known = read_sealed(folder / HASHES, Hashes).files
+    files = known | {str(file.relative_to(folder)): file_hash(file)}
+    atomic_write(folder / HASHES, dump_sealed(Hashes(files=files)))
+
+
 def check_sealed(folder: Path) -> dict[str, str]:
     """The hashes of a sealed folder. Raises `LegolmError` with the first file that is lost or not what was written."""
     known = read_sealed(folder / HASHES, Hashes, "let `legolm run --resume` make it again").files

@@ -105,6 +105,11 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """legolm's in the user's cache; it need not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "legolm"
+
+
 def held_bytes(folder: Path) -> int:
     """Bytes of all files in a folder; a file with several names, as a comparison's blocks have, is there once."""
     stats = [file.stat() for file in folder.rglob("*") if file.is_file()]
