@@ -21,11 +21,6 @@ LOCK = ".lock"
 os.umask(_UMASK := os.umask(0))  # it can only be read by setting it
 
 
-def cache_folder() -> Path:
-    """Where things are kept that can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "legolm"
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder, made if need be, for this process alone. Raises `LegolmError` when another one holds it.
