@@ -141,7 +141,7 @@ def test_a_config_is_proved_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -
     assert json.loads(file.read_text()) == {"norms": {}, "added": 1.0, "fixed": {}, "query_norms": False}
 
     proofs: list[Any] = []
-    monkeypatch.setattr(layout, "_prove", lambda small: proofs.append(small) or found)
+    monkeypatch.setattr(layout, "_prove", lambda small, places: proofs.append(small) or found)
     wider = config_of("llama", intermediate_size=112, num_hidden_layers=4)  # the same small copy
     for one in (config, wider):
         monkeypatch.setattr(layout, "_KNOWN", {})

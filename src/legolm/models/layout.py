@@ -74,16 +74,16 @@ def layout_of(config: Any) -> Layout:
         places = _by_place(config, kinds)
         # The first layer, and the first that differs from it; without one the last.
         small = copy_config(config, (0, next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(kinds) - 1)))
-        found = _cached(small) or _keep(small, _prove(small))
-        _KNOWN[key] = found.model_copy(update={"fixed": places | found.fixed})
+        file = cache_folder() / "layouts" / f"{_hash(small, places)}.json"
+        _KNOWN[key] = _cached(file) or _keep(file, _prove(small, places))
     return _KNOWN[key]
 
 
-def _prove(small: Any) -> Layout:
+def _prove(small: Any, places: dict[str, str]) -> Layout:
     from legolm.models.proof import prove  # which reads what is here
 
     query_norms = any("q_norm" in name for name in _tensors(small))
-    return prove(small, _fixed(small)).model_copy(update={"query_norms": query_norms})
+    return prove(small, places | _fixed(small)).model_copy(update={"query_norms": query_norms})
 
 
 def empty_model(config: Any) -> Any:
@@ -218,26 +218,22 @@ def _plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _hash(config: Any) -> str:
+def _hash(config: Any, *beside: Any) -> str:
     """Of all that a config says, and of what reads it."""
     said = {k: v for k, v in config.to_dict().items() if k not in VOLATILE}
-    text = json.dumps([said, versions()], sort_keys=True, default=str)
+    text = json.dumps([said, versions(), *beside], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _file(small: Any) -> Path:
-    return cache_folder() / "layouts" / f"{_hash(small)}.json"
-
-
-def _cached(small: Any) -> Layout | None:
+def _cached(file: Path) -> Layout | None:
     """What an earlier proof found; None when there is none that can be read."""
     try:
-        return Layout.model_validate_json(_file(small).read_bytes())
+        return Layout.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
         return None
 
 
-def _keep(small: Any, found: Layout) -> Layout:
+def _keep(file: Path, found: Layout) -> Layout:
     with contextlib.suppress(OSError, LegolmError):  # no room, or a home that cannot be written to
-        atomic_write(_file(small), found.model_dump_json())
+        atomic_write(file, found.model_dump_json())
     return found
