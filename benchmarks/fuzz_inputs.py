@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from legolm import adapter, data, runs
 from legolm.block import Coverage, Manifest, read_block, write_block
-from legolm.config import Fields, TrainConfig, load, load_study
+from legolm.config import Fields, RowsConfig, TrainConfig, load, load_study
 from legolm.errors import LegolmError
 from legolm.federate import wire
 from legolm.models import (
@@ -110,8 +110,8 @@ def in_place_of(valid: Path, name: str, read: Callable[[Path], object]) -> Calla
     return call
 
 
-def rows(path: Path, fields: Fields) -> int:
-    return sum(len(data.to_example(row, fields).messages) for row in data.read_rows(str(path), "data.train"))
+def rows(path: Path, config: RowsConfig) -> int:
+    return sum(len(data.to_example(row, config).messages) for row in data.read_rows(str(path), "data.train"))
 
 
 def config(path: Path) -> object:
@@ -220,14 +220,14 @@ def kinds(home: Path) -> list[Kind]:
         tokenizer.chat_template = content.decode("utf-8", "replace")
         return data.render(PAIR, tokenizer, 64)
 
-    lines = Fields(messages="messages")
+    lines = RowsConfig(fields=Fields(messages="messages"))
     adapted = partial(adapter.read_adapter, coverage=whole, where="lora.start")
     return [
         Kind("config YAML", "text", [CONFIG.encode()], in_file("run.yaml", config), 3),
         Kind("config values", "json", [_plain(home, CONFIG)], in_file("run.yaml", config), 2),
         Kind("study", "json", [json.dumps(study).encode()], in_file("study.yaml", load_study), 2),
-        Kind("rows JSONL", "lines", [pairs], in_file("a.jsonl", lambda path: rows(path, Fields())), 14),
-        Kind("rows CSV", "text", [table], in_file("a.csv", lambda path: rows(path, Fields())), 8),
+        Kind("rows JSONL", "lines", [pairs], in_file("a.jsonl", lambda path: rows(path, RowsConfig())), 14),
+        Kind("rows CSV", "text", [table], in_file("a.csv", lambda path: rows(path, RowsConfig())), 8),
         Kind("rows messages", "lines", [chats * 2], in_file("a.jsonl", lambda path: rows(path, lines)), 10),
         Kind("weights", "tensors", [(model / "model.safetensors").read_bytes()], of_model("model.safetensors"), 3),
         Kind("weights index", "json", [files["index"]],

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from legolm.config import BlockConfig, CalibrationConfig, Fields
+from legolm.config import BlockConfig, CalibrationConfig, RowsConfig
 from legolm.data import read_rows, read_text, render, to_example
 from legolm.evaluation import perplexity, score
 from legolm.models import fingerprint, load_model, load_tokenizer, resolve
@@ -51,7 +51,7 @@ def main() -> None:
     tasks = {path: next(read_rows(str(path), "--task")).values["task"] for path in options.task}
     for row in read_rows(str(options.test), "--test"):
         if row.values["task"] in tasks.values():
-            example = render(to_example(row, Fields()), tokenizer, MAX_LENGTH)
+            example = render(to_example(row, RowsConfig()), tokenizer, MAX_LENGTH)
             tests.setdefault(row.values["task"], []).append(example)
     rows = {"dense": figures(base, tests)}
     print("dense", rows["dense"], flush=True)

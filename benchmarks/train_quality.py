@@ -24,7 +24,7 @@ import torch
 
 from legolm.adapter import init_factors, merged
 from legolm.block import Coverage
-from legolm.config import BlockConfig, CalibrationConfig, Fields, Precision, TrainConfig
+from legolm.config import BlockConfig, CalibrationConfig, Precision, RowsConfig, TrainConfig
 from legolm.data import read_rows, render, to_example
 from legolm.data.starter import starter_parts
 from legolm.evaluation import score
@@ -40,7 +40,7 @@ def split(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """(training, held-out) examples, all files or languages mixed."""
     tokenizer = load_tokenizer(resolve(options.model))
     if options.data:
-        rows = [to_example(row, Fields()) for row in read_rows(options.data, "--data")]
+        rows = [to_example(row, RowsConfig()) for row in read_rows(options.data, "--data")]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         held, train = [rows[i] for i in order[:HELD_OUT]], [rows[i] for i in order[HELD_OUT:]]
     else:

@@ -36,13 +36,13 @@ OTHERS = ("trl-fp32", "trl-bf16", "trl-bf16-packed", "trl-bf16-checkpointing", "
 
 def examples(options: argparse.Namespace) -> list[Any]:
     """Rendered examples, alternating between the files (or between the starter data's languages)."""
-    from legolm.config import Fields
+    from legolm.config import RowsConfig
     from legolm.data import read_rows, render, to_example
     from legolm.data.starter import starter_parts
     from legolm.models import load_tokenizer, resolve
 
     if options.data:
-        parts = [[to_example(row, Fields()) for row in read_rows(file, "--data")] for file in options.data]
+        parts = [[to_example(row, RowsConfig()) for row in read_rows(file, "--data")] for file in options.data]
     else:
         parts = [list(part.train) for part in starter_parts("starter", seed=0).values()]
     tokenizer = load_tokenizer(resolve(options.model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 # The same examples each time: whether `make test` passes is no matter of luck. To look for others:
@@ -60,6 +61,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<|unk|>",
         chat_template=CHATML,
     )
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same without a template; its post-processor begins every text with BOS, as Llama's and Gemma's do."""
+    found = copy.deepcopy(tokenizer)
+    bos, found.chat_template = str(found.bos_token), None
+    found.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, found.bos_token_id)]
+    )
+    return found
 
 
 SLIDING: dict[str, Any] = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}

@@ -142,6 +142,12 @@ PARAMETERS: dict[str, dict[str, Options]] = {
         "iid": {"data.split": {"by": "iid"}},
         "dirichlet": {"data.split": {"by": "dirichlet", "column": "who", "alpha": 5.0}},
     },
+    "layout": {
+        "auto": {},
+        "pairs": {"data.layout": "pairs", "data.fields": {"instruction": "instruction", "answer": "output"}},
+        "text": {"data.layout": "text", "data.fields": {"text": "instruction"}},
+    },
+    "turns": {"last": {}, "all": {"train.turns": "all"}},
     "resumed": {"no": {}, "yes": {}},
 }
 Row = dict[str, str]

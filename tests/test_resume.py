@@ -94,6 +94,36 @@ def test_a_changed_run_ends_where_one_begun_so_ends(change: str, again: str | No
     assert "note" not in said and "train" not in said
 
 
+def test_clients_that_came_later_end_as_if_they_had_been_named_at_first(home: Path, tmp_path: Path) -> None:
+    raw = json.loads((home / "run.yaml").read_text())
+    raw["blocks"].append({"name": "late", "method": "magnitude", "sparsity": 0.5})
+    raw["clients"][2] |= {"block": "late", "joins": 2}
+    few = raw | {"clients": raw["clients"][:2], "blocks": raw["blocks"][:2]}
+    raw["federation"]["rounds"] = 2
+    begun, out = tmp_path / "begun", tmp_path / "out"
+    first = configs.validate(configs.RunConfig, few | {"federation": few["federation"] | {"rounds": 1}}, "test")
+    pipeline.run(first, out)
+    moved = out.rename(tmp_path / "moved")
+    said = StringIO()
+    progress = Progress(Console(file=said, width=500))
+    config = configs.validate(configs.RunConfig, raw, "test")
+    early = config.model_copy(
+        update={"clients": [*config.clients[:2], config.clients[2].model_copy(update={"joins": 1})]}
+    )
+    with pytest.raises(LegolmError, match=r"`clients` differs .* let client 'es' join in round 2 \(`joins`\)"):
+        pipeline.run(early, moved, resume=True)
+    iid = config.model_copy(update={"data": config.data.model_copy(update={"limit_test": 2})})
+    with pytest.raises(LegolmError, match=r"`data\.limit_test` differs"):
+        pipeline.run(iid, moved, resume=True)
+    pipeline.run(config, moved, resume=True, progress=progress)
+    assert "clients was ['fr', 'de'] and is ['fr', 'de', 'es']; round 1 stays" in said.getvalue()
+    pipeline.run(config, begun)
+    assert_same(begun, moved)
+    fewer = config.model_copy(update={"clients": config.clients[:2]})
+    with pytest.raises(LegolmError, match=r"`clients` differs .* let them leave"):
+        pipeline.run(fewer, moved, resume=True)
+
+
 def test_a_change_is_recorded_and_said_where_rates_follow_the_whole_run(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     settings = ("train.schedule=cosine", "evaluate.local_only=false", "federation.personal_steps=0")

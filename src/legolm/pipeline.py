@@ -11,17 +11,18 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from legolm.adapter import merge, save_adapter, save_factors, tensors_hash
 from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
 from legolm.config import RunConfig
+from legolm.data import DATE, client_data, data_fingerprint, prompt_look
 from legolm.errors import LegolmError
-from legolm.federate.server import Rounds, ask, steps_of
+from legolm.federate.server import Rounds, ask, server_examples, steps_of
 from legolm.federate.transport import Engine, engine_for
 from legolm.finetune import learning_rate
 from legolm.models import (
+    carry,
     choose_precision,
     fingerprint,
     lasting_name,
@@ -116,7 +117,10 @@ def _run(
     if clock.broken:
         progress.note(f"{RunDir(out).clock_file}: is not what the run wrote; its times count from here")
     clock.forget(*(stage for change in changes for stage in AGAIN.get(change.field, ())))
-    folder = RunDir.open(out, config, resume)
+    came = any(change.field == "clients" for change in changes)
+    if came:
+        _check_data(RunDir(out), config)
+    folder = RunDir.open(out, config, resume, plan.data_fingerprint if came else None)
     identity = _identify(folder, config, plan)
     again = mend(folder, config, progress.note)
 
@@ -128,6 +132,8 @@ def _run(
     rounds = Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock, train)
     rounds.write_lines()
     if not rounds.finished:
+        for line in plan.read:
+            progress.note(line)
         engine(folder, config, plan.actors, rounds.run)
     if models:
         with clock.stage("final", recorded=False):
@@ -185,6 +191,7 @@ def _identify(folder: RunDir, config: RunConfig, plan: Plan) -> Identity:
         run=hashlib.sha256(folder.config_file.read_bytes()).hexdigest()[:16],
         base_fingerprint=fingerprint(plan.base),
         data_fingerprint=plan.data_fingerprint,
+        template=plan.template,
         machine=Machine(**machine()),
         versions=versions(),
         config=config.model_dump(mode="json"),
@@ -195,6 +202,7 @@ def _identify(folder: RunDir, config: RunConfig, plan: Plan) -> Identity:
     for changed, what in (
         (known.base_fingerprint != found.base_fingerprint, "model"),
         (known.data_fingerprint != found.data_fingerprint, "data"),
+        (known.template != found.template, f"chat template {config.data.template}"),
     ):
         if changed:
             raise LegolmError(f"run folder {folder.path}: the {what} changed since the run started; give another --out")
@@ -204,6 +212,19 @@ def _identify(folder: RunDir, config: RunConfig, plan: Plan) -> Identity:
 def _llm_base(model: str, path: Path) -> str | Path:
     """What PEFT finds from any folder; nothing but legolm knows what `starter` is."""
     return path.resolve() if model == "starter" or Path(model).is_dir() else model
+
+
+def _check_data(folder: RunDir, config: RunConfig) -> None:
+    """Raise `LegolmError` where the clients that were there have other data beside those that came."""
+    if not folder.identity_file.exists():
+        return
+    old = {client.id for client in folder.known().clients}
+    held = {id: data for id, data in client_data(config).items() if id in old}
+    if data_fingerprint(held, server_examples(config)) != folder.identity().data_fingerprint:
+        raise LegolmError(
+            f"run folder {folder.path}: belongs to another config, `clients` differs: with those who came the others' "
+            f"data are not what they were (data.split by {config.data.split.by}); give another --out"
+        )
 
 
 def _cut_blocks(
@@ -221,18 +242,20 @@ def _cut_blocks(
     """
     blocks = {"llm": llm_block(plan.base, base_fingerprint)}
     precision = choose_precision(config.precision, config.device)
+    tokenizer = load_tokenizer(plan.base, config.data)
+    prompts = "".join(f"|{one}" for one in (plan.template, tokenizer.init_kwargs.get(DATE)) if one)
     left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
     made = {spec.name: Path(spec.path) for spec in left if spec.path is not None}
     for spec in left:
         if spec.path is not None:
             continue
-        recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{precision}"
+        recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{precision}{prompts}"
         name = f"{spec.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
         made[spec.name] = store / name if store else folder.block(spec.name)
     wanted = [(spec, made[spec.name]) for spec in left if not made[spec.name].exists()]
     if wanted:
         model = lasting_name(config.model)
-        cut_blocks(plan.base, base_fingerprint, wanted, config.seed, precision, progress, model)
+        cut_blocks(plan.base, base_fingerprint, wanted, config.seed, precision, progress, model, tokenizer=tokenizer)
     for spec in left:
         if made[spec.name] == folder.block(spec.name):
             seal(folder.block(spec.name))
@@ -241,6 +264,9 @@ def _cut_blocks(
             shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=_link, ignore=_unsealed)
             if spec.path is not None:
                 rename_block(partial, spec.name)  # the run's, whatever it was called where it was cut
+                if prompt_look(load_tokenizer(partial)) != prompt_look(tokenizer):
+                    progress.note(f"block {spec.name}: was cut with another chat template or date; it gets this run's")
+                    _replace_tokenizer(tokenizer, partial)
             seal(partial)
     for name, was in again.items():
         check_same(folder.block(name), was)
@@ -251,6 +277,15 @@ def _cut_blocks(
             raise LegolmError(f"block {path}: was cut from another base model; remove it and run again with --resume")
     release_memory()
     return blocks
+
+
+def _replace_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Put the run's in the place of a block's own; its files may have other names elsewhere, which stay."""
+    new = folder / ".tokenizer"
+    tokenizer.save_pretrained(new)
+    for file in new.iterdir():
+        file.replace(folder / file.name)
+    new.rmdir()
 
 
 _unsealed = shutil.ignore_patterns(HASHES)
@@ -277,7 +312,7 @@ def _write_final(
     left = [id for id in ["llm", *block_of] if not folder.final(id).exists()]
     if not left:
         return
-    tokenizer, dtype = load_tokenizer(plan.base), load_config(plan.base).dtype or torch.float32
+    tokenizer, dtype = load_tokenizer(plan.base, config.data), load_config(plan.base).dtype
     llm_best, best = rounds.best("llm_validation"), rounds.best("validation")
     start = {number: rounds.start_hash(number) for number in {llm_best, best}}
     apart, examples = rounds.apart(), {client.id: client.examples for client in plan.clients}
@@ -294,6 +329,7 @@ def _write_final(
                 begun = tensors_hash(factors) if client in apart else start[number]
                 save_factors(factors, config.lora.scaling, begun, partial)
                 save_model(model, tokenizer, partial, dtype)
+                carry(plan.base, partial)
                 steps = config.federation.personal_steps if client else 0
                 manifest = Manifest(
                     name=block.name,

@@ -25,10 +25,10 @@ SIGNATURES = {
     "Change": "(delta, received, examples, rank, sent=<factory>)",
     "Client": "(holds, data, validation=None, test=None, rank=None, joins=1, leaves=None)",
     "Coverage": "(shape, layers, groups, neurons, masks=<factory>)",
-    "Example": "(messages)",
+    "Example": "(messages, raw=False)",
     "Federation": "(llm, clients, scheme='heteagg', rounds=3, trainer='adamw', seed=0, **sections)",
     "LegolmError": "(*args, **kwargs)",
-    "Message": "(role, content)",
+    "Message": "(role, content, more='')",
     "Run": "(folder)",
     "Scheme": "()",
     "Start": "(shape, make, rank, seed=0, server=<factory>, arrived=<class 'dict'>)",
@@ -37,14 +37,15 @@ SIGNATURES = {
     "ablate": "(run, out=None, *, questions=None)",
     "compare": "(study, out, *, changes=(), models=True, seeds=1)",
     "compose": "(sources, into, out, *, base=None, method='heteagg', form=None, scaling=None, density=None, "
-    "weights=None, validate=None)",
+    "weights=None, validate=None, rows=None)",
     "criterion": "(name, needs)",
     "cut": "(llm, out, *, method='structured', recover=0, calibration='pydoc', samples=32, length=256, seed=0, "
     "precision='fp32', **target)",
     "evaluate": "(models, questions, *, precision='fp32')",
-    "questions": "(tasks=(), *, include=None, data=None, fields=None, text=None, limit=None, rouge=False, length=None, "
-    "windows=None)",
-    "read": "(source, *, instruction='instruction', answer='output', messages=None, system=None)",
+    "questions": "(tasks=(), *, include=None, data=None, layout='auto', fields=None, text=None, limit=None, "
+    "rouge=False, length=None, windows=None)",
+    "read": "(source, *, layout='auto', instruction=None, input=None, answer=None, messages=None, text=None, "
+    "bad_rows='refuse', system=None)",
     "read_block": "(path)",
     "scheme": "(name)",
     "trainer": "(name)",

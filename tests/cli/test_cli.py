@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from helpers import assert_one_line, legolm
 
@@ -220,6 +221,32 @@ def test_several_blocks_at_once_and_private_calibration(
     assert_one_line(legolm(*cut, "--sparsity", 0.5, "--out", tmp_path / "private"), "is already there")
     assert_one_line(legolm(*cut, "--sparsity", "0.5,0.5", "--out", tmp_path / "x"), "structured-0.5 is asked for twice")
     assert not (tmp_path / "x").exists()
+
+
+def test_rows_of_other_layouts_and_names_beside_a_config(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    text = ("--samples", 2, "--length", 32)
+    dolly, named = tmp_path / "dolly.jsonl", tmp_path / "named.jsonl"
+    row = {"instruction": "Which town?", "context": "It is Lyon.", "response": "Lyon", "category": "qa"}
+    dolly.write_text(f"{json.dumps(row)}\n" * 3)
+    named.write_text(dolly.read_text().replace("instruction", "q").replace("context", "c").replace("response", "a"))
+    names = ("--instruction", "q", "--input", "c", "--answer", "a")
+    cut = ("prune", tiny("llama"), "--method", "wanda", "--sparsity", 0.5, *text)
+    sums = ("calibrate", tiny("llama"), "--needs", "diagonal", *text)
+    for name, rows in (("plain", (dolly,)), ("named", (named, *names))):
+        done = legolm(*cut, "--out", tmp_path / name, "--calibration", *rows)
+        assert done.returncode == 0, done.stderr
+        assert "--calibration: nothing uses the text in field `category` (3 rows)." in done.stderr
+        done = legolm(*sums, "--out", tmp_path / f"{name}.sums", "--text", *rows)
+        assert done.returncode == 0, done.stderr
+    assert (
+        "--text: dolly: 3 of 3 rows, 3 with context." in legolm(*sums, "--out", tmp_path / "b", "--text", dolly).stderr
+    )
+    one, two = (load_file(tmp_path / f"{name}.sums") for name in ("plain", "named"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert_one_line(legolm(*cut, "--out", tmp_path / "x", "--calibration", named), "known layout", "--instruction")
+    assert_one_line(
+        legolm(*cut, "--out", tmp_path / "x", "--calibration", dolly, "--layout", "doly"), "layout", "dolly"
+    )
 
 
 def test_bad_input_ends_a_process_with_code_2(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from legolm import pipeline
 from legolm.adapter import Tensors, adapter_keys, factor_shape, merge, save_adapter, save_factors
 from legolm.block import Block, Coverage, Manifest, read_block, write_block
 from legolm.composition import choose_method, compose, plan
-from legolm.config import Fields
+from legolm.config import Fields, RowsConfig
 from legolm.data import read_rows, render, to_example
 from legolm.errors import LegolmError
 from legolm.evaluation import score
@@ -225,8 +225,8 @@ def test_a_peft_adapter_beside_its_block(run: Path, llm: Path, tmp_path: Path) -
 def test_weights_by_examples_by_hand_and_by_loss(run: Path, tmp_path: Path) -> None:
     names = [str(run / "final" / client) for client in ("fr", "de")]
 
-    def weights(given: str | None, validate: str | None) -> list[float]:
-        return plan(names, "llm", None, EXACT, given, validate, QUIET).weights
+    def weights(given: str | None, validate: str | None, rows: RowsConfig | None = None) -> list[float]:
+        return plan(names, "llm", None, EXACT, given, validate, QUIET, rows).weights
 
     counts = [read_block(Path(name)).details["examples"] for name in names]
     assert counts[1] > counts[0]
@@ -237,12 +237,16 @@ def test_weights_by_examples_by_hand_and_by_loss(run: Path, tmp_path: Path) -> N
     losses = []
     for name in names:
         tokenizer = load_tokenizer(Path(name))
-        rows = [render(to_example(row, Fields()), tokenizer, 512) for row in read_rows(str(data), "data")]
+        rows = [render(to_example(row, RowsConfig()), tokenizer, 512) for row in read_rows(str(data), "data")]
         losses.append(score(load_model(Path(name)), rows, 8, "fp32").loss)
     scale = 2 / sum(math.exp(-loss) for loss in losses)
     assert weights(None, str(data)) == pytest.approx([scale * math.exp(-loss) for loss in losses], rel=1e-4)
     with pytest.raises(LegolmError, match="give one of them"):
         weights("1,3", str(data))
+    named = tmp_path / "named.jsonl"
+    named.write_text(data.read_text().replace("instruction", "question").replace("output", "reply"))
+    fields = RowsConfig(fields=Fields(instruction="question", answer="reply"))
+    assert weights(None, str(named), fields) == weights(None, str(data))
 
 
 def test_bad_input_is_one_line(run: Path, llm: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from legolm.config import CalibrationConfig, Fields
+from legolm.config import CalibrationConfig, Fields, RowsConfig
 from legolm.data import calibration_tokens, check_text
 from legolm.errors import LegolmError
 
@@ -45,6 +45,19 @@ def test_file_windows_do_not_overlap_and_cover_the_text(tokenizer: PreTrainedTok
     assert sorted(tokenizer.decode(sample) for sample in tokens) == ["a" * 8, "b" * 8, "c" * 8]
 
 
+def test_every_window_begins_with_bos_once(bos_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("aaaaaaabbbbbbbcccccccddd", encoding="utf-8")
+    tokens = calibration_tokens(CalibrationConfig(text=str(path), samples=3, length=8), bos_tokenizer, seed=0)
+    found = sorted(bos_tokenizer.decode(sample) for sample in tokens)
+    assert found == ["<|im_start|>" + sign * 7 for sign in "abc"]
+    path = tmp_path / "talks.jsonl"
+    path.write_text('{"instruction": "a", "output": "bcdef"}\n' * 9, encoding="utf-8")
+    tokens = calibration_tokens(CalibrationConfig(text=str(path), samples=6, length=9), bos_tokenizer, seed=0)
+    # A conversation is BOS, a, line break, bcdef, end: 9 tokens, so that each window is one.
+    assert {bos_tokenizer.decode(sample) for sample in tokens} == {"<|im_start|>a\nbcdef<|im_end|>"}
+
+
 def test_conversations_of_a_task_are_rendered(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
     path.write_text("".join(f'{{"question": "Say {i}", "answer": "yes {i}"}}\n' for i in range(20)), encoding="utf-8")
@@ -52,7 +65,7 @@ def test_conversations_of_a_task_are_rendered(tokenizer: PreTrainedTokenizerFast
     tokens = calibration_tokens(CalibrationConfig(text=str(path), fields=fields, samples=6, length=100), tokenizer, 0)
     text = "".join(tokenizer.decode(sample) for sample in tokens)
     assert text.count("<|im_start|>assistant\nyes") > 5
-    with pytest.raises(LegolmError, match=r"task\.jsonl:1: no field `instruction`"):
+    with pytest.raises(LegolmError, match=r"task\.jsonl:1: fields question, answer are of no known layout"):
         calibration_tokens(CalibrationConfig(text=str(path)), tokenizer, 0)
 
 
@@ -74,13 +87,13 @@ def test_missing_file_and_wrong_encoding(tokenizer: PreTrainedTokenizerFast, tmp
     with pytest.raises(LegolmError, match=r"text.txt:2: not UTF-8"):
         calibration_tokens(CalibrationConfig(text=str(path)), tokenizer, seed=0)
     with pytest.raises(LegolmError, match=r"text.txt:2: not UTF-8"):  # what a plan asks
-        check_text(str(path), Fields(), "calibration.text")
+        check_text(str(path), RowsConfig(), "calibration.text")
 
 
 def test_a_pattern_is_all_files_that_match_it(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     for name, text in (("b", "bbbb"), ("a", "aaa")):
         (tmp_path / f"{name}.txt").write_text(text)
     pattern = f"{tmp_path}/*.txt"
-    check_text(pattern, Fields(), "calibration.text")
+    check_text(pattern, RowsConfig(), "calibration.text")
     (tokens,) = calibration_tokens(CalibrationConfig(text=pattern, samples=1, length=8), tokenizer, seed=0)
     assert tokenizer.decode(tokens) == "aaa\nbbbb"

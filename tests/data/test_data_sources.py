@@ -10,10 +10,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from legolm.config import Fields
-from legolm.data import Example, read_rows, sources, to_example
+from legolm.config import Fields, RowsConfig
+from legolm.data import Example, files, read_rows, sources, to_example, with_system
 from legolm.data.examples import Message
-from legolm.data.sources import Row, with_system
+from legolm.data.sources import Row
 from legolm.errors import LegolmError
 
 QUESTION = {"instruction": "2 + 2?", "output": "4"}
@@ -36,9 +36,9 @@ def error_of(source: str | list[str]) -> str:
     return str(caught.value)
 
 
-def example_error(values: dict[str, Any], fields: Fields | None = None) -> str:
+def example_error(values: dict[str, Any], config: RowsConfig | None = None) -> str:
     with pytest.raises(LegolmError) as caught:
-        to_example(Row(values, "a", "a.jsonl", "a.jsonl:17"), fields or Fields())
+        to_example(Row(values, "a.jsonl", "a.jsonl:17"), config or RowsConfig())
     return str(caught.value)
 
 
@@ -52,14 +52,11 @@ class TestReading:
             write(tmp_path / "a.csv", "instruction,output\n2 + 2?,4\n"),
             str(tmp_path / "a.parquet"),
         ]
-        assert [to_example(row, Fields()) for row in rows(files)] == [PAIR] * 4
+        assert [to_example(row, RowsConfig()) for row in rows(files)] == [PAIR] * 4
 
     def test_rows_know_their_place(self, tmp_path: Path) -> None:
         path = write(tmp_path / "north.jsonl", f"{json.dumps(QUESTION)}\n\n{json.dumps(QUESTION)}\n")
-        assert [(row.stem, row.place) for row in rows(path)] == [
-            ("north", f"{path}:1"),
-            ("north", f"{path}:3"),
-        ]
+        assert [(row.source, row.place) for row in rows(path)] == [(path, f"{path}:1"), (path, f"{path}:3")]
 
     def test_glob_is_sorted_and_may_be_absolute_or_relative(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -67,8 +64,8 @@ class TestReading:
         for name in ("b", "a"):
             write(tmp_path / f"{name}.jsonl", json.dumps(QUESTION))
         monkeypatch.chdir(tmp_path)
-        assert [row.stem for row in rows(str(tmp_path / "*.jsonl"))] == ["a", "b"]
-        assert [row.stem for row in rows("*.jsonl")] == ["a", "b"]
+        for pattern in (str(tmp_path / "*.jsonl"), "*.jsonl"):
+            assert [Path(row.source).stem for row in rows(pattern)] == ["a", "b"]
 
     def test_line_separators_inside_strings_do_not_end_a_json_line(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", '{"instruction": "a\u2028b", "output": "c"}\n')
@@ -78,15 +75,43 @@ class TestReading:
         path = write(tmp_path / "a.csv", '\ufeffinstruction,output\r\n"a, ""b""\nc",d\r\n')
         assert rows(path)[0].values == {"instruction": 'a, "b"\nc', "output": "d"}
 
-    def test_hub_data_set_with_split(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def load(name: str, split: str) -> list[dict[str, str]]:
-            assert (name, split) == ("org/name", "test")
+    @pytest.mark.parametrize(
+        ("source", "asked"),
+        [
+            ("hub:org/name", ("org/name", None, "train")),
+            ("hub:org/name:test", ("org/name", None, "test")),
+            ("hub:org/name:main:test", ("org/name", "main", "test")),
+            ("hub:org/name:train[:10%]", ("org/name", None, "train[:10%]")),
+            ("hub:org/name:main:train[10%:]", ("org/name", "main", "train[10%:]")),
+        ],
+    )
+    def test_hub_data_set_with_config_and_split(
+        self, monkeypatch: pytest.MonkeyPatch, source: str, asked: tuple[str, str | None, str]
+    ) -> None:
+        def load(name: str, config: str | None, split: str) -> list[dict[str, str]]:
+            assert (name, config, split) == asked
             return [QUESTION]
 
         monkeypatch.setattr(sources, "hub_answers", lambda: True)
         monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
-        (row,) = rows("hub:org/name:test")
-        assert (row.stem, row.place, to_example(row, Fields())) == ("name", "hub:org/name:test row 1", PAIR)
+        (row,) = rows(source)
+        assert (row.place, to_example(row, RowsConfig())) == (f"{source} row 1", PAIR)
+
+    def test_a_folder_with_several_configs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import datasets
+
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        folder = tmp_path / "sums"
+        folder.mkdir()
+        configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("main", "socratic"))
+        write(folder / "README.md", f"---\nconfigs:\n{configs}---\n")
+        for name in ("main", "socratic"):
+            write(folder / f"{name}.jsonl", json.dumps({"question": name, "answer": "4"}) + "\n")
+        assert [row["question"] for row in rows(f"hub:{folder}:socratic:train")] == ["socratic"]
+        message = error_of(f"hub:{folder}")
+        assert "has several configs (main, socratic); name one, as in hub:" in message
+        assert message.endswith(f"{folder}:main:train")
+        assert sources.names_of(f"hub:{folder}:socratic:train") == ["sums", "socratic"]
 
 
 class TestReadingErrors:
@@ -101,7 +126,7 @@ class TestReadingErrors:
 
     def test_unknown_kind(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.txt", "x")
-        assert error_of(path).endswith("known: .jsonl, .json, .csv, .parquet")
+        assert error_of(path).endswith("known: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, and .gz of them")
 
     @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
     @pytest.mark.parametrize("text", ["", "\n"])
@@ -127,12 +152,12 @@ class TestReadingErrors:
         assert error_of(pattern).startswith(f"data.train: {pattern!r} is no path or pattern (")
 
     def test_json_that_is_no_list(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "a.json", "{}")
-        assert error_of(path).startswith(f"data.train: {path} must be a list of objects")
+        path = write(tmp_path / "a.json", '{\n"rows": []\n}')
+        assert error_of(path).startswith(f"data.train: {path} must be a list of objects, or JSON lines: {path}:1 is")
 
     def test_row_that_is_no_object(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "a.jsonl", "[1]\n")
-        assert error_of(path) == f"{path}:1: a row must be an object, not list"
+        path = write(tmp_path / "a.jsonl", "1\n")
+        assert error_of(path) == f"{path}:1: a row must be an object, not int"
         path = write(tmp_path / "a.json", "[{}, 1]")
         assert error_of(path) == f"{path} row 2: a row must be an object, not int"
 
@@ -185,8 +210,8 @@ class TestReadingErrors:
         assert error_of(path).startswith(f"data.train: {path} is not valid Parquet (")
 
     def test_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert sources.MAX_BYTES == 4_000_000_000
-        monkeypatch.setattr(sources, "MAX_BYTES", 1)
+        assert files.MAX_BYTES == 4_000_000_000
+        monkeypatch.setattr(files, "MAX_BYTES", 1)
         path = write(tmp_path / "a.jsonl", "{}\n")
         assert error_of(path).startswith(f"data.train: {path} has more than ")
 
@@ -200,7 +225,7 @@ class TestReadingErrors:
         assert error_of(source).endswith("run: pip install 'legolm[data]'")
 
     def test_no_network(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def load(name: str, split: str) -> None:
+        def load(name: str, config: None, split: str) -> None:
             raise ConnectionError("cannot reach the hub\nlong story")
 
         monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
@@ -216,11 +241,11 @@ class TestReadingErrors:
 
 
 class TestExamples:
-    CHAT = Fields(messages="chat")
+    CHAT = RowsConfig(fields=Fields(messages="chat"))
 
     def test_messages(self) -> None:
         turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
-        assert to_example(Row({"chat": turns}, "a", "a.jsonl", "a.jsonl:1"), self.CHAT) == PAIR
+        assert to_example(Row({"chat": turns}, "a.jsonl", "a.jsonl:1"), self.CHAT) == PAIR
 
     def test_missing_field_names_place_and_fields_there(self) -> None:
         message = example_error({"question": "a", "output": "b"})
@@ -236,7 +261,7 @@ class TestExamples:
         assert message.startswith("a.jsonl:17: `output` has half a character at 1")
 
     def test_value_that_is_no_text(self) -> None:
-        assert example_error(QUESTION | {"output": 4}) == "a.jsonl:17: `output` must be text, not int"
+        assert example_error(QUESTION | {"output": {}}) == "a.jsonl:17: `output` must be text, not dict"
 
     @pytest.mark.parametrize(
         ("turns", "message"),
@@ -246,7 +271,7 @@ class TestExamples:
             (["a", "b"], "`chat[0]` must be an object with `role` and `content`"),
             (
                 [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}],
-                "`chat[0]` has role 'human'; known: system, user, assistant",
+                "`chat[0]` has role 'human'; known: system, user, assistant, tool",
             ),
             (
                 [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],

@@ -31,7 +31,7 @@ def answers(examples: Iterable[Example]) -> list[str]:
 
 
 def everything(parts: dict[str, ClientData]) -> list[str]:
-    return [a for part in parts.values() for a in answers(part.train + part.validation + part.test)]
+    return [a for part in parts.values() for a in answers([*part.train, *part.validation, *part.test])]
 
 
 def error_of(config: DataConfig, clients: list[str]) -> str:
@@ -88,14 +88,17 @@ class TestByFile:
     def test_system_message(self, tmp_path: Path) -> None:
         config = DataConfig(train=write(tmp_path / "a.jsonl", 3), system="Be brief.")
         data = load_parts(config, ["a"], 0)["a"]
-        for example in data.train + data.validation + data.test:
+        for example in [*data.train, *data.validation, *data.test]:
             assert [m.role for m in example.messages] == ["system", "user", "assistant"]
 
     def test_two_files_of_one_stem_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / "x").mkdir()
         first, second = write(tmp_path / "a.jsonl", 3), write(tmp_path / "x" / "a.jsonl", 3)
         message = error_of(DataConfig(train=[first, second]), ["a"])
-        assert message == f"data.train: {first} and {second} are both part 'a'; rename one"
+        assert (
+            message == f"data.train: {first} and {second} are both part 'a'; rename one, or name their folders after "
+            "the clients"
+        )
 
 
 class TestByColumn:
@@ -110,7 +113,7 @@ class TestByColumn:
             split=Split(by="column", column="topic"),
         )
         data = load_parts(config, ["y"], seed=0)["y"]
-        assert sorted(answers(data.train + data.validation)) == ["y0", "y1", "y2", "y3"]
+        assert sorted(answers([*data.train, *data.validation])) == ["y0", "y1", "y2", "y3"]
         assert len(data.validation) == 1
         assert sorted(answers(data.test)) == ["y100", "y101"]
 
@@ -208,8 +211,11 @@ class TestErrors:
         assert message.startswith("data.train: client 'a' is left without train examples (2 rows in data.train")
 
     def test_no_test_file_of_the_clients_name(self, tmp_path: Path) -> None:
-        train, test = write(tmp_path / "a.jsonl", 3), write(tmp_path / "test.jsonl", 3)
-        message = error_of(DataConfig(train=train, test=test), ["a"])
+        for client in ("a", "b"):
+            write(tmp_path / f"{client}.jsonl", 3)
+        (tmp_path / "test").mkdir()
+        test = write(tmp_path / "test" / "b.jsonl", 3)
+        message = error_of(DataConfig(train=f"{tmp_path}/*.jsonl", test=test), ["a", "b"])
         assert message.startswith("data.test: client 'a' is left without test examples")
         assert message.endswith("split by file); put more rows in a file named after it")
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from legolm.data import Example, Message
 from legolm.errors import LegolmError
 from legolm.evaluation import compare
+from legolm.evaluation.questions import Questions, measure
 from legolm.evaluation.tasks import load_tasks, run_tasks
-from legolm.models import resolve
+from legolm.models import load_model, resolve
 from legolm.system import hub
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "tasks").glob("*.yaml"))
@@ -64,6 +66,43 @@ def test_running_text_in_words_and_bytes(tasks: Write, unigram: Unigram, tokeniz
     assert found["bits_per_byte"].value == pytest.approx(math.log2(260), rel=1e-5)
     assert found["word_perplexity"].value == pytest.approx(260 ** (12 / 5), rel=1e-5)
     assert found["bits_per_byte"].stderr == pytest.approx(0, abs=1e-5)
+
+
+def test_every_sequence_begins_with_bos_once(
+    tasks: Write, tiny: Callable[[str], Path], bos_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Answers, generation, running text and tasks, a question that is too long for the model among them."""
+    model, seen = load_model(tiny("llama")), list[list[int]]()
+    model.config.max_position_embeddings = 48
+
+    def see(_module: Any, _inputs: Any, named: dict[str, Any]) -> None:
+        starts = named["position_ids"][0].eq(0).nonzero()[:, 0].tolist() if named.get("packing") else [0]
+        for row in named["input_ids"].tolist() if named["input_ids"].shape[1] > 1 else ():  # else a step of generation
+            seen.extend(row[start:] for start in starts)
+
+    model.get_decoder().register_forward_pre_hook(see, with_kwargs=True)
+    rows = [{"query": query, "choices": ["aaaa", "b"], "gold": 1} for query in ("one", "o" * 60)]
+    questions = Questions(
+        tasks=load_tasks(["three"], tasks(rows)),
+        examples=tuple(Example((Message("user", text), Message("assistant", "b"))) for text in ("one", "other")),
+        text="a text " * 9,
+        rouge=True,
+        length=16,
+    )
+    measure(model, bos_tokenizer, questions)
+    bos, pad = bos_tokenizer.bos_token_id, bos_tokenizer.pad_token_id
+    assert len(seen) == 4 + 2 + 2 + 4  # choices, answers scored and generated, windows
+    for row in seen:
+        start = next(place for place, id in enumerate(row) if id != pad)
+        assert row[start] == bos
+        assert row[start + 1] not in (bos, pad)
+
+
+def test_running_text_has_no_second_bos(tasks: Write, unigram: Unigram, bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    kind = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{page}}"}
+    folder = tasks([{"page": "aa"}], **kind, doc_to_choice=None, metric_list=[{"metric": "bits_per_byte"}])
+    found = run_tasks(unigram(), bos_tokenizer, load_tasks(["three"], folder))["three"]["bits_per_byte"]
+    assert found.value == pytest.approx(math.log2(260), rel=1e-5)
 
 
 def test_a_group_beside_its_tasks_and_a_metric_that_is_no_mean(

@@ -268,7 +268,7 @@ def test_errors_name_what_the_family_has(tiny: Callable[[str], Path]) -> None:
     ("changes", "says"),
     [
         ({"model_type": "llame"}, "family 'llame' is not known to this transformers"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"call model\.dequantize\(\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "legolm import MODEL --out DIR"),
         ({"text_config": object()}, "text-only checkpoint"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not a causal LM"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, kl_div, rms_norm
+from transformers import AutoModelForCausalLM
 
 from legolm.data import Tokens
+from legolm.evaluation.answers import score_each
 from legolm.finetune import LoraLinear
 from legolm.models import Head, answer_losses, divergences, hidden_states, lean, load_model, pack, packing
 from legolm.models.norm import RmsNorm
@@ -48,6 +52,39 @@ def test_packed_is_one_by_one(
     for example, found in zip(examples, logits_of(model, examples), strict=True):
         alone = model(torch.tensor(example.ids)[None]).logits[0]
         torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+LONG_FACTORS = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 128}
+SCALED: dict[str, dict[str, Any]] = {
+    "phi3": {
+        "original_max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **LONG_FACTORS},
+    },
+    "llama": {
+        "max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    },
+}
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_packed_is_one_by_one_where_frequencies_follow_the_length(
+    family: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Against transformers' own model, loaded anew for each example: its dynamic NTK remembers longer ones."""
+    folder = shutil.copytree(tiny(family), tmp_path / family)
+    config = json.loads((folder / "config.json").read_text()) | SCALED[family]
+    (folder / "config.json").write_text(json.dumps(config))
+    examples, model = some(200, 77, 150), load_model(folder)
+    with torch.no_grad():
+        for _ in range(2):  # what ran before changes nothing
+            for example, found in zip(examples, logits_of(model, examples), strict=True):
+                alone: Any = AutoModelForCausalLM.from_pretrained(folder)
+                torch.testing.assert_close(
+                    found, alone(torch.tensor(example.ids)[None]).logits[0], rtol=1e-4, atol=1e-5
+                )
+        together = score_each(model, examples, 3, "fp32").losses
+        assert together == pytest.approx([score_each(model, [one], 1, "fp32").losses[0] for one in examples], rel=1e-5)
 
 
 def test_gradients_are_those_of_one_by_one(tiny: Callable[[str], Path]) -> None:

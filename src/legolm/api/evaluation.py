@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from legolm.api.models import LLM
 from legolm.block import Block
-from legolm.config import Fields
+from legolm.config import RowsConfig, validate
 from legolm.errors import LegolmError
 from legolm.evaluation import Evaluation, Questions, Result, line_up, read_questions
 from legolm.evaluation import evaluate as evaluate_all
@@ -61,6 +61,7 @@ def questions(
     *,
     include: str | Path | None = None,
     data: str | None = None,
+    layout: str = "auto",
     fields: dict[str, str] | None = None,
     text: str | Path | None = None,
     limit: int | None = None,
@@ -70,15 +71,15 @@ def questions(
 ) -> Questions:
     """What to ask: tasks of lm-evaluation-harness (below `include`, or its own), conversations, running text.
 
-    `fields` names the fields of `data` (`instruction` and `answer`, or `messages`); `limit` is so many questions of
-    each task and of `data`; `rouge` also generates answers; `length` are tokens a window of the text, `windows` so many
-    of them. Raises `LegolmError` for what is missing or broken.
+    `layout` and `fields` (`instruction`, `input` and `answer`, or `messages`) are those of `data`; `limit` is so many
+    questions of each task and of `data`; `rouge` also generates answers; `length` are tokens a window of the text,
+    `windows` so many of them. Raises `LegolmError` for what is missing or broken.
     """
     return read_questions(
         tasks,
         None if include is None else Path(include),
         data,
-        None if fields is None else Fields(**fields),
+        validate(RowsConfig, {"layout": layout, "fields": fields or {}}, "questions") if data is not None else None,
         None if text is None else Path(text),
         limit,
         rouge,

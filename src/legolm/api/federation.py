@@ -189,7 +189,7 @@ def _write(clients: Mapping[str, Client], folder: Path) -> dict[str, Any]:
                 f"clients: {lacking[0]!r} has no {split} examples and others have; give them to all, or to nobody"
             )
     content = {
-        f"{split}/{id}.jsonl": "".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
+        f"{split}/{id}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         for split, by_client in held.items()
         for id, rows in by_client.items()
     }
@@ -201,7 +201,7 @@ def _write(clients: Mapping[str, Client], folder: Path) -> dict[str, Any]:
                 (partial / name).parent.mkdir(exist_ok=True)
                 (partial / name).write_text(text, encoding="utf-8")
     section: dict[str, Any] = {split: f"{place / split}/*.jsonl" for split, by_client in held.items() if by_client}
-    return section | {"fields": {"messages": "messages"}}
+    return section | {"layout": "auto", "fields": {}}
 
 
 def _of(client: Client, split: str) -> Examples | None:
@@ -209,8 +209,8 @@ def _of(client: Client, split: str) -> Examples | None:
     return value
 
 
-def _conversations(id: str, split: str, examples: Examples) -> list[list[dict[str, str]]]:
-    """Each example's turns as a file has them."""
+def _conversations(id: str, split: str, examples: Examples) -> list[dict[str, Any]]:
+    """Each example as a row of a file."""
     found = []
     for place, one in enumerate(examples):
         if isinstance(one, tuple) and len(one) == 2 and all(isinstance(text, str) for text in one):
@@ -220,5 +220,13 @@ def _conversations(id: str, split: str, examples: Examples) -> list[list[dict[st
                 f"clients: {split} example {place} of {id!r} is {type(one).__name__}; give Examples (legolm.read) or "
                 "pairs of instruction and answer"
             )
-        found.append([{"role": turn.role, "content": turn.content} for turn in one.messages])
+        found.append(_row(one))
     return found
+
+
+def _row(example: Example) -> dict[str, Any]:
+    """In the layout that gives this example again."""
+    if not example.raw:
+        return {"messages": [message.turn for message in example.messages]}
+    texts = [message.content for message in example.messages]
+    return {"text": texts[0]} if len(texts) == 1 else {"prompt": texts[0], "completion": texts[1]}

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from legolm.block import Block, read_block
-from legolm.config import BlockConfig, Fields, validate
-from legolm.data import Example, read_rows, to_example, with_system
-from legolm.errors import LegolmError
+from legolm.block import Block
+from legolm.config import BlockConfig, RowsConfig, validate
+from legolm.data import Example, read_examples, with_system
 from legolm.models import fingerprint, lasting_name, load_config, load_model, load_tokenizer, resolve, shape_of
-from legolm.prune import cut_blocks
+from legolm.prune import cut_blocks, kept_block
 from legolm.system import Progress, check_room
 
 
@@ -50,7 +49,7 @@ def cut(
     *,
     method: str = "structured",
     recover: int = 0,
-    calibration: str = "pydoc",
+    calibration: str | Mapping[str, Any] = "pydoc",
     samples: int = 32,
     length: int = 256,
     seed: int = 0,
@@ -62,20 +61,18 @@ def cut(
     `target` is one of `sparsity` (removed share of the decoder's linear weights), `pattern` ("2:4"), `params` ("70M"),
     `memory` ("150MB"), `speedup` (1.7), or a shape (`intermediate_size`, `num_key_value_heads`, `num_hidden_layers`; of
     a window `layers` by name, and `offset`); and the criterion's own settings. `calibration` is `starter-dates`,
-    `starter`, `pydoc`, a text file or a file of conversations, of which `samples` of `length` tokens are read.
+    `starter`, `pydoc`, a text file or a file of conversations, of which `samples` of `length` tokens are read; or a
+    config's section, {"text": file, "layout": "dolly"}.
 
     A block that is there and was cut by the same recipe is given as it is, so that a script can run again. Raises
     `LegolmError` for another one, and for a target that cannot be met.
     """
     folder = Path(out)
-    text = {"text": calibration, "samples": samples, "length": length}
+    named = dict(calibration) if isinstance(calibration, Mapping) else {"text": calibration}
+    text = {"samples": samples, "length": length} | named
     raw = {"name": folder.name, "method": method, "calibration": text, "recover": {"steps": recover}} | target
     spec = validate(BlockConfig, raw, "cut")
-    if folder.exists():
-        found = read_block(folder)
-        recipe = spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True)
-        if (found.base_fingerprint, found.method, found.details.get("target")) != (llm.fingerprint, method, recipe):
-            raise LegolmError(f"cut: {folder} holds another block ({found.method}); give another folder")
+    if (found := kept_block(folder, llm.fingerprint, spec, seed, precision)) is not None:
         return found
     check_room(folder)
     model = lasting_name(llm.name)
@@ -86,16 +83,23 @@ def cut(
 def read(
     source: str | Path | Sequence[str],
     *,
-    instruction: str = "instruction",
-    answer: str = "output",
+    layout: str = "auto",
+    instruction: str | None = None,
+    input: str | None = None,
+    answer: str | None = None,
     messages: str | None = None,
+    text: str | None = None,
+    bad_rows: Literal["refuse", "skip"] = "refuse",
     system: str | None = None,
 ) -> list[Example]:
-    """Conversations from files (JSON, JSONL, CSV, Parquet; patterns), `hub:owner/name[:split]`, or a list of them.
+    """Conversations from files (JSON, JSONL, CSV, Parquet; patterns), `hub:owner/name[[:config]:split]`, or a list.
 
-    `instruction` and `answer` name a row's fields, or `messages` its list of role and content; `system` is put before
-    each conversation without a system message. Raises `LegolmError` with the place of a bad row.
+    `layout` is that of rows: alpaca, dolly, sharegpt, messages, pairs (prompt and completion as they stand) or text;
+    `auto` takes each row as its fields say. The others name its fields where they are called otherwise: `instruction`,
+    `input` beside it and `answer`, or `messages`, or `text`. `bad_rows` that are skipped are in none of it; `system` is
+    put before each conversation without a system message. Raises `LegolmError` with the places of bad rows.
     """
-    fields = Fields(instruction=instruction, answer=answer, messages=messages)
+    fields = {"instruction": instruction, "input": input, "answer": answer, "messages": messages, "text": text}
+    rows = validate(RowsConfig, {"layout": layout, "fields": fields, "bad_rows": bad_rows}, "read")
     files = str(source) if isinstance(source, Path) else source
-    return [with_system(to_example(row, fields), system) for row in read_rows(files, "read")]
+    return [with_system(example, system) for example in read_examples(files, rows, "read")]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from legolm.block import Block
 from legolm.composition import choose_method, plan
 from legolm.composition import compose as put_together
+from legolm.config import RowsConfig
+from legolm.config import validate as check
 from legolm.evaluation import Questions
 from legolm.runs import Ablation, Comparison
 from legolm.study import ablate as leave_out
@@ -47,12 +50,14 @@ def compose(
     density: float | None = None,
     weights: Sequence[float] | None = None,
     validate: str | None = None,
+    rows: Mapping[str, Any] | None = None,
 ) -> Block:
     """Put what separately trained blocks learned into one block or the LLM, written to the folder `out`.
 
     `sources` are folders of a run's final/ or "BLOCK:ADAPTER"; `into` is `llm`, `union`, sizes
     ("layers=30,kv_groups=3,neurons=1536") or a block. `weights` are one a source, or `validate` a file of answers to
-    weigh them by. Raises `LegolmError` for what does not fit.
+    weigh them by, read as `rows` says ({"layout": "dolly"}, as a config's `data`). Raises `LegolmError` for what
+    does not fit.
     """
     folder, progress = Path(out), Progress()
     check_room(folder)
@@ -60,4 +65,5 @@ def compose(
     target = str(into.path if isinstance(into, Block) else into)
     numbers = None if weights is None else ",".join(map(str, weights))
     chosen = choose_method(method, form, scaling, density)
-    return put_together(plan(names, target, base, chosen, numbers, validate, progress), folder, progress)
+    read = check(RowsConfig, dict(rows or {}), "compose")
+    return put_together(plan(names, target, base, chosen, numbers, validate, progress, read), folder, progress)

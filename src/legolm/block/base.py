@@ -25,7 +25,7 @@ class Base:
     @staticmethod
     def of(path: Path, fingerprint: str, config: Any) -> Base:
         """The checkpoint in a folder. Raises `LegolmError` when its family is not known."""
-        return Base(path, fingerprint, config, shape_of(config), count_parameters(path), config.dtype or torch.float32)
+        return Base(path, fingerprint, config, shape_of(config), count_parameters(path), config.dtype)
 
     def parameters_of(self, kept_weights: int) -> int:
         """Stored parameters of a block that keeps so many of the decoder's linear weights."""

@@ -17,6 +17,7 @@ from legolm.cli.calibrate import calibrate
 from legolm.cli.compare import compare
 from legolm.cli.compose import compose
 from legolm.cli.eval import evaluate
+from legolm.cli.importing import import_model
 from legolm.cli.inspect import inspect
 from legolm.cli.prune import prune
 from legolm.cli.report import report
@@ -47,6 +48,7 @@ def main_options(version: Version = False) -> None:
 # In the order in which `legolm --help` lists them.
 app.command()(run)
 app.command()(prune)
+app.command(name="import")(import_model)
 app.command()(calibrate)
 app.command()(inspect)
 app.command(name="eval")(evaluate)

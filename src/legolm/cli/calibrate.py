@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from legolm.cli.options import Precision, check_new
+from legolm.cli.options import (
+    Answer,
+    BadRows,
+    Input,
+    Instruction,
+    LayoutOption,
+    Messages,
+    Precision,
+    check_new,
+    rows_of,
+)
 
 
 def calibrate(
@@ -20,20 +30,30 @@ def calibrate(
     samples: Annotated[int, typer.Option(help="samples of the text")] = 32,
     length: Annotated[int, typer.Option(help="tokens a sample")] = 256,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    layout: LayoutOption = None,
+    instruction: Instruction = None,
+    input: Input = None,
+    answer: Answer = None,
+    messages: Messages = None,
+    bad_rows: BadRows = None,
     precision: Precision = "fp32",
 ) -> None:
     """Private calibration: write sums of activation statistics, which `legolm prune --statistics` adds up."""
     from legolm.config import CalibrationConfig, validate
 
-    settings = validate(CalibrationConfig, {"text": text, "samples": samples, "length": length}, "legolm calibrate")
+    rows = rows_of(layout, instruction, input, answer, messages, bad_rows)
+    given = {"text": text, "samples": samples, "length": length} | rows
+    settings = validate(CalibrationConfig, given, "legolm calibrate")
     check_new(out)
 
-    from legolm.data import calibration_tokens
+    from legolm.data import calibration_tokens, check_text
     from legolm.models import fingerprint, load_tokenizer, resolve
     from legolm.prune import collect, save_statistics
     from legolm.system import Progress
 
-    base = resolve(model)
+    base, progress = resolve(model), Progress()
+    for note in check_text(text, settings, "--text"):
+        progress.note(note)
     tokens = calibration_tokens(settings, load_tokenizer(base), seed)
-    save_statistics(collect(base, fingerprint(base), tokens, needs, precision, Progress()), out)
+    save_statistics(collect(base, fingerprint(base), tokens, needs, precision, progress), out)
     typer.echo(out)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from legolm.cli.options import check_new
+from legolm.cli.options import Answer, BadRows, Input, Instruction, LayoutOption, Messages, check_new, rows_of
+from legolm.errors import LegolmError
 
 
 def compose(
@@ -21,19 +22,33 @@ def compose(
     density: Annotated[float | None, typer.Option(help="ties: share of each change that is kept, 0.2")] = None,
     weights: Annotated[str | None, typer.Option(help="one a source: 1,2,1; by training examples if not given")] = None,
     validate: Annotated[str | None, typer.Option(help="weights by loss on this file of instructions, answers")] = None,
+    layout: LayoutOption = None,
+    instruction: Instruction = None,
+    input: Input = None,
+    answer: Answer = None,
+    messages: Messages = None,
+    bad_rows: BadRows = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is held and covered, and stop")] = False,
 ) -> None:
     """Combine what separately trained blocks learned into one block, or into the LLM."""
     check_new(out)
 
+    given = rows_of(layout, instruction, input, answer, messages, bad_rows)
+    if given and validate is None:
+        raise LegolmError("--layout and names of fields: only with --validate; give that too, or leave them out")
+
     from legolm.composition import choose_method, plan
     from legolm.composition import compose as put_together
+    from legolm.config import RowsConfig
+    from legolm.config import validate as checked
     from legolm.report import print_blocks, print_composition
     from legolm.system import Progress
 
     progress = Progress()
     chosen = choose_method(method, form, scaling, density)
-    wanted = plan(sources, into, base, chosen, weights, validate, progress)
+    wanted = plan(
+        sources, into, base, chosen, weights, validate, progress, checked(RowsConfig, given, "legolm compose")
+    )
     if dry_run:
         print_composition(wanted)
         return

@@ -7,8 +7,18 @@ from typing import Annotated
 
 import typer
 
-from legolm.cli.options import Precision, check_new, task_names
-from legolm.errors import LegolmError
+from legolm.cli.options import (
+    Answer,
+    BadRows,
+    Input,
+    Instruction,
+    LayoutOption,
+    Messages,
+    Precision,
+    check_new,
+    rows_of,
+    task_names,
+)
 
 
 def evaluate(
@@ -21,30 +31,39 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Option(help="a PEFT adapter's folder, put on the model")] = None,
     rouge: Annotated[bool, typer.Option("--rouge", help="also generate the answers, for ROUGE-L; slow")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="only so many questions of each task and of --data")] = None,
-    instruction: Annotated[str | None, typer.Option(help="field of the instruction, `instruction`")] = None,
-    answer: Annotated[str | None, typer.Option(help="field of the answer, `output`")] = None,
-    messages: Annotated[str | None, typer.Option(help="instead of both: field of a list of role and content")] = None,
+    layout: LayoutOption = None,
+    instruction: Instruction = None,
+    input: Input = None,
+    answer: Answer = None,
+    messages: Messages = None,
+    bad_rows: BadRows = None,
     length: Annotated[int | None, typer.Option(min=2, help="tokens a perplexity window, 1024")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="at most this many windows")] = None,
     precision: Precision = "fp32",
     out: Annotated[Path | None, typer.Option(help="JSON file of all figures, with every question's part")] = None,
 ) -> None:
-    """Tasks, answers and perplexity, with standard errors; a block beside its LLM, with a paired test."""
+    """Tasks, answers and perplexity, with standard errors; a block beside its LLM, with a paired test.
+
+    With --out, a command that was killed goes on where it was.
+    """
     if out is not None:
         check_new(out)
-    from legolm.config import Fields
+    from legolm.config import RowsConfig, validate
     from legolm.evaluation import evaluate as evaluate_all
-    from legolm.evaluation import line_up, read_questions, write_json
+    from legolm.evaluation import kept_beside, line_up, read_questions, write_json
     from legolm.report import print_evaluation
+    from legolm.system import Progress
 
-    given = {"instruction": instruction, "answer": answer, "messages": messages}
-    named = {name: field for name, field in given.items() if field is not None}
-    if messages is not None and len(named) > 1:
-        raise LegolmError(f"--messages {messages}: instead of --instruction and --answer; give the one or the others")
-    fields = Fields(**named) if named else None
-    questions = read_questions(task_names(tasks), include, data, fields, text, limit, rouge, length, windows)
-    found = evaluate_all(line_up(models, base, adapter), questions, precision)
+    given = rows_of(layout, instruction, input, answer, messages, bad_rows)
+    rows = validate(RowsConfig, given, "legolm eval") if given else None
+    questions = read_questions(task_names(tasks), include, data, rows, text, limit, rouge, length, windows)
+    for note in questions.notes:
+        Progress().note(note)
+    subjects = line_up(models, base, adapter)
+    with kept_beside(out) as parts:
+        found = evaluate_all(subjects, questions, precision, parts)
+        if out is not None:
+            write_json(found, questions, precision, out)
     print_evaluation(found)
     if out is not None:
-        write_json(found, questions, precision, out)
         typer.echo(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,33 @@ from legolm.errors import LegolmError
 Config = Annotated[Path, typer.Argument(help="YAML config of the run; see examples/")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="of matrix products")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="override a value: a.b=value; may be repeated")]
+
+LayoutOption = Annotated[
+    str | None, typer.Option(help="of rows: auto, alpaca, dolly, sharegpt, messages, pairs or text")
+]
+Instruction = Annotated[str | None, typer.Option(help="field of the instruction, where it has another name")]
+Input = Annotated[str | None, typer.Option(help="field of what stands beside the instruction")]
+Answer = Annotated[str | None, typer.Option(help="field of the answer")]
+Messages = Annotated[str | None, typer.Option(help="instead of these: field of a list of turns")]
+
+BadRows = Annotated[str | None, typer.Option(help="refuse (name them all) or skip (leave them out)")]
+
+
+def rows_of(
+    layout: str | None,
+    instruction: str | None,
+    input: str | None,
+    answer: str | None,
+    messages: str | None,
+    bad_rows: str | None,
+) -> dict[str, Any]:
+    """How rows are read, as a config has it; nothing where no option is given."""
+    named = {"instruction": instruction, "input": input, "answer": answer, "messages": messages}
+    fields = {name: field for name, field in named.items() if field is not None}
+    if messages is not None and len(fields) > 1:
+        raise LegolmError(f"--messages {messages}: instead of --instruction and --answer; give the one or the others")
+    given = {"layout": layout, "fields": fields or None, "bad_rows": bad_rows}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def check_new(out: Path) -> None:

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from legolm.cli.options import Precision, check_new
+from legolm.cli.options import (
+    Answer,
+    BadRows,
+    Input,
+    Instruction,
+    LayoutOption,
+    Messages,
+    Precision,
+    check_new,
+    rows_of,
+)
 from legolm.errors import LegolmError
 
 
@@ -27,6 +37,12 @@ def prune(
     calibration: Annotated[
         str, typer.Option(help="`starter-dates`, `starter`, `pydoc`, text or conversations")
     ] = "pydoc",
+    layout: LayoutOption = None,
+    instruction: Instruction = None,
+    input: Input = None,
+    answer: Answer = None,
+    messages: Messages = None,
+    bad_rows: BadRows = None,
     statistics: Annotated[list[Path] | None, typer.Option(help="instead: a file of `legolm calibrate`; repeat")] = None,
     samples: Annotated[int, typer.Option(help="calibration samples")] = 32,
     length: Annotated[int, typer.Option(help="tokens a calibration sample")] = 256,
@@ -35,7 +51,10 @@ def prune(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     precision: Precision = "fp32",
 ) -> None:
-    """Cut one block, or several at once (`--sparsity 0.25,0.5`): checkpoints with a manifest of what they kept."""
+    """Cut one block, or several at once (`--sparsity 0.25,0.5`): checkpoints with a manifest of what they kept.
+
+    Blocks that are there and were cut by the same recipe stay: a command that was killed goes on.
+    """
     from legolm.config import BlockConfig, load_plugins, validate
 
     load_plugins(plugin or ())
@@ -53,6 +72,7 @@ def prune(
     if statistics and len({path.resolve() for path in statistics}) < len(statistics):
         raise LegolmError("--statistics: a file is given twice; its client would count twice")
     text = {"text": calibration, "samples": samples, "length": length, "statistics": sums}
+    text |= rows_of(layout, instruction, input, answer, messages, bad_rows)
     wanted = []
     chosen = _each(targets)
     for target in chosen:
@@ -64,15 +84,28 @@ def prune(
     for folder in folders:
         if folders.count(folder) > 1:
             raise LegolmError(f"legolm prune: {folder.name} is asked for twice; give each target once")
-        check_new(folder)
+        if not folder.exists():
+            check_new(folder)
 
+    from legolm.data import check_text
     from legolm.models import fingerprint, lasting_name, resolve
-    from legolm.prune import cut_blocks
+    from legolm.prune import cut_blocks, kept_block
     from legolm.report import print_blocks
     from legolm.system import Progress
 
-    base = resolve(model)
-    print_blocks(cut_blocks(base, fingerprint(base), wanted, seed, precision, Progress(), lasting_name(model)))
+    base, progress = resolve(model), Progress()
+    if statistics is None:
+        for note in check_text(calibration, wanted[0][0].calibration, "--calibration"):
+            progress.note(note)
+    digest = fingerprint(base)
+    blocks = {folder: kept_block(folder, digest, spec, seed, precision) for spec, folder in wanted}
+    left = [(spec, folder) for spec, folder in wanted if blocks[folder] is None]
+    for folder in folders:
+        if blocks[folder] is not None:
+            progress.note(f"{folder}: is there already, cut by the same recipe")
+    made = cut_blocks(base, digest, left, seed, precision, progress, lasting_name(model)) if left else []
+    new = {block.path: block for block in made}
+    print_blocks([blocks[folder] or new[folder] for folder in folders])
 
 
 def _each(targets: dict[str, str | None]) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,13 @@ from legolm.block import Base, Block, Coverage, Manifest, read_block, slice_matr
 from legolm.composition.methods import Method, Part
 from legolm.composition.sources import Source, given_weights, read_sources, weights_by_examples, weights_by_loss
 from legolm.composition.target import covered_weights, held, masked_like, parse_sizes, shaped, target_block
+from legolm.config import RowsConfig
+from legolm.data import prompt_look, take_look
 from legolm.errors import LegolmError
 from legolm.models import (
     CheckpointWriter,
     LayeredModel,
+    carry,
     config_changes,
     count_parameters,
     find_fingerprint,
@@ -57,10 +61,12 @@ def plan(
     weights: str | None,
     validate: str | None,
     progress: Progress,
+    rows: RowsConfig | None = None,
 ) -> Composition:
     """Read and check everything; with `validate` also evaluate the sources. Raises `LegolmError` for bad input.
 
     `into` is `llm`, `union`, sizes, or a block's folder; `base` the LLM, which runs record in their final folders.
+    `rows`: how those of `validate` are read.
     """
     if weights is not None and validate is not None:
         raise LegolmError("--weights and --validate: give one of them")
@@ -93,7 +99,7 @@ def plan(
     if weights is not None:
         numbers = given_weights(weights, sources)
     elif validate is not None:
-        numbers = weights_by_loss(sources, validate, progress)
+        numbers = weights_by_loss(sources, validate, progress, rows or RowsConfig())
     else:
         numbers = weights_by_examples(sources)
     mean = sum(numbers) / len(numbers)
@@ -108,6 +114,7 @@ def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
     """
     coverage, base = wanted.coverage, wanted.base
     model, tokenizer = LayeredModel(base.path), load_tokenizer(base.path)
+    _take_template(tokenizer, wanted.sources, progress)
     dense = replace(coverage, masks={}).kept_weights
     check_room(out, (base.parameters if wanted.whole else base.parameters_of(dense)) * base.dtype.itemsize)
     with atomic_folder(out) as folder:
@@ -123,9 +130,9 @@ def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
         config = copy.deepcopy(base.config)
         if not wanted.whole and coverage.block_shape != base.shape:
             config.update(config_changes(config, coverage.block_shape, coverage.layers))
-        config.dtype = base.dtype
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        carry(base.path, folder)
         manifest = Manifest(
             name=out.name,
             method="composed",
@@ -143,6 +150,22 @@ def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
         )
         write_block(manifest, coverage, folder)
     return read_block(out)
+
+
+def _take_template(tokenizer: Any, sources: Sequence[Source], progress: Progress) -> None:
+    """Prompts look as the sources were trained on; as the first was, where they differ, which is said."""
+    # What composing needs of a source is no checkpoint.
+    whole = [source for source in sources if (source.block.path / "tokenizer_config.json").is_file()]
+    looks = [prompt_look(load_tokenizer(source.block.path)) for source in whole]
+    if not looks:
+        return
+    take_look(tokenizer, looks[0])
+    other = next((source.name for source, look in zip(whole, looks, strict=True) if look != looks[0]), None)
+    if other is not None:
+        progress.note(
+            f"{other} was trained with another chat template or date than {whole[0].name}, whose goes with the "
+            "composed model"
+        )
 
 
 def _layer(wanted: Composition, layer: int, own: nn.Module) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ import torch
 from legolm.adapter import FACTORS, Tensors, adapter_keys, factor_shape, load_factors, merged, parse_key, read_adapter
 from legolm.block import Block, Coverage
 from legolm.composition.target import checked_block
-from legolm.config import Fields
-from legolm.data import read_rows, render_whole, to_example
+from legolm.config import RowsConfig
+from legolm.data import read_examples, render_whole
 from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.models import load_config, load_model, load_tokenizer
@@ -106,20 +106,23 @@ def weights_by_examples(sources: Sequence[Source]) -> list[float]:
     return [float(source.examples or 0) for source in sources]
 
 
-def weights_by_loss(sources: Sequence[Source], data: str, progress: Progress) -> list[float]:
+def weights_by_loss(sources: Sequence[Source], data: str, progress: Progress, rows: RowsConfig) -> list[float]:
     """softmax(−loss) of the trained blocks on instructions and answers: the mean probability of an answer token.
 
     The mean is geometric, of the loss in nats a token. Each block is loaded once, alone.
     """
-    examples = [to_example(row, Fields()) for row in read_rows(data, "--validate")]
+    said: list[str] = []
+    examples = list(read_examples(data, rows, "--validate", said))
+    for note in said:
+        progress.note(note)
     losses = []
     with progress.stage("validate", len(sources)) as advance:
         for source in sources:
             block, tokenizer = source.block, load_tokenizer(source.block.path)
             length = load_config(block.path).max_position_embeddings
-            rows = render_whole(examples, tokenizer, length, "--validate")
+            asked = render_whole(examples, tokenizer, length, "--validate")
             with merged(load_model(block.path), block.coverage, {} if source.merged else source.factors, 1.0) as model:
-                losses.append(score(model, rows, BATCH, "fp32").loss)
+                losses.append(score(model, asked, BATCH, "fp32").loss)
             if not math.isfinite(losses[-1]):
                 raise LegolmError(
                     f"{source.name}: its loss on {data} is {losses[-1]}; what it learned diverged, leave it out"

@@ -4,7 +4,7 @@ from legolm.config.aggregation import AggregateConfig, Codec, FederationConfig, 
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.file import dump, load, read, validate
 from legolm.config.registry import CRITERIA, SCHEMES, TRAINERS, Choice, Entry, Registry, foreign, guarded, load_plugins
-from legolm.config.section import Fields
+from legolm.config.section import LAYOUT_FIELDS, Fields, Layout, RowsConfig
 from legolm.config.sections import (
     ClientConfig,
     DataConfig,
@@ -22,6 +22,7 @@ from legolm.config.study import Variant, load_study
 
 __all__ = [
     "CRITERIA",
+    "LAYOUT_FIELDS",
     "SCHEMES",
     "TRAINERS",
     "AggregateConfig",
@@ -36,12 +37,14 @@ __all__ = [
     "EvaluateConfig",
     "FederationConfig",
     "Fields",
+    "Layout",
     "LoraConfig",
     "OutlierConfig",
     "Precision",
     "Profile",
     "RecoverConfig",
     "Registry",
+    "RowsConfig",
     "RunConfig",
     "ServerConfig",
     "SiteConfig",

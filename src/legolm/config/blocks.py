@@ -9,18 +9,17 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from legolm.config.registry import CRITERIA, Registry
-from legolm.config.section import Fields, Layer, LocalPath, Name, OpenSection, Quantity, Section
+from legolm.config.section import Layer, LocalPath, Name, OpenSection, Quantity, RowsConfig, Section
 
 
-class CalibrationConfig(Section):
+class CalibrationConfig(RowsConfig):
     """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`).
 
-    `text` is a starter set, `pydoc` (Python's help topics), a text file, or a file of conversations
-    (JSON, JSONL, CSV, Parquet), which is rendered with the model's chat template.
+    `text` is a starter set, `pydoc` (Python's help topics), a text file, or a file of rows (JSON, JSONL, CSV, Parquet),
+    which is read as `data` is and rendered as in training.
     """
 
     text: str = "starter"
-    fields: Fields = Fields()
     samples: int = Field(32, ge=1)
     length: int = Field(256, ge=8, description="tokens a sample")
     statistics: tuple[LocalPath, ...] | None = Field(None, description="files of `legolm calibrate`; they are added up")

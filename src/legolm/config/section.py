@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -100,9 +100,51 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Layer = Annotated[int, Field(ge=0)]
 
 
-class Fields(Section):
-    """Where the conversation is in a row: `instruction` and `answer`, or `messages` (a list of role and content)."""
+Layout = Literal["auto", "alpaca", "dolly", "sharegpt", "messages", "pairs", "text"]
+LAYOUT_FIELDS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("messages",),
+    "alpaca": ("instruction", "input", "answer"),
+    "dolly": ("instruction", "input", "answer"),
+    "pairs": ("instruction", "answer"),
+    "text": ("text",),
+}
+"""What of `Fields` each layout has, in the order in which `auto` looks for them."""
 
-    instruction: str = "instruction"
-    answer: str = "output"
+
+class Fields(Section):
+    """Fields of a row by other names than the layout's own: instruction, input (context) and answer; messages; text."""
+
+    instruction: str | None = None
+    input: str | None = None
+    answer: str | None = None
     messages: str | None = None
+    text: str | None = None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Those that are named."""
+        return {name: field for name, field in self if field is not None}
+
+
+class RowsConfig(Section):
+    """How the rows of a file are read.
+
+    `layout`: alpaca (instruction, input, output), dolly (instruction, context, response), sharegpt (conversations of
+    from and value), messages (of role and content), pairs (prompt, completion) and text, which are trained on as they
+    stand, without a chat template; `auto` takes each row as its fields say. `fields` names them otherwise.
+    """
+
+    layout: Layout = "auto"
+    fields: Fields = Fields()
+    bad_rows: Literal["refuse", "skip"] = Field(
+        "refuse", description="rows without an answer, broken lines: name them all, or leave them out and count them"
+    )
+
+    @model_validator(mode="after")
+    def _fields_of_one_layout(self) -> Self:
+        given = self.fields.given
+        if not any(given.keys() <= set(has) for name, has in LAYOUT_FIELDS.items() if self.layout in ("auto", name)):
+            takes = "one layout" if self.layout == "auto" else f"layout {self.layout}"
+            raise ValueError(f"fields: {', '.join(given)} are not those of {takes}; take out what does not belong")
+        return self

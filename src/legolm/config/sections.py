@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import date as Day
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from legolm.config.aggregation import AggregateConfig, FederationConfig
 from legolm.config.blocks import BlockConfig
 from legolm.config.registry import SCHEMES, TRAINERS, Registry, load_plugins
-from legolm.config.section import Fields, Layer, LocalPath, Name, OpenSection, Section, Share
+from legolm.config.section import Layer, LocalPath, Name, OpenSection, RowsConfig, Section, Share
 from legolm.errors import nearest
 
 Precision = Literal["fp32", "bf16"]
@@ -22,9 +23,13 @@ LEAST_RECOVERY, MOST_RECOVERY = 16, 40
 
 
 class Split(Section):
-    """How rows become parts, one a client: by file stem, by a column's value, IID, or Dirichlet over a column."""
+    """How rows become parts, one a client: by file, by folder, by a column's value, IID, or Dirichlet over a column.
 
-    by: Literal["file", "column", "iid", "dirichlet"] = "file"
+    `file` is a file's stem, or the name of its folder where clients are called so. A validation or test set by file
+    that has no client's name is everyone's.
+    """
+
+    by: Literal["file", "folder", "column", "iid", "dirichlet"] = "file"
     column: str | None = None
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is heterogeneous")
 
@@ -35,9 +40,9 @@ class Split(Section):
         return self
 
 
-class DataConfig(Section):
-    """Examples: a built-in set (`starter`, `starter-dates`, `starter-languages`), files (JSON, JSONL, CSV,
-    Parquet; globs allowed) or a hub data set.
+class DataConfig(RowsConfig):
+    """Examples: a built-in set (`starter`, `starter-dates`, `starter-languages`), files (JSON, JSONL, CSV, Parquet;
+    globs allowed) or a hub data set (`hub:owner/name`, `:split` or `:config:split` behind it).
 
     `validation` and `test` are paths like `train`, or a share of each client's training rows to hold out.
     """
@@ -45,9 +50,12 @@ class DataConfig(Section):
     train: str | list[str] = "starter"
     validation: str | list[str] | Share = 0.1
     test: str | list[str] | Share = 0.2
-    fields: Fields = Fields()
     split: Split = Split()
     system: str | None = Field(None, description="system message put before each conversation without one")
+    template: LocalPath = Field(
+        "model", description="chat template: the model's own, `alpaca`, `chatml`, or a file in Jinja"
+    )
+    date: Day = Field(Day(2024, 7, 26), description="the day that a template which writes today's writes")
     limit_train: int | None = Field(None, ge=1, description="keep at most this many training examples a client")
     limit_validation: int | None = Field(None, ge=1)
     limit_test: int | None = Field(None, ge=1)
@@ -150,8 +158,11 @@ class TrainConfig(OpenSection):
     warmup_steps: int = Field(0, ge=0, description="steps of the whole run over which the learning rate rises")
     clip_norm: float = Field(1.0, gt=0)
     max_length: int = Field(512, ge=8, description="tokens of an example, at most")
+    turns: Literal["last", "all"] = Field(
+        "last", description="of a conversation: its last answer, or each of the assistant's, with all before as prompt"
+    )
     long_examples: Literal["truncate", "refuse"] = Field(
-        "truncate", description="truncated ones lose the start of their prompt"
+        "truncate", description="truncated ones lose the start of their question"
     )
     gradient_checkpointing: bool = Field(False, description="less memory for a third more work, of all clients")
 

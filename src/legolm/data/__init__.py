@@ -2,28 +2,47 @@
 
 from legolm.data.calibration import calibration_tokens, check_text
 from legolm.data.examples import ClientData, Example, Message
+from legolm.data.layouts import read_examples, to_example, with_system
+from legolm.data.prose import read_text, text_tokens
 from legolm.data.render import Tokens, check_whole, render, render_whole
-from legolm.data.sources import check_apart, read_rows, read_text, to_example, with_system
+from legolm.data.sequence import begin, begun, check_tokens, encode, windows
+from legolm.data.sources import check_apart, paths_of, read_rows
 from legolm.data.split import client_data, data_fingerprint, load_parts
 from legolm.data.starter import is_starter
+from legolm.data.template import DATE, prompt_look, set_template, take_look
+from legolm.data.tokens import TokenRows, tokenize
 
 __all__ = [
+    "DATE",
     "ClientData",
     "Example",
     "Message",
+    "TokenRows",
     "Tokens",
+    "begin",
+    "begun",
     "calibration_tokens",
     "check_apart",
     "check_text",
+    "check_tokens",
     "check_whole",
     "client_data",
     "data_fingerprint",
+    "encode",
     "is_starter",
     "load_parts",
+    "paths_of",
+    "prompt_look",
+    "read_examples",
     "read_rows",
     "read_text",
     "render",
     "render_whole",
+    "set_template",
+    "take_look",
+    "text_tokens",
     "to_example",
+    "tokenize",
+    "windows",
     "with_system",
 ]

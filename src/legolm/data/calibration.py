@@ -5,22 +5,28 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import chain, islice
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from legolm.config import CalibrationConfig, Fields
+from legolm.config import CalibrationConfig, RowsConfig
 from legolm.data.examples import Example
+from legolm.data.layouts import read_examples
+from legolm.data.prose import PIECE, check_prose, read_prose, text_tokens
 from legolm.data.render import render
-from legolm.data.sources import DATA_SUFFIXES, paths_of, read_rows, read_text, to_example
+from legolm.data.sequence import begin, windows
+from legolm.data.sources import is_rows, paths_of
 from legolm.data.starter import is_starter, public_starter_text
+from legolm.data.store import Examples
 from legolm.errors import LegolmError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+LONG = 64
+"""Bytes of a text that are read for each token wanted: ten times as many as there are."""
 
 
 def calibration_tokens(
@@ -28,19 +34,23 @@ def calibration_tokens(
 ) -> Tensor:
     """Windows of the text that do not overlap, drawn by `seed`: (samples, length) int64; or, if `fewer`, as are there.
 
+    Each begins as the tokenizer begins a text.
     Conversations are rendered with the chat template and packed together; a starter set alternates between
     some and the prose of Python's help topics. Raises `LegolmError` if the text is missing or too short.
     """
+    needed = config.samples * config.length
     if is_starter(config.text) or config.text == "pydoc":
-        streams = [_prose("\n".join(topics.values()), tokenizer)]
+        streams = [text_tokens("\n".join(topics.values()), tokenizer)]
         if is_starter(config.text):
             streams.insert(0, _conversations(public_starter_text(config.text), config, tokenizer, seed))
-    elif Path(config.text).suffix in DATA_SUFFIXES:
-        rows = read_rows(config.text, "calibration.text")
-        streams = [_conversations([to_example(row, config.fields) for row in rows], config, tokenizer, seed)]
+    elif is_rows(config.text):
+        rows = Examples.of(read_examples(config.text, config, "calibration.text"))
+        streams = [_conversations(rows, config, tokenizer, seed)]
     else:
-        streams = [_prose(_read_prose(config.text, "calibration.text"), tokenizer)]
-    pools = [_windows(stream, config.length, seed) for stream in streams]
+        paths = paths_of(config.text, "calibration.text")
+        text = read_prose(paths, "calibration.text", max(PIECE, LONG * needed), seed)
+        streams = [text_tokens(text, tokenizer)]
+    pools = [_shuffled(windows(stream.numpy(), config.length, begin(tokenizer)), seed) for stream in streams]
     available = min(len(pool) * len(pools) + place for place, pool in enumerate(pools))
     if available < (1 if fewer else config.samples):
         raise LegolmError(
@@ -51,39 +61,28 @@ def calibration_tokens(
     return torch.stack([pools[sample % len(pools)][sample // len(pools)] for sample in range(count)])
 
 
-def check_text(text: str, fields: Fields, field: str) -> None:
-    """Raise `LegolmError` when `calibration_tokens` would not find the text, or no conversations in its rows.
-
-    `field` names it.
+def check_text(text: str, rows: RowsConfig, field: str) -> list[str]:
+    """What there is to say of its rows. Raises `LegolmError` when `calibration_tokens` would not find the text, or no
+    conversations in its rows. `field` names it.
     """
-    if Path(text).suffix in DATA_SUFFIXES:
-        for row in read_rows(text, field):
-            to_example(row, fields)
+    said: list[str] = []
+    if is_rows(text):
+        for _ in read_examples(text, rows, field, said):
+            pass
     elif not is_starter(text) and text != "pydoc":
-        _read_prose(text, field)
+        for path in paths_of(text, field):
+            check_prose(path, field)
+    return said
 
 
-def _read_prose(text: str, field: str) -> str:
-    """The file of this name, or all that match the pattern, in order."""
-    return "\n".join(read_text(path, field) for path in paths_of(text, field))
-
-
-def _windows(stream: list[int], length: int, seed: int) -> Tensor:
-    """All windows that fit side by side, shuffled: (windows, length)."""
-    count = len(stream) // length
-    order = random.Random(f"{seed} windows").sample(range(count), count)
-    return torch.tensor(stream[: count * length]).view(count, length)[order]
+def _shuffled(found: Tensor, seed: int) -> Tensor:
+    return found[random.Random(f"{seed} windows").sample(range(len(found)), len(found))]
 
 
 def _conversations(
     examples: Sequence[Example], config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> list[int]:
+) -> Tensor:
     """Shuffled, so that a window mixes kinds, and no more than `config` needs: rendering takes time."""
-    shuffled = random.Random(f"{seed} conversations").sample(examples, len(examples))
-    rendered = (render(example, tokenizer, config.length).ids for example in shuffled)
-    return list(islice(chain.from_iterable(rendered), config.samples * config.length))
-
-
-def _prose(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # verbose=False: a text longer than the model's context is no mistake here.
-    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    order = random.Random(f"{seed} conversations").sample(range(len(examples)), len(examples))
+    rendered = (render(examples[place], tokenizer, config.length).ids for place in order)
+    return torch.tensor(list(islice(chain.from_iterable(rendered), config.samples * config.length)), dtype=torch.int64)

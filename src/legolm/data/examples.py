@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation; `more` is what else it has (tool calls, a name), a JSON object, for the template."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
+    more: str = ""
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """As files and chat templates have it."""
+        return {"role": self.role, "content": self.content} | (json.loads(self.more) if self.more else {})
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation whose last message, the assistant's, is the answer to learn."""
+    """A conversation whose last message, the assistant's, is the answer to learn.
+
+    `raw`: prompt and completion, or text alone, as they stand: nothing is written around or between them.
+    """
 
     messages: tuple[Message, ...]
+    raw: bool = False
 
     @property
     def question(self) -> str:
@@ -27,14 +41,21 @@ class Example:
 
     @property
     def wanted(self) -> str:
-        """The answer."""
-        return self.messages[-1].content
+        """The answer; the calls, where it calls tools and says nothing."""
+        last = self.messages[-1]
+        return last.content or last.more
+
+    @property
+    def turns(self) -> tuple[Example, ...]:
+        """Each answer of the conversation that something stands before, as an example of its own."""
+        ends = [place for place, one in enumerate(self.messages, 1) if one.role == "assistant" and place > 1]
+        return tuple(Example(self.messages[:end], self.raw) for end in ends) or (self,)
 
 
 @dataclass(frozen=True)
 class ClientData:
     """What one client holds. It never leaves the client."""
 
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import random
+from array import array
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 
@@ -12,72 +14,124 @@ import numpy as np
 
 from legolm.config import DataConfig, RunConfig, SiteConfig
 from legolm.data.examples import ClientData, Example
-from legolm.data.sources import Row, check_apart, read_rows, to_example, with_system
+from legolm.data.layouts import Reading, unread, with_system
+from legolm.data.sources import check_apart, names_of, parts_of
 from legolm.data.starter import SplitName, is_starter, starter_parts
+from legolm.data.store import Examples, Store
 from legolm.errors import LegolmError
 
-Groups = dict[str, list[Example]]
-"""Examples by what decides whose they are: file stem, column value or client; "" where only chance does."""
+Groups = dict[str, np.ndarray]
+"""Places in the store by what decides whose they are: file, column value or client; "" where only chance does."""
 
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 _DRAWS = 100
 _REMEDY = {
     "file": "put more rows in a file named after it",
+    "folder": "put more rows in a folder named after it",
     "column": "give more rows with its name in the column",
     "iid": "give more rows",
     "dirichlet": "give more rows or raise split.alpha",
 }
 
 
-def load_parts(config: DataConfig, clients: Sequence[str], seed: int) -> dict[str, ClientData]:
+def load_parts(
+    config: DataConfig, clients: Sequence[str], seed: int, notes: list[str] | None = None
+) -> dict[str, ClientData]:
     """The parts that clients ask for by name, in their order; equal for equal seeds.
 
     The starter data and splits by file or column have parts of their own; IID and Dirichlet splits deal all
-    rows to the names given. Raises `LegolmError` for a bad row, an unknown part, or one with an empty split.
+    rows to the names given. What there is to say of the rows is added to `notes`. Raises `LegolmError` for bad rows, an
+    unknown part, or one with an empty split.
     """
     if is_starter(config.train):
         _refuse_what_starter_ignores(config)
         parts = starter_parts(config.train, seed)
         _check_known(clients, parts)
-        return {client: _finish(parts[client], config) for client in clients}
+        return {client: _finish(_with_system(parts[client], config.system), config) for client in clients}
     sources = {split: getattr(config, split) for split in _SPLITS}
     for split in ("validation", "test"):
         if not isinstance(other := sources[split], float):
             check_apart(config.train, other, f"data.{split}")
-    groups = {s: _group(source, s, config) for s, source in sources.items() if not isinstance(source, float)}
+    store, names, said, unused = Store(), list(dict.fromkeys(clients)), list[str](), Counter[str]()
+    groups = {
+        split: _group(source, split, config, names, store, said, unused)
+        for split, source in sources.items()
+        if not isinstance(source, float)
+    }
     if config.split.by in ("iid", "dirichlet"):
-        groups = _deal(groups, list(dict.fromkeys(clients)), config, seed)
+        groups = _deal(groups, names, config, seed)
     _check_known(clients, groups["train"])
-    return {client: _finish(_hold_out(client, groups, config, seed), config) for client in clients}
+    if notes is not None:
+        notes += [*said, *unread("data", unused)]
+    return {client: _finish(_hold_out(client, groups, config, seed, store), config) for client in clients}
 
 
 def data_fingerprint(data: Mapping[str, ClientData], server: Sequence[Example] = ()) -> str:
     """SHA-256 over every client's examples, by client, and the server's own where it has some."""
-    found = hashlib.sha256(b"[")  # of the list's `repr`, which whole would be as large as the data again
-    for index, item in enumerate(sorted(data.items())):
-        found.update(f"{', ' if index else ''}{item!r}".encode())
-    found.update(b"]" + (repr(list(server)).encode() if server else b""))
+    found = hashlib.sha256()
+    for client, one in sorted(data.items()):
+        for split in _SPLITS:
+            found.update(f"{client} {split} {len(getattr(one, split))}".encode())
+            for example in getattr(one, split):
+                found.update(repr(example).encode())
+    for example in server:
+        found.update(repr(example).encode())
     return found.hexdigest()
 
 
-def _group(source: str | list[str], split: SplitName, config: DataConfig) -> Groups:
-    groups: Groups = {}
-    files: dict[str, str] = {}
-    for row in read_rows(source, f"data.{split}"):
-        label = _label(row, config)
-        # Merging two files of one stem would show one client's rows to another.
-        if config.split.by == "file" and files.setdefault(label, row.source) != row.source:
-            raise LegolmError(f"data.{split}: {files[label]} and {row.source} are both part {label!r}; rename one")
-        groups.setdefault(label, []).append(to_example(row, config.fields))
+def _group(
+    source: str | list[str],
+    split: SplitName,
+    config: DataConfig,
+    clients: Sequence[str],
+    store: Store,
+    said: list[str],
+    unused: Counter[str],
+) -> Groups:
+    field, by = f"data.{split}", config.split.by
+    labels = _by_place(source, split, config, clients, said) if by in ("file", "folder") else {}
+    groups: dict[str, array[int]] = {}
+    column = config.split.column if by in ("column", "dirichlet") else None
+    reading = Reading(config, field, column, config.system is not None)
+    for row, example in reading.examples(source):
+        label = labels[row.source] if labels else "" if by == "iid" else str(row[str(column)])
+        groups.setdefault(label, array("q")).append(len(store))
+        store.add(with_system(example, config.system))
     if not groups:
-        raise LegolmError(f"data.{split}: {source!r} has no rows; name files with examples")
-    return groups
+        raise LegolmError(f"{field}: {source!r} has no rows; name files with examples")
+    said += reading.notes
+    unused += reading.unused
+    found = {label: np.frombuffer(places, dtype=np.int64) for label, places in groups.items()}
+    return dict.fromkeys(clients, found[""]) if by in ("file", "folder") and "" in found else found
 
 
-def _label(row: Row, config: DataConfig) -> str:
-    if config.split.by == "file":
-        return row.stem
-    return "" if config.split.by == "iid" else str(row[str(config.split.column)])
+def _by_place(
+    source: str | list[str], split: SplitName, config: DataConfig, clients: Sequence[str], said: list[str]
+) -> dict[str, str]:
+    """Each file's part: its stem, or the nearest of its folders' names by which all clients find theirs.
+
+    "" for everyone's: validation or test sets in which no client has a part of its own.
+    """
+    field, first = f"data.{split}", int(config.split.by == "folder")
+    parts = parts_of(source, field)
+    names = [names_of(part)[first:] or [""] for part in parts]
+    depth = min((len(one) for one in names), default=0)
+    levels = [[one[level] for one in names] for level in range(depth)]
+    # Files of one stem are no two parts of a client; those in one folder are one.
+    apart = [level for place, level in enumerate(levels) if first or place or len(set(level)) == len(level)]
+    chosen = next((level for level in apart if set(clients) <= set(level)), None)
+    if chosen is None and split != "train" and not any(set(clients) & set(level) for level in levels[:2]):
+        said.append(f"{field}: no part has a client's name, so that all clients share it.")
+        chosen = [""] * len(parts)
+    if chosen is not None and chosen is not levels[0] and chosen[0]:
+        said.append(f"{field}: parts are called as their folders are.")
+    if chosen is None and levels and levels[0] not in apart:
+        twice = next(place for place, name in enumerate(levels[0]) if levels[0].index(name) < place)
+        raise LegolmError(
+            f"{field}: {parts[levels[0].index(levels[0][twice])]} and {parts[twice]} are both part "
+            f"{levels[0][twice]!r}; rename one, or name their folders after the clients"
+        )
+    return dict(zip(map(str, parts), chosen or (levels[0] if levels else []), strict=True))
 
 
 def _deal(
@@ -109,20 +163,24 @@ def _deal(
 
 def _cut(by_label: Groups, shares: Mapping[str, np.ndarray], clients: Sequence[str], key: str) -> Groups:
     """Shuffle each label's examples and cut them by its shares: each goes to exactly one client."""
-    dealt: Groups = {client: [] for client in clients}
-    for label, examples in sorted(by_label.items()):
-        shuffled = _shuffled(examples, f"{key} {label}")
-        ends = np.rint(np.cumsum(shares[label]) * len(examples)).astype(int)
-        ends[-1] = len(examples)
+    dealt: dict[str, list[np.ndarray]] = {client: [] for client in clients}
+    for label, places in sorted(by_label.items()):
+        shuffled = _shuffled(places, f"{key} {label}")
+        ends = np.rint(np.cumsum(shares[label]) * len(places)).astype(int)
+        ends[-1] = len(places)
         for client, (start, end) in zip(clients, pairwise([0, *ends]), strict=True):
-            dealt[client] += shuffled[start:end]
-    return dealt
+            dealt[client].append(shuffled[start:end])
+    return {client: np.concatenate(found) for client, found in dealt.items()}
 
 
-def _hold_out(client: str, groups: Mapping[SplitName, Groups], config: DataConfig, seed: int) -> ClientData:
+def _hold_out(
+    client: str, groups: Mapping[SplitName, Groups], config: DataConfig, seed: int, store: Store
+) -> ClientData:
     """The client's examples, shuffled; what validation and test hold out leaves the training rows."""
+    nothing = np.empty(0, dtype=np.int64)
     own = {
-        split: _shuffled(by_client.get(client, []), f"{seed} {split} {client}") for split, by_client in groups.items()
+        split: _shuffled(by_client.get(client, nothing), f"{seed} {split} {client}")
+        for split, by_client in groups.items()
     }
     rows = len(own["train"])
     for split in _SPLITS[1:]:
@@ -131,27 +189,23 @@ def _hold_out(client: str, groups: Mapping[SplitName, Groups], config: DataConfi
             held_out = max(1, round(share * rows))
             own[split], own["train"] = own["train"][:held_out], own["train"][held_out:]
     for split in _SPLITS:
-        if not own[split]:
+        if not len(own[split]):
             raise LegolmError(
                 f"data.{split}: client {client!r} is left without {split} examples "
                 f"({rows} rows in data.train, split by {config.split.by}); {_REMEDY[config.split.by]}"
             )
-    return ClientData(*(tuple(own[split]) for split in _SPLITS))
+    return ClientData(*(Examples(store, own[split]) for split in _SPLITS))
 
 
 def _finish(data: ClientData, config: DataConfig) -> ClientData:
-    """The limits and the system message of the config."""
+    """The limits of the config."""
     limits = (config.limit_train, config.limit_validation, config.limit_test)
-    return ClientData(
-        *(
-            tuple(with_system(example, config.system) for example in examples[:limit])
-            for examples, limit in zip((data.train, data.validation, data.test), limits, strict=True)
-        )
-    )
+    held = (data.train, data.validation, data.test)
+    return ClientData(*(examples[:limit] for examples, limit in zip(held, limits, strict=True)))
 
 
-def _shuffled(examples: Sequence[Example], key: str) -> list[Example]:
-    return random.Random(key).sample(examples, len(examples))
+def _shuffled(places: np.ndarray, key: str) -> np.ndarray:
+    return places[random.Random(key).sample(range(len(places)), len(places))]
 
 
 def _check_known(clients: Sequence[str], parts: Collection[str]) -> None:
@@ -163,14 +217,19 @@ def _check_known(clients: Sequence[str], parts: Collection[str]) -> None:
             )
 
 
+def _with_system(data: ClientData, system: str | None) -> ClientData:
+    held = (data.train, data.validation, data.test)
+    return ClientData(*(tuple(with_system(example, system) for example in examples) for examples in held))
+
+
 def _refuse_what_starter_ignores(config: DataConfig) -> None:
-    for name in ("validation", "test", "fields", "split"):
+    for name in ("validation", "test", "layout", "fields", "bad_rows", "split"):
         if getattr(config, name) != DataConfig.model_fields[name].default:
             raise LegolmError(f"data.{name}: the starter data has its own; take it out or change data.train")
 
 
-def client_data(config: RunConfig | SiteConfig) -> dict[str, ClientData]:
-    """Every client's data, by client id."""
+def client_data(config: RunConfig | SiteConfig, notes: list[str] | None = None) -> dict[str, ClientData]:
+    """Every client's data, by client id; what there is to say of the rows is added to `notes`."""
     parts = {client.id: client.data or client.id for client in config.clients}
-    loaded = load_parts(config.data, list(dict.fromkeys(parts.values())), config.seed)
+    loaded = load_parts(config.data, list(dict.fromkeys(parts.values())), config.seed, notes)
     return {client: loaded[part] for client, part in parts.items()}

@@ -12,11 +12,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from legolm.config import DataConfig
+from legolm.data.sequence import begin
 from legolm.errors import LegolmError, brief
+from legolm.system import read_bounded
 
 PROGRAM = Path(__file__).with_name("template_process.py")
-Turn = dict[str, str]
+Turn = dict[str, Any]
 WAY_OUT = "mend chat_template.jinja (or tokenizer_config.json) there, or take another checkpoint"
+MAX_BYTES = 1 << 20
+"""Of a template's file: a hundred times the longest."""
+DATE = "template_date"
+"""Where a tokenizer's config keeps the day that its template takes for today."""
+_ROLE, _CONTENT = "message['role']", "message['content']"
+BUILT_IN = {
+    # Taori et al., https://github.com/tatsu-lab/stanford_alpaca; a system message stands for its preamble.
+    "alpaca": (
+        "{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] + '\\n\\n' }}"
+        "{%- else %}{{- 'Below is an instruction that describes a task. Write a response that appropriately completes "
+        "the request.\\n\\n' }}{%- endif %}"
+        "{%- for message in messages %}"
+        f"{{%- if {_ROLE} == 'user' %}}{{{{- '### Instruction:\\n' + {_CONTENT} + '\\n\\n' }}}}"
+        f"{{%- elif {_ROLE} == 'assistant' %}}{{{{- '### Response:\\n' + {_CONTENT} + eos_token + '\\n\\n' }}}}"
+        f"{{%- elif {_ROLE} != 'system' or not loop.first %}}"
+        "{{- raise_exception('alpaca has messages of user and assistant, and of system at the start') }}{%- endif %}"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '### Response:\\n' }}{%- endif %}"
+    ),
+    "chatml": (
+        "{%- for message in messages %}"
+        f"{{{{- '<|im_start|>' + {_ROLE} + '\\n' + {_CONTENT} + END + '\\n' }}}}"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    ),
+}
+"""`data.template` by name, without what the tokenizer begins a text with; END is what ends a turn."""
 
 
 class _Renderer:
@@ -70,6 +100,49 @@ _RENDERER = _Renderer()
 atexit.register(_RENDERER._end)
 
 
+def set_template(tokenizer: Any, data: DataConfig) -> None:
+    """Give the tokenizer the chat template and the day of a config; it is saved with both.
+
+    One of ours begins as the tokenizer begins a text, a file's as it says. Raises `LegolmError` for a file that cannot
+    be read.
+    """
+    if data.template in BUILT_IN:
+        end = "<|im_end|>"
+        known = tokenizer.convert_tokens_to_ids(end) not in (None, tokenizer.unk_token_id)
+        body = BUILT_IN[data.template].replace("END", f"'{end}'" if known else "eos_token")
+        first = "".join(tokenizer.convert_ids_to_tokens(begin(tokenizer)))
+        there = not first or f"'{first}'" in body[: body.index("+")]
+        tokenizer.chat_template = body if there else f"{{{{- {json.dumps(first, ensure_ascii=False)} }}}}{body}"
+    elif data.template != "model":
+        path = Path(data.template)
+        try:
+            tokenizer.chat_template = read_bounded(path, MAX_BYTES).decode("utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise LegolmError(
+                f"data.template: {data.template!r} is neither model, {', '.join(BUILT_IN)} nor a file with a Jinja "
+                f"template that can be read ({brief(error)})"
+            ) from None
+        tokenizer.template_file = path
+    if writes_date(tokenizer):
+        tokenizer.init_kwargs[DATE] = data.date.isoformat()
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the tokenizer's chat template asks for the day."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def prompt_look(tokenizer: Any) -> tuple[Any, str | None]:
+    """What decides how prompts look: the chat template, and the day that it writes."""
+    return tokenizer.chat_template, tokenizer.init_kwargs.get(DATE)
+
+
+def take_look(tokenizer: Any, look: tuple[Any, str | None]) -> None:
+    """Let the tokenizer's prompts look as another's do (`prompt_look`)."""
+    tokenizer.chat_template = look[0]
+    tokenizer.init_kwargs |= {DATE: look[1]} if look[1] else {}
+
+
 def render_template(tokenizer: Any, wanted: Sequence[tuple[Sequence[Turn], bool]]) -> list[str]:
     """What the tokenizer's chat template makes of each conversation; the bool: begin an answer at its end.
 
@@ -79,7 +152,8 @@ def render_template(tokenizer: Any, wanted: Sequence[tuple[Sequence[Turn], bool]
         template = tokenizer.get_chat_template()
     except ValueError as error:  # several, and none is the default
         raise template_error(tokenizer, f"cannot be chosen ({brief(error)})") from None
-    reply = _RENDERER.ask([template, tokenizer.special_tokens_map, wanted])
+    today = {"today": tokenizer.init_kwargs[DATE]} if DATE in tokenizer.init_kwargs else {}
+    reply = _RENDERER.ask([template, tokenizer.special_tokens_map | today, wanted])
     if reply is None:
         raise template_error(tokenizer, "does not end, or needs too much memory")
     if reply.get("refused"):
@@ -93,4 +167,6 @@ def render_template(tokenizer: Any, wanted: Sequence[tuple[Sequence[Turn], bool]
 
 def template_error(tokenizer: Any, fault: str, way_out: str = WAY_OUT) -> LegolmError:
     """What is wrong with the tokenizer's chat template."""
+    if file := getattr(tokenizer, "template_file", None):
+        return LegolmError(f"data.template: {file}: it {fault}; {way_out if way_out != WAY_OUT else 'mend it'}")
     return LegolmError(f"model: {tokenizer.name_or_path}: its chat template {fault}; {way_out}")

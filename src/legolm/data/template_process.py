@@ -2,17 +2,19 @@
 
 A line in: `[template, variables, [[messages, add_generation_prompt], ...]]`. A line out: `{"texts": [...]}`, or
 `{"error": ...}`, with `refused` where the template itself refuses the messages. What takes more time or memory than one
-may is ended by the system.
+may is ended by the system. The variable `today` (YYYY-MM-DD) is the day that `strftime_now` knows.
 """
 
 import json
 import resource
 import signal
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 SECONDS = 1.5
@@ -24,10 +26,22 @@ LONGEST = 8_000_000
 """Characters of what a template makes of a conversation."""
 
 
+class Clock(datetime):
+    """What `strftime_now` asks: it is always the start of one day."""
+
+    held = datetime(2024, 7, 26)
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        """The start of the day."""
+        return cls.held
+
+
 def answer(line: str) -> dict[str, Any]:
     """What goes out for a line that came in."""
     template, variables, wanted = json.loads(line)
     try:
+        Clock.held = datetime.fromisoformat(variables.pop("today", "2024-07-26"))
         texts = []
         for messages, prompt in wanted:
             (text,), _ = render_jinja_template(
@@ -48,6 +62,7 @@ def answer(line: str) -> dict[str, Any]:
 
 def main() -> None:
     """Answer until the input ends."""
+    chat_template_utils.datetime = Clock  # type: ignore[misc]
     if SIZES.exists():  # other systems than Linux do not keep such a limit
         held = int(SIZES.read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))

@@ -3,6 +3,7 @@
 from legolm.evaluation.answers import score
 from legolm.evaluation.figure import Figure, digest
 from legolm.evaluation.greedy import generate
+from legolm.evaluation.kept import kept_beside
 from legolm.evaluation.paired import compare
 from legolm.evaluation.perplexity import perplexity
 from legolm.evaluation.questions import TEXT, Questions, check_finite, measure, read_questions
@@ -20,6 +21,7 @@ __all__ = [
     "digest",
     "evaluate",
     "generate",
+    "kept_beside",
     "line_up",
     "load_tasks",
     "measure",

@@ -47,6 +47,19 @@ class RatioFigure(Figure):
         return super().as_json() | {"sums": self.sums.tolist()} | weights
 
 
+def whole_json(figure: Figure) -> dict[str, Any]:
+    """All of a figure, for `figure_of`."""
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(figure).items()}
+
+
+def figure_of(found: dict[str, Any]) -> Figure:
+    """The figure that `whole_json` wrote."""
+    if "sums" not in found:
+        return Figure(**found)
+    arrays = {name: np.asarray(found[name], dtype=np.float64) for name in ("sums", "weights", "influence")}
+    return RatioFigure(**found | arrays)
+
+
 def ratio_figure(
     sums: Sequence[float] | Array,
     weights: Sequence[float] | Array | None,

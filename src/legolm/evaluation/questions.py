@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from legolm.config import Fields, Precision
-from legolm.data import Example, read_rows, read_text, render_whole, to_example
+from legolm.config import Precision, RowsConfig
+from legolm.data import Example, begin, read_examples, read_text, render_whole, text_tokens
 from legolm.errors import LegolmError
 from legolm.evaluation.answers import score_each
-from legolm.evaluation.figure import RatioFigure, digest, ratio_figure
+from legolm.evaluation.figure import Figure, RatioFigure, digest, ratio_figure
 from legolm.evaluation.greedy import generate
+from legolm.evaluation.kept import Kept
 from legolm.evaluation.perplexity import text_windows, window_losses
 from legolm.evaluation.rouge import need_rouge, rouge_l
 from legolm.evaluation.tasks import TaskFigures, Tasks, load_tasks, run_tasks
 
+NOWHERE = Kept()
 BATCH = 8
+LONGEST_TOKEN = 256
+"""Bytes a token of running text has at most, on average."""
 MAX_NEW_TOKENS = 128
 """For ROUGE-L: an answer that has not ended by then is scored as it is."""
 DATA, TEXT = "answers", "text"
@@ -37,6 +41,7 @@ class Questions:
 
     `limit`: only so many questions of each task and so many conversations. `rouge`: answers are also generated, for
     ROUGE-L. `length`, `windows`: tokens a window of the text, and only so many windows.
+    `notes` say how the conversations were read.
     """
 
     tasks: Tasks | None = None
@@ -46,13 +51,19 @@ class Questions:
     rouge: bool = False
     length: int = 1024
     windows: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def asked(self) -> str:
+        """Digest of all that is asked, and how."""
+        tasks = self.tasks.asked(self.limit) if self.tasks else None
+        return digest([tasks, self.examples, self.text, self.limit, self.rouge, self.length, self.windows])
 
 
 def read_questions(
     tasks: Sequence[str],
     include: Path | None,
     data: str | None,
-    fields: Fields | None,
+    rows: RowsConfig | None,
     text: Path | None,
     limit: int | None = None,
     rouge: bool = False,
@@ -67,7 +78,7 @@ def read_questions(
         ("--include", include, "--tasks", tasks),
         ("--limit", limit, "--tasks or --data", tasks or data is not None),
         ("--rouge", rouge or None, "--data", data is not None),
-        ("--instruction, --answer, --messages", fields, "--data", data is not None),
+        ("--layout and names of fields", rows, "--data", data is not None),
         ("--length", length, "--text", text is not None),
         ("--windows", windows, "--text", text is not None),
     ):
@@ -77,47 +88,67 @@ def read_questions(
         raise LegolmError("nothing to evaluate on; give --tasks, --data or --text, or several")
     if rouge:
         need_rouge()
-    fields = fields or Fields()
+    said: list[str] = []
+    examples = () if data is None else tuple(read_examples(data, rows or RowsConfig(), "--data", said))
     return Questions(
         tasks=load_tasks(tasks, include, limit) if tasks else None,
-        examples=() if data is None else tuple(to_example(row, fields) for row in read_rows(data, "--data"))[:limit],
-        text=None if text is None else read_text(text, "--text"),
+        examples=examples[:limit],
+        text=None if text is None else read_text(text, "--text", _bytes(length or Questions.length, windows)),
         limit=limit,
         rouge=rouge,
         length=length or Questions.length,
         windows=windows,
+        notes=tuple(said),
     )
 
 
-def measure(model: Any, tokenizer: Any, questions: Questions, precision: Precision = "fp32") -> TaskFigures:
+def measure(
+    model: Any, tokenizer: Any, questions: Questions, precision: Precision = "fp32", kept: Kept = NOWHERE
+) -> TaskFigures:
     """All figures of a causal LM in memory, by task (`answers` and `text` besides) and metric.
 
     Losses are nats a token; exact match, ROUGE-L and accuracies are shares of 1. Raises `LegolmError`, before anything
     is measured, for a text or a model that is too short for a window, and for a conversation too long for the model.
+    Each task, the conversations and the text are measured once for all that have `kept`.
     """
     found: TaskFigures = {}
     most = model.config.max_position_embeddings
     windows = None if questions.text is None else _windows(most, tokenizer, questions)
     examples = render_whole(questions.examples, tokenizer, most, "--data")
-    if questions.tasks is not None:
-        found |= run_tasks(model, tokenizer, questions.tasks, questions.limit, precision)
+    for tasks in questions.tasks.each() if questions.tasks else ():
+        what = f"tasks {questions.limit} {tasks.asked(questions.limit) if kept.folder else ''}"
+        found |= kept.figures(what, partial(run_tasks, model, tokenizer, tasks, questions.limit, precision))
     if examples:
         asked = digest(questions.examples)
-        answers = score_each(model, examples, BATCH, precision)
-        found[DATA] = {
-            LOSS: ratio_figure(answers.losses, answers.tokens, asked),
-            EXACT: ratio_figure(answers.exact, None, asked),
-        }
-        if questions.rouge:
-            texts = generate(model, examples, tokenizer, BATCH, precision, MAX_NEW_TOKENS)
-            references = [example.messages[-1].content for example in questions.examples]
-            found[DATA]["ROUGE-L"] = ratio_figure(rouge_l(texts, references), None, asked)
+        answered = partial(_answer_figures, model, tokenizer, questions, examples, asked, precision)
+        found |= kept.figures(f"answers {questions.rouge} {asked}", answered)
     if windows is not None:
-        losses = window_losses(model, windows, precision)
-        predicted = [float(questions.length - 1)] * len(losses)
         asked = digest(windows.flatten().tolist())
-        found[TEXT] = {"perplexity": ratio_figure(losses, predicted, asked, exponential=True)}
+        found |= kept.figures(
+            f"text {tuple(windows.shape)} {asked}", partial(_text_figures, model, windows, asked, precision)
+        )
     return found
+
+
+def _answer_figures(
+    model: Any, tokenizer: Any, questions: Questions, examples: Sequence[Any], asked: str, precision: Precision
+) -> TaskFigures:
+    answers = score_each(model, examples, BATCH, precision)
+    found: dict[str, Figure] = {
+        LOSS: ratio_figure(answers.losses, answers.tokens, asked),
+        EXACT: ratio_figure(answers.exact, None, asked),
+    }
+    if questions.rouge:
+        texts = generate(model, examples, tokenizer, BATCH, precision, MAX_NEW_TOKENS)
+        references = [example.messages[-1].content for example in questions.examples]
+        found["ROUGE-L"] = ratio_figure(rouge_l(texts, references), None, asked)
+    return {DATA: found}
+
+
+def _text_figures(model: Any, windows: Tensor, asked: str, precision: Precision) -> TaskFigures:
+    losses = window_losses(model, windows, precision)
+    predicted = [float(windows.shape[1] - 1)] * len(losses)
+    return {TEXT: {"perplexity": ratio_figure(losses, predicted, asked, exponential=True)}}
 
 
 def sample(model: Any, tokenizer: Any, questions: Questions, precision: Precision = "fp32") -> list[str]:
@@ -148,5 +179,11 @@ def _windows(most: int, tokenizer: Any, questions: Questions) -> Tensor:
     """Token ids (windows, length) of the text. Raises `LegolmError` when it, or the model, is too short for one."""
     if questions.length > most:
         raise LegolmError(f"--length {questions.length}: the model takes {most} tokens; give a smaller one")
-    tokens = torch.tensor(tokenizer.encode(questions.text, add_special_tokens=False, verbose=False))
-    return text_windows(tokens, questions.length, questions.windows)
+    wanted = None if questions.windows is None else questions.windows * questions.length
+    tokens = text_tokens(str(questions.text), tokenizer, wanted)
+    return text_windows(tokens, questions.length, questions.windows, begin(tokenizer))
+
+
+def _bytes(length: int, windows: int | None) -> int | None:
+    """Of a text, as many as the windows may have."""
+    return None if windows is None else LONGEST_TOKEN * length * windows

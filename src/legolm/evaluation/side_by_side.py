@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import torch
 from legolm.adapter import CONFIG, FACTORS, adapter_config, weights_file
 from legolm.block import Block, read_block
 from legolm.config import Precision
-from legolm.data import Tokens
+from legolm.data import Tokens, prompt_look, take_look
 from legolm.errors import LegolmError, brief
 from legolm.evaluation.figure import Figure
 from legolm.evaluation.floors import warnings
+from legolm.evaluation.kept import Kept, as_json, digest_of, from_json
 from legolm.evaluation.paired import Comparison, compare
-from legolm.evaluation.questions import Questions, check_finite, measure, sample, sampled
+from legolm.evaluation.questions import NOWHERE, Questions, check_finite, measure, sample, sampled
 from legolm.evaluation.speed import tokens_per_second
 from legolm.evaluation.tasks import TaskFigures
 from legolm.models import (
@@ -98,7 +100,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that `evaluate` found, the models in their order; `warnings` are figures that a blind guess would have."""
+    """All that `evaluate` found, the models in their order.
+
+    `warnings` are figures that a blind guess would have, and who is asked in another chat template than its own.
+    """
 
     results: list[Result]
     sizes: list[Size]
@@ -143,22 +148,35 @@ def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None
     return list(lineup.values())
 
 
-def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Precision = "fp32") -> Evaluation:
-    """Every figure of every model, one model in memory at a time, compared question by question."""
+def evaluate(
+    subjects: Sequence[Subject], questions: Questions, precision: Precision = "fp32", parts: Path | None = None
+) -> Evaluation:
+    """Every figure of every model, one model in memory at a time, compared question by question.
+
+    What is found is kept in the folder `parts`, and taken from there.
+    """
     found: dict[str, TaskFigures] = {}
     sizes: dict[str, Size] = {}
     said: dict[str, list[str]] = {}
+    looks: list[str] = []
     with Progress().stage("evaluate", len(subjects)) as advance:
         for subject in reversed(subjects):  # an adapter or a block that does not fit shows before the LLM has its turn
             name, path = subject.name, subject.path
-            model, tokenizer = load_subject(subject), load_tokenizer(path)
-            found[name] = measure(model, tokenizer, questions, precision)
-            check_finite(found[name], f"model {name}")
-            said[name] = sample(model, tokenizer, questions, precision)
-            speed = tokens_per_second(model, precision)
+            look, block = None, _first_block(subjects, name)
+            if block is not None:
+                asked_look = prompt_look(load_tokenizer(block.path))
+                if asked_look != prompt_look(load_tokenizer(path)):
+                    look = asked_look
+                    looks.append(f"{name}: is asked in the chat template of {block.name}, not in its own")
+            kept = NOWHERE
+            if parts is not None and subject.model is None:
+                used = json.dumps([precision, str(choose_device("auto")), versions(), repr(look)])
+                kept = Kept(parts, f"{digest_of(path, subject.adapter)} {used}")
+            asked = questions.asked() if kept.folder else ""
+            measured = partial(_measured, subject, questions, precision, kept, look)
+            figures, said[name], speed = kept.once(asked, measured)
+            found[name] = from_json(figures)
             sizes[name] = Size(name, count_parameters(path), folder_bytes(path), speed)
-            del model
-            release_memory()
             advance(1)
     results = []
     for task, metrics in found[subjects[0].name].items():
@@ -174,9 +192,29 @@ def evaluate(subjects: Sequence[Subject], questions: Questions, precision: Preci
         for place, example in enumerate(sampled(questions))
     ]
     wanted = [example.wanted for example in questions.examples]
-    return Evaluation(
-        results, [sizes[name] for name in names], answered, warnings({name: found[name] for name in names}, wanted)
-    )
+    guessed = warnings({name: found[name] for name in names}, wanted)
+    return Evaluation(results, [sizes[name] for name in names], answered, [*looks, *guessed])
+
+
+def _first_block(subjects: Sequence[Subject], llm: str) -> Subject | None:
+    """The first block that is compared with this LLM: both are asked alike."""
+    return next((one for one in subjects if one.block is not None and one.against == llm), None)
+
+
+def _measured(
+    subject: Subject, questions: Questions, precision: Precision, kept: Kept, look: tuple[Any, str | None] | None
+) -> list[Any]:
+    """Figures as JSON, answers and tokens a second of one model, asked with this look of prompts (None: its own)."""
+    model, tokenizer = load_subject(subject), load_tokenizer(subject.path)
+    if look is not None:
+        take_look(tokenizer, look)
+    found = measure(model, tokenizer, questions, precision, kept)
+    check_finite(found, f"model {subject.name}")
+    said = sample(model, tokenizer, questions, precision)
+    speed = tokens_per_second(model, precision)
+    del model
+    release_memory()
+    return [as_json(found), said, speed]
 
 
 def write_json(found: Evaluation, questions: Questions, precision: Precision, path: Path) -> None:

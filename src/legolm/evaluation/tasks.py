@@ -14,15 +14,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateError, meta
 
 from legolm.config import Precision
+from legolm.data import begin, begun, encode
 from legolm.errors import LegolmError
 from legolm.evaluation.figure import Figure, digest, ratio_figure
+from legolm.models import scales_by_length
 from legolm.system import hub_answers, wants_offline
 
 BATCH = 8
@@ -40,9 +42,18 @@ TaskFigures = dict[str, dict[str, Figure]]
 
 @dataclass(frozen=True)
 class Tasks:
-    """Loaded tasks with their questions, for any number of models; `loaded` is what the harness's evaluator takes."""
+    """Loaded tasks with their questions, for any number of models; `loaded` is what the harness's evaluator takes.
+
+    `parts` are the same by the names that were asked for.
+    """
 
     loaded: Any
+    parts: tuple[Any, ...] = ()
+
+    def each(self) -> list[Tasks]:
+        """What can be measured by itself: each name that was asked for, where no task is in two of them."""
+        apart = sum(len(part["tasks"]) for part in self.parts) == len(self.loaded["tasks"])
+        return [Tasks(part) for part in self.parts] if self.parts and apart else [self]
 
     def asked(self, limit: int | None) -> str:
         """Digest of what the first `limit` questions of each task are asked, and how; of all groups too."""
@@ -86,6 +97,7 @@ def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | N
         if name not in own:
             _need_hub(f"task {name!r}")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    parts = []
     for name in names:
         with _one_line(name, files.get(name), index[name].cfg), _quiet():
             found = manager.load([name])
@@ -96,13 +108,14 @@ def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | N
                     _check_golds(task, files[task_name], limit)
         if not found["tasks"]:
             raise LegolmError(f"task {name!r}: holds no task; give its YAML a list `task`")
+        parts.append({part: found.get(part, {}) for part in loaded})
         for part in loaded:
-            loaded[part] |= found.get(part, {})
+            loaded[part] |= parts[-1][part]
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed=1234)
-    return Tasks(loaded)
+    return Tasks(loaded, tuple(parts))
 
 
 def run_tasks(
@@ -115,14 +128,14 @@ def run_tasks(
     lacks a field that the task's templates name.
     """
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
 
     names = ", ".join(tasks.loaded["tasks"])
     with _quiet():
-        wrapped = HFLM(
+        wrapped = _harness_model()(
             pretrained=model,
             tokenizer=tokenizer,
-            batch_size=BATCH,
+            # Padded to one length, sequences would have the frequencies of the longest.
+            batch_size=1 if scales_by_length(model) else BATCH,
             mixed_precision_dtype="bfloat16" if precision == "bf16" else None,
         )
         try:
@@ -151,6 +164,53 @@ def run_tasks(
                 Figure(float(value), stderr if isinstance(stderr, float) else None, figures["sample_len"]),
             )
     return {name: figures for name, figures in found.items() if figures}
+
+
+@cache
+def _harness_model() -> Any:
+    """The harness's model, whose sequences begin as everywhere else and keep it where they are too long."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):  # type: ignore[misc]
+        _rolling = False
+
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
+        ) -> list[int]:
+            ids, first = encode(string, self.tokenizer), begin(self.tokenizer)
+            if add_special_tokens is not False and not self._rolling:
+                ids = begun(ids, first)
+            return _last(ids, first, left_truncate_len or len(ids))
+
+        def tok_batch_encode(
+            self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
+        ) -> tuple[Any, Any]:
+            ids = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+            padded = self.tokenizer.pad({"input_ids": ids}, padding_side=padding_side, return_tensors="pt")
+            return padded["input_ids"], padded["attention_mask"]
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            self._rolling = True  # the harness puts BOS before the first window itself
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm)
+            finally:
+                self._rolling = False
+
+        def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+            first = begin(self.tokenizer)
+            fitting = [
+                (text, _last(context, first, max(1, self.max_length + 1 - len(wanted))), wanted)
+                for text, context, wanted in requests
+            ]
+            return super()._loglikelihood_tokens(fitting, *args, **kwargs)
+
+    return Model
+
+
+def _last(ids: list[int], first: list[int], most: int) -> list[int]:
+    """At most so many of the tokens: what they begin with and the last ones."""
+    kept = first[:most] if ids[: len(first)] == first and len(ids) > most else []
+    return kept + ids[max(0, len(ids) - most + len(kept)) :] if len(ids) > most else ids
 
 
 def _figure(values: list[Any], aggregation: str, questions: str, harness: Figure) -> Figure:

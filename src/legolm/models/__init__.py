@@ -1,11 +1,13 @@
 """Where layers, heads and MLPs live in each model family; finding, loading, saving and fingerprinting models."""
 
+from legolm.models.beside import carry
 from legolm.models.calls import Call, recorded
 from legolm.models.checkpoint import load_config
 from legolm.models.cut import config_changes, narrow, tell
 from legolm.models.family import FAMILIES, LLAMA, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
 from legolm.models.finite import finite
 from legolm.models.head import CHUNK, Head, answer_losses, divergences, judged
+from legolm.models.importing import import_model
 from legolm.models.layered import CheckpointWriter, LayeredModel
 from legolm.models.layout import Layout, layout_of
 from legolm.models.lean import hidden_states, lean
@@ -23,6 +25,7 @@ from legolm.models.load import (
 )
 from legolm.models.packing import LONG, pack
 from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of
+from legolm.models.rotary import scales_by_length
 from legolm.models.rounding import rounded
 from legolm.models.text_part import write_text_part
 
@@ -42,6 +45,7 @@ __all__ = [
     "Unit",
     "answer_losses",
     "autocast",
+    "carry",
     "check_weights",
     "choose_device",
     "choose_precision",
@@ -56,6 +60,7 @@ __all__ = [
     "finite",
     "folder_bytes",
     "hidden_states",
+    "import_model",
     "judged",
     "lasting_name",
     "layout_of",
@@ -69,6 +74,7 @@ __all__ = [
     "resolve",
     "rounded",
     "save_model",
+    "scales_by_length",
     "shape_of",
     "tell",
     "write_text_part",

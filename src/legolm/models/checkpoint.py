@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from legolm.errors import LegolmError, brief
-from legolm.models.family import check_kind, known_family
+from legolm.models.family import check_kind, known_family, quantized_error
 from legolm.models.layout import check_dense, empty_model, layout_of
 from legolm.system import Stored, file_state, read_bounded, stored_tensors, strict_json
 
@@ -20,6 +25,8 @@ SINGLE, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json",
 SAVE_AGAIN = "save it again with save_pretrained"
 MAX_CONFIG = 4 << 20
 """Bytes of a config."""
+QUANTIZED = ("quantize_config.json", "hf_quant_config.json")
+"""Where older tools say of a checkpoint what others write into its config."""
 MAX_INDEX = 64 << 20
 LARGEST = {
     "num_hidden_layers": 1 << 10,
@@ -41,40 +48,72 @@ LARGEST = {
 }
 """Sizes in a config: some times those of the largest models there are. transformers makes lists as long as them."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 UNUSED = r"rotary_emb\.inv_freq$"
 """Tensors of older checkpoints that transformers passes over in every family."""
 
 
 def load_config(path: Path) -> Any:
-    """The checkpoint's config.
+    """The checkpoint's config, its `dtype` that of the stored weights, without names of code.
 
     Raises `LegolmError` for one that is broken or absurd, for a family that is not known, and when the weights' headers
     are not what the config says. No weights are read and no code of the checkpoint is run.
     """
-    where = f"model: {path / 'config.json'}"
-    _check_sizes(_read_object(path / "config.json", MAX_CONFIG), where)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever a dozen config classes make of values that they did not expect
-        raise LegolmError(f"{where}: is no config that transformers reads ({brief(error)})") from None
+    config = read_config(path)
     check_kind(config)
+    if any((path / name).exists() for name in QUANTIZED):
+        raise quantized_error("")
     if (path / GENERATION).exists():
         _check_generation(path / GENERATION)
     _check_dense(path, file_state(path / "config.json"))
     files = [path / "config.json", *weight_files(path)]
-    _check_weights(path, tuple(file_state(file) for file in files))
+    config.dtype = _check_weights(path, tuple(file_state(file) for file in files))
+    drop_code(config)
     layout_of(config)
     return config
 
 
+def read_config(path: Path) -> Any:
+    """The config alone, quantized or not. Raises `LegolmError` for one that is broken or absurd."""
+    where = f"model: {path / 'config.json'}"
+    _check_sizes(read_object(path / "config.json", MAX_CONFIG), where)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever a dozen config classes make of values that they did not expect
+        raise LegolmError(f"{where}: is no config that transformers reads ({brief(error)})") from None
+
+
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files that transformers reads of a checkpoint. Raises `LegolmError` for one that is missing."""
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
+    """The safetensors files with the model's weights: those that the index names, else `model*.safetensors`.
+
+    Others beside them are none of the model's. Raises `LegolmError` for one that is missing.
+    """
     if (path / INDEX).is_file():
         return sorted(path / file for file in set(_shards(path).values()))
-    raise LegolmError(f"model: {path} holds no safetensors weights; save it with save_pretrained")
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    found = sorted(file for file in path.glob("model*.safetensors") if file.is_file())
+    if not found:
+        gguf = next(path.glob("*.gguf"), None)
+        way_out = SAVE_AGAIN if gguf is None else f"run: legolm import {gguf} --out DIR, and give DIR"
+        raise LegolmError(f"model: {path} holds no safetensors weights; {way_out}")
+    return found
+
+
+@contextmanager
+def as_transformers_reads(path: Path) -> Iterator[Path]:
+    """The folder, or where transformers would take other weights in it, one with links to what is the model's."""
+    files = weight_files(path)
+    if files == [path / SINGLE] or not ((path / SINGLE).exists() or not (path / INDEX).exists()):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="legolm-") as scratch:
+        links = [*files, *(path / name for name in ("config.json", GENERATION) if (path / name).exists())]
+        for file in links:
+            (Path(scratch) / file.name).symlink_to(file.resolve())
+        index = {name: file.name for name, (file, _) in stored_weights(path).items()}
+        (Path(scratch) / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        yield Path(scratch)
 
 
 def stored_weights(path: Path) -> dict[str, tuple[Path, Stored]]:
@@ -85,7 +124,7 @@ def stored_weights(path: Path) -> dict[str, tuple[Path, Stored]]:
             if name in found:
                 raise LegolmError(f"model: {file}: has {brief(name)}, and so has {found[name][0].name}; {SAVE_AGAIN}")
             found[name] = file, tensor
-    if not (path / SINGLE).is_file():
+    if (path / INDEX).is_file():
         for name, shard in _shards(path).items():
             if name not in found or found[name][0].name != shard:
                 raise LegolmError(
@@ -97,7 +136,7 @@ def stored_weights(path: Path) -> dict[str, tuple[Path, Stored]]:
 def _shards(path: Path) -> dict[str, str]:
     """Tensor -> name of the file beside the index that has it."""
     where = f"model: {path / INDEX}"
-    shards = _read_object(path / INDEX, MAX_INDEX).get("weight_map")
+    shards = read_object(path / INDEX, MAX_INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise LegolmError(f"{where}: has no `weight_map` of tensors' names and files; {SAVE_AGAIN}")
     for shard in {json.dumps(shard): shard for shard in shards.values()}.values():
@@ -110,8 +149,8 @@ def _shards(path: Path) -> dict[str, str]:
     return shards
 
 
-def _read_object(path: Path, most: int) -> dict[str, Any]:
-    """A JSON object from one of a checkpoint's files."""
+def read_object(path: Path, most: int) -> dict[str, Any]:
+    """A JSON object from one of a checkpoint's files. Raises `LegolmError` when it is broken."""
     try:
         if not path.is_file():
             raise LegolmError(f"model: no file {path}; give the folder of a Hugging Face checkpoint")
@@ -144,13 +183,19 @@ def _check_sizes(raw: Mapping[str, Any], where: str) -> None:
 def _check_generation(path: Path) -> None:
     from transformers import GenerationConfig
 
-    raw = _read_object(path, MAX_CONFIG)
+    raw = read_object(path, MAX_CONFIG)
     try:
         found = GenerationConfig.from_dict(raw)
         drop_sampling(found)
         found.validate(strict=True)  # as it will be before the trained model is written
     except Exception as error:  # as with configs
         raise LegolmError(f"model: {path}: is no generation config ({brief(error)}); mend it, or remove it") from None
+
+
+def drop_code(config: Any) -> None:
+    """Take the names of classes out of a config whose code is neither run nor written."""
+    if hasattr(config, "auto_map"):
+        del config.auto_map
 
 
 def drop_sampling(generation: Any) -> None:
@@ -163,17 +208,16 @@ def drop_sampling(generation: Any) -> None:
 @lru_cache(maxsize=64)
 def _check_dense(path: Path, _state: str) -> None:
     """Raise `LegolmError` unless the config is a dense decoder's."""
-    try:
-        model = empty_model(AutoConfig.from_pretrained(path, trust_remote_code=False))
-    except LegolmError as error:
-        raise LegolmError(f"{error}: {path / 'config.json'}") from None
-    check_dense(model)
+    check_dense(model_of(path, AutoConfig.from_pretrained(path, trust_remote_code=False)))
 
 
 @lru_cache(maxsize=64)
-def _check_weights(path: Path, _states: tuple[str, ...]) -> None:
-    """Raise `LegolmError` unless the tensors are those of the config's model, which is made without memory."""
-    model = empty_model(AutoConfig.from_pretrained(path, trust_remote_code=False))
+def _check_weights(path: Path, _states: tuple[str, ...]) -> torch.dtype:
+    """The dtype that most of the weights are stored in.
+
+    Raises `LegolmError` unless the tensors are those of the config's model, which is made without memory.
+    """
+    model = model_of(path, AutoConfig.from_pretrained(path, trust_remote_code=False))
     wanted = {_today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = stored_weights(path)
     named = full_names(model, weights)
@@ -194,6 +238,18 @@ def _check_weights(path: Path, _states: tuple[str, ...]) -> None:
                 f"model: {path}: config.json and the weights differ: {brief(names[0])}"
                 f"{f', the first of {len(names)} tensors' if len(names) > 1 else ''}, {fault}; {SAVE_AGAIN}"
             )
+    sizes: Counter[str] = Counter()
+    for name in both:
+        sizes[found[name].dtype] += math.prod(found[name].shape)
+    return FLOATS[sizes.most_common(1)[0][0]]
+
+
+def model_of(path: Path, config: Any) -> Any:
+    """The config's model, without memory. Raises `LegolmError` for a config that makes none."""
+    try:
+        return empty_model(config)
+    except LegolmError as error:
+        raise LegolmError(f"{error}: {path / 'config.json'}") from None
 
 
 def full_names(model: Any, stored: Iterable[str]) -> dict[str, str]:

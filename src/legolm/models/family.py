@@ -181,11 +181,9 @@ def check_kind(config: Any) -> None:
             f"model: {', '.join(architectures) or config.model_type} is not a causal LM; give one that is"
         )
     family_of(config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise LegolmError(
-            "model: its weights are quantized; load it with transformers, call model.dequantize() and "
-            "model.save_pretrained(FOLDER), and give that folder"
-        )
+    for name in ("quantization_config", "compression_config"):
+        if (found := getattr(config, name, None)) is not None:
+            raise quantized_error(found.get("quant_method", "") if isinstance(found, dict) else "")
     heads, groups = (_field(config, name) for name in ("num_attention_heads", "num_key_value_heads"))
     if type(heads) is int and type(groups) is int and heads % groups:
         raise LegolmError(
@@ -230,6 +228,14 @@ def _size(config: Any, field: str) -> int:
             f"number there; {ONLY_DENSE}"
         )
     return size
+
+
+def quantized_error(method: str) -> LegolmError:
+    """What is said of a quantized model, and the way out."""
+    return LegolmError(
+        f"model: its weights are quantized{method and f' ({brief(str(method))})'}; run: legolm import MODEL --out DIR, "
+        "and give DIR in its place"
+    )
 
 
 def family_of(config: Any) -> Family:

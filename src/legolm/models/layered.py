@@ -19,6 +19,7 @@ from legolm.errors import LegolmError
 from legolm.models.checkpoint import SAVE_AGAIN, full_names, load_config, stored_weights
 from legolm.models.family import decoder_layers
 from legolm.models.finite import check_finite
+from legolm.models.rotary import by_own_length
 from legolm.models.transposed import as_linears
 from legolm.system import open_tensors
 
@@ -38,6 +39,7 @@ class LayeredModel:
         with init_empty_weights():
             # A copy: making the model writes its dtype into the config.
             model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=torch.float32)
+        by_own_length(model)
         self._decoder: Any = model.eval().get_decoder()
         self.layers = decoder_layers(model)
         as_linears(self.layers)
@@ -96,8 +98,8 @@ class LayeredModel:
 class CheckpointWriter:
     """Writes tensors in one dtype as safetensors shards, in the layout that `from_pretrained` reads."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self._folder, self._dtype = folder, dtype
+    def __init__(self, folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder, self._dtype, self._shard_bytes = folder, dtype, shard_bytes
         self._waiting: dict[str, Tensor] = {}
         self._shard_of: dict[str, int] = {}
         self._shards = self._bytes = 0
@@ -105,7 +107,7 @@ class CheckpointWriter:
     def add(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
         """Add tensors, their names behind `prefix`."""
         self._waiting |= {prefix + name: tensor.to(CPU, self._dtype).contiguous() for name, tensor in tensors.items()}
-        if sum(tensor.nbytes for tensor in self._waiting.values()) >= SHARD_BYTES:
+        if sum(tensor.nbytes for tensor in self._waiting.values()) >= self._shard_bytes:
             self._flush()
 
     def close(self) -> None:

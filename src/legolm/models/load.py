@@ -13,10 +13,21 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from legolm.config import DataConfig
+from legolm.data import set_template
 from legolm.errors import LegolmError, brief
-from legolm.models.checkpoint import SAVE_AGAIN, drop_sampling, load_config, stored_weights, weight_files
+from legolm.models.checkpoint import (
+    SAVE_AGAIN,
+    as_transformers_reads,
+    drop_code,
+    drop_sampling,
+    load_config,
+    stored_weights,
+    weight_files,
+)
 from legolm.models.family import decoder_layers, family_of
 from legolm.models.finite import check_files, check_finite, finite
+from legolm.models.rotary import by_own_length
 from legolm.models.rounding import rounded
 from legolm.models.starter import starter_path
 from legolm.models.transposed import as_linears
@@ -24,6 +35,10 @@ from legolm.system import hub_answers, open_tensors, wants_offline
 
 transformers_logging.disable_progress_bar()
 
+TERMS = ("license*", "licence*", "copying*", "notice*", "use_policy*", "usage_policy*")
+WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", *TERMS, *map(str.upper, TERMS)]
+UNWANTED = ["consolidated*", "original/*", "onnx/*"]
+"""Files of a hub's model: what is read or carried, and not the same weights once more in another form."""
 MAX_TOKENIZER = 256 << 20
 """Bytes of a tokenizer's file: eight times those of the largest."""
 
@@ -33,6 +48,8 @@ def resolve(model: str) -> Path:
     if model == "starter":
         return starter_path()
     path = Path(model)
+    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
+        raise LegolmError(f"model: {model} is a GGUF file; run: legolm import {model} --out DIR, and give DIR")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LegolmError(f"model: folder {model} has no config.json; give a Hugging Face checkpoint")
@@ -45,8 +62,7 @@ def resolve(model: str) -> Path:
 
     offline = wants_offline() or not hub_answers()
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
-        return Path(snapshot_download(model, allow_patterns=patterns, local_files_only=offline))
+        return Path(snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=offline))
     except Exception as error:  # the hub client raises a dozen kinds: not found, gated, network
         reason = brief(error)
         if offline:
@@ -85,15 +101,17 @@ def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
     """
     load_config(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
+        with as_transformers_reads(path) as folder:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
     except Exception as error:  # what the headers did not show: transformers and its libraries raise a dozen kinds
         raise LegolmError(f"model: {path} cannot be loaded ({brief(error)})") from None
     if not all(finite(parameter) for parameter in model.parameters()):
         check_weights(path)  # knows their names on disk
         raise LegolmError(f"model: {path}: its weights are not finite in float32; take another checkpoint")
     drop_sampling(model.generation_config)
+    drop_code(model.config)
     model.requires_grad_(False)
     modules, layers = family_of(model.config).modules, decoder_layers(model)
     as_linears(layers)
@@ -101,13 +119,15 @@ def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
         for module in modules:
             layer.get_submodule(module).to(linears)
     model.config.use_cache = False
+    by_own_length(model)
     return model.eval()
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer; padding falls back to the end-of-text token.
+def load_tokenizer(path: Path, data: DataConfig | None = None) -> Any:
+    """The checkpoint's tokenizer, without names of code; padding falls back to the end-of-text token.
 
-    Raises `LegolmError` for one that is broken, has no end-of-text token, or has tokens that the model has no row for.
+    It has the chat template and the day of `data`, if given, else what was saved with it. Raises `LegolmError` for one
+    that is broken, has no end-of-text token, or has tokens that the model has no row for.
     """
     where = f"model: {path}"
     for file in path.glob("*token*"):
@@ -130,12 +150,18 @@ def load_tokenizer(path: Path) -> Any:
     # A few text-only models keep special tokens of their multimodal kin (Gemma 3), which no text makes.
     beyond = [token for token, index in ids.items() if index >= rows and index not in special]
     if beyond or tokenizer.eos_token_id >= rows:
+        token = min(beyond or [tokenizer.eos_token], key=lambda token: ids[token])
         raise LegolmError(
-            f"{where}: its tokenizer has {len(ids)} tokens and the model rows for {rows} (vocab_size); copy the "
-            "tokenizer that belongs to it there"
+            f"{where}: its tokenizer has {len(ids)} tokens and the model rows for {rows} (vocab_size), none for "
+            f"{brief(repr(token))}, id {ids[token]}; copy the tokenizer that belongs to it there, or save the model "
+            "after `resize_token_embeddings`"
         )
+    tokenizer.init_kwargs.pop("auto_map", None)
+    tokenizer.rows = rows  # of the model's embeddings, which `data.encode` holds every text to
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
+    if data is not None:
+        set_template(tokenizer, data)
     return tokenizer
 
 

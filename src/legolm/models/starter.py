@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import io
 import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from legolm.errors import LegolmError
+from legolm.models.gguf import convert
 from legolm.system import atomic_write, cache_folder, file_state
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -40,7 +39,7 @@ def starter_path() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".starter-", dir=cache))
     try:
-        _convert(gguf, partial)
+        convert(gguf, partial, torch.bfloat16, lambda share: None, 1 << 30)  # in one file
         (partial / "model.sha256").write_text(_checksum(partial / "model.safetensors"))
         # Another process may have been faster, and may be reading: its folder stays.
         if not _is_whole(folder):
@@ -62,23 +61,6 @@ def _find_gguf() -> Path | None:
         return None
     path = Path(spec.origin).parent / GGUF
     return path if path.is_file() else None
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    try:
-        import gguf as _  # noqa: F401 (transformers needs it to read the file)
-    except ImportError:
-        raise LegolmError("model: reading the starter needs gguf; run: pip install 'legolm[starter]'") from None
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where: dict[str, Any] = {"gguf_file": gguf.name}
-    with contextlib.redirect_stderr(io.StringIO()):  # its own bar, which nothing else turns off
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-    # The weights are plain tensors now; what is left of the quantizer would refuse to save them.
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
 
 
 def _from_hub() -> Path:

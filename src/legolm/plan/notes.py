@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from legolm.adapter import adapter_keys
 from legolm.aggregate import Scheme, capped, holders, make_scheme
 from legolm.block import Coverage
 from legolm.config import RunConfig
+from legolm.data import DATE, TokenRows, begin
 
 
 def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: Mapping[str, int]) -> tuple[str, ...]:
@@ -22,6 +24,30 @@ def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: 
         _capped(config, scheme, examples),
     )
     return tuple(note for note in said if note)
+
+
+def prompt_notes(tokenizer: Any, learned: Sequence[TokenRows], chats: bool) -> tuple[str, ...]:
+    """How the conversations to learn from look, where that is not what everybody would expect; `chats`: some are."""
+    first, said = begin(tokenizer), list[str]()
+    if tokenizer.chat_template is None and chats:
+        said.append(
+            "The model has no chat template: a prompt is its messages, each on a line of its own. data.template has "
+            "alpaca, chatml or a file's."
+        )
+    elif first and any(list(one.ids[: len(first)]) != first for rows in learned for one in rows):
+        begins = "".join(tokenizer.convert_ids_to_tokens(first))
+        said.append(
+            f"The tokenizer begins a text with {begins}, and the chat template writes none: conversations are without."
+        )
+    changed = sum(rows.rewritten for rows in learned)
+    if changed:
+        said.append(
+            f"The chat template would change {changed} of {sum(map(len, learned))} answers to learn (it takes out "
+            "reasoning, or whitespace around them): they are learned as they stand."
+        )
+    if DATE in tokenizer.init_kwargs:
+        said.append(f"The chat template writes the day: {tokenizer.init_kwargs[DATE]} throughout (data.date).")
+    return tuple(said)
 
 
 def _turns(config: RunConfig) -> str:

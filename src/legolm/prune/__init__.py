@@ -1,6 +1,6 @@
 """Cut blocks from the LLM: calibrate, choose a shape, prune, recover, write."""
 
-from legolm.prune.build import cut_blocks
+from legolm.prune.build import cut_blocks, kept_block
 from legolm.prune.calibrate import Moments
 from legolm.prune.registry import Criterion, Pattern, criterion, criterion_of
 from legolm.prune.statistics import collect, save_statistics
@@ -14,6 +14,7 @@ __all__ = [
     "criterion",
     "criterion_of",
     "cut_blocks",
+    "kept_block",
     "planned_coverage",
     "save_statistics",
     "target_pattern",

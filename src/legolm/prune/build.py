@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,9 +15,11 @@ import torch
 
 from legolm.block import Base, Block, Manifest, read_block, write_block
 from legolm.config import BlockConfig, CalibrationConfig, Precision
+from legolm.errors import LegolmError, brief
 from legolm.models import (
     CheckpointWriter,
     LayeredModel,
+    carry,
     config_changes,
     count_parameters,
     load_model,
@@ -27,7 +30,7 @@ from legolm.prune.calibrate import Stream
 from legolm.prune.cuts import Cut, start_cuts
 from legolm.prune.recover import recover
 from legolm.prune.target import planned_coverage
-from legolm.system import Progress, atomic_folder, check_room, keep_freed_memory
+from legolm.system import Progress, atomic_folder, check_room, file_hash, keep_freed_memory
 
 CPU = torch.device("cpu")
 
@@ -53,10 +56,12 @@ def cut_blocks(
     progress: Progress,
     model_name: str | None = None,
     device: torch.device = CPU,
+    tokenizer: Any = None,
 ) -> list[Block]:
     """Cut blocks from the checkpoint at `path` into their folders, each whole or not at all.
 
-    They record `model_name`, or the path, as the LLM that they were cut from. What is computed is computed on `device`.
+    They record `model_name`, or the path, as the LLM that they were cut from, and get `tokenizer`, or the LLM's. What
+    is computed is computed on `device`.
 
     The LLM is read one decoder layer at a time. Blocks with the same calibration share its text and the hidden states
     of the dense model. Raises `LegolmError` for bad targets, text or disks before anything is written.
@@ -64,10 +69,10 @@ def cut_blocks(
     began = time.perf_counter()
     model = LayeredModel(path, device)
     base = Base.of(path, fingerprint, model.config)
-    load_tokenizer(path)  # which goes into the blocks: a broken one is to show before the work
+    tokenizer = tokenizer or load_tokenizer(path)  # a broken one is to show before the work
     weights = sum(base.parameters_of(planned_coverage(spec, base).kept_weights) for spec, _ in wanted)
     check_room(wanted[0][1], weights * base.dtype.itemsize)
-    cuts, dense = start_cuts([spec for spec, _ in wanted], model, base, seed, precision, progress)
+    cuts, dense = start_cuts([spec for spec, _ in wanted], model, base, tokenizer, seed, precision, progress)
     with ExitStack() as stack:
         jobs = []
         for (spec, out), cut in zip(wanted, cuts, strict=True):
@@ -78,9 +83,42 @@ def cut_blocks(
         seconds = (time.perf_counter() - began) / len(jobs)
         dense.clear()  # recovery needs the memory
         for job in jobs:
-            _finish(job, base, model_name or str(path.resolve()), seconds, seed, precision, progress, device)
+            _finish(job, base, tokenizer, model_name or str(path.resolve()), seconds, seed, precision, progress, device)
             job.closing.close()
     return [read_block(out) for _, out in wanted]
+
+
+def kept_block(folder: Path, fingerprint: str, spec: BlockConfig, seed: int, precision: Precision) -> Block | None:
+    """The block in a folder where it is what `cut_blocks` would make there; None where nothing is there.
+
+    Raises `LegolmError` for anything else there, with the first field that differs.
+    """
+    if not folder.exists():
+        return None
+    found = read_block(folder)
+    was = {"fingerprint": found.base_fingerprint[:12], "method": found.method, **found.details}
+    for field, value in {
+        "fingerprint": fingerprint[:12],
+        "method": spec.method,
+        **_recipe(spec, seed, precision),
+    }.items():
+        if was.get(field) != value:
+            raise LegolmError(
+                f"{folder} is already there and holds another block: {field} was "
+                f"{brief(json.dumps(was.get(field)))} and is {brief(json.dumps(value))}; give another folder"
+            )
+    return found
+
+
+def _recipe(spec: BlockConfig, seed: int, precision: Precision) -> dict[str, Any]:
+    """All that a block follows from, beside its LLM: its target, and the hashes of files that it is calibrated on."""
+    files = [*(spec.calibration.statistics or [spec.calibration.text]), spec.recover.text]
+    return {
+        "target": spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True),
+        "seed": seed,
+        "precision": precision,
+        "files": {file: file_hash(Path(file)) for file in files if file is not None and Path(file).is_file()},
+    }
 
 
 def _cut(
@@ -108,6 +146,7 @@ def _cut(
 def _finish(
     job: _Job,
     base: Base,
+    tokenizer: Any,
     model_name: str,
     seconds: float,
     seed: int,
@@ -118,16 +157,12 @@ def _finish(
     """Make the folder a checkpoint, recover it, and add the manifest."""
     began = time.perf_counter()
     spec, coverage, folder = job.spec, job.cut.coverage, job.folder
-    config, tokenizer = copy.deepcopy(base.config), load_tokenizer(base.path)
+    config = copy.deepcopy(base.config)
     if coverage.block_shape != base.shape:
         config.update(config_changes(config, coverage.block_shape, coverage.layers))
-    config.dtype = base.dtype
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    details: dict[str, Any] = {
-        "target": spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True),
-        "model": model_name,
-    }
+    details: dict[str, Any] = _recipe(spec, seed, precision) | {"model": model_name}
     if spec.recover.most_steps:
         model = load_model(folder).to(device)
         with progress.stage(f"recover {spec.name}", spec.recover.most_steps) as advance:
@@ -135,6 +170,7 @@ def _finish(
         for stale in folder.glob("model*"):
             stale.unlink()
         save_model(model.to(CPU), tokenizer, folder, base.dtype)
+    carry(base.path, folder)
     details["seconds"] = seconds + time.perf_counter() - began
     manifest = Manifest(
         name=spec.name,

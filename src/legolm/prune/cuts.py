@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from legolm.block import Base, Coverage
 from legolm.config import BlockConfig, CalibrationConfig, Precision
 from legolm.data import calibration_tokens
-from legolm.models import LayeredModel, Shape, Unit, load_tokenizer
+from legolm.models import LayeredModel, Shape, Unit
 from legolm.prune import magnitude, sparsegpt, wanda  # noqa: F401 (they register themselves)
 from legolm.prune.allocate import SAMPLES, Costs, choose, measure_costs
 from legolm.prune.calibrate import Source, Stream
@@ -48,7 +48,13 @@ class WholeCut:
 
 
 def start_cuts(
-    specs: Sequence[BlockConfig], model: LayeredModel, base: Base, seed: int, precision: Precision, progress: Progress
+    specs: Sequence[BlockConfig],
+    model: LayeredModel,
+    base: Base,
+    tokenizer: Any,
+    seed: int,
+    precision: Precision,
+    progress: Progress,
 ) -> tuple[list[Cut], dict[CalibrationConfig, Stream]]:
     """The cuts in the order of `specs`, and the dense model's hidden states for each calibration that needs them.
 
@@ -69,7 +75,7 @@ def start_cuts(
             every = tuple(range(base.shape.layers))
             shapes = {s.name: (given_shape(s, base) or base.shape, every) for s in reading}
         elif reading:
-            text = _Text(calibration, model, base, seed, precision, progress)
+            text = _Text(calibration, model, base, tokenizer, seed, precision, progress)
             shapes = {spec.name: text.shape(spec) for spec in reading if spec.method == "structured"}
             streams = text.streams(len(reading) + bool(shapes))
             sources = {spec.name: stream for spec, stream in zip(reading, streams, strict=False)}
@@ -118,12 +124,13 @@ class _Text:
         calibration: CalibrationConfig,
         model: LayeredModel,
         base: Base,
+        tokenizer: Any,
         seed: int,
         precision: Precision,
         progress: Progress,
     ) -> None:
         self._model, self._base, self._precision, self._progress = model, base, precision, progress
-        self._tokens = calibration_tokens(calibration, load_tokenizer(base.path), seed)
+        self._tokens = calibration_tokens(calibration, tokenizer, seed)
         self._costs: dict[bool, Costs] = {}
 
     def streams(self, count: int) -> list[Stream]:

@@ -15,8 +15,12 @@ from torch import Tensor
 
 from legolm.prune.calibrate import Regression
 
-RIDGE = 1e-3
-"""Of the mean diagonal of H, towards the dense weights: calibration text is short."""
+RIDGE, LEAST_RIDGE = 0.06, 1e-3
+"""Of the mean diagonal of H, towards the dense weights, for as many tokens as inputs and, at least, for very many.
+
+Calibration text is short: the fewer tokens an input was seen with, the less the fit may move what reads it. A block
+that is fitted to its text alone does worse on other text, and what it learns fits the LLM less (docs/pruning.md).
+"""
 STEP = 64
 
 
@@ -79,6 +83,7 @@ def _costs(matrix: Tensor, inverse: Tensor, width: int) -> Tensor:
 def _ridged(fit: Regression, weight: Tensor) -> tuple[Tensor, Tensor]:
     """H and C of the least squares with its ridge, float64."""
     normal = fit.moments.sum.double()
-    ridge = RIDGE * normal.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    share = max(LEAST_RIDGE, RIDGE * len(normal) / max(fit.moments.tokens, 1))
+    ridge = share * normal.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     normal.diagonal().add_(ridge)
     return normal, fit.cross.double() + ridge * weight.double()

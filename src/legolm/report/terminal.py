@@ -42,7 +42,7 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
         f"{federation.rounds} rounds on {federation.engine}, {plan.actors} clients at once, "
         f"about {_mb(plan.memory_bytes)} of memory and {_mb(plan.disk_bytes)} of disk. Nothing was done."
     )
-    print_lines([said, *plan.notes])
+    print_lines([said, *plan.read, *plan.notes])
 
 
 def _print_budgets(plan: Plan, config: RunConfig) -> None:

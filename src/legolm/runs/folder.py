@@ -10,6 +10,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from legolm import config as configs
 from legolm.config import RunConfig, SiteConfig
@@ -33,10 +34,11 @@ class RunDir:
     path: Path
 
     @staticmethod
-    def open(path: Path, config: RunConfig, resume: bool) -> RunDir:
+    def open(path: Path, config: RunConfig, resume: bool, data: str | None = None) -> RunDir:
         """Start a run in a new or empty folder, or go on with one. Raises `LegolmError` when it is another's.
 
-        What a changed field does not leave as it was is taken away.
+        What a changed field does not leave as it was is taken away. `data` is the fingerprint of the data where clients
+        came.
         """
         run = RunDir(path)
         changes = run.check(config, resume)
@@ -51,7 +53,11 @@ class RunDir:
                 for one in changes
                 if one.field not in FREE
             ]
-            update = {"config": config.model_dump(mode="json"), "changes": [*identity.changes, *made]}
+            update: dict[str, Any] = {
+                "config": config.model_dump(mode="json"),
+                "changes": [*identity.changes, *made],
+                "data_fingerprint": data or identity.data_fingerprint,
+            }
             atomic_write(run.identity_file, dump_sealed(identity.model_copy(update=update)))
         atomic_write(run.config_file, configs.dump(config))
         return run

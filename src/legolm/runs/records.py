@@ -220,13 +220,15 @@ class Change(Record):
 class Identity(Record):
     """`run.json`: what a run stands on.
 
-    `config` is what it does now, for `config.yaml` is for people to read and edit; `changes` led there.
+    `template` is the chat template where the config names one. `config` is what the run does now, for `config.yaml` is
+    for people to read and edit; `changes` led there.
     """
 
     schema_number: Literal[2] = 2
     run: str
     base_fingerprint: str
     data_fingerprint: str
+    template: str = ""
     machine: Machine
     versions: dict[str, str]
     config: dict[str, Any] = {}

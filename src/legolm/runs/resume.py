@@ -23,9 +23,13 @@ AGAIN: Mapping[str, tuple[str, ...]] = {
     "federation.personal": ("personal", "final"),
     "evaluate.local_only": ("personal", "final"),
     "evaluate.others": ("local", "personal"),
+    # Who is there is also on whose data the others are scored.
+    "clients": ("local", "personal", "final"),
 }
 """Fields that leave the rounds as they are, with the stages to make again."""
-TAKES = ", ".join([*FREE, *AGAIN, "clients' joins and leaves in rounds to come"])
+TAKES = ", ".join([*FREE, *AGAIN, "which join in rounds to come, and clients' joins and leaves there"])
+NAMED = {"clients": "id", "blocks": "name"}
+"""Lists that may become longer, and what names their items."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,18 @@ class Difference:
 
 
 def differences(known: RunConfig, asked: RunConfig) -> list[Difference]:
-    """Every field that differs; blocks with their recovery decided, and last."""
+    """Every field that differs; blocks with their recovery decided, and last.
+
+    Clients and blocks that came are one difference of `clients` or `blocks`, in names.
+    """
     one, two = (config.model_copy(update={"blocks": _decided(config)}) for config in (known, asked))
-    found = _differences(one.model_dump(mode="json"), two.model_dump(mode="json"), "")
+    before, after = one.model_dump(mode="json"), two.model_dump(mode="json")
+    came = []
+    for field, name in NAMED.items():
+        if len(after[field]) > (count := len(before[field])):
+            came.append(Difference(field, *([one[name] for one in items] for items in (before[field], after[field]))))
+            after[field] = after[field][:count]
+    found = [*came, *_differences(before, after, "")]
     return sorted(found, key=lambda one: one.field.startswith("blocks."))  # their recovery may follow from the others
 
 
@@ -48,8 +61,12 @@ def refusal(one: Difference, known: RunConfig, asked: RunConfig, done: int) -> s
     """Why a run with `done` finished rounds cannot go on with this change; None where it can."""
     if one.field == "federation.rounds" and one.new < done:
         return f"{done} rounds are done; give at least as many"
+    if one.field == "clients":
+        return _not_joined(known, asked, done)
     if one.field in FREE or one.field in AGAIN:
         return None
+    if one.field == "blocks" and len(asked.blocks) > len(known.blocks) and len(asked.clients) > len(known.clients):
+        return None  # of the clients that came
     section, _, rest = one.field.partition(".")
     index, _, field = rest.partition(".")
     if section == "clients" and field in ("joins", "leaves"):
@@ -57,6 +74,14 @@ def refusal(one: Difference, known: RunConfig, asked: RunConfig, done: int) -> s
         other = [number for number in range(1, done + 1) if before.there(number) != after.there(number)]
         return f"round {other[0]} is done, with other clients" if other else None
     return f"a resumed run may change {TAKES}"
+
+
+def _not_joined(known: RunConfig, asked: RunConfig, done: int) -> str | None:
+    """Why other clients cannot be in the run from its next round on."""
+    if len(asked.clients) < len(known.clients):
+        return "clients that were there stay in the list; let them leave (`leaves`)"
+    early = [one.id for one in asked.clients[len(known.clients) :] if one.joins <= done]
+    return f"round {done} is done; let client {early[0]!r} join in round {done + 1} (`joins`)" if early else None
 
 
 def settled(known: RunConfig, asked: RunConfig) -> RunConfig:

@@ -17,6 +17,7 @@ from legolm.runs.folder import RunDir
 from legolm.runs.records import (
     AnyStage,
     Criterion,
+    Global,
     RoundRecord,
     StageRecord,
     best_round,
@@ -86,6 +87,12 @@ class Stages:
         record = self._records[path]
         with (self._folder.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(dump_record(record, indent=None))
+
+    def score_again(self, path: Path, scored: Global) -> None:
+        """Put other scores into the record of a finished round."""
+        record = self._records[path].model_copy(update=dict(scored))
+        atomic_write(path / METRICS, dump_sealed(record))
+        self._records[path] = record
 
     def write_lines(self) -> None:
         """`metrics.jsonl` anew, in the stages' order: after a kill no line is missing, broken or there twice."""

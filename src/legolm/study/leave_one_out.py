@@ -201,7 +201,7 @@ def _figures_of(config: RunConfig, llm: Block, questions: Questions | None) -> M
     if questions is None:
         return lambda scheme: {}
     precision = choose_precision(config.precision, config.device)
-    tokenizer = load_tokenizer(llm.path)
+    tokenizer = load_tokenizer(llm.path, config.data)
     model = load_model(llm.path, dtype_of(precision)).to(choose_device(config.device))
 
     def measure(scheme: Scheme) -> dict[str, Figure]:

@@ -18,7 +18,7 @@ from legolm.system.machine import machine, versions
 from legolm.system.memory import available_bytes, keep_freed_memory, release_memory, total_bytes, trim, uncollected
 from legolm.system.progress import Progress
 from legolm.system.seeds import derive_seed
-from legolm.system.tensors import Stored, file_state, open_tensors, stored_tensors, strict_json
+from legolm.system.tensors import Stored, file_state, open_tensors, stored_tensors, strict_decoder, strict_json
 
 __all__ = [
     "LOCK",
@@ -43,6 +43,7 @@ __all__ = [
     "release_memory",
     "scratch_folder",
     "stored_tensors",
+    "strict_decoder",
     "strict_json",
     "total_bytes",
     "trim",

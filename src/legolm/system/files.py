@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside `path` that vanishes when the block ends. Raises `LegolmError` when the disk is full."""
-    folder = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    _sweep(path)
+    folder, holder = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial", None
     try:
         folder.mkdir(parents=True)
+        holder = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(holder, fcntl.LOCK_EX)
         yield folder
     except Exception as error:
         if _disk_full(error):
@@ -82,6 +87,23 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if holder is not None:
+            os.close(holder)
+
+
+def _sweep(path: Path) -> None:
+    """Take away what killed processes left of this folder. Whoever works on theirs holds it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if left.is_dir() and not left.is_symlink():
+            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

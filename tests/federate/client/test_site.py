@@ -53,7 +53,7 @@ def home(run: RunDir, tmp_path: Path) -> Path:
     (home / "data").mkdir()
     held = client_data(run.config())["fr"]
     for split in ("train", "validation", "test"):
-        rows = [{"messages": [vars(turn) for turn in one.messages]} for one in getattr(held, split)]
+        rows = [{"messages": [message.turn for message in one.messages]} for one in getattr(held, split)]
         (home / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return home
 

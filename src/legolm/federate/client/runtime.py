@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -13,7 +12,7 @@ from safetensors.torch import save
 from legolm.adapter import Tensors, adapter_keys, adapter_layout, concatenated, merged, under_prefix, with_prefix
 from legolm.block import Block
 from legolm.config import Precision
-from legolm.data import Tokens, check_whole, render
+from legolm.data import TokenRows, check_whole, tokenize
 from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.federate.client.site import Site, SiteOf, Split
@@ -32,8 +31,9 @@ from legolm.finetune import Task, train
 from legolm.models import choose_device, dtype_of, load_model, load_tokenizer
 from legolm.system import atomic_write, keep_freed_memory, open_tensors, release_memory, trim
 
-KEPT_TOKENS = 1 << 20
-"""Of examples, in memory: about 40 MB. Whoever answers for many clients reads the others' again."""
+Turns = Literal["last", "all"]
+KEPT_TOKENS = 1 << 24
+"""Of examples, in memory: at most 64 MB. Whoever answers for many clients reads the others' again."""
 
 
 class ClientRuntime:
@@ -44,7 +44,7 @@ class ClientRuntime:
         self._held: tuple[Block, Precision] | None = None
         self._model: Any = None
         self._tokenizers: dict[Path, Any] = {}
-        self._tokens: dict[tuple[str, Split, int], tuple[Tokens, ...]] = {}  # the one used last is last
+        self._tokens: dict[tuple[str, Split, int, Turns], TokenRows] = {}  # the one used last is last
         self._kept = 0
 
     def answer(self, content: bytes) -> bytes:
@@ -63,7 +63,8 @@ class ClientRuntime:
         # Of a side that is not trained beside any more what was lost fits nothing.
         lost = {} if settings.fold_seeds else under_prefix("residual", state)
         config = settings.train
-        examples = self._examples(request.client, site, "train", config.max_length, config.long_examples == "refuse")
+        refuse = config.long_examples == "refuse"
+        examples = self._examples(request.client, site, "train", config.max_length, refuse, config.turns)
         with merged(self._model, block.coverage, fold, request.scale) as model:
             task = Task(
                 model=model,
@@ -117,27 +118,25 @@ class ClientRuntime:
             self._held = block, precision
         return self._held[0]
 
-    def _examples(self, client: str, site: Site, split: Split, length: int, refuse: bool) -> tuple[Tokens, ...]:
+    def _examples(
+        self, client: str, site: Site, split: Split, length: int, refuse: bool, turns: Turns = "last"
+    ) -> TokenRows:
         assert self._held is not None
         length = min(length, self._model.config.max_position_embeddings)
-        key = (client, split, length)
+        key = (client, split, length, turns)
         found = self._tokens.pop(key, None)
         if found is None:
             path = self._held[0].path
             if path not in self._tokenizers:
-                self._tokenizers[path] = load_tokenizer(path)
-            found = tuple(render(row, self._tokenizers[path], length) for row in site.examples(split))
+                self._tokenizers[path] = load_tokenizer(path, site.prompts())
+            found = tokenize(site.examples(split), self._tokenizers[path], length, turns)
             if refuse:
                 check_whole(found, length, split, client)
-            self._kept += _count(found)
+            self._kept += found.tokens
             while self._tokens and self._kept > KEPT_TOKENS:
-                self._kept -= _count(self._tokens.pop(next(iter(self._tokens))))
+                self._kept -= self._tokens.pop(next(iter(self._tokens))).tokens
         self._tokens[key] = found
         return found
-
-
-def _count(examples: Sequence[Tokens]) -> int:
-    return sum(len(example.ids) for example in examples)
 
 
 def _is_for(request: TrainRequest | EvaluateRequest, block: Block) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from legolm.block import Block, llm_block, read_block
-from legolm.config import Device, Fields, SiteConfig
-from legolm.data import ClientData, Example, client_data, read_rows, to_example
+from legolm.config import DataConfig, Device, RowsConfig, SiteConfig
+from legolm.data import ClientData, Example, client_data, read_examples
 from legolm.errors import LegolmError
 from legolm.models import resolve
 from legolm.runs import RunDir
@@ -41,12 +41,15 @@ class Site(Protocol):
     def profile(self) -> Profile:
         """How it works."""
 
+    def prompts(self) -> DataConfig | None:
+        """What decides the chat template; None where the block says it all."""
+
 
 @dataclass(frozen=True)
 class DeviceSite:
     """A device of its own: a folder with `block/` (a cut block) and `data/{train,validation,test}.jsonl`.
 
-    Nothing outside the folder is read. Rows are conversations (`messages`). Raises `LegolmError` for what is missing.
+    Nothing outside the folder is read. Rows are of any known layout. Raises `LegolmError` for what is missing.
     """
 
     home: Path
@@ -59,8 +62,7 @@ class DeviceSite:
 
     def examples(self, split: Split) -> Sequence[Example]:
         """Of `data/`."""
-        fields = Fields(messages="messages")
-        return [to_example(row, fields) for row in read_rows(str(self.home / "data" / f"{split}.jsonl"), "data")]
+        return list(read_examples(str(self.home / "data" / f"{split}.jsonl"), RowsConfig(), "data"))
 
     def state(self) -> Path:
         """`state/`."""
@@ -69,6 +71,10 @@ class DeviceSite:
     def profile(self) -> Profile:
         """As given."""
         return Profile(self.device, self.threads)
+
+    def prompts(self) -> DataConfig | None:
+        """The block's own tokenizer has its run's."""
+        return None
 
 
 SiteOf = Callable[[str, str], Site]
@@ -132,3 +138,7 @@ class SimulatedSite:
     def profile(self) -> Profile:
         """As the run's config says."""
         return Profile(self.config.device, self.config.federation.threads)
+
+    def prompts(self) -> DataConfig | None:
+        """As the run's config says: the LLM's tokenizer has none of it."""
+        return self.config.data

@@ -74,7 +74,7 @@ def _asked(
         for name in dict.fromkeys(job[0] for job in jobs):
             block = blocks[name]
             model = load_model(block.path, dtype_of(precision)).to(device)
-            tokenizer = load_tokenizer(block.path)
+            tokenizer = load_tokenizer(block.path, config.data)
             length = min(config.train.max_length, model.config.max_position_embeddings)
             rows = [render(example, tokenizer, length) for _, example in questions]
             most = min(MOST, SPARE + max(len(row.ids) - row.answer for row in rows))
@@ -119,6 +119,7 @@ def _questions(config: RunConfig) -> list[tuple[str, Example]]:
     if len(ids) > ASKED:
         ids = [ids[place * len(ids) // ASKED] for place in range(ASKED)]
     turns = [(id, data[id].test[turn]) for turn in range(ASKED) for id in ids if turn < len(data[id].test)]
+    turns = [(id, example) for id, example in turns if len(example.messages) > 1]  # a text asks nothing
     return sorted(turns[:ASKED], key=lambda one: ids.index(one[0]))
 
 

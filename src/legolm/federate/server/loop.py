@@ -82,6 +82,11 @@ class Rounds:
     def run(self, exchange: Exchange) -> None:
         """All that needs clients. Stages that are finished are passed over."""
         self._before(exchange)
+        for number in self._unknowing():
+            label = f"round {number}: evaluate with those who came"
+            scored = self.score_global(self.scheme(number), exchange, label)
+            self._stages.score_again(self._folder.round(number), scored)
+        self._stages.write_lines()
         if self._config.evaluate.local_only:
             self._alone("local", exchange)
         for number in range(1, self._stages.rounds + 1):
@@ -96,7 +101,18 @@ class Rounds:
     @property
     def finished(self) -> bool:
         """Nothing that needs clients is left to do."""
-        return self._stages.finished
+        return self._stages.finished and not self._unknowing()
+
+    def _unknowing(self) -> list[int]:
+        """Finished rounds whose scores know nothing of clients that came later."""
+        rounds = [number for number in range(self._stages.rounds + 1) if self._stages.has(self._folder.round(number))]
+        scored = {number: self._stages.round(number) for number in rounds}
+        found = []
+        for number, record in scored.items():
+            there = {id for one in record.held for id in one.clients} | {one.client for one in record.unscored}
+            if there and there != set(self._members.clients):
+                found.append(number)
+        return found
 
     def records(self) -> list[StageRecord]:
         """Of every finished stage, in order."""

@@ -14,8 +14,8 @@ from statistics import fmean
 from legolm.adapter import Tensors, tensors_hash
 from legolm.aggregate import Scheme
 from legolm.block import Block
-from legolm.config import RunConfig
-from legolm.data import Example, check_apart, is_starter, read_rows, to_example, with_system
+from legolm.config import DataConfig, RunConfig
+from legolm.data import Example, check_apart, is_starter, read_examples, with_system
 from legolm.errors import LegolmError
 from legolm.federate.client import ClientRuntime, Profile, only
 from legolm.federate.client import Split as AnySplit
@@ -177,16 +177,22 @@ class _ServerSite:
     def profile(self) -> Profile:
         return Profile(self._config.device, self._config.federation.threads)
 
+    def prompts(self) -> DataConfig:
+        return self._config.data
 
-def server_examples(config: RunConfig) -> list[Example]:
-    """The server's own rows (`evaluate.server_data`), none if it is not given. Raises `LegolmError` for bad ones."""
+
+def server_examples(config: RunConfig, notes: list[str] | None = None) -> list[Example]:
+    """The server's own rows (`evaluate.server_data`), none if it is not given. Raises `LegolmError` for bad ones.
+
+    What there is to say of them is added to `notes`.
+    """
     data, source = config.data, config.evaluate.server_data
     if source is None:
         return []
     if not is_starter(data.train):
         check_apart(data.train, source, "evaluate.server_data")
-    rows = read_rows(source, "evaluate.server_data")
-    found = [with_system(to_example(row, data.fields), data.system) for row in rows]
+    rows = read_examples(source, data, "evaluate.server_data", notes)
+    found = [with_system(example, data.system) for example in rows]
     if not found:
         raise LegolmError(f"evaluate.server_data: {source!r} has no rows; name files with examples, or take it out")
     return found

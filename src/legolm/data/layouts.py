@@ -1,0 +1,298 @@
+"""The conversation in each row: known layouts, by the names of their fields or as a config names them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from legolm.config import LAYOUT_FIELDS, RowsConfig
+from legolm.data.examples import Example, Message, Role
+from legolm.data.files import BadRow, Written
+from legolm.data.sources import Row, read_records
+from legolm.errors import LegolmError, brief
+
+MAX_TEXT = 1_000_000
+"""Characters of one question or answer: far past every context window, and read in a second."""
+NAMED = 10
+"""Bad rows that are named; the others are counted."""
+COLUMNS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "messages": {"messages": ("messages", "conversations", "conversation")},
+    "sharegpt": {"messages": ("conversations", "conversation", "messages")},
+    "alpaca": {"instruction": ("instruction",), "input": ("input",), "answer": ("output",)},
+    "dolly": {"instruction": ("instruction",), "input": ("context",), "answer": ("response",)},
+    "pairs": {"instruction": ("prompt",), "answer": ("completion",)},
+    "text": {"text": ("text",)},
+}
+"""Names of a layout's fields in a row, where none are given."""
+MAY_LACK = "input"
+SHAREGPT_ROLES: Mapping[str, Role] = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
+"""Beside the roles' own names."""
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row's layout, and the names that its fields have in this row; an optional field may be missing."""
+
+    layout: str
+    columns: Mapping[str, str]
+
+
+def layout_of(row: Row, config: RowsConfig) -> Found:
+    """The config's layout, or that which the row's fields are of; the nearest, where one is missing.
+
+    Raises `BadRow` where there is nothing of any.
+    """
+    tries = [_columns(name, config, row.values) for name in _candidates(config)]
+    # Rows of several layouts may have the fields of all of them, and those of the others are null.
+    for there in ({name for name, value in row.values.items() if value is not None}, row.values.keys()):
+        whole = [one for one in tries if all(name in there for role, name in one.columns.items() if role != MAY_LACK)]
+        alike = [one for one in whole if one.columns.keys() == whole[0].columns.keys()]
+        if alike:
+            return _by_turns(max(alike, key=lambda one: len(there & set(one.columns.values()))), row, config)
+    nearest = max(tries, key=lambda one: len(row.values.keys() & set(one.columns.values())))
+    if config.layout == "auto" and not config.fields.given and not row.values.keys() & set(nearest.columns.values()):
+        known, way_out = brief(", ".join(map(str, row.values))), "name them (`fields`, or --instruction and --answer)"
+        raise BadRow(row.place, f"fields {known} are of no known layout", way_out)
+    return nearest
+
+
+def to_example(row: Row, config: RowsConfig) -> Example:
+    """The row's conversation. Raises `BadRow` if there is none with an answer."""
+    return _example(row, layout_of(row, config))
+
+
+def with_system(example: Example, system: str | None) -> Example:
+    """The conversation with `system` before it, unless it has a system message, is no chat, or `system` is None."""
+    if system is None or example.raw or any(message.role == "system" for message in example.messages):
+        return example
+    return Example((Message("system", system), *example.messages))
+
+
+class Reading:
+    """What is made of the rows of a source, and what there is to say of them once all are read."""
+
+    def __init__(self, config: RowsConfig, field: str, label: str | None = None, system: bool = False) -> None:
+        """`label` is a field that each row must have; `system`: whether a system message is put before chats."""
+        self._config, self._field, self._label, self._system = config, field, label, system
+        self._layouts: Counter[str] = Counter()
+        self._inputs: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
+        self._bad: list[BadRow] = []
+        self._skipped = self._rows = 0
+
+    def examples(self, source: str | Sequence[str]) -> Iterator[tuple[Row, Example]]:
+        """Rows with their conversations. Raises `LegolmError` at the end for the bad ones, if they are not skipped."""
+        for row in read_records(source, self._field):
+            self._rows += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                if self._label is not None and _is_empty(row[self._label]):
+                    raise BadRow(row.place, f"`{self._label}` is empty, by which rows are split")
+                found = layout_of(row, self._config)
+                example = _example(row, found)
+            except BadRow as bad:
+                self._skipped += 1
+                if len(self._bad) < NAMED:
+                    self._bad.append(bad)
+                continue
+            self._count(row, found)
+            yield row, example
+        if self._bad and (self._config.bad_rows == "refuse" or self._skipped == self._rows):
+            raise self._error()
+
+    @property
+    def notes(self) -> list[str]:
+        """The layouts that were taken, and rows that were skipped: a sentence each."""
+        taken = "; ".join(
+            f"{name}: {count:,} of {self._rows:,} rows"
+            + (f", {self._inputs[name]:,} with {COLUMNS[name][MAY_LACK][0]}" if self._inputs[name] else "")
+            for name, count in self._layouts.items()
+        )
+        said = [f"{self._field}: {taken}."] if taken else []
+        raw = self._layouts["pairs"] + self._layouts["text"]
+        if raw and self._system:
+            said.append(f"{self._field}: data.system is for chats only; {raw:,} rows are trained on as they stand.")
+        if self._skipped:
+            said.append(f"{self._field}: {self._skipped:,} of {self._rows:,} rows skipped: {self._named()}.")
+        return said
+
+    def _count(self, row: Row, found: Found) -> None:
+        self._layouts[found.layout] += 1
+        used = set(found.columns.values())
+        self._inputs[found.layout] += bool(_context(row, found))
+        for name, value in row.values.items():
+            if name not in used and name != self._label and _holds_text(value):
+                self.unused[name] += 1
+
+    def _named(self) -> str:
+        more = self._skipped - len(self._bad)
+        return "; ".join(bad.short for bad in self._bad) + (f"; and {more:,} more" if more else "")
+
+    def _error(self) -> LegolmError:
+        if self._skipped == 1:
+            return self._bad[0]
+        if self._skipped == self._rows:
+            return LegolmError(f"{self._field}: none of {self._rows:,} rows can be used: {self._bad[0]}")
+        return LegolmError(
+            f"{self._field}: {self._skipped:,} of {self._rows:,} rows are bad: {self._named()}; mend them, or leave "
+            "them out (bad_rows: skip)"
+        )
+
+
+def read_examples(
+    source: str | Sequence[str], config: RowsConfig, field: str, notes: list[str] | None = None
+) -> Iterator[Example]:
+    """Conversations of all rows; what there is to say of them is added to `notes`.
+
+    Raises `LegolmError` for what cannot be read, and at the end for bad rows that are not skipped.
+    """
+    reading = Reading(config, field)
+    for _, example in reading.examples(source):
+        yield example
+    if notes is not None:
+        notes += [*reading.notes, *unread(field, reading.unused)]
+
+
+def unread(field: str, unused: Mapping[str, int]) -> list[str]:
+    """A sentence for each field of rows that holds text which nothing uses."""
+    return [f"{field}: nothing uses the text in field `{name}` ({count:,} rows)." for name, count in unused.items()]
+
+
+def _candidates(config: RowsConfig) -> list[str]:
+    if config.layout != "auto":
+        return [config.layout]
+    return [name for name, has in LAYOUT_FIELDS.items() if config.fields.given.keys() <= set(has)]
+
+
+def _columns(layout: str, config: RowsConfig, values: Mapping[str, Any]) -> Found:
+    """The names of the layout's fields in this row: those given, those that are there, or the first of its own."""
+    given = config.fields.given
+    return Found(
+        layout,
+        {
+            role: given.get(role) or next((name for name in names if name in values), names[0])
+            for role, names in COLUMNS[layout].items()
+        },
+    )
+
+
+def _by_turns(found: Found, row: Row, config: RowsConfig) -> Found:
+    """Where the turns say so, and the config does not, `messages` are of the other layout."""
+    if config.layout != "auto" or "messages" not in found.columns:
+        return found
+    turns = row.values[found.columns["messages"]]
+    first = turns[0] if isinstance(turns, list) and turns else None
+    theirs = isinstance(first, dict) and "from" in first and "role" not in first
+    return Found("sharegpt" if theirs else "messages", found.columns)
+
+
+def _example(row: Row, found: Found) -> Example:
+    names = found.columns
+    if "messages" in names:
+        return _chat(row, names["messages"], "from" if found.layout == "sharegpt" else "role")
+    if "text" in names:
+        return Example((Message("assistant", _text(row[names["text"]], names["text"], row)),), raw=True)
+    question, answer = (_text(row[names[role]], names[role], row) for role in ("instruction", "answer"))
+    context = _context(row, found)
+    messages = Message("user", f"{question}\n\n{context}" if context else question), Message("assistant", answer)
+    return Example(messages, raw=found.layout == "pairs")
+
+
+def _context(row: Row, found: Found) -> str:
+    """What stands beside the instruction; often nothing."""
+    name = found.columns.get(MAY_LACK)
+    value = row.values.get(name) if name else None
+    return "" if _is_empty(value) else _text(value, str(name), row)
+
+
+def _chat(row: Row, field: str, role: str) -> Example:
+    turns = row[field]
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise BadRow(row.place, f"`{field}` must be a list of two messages or more")
+    read = _shared if role == "from" else _message
+    messages = tuple(read(turn, f"{field}[{index}]", row) for index, turn in enumerate(turns))
+    if messages[-1].role != "assistant":
+        raise BadRow(row.place, f"`{field}` must end with role 'assistant'")
+    return Example(messages)
+
+
+def _message(turn: Any, field: str, row: Row) -> Message:
+    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys() | _calls(turn):
+        raise BadRow(row.place, f"`{field}` must be an object with `role` and `content`")
+    if turn["role"] not in ROLES:
+        raise BadRow(row.place, f"`{field}` has role {brief(repr(turn['role']))}; known: {', '.join(ROLES)}")
+    more = {name: value for name, value in turn.items() if name not in ("role", "content") and value is not None}
+    content = turn.get("content")
+    if _is_empty(content) and (_calls(turn) or turn["role"] == "tool"):
+        return Message(turn["role"], "", json.dumps({"content": content} | more, default=str))
+    if isinstance(content, list):
+        content = "".join(_text(_part(part, field, row), f"{field}.content", row) for part in content)
+    return Message(turn["role"], _text(content, f"{field}.content", row), json.dumps(more, default=str) if more else "")
+
+
+def _calls(turn: Mapping[str, Any]) -> set[str]:
+    """{"content"} for a turn that calls tools, and so may say nothing."""
+    return {"content"} if turn.get("tool_calls") else set()
+
+
+def _part(part: Any, field: str, row: Row) -> Any:
+    """The text of one part of a content in parts."""
+    if not isinstance(part, dict) or "text" not in part or part.get("type", "text") != "text":
+        raise BadRow(row.place, f"`{field}.content` has a part that is no text")
+    return part["text"]
+
+
+def _shared(turn: Any, field: str, row: Row) -> Message:
+    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+        raise BadRow(row.place, f"`{field}` must be an object with `from` and `value`")
+    role = SHAREGPT_ROLES.get(turn["from"], turn["from"]) if isinstance(turn["from"], str) else turn["from"]
+    if role not in ROLES:
+        known = ", ".join([*ROLES, *SHAREGPT_ROLES])
+        raise BadRow(row.place, f"`{field}` is from {brief(repr(turn['from']))}; known: {known}")
+    return Message(role, _text(turn["value"], f"{field}.value", row))
+
+
+def _is_empty(value: Any) -> bool:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))  # as tables write what is missing
+    return missing or (isinstance(value, str | list) and not value) or (isinstance(value, str) and not value.strip())
+
+
+def _holds_text(value: Any) -> bool:
+    """Letters, alone or in lists and objects; numbers and what only counts rows are none."""
+    if isinstance(value, str):
+        return any(sign.isalpha() for sign in value)
+    if isinstance(value, list | dict):
+        return any(map(_holds_text, value.values() if isinstance(value, dict) else value))
+    return False
+
+
+def _text(value: Any, field: str, row: Row) -> str:
+    if isinstance(value, bool | int | float) and not _is_empty(value):  # labels
+        value = str(value) if isinstance(value, Written) else json.dumps(value)
+    if value is None or isinstance(value, float):
+        raise BadRow(row.place, f"`{field}` is null", "fill it or take the row out")
+    if not isinstance(value, str):
+        raise BadRow(row.place, f"`{field}` must be text, not {type(value).__name__}")
+    if not value.strip():
+        raise BadRow(row.place, f"`{field}` is empty", "fill it or take the row out")
+    if len(value) > MAX_TEXT:
+        raise BadRow(row.place, f"`{field}` has {len(value)} characters", f"at most {MAX_TEXT}, cut it into rows")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(row.place, f"`{field}` has half a character at {error.start} ({error.reason})") from None
+    return value

@@ -1,0 +1,145 @@
+"""Make a checkpoint to prune of a quantized one: dequantized one tensor at a time, in the dtype that it computes in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from legolm.errors import LegolmError, brief
+from legolm.models import gguf
+from legolm.models.beside import carry
+from legolm.models.checkpoint import FLOATS, SAVE_AGAIN, drop_code, load_config, model_of, read_config, stored_weights
+from legolm.models.family import shape_of
+from legolm.models.finite import finite
+from legolm.models.layered import CheckpointWriter
+from legolm.models.load import check_weights, load_tokenizer, resolve
+from legolm.models.quantized import HELP, Format, Settings, format_of, settings_of
+from legolm.system import Progress, atomic_folder, check_room, open_tensors
+
+GGUF = ".gguf"
+
+
+def import_model(model: str, out: Path, progress: Progress) -> None:
+    """Dequantize `model`, a GGUF file, a folder or a hub id, into the folder `out`: whole, or not at all.
+
+    Raises `LegolmError` for a model that is not quantized, a format that cannot be undone, and for weights that are not
+    those of its config.
+    """
+    path = _find(model)
+    with atomic_folder(out) as folder, progress.stage(f"import {path.name}", 100) as advance:
+        told = 0
+
+        def tell(share: float) -> None:
+            nonlocal told
+            advance(int(100 * share) - told)
+            told = int(100 * share)
+
+        if path.suffix == GGUF:
+            check_room(out, 2 * path.stat().st_size)
+            gguf.convert(path, folder, None, tell)
+        else:
+            _dequantize(path, folder, out, tell)
+        try:
+            load_config(folder)
+            check_weights(folder)
+            load_tokenizer(folder)
+        except LegolmError as error:
+            raise LegolmError(str(error).replace(str(folder), str(path))) from None
+
+
+def _find(model: str) -> Path:
+    """The GGUF file or the folder."""
+    path = Path(model)
+    if path.suffix == GGUF and path.is_file():
+        return path
+    if path.is_dir() and not (path / "config.json").is_file() and (files := sorted(path.glob(f"*{GGUF}"))):
+        if len(files) > 1:
+            raise LegolmError(f"model: {model} holds {', '.join(file.name for file in files)}; give one of them")
+        return files[0]
+    return resolve(model)
+
+
+def _dequantize(path: Path, folder: Path, out: Path, advance: Callable[[float], Any]) -> None:
+    config = read_config(path)
+    settings = settings_of(path, config)
+    if settings is None:
+        raise LegolmError(f"model: {path} is not quantized; give it as it is")
+    for name in ("quantization_config", "compression_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    drop_code(config)
+    shape_of(config)
+    try:
+        how = format_of(settings)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except LegolmError as error:
+        raise LegolmError(str(error).replace("model: ", f"model: {path}: ", 1)) from None
+    except Exception as error:  # as `load_tokenizer`
+        raise LegolmError(f"model: {path}: has no readable tokenizer ({brief(error)}); {SAVE_AGAIN}") from None
+    dtype = config.dtype if config.dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16
+    stored = stored_weights(path)
+    layers, wanted = layers_of(stored, how), set(model_of(path, config).state_dict())
+    check_room(out, sum(file.stat().st_size for file in {file for file, _ in stored.values()}))
+    writer = CheckpointWriter(folder, dtype)
+    for number, (layer, parts) in enumerate(sorted(layers.items()), 1):
+        tensors = {end: _read(stored[name][0], name) for end, name in parts.items()}
+        if "" in parts and stored[layer][1].dtype not in FLOATS:
+            raise LegolmError(f"model: {path}: {layer} is {stored[layer][1].dtype} and has no scale; {HELP}")
+        if layer.endswith(".bias") and layer not in wanted and not bool(tensors[""].any()):
+            continue  # AutoGPTQ's own zeros
+        name, weight = (
+            (f"{layer}.weight", _weight(path, layer, tensors, how, settings))
+            if "" not in parts
+            else (
+                layer,
+                tensors[""],
+            )
+        )
+        if not finite(weight.to(dtype)):
+            raise LegolmError(f"model: {path}: {name} is not finite in {dtype}; take another checkpoint")
+        writer.add("", {name: weight})
+        advance(number / len(layers))
+    writer.close()
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    tokenizer.init_kwargs.pop("auto_map", None)
+    tokenizer.save_pretrained(folder)
+    carry(path, folder)
+
+
+def layers_of(names: Mapping[str, Any], how: Format) -> dict[str, dict[str, str]]:
+    """Names of tensors by quantized layer and end of the name; one that is whole by itself, by its name and ""."""
+    marks = "|".join(map(re.escape, how.marks))
+    quantized = {found[1] for name in names if (found := re.fullmatch(rf"(.*)\.(?:{marks})", name))}
+    found_all: dict[str, dict[str, str]] = {layer: {} for layer in quantized}
+    ends = sorted([*how.parts, *how.unused], key=len, reverse=True)
+    split = re.compile(rf"(.*?)\.({'|'.join(map(re.escape, ends))})")
+    for name in names:
+        found = split.fullmatch(name)
+        if found and found[2] in how.unused:
+            continue
+        if found and found[1] in quantized:
+            found_all[found[1]][found[2]] = name
+        else:
+            found_all[name] = {"": name}
+    return found_all
+
+
+def _weight(path: Path, layer: str, parts: Mapping[str, Tensor], how: Format, settings: Settings) -> Tensor:
+    try:
+        return how.weight(parts, settings)
+    except (LegolmError, KeyError, RuntimeError, IndexError, ValueError, StopIteration) as error:
+        why = f"it has no {brief(error)}" if isinstance(error, KeyError) else brief(error)
+        raise LegolmError(f"model: {path}: {layer} cannot be dequantized ({why}); take another checkpoint") from None
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with open_tensors(file, "model: ", SAVE_AGAIN) as handle:
+        tensor: Tensor = handle.get_tensor(name)
+    return tensor
