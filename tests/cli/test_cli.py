@@ -143,7 +143,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(config: Callable[..., Path
     fails("lora.start: no folder", sets=("aggregate.form=factor", "lora.start=nowhere"))
     fails("aggregate.start: no folder nowhere", sets=("aggregate.start=nowhere",))
     fails("block a: calibration.text: no file nowhere.txt", sets=("blocks.0.calibration.text=nowhere.txt",))
-    fails("chats.jsonl:1: no field `instruction`", sets=(f"blocks.0.calibration.text={tmp_path}/chats.jsonl",))
+    fails(
+        "chats.jsonl:1: `messages` must be a list of two messages",
+        sets=(f"blocks.0.calibration.text={tmp_path}/chats.jsonl",),
+    )
     fails("train example 0 of 'fr' is longer than 16", sets=("train.long_examples=refuse", "train.max_length=16"))
     fails("block a: recover.text: no file", sets=("blocks.0.recover={steps: 1, text: nowhere.txt}",))
     fails("statistics: no file nowhere", sets=("blocks.0.calibration.statistics=[nowhere]",))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from legolm.prune.calibrate import Regression
-from legolm.prune.select import RIDGE, eliminate, refit
+from legolm.prune.select import LEAST_RIDGE, RIDGE, eliminate, refit
 
 
 def problem(features: int, outputs: int, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Regression]:
@@ -23,10 +23,16 @@ def problem(features: int, outputs: int, tokens: int, seed: int) -> tuple[Tensor
     return inputs, wanted, weight, fit
 
 
+def ridge_of(inputs: Tensor) -> float:
+    """The more, the fewer tokens an input was seen with."""
+    tokens, features = inputs.shape
+    return max(LEAST_RIDGE, RIDGE * features / tokens) * float(inputs.double().square().sum(0).mean())
+
+
 def least_loss(inputs: Tensor, wanted: Tensor, weight: Tensor, kept: list[int]) -> float:
     """min over V of ‖Y − X V‖² + ridge ‖V − W‖², where columns that are not kept have V = 0."""
     x, y, w = inputs.double(), wanted.double(), weight.double()
-    ridge = RIDGE * float(x.square().sum(0).mean())
+    ridge = ridge_of(x)
     stacked = torch.cat([x[:, kept], ridge**0.5 * torch.eye(len(kept), dtype=torch.float64)])
     goal = torch.cat([y, ridge**0.5 * w[:, kept].T])
     fitted = torch.linalg.lstsq(stacked, goal).solution
@@ -42,7 +48,7 @@ def test_the_errors_on_the_way_are_those_of_least_squares(seed: int, width: int)
     kept = [unit * width + i for unit in found.kept for i in range(width)]
     whole = least_loss(inputs, wanted, weight, list(range(12)))
     # The ridge pulls dropped columns to nothing instead of to the dense weights, a constant that the path leaves out.
-    ridge = RIDGE * float(inputs.double().square().sum(0).mean())
+    ridge = ridge_of(inputs)
     gone = [j for j in range(12) if j not in kept]
     constant = ridge * float(weight[:, gone].double().square().sum())
     assert found.errors[-1][0] == 2
@@ -56,7 +62,7 @@ def test_one_at_a_time_it_drops_what_costs_least() -> None:
     inputs, wanted, weight, fit = problem(8, 4, 200, 1)
     kept = eliminate(fit, weight, 1, 7).kept
     losses = {j: least_loss(inputs, wanted, weight, [i for i in range(8) if i != j]) for j in range(8)}
-    ridge = RIDGE * float(inputs.square().sum(0).mean())
+    ridge = ridge_of(inputs)
     costs = {j: loss - ridge * float(weight[:, j].square().sum()) for j, loss in losses.items()}
     assert set(range(8)) - set(kept) == {min(costs, key=costs.__getitem__)}
 
@@ -73,3 +79,25 @@ def test_of_two_equal_neurons_one_goes_first_and_the_other_takes_over() -> None:
     assert len({2, 5} - set(found.kept)) == 1
     cols = torch.tensor(found.kept)
     torch.testing.assert_close(inputs[:, cols] @ refit(fit, weight, cols).T, inputs @ weight.T, rtol=0.02, atol=0.05)
+
+
+def test_where_text_is_short_the_fit_stays_nearer_to_the_weights_and_answers_new_text_better() -> None:
+    better = []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        mix = torch.randn(40, 40, generator=generator)
+        weight = torch.randn(6, 40, generator=generator)
+        seen, new = (torch.randn(count, 40, generator=generator) @ mix for count in (60, 2000))
+        noise = 10 * torch.randn(60, 6, generator=generator)
+        fit = Regression(torch.nn.Linear(40, 6))
+        fit.add(seen, seen @ weight.T + noise)
+        kept = torch.arange(30)
+        x, y = seen[:, kept].double(), (seen @ weight.T + noise).double()
+        small = LEAST_RIDGE * float(seen.double().square().sum(0).mean())
+        plain = torch.linalg.solve(x.T @ x + small * torch.eye(30), x.T @ y + small * weight[:, kept].T.double())
+        errors = [
+            float((new[:, kept].double() @ one - new.double() @ weight.T.double()).square().mean())
+            for one in (refit(fit, weight, kept).T.double(), plain)
+        ]
+        better.append(errors[0] < errors[1])
+    assert sum(better) >= 7

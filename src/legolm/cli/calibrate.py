@@ -52,8 +52,9 @@ def calibrate(
     from legolm.system import Progress
 
     base, progress = resolve(model), Progress()
-    for note in check_text(text, settings, "--text"):
-        progress.note(note)
+    notes = check_text(text, settings, "--text")
     tokens = calibration_tokens(settings, load_tokenizer(base), seed)
     save_statistics(collect(base, fingerprint(base), tokens, needs, precision, progress), out)
+    for note in notes:  # not before: bad input is one line
+        progress.note(note)
     typer.echo(out)

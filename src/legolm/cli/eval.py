@@ -57,13 +57,13 @@ def evaluate(
     given = rows_of(layout, instruction, input, answer, messages, bad_rows)
     rows = validate(RowsConfig, given, "legolm eval") if given else None
     questions = read_questions(task_names(tasks), include, data, rows, text, limit, rouge, length, windows)
-    for note in questions.notes:
-        Progress().note(note)
     subjects = line_up(models, base, adapter)
     with kept_beside(out) as parts:
         found = evaluate_all(subjects, questions, precision, parts)
         if out is not None:
             write_json(found, questions, precision, out)
+    for note in questions.notes:  # not before: bad input is one line
+        Progress().note(note)
     print_evaluation(found)
     if out is not None:
         typer.echo(out)

@@ -94,9 +94,7 @@ def prune(
     from legolm.system import Progress
 
     base, progress = resolve(model), Progress()
-    if statistics is None:
-        for note in check_text(calibration, wanted[0][0].calibration, "--calibration"):
-            progress.note(note)
+    notes = check_text(calibration, wanted[0][0].calibration, "--calibration") if statistics is None else []
     digest = fingerprint(base)
     blocks = {folder: kept_block(folder, digest, spec, seed, precision) for spec, folder in wanted}
     left = [(spec, folder) for spec, folder in wanted if blocks[folder] is None]
@@ -104,6 +102,8 @@ def prune(
         if blocks[folder] is not None:
             progress.note(f"{folder}: is there already, cut by the same recipe")
     made = cut_blocks(base, digest, left, seed, precision, progress, lasting_name(model)) if left else []
+    for note in notes:  # not before: bad input is one line
+        progress.note(note)
     new = {block.path: block for block in made}
     print_blocks([blocks[folder] or new[folder] for folder in folders])
 

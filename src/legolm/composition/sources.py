@@ -113,8 +113,6 @@ def weights_by_loss(sources: Sequence[Source], data: str, progress: Progress, ro
     """
     said: list[str] = []
     examples = list(read_examples(data, rows, "--validate", said))
-    for note in said:
-        progress.note(note)
     losses = []
     with progress.stage("validate", len(sources)) as advance:
         for source in sources:
@@ -128,6 +126,8 @@ def weights_by_loss(sources: Sequence[Source], data: str, progress: Progress, ro
                     f"{source.name}: its loss on {data} is {losses[-1]}; what it learned diverged, leave it out"
                 )
             advance(1)
+    for note in said:  # not before: bad input is one line
+        progress.note(note)
     return torch.tensor(losses, dtype=torch.float64).neg().softmax(0).tolist()
 
 

@@ -78,7 +78,7 @@ def read_questions(
         ("--include", include, "--tasks", tasks),
         ("--limit", limit, "--tasks or --data", tasks or data is not None),
         ("--rouge", rouge or None, "--data", data is not None),
-        ("--layout and names of fields", rows, "--data", data is not None),
+        ("--layout, --instruction, --input, --answer, --messages, --bad-rows", rows, "--data", data is not None),
         ("--length", length, "--text", text is not None),
         ("--windows", windows, "--text", text is not None),
     ):
