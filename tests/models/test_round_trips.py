@@ -27,12 +27,13 @@ from legolm.models import (
     decoder_layers,
     fingerprint,
     hidden_states,
+    import_model,
     layout_of,
     lean,
     load_config,
     load_model,
+    load_tokenizer,
     pack,
-    write_text_part,
 )
 from legolm.prune import cut_blocks
 from legolm.prune.calibrate import Stream
@@ -149,25 +150,28 @@ def test_the_table_in_the_docs_has_a_row_a_test_and_what_can_be_cut(tiny: Callab
     ]
 
 
-def test_the_text_part_of_a_multimodal_gemma_3(tmp_path: Path) -> None:
-    """The same logits for text as the whole model gives."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_text_part_of_a_multimodal_gemma_3(dtype: torch.dtype, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """The same logits for text as the whole model gives, in the dtype that is stored."""
     from transformers import AutoConfig, Gemma3ForConditionalGeneration
 
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 130, "sliding_window": 8}
+    text |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 261, "sliding_window": 8}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     vision |= {"image_size": 16, "patch_size": 8}
     config = AutoConfig.for_model(
-        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=129
+        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=260
     )
     torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(config).eval()
-    model.save_pretrained(tmp_path / "today")
-    with pytest.raises(LegolmError, match="more than a text model"):
-        load_config(tmp_path / "today")
-    (tmp_path / "text").mkdir()
-    write_text_part(tmp_path / "today", tmp_path / "text")
-    load_config(tmp_path / "text")
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
-    torch.testing.assert_close(found(TOKENS).logits, model(TOKENS).logits)
+    Gemma3ForConditionalGeneration(config).to(dtype).save_pretrained(tmp_path / "whole")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "whole" / name).write_bytes((tiny("gemma3_text") / name).read_bytes())
+    with pytest.raises(LegolmError, match=r"more than a text model; .*run: legolm import MODEL --out DIR"):
+        load_config(tmp_path / "whole")
+    import_model(str(tmp_path / "whole"), tmp_path / "text", Progress())
+    assert load_config(tmp_path / "text").dtype == dtype
+    assert load_tokenizer(tmp_path / "text").get_vocab() == load_tokenizer(tiny("gemma3_text")).get_vocab()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=torch.float32)
+    whole = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    torch.testing.assert_close(found(TOKENS).logits, whole(TOKENS).logits)
     load_model(tmp_path / "text")

@@ -27,7 +27,6 @@ from legolm.models.packing import LONG, pack
 from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of
 from legolm.models.rotary import scales_by_length
 from legolm.models.rounding import rounded
-from legolm.models.text_part import write_text_part
 
 __all__ = [
     "CHUNK",
@@ -77,5 +76,4 @@ __all__ = [
     "scales_by_length",
     "shape_of",
     "tell",
-    "write_text_part",
 ]

@@ -172,12 +172,14 @@ def _check_sizes(raw: Mapping[str, Any], where: str) -> None:
     named = raw.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
         raise LegolmError(f"{where}: `architectures` = {brief(repr(named))}: must be a list of names")
-    for name, most in LARGEST.items():
-        size = raw.get(name)
-        if size is not None and (type(size) is not int or not 1 <= size <= most):
-            raise LegolmError(
-                f"{where}: `{name}` = {brief(json.dumps(size))[:40]}: must be a whole number from 1 to {most}"
-            )
+    text = raw.get("text_config")
+    for part in (raw, text if isinstance(text, dict) else {}):
+        for name, most in LARGEST.items():
+            size = part.get(name)
+            if size is not None and (type(size) is not int or not 1 <= size <= most):
+                raise LegolmError(
+                    f"{where}: `{name}` = {brief(json.dumps(size))[:40]}: must be a whole number from 1 to {most}"
+                )
 
 
 def _check_generation(path: Path) -> None:
@@ -238,9 +240,14 @@ def _check_weights(path: Path, _states: tuple[str, ...]) -> torch.dtype:
                 f"model: {path}: config.json and the weights differ: {brief(names[0])}"
                 f"{f', the first of {len(names)} tensors' if len(names) > 1 else ''}, {fault}; {SAVE_AGAIN}"
             )
+    return main_dtype(found[name] for name in both)
+
+
+def main_dtype(stored: Iterable[Stored]) -> torch.dtype:
+    """The dtype that most of the weights are stored in, all of them one of `FLOATS`."""
     sizes: Counter[str] = Counter()
-    for name in both:
-        sizes[found[name].dtype] += math.prod(found[name].shape)
+    for tensor in stored:
+        sizes[tensor.dtype] += math.prod(tensor.shape)
     return FLOATS[sizes.most_common(1)[0][0]]
 
 

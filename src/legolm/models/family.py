@@ -175,12 +175,12 @@ class Shape:
 
 def check_kind(config: Any) -> None:
     """Raise `LegolmError` for what is no causal LM of a known family, and for a quantized one."""
+    family_of(config)
     architectures = config.architectures or []
     if not set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise LegolmError(
             f"model: {', '.join(architectures) or config.model_type} is not a causal LM; give one that is"
         )
-    family_of(config)
     for name in ("quantization_config", "compression_config"):
         if (found := getattr(config, name, None)) is not None:
             raise quantized_error(found.get("quant_method", "") if isinstance(found, dict) else "")
@@ -241,7 +241,10 @@ def quantized_error(method: str) -> LegolmError:
 def family_of(config: Any) -> Family:
     """The family of a Hugging Face model config. Raises `LegolmError` for an unknown one."""
     if getattr(config, "text_config", None) is not None:
-        raise LegolmError(f"model: {config.model_type!r} is more than a text model; give a text-only checkpoint")
+        raise LegolmError(
+            f"model: {config.model_type!r} is more than a text model; give a text-only checkpoint: "
+            "run: legolm import MODEL --out DIR, and give DIR"
+        )
     return known_family(config.model_type)
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from legolm.errors import LegolmError, brief
-from legolm.models.checkpoint import SAVE_AGAIN, stored_weights
+from legolm.models.checkpoint import FLOATS, SAVE_AGAIN, drop_code, main_dtype, read_config, stored_weights
 from legolm.models.family import shape_of
 from legolm.models.layered import CheckpointWriter
 from legolm.models.layout import check_dense, empty_model
@@ -25,7 +23,7 @@ def write_text_part(path: Path, folder: Path) -> None:
     One tensor is in memory at a time, and a shard. Raises `LegolmError` for a checkpoint without a text part, and for
     one whose text part is no dense decoder or lacks a tensor.
     """
-    whole = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    whole = read_config(path)
     config = getattr(whole, "text_config", None)
     if config is None or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise LegolmError(f"model: {path}: {whole.model_type!r} has no text model of its own inside; give a causal LM")
@@ -39,11 +37,15 @@ def write_text_part(path: Path, folder: Path) -> None:
     lacking = sorted(wanted - found.keys() - set(getattr(model, "all_tied_weights_keys", None) or ()))
     if lacking:
         raise LegolmError(f"model: {path}: its text part lacks {brief(lacking[0])}; {SAVE_AGAIN}")
-    dtype = config.dtype or whole.dtype or torch.float32
-    writer = CheckpointWriter(folder, dtype)
-    for name in sorted(wanted & found.keys()):
+    names = sorted(wanted & found.keys())
+    for name in names:
+        if stored[found[name]][1].dtype not in FLOATS:
+            raise LegolmError(f"model: {path}: {found[name]} is {stored[found[name]][1].dtype}; {SAVE_AGAIN}")
+    config.dtype = main_dtype(stored[found[name]][1] for name in names)
+    writer = CheckpointWriter(folder, config.dtype)
+    for name in names:
         with open_tensors(stored[found[name]][0], "model: ", SAVE_AGAIN) as handle:
             writer.add("", {name: handle.get_tensor(found[name])})
     writer.close()
-    config.dtype = dtype
+    drop_code(config)
     config.save_pretrained(folder)
