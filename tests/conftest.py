@@ -15,6 +15,8 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+pytest_plugins = ["export_fixtures"]
+
 # The same examples each time: whether `make test` passes is no matter of luck. To look for others:
 # pytest -m hypothesis --hypothesis-profile default
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -31,9 +33,9 @@ def imports_stay() -> None:
 @pytest.fixture
 def shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registries as legolm ships them, whatever other tests registered; what this one registers is forgotten."""
-    from legolm.config import CRITERIA, SCHEMES, TRAINERS
+    from legolm.config import CRITERIA, EXPORTERS, SCHEMES, TRAINERS
 
-    for registry in (SCHEMES, CRITERIA, TRAINERS):
+    for registry in (SCHEMES, CRITERIA, TRAINERS, EXPORTERS):
         ours = {name: registry.entry(name) for name in registry if registry.entry(name).module.startswith("legolm.")}
         monkeypatch.setattr(registry, "_entries", ours)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from legolm.api import LLM, Client, Federation, Run, ablate, compare, compose, cut, evaluate, questions, read
     from legolm.block import Block, Coverage, read_block
     from legolm.data import Example, Message
+    from legolm.export import load
     from legolm.finetune import Task, trainer
     from legolm.prune import criterion
 
@@ -37,6 +38,7 @@ _HOMES = {
     ),
     "legolm.block": ("Block", "Coverage", "read_block"),
     "legolm.data": ("Example", "Message"),
+    "legolm.export": ("load",),
     "legolm.finetune": ("Task", "trainer"),
     "legolm.prune": ("criterion",),
 }
@@ -63,6 +65,7 @@ __all__ = [
     "criterion",
     "cut",
     "evaluate",
+    "load",
     "questions",
     "read",
     "read_block",

@@ -42,6 +42,7 @@ SIGNATURES = {
     "cut": "(llm, out, *, method='structured', recover=0, calibration='pydoc', samples=32, length=256, seed=0, "
     "precision='fp32', **target)",
     "evaluate": "(models, questions, *, precision='fp32')",
+    "load": "(name)",
     "questions": "(tasks=(), *, include=None, data=None, layout='auto', fields=None, text=None, limit=None, "
     "rouge=False, length=None, windows=None)",
     "read": "(source, *, layout='auto', instruction=None, input=None, answer=None, messages=None, text=None, "

@@ -59,6 +59,24 @@ def adapter_keys(coverage: Coverage, targets: Iterable[str] | None, trained: boo
     return [key for key in keys if not (trained and is_frozen(key, shape))]
 
 
+def check_factors(where: str, factors: Tensors, coverage: Coverage) -> None:
+    """Raise `LegolmError` unless every layer has both factors of every module, finite and in the block's shape."""
+    if not factors:
+        raise LegolmError(f"{where}: its adapter is empty")
+    wanted = set(adapter_keys(coverage, sorted({parse_key(key)[1].rpartition(".")[2] for key in factors})))
+    for key in sorted(wanted | set(factors)):
+        tensor = factors.get(key)
+        if tensor is None or key not in wanted:
+            lost = "missing; an adapter must be on the same modules in every layer of its block"
+            raise LegolmError(f"{where}: {key} is {lost if tensor is None else 'not the block’s'}")
+        # A and B of a module have one rank, A's.
+        rank = len(factors.get(f"{key[:-1]}A", tensor))
+        if tuple(tensor.shape) != factor_shape(coverage, key, rank):
+            raise LegolmError(f"{where}: {key} has shape {tuple(tensor.shape)}, which does not fit the block")
+        if not bool(tensor.isfinite().all()):
+            raise LegolmError(f"{where}: {key} is not finite")
+
+
 def frozen_side_of(shape: Shape, module: str) -> str:
     """The factor on the side that no block ever cuts: A where rows are cut, B where columns are."""
     return "A" if shape.module(module).cols == "hidden" else "B"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from legolm.block import Block, read_block
 from legolm.config import RunConfig
-from legolm.errors import LegolmError, nearest
+from legolm.errors import LegolmError
 from legolm.report import draw
 from legolm.runs import Data, RoundRecord, RunDir, StageRecord, Summary, read_stages, rounds_of
 from legolm.system import atomic_write
@@ -76,8 +76,4 @@ class Run:
         return Plot(draw(self.summary, what, data))
 
     def _final(self, name: str) -> Path:
-        path = RunDir(self.folder).final(name)
-        if not path.is_dir():
-            known = sorted(one.name for one in path.parent.glob("*")) or ["none: the run has no final models yet"]
-            raise LegolmError(f"run folder {self.folder}: no final model {name!r};{nearest(name, known)}")
-        return path
+        return RunDir(self.folder).final_model(name)

@@ -2,7 +2,8 @@
 
 from legolm.block.base import Base, decoder_weights
 from legolm.block.block import Block
-from legolm.block.coverage import Coverage, add_matrix, pack_mask, slice_matrix, unpack_mask
+from legolm.block.coverage import Coverage, add_matrix, load_coverage, pack_mask, slice_matrix, unpack_mask
+from legolm.block.drawing import picture
 from legolm.block.manifest import Manifest, llm_block, read_block, rename_block, write_block
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "add_matrix",
     "decoder_weights",
     "llm_block",
+    "load_coverage",
     "pack_mask",
+    "picture",
     "read_block",
     "rename_block",
     "slice_matrix",

@@ -13,15 +13,21 @@ import click
 import typer
 
 from legolm.cli.ablate import ablate
+from legolm.cli.bench import bench
 from legolm.cli.calibrate import calibrate
+from legolm.cli.chat import chat
 from legolm.cli.compare import compare
 from legolm.cli.compose import compose
 from legolm.cli.eval import evaluate
+from legolm.cli.export import export
+from legolm.cli.generate import generate
 from legolm.cli.importing import import_model
 from legolm.cli.inspect import inspect
+from legolm.cli.pick import pick
 from legolm.cli.prune import prune
 from legolm.cli.report import report
 from legolm.cli.run import run
+from legolm.cli.serve import serve
 from legolm.errors import LegolmError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -54,6 +60,12 @@ app.command()(inspect)
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(compose)
+app.command()(export)
+app.command()(chat)
+app.command()(generate)
+app.command()(serve)
+app.command()(bench)
+app.command()(pick)
 app.command()(ablate)
 app.command()(report)
 

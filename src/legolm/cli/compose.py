@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from legolm.cli.export import export
 from legolm.cli.options import Answer, BadRows, Input, Instruction, LayoutOption, Messages, check_new, rows_of
 from legolm.errors import LegolmError
 
@@ -28,10 +31,12 @@ def compose(
     answer: Answer = None,
     messages: Messages = None,
     bad_rows: BadRows = None,
+    then: Annotated[str | None, typer.Option(help="of what was composed: 'export --to gguf --out both.gguf'")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what is held and covered, and stop")] = False,
 ) -> None:
     """Combine what separately trained blocks learned into one block, or into the LLM."""
     check_new(out)
+    after = None if then is None else _parsed(then, out)
 
     given = rows_of(layout, instruction, input, answer, messages, bad_rows)
     if given and validate is None:
@@ -53,3 +58,21 @@ def compose(
         print_composition(wanted)
         return
     print_blocks([put_together(wanted, out, progress)])
+    if after is not None:
+        after()
+
+
+def _parsed(then: str, out: Path) -> Callable[[], None]:
+    """What exports the folder `out`. Raises `LegolmError` for another command and a bad one, before the work."""
+    try:
+        word, *words = shlex.split(then)
+    except ValueError:
+        word, words = then, []
+    if word != "export":
+        raise LegolmError(f"--then {then!r}: must be an export: 'export --to gguf --out FILE'")
+    command = typer.Typer(add_completion=False)
+    command.command()(export)
+    made: Any = typer.main.get_command(command)
+    given = made.make_context("compose --then export", [str(out), *words]).params
+    check_new(Path(given["out"]))
+    return lambda: made.main([str(out), *words], standalone_mode=False)

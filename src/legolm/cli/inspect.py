@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 
-def inspect(block: Annotated[Path, typer.Argument(help="a block's folder")]) -> None:
+def inspect(block: Annotated[str, typer.Argument(help="a block's folder, or RUN:CLIENT")]) -> None:
     """What a block kept of the LLM: layers, KV groups, neurons, weights."""
     from legolm.block import read_block
+    from legolm.export import find_model
     from legolm.report import print_coverage
 
-    print_coverage(read_block(block))
+    folder = Path(block)
+    print_coverage(read_block(folder if folder.exists() or ":" not in block else find_model(block)))

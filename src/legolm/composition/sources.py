@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from legolm.adapter import FACTORS, Tensors, adapter_keys, factor_shape, load_factors, merged, parse_key, read_adapter
-from legolm.block import Block, Coverage
+from legolm.adapter import FACTORS, Tensors, check_factors, load_factors, merged, parse_key, read_adapter
+from legolm.block import Block
 from legolm.composition.target import checked_block
 from legolm.config import RowsConfig
 from legolm.data import read_examples, render_whole
@@ -149,27 +149,8 @@ def _read(name: str) -> Source:
         factors, start = read_adapter(adapter[0], block.coverage, name), None
     else:
         factors, start = load_factors(block.path)
-    source = Source(name, block, factors, start, merged=not adapter)
-    _check(source, block.coverage)
-    return source
-
-
-def _check(source: Source, coverage: Coverage) -> None:
-    """Raise `LegolmError` unless every layer has both factors of every module, finite and in the block's shape."""
-    if not source.factors:
-        raise LegolmError(f"{source.name}: its adapter is empty")
-    wanted = set(adapter_keys(coverage, source.modules))
-    for key in sorted(wanted | set(source.factors)):
-        tensor = source.factors.get(key)
-        if tensor is None or key not in wanted:
-            lost = "missing; an adapter must be on the same modules in every layer of its block"
-            raise LegolmError(f"{source.name}: {key} is {lost if tensor is None else 'not the block’s'}")
-        # A and B of a module have one rank, A's.
-        rank = len(source.factors.get(f"{key[:-1]}A", tensor))
-        if tuple(tensor.shape) != factor_shape(coverage, key, rank):
-            raise LegolmError(f"{source.name}: {key} has shape {tuple(tensor.shape)}, which does not fit the block")
-        if not bool(tensor.isfinite().all()):
-            raise LegolmError(f"{source.name}: {key} is not finite")
+    check_factors(name, factors, block.coverage)
+    return Source(name, block, factors, start, merged=not adapter)
 
 
 def _short(source: Source) -> str:

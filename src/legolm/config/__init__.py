@@ -3,8 +3,19 @@
 from legolm.config.aggregation import AggregateConfig, Codec, FederationConfig, OutlierConfig, ServerConfig
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.file import dump, load, read, validate
-from legolm.config.registry import CRITERIA, SCHEMES, TRAINERS, Choice, Entry, Registry, foreign, guarded, load_plugins
-from legolm.config.section import LAYOUT_FIELDS, Fields, Layout, RowsConfig
+from legolm.config.registry import (
+    CRITERIA,
+    EXPORTERS,
+    SCHEMES,
+    TRAINERS,
+    Choice,
+    Entry,
+    Registry,
+    foreign,
+    guarded,
+    load_plugins,
+)
+from legolm.config.section import LAYOUT_FIELDS, Fields, Layout, RowsConfig, parse_quantity
 from legolm.config.sections import (
     ClientConfig,
     DataConfig,
@@ -22,6 +33,7 @@ from legolm.config.study import Variant, load_study
 
 __all__ = [
     "CRITERIA",
+    "EXPORTERS",
     "LAYOUT_FIELDS",
     "SCHEMES",
     "TRAINERS",
@@ -57,6 +69,7 @@ __all__ = [
     "load",
     "load_plugins",
     "load_study",
+    "parse_quantity",
     "read",
     "validate",
 ]

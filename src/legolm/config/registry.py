@@ -141,6 +141,7 @@ class Registry(Generic[T]):
 SCHEMES: Registry[Any] = Registry("scheme", "legolm.aggregate", "legolm.schemes")
 CRITERIA: Registry[Any] = Registry("criterion", "legolm.prune", "legolm.criteria")
 TRAINERS: Registry[Any] = Registry("trainer", "legolm.finetune", "legolm.trainers")
+EXPORTERS: Registry[Any] = Registry("target", "legolm.export", "legolm.exporters")
 
 
 def load_plugins(plugins: Sequence[str]) -> None:
@@ -197,7 +198,9 @@ def _load(plugin: str, where: str) -> Entry[Any]:
     if found is None:
         raise LegolmError(f"{where}: {module} has no {name}")
     if not isinstance(found, Entry):
-        raise LegolmError(f"{where}: registers nothing; put @scheme, @criterion or @trainer with a name before it")
+        raise LegolmError(
+            f"{where}: registers nothing; put @scheme, @criterion, @trainer or @exporter with a name before it"
+        )
     return found
 
 

@@ -86,13 +86,16 @@ def _not_reserved(name: str) -> str:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), AfterValidator(_not_reserved)]
 
 
-def _quantity(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kmg]?)b?\s*", value.lower())
+def parse_quantity(text: str) -> int:
+    """70M, 150MB, 1.5GB as a number. Raises `ValueError` for what is none."""
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kmg]?)b?\s*", text.lower())
     if found is None:
         raise ValueError("write a number, with k, M or G and B if you like: 70M, 150MB, 1.5GB")
-    return round(float(found[1]) * 1000 ** " kmg".index(found[2] or " "))
+    return round(float(found[1]) * 1000.0 ** " kmg".index(found[2] or " "))
+
+
+def _quantity(value: object) -> object:
+    return parse_quantity(value) if isinstance(value, str) else value
 
 
 Quantity = Annotated[int, BeforeValidator(_quantity), Field(ge=1)]

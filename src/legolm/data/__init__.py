@@ -1,15 +1,15 @@
 """From files, hub data sets and the starter data to clients' examples, tokens and calibration text."""
 
-from legolm.data.calibration import calibration_tokens, check_text
+from legolm.data.calibration import calibration_tokens, check_text, help_tokens
 from legolm.data.examples import ClientData, Example, Message
 from legolm.data.layouts import read_examples, to_example, with_system
 from legolm.data.prose import read_text, text_tokens
-from legolm.data.render import Tokens, check_whole, render, render_whole
+from legolm.data.render import Tokens, check_whole, render, render_prompt, render_whole
 from legolm.data.sequence import begin, begun, check_tokens, encode, windows
 from legolm.data.sources import check_apart, paths_of, read_rows
 from legolm.data.split import client_data, data_fingerprint, load_parts
 from legolm.data.starter import is_starter
-from legolm.data.template import DATE, prompt_look, set_template, take_look
+from legolm.data.template import DATE, prompt_look, render_template, set_template, take_look
 from legolm.data.tokens import TokenRows, tokenize
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "client_data",
     "data_fingerprint",
     "encode",
+    "help_tokens",
     "is_starter",
     "load_parts",
     "paths_of",
@@ -37,6 +38,8 @@ __all__ = [
     "read_rows",
     "read_text",
     "render",
+    "render_prompt",
+    "render_template",
     "render_whole",
     "set_template",
     "take_look",

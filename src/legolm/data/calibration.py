@@ -16,7 +16,7 @@ from legolm.data.examples import Example
 from legolm.data.layouts import read_examples
 from legolm.data.prose import PIECE, check_prose, read_prose, text_tokens
 from legolm.data.render import render
-from legolm.data.sequence import begin, windows
+from legolm.data.sequence import begin, begun, encode, windows
 from legolm.data.sources import is_rows, paths_of
 from legolm.data.starter import is_starter, public_starter_text
 from legolm.data.store import Examples
@@ -86,3 +86,13 @@ def _conversations(
     order = random.Random(f"{seed} conversations").sample(range(len(examples)), len(examples))
     rendered = (render(examples[place], tokenizer, config.length).ids for place in order)
     return torch.tensor(list(islice(chain.from_iterable(rendered), config.samples * config.length)), dtype=torch.int64)
+
+
+def help_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+    """The first `count` tokens of Python's help topics, begun as the tokenizer begins a text.
+
+    From the start again where a context is longer.
+    """
+    text = "\n".join(topics.values())
+    ids = encode(text[: 16 * count], tokenizer)  # no tokenizer makes fewer tokens of it
+    return begun((ids * (count // len(ids) + 1)), begin(tokenizer))[:count]

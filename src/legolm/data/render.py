@@ -74,6 +74,15 @@ def render_many(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase,
     return found
 
 
+def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a conversation that the model is to go on with, in the tokenizer's chat template."""
+    if tokenizer.chat_template is None:
+        text = "".join(f"{message.content}\n" for message in messages)
+        return begun(encode(text, tokenizer), begin(tokenizer))
+    (text,) = render_template(tokenizer, [([message.turn for message in messages], True)])
+    return encode(text, tokenizer)
+
+
 def render_whole(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int, option: str
 ) -> list[Tokens]:

@@ -2,12 +2,14 @@
 
 from legolm.evaluation.answers import score
 from legolm.evaluation.figure import Figure, digest
-from legolm.evaluation.greedy import generate
+from legolm.evaluation.greedy import answer_rows, generate
 from legolm.evaluation.kept import kept_beside
 from legolm.evaluation.paired import compare
 from legolm.evaluation.perplexity import perplexity
 from legolm.evaluation.questions import TEXT, Questions, check_finite, measure, read_questions
-from legolm.evaluation.side_by_side import Evaluation, Result, evaluate, line_up, write_json
+from legolm.evaluation.side_by_side import Evaluation, Result, Subject, evaluate, line_up, load_subject, write_json
+from legolm.evaluation.speed import tokens_per_second
+from legolm.evaluation.stream import answer_ends, reply
 from legolm.evaluation.tasks import load_tasks, run_tasks
 
 __all__ = [
@@ -16,6 +18,9 @@ __all__ = [
     "Figure",
     "Questions",
     "Result",
+    "Subject",
+    "answer_ends",
+    "answer_rows",
     "check_finite",
     "compare",
     "digest",
@@ -23,11 +28,14 @@ __all__ = [
     "generate",
     "kept_beside",
     "line_up",
+    "load_subject",
     "load_tasks",
     "measure",
     "perplexity",
     "read_questions",
+    "reply",
     "run_tasks",
     "score",
+    "tokens_per_second",
     "write_json",
 ]

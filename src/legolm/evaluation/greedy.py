@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from legolm.config import Precision
-from legolm.data import Tokens
-from legolm.models import autocast
+from legolm.config import Fields, Precision, RowsConfig
+from legolm.data import Tokens, read_rows, render_whole, to_example
+from legolm.models import autocast, choose_device, load_config, load_model, load_tokenizer
 
 
 def generate(
@@ -45,3 +47,28 @@ def generate(
             if not ends & set(ids):
                 texts[place] += cut
     return texts
+
+
+def answer_rows(
+    path: Path, data: str, instruction: str, messages: str | None, batch_size: int, precision: Precision, most: int
+) -> list[tuple[dict[str, Any], str]]:
+    """The model's answer to each row of a file; `instruction` or `messages` is the field of the question.
+
+    Raises `LegolmError` for a row without one, and for a conversation that is longer than the model's context.
+    """
+    blank = "answer"
+    fields = Fields(messages=messages) if messages else Fields(instruction=instruction, answer=blank)
+    config = RowsConfig(layout="messages" if messages else "alpaca", fields=fields)
+    rows = list(read_rows(data, "generate"))
+    asked = []
+    for row in rows:
+        values = {**row.values, blank: "."}  # any: what stands before it is the prompt
+        turns = values.get(messages) if messages else None
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") != "assistant":
+            values[str(messages)] = [*turns, {"role": "assistant", "content": "."}]
+        asked.append(to_example(replace(row, values=values), config))
+    tokenizer, context = load_tokenizer(path), load_config(path).max_position_embeddings
+    prompts = render_whole(asked, tokenizer, context, "generate")
+    model = load_model(path).to(choose_device("auto"))
+    answers = generate(model, prompts, tokenizer, batch_size, precision, most)
+    return [(dict(row.values), answer) for row, answer in zip(rows, answers, strict=True)]

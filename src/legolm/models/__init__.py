@@ -2,7 +2,7 @@
 
 from legolm.models.beside import carry
 from legolm.models.calls import Call, recorded
-from legolm.models.checkpoint import load_config
+from legolm.models.checkpoint import load_config, weight_files
 from legolm.models.cut import config_changes, narrow, tell
 from legolm.models.family import FAMILIES, LLAMA, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
 from legolm.models.finite import finite
@@ -20,8 +20,10 @@ from legolm.models.load import (
     lasting_name,
     load_model,
     load_tokenizer,
+    read_weights,
     resolve,
     save_model,
+    side_files,
 )
 from legolm.models.packing import LONG, pack
 from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of
@@ -69,11 +71,14 @@ __all__ = [
     "load_tokenizer",
     "narrow",
     "pack",
+    "read_weights",
     "recorded",
     "resolve",
     "rounded",
     "save_model",
     "scales_by_length",
     "shape_of",
+    "side_files",
     "tell",
+    "weight_files",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from legolm.errors import LegolmError, brief
-from legolm.models.layered import SHARD_BYTES, CheckpointWriter
+from legolm.models.layered import CheckpointWriter
 
 ROPE = "rope_freqs.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -23,7 +23,7 @@ def convert(
     folder: Path,
     dtype: torch.dtype | None,
     advance: Callable[[float], Any],
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
 ) -> None:
     """Write the model in a GGUF file as a checkpoint in `dtype`: if None, its own if it is one's, else bfloat16.
 

@@ -98,8 +98,8 @@ class LayeredModel:
 class CheckpointWriter:
     """Writes tensors in one dtype as safetensors shards, in the layout that `from_pretrained` reads."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:
-        self._folder, self._dtype, self._shard_bytes = folder, dtype, shard_bytes
+    def __init__(self, folder: Path, dtype: torch.dtype, shard_bytes: int | None = None) -> None:
+        self._folder, self._dtype, self._shard_bytes = folder, dtype, shard_bytes or SHARD_BYTES
         self._waiting: dict[str, Tensor] = {}
         self._shard_of: dict[str, int] = {}
         self._shards = self._bytes = 0

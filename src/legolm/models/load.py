@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from legolm.config import DataConfig
 from legolm.data import set_template
 from legolm.errors import LegolmError, brief
+from legolm.models.beside import CARRIED
 from legolm.models.checkpoint import (
     SAVE_AGAIN,
     as_transformers_reads,
@@ -35,6 +38,9 @@ from legolm.system import hub_answers, open_tensors, wants_offline
 
 transformers_logging.disable_progress_bar()
 
+SIDE_FILES = re.compile(
+    r"(config|generation_config|.*token.*|vocab|manifest)\.json|.*\.jinja|merges\.txt|coverage\.safetensors"
+)
 TERMS = ("license*", "licence*", "copying*", "notice*", "use_policy*", "usage_policy*")
 WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", *TERMS, *map(str.upper, TERMS)]
 UNWANTED = ["consolidated*", "original/*", "onnx/*"]
@@ -191,6 +197,19 @@ def fingerprint(path: Path) -> str:
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, as stored, of all that a checkpoint holds, one at a time."""
+    for name, (file, _) in stored_weights(path).items():
+        with open_tensors(file, "model: ", SAVE_AGAIN) as handle:
+            yield name, handle.get_tensor(name)
+
+
+def side_files(path: Path) -> list[Path]:
+    """What lies beside a checkpoint's weights and belongs to it: config, tokenizer, coverage, licence."""
+    named = (file for file in path.iterdir() if any(one.fullmatch(file.name) for one in (SIDE_FILES, CARRIED)))
+    return sorted(file for file in named if file.is_file())
 
 
 def count_parameters(path: Path) -> int:

@@ -11,11 +11,14 @@ from legolm.report.terminal import (
     print_coverage,
     print_evaluation,
     print_plan,
+    print_speeds,
     print_summary,
 )
+from legolm.report.tradeoff import draw_tradeoff, print_picked
 
 __all__ = [
     "draw",
+    "draw_tradeoff",
     "need_matplotlib",
     "print_ablation",
     "print_blocks",
@@ -23,7 +26,9 @@ __all__ = [
     "print_composition",
     "print_coverage",
     "print_evaluation",
+    "print_picked",
     "print_plan",
+    "print_speeds",
     "print_summary",
     "summarize",
     "write_ablation",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 
-from legolm.block import Block, Coverage
+from legolm.block import Block, Coverage, picture
 from legolm.config import RunConfig
 from legolm.evaluation import TEXT, Evaluation, Result
 from legolm.plan import Plan
@@ -19,6 +19,7 @@ from legolm.runs import Part, Summary
 
 if TYPE_CHECKING:
     from legolm.composition import Composition
+    from legolm.export import Speed
 
 
 def print_plan(plan: Plan, config: RunConfig) -> None:
@@ -72,9 +73,10 @@ def print_blocks(blocks: Sequence[Block]) -> None:
 
 
 def print_coverage(block: Block) -> None:
-    """What a block kept of the LLM, layer by layer."""
+    """What a block kept of the LLM, drawn, and layer by layer in figures."""
     coverage, shape = block.coverage, block.coverage.shape
     print_blocks([block])
+    Console().print(f"\n{picture(coverage)}\n", highlight=False, markup=False)
     rows = []
     for j, layer in enumerate(coverage.layers):
         kept = coverage.kept_in(layer) / shape.layer_weights
@@ -181,6 +183,28 @@ def print_evaluation(found: Evaluation) -> None:
     for asked in found.answered:
         print_answers("", asked.question, asked.wanted, {names[model]: text for model, text in asked.answers.items()})
     print_lines(f"warning: {warning}" for warning in found.warnings)
+
+
+def print_speeds(speeds: Sequence[Speed]) -> None:
+    """All of `legolm bench`."""
+    rows, names = [], _short(dict.fromkeys(one.model for one in speeds))
+    for one in speeds:
+        energy = "" if one.joules is None else f"{one.joules:.2f}"
+        times = (f"{one.prefill:,.0f}", f"{one.decode:,.1f}", f"{1e3 * one.first_s:,.0f}")
+        rows.append(
+            (
+                names[one.model],
+                one.runtime,
+                *times,
+                _mb(one.memory),
+                _mb(one.bytes),
+                energy,
+            )
+        )
+    columns = (">prefill/s", ">decode/s", ">first, ms", ">peak", ">bytes", ">J/token")
+    shown = columns if any(one.joules is not None for one in speeds) else columns[:-1]
+    title = "Tokens a second, read and written; time to the first token; peak memory"
+    print_table(("model", "runtime", *shown), [row[: len(shown) + 2] for row in rows], title=title)
 
 
 def _print_scores(results: Sequence[Result], names: Mapping[str, str]) -> None:

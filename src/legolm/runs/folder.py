@@ -14,7 +14,7 @@ from typing import Any
 
 from legolm import config as configs
 from legolm.config import RunConfig, SiteConfig
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, nearest
 from legolm.runs.records import Change, Identity, dump_sealed, read_sealed
 from legolm.runs.resume import AGAIN, FREE, Difference, differences, refusal, settled
 from legolm.system import LOCK, atomic_write
@@ -166,6 +166,14 @@ class RunDir:
     def final(self, name: str) -> Path:
         """Folder of a finished model: the LLM's or a client's block."""
         return self.path / "final" / name
+
+    def final_model(self, name: str) -> Path:
+        """The same, if it is there. Raises `LegolmError` with the nearest that is."""
+        known = sorted(one.name for one in (self.path / "final").glob("[!.]*"))
+        if name not in known:
+            hint = nearest(name, known) if known else " the run has none yet"
+            raise LegolmError(f"run folder {self.path}: no final model {name!r};{hint}")
+        return self.final(name)
 
 
 def _shown(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from legolm.system.files import (
     LOCK,
+    appearing,
     atomic_folder,
     atomic_write,
     cache_folder,
@@ -24,6 +25,7 @@ __all__ = [
     "LOCK",
     "Progress",
     "Stored",
+    "appearing",
     "atomic_folder",
     "atomic_write",
     "available_bytes",

@@ -59,14 +59,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     with scratch_folder(path) as partial:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                # As the user's other files: safetensors makes its own readable by nobody else.
-                file.chmod(0o666 & ~_UMASK)
-                _sync(file)
+        _settle(partial)
         if path.exists():
             shutil.rmtree(path)
         partial.rename(path)
+        _sync(path.parent)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Where to make a file or a folder that becomes `path`, which is not there, when the block ends well.
+
+    It vanishes when the block does not. Raises `LegolmError` when the disk is full.
+    """
+    with scratch_folder(path) as partial:
+        made = partial / path.name
+        yield made
+        _settle(made)
+        made.rename(path)
         _sync(path.parent)
 
 
@@ -181,6 +191,14 @@ def _disk_full(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
         "No space left on device" in str(error) or "os error 28" in str(error)
     )
+
+
+def _settle(made: Path) -> None:
+    """All files on the disk, and as the user's others: safetensors makes its own readable by nobody else."""
+    for file in [made, *made.rglob("*")]:
+        if file.is_file():
+            file.chmod(0o666 & ~_UMASK)
+            _sync(file)
 
 
 def _sync(path: Path) -> None:

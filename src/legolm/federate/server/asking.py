@@ -59,6 +59,8 @@ def _asked(
     config: RunConfig, blocks: Mapping[str, Block], block_of: Mapping[str, str], rounds: Rounds, progress: Progress
 ) -> list[Sample]:
     questions = _questions(config)
+    if not questions:  # running text asks nothing
+        return []
     answers: list[dict[Speaker, str]] = [{} for _ in questions]
     clients = list(dict.fromkeys(id for id, _ in questions))
     jobs = [

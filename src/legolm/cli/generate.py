@@ -1,0 +1,35 @@
+"""`legolm generate`: answers to a file of questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from legolm.cli.export import Model
+from legolm.cli.options import Precision, check_new
+
+
+def generate(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="questions: JSON, JSONL, CSV, Parquet, or hub:owner/name")],
+    out: Annotated[Path, typer.Option(help="JSONL file: the rows, each with the answer")],
+    instruction: Annotated[str, typer.Option(help="field of the question")] = "instruction",
+    messages: Annotated[str | None, typer.Option(help="instead: field of a list of role and content")] = None,
+    answer: Annotated[str, typer.Option(help="field that the answers go into")] = "answer",
+    batch_size: Annotated[int, typer.Option(min=1, help="questions at once")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 256,
+    precision: Precision = "fp32",
+) -> None:
+    """Answer a file of questions; the likeliest token each time."""
+    check_new(out)
+    from legolm.evaluation import answer_rows
+    from legolm.export import find_model
+    from legolm.system import atomic_write
+
+    found = answer_rows(find_model(model), data, instruction, messages, batch_size, precision, max_tokens)
+    lines = (json.dumps({**row, answer: text}, ensure_ascii=False, default=str) + "\n" for row, text in found)
+    atomic_write(out, "".join(lines))
+    typer.echo(f"{len(found)} answers in {out}")

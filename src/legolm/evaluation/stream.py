@@ -1,0 +1,62 @@
+"""A model's reply to a conversation, as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from threading import Thread
+from typing import Any
+
+import torch
+
+from legolm.data import Example, Message, render, render_prompt
+from legolm.errors import LegolmError
+
+
+def answer_ends(tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the end of text, and what the chat template writes after an answer."""
+    rendered = render(Example((Message("user", "a"), Message("assistant", "b"))), tokenizer, 1 << 20)
+    return sorted({rendered.ids[-1]} & set(tokenizer.all_special_ids) | {tokenizer.eos_token_id})
+
+
+def reply(model: Any, tokenizer: Any, messages: Sequence[Message], most: int, temperature: float) -> Iterator[str]:
+    """Pieces of the answer, at most `most` tokens in all; the likeliest ones at temperature 0.
+
+    Raises `LegolmError` for a conversation that leaves no room in the model's context.
+    """
+    from transformers import TextIteratorStreamer
+
+    ids = render_prompt(messages, tokenizer)
+    room = model.config.max_position_embeddings - len(ids)
+    if room < 1:
+        raise LegolmError(
+            f"chat: the conversation has {len(ids)} tokens and the model takes {model.config.max_position_embeddings}; "
+            "begin a new one"
+        )
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    given = torch.tensor([ids], device=model.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                model.generate(
+                    input_ids=given,
+                    attention_mask=torch.ones_like(given),
+                    max_new_tokens=min(most, room),
+                    use_cache=True,
+                    eos_token_id=answer_ends(tokenizer),
+                    pad_token_id=tokenizer.pad_token_id,
+                    streamer=streamer,
+                    **sampling,
+                )
+        except Exception as error:
+            failed.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)  # Ctrl-C does not wait for it
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failed:
+        raise failed[0]

@@ -1,0 +1,26 @@
+"""From a block to what runs it elsewhere: a file each target, each checked in its runtime before it appears."""
+
+from legolm.export.picking import Candidate, candidates, pick
+from legolm.export.server import serving
+from legolm.export.source import Source, find_model
+from legolm.export.sparse import load
+from legolm.export.speed import Speed, bench, checked_runtimes
+from legolm.export.target import Target, exporter
+from legolm.export.write import Exported, export
+
+__all__ = [
+    "Candidate",
+    "Exported",
+    "Source",
+    "Speed",
+    "Target",
+    "bench",
+    "candidates",
+    "checked_runtimes",
+    "export",
+    "exporter",
+    "find_model",
+    "load",
+    "pick",
+    "serving",
+]

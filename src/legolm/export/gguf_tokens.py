@@ -1,0 +1,121 @@
+"""A tokenizer as a GGUF file has it: byte-level BPE, its pre-tokenizer found by what it splits, not guessed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from legolm.errors import LegolmError, brief
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT = r"\p{N}"
+_LIKE_GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BIG, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_BIG}*{_SMALL}+%s|[^\r\n\p{{L}}\p{{N}}]?{_BIG}+{_SMALL}*%s|"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+
+NAMES: dict[tuple[tuple[str, ...], bool], str] = {
+    ((GPT2,), False): "gpt-2",
+    ((DIGIT, GPT2), False): "smollm",
+    ((_LIKE_GPT4 % "",), False): "qwen2",
+    ((_LIKE_GPT4 % "{1,3}",), False): "dbrx",
+    ((_LIKE_GPT4 % "{1,3}",), True): "llama-bpe",
+    ((_CASED % ("", "") + r"\p{N}|" + _REST,), True): "tekken",
+    ((_CASED % (_SHORT, _SHORT) + r"\p{N}{1,3}|" + _REST,), False): "gpt-4o",
+}
+"""llama.cpp's name of (what splits a text, one after the other; whether a whole word that is a token stays)."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens with their kinds, merges, what ends and begins texts. `notes` say what is other than in transformers."""
+
+    tokens: list[str]
+    kinds: list[int]
+    merges: list[str]
+    pre: str
+    special: dict[str, int]
+    begins: bool
+    template: str | None
+    notes: list[str]
+
+
+def vocabulary_of(tokenizer: Any, rows: int, end_of_turn: int | None) -> Vocabulary:
+    """Of a model with so many rows of embeddings. Raises `LegolmError` for a tokenizer that llama.cpp does not have.
+
+    `end_of_turn` ends an answer, where that is another token than the end of texts.
+    """
+    import gguf
+
+    where = f"tokenizer of {tokenizer.name_or_path}"
+    found = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, merges = (
+        found["model"],
+        [" ".join(m) if isinstance(m, list) else m for m in found["model"].get("merges", [])],
+    )
+    normalizer = (found.get("normalizer") or {}).get("type")
+    if model["type"] != "BPE" or model.get("byte_fallback") or normalizer not in (None, "NFC"):
+        said = f"{model['type']}{', with byte fallback' if model.get('byte_fallback') else ''}, normalizer {normalizer}"
+        raise LegolmError(
+            f"{where}: is no byte-level BPE ({said}), which alone is written for llama.cpp; export to hf or onnx"
+        )
+    splits = _splits(found.get("pre_tokenizer"), where)
+    key = (splits, bool(model.get("ignore_merges")))
+    pre = NAMES.get(key) if merges else "gpt-2"  # where every byte is a token, all split alike
+    if pre is None:
+        known = ", ".join(NAMES.values())
+        raise LegolmError(
+            f"{where}: its pre-tokenizer {brief(json.dumps(list(key)))} is none that is known of llama.cpp ({known}); "
+            "export to hf or onnx"
+        )
+    text = {index: token for token, index in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    kinds = gguf.TokenType
+    tokens, types = [], []
+    for index in range(rows):
+        tokens.append(text.get(index, f"[PAD{index}]"))
+        if index not in text:
+            types.append(kinds.UNUSED)
+        elif index in added:
+            types.append(kinds.CONTROL if added[index].special else kinds.USER_DEFINED)
+        else:
+            types.append(kinds.NORMAL)
+    special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "eot": end_of_turn}
+    special |= {"unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
+    begins = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    return Vocabulary(
+        tokens=tokens,
+        kinds=[int(one) for one in types],
+        merges=merges,
+        pre=pre,
+        special={name: index for name, index in special.items() if index is not None and index < rows},
+        begins=begins,
+        template=tokenizer.get_chat_template() if tokenizer.chat_template else None,
+        notes=["texts are not brought to NFC, as transformers does"] if normalizer else [],
+    )
+
+
+def _splits(pre: Any, where: str) -> tuple[str, ...]:
+    """Patterns that split a text, each what the one before left; bytes come last."""
+    parts = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre] if pre else []
+    patterns = []
+    for part in parts:
+        if part["type"] == "Digits" and part["individual_digits"]:
+            patterns.append(DIGIT)
+        elif part["type"] == "Split" and "Regex" in part["pattern"] and part["behavior"] in ("Isolated", "Removed"):
+            if (part["behavior"] == "Removed") != part["invert"]:
+                patterns.append(f"{part['behavior']}: {part['pattern']['Regex']}")
+            else:
+                patterns.append(part["pattern"]["Regex"])
+        elif part["type"] == "ByteLevel" and part is parts[-1] and not part["add_prefix_space"]:
+            patterns += [GPT2] if part.get("use_regex", True) else []
+            return tuple(patterns)
+        else:
+            patterns.append(part["type"])
+    raise LegolmError(
+        f"{where}: its pre-tokenizer ({', '.join(patterns) or 'none'}) does not end with bytes; export to hf or onnx"
+    )

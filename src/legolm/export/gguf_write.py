@@ -1,0 +1,158 @@
+"""Write GGUF files, one decoder layer in memory at a time: models, and LoRA adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from legolm.errors import LegolmError
+from legolm.export.gguf_layout import Layout
+from legolm.export.gguf_tokens import Vocabulary
+from legolm.models import LayeredModel
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+Quant = Literal["f32", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9}
+"""llama.cpp's numbers of what most of a file is in."""
+RUN = 32
+"""Weights of a row that are quantized together."""
+OUTER = ("token_embd.weight", "output.weight")
+LARGEST_F16 = 65504.0
+
+
+@dataclass
+class Written:
+    """What a file holds: bytes by kind of number, and what of it was to be quantized and could not be."""
+
+    bytes_of: dict[str, int]
+    odd: dict[str, int]
+
+    def notes(self) -> list[str]:
+        """What is to be said of it."""
+        if not self.odd:
+            return []
+        size, all_bytes = sum(self.odd.values()), sum(self.bytes_of.values())
+        names = sorted({name.split(".", 2)[-1].removesuffix(".weight") for name in self.odd})
+        return [
+            f"{', '.join(names)}: rows are no multiple of {RUN} and stay f16, {size / all_bytes:.0%} of the file; "
+            f"blocks whose widths are multiples of {RUN} quantize whole"
+        ]
+
+
+def write_gguf(path: Path, out: Path, layout: Layout, vocabulary: Vocabulary, quant: Quant, name: str) -> Written:
+    """Write the checkpoint at `path`. Raises `LegolmError` for a weight that float16 cannot hold."""
+    import gguf
+
+    model = LayeredModel(path)
+    writer = gguf.GGUFWriter(out, layout.arch)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(FILE_TYPES[quant])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in layout.metadata.items():
+        add: Any = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(f"{layout.arch}.{key}", value)
+    _add_vocabulary(writer, vocabulary)
+    kinds, written = {}, Written({}, {})
+    for tensor_name, tensor in _tensors(model, layout, weights=False):
+        kind = kinds[tensor_name] = _kind(tensor_name, tensor, quant, written)
+        rows = gguf.quants.quant_shape_to_byte_shape(tuple(tensor.shape), kind)
+        size = int(torch.tensor(rows).prod())
+        written.bytes_of[kind.name] = written.bytes_of.get(kind.name, 0) + size
+        if tensor_name in written.odd:
+            written.odd[tensor_name] = size
+        writer.add_tensor_info(tensor_name, tuple(tensor.shape), _float32(), size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor_name, tensor in _tensors(model, layout, weights=True):
+        kind, whole = kinds[tensor_name], tensor.float().contiguous()
+        if kind is not gguf.GGMLQuantizationType.F32 and float(whole.abs().max()) > LARGEST_F16:
+            raise LegolmError(
+                f"{name}: {tensor_name} has weights beyond {LARGEST_F16:.0f}, the largest of f16; take --quant f32"
+            )
+        writer.write_tensor_data(gguf.quants.quantize(whole.numpy(), kind))
+    writer.close()
+    return written
+
+
+def write_lora(factors: dict[str, tuple[Tensor, Tensor]], layout: Layout, out: Path, name: str) -> None:
+    """Write an adapter: (A, B) by the name of the weight as a checkpoint has it, the scale in B."""
+    import gguf
+
+    writer = gguf.GGUFWriter(out, layout.arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(name)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    ranks = {len(a) for a, _ in factors.values()}
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(max(ranks)))
+    for weight, (a, b) in factors.items():
+        for part, rows in layout.tensors(weight, b):
+            # llama.cpp multiplies by alpha over the rank of each.
+            scaled = rows * (len(a) / max(ranks))
+            writer.add_tensor(f"{part}.lora_a", a.float().contiguous().numpy())
+            writer.add_tensor(f"{part}.lora_b", scaled.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.kinds)
+    writer.add_token_merges(vocabulary.merges or [f"{vocabulary.tokens[0]} {vocabulary.tokens[0]}"])  # it wants some
+    for kind, index in vocabulary.special.items():
+        writer.add_uint32(f"tokenizer.ggml.{kind}_token_id", index)
+    writer.add_add_bos_token(vocabulary.begins)
+    writer.add_add_eos_token(False)
+    if vocabulary.template is not None:
+        writer.add_chat_template(vocabulary.template)
+
+
+def _tensors(model: LayeredModel, layout: Layout, weights: bool) -> Iterator[tuple[str, Tensor]]:
+    """All that the file holds, in its order; without `weights` shapes alone."""
+    for name, tensor in model.around():
+        if not (layout.tied and name == "lm_head.weight"):
+            yield from layout.tensors(name, tensor if weights else tensor.to("meta"))
+    if layout.frequencies is not None:
+        yield "rope_freqs.weight", layout.frequencies
+    for index, empty in enumerate(model.layers):
+        prefix = model.layer_prefix(index)
+        if not weights:
+            for name, tensor in empty.state_dict().items():
+                yield from layout.tensors(prefix + name, tensor)
+            continue
+        with model.layer(index) as layer:
+            for name, tensor in layer.state_dict().items():
+                yield from layout.tensors(prefix + name, tensor)
+
+
+def _kind(name: str, tensor: Tensor, quant: Quant, written: Written) -> GGMLQuantizationType:
+    """In what a tensor is written: vectors in float32; below 8 bits the embeddings, which suffer most, in q8_0."""
+    import gguf
+
+    kinds = gguf.GGMLQuantizationType
+    if tensor.dim() == 1 or quant == "f32":
+        return kinds.F32
+    if quant == "f16":
+        return kinds.F16
+    if tensor.shape[-1] % RUN:
+        written.odd[name] = 0
+        return kinds.F16
+    return kinds.Q8_0 if name in OUTER else kinds[quant.upper()]
+
+
+def _float32() -> Any:
+    import numpy as np
+
+    return np.dtype(np.float32)

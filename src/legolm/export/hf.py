@@ -1,0 +1,74 @@
+"""A plain Hugging Face checkpoint with a model card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from legolm.errors import LegolmError, brief
+from legolm.export.card import model_card
+from legolm.export.probe import Reference
+from legolm.export.source import Source
+from legolm.export.target import exporter
+from legolm.models import decoder_layers, side_files, weight_files
+
+READ, ASKED = 32, 16
+
+
+@exporter("hf")
+def hf(source: Source, out: Path, *, push_to_hub: str | None = None) -> list[str]:
+    """A folder for plain transformers, zeros kept, what it learned merged; with a card. If wanted on the hub too."""
+    if push_to_hub is not None:
+        _need_token(push_to_hub)
+    out.mkdir()
+    for file in [*side_files(source.path), *weight_files(source.path)]:
+        shutil.copy2(file, out / file.name)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    _check(source, out, model.eval())
+    (out / "README.md").write_text(model_card(source, model), encoding="utf-8")
+    lines = ["plain transformers loads it and computes the same"]
+    if push_to_hub is not None:
+        lines.append(_push(out, push_to_hub))
+    return lines
+
+
+def _check(source: Source, out: Path, model: Any) -> None:
+    """Raise `LegolmError` unless logits and tokens are the block's, and zero is what its masks say."""
+    tokenizer, own = AutoTokenizer.from_pretrained(out), source.tokenizer
+    read = min(READ, source.config.max_position_embeddings - ASKED)
+    wanted = Reference.of(source.load(), own, read, ASKED)
+    found = Reference.of(model, tokenizer, read, ASKED)
+    if found.ids != wanted.ids or not torch.equal(found.logits, wanted.logits):
+        raise LegolmError(f"{source.name}: plain transformers computes something else: nothing was exported")
+    places = {layer: j for j, layer in enumerate(source.coverage.layers)}
+    for key, mask in source.coverage.masks.items():
+        _, layer, module = key.split(".", 2)
+        weight: Any = decoder_layers(model)[places[int(layer)]].get_submodule(module).weight
+        if bool(weight[~mask].any()):
+            raise LegolmError(f"{source.name}: {key} is not zero where its mask is: nothing was exported")
+
+
+def _need_token(name: str) -> None:
+    from huggingface_hub import get_token
+
+    if name.count("/") != 1:
+        raise LegolmError(f"--push-to-hub {name}: must be owner/name")
+    if get_token() is None:
+        raise LegolmError(f"--push-to-hub {name}: there is no token; run `hf auth login`, or set HF_TOKEN")
+
+
+def _push(out: Path, name: str) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        url = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=os.fspath(out))
+    except Exception as error:  # the hub's client raises a dozen kinds
+        raise LegolmError(f"--push-to-hub {name}: the hub does not take it ({brief(error)})") from None
+    return f"on the hub, private: {url}"

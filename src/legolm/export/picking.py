@@ -1,0 +1,76 @@
+"""Which of several models is the best that a device can run: measured there, on the user's own questions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from legolm.config import RowsConfig
+from legolm.data import read_examples, render_whole
+from legolm.errors import LegolmError
+from legolm.evaluation import score
+from legolm.export.source import find_model
+from legolm.export.speed import Runtime, Speed, bench
+from legolm.models import load_config, load_model, load_tokenizer
+from legolm.runs import RunDir, Score
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model in the runtime that is to be used, and how it answers (in float32, by transformers)."""
+
+    speed: Speed
+    score: Score
+
+    def fits(self, memory: float, least: float) -> bool:
+        """Whether it keeps within so many bytes of memory, and generates so many tokens a second."""
+        return self.speed.memory <= memory and self.speed.decode >= least
+
+
+def candidates(
+    names: Sequence[str], data: str, rows: RowsConfig, runtime: Runtime, quant: str, limit: int | None = None
+) -> list[Candidate]:
+    """Measure each model; a run's folder stands for all of its final models. `data` is a file of questions and answers.
+
+    Raises `LegolmError` for a model that cannot be had or exported, and data that cannot be read.
+    """
+    models = list(dict.fromkeys(one for name in names for one in _models(name)))
+    examples = list(read_examples(data, rows, "--data"))[:limit]
+    if not examples:
+        raise LegolmError(f"--data {data}: has no questions")
+    scores = []
+    for name in models:
+        path = find_model(name)
+        asked = render_whole(examples, load_tokenizer(path), load_config(path).max_position_embeddings, "--data")
+        scores.append(score(load_model(path), asked, BATCH, "fp32"))
+        if not math.isfinite(scores[-1].loss):
+            raise LegolmError(f"{name}: its loss on {data} is {scores[-1].loss}; leave it out")
+    speeds = bench(models, [runtime], quant)
+    return [Candidate(speed, found) for speed, found in zip(speeds, scores, strict=True)]
+
+
+def pick(found: Sequence[Candidate], memory: float, least: float) -> Candidate:
+    """The one of the lowest loss that fits. Raises `LegolmError` where none does, with what comes nearest."""
+    fitting = [one for one in found if one.fits(memory, least)]
+    if fitting:
+        return min(fitting, key=lambda one: one.score.loss)
+    smallest, fastest = (min(one.speed.memory for one in found), max(one.speed.decode for one in found))
+    raise LegolmError(
+        f"pick: none of {len(found)} models has at most {memory / 1e6:,.0f} MB and at least {least:g} tokens a second; "
+        f"the smallest takes {smallest / 1e6:,.0f} MB, the fastest makes {fastest:,.1f}"
+    )
+
+
+def _models(name: str) -> list[str]:
+    """The name, or of a run's folder those of its final models."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists() and RunDir(path).exists():
+        found = sorted(one.name for one in (path / "final").glob("[!.]*"))
+        if not found:
+            raise LegolmError(f"run folder {path}: has no final models yet")
+        return [f"{path}:{one}" for one in found]
+    return [name]

@@ -1,0 +1,79 @@
+"""An OpenAI-compatible endpoint: llama.cpp's own server on what is exported for it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from legolm.config import EXPORTERS
+from legolm.errors import LegolmError, brief
+from legolm.export.llama_cpp import LlamaCpp, llama_cpp
+from legolm.export.write import export
+from legolm.system import scratch_folder
+
+MOST_CONTEXT = 4096
+"""Tokens of each conversation, where the model takes as many."""
+
+
+@contextmanager
+def serving(
+    model: str, adapters: Sequence[str], host: str, port: int, quant: str, parallel: int, folder: Path
+) -> Iterator[tuple[LlamaCpp, Mapping[str, int]]]:
+    """The server of a model (or a GGUF file), and the number of each adapter in a request's `lora`.
+
+    `adapters` are `NAME=PATH` of PEFT folders or of LoRA files for the model. What is exported on the way lies in
+    `folder` and vanishes. Raises `LegolmError` for what cannot be exported or loaded.
+    """
+    EXPORTERS.entry("gguf").make().need()
+    _check_free(host, port)
+    named = dict(_named(one) for one in adapters)
+    if len(named) < len(adapters):
+        raise LegolmError(f"--adapter: {adapters[-1]}: a name is given twice; call them NAME=DIR")
+    with scratch_folder(folder / "legolm-serve") as scratch:
+        file, context = _file(model, quant, scratch)
+        files = []
+        for name, path in named.items():
+            if path.suffix != ".gguf":
+                made = scratch / f"{name}.gguf"
+                export(model, "gguf-adapter", made, path)
+                path = made
+            files.append((path, 0.0))  # until a request asks for it
+        with llama_cpp(file, context * parallel, files, parallel, host, port, Path(model).name) as server:
+            yield server, {name: number for number, name in enumerate(named)}
+
+
+def _check_free(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise LegolmError(f"--host {host} --port {port}: cannot be listened on ({brief(error)}); give others") from None
+
+
+def _named(given: str) -> tuple[str, Path]:
+    name, equals, path = given.partition("=")
+    path = path if equals else name
+    if not Path(path).exists():
+        raise LegolmError(f"--adapter {given}: there is no {path}; give NAME=DIR, a PEFT adapter or a LoRA file")
+    return (name if equals else Path(path).stem), Path(path)
+
+
+def _file(model: str, quant: str, scratch: Path) -> tuple[Path, int]:
+    """A GGUF file of the model, and the context to serve."""
+    import gguf
+
+    path = Path(model)
+    if path.suffix != ".gguf":
+        path = scratch / "model.gguf"
+        export(model, "gguf", path, settings={"quant": quant})
+    elif not path.is_file():
+        raise LegolmError(f"{model}: there is no such file")
+    try:
+        fields = gguf.GGUFReader(path).fields
+        arch = fields["general.architecture"].contents()
+        trained = int(fields[f"{arch}.context_length"].contents())
+    except (KeyError, ValueError, OSError, IndexError) as error:
+        raise LegolmError(f"{model}: is no GGUF file of a model ({type(error).__name__})") from None
+    return path, min(trained, MOST_CONTEXT)

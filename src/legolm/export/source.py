@@ -1,0 +1,188 @@
+"""What is exported: a block, an LLM or a run's final model, with an adapter or without."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from legolm.adapter import FACTORS, Tensors, adapter_config, check_factors, load_factors, merge, read_adapter
+from legolm.block import Block, Coverage, llm_block, read_block
+from legolm.errors import LegolmError
+from legolm.models import find_fingerprint, fingerprint, load_config, load_model, load_tokenizer, resolve, save_model
+from legolm.runs import RunDir, check_sealed
+from legolm.system import read_bounded, scratch_folder
+
+SIDE_FILES = ("manifest.json", "coverage.safetensors")
+
+
+def find_model(name: str) -> Path:
+    """Folder of `RUN:CLIENT` (what the client ended with; `RUN:llm`), of a folder, of `starter` or a hub id.
+
+    Raises `LegolmError` where there is none, and for a final model that is not what the run wrote.
+    """
+    run, _, client = name.rpartition(":")
+    if run and not Path(name).exists() and Path(run).is_dir():
+        path = RunDir(Path(run)).final_model(client)
+        check_sealed(path)
+        return path
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists() and RunDir(Path(name)).exists():
+        RunDir(Path(name)).final_model("")  # says what there is
+    return resolve(name)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to export. `folder` is its checkpoint; an `adapter` is not merged there, `learned` is what was.
+
+    `block` is the LLM with full coverage where the folder is no block's. `scratch` is for what is made on the way.
+    """
+
+    name: str
+    folder: Path
+    block: Block
+    adapter: Tensors | None
+    scratch: Path
+
+    @property
+    def coverage(self) -> Coverage:
+        """What of the LLM it holds."""
+        return self.block.coverage
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it was cut, and has a manifest."""
+        return (self.folder / "manifest.json").is_file()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it holds less than the LLM."""
+        return self.coverage.hash != Coverage.full(self.coverage.shape).hash
+
+    @cached_property
+    def path(self) -> Path:
+        """Checkpoint with everything merged."""
+        if self.adapter is None:
+            return self.folder
+        out = self.scratch / "merged"
+        model, dtype = load_model(self.folder), load_config(self.folder).dtype or torch.float32
+        merge(model, self.coverage, self.adapter, 1.0)
+        out.mkdir()
+        save_model(model, load_tokenizer(self.folder), out, dtype)
+        for name in SIDE_FILES:
+            if (self.folder / name).is_file():
+                shutil.copy2(self.folder / name, out / name)
+        return out
+
+    @cached_property
+    def config(self) -> Any:
+        """The checkpoint's."""
+        return load_config(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's."""
+        return load_tokenizer(self.folder)
+
+    def load(self) -> Any:
+        """The model with everything merged, float32 on the CPU."""
+        return load_model(self.path)
+
+    @cached_property
+    def factors(self) -> Tensors:
+        """What it learned, with the scale in B. Raises `LegolmError` where that is not known."""
+        if self.adapter is not None:
+            return self.adapter
+        if not (self.folder / FACTORS).is_file():
+            raise LegolmError(
+                f"{self.name}: has no adapter; give one (--adapter DIR), or a run's final model (RUN:CLIENT)"
+            )
+        return load_factors(self.folder)[0]
+
+    @cached_property
+    def bare(self) -> Path:
+        """Checkpoint that `factors` go on. Raises `LegolmError` when it is not here any more."""
+        if self.adapter is not None:
+            return self.folder
+        run = RunDir(self.folder.resolve().parent.parent)
+        if (run.block(self.block.name) / "manifest.json").is_file():
+            bare = read_block(run.block(self.block.name))
+            if bare.coverage.hash == self.coverage.hash:
+                return bare.path
+        recorded = self.block.details.get("model")
+        found, _ = find_fingerprint(self.block.base_fingerprint, [recorded] if isinstance(recorded, str) else [])
+        if found is None or self.is_cut:
+            raise LegolmError(
+                f"{self.name}: the block that its adapter belongs to is not in {run.path / 'blocks'} any more"
+            )
+        return resolve(found)
+
+    @cached_property
+    def licence(self) -> str | None:
+        """Of the LLM, as its model card or the starter's says it; None where nobody does."""
+        recorded = self.block.details.get("model")
+        for name in (self.folder, recorded):
+            if name == "starter":
+                return "apache-2.0"
+            if (found := _licence(name)) is not None:
+                return found
+        return None
+
+
+@contextmanager
+def open_source(name: str, adapter: Path | None, beside: Path) -> Iterator[Source]:
+    """The model of this name. What is made on the way lies beside `beside` and vanishes.
+
+    Raises `LegolmError` where there is none, for an adapter that does not fit, and for one of a checkpoint that has
+    learned something already.
+    """
+    folder = find_model(name)
+    load_config(folder)
+    block = read_block(folder) if (folder / "manifest.json").is_file() else llm_block(folder, "")
+    if not (folder / "manifest.json").is_file():
+        block = replace(block, details={"model": name})
+    factors = None if adapter is None else _adapter(adapter, name, folder, block)
+    with scratch_folder(beside) as scratch:
+        yield Source(name, folder, block, factors, scratch)
+
+
+def _adapter(path: Path, name: str, folder: Path, block: Block) -> Tensors:
+    where = f"--adapter {path}"
+    if (folder / FACTORS).is_file():
+        raise LegolmError(
+            f"{where}: {name} has what it learned merged already; leave it out, or give the block as it was cut"
+        )
+    recorded = adapter_config(path, where).get("base_model_name_or_path")
+    factors = read_adapter(path, block.coverage, where)
+    check_factors(where, factors, block.coverage)
+    if (
+        isinstance(recorded, str)
+        and (Path(recorded) / "config.json").is_file()
+        and Path(recorded).resolve() != folder.resolve()
+        and fingerprint(Path(recorded)) != fingerprint(folder)
+    ):
+        raise LegolmError(f"{where}: was trained on {recorded}, which has other weights than {name}; give that one")
+    return factors
+
+
+def _licence(model: object) -> str | None:
+    """What the front matter of a checkpoint's README.md says."""
+    if not isinstance(model, str | Path):
+        return None
+    try:
+        folder = resolve(str(model))
+        text = read_bounded(folder / "README.md", 1 << 20).decode(errors="replace")
+    except (LegolmError, OSError):
+        return None
+    _, _, rest = text.partition("---\n")
+    for line in rest.partition("\n---")[0].splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "license" and value.strip():
+            return value.strip().strip("'\"")
+    return None

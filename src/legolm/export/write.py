@@ -1,0 +1,52 @@
+"""Export: write, load in the runtime, compare, and only then let the result appear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from legolm.config import EXPORTERS
+from legolm.errors import LegolmError
+from legolm.export import adapter, gguf, gguf_adapter, hf, ollama, onnx, sparse  # noqa: F401 (they register themselves)
+from legolm.export.source import open_source
+from legolm.export.target import Target
+from legolm.models import count_parameters, folder_bytes
+from legolm.system import appearing, check_room
+
+WIDEST = 4
+"""Bytes a parameter, of the widest target and of what is made on the way."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: its path, its bytes, and what is to be said of it, a line each."""
+
+    path: Path
+    bytes: int
+    lines: list[str]
+
+
+def export(
+    name: str, to: str, out: Path, with_adapter: Path | None = None, settings: Mapping[str, Any] | None = None
+) -> Exported:
+    """Write the model of this name (`find_model`) for the runtime `to`, and compare what it computes there.
+
+    Raises `LegolmError` for a target that cannot hold the model, a runtime that is not installed, an output that is
+    there, a full disk, and a result that differs; nothing is left then.
+    """
+    try:
+        chosen = EXPORTERS.entry(to)
+        target: Target = chosen.make(**EXPORTERS.check(to, dict(settings or {}), (), ()))
+    except ValueError as error:
+        raise LegolmError(f"--to: {error}") from None
+    target.need()
+    if out.exists():
+        raise LegolmError(f"--out {out}: is already there; give another one")
+    check_room(out)
+    with open_source(name, with_adapter, out) as source:
+        check_room(out, WIDEST * count_parameters(source.folder))
+        with appearing(out) as made:
+            lines = target.write(source, made)
+    return Exported(out, folder_bytes(out) if out.is_dir() else out.stat().st_size, lines)

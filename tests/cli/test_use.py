@@ -1,0 +1,128 @@
+"""`legolm chat`, `generate`, `inspect` of a run's model, and `compose --then`."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers import assert_one_line, legolm
+from legolm.data import Message, render_prompt
+from legolm.errors import LegolmError
+from legolm.export import Candidate, Speed, pick
+from legolm.models import load_model, load_tokenizer
+from legolm.report.tradeoff import front
+from legolm.runs import Score
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """What the user types."""
+    return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def greedy(path: Path, *messages: Message) -> str:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), load_tokenizer(path)
+    ids = torch.tensor([render_prompt(messages, tokenizer)])
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_a_chat_remembers_and_an_empty_line_begins_anew(
+    tiny: Callable[[str], Path], said: Callable[[str], None]
+) -> None:
+    path = tiny("llama")
+    said("Hi\nAnd?\n\nHi\n")
+    done = legolm("chat", path, "--max-tokens", 6)
+    assert done.returncode == 0, done.stderr
+    first = greedy(path, Message("user", "Hi"))
+    second = greedy(path, Message("user", "Hi"), Message("assistant", first), Message("user", "And?"))
+    assert done.stdout == f"{first}\n{second}\n{first}\n"
+
+
+def test_the_llm_answers_beside_its_block(
+    exported_run: Path, tiny: Callable[[str], Path], said: Callable[[str], None]
+) -> None:
+    said("Hi\n")
+    done = legolm("chat", f"{exported_run.parent.parent}:fr", "--compare", "--max-tokens", 4, "--system", "Be brief.")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[") and str(exported_run) in done.stdout
+    assert_one_line(legolm("chat", tiny("llama").parent), "has no config.json")
+
+
+def test_generate_answers_every_row(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    path, data, out = tiny("llama"), tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    questions = ["Hi", "What is it?", "And?"]
+    data.write_text("".join(json.dumps({"q": text, "id": place}) + "\n" for place, text in enumerate(questions)))
+    done = legolm("generate", path, data, "--instruction", "q", "--out", out, "--max-tokens", 6, "--batch-size", 2)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["id"], row["q"]) for row in rows] == list(enumerate(questions))
+    assert [row["answer"] for row in rows] == [greedy(path, Message("user", text)) for text in questions]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"m": [{"role": "user", "content": "Hi"}]}) + "\n")
+    done = legolm("generate", path, chats, "--messages", "m", "--out", tmp_path / "b.jsonl", "--max-tokens", 6)
+    assert json.loads((tmp_path / "b.jsonl").read_text())["answer"] == rows[0]["answer"]
+    assert_one_line(legolm("generate", path, data, "--out", tmp_path / "c"), "q.jsonl:1: no field `instruction`")
+    assert_one_line(legolm("generate", path, data, "--out", out), "is already there")
+
+
+def test_inspect_draws_what_a_client_ended_with(exported_run: Path) -> None:
+    done = legolm("inspect", f"{exported_run.parent.parent}:fr")
+    assert done.returncode == 0, done.stderr
+    assert "kept of each matrix" in done.stdout and "█" in done.stdout
+
+
+def test_compose_then_export(exported_run: Path, tmp_path: Path) -> None:
+    asked = ("compose", exported_run, "--into", "union", "--weights", "1", "--out", tmp_path / "both")
+    assert_one_line(legolm(*asked, "--then", "run x"), "must be an export: 'export --to gguf --out FILE'")
+    assert_one_line(legolm(*asked, "--then", f"export --to hf --out {exported_run}"), "is already there")
+    assert not (tmp_path / "both").exists()
+    done = legolm(*asked, "--then", f"export --to hf --out {tmp_path / 'plain'}")
+    assert done.returncode == 0, done.stderr
+    ids = torch.arange(2, 42)[None]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    assert torch.equal(plain(ids).logits, load_model(tmp_path / "both")(ids).logits)
+
+
+def test_bench_tells_what_models_cost(exported_run: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    cut, short = exported_run.parent.parent / "blocks" / "b", ("--prompt", 16, "--tokens", 4)
+    done = legolm("bench", cut, *short, "--runtimes", "llama.cpp,transformers", "--quant", "f16")
+    assert done.returncode == 0, done.stderr
+    assert "llama.cpp f16" in done.stdout and "transformers" in done.stdout and "time to the first token" in done.stdout
+    assert_one_line(legolm("bench", cut, "--prompt", 600), "takes 512 tokens in all")
+    assert_one_line(legolm("bench", cut, "--runtimes", "llama"), "'llama' is not known; did you mean `llama.cpp`?")
+
+
+def made(name: str, decode: float, memory: int, loss: float) -> Candidate:
+    speed = Speed(name, "llama.cpp q8_0", 100.0, decode, 0.1, memory, memory // 2, None)
+    return Candidate(speed, Score(loss=loss, exact_match=0.5, tokens=10, examples=5))
+
+
+def test_the_best_that_fits_is_picked() -> None:
+    large, half, small = made("large", 10, 900, 1.0), made("half", 20, 500, 1.2), made("small", 40, 300, 2.0)
+    worse = made("worse", 15, 600, 1.5)
+    every = [half, large, worse, small]
+    assert pick(every, 1000, 0) is large and pick(every, 600, 15) is half and pick(every, 1000, 30) is small
+    with pytest.raises(LegolmError, match=r"none of 4 models has at most .* the fastest makes 40.0"):
+        pick(every, 100, 30)
+    assert front(every) == [large, half, small]
+
+
+def test_pick_measures_a_runs_models_on_the_users_questions(exported_run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    run, data = exported_run.parent.parent, tmp_path / "q.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"Say {i}", "output": "ab"}) + "\n" for i in range(4)))
+    asked = ("pick", run, "--data", data, "--quant", "f16")
+    done = legolm(*asked, "--memory", "4GB", "--picture", tmp_path / "p.svg")
+    assert done.returncode == 0, done.stderr
+    assert "best of those that fit, in llama.cpp f16:" in done.stdout
+    assert (tmp_path / "p.svg").read_text().count("<svg") == 1
+    assert_one_line(legolm(*asked, "--memory", "much"), "--memory much: write a number, with k, M or G")
+    assert_one_line(legolm("pick", run, "--data", tmp_path / "none.jsonl"), "none.jsonl")

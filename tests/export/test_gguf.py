@@ -1,0 +1,220 @@
+"""GGUF files of every family that is written: llama.cpp itself says what they compute."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from helpers import assert_one_line, legolm
+from legolm.block import Block
+from legolm.errors import LegolmError
+from legolm.export import export, gguf_layout
+from legolm.export import gguf as target
+from legolm.export.gguf_layout import layout_of
+from legolm.export.gguf_tokens import DIGIT, GPT2, NAMES, vocabulary_of
+from legolm.export.gguf_write import write_gguf
+from legolm.export.llama_cpp import llama_cpp
+from legolm.models import load_config
+
+pytest.importorskip("xllamacpp")
+gguf = pytest.importorskip("gguf")
+
+ROTARY = {"rope_theta": 1e4, "rope_type": "default"}
+WRITTEN = ("llama", "llama-bias", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "phi3")
+
+
+def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metadata, tensors by name) of a GGUF file."""
+    found = gguf.GGUFReader(file)
+    return {key: one.contents() for key, one in found.fields.items()}, {one.name: one for one in found.tensors}
+
+
+@pytest.mark.parametrize("variant", WRITTEN)
+def test_blocks_of_every_family_compute_the_same_in_llama_cpp(
+    variant: str, block: Callable[..., Block], tmp_path: Path
+) -> None:
+    done = legolm("export", block(variant).path, "--to", "gguf", "--out", tmp_path / "b.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "llama.cpp, q8_0: error" in done.stdout
+    metadata, tensors = read(tmp_path / "b.gguf")
+    arch = metadata["general.architecture"]
+    groups = 2 if variant == "olmo2" else 1
+    assert (metadata[f"{arch}.feed_forward_length"], metadata[f"{arch}.attention.head_count_kv"]) == (64, groups)
+    assert tensors["blk.0.ffn_down.weight"].tensor_type.name == "Q8_0"
+    assert tensors["output_norm.weight"].tensor_type.name == "F32"
+    windowed = variant in ("mistral", "qwen2", "phi3")
+    assert metadata[f"{arch}.context_length"] == (24 if windowed else 512)
+    assert ("beyond its window of 24 tokens" in done.stdout) == windowed
+    assert ("written as Llama" in done.stdout) == (variant in ("qwen2", "phi3"))
+    assert [one.name for one in tmp_path.iterdir()] == ["b.gguf"]
+
+
+def test_rows_that_cannot_be_quantized_and_zeros_that_save_nothing_are_said(
+    block: Callable[..., Block], tmp_path: Path
+) -> None:
+    odd = block("llama", intermediate_size=40)
+    found = export(str(odd.path), "gguf", tmp_path / "odd.gguf")
+    assert any(line.startswith("ffn_down: rows are no multiple of 32 and stay f16") for line in found.lines)
+    assert read(tmp_path / "odd.gguf")[1]["blk.1.ffn_down.weight"].tensor_type.name == "F16"
+    masked = block("llama", method="magnitude", sparsity=0.5)
+    found = export(str(masked.path), "gguf", tmp_path / "masked.gguf", settings={"quant": "q4_0"})
+    assert any("save nothing" in line for line in found.lines)
+    _, tensors = read(tmp_path / "masked.gguf")
+    assert tensors["token_embd.weight"].tensor_type.name == "Q8_0"
+    assert "perplexity" in found.lines[-1]
+
+
+# What would load and answer wrongly, in places that a writer can get wrong.
+def unpaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_layout, "_paired", lambda tensor, heads: tensor)
+
+
+def told(**changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    """A layout with other metadata, None for none; a dot is written as two underscores."""
+
+    def fault(monkeypatch: pytest.MonkeyPatch) -> None:
+        def wrong(config: Any, name: str) -> Any:
+            found = layout_of(config, name)
+            named = {key.replace("__", "."): value for key, value in changes.items()}
+            metadata = {key: value for key, value in (found.metadata | named).items() if value is not None}
+            return replace(found, metadata=metadata, context=metadata["context_length"])
+
+        monkeypatch.setattr(target, "layout_of", wrong)
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("variant", "fault"),
+    [
+        ("llama", unpaired),
+        ("llama", told(rope__freq_base=20000.0)),
+        ("mistral", told(context_length=512)),
+        ("gemma3_text", told(attention__sliding_window=25)),
+        ("gemma3_text", told(attention__sliding_window_pattern=None)),
+    ],
+    ids=["rows of heads", "rotation", "beyond the window", "window", "pattern of layers"],
+)
+def test_a_writer_that_is_broken_is_found_out(
+    variant: str,
+    fault: Callable[[pytest.MonkeyPatch], None],
+    block: Callable[..., Block],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fault(monkeypatch)
+    done = legolm("export", block(variant).path, "--to", "gguf", "--out", tmp_path / "b.gguf")
+    assert_one_line(done, "llama.cpp (f16) does not compute what the checkpoint does", "nothing was exported")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_llama_cpp_refuses_leaves_nothing(
+    block: Callable[..., Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told(attention__head_count_kv=3)(monkeypatch)
+    done = legolm("export", block("llama").path, "--to", "gguf", "--out", tmp_path / "b.gguf")
+    assert_one_line(done, "llama.cpp: does not load")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "says"),
+    [
+        ("gpt_neox", {}, "family 'gpt_neox' cannot be written for llama.cpp"),
+        ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"]}, "its layers are fs (sliding, full)"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
+            "a part",
+        ),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ("llama", {"hidden_act": "gelu"}, "its activation is 'gelu'"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused_by_name(
+    variant: str, changes: dict[str, Any], says: str, tiny: Callable[[str], Path]
+) -> None:
+    config = load_config(tiny(variant))
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)
+    with pytest.raises(LegolmError, match=says.replace("(", r"\(").replace(")", r"\)")):
+        layout_of(config, "b")
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_scaled_rotations(kind: str, sharp: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(sharp("llama"), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 1e4, "rope_type": kind, "factor": 4.0}
+    if kind == "llama3":
+        config["rope_parameters"] |= {
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    export(str(tmp_path / "m"), "gguf", tmp_path / "m.gguf", settings={"quant": "f32"})
+    assert read(tmp_path / "m.gguf")[1]["rope_freqs.weight"].shape.tolist() == [8]
+
+
+def trained(splits: tuple[str, ...], whole_words: bool, corpus: Path) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE that splits texts so."""
+    parts: list[Any] = [
+        pre_tokenizers.Digits(individual_digits=True)
+        if one == DIGIT
+        else pre_tokenizers.Split(Regex(one), behavior="isolated")
+        for one in splits
+    ]
+    model = Tokenizer(models.BPE(ignore_merges=whole_words))
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = [corpus.read_text(), *target.TEXTS * 3]
+    model.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|end|>", bos_token="<|begin|>")
+
+
+@pytest.fixture(scope="module")
+def wide(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with rows for a larger vocabulary."""
+    config = load_config(tiny("llama"))
+    config.vocab_size = 640
+    path = tmp_path_factory.mktemp("wide")
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("key", NAMES, ids=NAMES.values())
+def test_llama_cpp_splits_texts_as_the_tokenizer_does(
+    key: tuple[tuple[str, ...], bool], wide: Path, corpus: Path, tmp_path: Path
+) -> None:
+    tokenizer, config = trained(*key, corpus), load_config(wide)
+    vocabulary = vocabulary_of(tokenizer, 640, None)
+    assert vocabulary.pre == NAMES[key] and len(vocabulary.merges) > 100
+    write_gguf(wide, tmp_path / "m.gguf", layout_of(config, "m"), vocabulary, "f16", "m")
+    with llama_cpp(tmp_path / "m.gguf", 64) as runtime:
+        for text in (*target.TEXTS, corpus.read_text()[:300]):
+            assert runtime.tokenize(text) == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_tokenizers_that_are_not_known_are_refused_by_name(corpus: Path) -> None:
+    with pytest.raises(LegolmError, match=r"pre-tokenizer .*a\+.* is none that is known of llama.cpp \(gpt-2, smollm"):
+        vocabulary_of(trained(("a+",), False, corpus), 600, None)
+    with pytest.raises(LegolmError, match="is none that is known"):
+        vocabulary_of(trained((GPT2,), True, corpus), 600, None)
+    lower = trained((GPT2,), False, corpus)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(LegolmError, match=r"is no byte-level BPE .*Lowercase"):
+        vocabulary_of(lower, 600, None)
