@@ -184,7 +184,7 @@ def test_own_validation_and_test_examples(llm: lg.LLM, small: lg.Block, tmp_path
     )
     record = run.rounds[0].by_client()["paris"].root["paris"]
     assert record.examples == 2
-    with pytest.raises(lg.LegolmError, match="no final model 'paris'; known: none: the run has no final models yet"):
+    with pytest.raises(lg.LegolmError, match="no final model 'paris'; the run has none yet"):
         run.model("paris")
 
 
