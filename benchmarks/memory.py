@@ -77,7 +77,7 @@ def measure(model: str, folder: Path, case: Case) -> dict[str, float]:
     from legolm.config import LoraConfig, TrainConfig
     from legolm.data import Tokens
     from legolm.finetune import Task, fit
-    from legolm.models import CHUNK, count_parameters, dtype_of, load_config, load_model, resolve, shape_of
+    from legolm.models import CHUNK, count_parameters, dtype_of, layout_of, load_config, load_model, resolve, shape_of
     from legolm.plan.needs import Settings, Trainee, training_bytes
 
     base = resolve(model)
@@ -105,6 +105,7 @@ def measure(model: str, folder: Path, case: Case) -> dict[str, float]:
         targets=lora.targets,
         rank=lora.rank,
         masked=bool(coverage.masks),
+        layout=layout_of(config),
     )
     settings = Settings(train.micro_batch_tokens, train.gradient_checkpointing)
     planned = training_bytes(trainee, [case.length] * case.batch, settings, case.precision)

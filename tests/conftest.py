@@ -89,6 +89,58 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"tie_word_embeddings": False, "num_key_value_heads": 4},
 }
 
+THREE: dict[str, Any] = {"num_hidden_layers": 3, "sliding_window": 24}
+SLIDES = ["sliding_attention", "full_attention", "sliding_attention"]
+ROUND_TRIPS: dict[str, dict[str, Any]] = {
+    "llama-3": {
+        "family": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "ministral": {**THREE, "layer_types": SLIDES},
+    "ministral3": {"sliding_window": None},
+    "qwen2-window": {"family": "qwen2", **THREE, "use_sliding_window": True, "max_window_layers": 1},
+    "gemma2": {**THREE, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3-three": {"family": "gemma3_text", **THREE, "query_pre_attn_scalar": 24, "layer_types": SLIDES},
+    "smollm3": {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
+    "granite": {
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 4.0,
+    },
+    "olmo3": {**THREE, "tie_word_embeddings": False, "layer_types": SLIDES},
+    "phi-4-mini": {
+        "family": "phi3",
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 1.5, 2.0, 3.0],
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "starcoder2": {"sliding_window": 24, "use_bias": True},
+    "gpt2": {"n_inner": 96},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "opt-350m": {
+        "family": "opt",
+        "ffn_dim": 96,
+        "word_embed_proj_dim": 32,
+        "do_layer_norm_before": False,
+    },
+}
+"""Of other families, and of other layers: for `tiny` too."""
+
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> str:
@@ -106,12 +158,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 
     def make(variant: str) -> Path:
         if variant not in folders:
-            settings: dict[str, Any] = {"tie_word_embeddings": True, "num_key_value_heads": 2} | VARIANTS[variant]
+            usual = {"tie_word_embeddings": True, "num_key_value_heads": 2, "num_hidden_layers": 2}
+            settings: dict[str, Any] = usual | (VARIANTS | ROUND_TRIPS)[variant]
+            if settings.get("family", variant) in ("gpt2", "opt"):  # they have no such thing
+                del settings["num_key_value_heads"]
             config = AutoConfig.for_model(
                 settings.pop("family", variant),
                 hidden_size=64,
                 intermediate_size=96,
-                num_hidden_layers=2,
                 num_attention_heads=4,
                 head_dim=16,
                 vocab_size=len(tokenizer),

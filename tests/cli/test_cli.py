@@ -153,9 +153,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(config: Callable[..., Path
     if not torch.backends.mps.is_available():
         fails("device = 'mps'", "take auto", sets=("device=mps",))
     for kind, architecture, says in (
-        ("bert", "BertModel", "family 'bert' is not known"),
+        ("bort", "BortModel", "family 'bort' is not known"),
         ("llama", "LlamaModel", "is not a causal LM"),
-        ("gpt2", "GPT2LMHeadModel", "known: llama, mistral, qwen2, qwen3"),
+        ("mixtral", "MixtralForCausalLM", "'mixtral' is a mixture of experts"),
     ):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [architecture]}))

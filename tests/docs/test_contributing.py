@@ -140,10 +140,10 @@ def checks() -> ModuleType:
 def test_the_family(
     tiny: Callable[[str], Path], corpus: Path, checks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "seed_oss" not in FAMILIES  # or take another one for the recipe
+    assert "glm" not in FAMILIES  # or take another one for the recipe
     variants: dict[str, Any] = tiny.__globals__["VARIANTS"]
     for table in (FAMILIES, variants):
-        monkeypatch.setitem(table, "seed_oss", None)  # afterwards it is gone again
+        monkeypatch.setitem(table, "glm", None)  # afterwards it is gone again
     exec(recipe("family"), {"FAMILIES": FAMILIES, "VARIANTS": variants, "Family": Family, "Module": Module})
 
     def cut(variant: str, **target: Any) -> Block:
@@ -153,13 +153,13 @@ def test_the_family(
         (block,) = cut_blocks(tiny(variant), fingerprint(tiny(variant)), [(spec, out)], 0, "fp32", Progress())
         return block
 
-    checks.test_the_table_has_every_linear_layer_and_its_size("seed_oss", tiny)
-    checks.test_layer_by_layer_equals_the_whole_model("seed_oss", tiny)
+    checks.test_the_table_has_every_linear_layer_and_its_size("glm", tiny)
+    checks.test_layer_by_layer_equals_the_whole_model("glm", tiny)
     for target in checks.SHAPES.values():
-        checks.test_structured_blocks_load_plainly_and_keep_the_llms_rows("seed_oss", target, cut, tiny)
+        checks.test_structured_blocks_load_plainly_and_keep_the_llms_rows("glm", target, cut, tiny)
     for target in (checks.SHAPES["neurons"], checks.SHAPES["heads"]):
-        checks.test_a_block_computes_what_the_llm_does_with_the_cut_columns_at_zero("seed_oss", target, cut, tiny)
+        checks.test_a_block_computes_what_the_llm_does_with_the_cut_columns_at_zero("glm", target, cut, tiny)
     for target in (checks.SHAPES["all"], {"method": "magnitude", "sparsity": 0.5}):
-        checks.test_an_adapter_fits_trains_and_merges("seed_oss", target, cut)
-    checks.test_the_slice_of_an_adapter_is_the_slice_of_its_product("seed_oss", cut, tiny)
-    assert AutoModelForCausalLM.from_pretrained(tiny("seed_oss")).config.attention_bias
+        checks.test_an_adapter_fits_trains_and_merges("glm", target, cut)
+    checks.test_the_slice_of_an_adapter_is_the_slice_of_its_product("glm", cut, tiny)
+    assert AutoModelForCausalLM.from_pretrained(tiny("glm")).config.attention_bias

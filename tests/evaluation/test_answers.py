@@ -19,7 +19,7 @@ from legolm.evaluation import Questions, measure, questions, score
 from legolm.evaluation.answers import score_each
 from legolm.evaluation.greedy import generate
 from legolm.evaluation.rouge import rouge_l
-from legolm.models import FAMILIES, load_model
+from legolm.models import load_model
 
 
 def _example(question: str, answer: str) -> Example:
@@ -46,7 +46,7 @@ def test_exact_match_needs_the_end_too(unigram: Callable[..., Any], tokenizer: P
     assert loss == pytest.approx(-(math.log(p) + math.log(q)) / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma2", "gpt2"])
 def test_each_answer_is_scored_as_the_plain_model_does_alone(
     family: str, tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast
 ) -> None:

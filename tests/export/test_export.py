@@ -92,6 +92,12 @@ def test_sparse_is_half_and_comes_back_exactly(masked: Block, tmp_path: Path) ->
         lg.load(tmp_path / "s")
 
 
+def test_sparse_has_the_masks_of_weights_that_lie_transposed(block: Callable[..., Block], tmp_path: Path) -> None:
+    found = block("gpt2", method="magnitude", sparsity=0.5)
+    export(str(found.path), "sparse", tmp_path / "s")
+    assert torch.equal(lg.load(tmp_path / "s")[0](IDS).logits, load_model(found.path)(IDS).logits)
+
+
 def test_an_adapter_goes_on_the_block_as_it_was_cut(run: Path, tmp_path: Path) -> None:
     export(str(run), "adapter", tmp_path / "a")
     cut = run.parent.parent / "blocks" / "b"

@@ -16,11 +16,11 @@ from legolm.config import BlockConfig, TrainConfig
 from legolm.data import Tokens
 from legolm.errors import LegolmError
 from legolm.finetune import MaskedLinear, Task, fit, lora, whole
-from legolm.models import FAMILIES, decoder_layers, fingerprint, load_model, shape_of
+from legolm.models import LLAMA, decoder_layers, fingerprint, load_model, shape_of
 from legolm.prune import cut_blocks
 from legolm.system import Progress
 
-MODULES = FAMILIES["llama"].modules
+MODULES = LLAMA.modules
 TARGETS = [module.rpartition(".")[2] for module in MODULES]
 TEXT = torch.arange(1, 41).view(2, 20)
 

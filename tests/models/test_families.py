@@ -81,7 +81,6 @@ def test_the_table_has_every_linear_layer_and_its_size(variant: str, tiny: Calla
     assert {name for name, part in layer.named_modules() if isinstance(part, nn.Linear)} == set(shape.modules)
     for name in shape.modules:
         assert tuple(linear(model, 0, name).weight.shape) == shape.matrix(name)
-    assert len({name.rpartition(".")[2] for name in shape.modules}) == len(shape.modules)
 
 
 def test_layer_by_layer_equals_the_whole_model(variant: str, tiny: Callable[[str], Path]) -> None:
@@ -268,7 +267,7 @@ def test_errors_name_what_the_family_has(tiny: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "gpt2"}, r"family 'gpt2' is not known; known: llama, .*FAMILIES \(legolm/models/family\.py\)"),
+        ({"model_type": "llame"}, "family 'llame' is not known to this transformers"),
         ({"quantization_config": {"quant_method": "gptq"}}, "legolm import MODEL --out DIR"),
         ({"text_config": object()}, "text-only checkpoint"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not a causal LM"),

@@ -236,6 +236,26 @@ def test_a_model_that_is_not_quantized_is_taken_as_it_is(model: Path, tmp_path: 
     assert_one_line(legolm("import", model, "--out", tmp_path / "out"), "is not quantized; give it as it is")
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "is quantized, and more than a text model"),
+        (
+            {"text_config": {"model_type": "gemma3_text", "num_hidden_layers": 10**9}},
+            "`num_hidden_layers` = 1000000000",
+        ),
+        ({"model_type": "clip", "text_config": {}}, "'clip' has no text model of its own inside"),
+    ],
+)
+def test_a_multimodal_model_without_a_text_part_to_take_is_refused(
+    change: dict[str, Any], says: str, model: Path, tmp_path: Path
+) -> None:
+    whole = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "vision_config": {}}
+    (model / "config.json").write_text(json.dumps(whole | change))
+    assert_one_line(legolm("import", model, "--out", tmp_path / "out"), says)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def write_gguf(model: Path, path: Path, kind: gguf.GGMLQuantizationType, extra: dict[str, Tensor], **more: Any) -> None:
     """The checkpoint as llama.cpp's converter writes it: other names, and queries and keys in its own order."""
     config, tensors = load_config(model), load_file(model / WEIGHTS)

@@ -22,7 +22,7 @@ from legolm.federate import wire
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.finetune import lora
-from legolm.models import Shape, dtype_of, hidden_states, lean, load_model, pack, shape_of
+from legolm.models import Shape, dtype_of, hidden_states, layout_of, lean, load_model, pack, shape_of
 from legolm.plan import PlannedClient, make_plan
 from legolm.plan.assign import Fit, assign
 from legolm.plan.needs import Settings, Trainee, leaner, training_bytes, worst_batch
@@ -58,7 +58,7 @@ def saved_bytes(model: Any, coverage: Coverage, trains: Coverage, precision: Pre
 def test_what_backward_keeps_is_counted(variant: str, layers: tuple[int, ...], tiny: Callable[[str], Path]) -> None:
     model = load_model(tiny(variant), dtype_of("bf16"))
     coverage = Coverage.full(shape_of(model.config))
-    trainee = Trainee(coverage, coverage.within(layers), 0, 260, 4, None, 8)
+    trainee = Trainee(coverage, coverage.within(layers), 0, 260, 4, None, 8, layout=layout_of(model.config))
     counted = sum(8 * coverage.shape.hidden + 2 * (entries + heads * LENGTH) for entries, heads in trainee.kept)
     assert len(trainee.kept) == len(layers)
     found = saved_bytes(model, coverage, trainee.trains, "bf16", False) / (COUNT * LENGTH)

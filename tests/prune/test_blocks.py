@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from legolm.block import Base, Block, read_block
 from legolm.config import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.errors import LegolmError
-from legolm.models import FAMILIES, LayeredModel, fingerprint, load_config, load_model, load_tokenizer, shape_of
+from legolm.models import LLAMA, LayeredModel, fingerprint, load_config, load_model, load_tokenizer, shape_of
 from legolm.prune import cut_blocks, planned_coverage
 from legolm.prune.calibrate import Regression, Stream
 from legolm.prune.select import refit
@@ -66,7 +66,7 @@ def test_structured_blocks_are_smaller_and_load_plainly(
     assert len(layers) == len(block.coverage.layers) == model.config.num_hidden_layers
     kept = 0
     for j, layer in enumerate(block.coverage.layers):
-        for module in FAMILIES[family].modules:
+        for module in LLAMA.modules:
             weight = layers[j].get_submodule(module).weight
             assert tuple(weight.shape) == block.coverage.matrix(layer, module)
             kept += weight.numel()
@@ -95,7 +95,7 @@ def test_unstructured_blocks_have_their_zeros_where_the_mask_says(
 ) -> None:
     block = cut(family, **target)
     model = AutoModelForCausalLM.from_pretrained(block.path)
-    for layer, module in ((layer, module) for layer in range(2) for module in FAMILIES[family].modules):
+    for layer, module in ((layer, module) for layer in range(2) for module in LLAMA.modules):
         mask = block.coverage.mask(layer, module)
         weight = model.model.layers[layer].get_submodule(module).weight
         assert bool((weight[~mask] == 0).all())

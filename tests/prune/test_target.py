@@ -80,7 +80,7 @@ def test_a_named_width_stays_as_asked() -> None:
 @settings(max_examples=60, deadline=None)
 @given(base=st.sampled_from(BASES), share=st.floats(0, 1))
 def test_a_sparsity_is_missed_by_half_a_step_at_most(base: Base, share: float) -> None:
-    wanted = share * removed(smallest(base.shape), base)
+    wanted = share * removed(smallest(base), base)
     step, whole = step_of(base.shape), base.shape.neurons
     first, *others = shapes_within(structured(sparsity=wanted), base)
     for small in (first, *others):
@@ -93,7 +93,7 @@ def test_a_sparsity_is_missed_by_half_a_step_at_most(base: Base, share: float) -
 @settings(max_examples=60, deadline=None)
 @given(base=st.sampled_from(BASES), share=st.floats(0, 1), memory=st.booleans())
 def test_a_ceiling_is_kept_and_one_more_step_breaks_it(base: Base, share: float, memory: bool) -> None:
-    least = base.parameters_of(decoder_weights(smallest(base.shape)))
+    least = base.parameters_of(decoder_weights(smallest(base)))
     most = least + int(share * (base.parameters - least))
     step, whole = step_of(base.shape), base.shape.neurons
     target = structured(memory=2 * most) if memory else structured(params=most)
@@ -107,7 +107,7 @@ def test_a_ceiling_is_kept_and_one_more_step_breaks_it(base: Base, share: float,
 @given(base=st.sampled_from(BASES), share=st.floats(0, 1))
 def test_a_time_is_kept(base: Base, share: float) -> None:
     """`speedup` gives the weights that a time leaves at each depth; here calls take as long as the LLM's weights."""
-    least, each = decoder_weights(smallest(base.shape)), base.shape.layer_weights
+    least, each = decoder_weights(smallest(base)), base.shape.layer_weights
     budget = least + each + share * (2 * decoder_weights(base.shape) - least - each)
     for small in shapes_within(structured(speedup=1.5), base, lambda layers: budget - layers * each):
         assert small.neurons % step_of(base.shape) == 0 or small.neurons == base.shape.neurons
@@ -122,7 +122,7 @@ def test_the_range_that_an_error_names_can_be_had(base: Base) -> None:
     with pytest.raises(LegolmError, match=r"this model gives") as told:
         shapes_within(structured(params=1), base)
     least, most = (int(number) for number in str(told.value).split()[-3::2])
-    assert shapes_within(structured(params=least), base) == [smallest(base.shape)]
+    assert shapes_within(structured(params=least), base) == [smallest(base)]
     assert shapes_within(structured(params=most), base)[0] == base.shape
     with pytest.raises(LegolmError, match=r"this model gives"):
         shapes_within(structured(params=least - 1), base)

@@ -14,7 +14,7 @@ from legolm.adapter.keys import Tensors, factor_key, parse_key
 from legolm.adapter.plain import Plain, check_base, check_patterns
 from legolm.block import Coverage
 from legolm.errors import LegolmError, brief
-from legolm.models import FAMILIES, Shape
+from legolm.models import Shape
 from legolm.system import open_tensors, read_bounded, strict_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -49,6 +49,7 @@ def save_adapter(coverage: Coverage, factors: Tensors, scale: float, base: str, 
         target_modules=sorted(ranks),
         rank_pattern=own,
         alpha_pattern={module: scale * rank for module, rank in own.items()},
+        fan_in_fan_out=coverage.shape.entry.transposed,
         inference_mode=True,
     )
     path.mkdir(parents=True, exist_ok=True)
@@ -156,7 +157,7 @@ def _finite(value: Any) -> float:
 
 
 def _prefix(shape: Shape) -> str:
-    return f"{OUTER}{FAMILIES[shape.family].layers}."
+    return f"{OUTER}{shape.entry.layers}."
 
 
 def _key_of(name: str, where: str, coverage: Coverage) -> tuple[str, str]:

@@ -30,15 +30,18 @@ def parse_key(key: str) -> tuple[int, str, str]:
 
 
 def modules_of(shape: Shape, targets: Iterable[str] | None, field: str = "lora.targets") -> list[str]:
-    """Modules named by their last part (None: all), in the family's order. Raises `LegolmError` for others."""
-    known = {module.rpartition(".")[2]: module for module in shape.modules}
+    """Modules named by their last part (None: all), in the family's order. Raises `LegolmError` for others.
+
+    As in PEFT a name means all that end in it: GPT-2's `c_proj` is in attention and in the MLP.
+    """
+    known = dict.fromkeys(module.rpartition(".")[2] for module in shape.modules)
     wanted = list(known if targets is None else targets)
     for name in wanted:
         if name not in known:
             raise LegolmError(
                 f"{field}: {name!r} is not a linear layer of family {shape.family!r}; known: {', '.join(known)}"
             )
-    return [module for name, module in known.items() if name in wanted]
+    return [module for module in shape.modules if module.rpartition(".")[2] in wanted]
 
 
 def factor_shape(coverage: Coverage, key: str, rank: int) -> tuple[int, int]:

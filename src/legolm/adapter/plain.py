@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from legolm.errors import LegolmError, brief
-from legolm.models import FAMILIES, Shape
+from legolm.models import Shape
 
 MERGE = "merge it with PEFT (merge_and_unload, then save_pretrained) and give the merged model"
 MEANINGLESS = {
@@ -73,7 +73,7 @@ class Plain:
         from peft.tuners.tuners_utils import check_target_module_exists
 
         _check_kind(config, where)
-        prefix, self._where = FAMILIES[shape.family].layers, where
+        prefix, self._where = shape.entry.layers, where
         names = [f"{prefix}.{place}.{module}" for place in range(layers) for module in shape.modules]
         try:
             given = Fields.model_validate(dict(config))

@@ -1,6 +1,6 @@
 """Blocks: what each holds of the LLM, and how it lies on disk."""
 
-from legolm.block.base import Base, config_changes, decoder_weights
+from legolm.block.base import Base, decoder_weights
 from legolm.block.block import Block
 from legolm.block.coverage import Coverage, add_matrix, load_coverage, pack_mask, slice_matrix, unpack_mask
 from legolm.block.drawing import picture
@@ -12,7 +12,6 @@ __all__ = [
     "Coverage",
     "Manifest",
     "add_matrix",
-    "config_changes",
     "decoder_weights",
     "llm_block",
     "load_coverage",

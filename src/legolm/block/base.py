@@ -1,4 +1,4 @@
-"""The LLM on disk, and what a block's config says in place of the LLM's."""
+"""The LLM on disk."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
-from legolm.errors import LegolmError
 from legolm.models import Shape, count_parameters, shape_of
 
 
@@ -37,25 +35,3 @@ class Base:
 def decoder_weights(shape: Shape) -> int:
     """Linear weights in all decoder layers."""
     return shape.layers * shape.layer_weights
-
-
-def config_changes(config: Any, small: Shape, layers: tuple[int, ...]) -> dict[str, Any]:
-    """What a Hugging Face config must say of a block. Raises `LegolmError` when the family refuses the shape."""
-    sizes: dict[str, Any] = {
-        "num_hidden_layers": small.layers,
-        "num_key_value_heads": small.kv_groups,
-        "num_attention_heads": small.kv_groups * small.queries_per_group,
-        "head_dim": small.head_dim,
-        "intermediate_size": small.neurons,
-    }
-    if getattr(config, "layer_types", None) is not None:
-        sizes["layer_types"] = [config.layer_types[i] for i in layers]
-    try:
-        type(config)(**(config.to_dict() | sizes))
-    except (ValueError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise LegolmError(
-            f"blocks: {config.model_type} does not take {small.kv_groups} KV groups "
-            f"of {small.queries_per_group} heads ({reason}); choose another num_key_value_heads"
-        ) from None
-    return sizes

@@ -1,4 +1,4 @@
-"""`legolm import`: make a checkpoint to prune of a quantized one."""
+"""`legolm import`: make a checkpoint to prune of a quantized or multimodal one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def import_model(
     model: Annotated[str, typer.Argument(help="a GGUF file, a local folder or a hub id")],
     out: Annotated[Path, typer.Option(help="folder of the checkpoint")],
 ) -> None:
-    """Dequantize a model (GGUF, GPTQ, AWQ, FP8, bitsandbytes) into a checkpoint that can be pruned and trained."""
+    """Dequantize a model (GGUF, GPTQ, AWQ, FP8, bitsandbytes), or take the text part of a multimodal one."""
     check_new(out)
     from legolm.models import import_model as import_one
     from legolm.system import Progress

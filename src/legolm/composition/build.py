@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from legolm.block import Base, Block, Coverage, Manifest, config_changes, read_block, slice_matrix, write_block
+from legolm.block import Base, Block, Coverage, Manifest, read_block, slice_matrix, write_block
 from legolm.composition.methods import Method, Part
 from legolm.composition.sources import Source, given_weights, read_sources, weights_by_examples, weights_by_loss
 from legolm.composition.target import covered_weights, held, masked_like, parse_sizes, shaped, target_block
@@ -22,6 +22,7 @@ from legolm.models import (
     CheckpointWriter,
     LayeredModel,
     carry,
+    config_changes,
     count_parameters,
     find_fingerprint,
     lasting_name,
@@ -121,7 +122,7 @@ def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
         with progress.stage("compose", len(coverage.layers)) as advance:
             for j, layer in enumerate(coverage.layers):
                 with model.layer(j if wanted.whole else layer) as module:
-                    writer.add(model.layer_prefix(j), _layer(wanted, layer, module.state_dict()))
+                    writer.add(model.layer_prefix(j), _layer(wanted, layer, module))
                 advance(1)
         for name, tensor in model.around():
             writer.add("", {name: tensor})
@@ -167,28 +168,30 @@ def _take_template(tokenizer: Any, sources: Sequence[Source], progress: Progress
         )
 
 
-def _layer(wanted: Composition, layer: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _layer(wanted: Composition, layer: int, own: nn.Module) -> dict[str, Tensor]:
     """The target's tensors of an LLM layer: M ∘ (W + change), rounded so that small changes stay (`rounded`)."""
     coverage = wanted.coverage
-    state = dict(state)
+    state: dict[str, Tensor] = own.state_dict()
     for seed, module in enumerate(coverage.shape.modules, start=layer * len(coverage.shape.modules)):
         name, bias = f"{module}.weight", f"{module}.bias"
+        weight: Tensor = own.get_parameter(name).data
         if not wanted.whole:
             rows = coverage.rows(layer, module)
-            state[name] = slice_matrix(coverage, layer, module, state[name])
+            weight = slice_matrix(coverage, layer, module, weight)
             if bias in state and rows is not None:
                 state[bias] = state[bias][rows]
         change = _change(wanted, layer, module)
         if change is not None:
-            state[name] = state[name] + slice_matrix(coverage, layer, module, change).float()
+            weight = weight + slice_matrix(coverage, layer, module, change).float()
         mask = coverage.mask(layer, module)
         if mask is not None:
-            state[name] = state[name] * mask
-        if not bool(state[name].isfinite().all()):
+            weight = weight * mask
+        if not bool(weight.isfinite().all()):
             raise LegolmError(
                 f"{wanted.base.path}: {name} of layer {layer} is not finite with what was learned in it; lower scaling"
             )
-        state[name] = rounded(state[name], wanted.base.dtype, seed)
+        weight = rounded(weight, wanted.base.dtype, seed)
+        state[name] = weight.T if coverage.shape.entry.transposed else weight
     return state
 
 

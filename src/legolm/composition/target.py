@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from legolm.adapter import FACTORS
-from legolm.block import Base, Block, Coverage, add_matrix, config_changes, read_block, slice_matrix
+from legolm.block import Base, Block, Coverage, add_matrix, read_block, slice_matrix
 from legolm.errors import LegolmError, nearest
-from legolm.models import Shape
+from legolm.models import Shape, config_changes
 from legolm.runs import HASHES, check_sealed
 
 SIZES = ("layers", "kv_groups", "neurons")

@@ -10,7 +10,6 @@ from legolm.export.gguf import EXACT_ASKED, PACKAGES, described, spans, verify
 from legolm.export.gguf_write import write_gguf, write_lora
 from legolm.export.source import Source
 from legolm.export.target import exporter
-from legolm.models import FAMILIES
 
 
 @exporter("gguf-adapter", packages=PACKAGES, extra="gguf")
@@ -19,7 +18,7 @@ def gguf_adapter(source: Source, out: Path) -> list[str]:
     check_unmasked(source, "gguf-adapter")
     layout, vocabulary = described(source)
     place = {layer: j for j, layer in enumerate(source.coverage.layers)}
-    prefix, factors = FAMILIES[source.coverage.shape.family].layers, {}
+    prefix, factors = source.coverage.shape.entry.layers, {}
     for layer, module, side in map(parse_key, source.factors):
         if side == "A":
             a, b = (source.factors[factor_key(layer, module, one)] for one in "AB")

@@ -20,7 +20,7 @@ from legolm.block import Coverage, load_coverage
 from legolm.errors import LegolmError
 from legolm.export.source import Source, find_model
 from legolm.export.target import exporter
-from legolm.models import FAMILIES, CheckpointWriter, load_model, load_tokenizer, read_weights, side_files
+from legolm.models import CheckpointWriter, load_model, load_tokenizer, read_weights, side_files
 from legolm.system import open_tensors
 
 FILE = "sparse.safetensors"
@@ -86,11 +86,11 @@ def spread(path: Path, out: Path) -> None:
 
 def _masks(coverage: Coverage) -> dict[str, Tensor]:
     """Bit masks by the name of the weight in the block's checkpoint."""
-    place, prefix = {layer: j for j, layer in enumerate(coverage.layers)}, FAMILIES[coverage.shape.family].layers
+    place, prefix = {layer: j for j, layer in enumerate(coverage.layers)}, coverage.shape.entry.layers
     found = {}
     for key, mask in coverage.masks.items():
         _, layer, module = key.split(".", 2)
-        found[f"{prefix}.{place[int(layer)]}.{module}.weight"] = mask
+        found[f"{prefix}.{place[int(layer)]}.{module}.weight"] = mask.T if coverage.shape.entry.transposed else mask
     return found
 
 

@@ -1,12 +1,15 @@
 """Where layers, heads and MLPs live in each model family; finding, loading, saving and fingerprinting models."""
 
 from legolm.models.beside import carry
+from legolm.models.calls import Call, recorded
 from legolm.models.checkpoint import load_config, weight_files
-from legolm.models.family import FAMILIES, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
+from legolm.models.cut import config_changes, narrow, tell
+from legolm.models.family import FAMILIES, LLAMA, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
 from legolm.models.finite import finite
 from legolm.models.head import CHUNK, Head, answer_losses, divergences, judged
 from legolm.models.importing import import_model
 from legolm.models.layered import CheckpointWriter, LayeredModel
+from legolm.models.layout import Layout, layout_of
 from legolm.models.lean import hidden_states, lean
 from legolm.models.load import (
     check_weights,
@@ -30,11 +33,14 @@ from legolm.models.rounding import rounded
 __all__ = [
     "CHUNK",
     "FAMILIES",
+    "LLAMA",
     "LONG",
+    "Call",
     "CheckpointWriter",
     "Family",
     "Head",
     "LayeredModel",
+    "Layout",
     "Module",
     "Shape",
     "Unit",
@@ -44,6 +50,7 @@ __all__ = [
     "check_weights",
     "choose_device",
     "choose_precision",
+    "config_changes",
     "count_parameters",
     "decoder_layers",
     "divergences",
@@ -57,17 +64,21 @@ __all__ = [
     "import_model",
     "judged",
     "lasting_name",
+    "layout_of",
     "lean",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "narrow",
     "pack",
     "read_weights",
+    "recorded",
     "resolve",
     "rounded",
     "save_model",
     "scales_by_length",
     "shape_of",
     "side_files",
+    "tell",
     "weight_files",
 ]

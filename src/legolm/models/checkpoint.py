@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 from transformers import AutoConfig
 
 from legolm.errors import LegolmError, brief
-from legolm.models.family import known_family, quantized_error, shape_of
+from legolm.models.family import check_kind, known_family, quantized_error
+from legolm.models.layout import check_dense, empty_model, layout_of
 from legolm.system import Stored, file_state, read_bounded, stored_tensors, strict_json
 
 SINGLE, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
@@ -37,6 +37,14 @@ LARGEST = {
     "head_dim": 1 << 12,
     "vocab_size": 1 << 22,
     "max_position_embeddings": 1 << 31,
+    # GPT-2's and OPT's own names of these.
+    "n_layer": 1 << 10,
+    "n_embd": 1 << 17,
+    "n_inner": 1 << 20,
+    "ffn_dim": 1 << 20,
+    "word_embed_proj_dim": 1 << 17,
+    "n_head": 1 << 12,
+    "n_positions": 1 << 31,
 }
 """Sizes in a config: some times those of the largest models there are. transformers makes lists as long as them."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -52,14 +60,16 @@ def load_config(path: Path) -> Any:
     are not what the config says. No weights are read and no code of the checkpoint is run.
     """
     config = read_config(path)
-    shape_of(config)
+    check_kind(config)
     if any((path / name).exists() for name in QUANTIZED):
         raise quantized_error("")
     if (path / GENERATION).exists():
         _check_generation(path / GENERATION)
+    _check_dense(path, file_state(path / "config.json"))
     files = [path / "config.json", *weight_files(path)]
     config.dtype = _check_weights(path, tuple(file_state(file) for file in files))
     drop_code(config)
+    layout_of(config)
     return config
 
 
@@ -162,12 +172,14 @@ def _check_sizes(raw: Mapping[str, Any], where: str) -> None:
     named = raw.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
         raise LegolmError(f"{where}: `architectures` = {brief(repr(named))}: must be a list of names")
-    for name, most in LARGEST.items():
-        size = raw.get(name)
-        if size is not None and (type(size) is not int or not 1 <= size <= most):
-            raise LegolmError(
-                f"{where}: `{name}` = {brief(json.dumps(size))[:40]}: must be a whole number from 1 to {most}"
-            )
+    text = raw.get("text_config")
+    for part in (raw, text if isinstance(text, dict) else {}):
+        for name, most in LARGEST.items():
+            size = part.get(name)
+            if size is not None and (type(size) is not int or not 1 <= size <= most):
+                raise LegolmError(
+                    f"{where}: `{name}` = {brief(json.dumps(size))[:40]}: must be a whole number from 1 to {most}"
+                )
 
 
 def _check_generation(path: Path) -> None:
@@ -196,6 +208,12 @@ def drop_sampling(generation: Any) -> None:
 
 
 @lru_cache(maxsize=64)
+def _check_dense(path: Path, _state: str) -> None:
+    """Raise `LegolmError` unless the config is a dense decoder's."""
+    check_dense(model_of(path, AutoConfig.from_pretrained(path, trust_remote_code=False)))
+
+
+@lru_cache(maxsize=64)
 def _check_weights(path: Path, _states: tuple[str, ...]) -> torch.dtype:
     """The dtype that most of the weights are stored in.
 
@@ -203,7 +221,9 @@ def _check_weights(path: Path, _states: tuple[str, ...]) -> torch.dtype:
     """
     model = model_of(path, AutoConfig.from_pretrained(path, trust_remote_code=False))
     wanted = {_today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {_today(name): stored for name, (_, stored) in stored_weights(path).items()}
+    weights = stored_weights(path)
+    named = full_names(model, weights)
+    found = {_today(named[name]): stored for name, (_, stored) in weights.items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     unused = [UNUSED, *(model._keys_to_ignore_on_load_unexpected or ())]
     foreign = [name for name in found.keys() - wanted.keys() if not any(re.search(one, name) for one in unused)]
@@ -220,22 +240,30 @@ def _check_weights(path: Path, _states: tuple[str, ...]) -> torch.dtype:
                 f"model: {path}: config.json and the weights differ: {brief(names[0])}"
                 f"{f', the first of {len(names)} tensors' if len(names) > 1 else ''}, {fault}; {SAVE_AGAIN}"
             )
+    return main_dtype(found[name] for name in both)
+
+
+def main_dtype(stored: Iterable[Stored]) -> torch.dtype:
+    """The dtype that most of the weights are stored in, all of them one of `FLOATS`."""
     sizes: Counter[str] = Counter()
-    for name in both:
-        sizes[found[name].dtype] += math.prod(found[name].shape)
+    for tensor in stored:
+        sizes[tensor.dtype] += math.prod(tensor.shape)
     return FLOATS[sizes.most_common(1)[0][0]]
 
 
 def model_of(path: Path, config: Any) -> Any:
     """The config's model, without memory. Raises `LegolmError` for a config that makes none."""
-    # Here, not above: it brings all that transformers has for models.
-    from transformers import AutoModelForCausalLM
-
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    except Exception as error:  # as with configs
-        raise LegolmError(f"model: {path / 'config.json'}: transformers cannot make it ({brief(error)})") from None
+        return empty_model(config)
+    except LegolmError as error:
+        raise LegolmError(f"{error}: {path / 'config.json'}") from None
+
+
+def full_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """The model's name of each stored tensor: GPT-2's checkpoints are of the decoder alone, and leave its name out."""
+    names, prefix = list(stored), f"{model.base_model_prefix}."
+    own = set(names) if any(name.startswith(prefix) for name in names) else set(model.state_dict())
+    return {name: name if name in own else prefix + name for name in names}
 
 
 def _today(name: str) -> str:

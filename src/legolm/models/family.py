@@ -1,9 +1,9 @@
-"""Where layers, heads and MLPs live in each model family, as data: a family is one entry of `FAMILIES`."""
+"""Where layers, heads and MLPs live in each model family, as data: an entry for each that is not Llama's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -22,63 +22,62 @@ Unit = Literal["hidden", "query", "key", "qkv", "neuron"]
 class Module:
     """One linear layer of a decoder layer: what its rows (outputs) and columns (inputs) are.
 
-    A fused matrix has several units along its rows, one whole unit after the other. `norm` is the module between this
-    one's output and the sum with the residual stream, where the family has one.
+    A fused matrix has several units along its rows, one whole unit after the other.
     """
 
     rows: tuple[Unit, ...]
     cols: Unit
-    norm: str | None = None
 
 
 @dataclass(frozen=True)
 class Family:
     """One architecture: its linear layers by path within a decoder layer, and where the rest is.
 
-    `layers` is the path of the decoder layers in the causal LM. `fixed` says of a field of `Shape` that structured
-    pruning must leave it alone, and why.
+    `layers` is the path of the decoder layers in the causal LM, `neurons` the config's field of the MLP's width, where
+    none is said four times the hidden size. `transposed`: the weights are `Conv1D`'s, (in, out), on disk and in
+    transformers' model; ours have `nn.Linear` in their place.
     """
 
     modules: Mapping[str, Module]
     layers: str = "model.layers"
-    fixed: Mapping[str, str] = field(default_factory=dict)
+    neurons: str = "intermediate_size"
+    transposed: bool = False
 
 
 _HIDDEN: tuple[Unit, ...] = ("hidden",)
+_ATTENTION = {
+    "self_attn.q_proj": Module(("query",), "hidden"),
+    "self_attn.k_proj": Module(("key",), "hidden"),
+    "self_attn.v_proj": Module(("key",), "hidden"),
+}
 
-
-def _separate(attention_norm: str | None = None, mlp_norm: str | None = None) -> dict[str, Module]:
-    """Llama's layout: q, k, v and gate, up by themselves; with the norms between each part and the residual stream."""
-    return {
-        "self_attn.q_proj": Module(("query",), "hidden"),
-        "self_attn.k_proj": Module(("key",), "hidden"),
-        "self_attn.v_proj": Module(("key",), "hidden"),
-        "self_attn.o_proj": Module(_HIDDEN, "query", attention_norm),
+LLAMA = Family(
+    {
+        **_ATTENTION,
+        "self_attn.o_proj": Module(_HIDDEN, "query"),
         "mlp.gate_proj": Module(("neuron",), "hidden"),
         "mlp.up_proj": Module(("neuron",), "hidden"),
-        "mlp.down_proj": Module(_HIDDEN, "neuron", mlp_norm),
+        "mlp.down_proj": Module(_HIDDEN, "neuron"),
     }
-
-
-_LLAMA = Family(_separate())
-_POST_NORMS = _separate("post_attention_layernorm", "post_feedforward_layernorm")
+)
+"""What a decoder without an entry must be (`layout_of` proves it)."""
+ONLY_DENSE = "only dense decoders whose linear layers are Llama's or have an entry in legolm/models/family.py work"
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma3_text": Family(_POST_NORMS),
-    "olmo2": Family(
-        _POST_NORMS,
-        fixed={"kv_groups": "its queries and keys are normalised over all heads together"},
-    ),
     "phi3": Family(
         {
             "self_attn.qkv_proj": Module(("query", "key", "key"), "hidden"),
             "self_attn.o_proj": Module(_HIDDEN, "query"),
             "mlp.gate_up_proj": Module(("neuron", "neuron"), "hidden"),
             "mlp.down_proj": Module(_HIDDEN, "neuron"),
+        }
+    ),
+    "starcoder2": Family(
+        {
+            **_ATTENTION,
+            "self_attn.o_proj": Module(_HIDDEN, "query"),
+            "mlp.c_fc": Module(("neuron",), "hidden"),
+            "mlp.c_proj": Module(_HIDDEN, "neuron"),
         }
     ),
     "gpt_neox": Family(
@@ -89,10 +88,30 @@ FAMILIES: dict[str, Family] = {
             "mlp.dense_4h_to_h": Module(_HIDDEN, "neuron"),
         },
         layers="gpt_neox.layers",
-        fixed={"kv_groups": "its heads must fill the hidden size"},
+    ),
+    "gpt2": Family(
+        {
+            "attn.c_attn": Module(("query", "key", "key"), "hidden"),
+            "attn.c_proj": Module(_HIDDEN, "query"),
+            "mlp.c_fc": Module(("neuron",), "hidden"),
+            "mlp.c_proj": Module(_HIDDEN, "neuron"),
+        },
+        layers="transformer.h",
+        neurons="n_inner",
+        transposed=True,
+    ),
+    "opt": Family(
+        {
+            **_ATTENTION,
+            "self_attn.out_proj": Module(_HIDDEN, "query"),
+            "fc1": Module(("neuron",), "hidden"),
+            "fc2": Module(_HIDDEN, "neuron"),
+        },
+        layers="model.decoder.layers",
+        neurons="ffn_dim",
     ),
 }
-"""By `model_type` of the Hugging Face config."""
+"""By `model_type` of the Hugging Face config: those whose linear layers are not Llama's."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +130,14 @@ class Shape:
         known_family(self.family)
 
     @property
+    def entry(self) -> Family:
+        """Where its linear layers are."""
+        return known_family(self.family)
+
+    @property
     def modules(self) -> Mapping[str, Module]:
         """The linear layers of a decoder layer, in the family's order."""
-        return FAMILIES[self.family].modules
+        return self.entry.modules
 
     def module(self, name: str) -> Module:
         """One of `modules`. Raises `LegolmError` for a name that the family does not have."""
@@ -149,33 +173,61 @@ class Shape:
         return sum(rows * cols for rows, cols in map(self.matrix, self.modules))
 
 
-def shape_of(config: Any) -> Shape:
-    """Sizes of a Hugging Face model config. Raises `LegolmError` for an unknown family or a quantized model."""
+def check_kind(config: Any) -> None:
+    """Raise `LegolmError` for what is no causal LM of a known family, and for a quantized one."""
+    family_of(config)
     architectures = config.architectures or []
     if not set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise LegolmError(
             f"model: {', '.join(architectures) or config.model_type} is not a causal LM; give one that is"
         )
-    family_of(config)
     for name in ("quantization_config", "compression_config"):
         if (found := getattr(config, name, None)) is not None:
             raise quantized_error(found.get("quant_method", "") if isinstance(found, dict) else "")
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    if heads % groups:
+    heads, groups = (_field(config, name) for name in ("num_attention_heads", "num_key_value_heads"))
+    if type(heads) is int and type(groups) is int and heads % groups:
         raise LegolmError(
             f"model: config.json has {heads} num_attention_heads, which its {groups} num_key_value_heads do not "
             "divide; mend it"
         )
+
+
+def shape_of(config: Any) -> Shape:
+    """Sizes of a Hugging Face model config.
+
+    Raises `LegolmError` for what `check_kind` refuses, and for a family that lacks one of the sizes.
+    """
+    check_kind(config)
+    family = family_of(config)
+    heads, hidden, layers = (_size(config, f) for f in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    groups = _field(config, "num_key_value_heads") or heads
     return Shape(
         family=config.model_type,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        neurons=config.intermediate_size,
+        layers=layers,
+        hidden=hidden,
+        neurons=4 * hidden if getattr(config, family.neurons, 0) is None else _size(config, family.neurons),
         kv_groups=groups,
         queries_per_group=heads // groups,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=_field(config, "head_dim") or hidden // heads,
     )
+
+
+def _field(config: Any, name: str) -> Any:
+    """A value of the config; None where it has none, or one a layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # as transformers' configs with values a layer say it
+        return None
+
+
+def _size(config: Any, field: str) -> int:
+    size = _field(config, field)
+    if type(size) is not int or size < 1:
+        raise LegolmError(
+            f"model: family {config.model_type!r} has {brief(repr(size))} as {field}, and Llama's layers have one "
+            f"number there; {ONLY_DENSE}"
+        )
+    return size
 
 
 def quantized_error(method: str) -> LegolmError:
@@ -189,7 +241,10 @@ def quantized_error(method: str) -> LegolmError:
 def family_of(config: Any) -> Family:
     """The family of a Hugging Face model config. Raises `LegolmError` for an unknown one."""
     if getattr(config, "text_config", None) is not None:
-        raise LegolmError(f"model: {config.model_type!r} is more than a text model; give a text-only checkpoint")
+        raise LegolmError(
+            f"model: {config.model_type!r} is more than a text model; give a text-only checkpoint: "
+            "run: legolm import MODEL --out DIR, and give DIR"
+        )
     return known_family(config.model_type)
 
 
@@ -201,10 +256,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def known_family(family: str) -> Family:
-    """The family of this `model_type`. Raises `LegolmError` for an unknown one."""
-    if family not in FAMILIES:
-        raise LegolmError(
-            f"model: family {brief(family)!r} is not known; known: {', '.join(FAMILIES)}; "
-            "to add one, say where its linear layers are in FAMILIES (legolm/models/family.py)"
-        )
-    return FAMILIES[family]
+    """The family of this `model_type`. Raises `LegolmError` for one that transformers has no causal LM for."""
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise LegolmError(f"model: family {brief(family)!r} is not known to this transformers as a causal LM")
+    return FAMILIES.get(family, LLAMA)

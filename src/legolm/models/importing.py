@@ -1,4 +1,4 @@
-"""Make a checkpoint to prune of a quantized one: dequantized one tensor at a time, in the dtype that it computes in."""
+"""Make a checkpoint to prune of a quantized one, one tensor at a time, and of the text part of a multimodal one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,22 @@ from transformers import AutoTokenizer
 from legolm.errors import LegolmError, brief
 from legolm.models import gguf
 from legolm.models.beside import carry
-from legolm.models.checkpoint import FLOATS, SAVE_AGAIN, drop_code, load_config, model_of, read_config, stored_weights
+from legolm.models.checkpoint import (
+    FLOATS,
+    SAVE_AGAIN,
+    drop_code,
+    load_config,
+    model_of,
+    read_config,
+    stored_weights,
+    weight_files,
+)
 from legolm.models.family import shape_of
 from legolm.models.finite import finite
 from legolm.models.layered import CheckpointWriter
 from legolm.models.load import check_weights, load_tokenizer, resolve
 from legolm.models.quantized import HELP, Format, Settings, format_of, settings_of
+from legolm.models.text_part import write_text_part
 from legolm.system import Progress, atomic_folder, check_room, open_tensors
 
 GGUF = ".gguf"
@@ -28,8 +38,9 @@ GGUF = ".gguf"
 def import_model(model: str, out: Path, progress: Progress) -> None:
     """Dequantize `model`, a GGUF file, a folder or a hub id, into the folder `out`: whole, or not at all.
 
-    Raises `LegolmError` for a model that is not quantized, a format that cannot be undone, and for weights that are not
-    those of its config.
+    Of a multimodal model its text part is taken, in the dtype that it is stored in. Raises `LegolmError` for a text
+    model that is not quantized, a multimodal one that is or has no text model of its own inside, a format that cannot
+    be undone, and for weights that are not those of its config.
     """
     path = _find(model)
     with atomic_folder(out) as folder, progress.stage(f"import {path.name}", 100) as advance:
@@ -43,8 +54,10 @@ def import_model(model: str, out: Path, progress: Progress) -> None:
         if path.suffix == GGUF:
             check_room(out, 2 * path.stat().st_size)
             gguf.convert(path, folder, None, tell)
+        elif getattr(config := read_config(path), "text_config", None) is not None:
+            _take_text(path, folder, out, config)
         else:
-            _dequantize(path, folder, out, tell)
+            _dequantize(path, folder, out, config, tell)
         try:
             load_config(folder)
             check_weights(folder)
@@ -65,8 +78,29 @@ def _find(model: str) -> Path:
     return resolve(model)
 
 
-def _dequantize(path: Path, folder: Path, out: Path, advance: Callable[[float], Any]) -> None:
-    config = read_config(path)
+def _take_text(path: Path, folder: Path, out: Path, config: Any) -> None:
+    if settings_of(path, config) is not None:
+        raise LegolmError(f"model: {path} is quantized, and more than a text model; {HELP}")
+    tokenizer = _tokenizer(path)
+    check_room(out, sum(file.stat().st_size for file in weight_files(path)))
+    write_text_part(path, folder)
+    _write_beside(path, folder, tokenizer)
+
+
+def _tokenizer(path: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # as `load_tokenizer`
+        raise LegolmError(f"model: {path}: has no readable tokenizer ({brief(error)}); {SAVE_AGAIN}") from None
+
+
+def _write_beside(path: Path, folder: Path, tokenizer: Any) -> None:
+    tokenizer.init_kwargs.pop("auto_map", None)
+    tokenizer.save_pretrained(folder)
+    carry(path, folder)
+
+
+def _dequantize(path: Path, folder: Path, out: Path, config: Any, advance: Callable[[float], Any]) -> None:
     settings = settings_of(path, config)
     if settings is None:
         raise LegolmError(f"model: {path} is not quantized; give it as it is")
@@ -77,11 +111,9 @@ def _dequantize(path: Path, folder: Path, out: Path, advance: Callable[[float], 
     shape_of(config)
     try:
         how = format_of(settings)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except LegolmError as error:
         raise LegolmError(str(error).replace("model: ", f"model: {path}: ", 1)) from None
-    except Exception as error:  # as `load_tokenizer`
-        raise LegolmError(f"model: {path}: has no readable tokenizer ({brief(error)}); {SAVE_AGAIN}") from None
+    tokenizer = _tokenizer(path)
     dtype = config.dtype if config.dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16
     stored = stored_weights(path)
     layers, wanted = layers_of(stored, how), set(model_of(path, config).state_dict())
@@ -108,9 +140,7 @@ def _dequantize(path: Path, folder: Path, out: Path, advance: Callable[[float], 
     writer.close()
     config.dtype = dtype
     config.save_pretrained(folder)
-    tokenizer.init_kwargs.pop("auto_map", None)
-    tokenizer.save_pretrained(folder)
-    carry(path, folder)
+    _write_beside(path, folder, tokenizer)
 
 
 def layers_of(names: Mapping[str, Any], how: Format) -> dict[str, dict[str, str]]:

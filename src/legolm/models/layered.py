@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from legolm.errors import LegolmError
-from legolm.models.checkpoint import SAVE_AGAIN, load_config, stored_weights
+from legolm.models.checkpoint import SAVE_AGAIN, full_names, load_config, stored_weights
 from legolm.models.family import decoder_layers
 from legolm.models.finite import check_finite
 from legolm.models.rotary import by_own_length
+from legolm.models.transposed import as_linears
 from legolm.system import open_tensors
 
 CPU = torch.device("cpu")
@@ -41,11 +42,13 @@ class LayeredModel:
         by_own_length(model)
         self._decoder: Any = model.eval().get_decoder()
         self.layers = decoder_layers(model)
+        as_linears(self.layers)
         for module in self._decoder.modules():
             module._buffers = {name: buffer.to(device) for name, buffer in module._buffers.items()}
         names = {id(module): name for name, module in model.named_modules()}
         self._prefix, self._layers_prefix = f"{names[id(self._decoder)]}.", f"{names[id(self.layers)]}."
-        self._files = {name: file for name, (file, _) in stored_weights(path).items()}
+        stored = stored_weights(path)
+        self._files = {name: (stored[own][0], own) for own, name in full_names(model, stored).items()}
 
     def layer(self, index: int) -> AbstractContextManager[nn.Module]:
         """Decoder layer `index`, with its weights."""
@@ -85,9 +88,10 @@ class LayeredModel:
     def _read(self, name: str) -> Tensor:
         if name not in self._files:
             raise LegolmError(f"model: the checkpoint has no tensor {name}; {SAVE_AGAIN}")
-        with open_tensors(self._files[name], "model: ", SAVE_AGAIN) as handle:
-            tensor: Tensor = handle.get_tensor(name)
-        check_finite(name, tensor, self._files[name])
+        file, own = self._files[name]
+        with open_tensors(file, "model: ", SAVE_AGAIN) as handle:
+            tensor: Tensor = handle.get_tensor(own)
+        check_finite(name, tensor, file)
         return tensor
 
 

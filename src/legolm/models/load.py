@@ -33,6 +33,7 @@ from legolm.models.finite import check_files, check_finite, finite
 from legolm.models.rotary import by_own_length
 from legolm.models.rounding import rounded
 from legolm.models.starter import starter_path
+from legolm.models.transposed import as_linears
 from legolm.system import hub_answers, open_tensors, wants_offline
 
 transformers_logging.disable_progress_bar()
@@ -118,8 +119,9 @@ def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
     drop_sampling(model.generation_config)
     drop_code(model.config)
     model.requires_grad_(False)
-    modules = family_of(model.config).modules
-    for layer in decoder_layers(model):
+    modules, layers = family_of(model.config).modules, decoder_layers(model)
+    as_linears(layers)
+    for layer in layers:
         for module in modules:
             layer.get_submodule(module).to(linears)
     model.config.use_cache = False

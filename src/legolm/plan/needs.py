@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from legolm.adapter import adapter_parameters, modules_of
 from legolm.block import Coverage
 from legolm.config import Precision, TrainConfig
-from legolm.models import CHUNK, LONG
+from legolm.models import CHUNK, LONG, Layout
 
 PROCESS_BYTES = 420_000_000
 """Python with torch, transformers and a model's classes, before any weights."""
 HOLES = 4 / 3
 """What the heap takes for what backward needs: micro-batches differ in size, layers free what the next cannot use."""
-QUERY_NORMS = ("qwen3", "gemma3_text", "olmo2")
-"""Families that normalise queries and keys, and so keep them twice."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Trainee:
     `trains` is the part of its coverage whose adapter trains, of `rank` on `targets`. `others` counts the parameters
     that are no linear weight of the decoder. A checkpoint stores `width` bytes a parameter. `masked` says that bit
     masks go with the weights, `folded` how many bytes of factors it holds that rounds before folded into its base.
+    `layout` is the LLM's.
     """
 
     coverage: Coverage
@@ -46,6 +45,7 @@ class Trainee:
     rank: int
     masked: bool = False
     folded: int = 0
+    layout: Layout = field(default_factory=Layout)
 
     @cached_property
     def linears(self) -> int:
@@ -81,8 +81,8 @@ class Trainee:
         # Attention's queries, keys and values; the activation's input and, where it gates, both sides of the product.
         gated = sum(module.rows.count("neuron") for module in shape.modules.values()) > 1
         entries = query + 2 * key + (3 if gated else 1) * neurons
-        entries += query + key if shape.family in QUERY_NORMS else 0
-        entries += sum(shape.hidden for module in shape.modules.values() if module.norm)
+        entries += query + key if self.layout.query_norms else 0  # which are kept twice then
+        entries += shape.hidden * len(self.layout.norms)
         inputs = {}
         for name in modules_of(shape, self.targets) if layer in self.trains.layers else ():
             module = shape.module(name)

@@ -9,6 +9,7 @@ from legolm.aggregate import make_scheme
 from legolm.block import Base, Coverage, decoder_weights
 from legolm.config import ClientConfig, RunConfig
 from legolm.errors import LegolmError
+from legolm.models import layout_of
 from legolm.plan.disk import product_bytes
 from legolm.plan.needs import Trainee
 
@@ -56,6 +57,7 @@ class Trainees:
             targets=self._config.lora.targets,
             rank=rank,
             masked=masked,
+            layout=layout_of(base.config),
         )
         return replace(made, folded=self._folded * made.linears // decoder)
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from legolm.block import Base, Block, Manifest, config_changes, read_block, write_block
+from legolm.block import Base, Block, Manifest, read_block, write_block
 from legolm.config import BlockConfig, CalibrationConfig, Precision
 from legolm.errors import LegolmError, brief
 from legolm.models import (
     CheckpointWriter,
     LayeredModel,
     carry,
+    config_changes,
     count_parameters,
     load_model,
     load_tokenizer,

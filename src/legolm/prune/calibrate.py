@@ -6,15 +6,14 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from legolm.config import Precision
 from legolm.errors import LegolmError
-from legolm.models import Family, LayeredModel, Module, autocast, family_of
+from legolm.models import Call, LayeredModel, Layout, Module, Shape, autocast, layout_of, recorded, shape_of
 from legolm.system import available_bytes, total_bytes
 
 Needs = Literal["nothing", "diagonal", "full"]
@@ -139,43 +138,44 @@ class Stream:
         self,
         hidden: Tensor,
         chunk: int,
-        arguments: dict[int, list[dict[str, Any]]],
-        family: Family,
+        calls: dict[int, list[Call]],
+        shape: Shape,
+        layout: Layout,
         precision: Precision,
         device: torch.device,
     ) -> None:
         self.hidden, self._device = hidden, device
-        self._chunk, self._arguments, self._family = chunk, arguments, family
+        self._chunk, self._calls, self._shape, self._layout = chunk, calls, shape, layout
         self._precision: Precision = precision
 
     @staticmethod
     def start(model: LayeredModel, tokens: Tensor, precision: Precision) -> Stream:
         """What the first decoder layer receives for token ids (samples, length)."""
-        hidden = _buffer((*tokens.shape, model.config.hidden_size))
-        arguments: dict[int, list[dict[str, Any]]] = {}
-        activations = 4 * LIVE * tokens.numel() * max(model.config.hidden_size, model.config.intermediate_size)
+        shape = shape_of(model.config)
+        hidden = _buffer((*tokens.shape, shape.hidden))
+        calls: dict[int, list[Call]] = {}
+        activations = 4 * LIVE * tokens.numel() * max(shape.hidden, shape.neurons)
         chunk = len(tokens) if activations * WHOLE_SHARE <= total_bytes() else CHUNK
         with model.rest() as decoder:
             for part in _parts(len(tokens), chunk):
                 # Chunks of one size have the same masks and positions.
-                recorded: list[dict[str, Any]] = []
-                with _record(model.layers, recorded) as seen:
+                with recorded(model.layers) as (inputs, made):
                     decoder(input_ids=tokens[part].to(model.device), use_cache=False)
-                hidden[part] = seen[0]
-                arguments.setdefault(len(seen[0]), recorded)
-        return Stream(hidden, chunk, arguments, family_of(model.config), precision, model.device)
+                hidden[part] = inputs[0]
+                calls.setdefault(len(inputs[0]), made)
+        return Stream(hidden, chunk, calls, shape, layout_of(model.config), precision, model.device)
 
     def fork(self) -> Stream:
         """Another stream from here, which another cut goes on with."""
         hidden = _buffer(self.hidden.shape).copy_(self.hidden)
-        return Stream(hidden, self._chunk, self._arguments, self._family, self._precision, self._device)
+        return Stream(hidden, self._chunk, self._calls, self._shape, self._layout, self._precision, self._device)
 
     def run(self, index: int, layer: nn.Module) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(samples, input, output) of one decoder layer for each chunk, without moving on."""
         with torch.no_grad(), autocast(self._precision, self._device.type):
             for part in _parts(len(self.hidden), self._chunk):
                 hidden = self.hidden[part].to(self._device)
-                yield part, hidden, layer(hidden, **self._arguments[len(hidden)][index])
+                yield part, hidden, self._calls[len(hidden)][index].again(layer, hidden)
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """Replace the hidden states by the layer's outputs. Raises `LegolmError` when they are not finite."""
@@ -193,7 +193,7 @@ class Stream:
         order has it; one pass instead of one to measure and one to go on). In chunks the layer runs again for each
         tensor that is read, and only so far.
         """
-        groups = inputs_of(self._family.modules)
+        groups = inputs_of(self._shape.modules)
         if self._chunk < len(self.hidden):
             for group in groups:
                 moments = _moments(layer, group, needs)
@@ -224,7 +224,7 @@ class Stream:
                 hidden = self.hidden[part].to(self._device)
                 with torch.no_grad(), autocast(self._precision, self._device.type):
                     try:
-                        layer(hidden, **self._arguments[len(hidden)][index])
+                        self._calls[len(hidden)][index].again(layer, hidden)
                     except _Reached as reached:
                         found = reached.inputs
                 yield found
@@ -235,12 +235,13 @@ class Stream:
         """How the matrix that ends attention or MLP should answer: as it does, or for the layer to give `wanted`.
 
         Its bias stays. Where an RMS norm follows (Gemma 3, OLMo 2), errors count as they arrive in the residual
-        stream: each token by the size that the norm divides by, and corrected through the norm's gain.
+        stream: each token by the size that the norm divides by, and corrected through the norm's gain. Where a part
+        only of the answer is added (Granite), the answer makes up for as much more.
         """
-        module = self._family.modules[name]
+        after = self._layout.norms.get(name)
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        norm = nn.Identity() if module.norm is None else layer.get_submodule(module.norm)
+        norm = nn.Identity() if after is None else layer.get_submodule(after)
         gain = norm(torch.ones(linear.out_features, device=self._device))
         # A small gain would blow an error up, and the norm share it out over all channels: those take a part only.
         through = gain / gain.square().clamp(min=gain.square().mean())
@@ -251,7 +252,8 @@ class Stream:
             for part, _, output in self.run(index, layer):
                 inputs, answer = seen["x"], seen["y"].float()
                 added = norm(answer)
-                error = torch.zeros(()) if wanted is None else wanted[part].to(self._device) - output
+                error = torch.zeros_like(output) if wanted is None else wanted[part].to(self._device) - output
+                error = error.view_as(answer) / self._layout.added
                 size = (answer * gain).norm(dim=-1, keepdim=True) / added.norm(dim=-1, keepdim=True)
                 size = size.nan_to_num(1.0)  # a token that answers nothing
                 if linear.bias is not None:
@@ -265,7 +267,7 @@ class Stream:
         """Moments of the inputs of all the layer's linear layers; those that share an input share the object."""
         shared: dict[str, Moments] = {}
         hooks = []
-        for group in inputs_of(self._family.modules):
+        for group in inputs_of(self._shape.modules):
             found = _moments(layer, group, needs)
             shared |= dict.fromkeys(group, found)
             hooks.append(layer.get_submodule(group[0]).register_forward_pre_hook(_adder(found)))
@@ -333,23 +335,3 @@ def _buffer(shape: Sequence[int]) -> Tensor:
         return torch.empty(sizes)
     with tempfile.NamedTemporaryFile(prefix="legolm-", suffix=".hidden") as file:
         return torch.from_file(file.name, shared=True, size=count).view(sizes)
-
-
-@contextmanager
-def _record(layers: nn.ModuleList, arguments: list[dict[str, Any]]) -> Iterator[list[Tensor]]:
-    """Let each layer record its keyword arguments (masks, positions) and pass its input on; yields those inputs."""
-    seen: list[Tensor] = []
-
-    def recorder(hidden: Tensor, **kwargs: Any) -> Tensor:
-        seen.append(hidden)
-        arguments.append(kwargs)
-        return hidden
-
-    for layer in layers:
-        layer.forward = recorder
-    try:
-        with torch.no_grad():
-            yield seen
-    finally:
-        for layer in layers:
-            del layer.forward

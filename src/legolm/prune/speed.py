@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM
 
-from legolm.block import Base, config_changes
+from legolm.block import Base
 from legolm.errors import LegolmError
-from legolm.models import Shape
+from legolm.models import Shape, config_changes
 from legolm.prune.target import smallest, step_of
 
 DEPTHS = (1, 5)
@@ -71,7 +71,7 @@ def shape_for(base: Base, wanted: float, best: Callable[[Callable[[int], float]]
     """
     clock = read_clock(base)
     whole = clock.seconds(base.shape.layers, base.shape.layers * base.shape.layer_weights)
-    least = smallest(base.shape)
+    least = smallest(base)
     most = whole / clock.seconds(least.layers, least.layers * least.layer_weights)
     if wanted > most:
         raise LegolmError(
@@ -103,11 +103,8 @@ def _times(base: Base, *shapes: Shape) -> list[tuple[float, float]]:
 
 def _model(base: Base, shape: Shape, depth: int) -> torch.nn.Module:
     config = copy.deepcopy(base.config)
-    config.update(config_changes(config, shape, tuple(range(shape.layers))))
-    config.num_hidden_layers = depth
-    if getattr(config, "layer_types", None) is not None:
-        # In a model of fewer layers than are measured their kinds come again.
-        config.layer_types = [config.layer_types[i % len(config.layer_types)] for i in range(depth)]
+    # In a model of fewer layers than are measured their kinds come again.
+    config.update(config_changes(config, replace(shape, layers=depth), [i % shape.layers for i in range(depth)]))
     model = AutoModelForCausalLM.from_config(config, dtype=base.dtype)
     return model.eval()  # type: ignore[no-any-return]
 

@@ -10,14 +10,12 @@ fits the calibration text and little else.)
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from legolm.block import Coverage, config_changes, slice_matrix
-from legolm.models import Shape, Unit
+from legolm.block import Coverage, slice_matrix
+from legolm.models import Shape, Unit, config_changes, narrow, tell
 from legolm.prune.calibrate import Source, Stream
 from legolm.prune.select import eliminate, refit
 
@@ -48,7 +46,7 @@ class StructuredCut:
             self._neurons.append(tuple(range(shape.neurons)))
             if small.kv_groups < shape.kv_groups:
                 self._cut(self._layer, "query", small.kv_groups, None)
-                _tell(self._layer, self._changes)
+                tell(self._layer, self._changes)
         if self._layer is None or not (index + 1 in self._kept or index + 1 == shape.layers):
             return None
         if small.neurons < shape.neurons or index > self._at:
@@ -72,8 +70,9 @@ class StructuredCut:
         kept = eliminate(fit, linear.weight.data, self._shape.per_group(unit), count).kept
         (self._groups if unit == "query" else self._neurons)[-1] = kept
         coverage = Coverage(self._shape, (self._at,), (self._groups[-1],), (self._neurons[-1],))
-        part = reader.partition(".")[0]
-        for name in (name for name in self._shape.modules if name.startswith(part)):
+        for name, spec in self._shape.modules.items():
+            if ("neuron" in (*spec.rows, spec.cols)) != (unit == "neuron"):
+                continue
             module = layer.get_submodule(name)
             assert isinstance(module, nn.Linear)
             if name == reader:
@@ -81,20 +80,3 @@ class StructuredCut:
             else:
                 weight = slice_matrix(coverage, self._at, name, module.weight.data)
             narrow(module, weight, coverage.rows(self._at, name))
-
-
-def narrow(module: nn.Linear, weight: Tensor, rows: Tensor | None) -> None:
-    """Give a layer the part of its weight that stays, and its bias these output rows (None: all)."""
-    if rows is not None and module.bias is not None:
-        module.bias = nn.Parameter(module.bias.data[rows].clone(), requires_grad=False)
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    module.out_features, module.in_features = weight.shape
-
-
-def _tell(layer: nn.Module, changes: Mapping[str, Any]) -> None:
-    """Tell a copied layer the cut model's sizes: Phi-3's attention splits its fused matrix by them when it runs."""
-    for module in layer.modules():
-        if isinstance(module.__dict__.get("config"), PreTrainedConfig):
-            module.config.update(changes)  # type: ignore[union-attr, operator]
-        if hasattr(module, "num_key_value_heads"):
-            module.num_key_value_heads = changes["num_key_value_heads"]

@@ -8,10 +8,10 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from legolm.block import Base, Coverage, config_changes, decoder_weights
+from legolm.block import Base, Coverage, decoder_weights
 from legolm.config import BlockConfig
 from legolm.errors import LegolmError
-from legolm.models import FAMILIES, Shape
+from legolm.models import Shape, config_changes, layout_of
 from legolm.prune.registry import Pattern
 
 STEPS, CHOICE = (64, 32, 16, 8), 16
@@ -32,10 +32,11 @@ def step_of(shape: Shape) -> int:
     return next((step for step in STEPS if shape.neurons >= CHOICE * step), STEPS[-1])
 
 
-def smallest(shape: Shape) -> Shape:
-    """What a family leaves at least, and a budget can find."""
+def smallest(base: Base) -> Shape:
+    """What the model leaves at least, and a budget can find."""
+    shape = base.shape
     least = {"layers": 1, "kv_groups": 1, "neurons": min(step_of(shape), shape.neurons)}
-    fixed = FAMILIES[shape.family].fixed
+    fixed = layout_of(base.config).fixed
     return replace(shape, **{size: count for size, count in least.items() if size not in fixed})  # type: ignore[arg-type]
 
 
@@ -49,7 +50,7 @@ def given_shape(block: BlockConfig, base: Base) -> Shape | None:
         most = getattr(base.shape, size)
         if count > most:
             raise LegolmError(f"blocks: {block.name!r} wants {FIELDS[size]} {count}; the LLM has {most}")
-        reason = FAMILIES[base.shape.family].fixed.get(size)
+        reason = layout_of(base.config).fixed.get(size)
         if count < most and reason:
             raise LegolmError(
                 f"blocks: {block.name!r} wants {FIELDS[size]} {count}; family {base.shape.family!r} keeps all {most}, "
@@ -70,7 +71,7 @@ def shapes_within(block: BlockConfig, base: Base, kept: Callable[[int], float] |
     naming the nearest target that can be met.
     """
     same = 0.0 if kept else _kept_weights(block, base)
-    shape, fixed = base.shape, FAMILIES[base.shape.family].fixed
+    shape, fixed = base.shape, layout_of(base.config).fixed
     per_neuron = sum((*spec.rows, spec.cols).count("neuron") for spec in shape.modules.values()) * shape.hidden
     step = step_of(shape)
     widths = [shape.neurons] if "neurons" in fixed else [*range(step, shape.neurons, step), shape.neurons]
@@ -173,7 +174,7 @@ def _is_taken(base: Base, small: Shape) -> bool:
 
 def _out_of_reach(block: BlockConfig, base: Base) -> LegolmError:
     """The error that says how far a budget can go."""
-    kept = decoder_weights(smallest(base.shape))
+    kept = decoder_weights(smallest(base))
     parameters = base.parameters_of(kept)
     for name, value, least, largest in (
         ("sparsity", block.sparsity, 0, math.floor(1000 * (1 - kept / decoder_weights(base.shape))) / 1000),

@@ -12,8 +12,8 @@ import copy
 from torch import nn
 
 from legolm.block import Coverage, slice_matrix
+from legolm.models import narrow
 from legolm.prune.calibrate import Stream
-from legolm.prune.structured import narrow
 
 
 class WindowCut:
