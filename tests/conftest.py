@@ -23,6 +23,33 @@ settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
 
 
+LONG = (
+    *(
+        "test_pipeline.py",
+        "test_deployment.py",
+        "test_options.py",
+        "test_plugins.py",
+        "test_resume.py",
+        "test_starter.py",
+    ),
+    *(
+        "test_starter.py",
+        "test_ray.py",
+        "test_federation.py",
+        "test_gpu.py",
+        "test_cli.py",
+        "test_export.py",
+        "test_killed.py",
+    ),
+)
+"""Files that take the longest begin: with two workers, one is not to be left with them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, else in order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def imports_stay() -> None:
     """Runs collect garbage whenever they change models: all that is imported need not be looked at each time."""

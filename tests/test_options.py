@@ -12,8 +12,6 @@ import hashlib
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations, product
 from pathlib import Path
@@ -28,14 +26,13 @@ from helpers import without_clocks
 from legolm import config as configs
 from legolm import pipeline
 from legolm.adapter import tensors_hash
-from legolm.block import read_block
 from legolm.config import CRITERIA, SCHEMES, TRAINERS, Registry, RunConfig
 from legolm.errors import LegolmError
 from legolm.federate import wire
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.plan import make_plan
-from legolm.runs import RunDir, Summary, read_record
+from legolm.runs import RunDir, Summary
 from legolm.study import ablate
 from legolm.system import Progress
 
@@ -387,27 +384,3 @@ def check_figures(summary: Summary, row: Row) -> None:
     for entry in summary.history[1:]:  # at one place the LLM alone trains
         assert (len(entry.accepted), entry.refused) == ((1 if row["mode"] == "pooled" else taking), [])
         assert (entry.bytes_up > 0) == (row["mode"] == "federated")
-
-
-def test_what_flower_runs_is_what_runs_here(home: Home, tmp_path: Path) -> None:
-    """As many options as go together, in a process of its own: Ray and its threads end with it."""
-    row = USUAL | {"block": "given", "form": "factor", "denominator": "global_fill", "mask": "saliency"}
-    row |= {"optimizer": "fedavgm", "server_rate": "0.5", "outliers": "clip", "codec": "bf16", "personal": "1"}
-    row |= {"updates": "kept", "ranks": "q 2", "rank": "2", "rslora": "on", "dropout": "0.2", "schedule": "cosine"}
-    row |= {"warmup": "2", "checkpointing": "on", "stop": "epochs", "scores": "own and server", "local": "no"}
-    row |= {"split": "dirichlet"}
-    assert refusal(row) is None
-    config, store = home(row)
-    here = pipeline.run(config, tmp_path / "here", store=store)
-    (tmp_path / "run.yaml").write_text(configs.dump(config))
-    command = [sys.executable, "-m", "legolm.cli", "run", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "there")]
-    done = subprocess.run([*command, "--set", "federation.engine=flower"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    there = read_record(tmp_path / "there" / "summary.json", Summary)
-    check_figures(there, row)
-    cut = Path(str(config.blocks[1].path))  # goes by another name here, and keeps its own
-    assert (read_block(tmp_path / "there" / "blocks" / "given").name, read_block(cut).name) == ("given", "structured")
-    for one, two in zip(here.clients, there.clients, strict=True):
-        assert two.own == pytest.approx(one.own, rel=1e-3)
-    assert there.llm.loss_after == pytest.approx(here.llm.loss_after, rel=1e-3)
-    assert sorted(path.name for path in (tmp_path / "there" / "final").iterdir()) == ["de", "fr", "llm"]
