@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from helpers import assert_one_line, legolm, without_clocks
 from legolm import config as configs
 from legolm import pipeline
+from legolm.cli.run import run as run_command
 from legolm.errors import LegolmError
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
@@ -153,6 +154,20 @@ def test_what_the_past_stands_on_is_refused_by_name(home: Path, tmp_path: Path) 
     written = (out / "config.yaml").read_text()
     (out / "config.yaml").write_text(written.replace("seed: 0", "seed: 1"))
     assert_one_line(legolm("run", out / "config.yaml", "--out", out, "--resume"), "`seed` differs (was 0, is 1)")
+
+
+def test_the_dry_run_says_what_a_resumed_run_changes_and_refuses(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dry_run(*sets: str) -> None:
+        run_command(home / "run.yaml", home / "out", list(sets), dry_run=True, resume=True)
+
+    before = {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")}
+    dry_run("federation.rounds=3")
+    assert "federation.rounds was 2 and is 3; rounds 1 to 2 stay; made again: training alone" in capsys.readouterr().out
+    with pytest.raises(LegolmError, match=r"`train.learning_rate` differs \(was 0.01, is 0.02\)"):
+        dry_run("train.learning_rate=0.02")
+    assert {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")} == before
 
 
 def flip(path: Path) -> None:

@@ -75,7 +75,7 @@ class TestLayouts:
         )
 
     def test_conversations_of_from_and_value(self, tmp_path: Path) -> None:
-        turns = [("system", "Be brief."), ("human", "2 + 2?"), ("gpt", "4"), ("human", "+ 1?"), ("gpt", "5")]
+        turns = [("system", "Be brief."), ("human", "2 + 2?"), ("gpt", "4"), ("Human", "+ 1?"), ("GPT", "5")]
         row = {"id": "x", "conversations": [{"from": one, "value": text} for one, text in turns]}
         (found,), notes = read(write(tmp_path / "a.jsonl", [row]))
         assert [(one.role, one.content) for one in found.messages] == [
@@ -248,6 +248,13 @@ class TestFiles:
             for name in ("list.json", "list.jsonl"):
                 (folder / name).write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")
                 assert read(str(folder / name))[0] == read(lines)[0]
+
+    @pytest.mark.parametrize("indent", [None, 1])
+    @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+    def test_a_list_with_a_byte_order_mark(self, tmp_path: Path, encoding: str, indent: int | None) -> None:
+        rows = [{"instruction": f"Say {town} é.", "output": town} for town in TOWNS]
+        (tmp_path / "a.json").write_text("\n" + json.dumps(rows, indent=indent, ensure_ascii=False), encoding=encoding)
+        assert read(str(tmp_path / "a.json"))[0] == [asked(f"Say {town} é.", town) for town in TOWNS]
 
     def test_parquet_of_many_rows(self, tmp_path: Path) -> None:
         turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": f"{i}"}] for i in range(3000)]

@@ -111,6 +111,7 @@ class TestReading:
         message = error_of(f"hub:{folder}")
         assert "has several configs (main, socratic); name one, as in hub:" in message
         assert message.endswith(f"{folder}:main:train")
+        assert error_of(f"hub:{folder}:socratic").endswith(f"{folder}:socratic:train")
         assert sources.names_of(f"hub:{folder}:socratic:train") == ["sums", "socratic"]
 
 

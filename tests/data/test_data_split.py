@@ -102,6 +102,20 @@ class TestByFile:
 
 
 class TestByColumn:
+    def test_a_test_set_without_the_column_is_everyones(self, tmp_path: Path) -> None:
+        for topic in ("x", "y"):
+            write(tmp_path / "train.jsonl", 4, topic)
+        test = tmp_path / "test.jsonl"
+        test.write_text("".join(json.dumps({"instruction": "?", "output": answer}) + "\n" for answer in "ab"))
+        split = {"by": "column", "column": "topic"}
+        config = DataConfig.model_validate({"train": str(tmp_path / "train.jsonl"), "test": str(test), "split": split})
+        notes: list[str] = []
+        parts = load_parts(config, ["x", "y"], 0, notes)
+        assert [sorted(answers(one.test)) for one in parts.values()] == [["a", "b"]] * 2
+        assert "data.test: no row has `topic`, so that all clients share it." in notes
+        write(test, 1, "x")  # with it in one row, those without are bad
+        assert "no field `topic`" in error_of(config, ["x", "y"])
+
     def test_values_are_parts_in_every_split(self, tmp_path: Path) -> None:
         for topic in ("x", "y"):
             write(tmp_path / "train.jsonl", 4, topic)

@@ -28,7 +28,20 @@ def run(
             from legolm.plan import make_plan
             from legolm.report import print_plan
 
-            print_plan(make_plan(settings), settings)
+            if not resume:
+                print_plan(make_plan(settings), settings)
+                return
+            from legolm.pipeline import changed
+            from legolm.runs import RunDir
+
+            folder = RunDir(out)
+            settings = folder.settled(settings)
+            plan = make_plan(settings)
+            settings = settings.model_copy(update={"precision": plan.precision})
+            lines = changed(folder, settings, folder.check(settings, resume))
+            print_plan(plan, settings)
+            for line in lines:
+                typer.echo(line)
         return
     if resume and not out.exists():
         typer.echo(f"{out}: nothing to resume; starting", err=True)

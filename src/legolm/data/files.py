@@ -132,15 +132,14 @@ def _read_json(path: Path, field: str) -> Iterator[Record]:
     """A list of rows, or a row a line: both are called .json and .jsonl."""
     file, encoding = _open(path, field)
     with file:
-        if encoding != "utf-8":
+        start = file.peek(CHUNK).decode(encoding, "ignore").lstrip()
+        if start.startswith("["):
+            yield from _array(io.TextIOWrapper(file, encoding), path)
+        elif encoding == "utf-8":
+            yield from _lines(iter(lambda: file.readline(MAX_ROW), b""), path, field)
+        else:
             text = io.TextIOWrapper(file, encoding, newline="\n")
             yield from _lines(iter(lambda: text.readline(MAX_ROW), ""), path, field)
-            return
-        start = file.peek(CHUNK).lstrip()
-        if start.startswith(b"["):
-            yield from _array(io.TextIOWrapper(file, "utf-8"), path)
-        else:
-            yield from _lines(iter(lambda: file.readline(MAX_ROW), b""), path, field)
 
 
 def _lines(lines: Iterator[str | bytes], path: Path, field: str) -> Iterator[Record]:

@@ -259,7 +259,8 @@ def _part(part: Any, field: str, row: Row) -> Any:
 def _shared(turn: Any, field: str, row: Row) -> Message:
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         raise BadRow(row.place, f"`{field}` must be an object with `from` and `value`")
-    role = SHAREGPT_ROLES.get(turn["from"], turn["from"]) if isinstance(turn["from"], str) else turn["from"]
+    name = turn["from"].lower() if isinstance(turn["from"], str) else turn["from"]
+    role = SHAREGPT_ROLES.get(name, name) if isinstance(name, str) else name
     if role not in ROLES:
         known = ", ".join([*ROLES, *SHAREGPT_ROLES])
         raise BadRow(row.place, f"`{field}` is from {brief(repr(turn['from']))}; known: {known}")

@@ -146,10 +146,11 @@ def _read_hub(source: str, field: str) -> Iterator[tuple[str, Any]]:
         rows = load_dataset(name, config, split=split)
     except Exception as error:  # the hub's client raises a dozen kinds: not downloaded before, not found, gated
         if known := re.search(r"available configs: \[(.*?)\]", str(error)):
-            configs = known[1].replace("'", "")
-            example = f"hub:{name}:{configs.split(', ')[0]}:{split}"
+            configs = known[1].replace("'", "").split(", ")
+            example = f"{split}:train" if split in configs else f"{configs[0]}:{split}"
             raise LegolmError(
-                f"{field}: {source!r}: the data set has several configs ({brief(configs)}); name one, as in {example}"
+                f"{field}: {source!r}: the data set has several configs ({brief(', '.join(configs))}); name one, as in "
+                f"hub:{name}:{example}"
             ) from None
         raise LegolmError(f"{field}: {source!r} cannot be loaded ({first_line(error)}); give a file") from None
     for number, row in enumerate(rows, 1):

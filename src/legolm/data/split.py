@@ -15,7 +15,7 @@ import numpy as np
 from legolm.config import DataConfig, RunConfig, SiteConfig
 from legolm.data.examples import ClientData, Example
 from legolm.data.layouts import Reading, unread, with_system
-from legolm.data.sources import check_apart, names_of, parts_of
+from legolm.data.sources import Row, check_apart, names_of, parts_of, read_records
 from legolm.data.starter import SplitName, is_starter, starter_parts
 from legolm.data.store import Examples, Store
 from legolm.errors import LegolmError
@@ -108,9 +108,16 @@ def _group(
     labels = _by_place(source, split, config, clients, said) if by in ("file", "folder") else {}
     groups: dict[str, array[int]] = {}
     column = config.split.column if by in ("column", "dirichlet") else None
+    if (
+        by == "column"
+        and split != "train"
+        and not any(isinstance(row, Row) and column in row.values for row in read_records(source, field))
+    ):
+        said.append(f"{field}: no row has `{column}`, so that all clients share it.")
+        column = None
     reading = Reading(config, field, column, config.system is not None)
     for row, example in reading.examples(source):
-        label = labels[row.source] if labels else "" if by == "iid" else str(row[str(column)])
+        label = labels[row.source] if labels else "" if column is None else str(row[column])
         groups.setdefault(label, array("q")).append(len(store))
         store.add(with_system(example, config.system))
     if not groups:
@@ -118,7 +125,7 @@ def _group(
     said += reading.notes
     unused += reading.unused
     found = {label: np.frombuffer(places, dtype=np.int64) for label, places in groups.items()}
-    return dict.fromkeys(clients, found[""]) if by in ("file", "folder") and "" in found else found
+    return dict.fromkeys(clients, found[""]) if by in ("file", "folder", "column") and "" in found else found
 
 
 def _by_place(
