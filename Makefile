@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint bench clean
 
-demo: $(READY)  ## the main job on a real model: eighteen minutes on two cores of a Xeon without AMX
+demo: $(READY)  ## the main job on a real model: thirteen minutes on two cores of a Xeon without AMX
 	$(BIN)/legolm run examples/demo.yaml --out runs/demo $(if $(wildcard runs/demo),--resume)
 
 test: $(READY) lint  ## style, types and tests
