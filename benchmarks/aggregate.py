@@ -63,7 +63,7 @@ def ours(name: str, clients: int) -> dict[str, float]:
     settings = wire.TrainSettings(
         targets=TARGETS, run_rank=RANK, ranks={}, dropout=0.0, train=TrainConfig(), precision="fp32",
         frozen_side=scheme.frozen_side, derived_seed=scheme.derived_seed, proximal=0.0, codec="none", keep=1.0,
-        error_feedback=False, deadline_s=None,
+        error_feedback=False,
     )  # fmt: skip
     request = wire.TrainRequest(
         run="r", client="c", block="b", base_fingerprint="f", coverage_hash="h", rank=RANK, scale=SCALE, phase="round",

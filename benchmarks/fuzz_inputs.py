@@ -312,7 +312,6 @@ def _messages(part: Coverage) -> tuple[wire.TrainRequest, wire.Broadcast, list[b
     settings = wire.TrainSettings(
         targets=["up_proj"], run_rank=2, ranks={}, dropout=0.0, train=TrainConfig(), precision="fp32",
         frozen_side=False, derived_seed=None, proximal=0.0, codec="int8", keep=0.5, error_feedback=True,
-        deadline_s=None,
     )  # fmt: skip
     given = wire.write(settings, part, 2, sent, {})
     request = wire.TrainRequest(

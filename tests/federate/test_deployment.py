@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import http.server
+import json
+import random
 import re
+import string
 import subprocess
 import sys
 import threading
@@ -16,14 +19,18 @@ from typing import Any
 import psutil
 import pytest
 from rich.console import Console
+from tap import Tap, found, secrets
+from transformers import PreTrainedTokenizerFast
 
 from legolm import config as configs
 from legolm import pipeline
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
+from legolm.federate.bridge import PIECE
 from legolm.federate.client.door import Door
 from legolm.report import read_status
 from legolm.runs import Summary, read_live
+from legolm.runs.kept import HASH_BYTES
 from legolm.system import Progress, free_port
 from legolm.trust import CA, KEY, add_device, make_authority, make_key, make_server, revoke_device
 
@@ -51,6 +58,7 @@ class Devices:
         make_server(self.home, ["127.0.0.1"])
         for name in NAMES:
             self.make(name)
+        self.tap = Tap(self.home, self.port)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def make(self, name: str, register: bool = True, days: float | None = None) -> Path:
@@ -63,7 +71,7 @@ class Devices:
 
     def start(self, *names: str) -> None:
         for name in names:
-            command = [sys.executable, "-m", "legolm.cli", "client", "--server", f"127.0.0.1:{self.port}"]
+            command = [sys.executable, "-m", "legolm.cli", "client", "--server", f"127.0.0.1:{self.tap.port}"]
             command += ["--home", f"{self.folder}/devices/{name}", "--data", f"{self.folder}/data/{name}.jsonl"]
             with (self.folder / f"{name}.log").open("ab") as log:
                 self._running[name] = subprocess.Popen([*command, "--device", "cpu"], stdout=log, stderr=log)
@@ -81,6 +89,7 @@ class Devices:
             one.terminate()
         for one in self._running.values():
             one.wait(PATIENCE_S)
+        self.tap.close()
 
 
 @pytest.fixture
@@ -155,10 +164,44 @@ def end_server_app() -> None:
         one.kill()
 
 
-def test_a_federation(three_clients: Callable[..., dict[str, Any]], devices: Devices, tmp_path: Path) -> None:
-    """It ends where the local engine ends, whoever is kept out, killed or late meanwhile."""
+def write_secrets(folder: Path, tokenizer: PreTrainedTokenizerFast) -> set[bytes]:
+    """Rows of nothing but chance for each client; every eight tokens of them, in any form."""
+    draw, wanted = random.Random(5), set[bytes]()
+    for name in NAMES:
+        rows = [["".join(draw.choices(string.ascii_letters, k=count)) for count in (24, 16)] for _ in range(20)]
+        lines = [json.dumps({"instruction": asked, "output": said}) + "\n" for asked, said in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+        for text in (text for row in rows for text in row):
+            wanted |= set(secrets(tokenizer.encode(text), text))
+    return wanted
+
+
+def check_own_data_only(devices: Devices, out: Path, wanted: set[bytes]) -> None:
+    """Nothing of the rows is in what passed, what the run keeps and what anybody logged; all that was said is there."""
+    one = min(wanted)
+    assert found(b"some" + one + b"other", wanted) == [one]
+    up, down = b"\0".join(devices.tap.up), b"\0".join(devices.tap.down)
+    replies = [path.read_bytes()[HASH_BYTES:] for path in devices.folder.glob("devices/*/runs/*/replies/[!.]*")]
+    assert len(replies) == 9 and all(reply in up for reply in replies)  # the tap has seen everything
+    weights = (out / "blocks" / "half" / "model.safetensors").read_bytes()
+    assert weights[:PIECE] in down
+    kept = [path for path in out.rglob("*") if path.is_file()]
+    logs = [*devices.folder.glob("*.log"), *devices.folder.glob("devices/*/flower/**/*.log")]
+    assert len(logs) >= 6 and (out / "report.html") in kept
+    for content in (up, down, *(path.read_bytes() for path in [*kept, *logs])):
+        assert not found(content, wanted)
+
+
+def test_a_federation(
+    three_clients: Callable[..., dict[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    devices: Devices,
+    tmp_path: Path,
+) -> None:
+    """It ends where the local engine ends, whoever is kept out, killed or late meanwhile; no row leaves a device."""
     raw = three_clients(tmp_path, ("wide", "half", "dense"), evaluate={"scores": "own", "local_only": False})
     raw["federation"]["rounds"] = 1
+    wanted_nowhere = write_secrets(tmp_path / "data", tokenizer)
     out, said, ended = tmp_path / "out", StringIO(), list[Summary | BaseException]()
 
     def run() -> None:
@@ -196,3 +239,4 @@ def test_a_federation(three_clients: Callable[..., dict[str, Any]], devices: Dev
     status = read_status(out)
     assert status["finished"] and status["rounds_done"] == 1 and set(read_live(out).root) == set(NAMES)
     assert {one["updates"] for one in status["clients"].values()} == {1}
+    check_own_data_only(devices, out, wanted_nowhere)

@@ -15,17 +15,21 @@ from legolm.aggregate.factors import FactorSum
 from legolm.aggregate.interface import Scheme, Start, make_scheme, scheme
 from legolm.aggregate.rehearsal import rehearse
 from legolm.aggregate.share import Weighing, capped
-from legolm.aggregate.weight import holders
+from legolm.aggregate.stale import discounted, moved
+from legolm.aggregate.weight import EntryWeight, holders
 
 __all__ = [
+    "EntryWeight",
     "ExactForm",
     "FactorSum",
     "Scheme",
     "Start",
     "Weighing",
     "capped",
+    "discounted",
     "holders",
     "make_scheme",
+    "moved",
     "rehearse",
     "scheme",
 ]

@@ -76,6 +76,11 @@ class Scheme(ABC):
     derived_seed: int | None = None
     """Seed of the factors that are not sent; None: all are sent. May change with rounds."""
 
+    @property
+    def takes_late(self) -> bool:
+        """Whether a change of an earlier round's factors can be added to today's: one sum of the same factors."""
+        return self.sums and self.basis_stays and not self.folds
+
     @abstractmethod
     def begin(self, start: Start, state: Tensors | None = None) -> None:
         """At the start of a run, or where `state()` was taken."""

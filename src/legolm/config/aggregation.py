@@ -119,6 +119,11 @@ class FederationConfig(Section):
     min_replies: int = Field(
         1, ge=1, description="with fewer updates a round is none: the run stops, or asks devices of their own again"
     )
+    buffer: int | None = Field(
+        None,
+        ge=1,
+        description="asynchronous: a round is over with so many updates, others come later and count less by their age",
+    )
     codec: Codec = Field("none", description="of the factors on the wire, both ways: fp32, bf16, or int8 a rank row")
     error_feedback: bool = Field(True, description="a client adds what the codec or mask lost to its next update")
     keep_updates: bool = Field(False, description="keep every accepted update in its round's folder (legolm ablate)")

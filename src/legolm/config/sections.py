@@ -312,10 +312,11 @@ class RunConfig(Section):
             )
         self._check_scheme()
         self._check_devices()
-        if self.federation.min_replies > len(self.clients):
-            raise ValueError(
-                f"federation.min_replies is {self.federation.min_replies}; there are {len(self.clients)} clients"
-            )
+        for name in ("min_replies", "buffer"):
+            if (getattr(self.federation, name) or 0) > len(self.clients):
+                raise ValueError(
+                    f"federation.{name} is {getattr(self.federation, name)}; there are {len(self.clients)} clients"
+                )
         return self
 
     def _check_devices(self) -> None:
@@ -340,6 +341,23 @@ class RunConfig(Section):
                     "'deployment', for instance 0.1"
                 )
 
+    def _check_buffer(self, takes_late: bool) -> None:
+        """Raise `ValueError` where rounds cannot be asynchronous."""
+        federation = self.federation
+        if federation.mode != "federated":
+            raise ValueError(f"federation.buffer: is for rounds, and mode {federation.mode!r} has none; take it out")
+        if not takes_late:
+            raise ValueError(
+                f"federation.buffer: an update of an earlier round is added to today's factors, and scheme "
+                f"{self.aggregate.scheme!r} with these settings makes others in each round, or adds no sums; take it "
+                f"out, or take one of {SCHEMES.having('takes_late')}"
+            )
+        if federation.buffer is not None and federation.min_replies > federation.buffer:
+            raise ValueError(
+                f"federation.min_replies is {federation.min_replies}, and a round is over with federation.buffer "
+                f"{federation.buffer} updates; lower it"
+            )
+
     def _check_scheme(self) -> None:
         """Raise `ValueError` for what the scheme says that it does not take."""
         name = self.aggregate.scheme
@@ -351,6 +369,8 @@ class RunConfig(Section):
                 f"{name!r} with these settings has its own step, or redraws them: take server_optimizer none, or one "
                 f"of {SCHEMES.having('optimizers')}"
             )
+        if self.federation.buffer is not None:
+            self._check_buffer(scheme.takes_late)
         if self.lora.ranks and not scheme.module_ranks:
             raise ValueError(
                 "lora.ranks: products of another rank in each module need sums of factors, and scheme "

@@ -43,6 +43,6 @@ def placed(config: RunConfig, devices: Mapping[str, Placed]) -> RunConfig:
             clients.append(one.model_copy(update={"block": found.block, "profile": profile}))
     if clients == config.clients:
         return config
-    least = min(config.federation.min_replies, len(clients))
-    federation = config.federation.model_copy(update={"min_replies": least})
-    return config.model_copy(update={"clients": clients, "federation": federation})
+    federation, count = config.federation, len(clients)
+    most = {"min_replies": min(federation.min_replies, count), "buffer": min(federation.buffer or 0, count) or None}
+    return config.model_copy(update={"clients": clients, "federation": federation.model_copy(update=most)})

@@ -133,7 +133,8 @@ class RoundRecord(Global):
     """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records.
 
     `shares` is what part of the aggregate each accepted client's update was, where the scheme weighs clients; `updates`
-    are the hashes of kept updates.
+    are the hashes of kept updates. Of asynchronous rounds `tags` has the earlier round in which an accepted update was
+    asked, `waiting` that of each client that had not answered when this one was over.
     """
 
     stage: Literal["round"] = "round"
@@ -144,6 +145,8 @@ class RoundRecord(Global):
     shares: dict[str, float] = {}
     bytes: dict[str, Traffic] = {}
     updates: dict[str, str] = {}
+    tags: dict[str, int] = {}
+    waiting: dict[str, int] = {}
     adapter: str = ""
     seconds: float
 

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ from legolm.federate.bridge import PIECE, Link, connect, listen
 from legolm.federate.client import Holdings, Profile, Resident
 from legolm.federate.client.fetch import UnreachableError, find_block
 from legolm.federate.transport import run_local
-from legolm.federate.wire import OwnData, Welcome, block_files, own_data, read_welcome
+from legolm.federate.wire import (
+    OwnData,
+    UpdateReply,
+    Welcome,
+    block_files,
+    kind_of,
+    own_data,
+    read_welcome,
+    unpack,
+)
 from legolm.runs import Kept, RunDir
 
 DATA = OwnData(
@@ -135,6 +145,12 @@ def test_a_device_answers_as_the_simulation(three_clients: Callable[..., dict[st
             assert header == {}
         assert _timeless(found) == _timeless(reply)
     assert len(asked) == 5 and sum("answered in" in line for line in said) == 5
+    train = next(request for _, request, _ in asked if kind_of(request) == "train")
+    hurried = Resident(replace(held, home=tmp_path / "hurried"), "fr", Server(block, pieces=0).piece, said.append)
+    for left_s, steps in ((0.0, 1), (1000.0, 1)):  # and what was answered once stays
+        reply = hurried.answer(told.model_dump_json(), train, left_s)[1]
+        assert unpack(reply, UpdateReply)[0].metrics["steps"] == steps
+    assert unpack(resident.answer(told.model_dump_json(), train)[1], UpdateReply)[0].metrics["steps"] == 2
     other = Resident(held, "de", Server(block, pieces=0).piece, said.append)
     Kept(tmp_path / "home" / "runs" / run / "replies").put(asked[0][1], b"")
     assert "this device is 'de'" in other.answer(told.model_dump_json(), asked[1][1] + b" ")[0]["error"]

@@ -76,7 +76,7 @@ def request(block: Block, client: str = "fr", **train: Any) -> bytes:
     settings = wire.TrainSettings(
         targets=None, run_rank=4, ranks={}, dropout=0.0, train=TrainConfig(steps=3, batch_size=4, **train),
         precision="fp32", frozen_side=False, derived_seed=None, proximal=0.0, codec="int8", keep=1.0,
-        error_feedback=True, deadline_s=None,
+        error_feedback=True,
     )  # fmt: skip
     written = wire.write(settings, coverage, 4, payload, {})
     header = wire.TrainRequest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class Flower:
     def nodes(self) -> dict[str, tuple[str, str]]:
         return {name: (name, self.since[name]) for name in self._online(self.turn)}
 
-    def push(self, node: str, welcome: str, request: bytes) -> str | None:
+    def push(self, node: str, welcome: str, request: bytes, left_s: float | None) -> str | None:
+        self.left_s = left_s
         number = sum(one == node for one, _, _ in self.asked)
         self.asked.append((node, request, welcome))
         self._sent[str(len(self.asked))] = node, number
@@ -79,10 +81,14 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         )  # fmt: skip
         return Request(client, pack(header, {}))
 
-    def run(flower: Flower, deadline_s: float | None = None) -> tuple[list[Reply], list[str]]:
+    def run(flower: Flower, deadline_s: float | None = None, first: int | None = None) -> tuple[list[Reply], list[str]]:
         said: list[str] = []
         asking = Asking(RunDir(tmp_path), config, flower, said.append)  # type: ignore[arg-type]
-        return list(asking.exchange(map(request, NAMES), deadline_s)), said
+        if first is None:
+            return list(asking.exchange(map(request, NAMES), deadline_s)), said
+        with closing(asking.exchange(map(request, NAMES), deadline_s)) as replies:
+            found = [next(replies) for _ in range(first)]
+        return found + list(asking.exchange([request("es")], deadline_s)), said
 
     return run
 
@@ -141,3 +147,24 @@ def test_who_is_away_is_waited_for_and_named(ask: Any, tmp_path: Path) -> None:
     assert read_live(tmp_path).root["es"].state == "away"
     late = Flower(lambda client, number: None if client == "es" else client.encode(), everyone)
     assert found(ask(late, deadline_s=0.3)[0])["es"] == "late: no answer within federation.deadline_s, 0.3 s"
+
+
+def test_who_is_not_waited_for_goes_on_and_is_not_asked_anew(ask: Any) -> None:
+    """Two replies are enough; the third comes to who asks the same again."""
+    slow: list[int] = []
+
+    def answers(client: str, number: int) -> Answer:
+        return client.encode()
+
+    flower = Flower(answers, everyone)
+    pull = flower.pull
+
+    def late(ids: Sequence[str]) -> list[tuple[dict[str, Any], bytes]]:
+        slow.append(1)
+        return [one for one in pull([id for id in ids if flower.asked[int(id) - 1][0] != "es" or len(slow) > 3])]
+
+    flower.pull = late  # type: ignore[method-assign]
+    replies, _ = ask(flower, 5.0, first=2)
+    assert [one.content for one in replies] == [b"fr", b"de", b"es"]
+    assert [node for node, _, _ in flower.asked] == list(NAMES)
+    assert flower.left_s is not None and 4 < flower.left_s <= 5

@@ -12,11 +12,12 @@ app = ClientApp()
 
 @app.train()
 def answer(message: Message, context: Context) -> Message:
-    """The request's bytes go as they came; `again` in the reply asks for the same request later."""
+    """The request's bytes go as they came, and the seconds left; `again` in the reply asks for the same again later."""
     request = message.content["request"]
     try:
         with connect(str(context.node_config["socket"])) as link:
-            link.send({"welcome": str(request["welcome"])}, bytes(request["content"]))  # type: ignore[arg-type]
+            header = {"welcome": str(request["welcome"]), "left_s": request.get("left_s")}
+            link.send(header, bytes(request["content"]))  # type: ignore[arg-type]
             header, body = link.receive()
     except OSError as error:
         header, body = {"again": f"its legolm client does not answer ({error})"}, b""

@@ -31,6 +31,8 @@ def _nodes(grid: Grid, link: Link, header: dict[str, object], body: bytes) -> No
 
 def _push(grid: Grid, link: Link, header: dict[str, object], body: bytes) -> None:
     request = ConfigRecord({"content": body, "welcome": str(header["welcome"])})
+    if isinstance(left := header["left_s"], float):
+        request["left_s"] = left
     node = int(str(header["node"]))
     sent = list(grid.push_messages([Message(RecordDict({"request": request}), node, MessageType.TRAIN)]))
     link.send({"id": sent[0] if sent else None})

@@ -41,6 +41,8 @@ from legolm.system import available_bytes
 
 KEPT = 32
 """Replies kept of a run: as many as may be asked for again."""
+IN_TIME = 0.9
+"""Of the time that is left for a reply: the rest is for its way."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -98,11 +100,13 @@ class Resident:
         self._told: dict[tuple[str, str], str] = {}
         self._runtime = ClientRuntime(self._site)
 
-    def answer(self, welcome: str, request: bytes) -> tuple[dict[str, Any], bytes]:
+    def answer(self, welcome: str, request: bytes, left_s: float | None = None) -> tuple[dict[str, Any], bytes]:
         """A header, empty where all is well, and the reply; the same bytes have the same reply, ever.
 
+        Training stops itself in time for a reply within `left_s` seconds, after one step at least.
         `error` says what is wrong with the request or the device, `again` that it may be asked again.
         """
+        came = time.monotonic()
         try:
             told = read_welcome(welcome)
             with self._lock:
@@ -114,7 +118,8 @@ class Resident:
                 if reply is None:
                     self._settle(told, welcome)
                     began = time.monotonic()
-                    reply = self._runtime.answer(request)
+                    until = None if left_s is None else came + IN_TIME * left_s
+                    reply = self._runtime.answer(request, until)
                     kept.put(request, reply)
                     self._note(f"{kind_of(request)}: answered in {time.monotonic() - began:.1f} s")
                 return {}, reply
@@ -140,7 +145,9 @@ class Resident:
         with link:
             try:
                 header, request = link.receive()
-                link.send(*self.answer(str(header.get("welcome", "")), request))
+                left = header.get("left_s")
+                left_s = float(left) if isinstance(left, int | float) else None
+                link.send(*self.answer(str(header.get("welcome", "")), request, left_s))
             except OSError:
                 return  # who asked is gone; the reply is kept
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from safetensors.torch import save
 
 from legolm.adapter import Tensors, adapter_keys, adapter_layout, concatenated, merged, under_prefix, with_prefix
 from legolm.block import Block
-from legolm.config import Precision
+from legolm.config import Precision, TrainConfig
 from legolm.data import TokenRows, check_whole, tokenize
 from legolm.errors import LegolmError
 from legolm.evaluation import score
@@ -47,14 +48,17 @@ class ClientRuntime:
         self._tokens: dict[tuple[str, Split, int, Turns], TokenRows] = {}  # the one used last is last
         self._kept = 0
 
-    def answer(self, content: bytes) -> bytes:
-        """Reply to a request. Raises `LegolmError` when the request does not fit the client's block."""
+    def answer(self, content: bytes, until: float | None = None) -> bytes:
+        """Reply to a request. Raises `LegolmError` when the request does not fit the client's block.
+
+        Training ends with the step in which `until` (of `time.monotonic`) is over.
+        """
         with keep_freed_memory():
             if kind_of(content) == "train":
-                return self._train(*unpack(content, TrainRequest))
+                return self._train(*unpack(content, TrainRequest), until)
             return self._evaluate(*unpack(content, EvaluateRequest))
 
-    def _train(self, request: TrainRequest, content: Tensors) -> bytes:
+    def _train(self, request: TrainRequest, content: Tensors, until: float | None) -> bytes:
         site, settings = self._site_of(request.client, request.block), request.settings
         block = self._load(site, request, settings.precision)
         opened = open_(request, block.coverage, content)
@@ -72,7 +76,7 @@ class ClientRuntime:
                 start=opened.start,
                 scale=request.scale,
                 examples=examples,
-                config=config,
+                config=_in_time(config, until),
                 precision=settings.precision,
                 steps=request.steps,
                 seed=request.seed,
@@ -137,6 +141,14 @@ class ClientRuntime:
                 self._kept -= self._tokens.pop(next(iter(self._tokens))).tokens
         self._tokens[key] = found
         return found
+
+
+def _in_time(config: TrainConfig, until: float | None) -> TrainConfig:
+    """The same, over at this time (`time.monotonic`) at the latest."""
+    if until is None:
+        return config
+    left = max(until - time.monotonic(), 1e-3)
+    return config.model_copy(update={"seconds": min(left, config.seconds or left)})
 
 
 def _is_for(request: TrainRequest | EvaluateRequest, block: Block) -> bool:

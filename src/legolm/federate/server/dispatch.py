@@ -59,9 +59,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came back from one client: its update, or why there is none; the reply; bytes of the request."""
+    """What came back from one client: its update, or why there is none; the reply; bytes of the request.
+
+    `asked` is the round of the order.
+    """
 
     client: str
+    asked: int
     update: Update | None
     reason: str
     bytes_down: int
@@ -82,49 +86,54 @@ class Dispatch:
         self._config, self._run, self._members, self._train = config, run, members, train
         self._progress = progress
 
-    def train(self, order: Order, exchange: Exchange, label: str) -> Iterator[Trained]:
-        """Send each client its slice of the global adapter; give its checked update, or why not, as replies come.
+    def train(self, orders: Sequence[Order], exchange: Exchange, label: str) -> Iterator[Trained]:
+        """Send each client its slice of its order's adapter; give its checked update, or why not, as replies come.
 
         Requests are made when they are sent, and what they share is made once: memory does not grow with clients.
         """
+        members = [self._members.at(one.number) if one.phase == "round" else self._members for one in orders]
         # Dearest first, so that no actor is left with the longest job at the end.
-        members = self._members.at(order.number) if order.phase == "round" else self._members
-        clients = sorted(order.clients, key=lambda id: -members.block[id].parameters)
+        jobs = [(place, id) for place, order in enumerate(orders) for id in order.clients]
+        jobs.sort(key=lambda job: -members[job[0]].block[job[1]].parameters)
         sent: dict[tuple[object, ...], Broadcast] = {}
         sizes: dict[int, int] = {}
 
-        def shared(id: str) -> Broadcast:
-            coverage, rank = members.block[id].coverage, members.rank[id]
+        def shared(place: int, id: str) -> Broadcast:
+            order, own = orders[place], members[place]
+            coverage, rank = own.block[id].coverage, own.rank[id]
             # Only what folds into the base depends on the client: when it trained in a round, it had all that was
             # folded before that round.
             since = max(order.accepted.get(id, 0) - 1, 0) if order.scheme.folds else 0
             train = self._train.get(id, self._config.train)
-            own = train.micro_batch_tokens, train.gradient_checkpointing
-            key = (coverage.hash, members.trains[id].layers, rank, since, own)
+            how = train.micro_batch_tokens, train.gradient_checkpointing
+            key = (place, coverage.hash, own.trains[id].layers, rank, since, how)
             if key not in sent:
-                scheme, settings = order.scheme, self._settings(order, members, id, since)
+                scheme, settings = order.scheme, self._settings(order, own, id, since)
                 sent[key] = write(
                     settings, coverage, rank, scheme.payload(coverage, rank), scheme.fold(coverage, since)
                 )
             return sent[key]
 
+        def request(place: int, id: str) -> TrainRequest:
+            return self._request(orders[place], members[place], id, shared(place, id))
+
         def requests() -> Iterator[Request]:
-            for index, id in enumerate(clients):
-                content = pack(self._request(order, members, id, shared(id)), shared(id).content)
+            for index, (place, id) in enumerate(jobs):
+                content = pack(request(place, id), shared(place, id).content)
                 sizes[index] = len(content)
                 yield Request(id, content)
 
-        deadline = self._config.federation.deadline_s if order.phase == "round" else None
-        with self._progress.stage(label, len(clients)) as advance:
-            for reply in self._each_once(exchange(requests(), deadline), clients, label):
-                id = clients[reply.index]
+        deadline = self._config.federation.deadline_s if orders[0].phase == "round" else None
+        with self._progress.stage(label, len(jobs)) as advance:
+            for reply in self._each_once(exchange(requests(), deadline), [id for _, id in jobs], label):
+                place, id = jobs[reply.index]
                 update, reason = None, reply.error
                 if not reason:
                     try:
-                        update = accept(reply.content, self._request(order, members, id, shared(id)), shared(id))
+                        update = accept(reply.content, request(place, id), shared(place, id))
                     except LegolmError as error:
                         reason = str(error)
-                yield Trained(id, update, reason, sizes.get(reply.index, 0), reply.content)
+                yield Trained(id, orders[place].number, update, reason, sizes.get(reply.index, 0), reply.content)
                 advance(1)
 
     def score(
@@ -202,7 +211,6 @@ class Dispatch:
             layers=list(trained) if trained != coverage.layers else None,
             keep=scheme.keep(coverage.mask_sparsity) if travels else 1.0,
             error_feedback=config.federation.error_feedback and scheme.basis_stays,
-            deadline_s=config.federation.deadline_s if travels else None,
         )
 
     def _request(self, order: Order, members: Members, id: str, broadcast: Broadcast) -> TrainRequest:

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,8 @@ from legolm.federate.server.begin import begin
 from legolm.federate.server.dispatch import Dispatch, Job, Order, Trained
 from legolm.federate.server.members import LLM, Members
 from legolm.federate.server.mixture import choose, points
+from legolm.federate.server.pace import Ages, first_to_end
+from legolm.federate.server.pace import asked as tags
 from legolm.federate.server.replay import replay, updates
 from legolm.federate.server.scoring import Scoring, by_client
 from legolm.federate.transport import Exchange
@@ -48,6 +51,7 @@ from legolm.runs import (
     dump_sealed,
     load_adapter_state,
     read_sealed,
+    rounds_of,
     save_adapter_state,
 )
 from legolm.system import Progress, atomic_folder, atomic_write, scratch_folder
@@ -214,18 +218,21 @@ class Rounds:
         self._latest = None
         # Data at one place gives nobody's update.
         keeps = self._config.federation.keep_updates and drawn != [LLM]
+        before = [one for one in rounds_of(self.records()) if one.round < number]
+        asked, ages = tags(self._config, before, number, drawn), Ages(self._config, self._members, before)
         train: dict[str, Training] = {}
         refused: dict[str, str] = {}
         traffic: dict[str, Traffic] = {}
-        weighing, trains = Weighing(self._config.aggregate, scheme), self._members.at(number).trains
+        weighing = Weighing(self._config.aggregate, scheme)
         kept: dict[str, str] = {}
         with atomic_folder(path) as folder:
-            for one in self._updates(number, drawn, train, scheme, exchange):
+            for one in self._updates(number, asked, train, scheme, exchange):
                 traffic[one.client] = Traffic(up=one.bytes_up, down=one.bytes_down)
                 if one.update is None:
                     refused[one.client] = one.reason
                     continue
-                weighing.add(one.client, one.update.change, trains[one.client])
+                change = ages.discounted(one.client, one.asked, number, one.update.change)
+                weighing.add(one.client, change, self._members.at(one.asked).trains[one.client])
                 train[one.client] = one.update.training
                 refused.pop(one.client, None)
                 if keeps:
@@ -233,8 +240,8 @@ class Rounds:
                     (folder / UPDATES / f"{one.client}.safetensors").write_bytes(one.reply)
                     kept[one.client] = hashlib.sha256(one.reply).hexdigest()
             # Replies came in any order; the record does not depend on it.
-            accepted = [id for id in drawn if id in train]
-            self._check_enough(number, drawn, accepted, refused)
+            accepted = [id for id in asked if id in train]
+            self._check_enough(number, list(asked), accepted, refused)
             shares = weighing.finish()
             self._check_global(number, scheme, accepted)
             due = number % self._config.evaluate.every == 0 or number == self._stages.rounds
@@ -242,12 +249,14 @@ class Rounds:
             record = RoundRecord(
                 round=number,
                 accepted=accepted,
-                refused=[Refusal(client=id, reason=refused[id]) for id in drawn if id in refused],
+                refused=[Refusal(client=id, reason=refused[id]) for id in asked if id in refused],
                 train={id: train[id] for id in accepted},
                 shares={id: shares[id] for id in accepted if id in shares},
                 # Data at one place travels no more.
-                bytes={id: traffic[id] for id in drawn if id in traffic and id != LLM},
+                bytes={id: traffic[id] for id in asked if id in traffic and id != LLM},
                 updates={id: kept[id] for id in accepted if id in kept},
+                tags={id: asked[id] for id in accepted if asked[id] < number},
+                waiting={id: tag for id, tag in asked.items() if id not in train and id not in refused},
                 seconds=self._clock.seconds(f"round {number}"),
                 **dict(scored),
             )
@@ -260,19 +269,33 @@ class Rounds:
         self._progress.say(f"round {number}: loss on validation data: {llm}blocks {record.validation:.3f}")
 
     def _updates(
-        self, number: int, drawn: Sequence[str], train: Mapping[str, Training], scheme: Scheme, exchange: Exchange
+        self, number: int, asked: dict[str, int], train: Mapping[str, Training], scheme: Scheme, exchange: Exchange
     ) -> Iterator[Trained]:
-        """What the drawn clients return; `train` has those whose updates were added.
+        """What the clients return that were asked, as many as the buffer takes; `train` has those that were added.
 
         Devices of their own come back: while too few updates are there, the others are asked again.
         """
-        federation, left = self._config.federation, drawn
-        least = min(federation.min_replies, len(drawn))
+        federation, records = self._config.federation, self.records()
+        least, most = (min(count or len(asked), len(asked)) for count in (federation.min_replies, federation.buffer))
+        own, left = federation.engine == "deployment", list(asked)
+        if federation.buffer is not None and not own:
+            left = first_to_end(self._config, rounds_of(records), asked)
+
+        def after(round: int) -> Scheme:
+            if round == number - 1:
+                return scheme
+            return begin(self._config, self._members.llm, self._stages.state(self._folder.round(round)))
+
         while True:
-            yield from updates(self._config, self._dispatch, self.records(), number, left, scheme, exchange)
-            if federation.engine != "deployment" or len(train) >= least:
+            tagged = {id: asked[id] for id in left}
+            with closing(updates(self._config, self._dispatch, records, number, tagged, after, exchange)) as found:
+                for one in found:
+                    yield one
+                    if len(train) >= most:
+                        return
+            if not own or len(train) >= least:
                 return
-            left = [id for id in drawn if id not in train]
+            left = [id for id in asked if id not in train]
             self._progress.note(
                 f"round {number}: {len(train)} updates accepted, federation.min_replies is {federation.min_replies}; "
                 f"asked again: {', '.join(left)}"
@@ -328,7 +351,7 @@ class Rounds:
         # What each learned waits on the disk until it is scored: the server's memory must not grow with clients.
         with scratch_folder(self._folder.path / stage) as own:
             order = Order(left, scheme, stage, start, {})
-            for one in self._dispatch.train(order, exchange, f"{stage}: train") if trains else ():
+            for one in self._dispatch.train([order], exchange, f"{stage}: train") if trains else ():
                 if one.update is None:
                     refused[one.client] = one.reason
                     continue

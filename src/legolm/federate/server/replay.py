@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 
 from legolm.aggregate import Scheme, Weighing
 from legolm.config import RunConfig
@@ -12,6 +12,7 @@ from legolm.federate.server.begin import begin
 from legolm.federate.server.dispatch import Dispatch, Order, Trained
 from legolm.federate.server.gate import passed, usual_size
 from legolm.federate.server.members import Members
+from legolm.federate.server.pace import Ages
 from legolm.federate.transport import Exchange, Reply, Request
 from legolm.runs import RoundRecord, RunDir, StageRecord, checked_state, rounds_of
 
@@ -21,18 +22,22 @@ def updates(
     dispatch: Dispatch,
     records: Sequence[StageRecord],
     number: int,
-    clients: Sequence[str],
-    scheme: Scheme,
+    asked: Mapping[str, int],
+    after: Callable[[int], Scheme],
     exchange: Exchange,
-) -> Iterator[Trained]:
-    """What clients return for round `number`, checked and through the gate; `scheme` is the one after the round before.
+) -> Generator[Trained]:
+    """What clients return for round `number`, checked and through the gate.
 
-    `records` are the run's so far: what is usual, and what each client last had.
+    `asked` has the round in which each of them was asked, `after` gives the scheme after a round. `records` are the
+    run's so far: what is usual, and what each client last had.
     """
     before = [one for one in rounds_of(records) if one.round < number]
     usual = usual_size(before)
-    order = Order(clients, scheme, "round", number, last_accepted(before))
-    for one in dispatch.train(order, exchange, f"round {number}: train"):
+    orders = []
+    for tag in sorted(set(asked.values())):
+        clients, then = [id for id in asked if asked[id] == tag], (one for one in before if one.round < tag)
+        orders.append(Order(clients, after(tag - 1), "round", tag, last_accepted(then)))
+    for one in dispatch.train(orders, exchange, f"round {number}: train"):
         yield passed(one, usual, config.aggregate.outliers)
 
 
@@ -51,25 +56,27 @@ def replay(
     where a kept update is missing or broken.
     """
     rounds = {record.round: record for record in rounds_of(records)}
+    ages = Ages(config, members, rounds.values())
 
     def after(number: int) -> Scheme:
         return begin(config, members.llm, checked_state(folder.round(number), rounds[number]))
 
     scheme = after(0)
     for number in range(1, last + 1):
-        weighing, trains = Weighing(config.aggregate, scheme), members.at(number).trains
-        there = [id for id in rounds[number].accepted if id not in without]
-        for one in updates(config, dispatch, records, number, there, after(number - 1), _kept(folder, rounds[number])):
+        weighing, record = Weighing(config.aggregate, scheme), rounds[number]
+        asked = {id: record.tags.get(id, number) for id in record.accepted if id not in without}
+        for one in updates(config, dispatch, records, number, asked, after, _kept(folder, record)):
             if one.update is None:
                 raise LegolmError(f"round {number}: the kept update of {one.client}: {one.reason}")
-            weighing.add(one.client, one.update.change, trains[one.client])
+            change = ages.discounted(one.client, one.asked, number, one.update.change)
+            weighing.add(one.client, change, members.at(one.asked).trains[one.client])
         weighing.finish()
     return scheme
 
 
 def last_accepted(rounds: Iterable[RoundRecord]) -> dict[str, int]:
-    """Each client's last round whose update was added."""
-    return {id: record.round for record in rounds for id in record.accepted}
+    """The round in which each client was asked for the last update of its that was added."""
+    return {id: record.tags.get(id, record.round) for record in rounds for id in record.accepted}
 
 
 def _kept(folder: RunDir, record: RoundRecord) -> Exchange:

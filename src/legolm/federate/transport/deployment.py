@@ -75,15 +75,27 @@ class Asking:
         self._named: set[str] = set()
         self._said: dict[str, str] = {}
         self._live = Live({})
+        self._until: float | None = None
+        self._carried: dict[tuple[str, bytes], str] = {}
 
     def exchange(self, requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
         """Of a device that is away, or cannot answer now, the same is asked again until `deadline_s`.
 
-        Where there is none, a device has no end of time to work, and `federation.deadline_s` to come back.
+        Where there is none, a device has no end of time to work, and `federation.deadline_s` to come back. Where nobody
+        wants the rest of the replies, the devices go on with their requests, and who asks the same again gets them.
         """
-        queue, began = enumerate(requests), time.monotonic()
-        kept = self._kept()
         waiting: list[_Waiting] = []
+        try:
+            yield from self._exchange(requests, deadline_s, waiting)
+        finally:
+            self._carried = {(one.client, one.content): one.message for one in waiting if one.message is not None}
+
+    def _exchange(
+        self, requests: Iterable[Request], deadline_s: float | None, waiting: list[_Waiting]
+    ) -> Iterator[Reply]:
+        queue, began = enumerate(requests), time.monotonic()
+        self._until = None if deadline_s is None else began + deadline_s
+        kept = self._kept()
         more = True
         self._away.clear()
         while more or waiting:
@@ -95,7 +107,8 @@ class Asking:
                     yield Reply(index, found)
                 else:
                     welcome = self._welcome(request)
-                    waiting.append(_Waiting(index, request.client, request.content, welcome))
+                    message = self._carried.pop((request.client, request.content), None)
+                    waiting.append(_Waiting(index, request.client, request.content, welcome, message))
             for one, reply in self._turn(waiting):
                 waiting.remove(one)
                 if reply.content:
@@ -159,7 +172,8 @@ class Asking:
                     self._note(f"device {one.client} is not online; it is asked when it comes")
                     self._named.add(one.client)
             elif one.client not in busy and one.not_before <= now:
-                one.message = self._flower.push(self._nodes[one.client][0], one.welcome, one.content)
+                left = None if self._until is None else max(self._until - now, 0.0)
+                one.message = self._flower.push(self._nodes[one.client][0], one.welcome, one.content, left)
                 one.not_before = now + AGAIN_S
                 busy.add(one.client)
 

@@ -108,9 +108,12 @@ class Flower:
         header = self._ask({"do": "nodes"})
         return {str(name): (str(id), str(since)) for id, name, since in header["nodes"]}
 
-    def push(self, node: str, welcome: str, request: bytes) -> str | None:
-        """Send a request; the message's id, None where the node cannot be reached. Raises `LostError`."""
-        found = self._ask({"do": "push", "node": node, "welcome": welcome}, request)["id"]
+    def push(self, node: str, welcome: str, request: bytes, left_s: float | None) -> str | None:
+        """Send a request, and how many seconds there are for its answer.
+
+        Gives the message's id, None where the node cannot be reached. Raises `LostError`.
+        """
+        found = self._ask({"do": "push", "node": node, "welcome": welcome, "left_s": left_s}, request)["id"]
         return None if found is None else str(found)
 
     def pull(self, ids: Sequence[str]) -> list[tuple[dict[str, Any], bytes]]:

@@ -62,7 +62,7 @@ class TrainSettings(BaseModel):
     `targets`. What trains comes along if `sent`, and comes back, of `layers` (LLM layers) only if they are given.
     `fold.` tensors, of rank `fold_rank`, change its base from now on; with `fold_seeds` they are of the sides that
     trained, and the client makes the frozen ones. The reply comes in this `codec`, with the `keep` share of its
-    entries, and after `deadline_s` seconds it comes too late.
+    entries.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,7 +82,6 @@ class TrainSettings(BaseModel):
     codec: Codec
     keep: float
     error_feedback: bool
-    deadline_s: float | None
 
     @property
     def fresh(self) -> bool:

@@ -55,10 +55,10 @@ class Residents:
     def nodes(self) -> dict[str, tuple[str, str]]:
         return {id: (id, "0") for id in self._clients if not self.left(id)}
 
-    def push(self, node: str, welcome: str, request: bytes) -> str | None:
+    def push(self, node: str, welcome: str, request: bytes, left_s: float | None) -> str | None:
         self._sent += 1
         self.wire += [welcome.encode(), request]
-        header, reply = self._residents[node].answer(welcome, request)
+        header, reply = self._residents[node].answer(welcome, request, left_s)
         self.wire += [repr(header).encode(), reply]
         self._replies[str(self._sent)] = header, reply
         return str(self._sent)

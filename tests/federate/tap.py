@@ -1,0 +1,84 @@
+"""What passes between devices and their server, in the open, and whether rows are in it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from legolm.system import free_port
+from legolm.trust import server_files
+
+
+class Tap:
+    """Stands before a federation's server with its certificate; `up` and `down` have all bytes, by connection."""
+
+    def __init__(self, home: Path, port: int) -> None:
+        ca, certificate, key = server_files(home)
+        self.port, self._to = free_port(), port
+        self._outer = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._outer.load_cert_chain(certificate, key)
+        self._inner = ssl.create_default_context(cafile=str(ca))
+        self.up: list[bytearray] = []
+        self.down: list[bytearray] = []
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=self._carry, args=(self._listener.accept()[0],), daemon=True).start()
+
+    def _carry(self, device: socket.socket) -> None:
+        with (
+            contextlib.suppress(OSError),  # either end may go at any time
+            device,
+            socket.create_connection(("127.0.0.1", self._to)) as plain,
+            self._inner.wrap_socket(plain, server_hostname="127.0.0.1") as server,
+            self._outer.wrap_socket(device, server_side=True) as inside,
+        ):
+            other = threading.Thread(target=self._pass, args=(server, inside, self.down), daemon=True)
+            other.start()
+            self._pass(inside, server, self.up)
+            other.join()
+
+    def _pass(self, one: socket.socket, two: socket.socket, kept: list[bytearray]) -> None:
+        kept.append(mine := bytearray())
+        with contextlib.suppress(OSError):
+            while part := one.recv(1 << 16):
+                mine += part
+                two.sendall(part)
+        with contextlib.suppress(OSError):
+            two.shutdown(socket.SHUT_WR)
+
+
+def secrets(ids: list[int], text: str, length: int = 8) -> Iterator[bytes]:
+    """Each sequence of so many tokens of one row as bytes: as text, where each token is a letter, and as numbers."""
+    for at in range(len(ids) - length + 1):
+        yield text[at : at + length].encode()
+        for kind in ("<u2", "<i4", "<i8", ">i4"):
+            yield np.array(ids[at : at + length], dtype=kind).tobytes()
+
+
+def found(content: bytes, wanted: Collection[bytes]) -> list[bytes]:
+    """Those of `wanted`, each of 8 bytes or more, that are in `content`."""
+    octets = np.frombuffer(content, dtype=np.uint8).astype(np.uint16)
+    pairs = octets[:-1] | (octets[1:] << 8)  # the two bytes at each place
+    there: list[bytes] = []
+    for size in {len(one) for one in wanted}:
+        alike = {one for one in wanted if len(one) == size}
+        places = np.ones(max(len(content) - size + 1, 0), dtype=bool)
+        for part in range(0, 8, 2):  # of the many places few are left
+            table = np.zeros(1 << 16, dtype=bool)
+            table[[int.from_bytes(one[part : part + 2], "little") for one in alike]] = True
+            places &= table[pairs[part : part + len(places)]]
+        there += [one for at in np.flatnonzero(places).tolist() if (one := content[at : at + size]) in alike]
+    return there
