@@ -10,6 +10,7 @@ from legolm.config.aggregation import (
 )
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.file import dump, load, read, validate
+from legolm.config.privacy import PrivacyConfig
 from legolm.config.registry import (
     CRITERIA,
     EXPORTERS,
@@ -61,6 +62,7 @@ __all__ = [
     "Name",
     "OutlierConfig",
     "Precision",
+    "PrivacyConfig",
     "Profile",
     "RecoverConfig",
     "Registry",

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from legolm.config.aggregation import AggregateConfig, FederationConfig
 from legolm.config.blocks import BlockConfig
+from legolm.config.privacy import PrivacyConfig
 from legolm.config.registry import SCHEMES, TRAINERS, Registry, load_plugins
 from legolm.config.section import Layer, LocalPath, Name, OpenSection, RowsConfig, Section, Share
 from legolm.errors import nearest
@@ -225,6 +226,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     aggregate: AggregateConfig = Field(default_factory=AggregateConfig)
     federation: FederationConfig = FederationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="before")
