@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,15 @@ HETEAGG = {"form": "-", "residual": "-", "redraw": "-", "denominator": "-", "mas
 
 def traits(row: Row) -> Any:
     """The scheme of the row, which says itself what it takes."""
-    settings: Options = {"form": row["form"]} if row["scheme"] == "heteagg" and row["form"] != "-" else {}
-    if row["redraw"] != "-" and row["form"] in ("-", "frozen_side"):
-        settings["redraw"] = int(row["redraw"])
-    return SCHEMES.entry(row["scheme"]).make(**settings)
+    return made(row["scheme"], row["form"], row["redraw"])
+
+
+@cache
+def made(scheme: str, form: str, redraw: str) -> Any:
+    settings: Options = {"form": form} if scheme == "heteagg" and form != "-" else {}
+    if redraw != "-" and form in ("-", "frozen_side"):
+        settings["redraw"] = int(redraw)
+    return SCHEMES.entry(scheme).make(**settings)
 
 
 def refusal(row: Row) -> str | None:
