@@ -9,6 +9,7 @@ from legolm.config.aggregation import (
     SuperLinkConfig,
 )
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
+from legolm.config.dp import DpConfig
 from legolm.config.file import dump, load, read, validate
 from legolm.config.privacy import PrivacyConfig
 from legolm.config.registry import (
@@ -55,6 +56,7 @@ __all__ = [
     "Codec",
     "DataConfig",
     "Device",
+    "DpConfig",
     "Entry",
     "EvaluateConfig",
     "FederationConfig",
