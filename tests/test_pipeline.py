@@ -364,6 +364,7 @@ def test_replies_twice_of_nobody_and_none_are_named(config_file: Path, store: Pa
     [
         ({"loss": float("nan")}, "fr.* has loss nan; if training diverged, lower train.learning_rate"),
         ({"exact_match": 2.0}, "has exact_match 2.0"),
+        ({"stderr": -1.0}, "has standard error -1.0"),
         ({"tokens": 0}, "tokens 0"),
         ({"loss": 1e308}, "has loss 1e\\+308; if training diverged"),
         ({"tokens": 10**400}, "tokens 10000"),
