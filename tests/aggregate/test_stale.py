@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from dense_reference import placed
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import BLOCKS, FULL, RANK, SHAPE, TARGETS
 
@@ -29,6 +29,7 @@ def held(key: str, member: Member) -> torch.Tensor:
     return placed(SHAPE, coverage, key, RANK, slice_factors(coverage, {key: LLM[key]}, rank)[key])[1]
 
 
+@settings(max_examples=40)
 @given(block=st.sampled_from([*BLOCKS]), rank=st.integers(1, RANK), since=st.lists(members, max_size=4))
 def test_an_entry_ages_by_the_rounds_that_moved_it(block: str, rank: int, since: list[list[Member]]) -> None:
     coverage = BLOCKS[block]

@@ -9,7 +9,9 @@ from legolm.config.aggregation import (
     SuperLinkConfig,
 )
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
+from legolm.config.dp import DpConfig
 from legolm.config.file import dump, load, read, validate
+from legolm.config.privacy import PrivacyConfig
 from legolm.config.registry import (
     CRITERIA,
     EXPORTERS,
@@ -54,6 +56,7 @@ __all__ = [
     "Codec",
     "DataConfig",
     "Device",
+    "DpConfig",
     "Entry",
     "EvaluateConfig",
     "FederationConfig",
@@ -63,6 +66,7 @@ __all__ = [
     "Name",
     "OutlierConfig",
     "Precision",
+    "PrivacyConfig",
     "Profile",
     "RecoverConfig",
     "Registry",

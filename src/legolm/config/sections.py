@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from legolm.config.aggregation import AggregateConfig, FederationConfig
 from legolm.config.blocks import BlockConfig
+from legolm.config.privacy import PrivacyConfig
 from legolm.config.registry import SCHEMES, TRAINERS, Registry, load_plugins
 from legolm.config.section import Layer, LocalPath, Name, OpenSection, RowsConfig, Section, Share
 from legolm.errors import nearest
@@ -237,6 +238,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     aggregate: AggregateConfig = Field(default_factory=AggregateConfig)
     federation: FederationConfig = FederationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="before")
@@ -312,6 +314,7 @@ class RunConfig(Section):
             )
         self._check_scheme()
         self._check_devices()
+        self._check_dp()
         for name in ("min_replies", "buffer"):
             if (getattr(self.federation, name) or 0) > len(self.clients):
                 raise ValueError(
@@ -357,6 +360,46 @@ class RunConfig(Section):
                 f"federation.min_replies is {federation.min_replies}, and a round is over with federation.buffer "
                 f"{federation.buffer} updates; lower it"
             )
+
+    def _check_dp(self) -> None:
+        """Raise `ValueError` for what would make the account of `privacy.dp` wrong."""
+        dp, federation, why = self.privacy.dp, self.federation, ""
+        if dp.level == "none":
+            return
+        scheme = SCHEMES.entry(self.aggregate.scheme).make(**self.aggregate.settings)
+        if federation.mode != "federated":
+            why = f"is of rounds, and federation.mode {federation.mode!r} has none; take mode federated"
+        elif federation.buffer is not None:
+            why = "counts the rounds that a client is drawn for, and federation.buffer adds it to others; take it out"
+        elif dp.level == "example":
+            if self.train.trainer != "adamw":
+                why = f"is DP-SGD in the trainer adamw, and train.trainer is {self.train.trainer!r}"
+            elif self.evaluate.local_only or federation.personal_steps:
+                field = "evaluate.local_only" if self.evaluate.local_only else "federation.personal_steps"
+                why = f"does not cover what clients train alone, which the server scores; set {field} to "
+                why += "false" if self.evaluate.local_only else "0"
+        elif not scheme.sums:
+            why = f"adds noise to a sum, and aggregate.scheme {self.aggregate.scheme!r} makes none of these changes; "
+            why += f"take one of {SCHEMES.having('sums')}"
+        elif self.aggregate.weight != "equal":
+            why = "bounds what each client adds, and numbers of examples are its data; set aggregate.weight to equal"
+        elif self.aggregate.outliers.action != "none":
+            why = "clips by itself, and whom aggregate.outliers refuses depends on data; set its action to none"
+        elif federation.keep_updates:
+            why = "would be beside clients' changes without noise; set federation.keep_updates to false"
+        elif dp.delta >= 1 / len(self.clients):
+            why = f"at delta {dp.delta:g} may show one of {len(self.clients)} clients whole; take a far smaller delta"
+        elif dp.noise == "distributed":
+            if federation.codec != "none" or scheme.keep(0.5) < 1:
+                lossy = "aggregate.mask saliency" if federation.codec == "none" else f"codec {federation.codec}"
+                why = f"noise distributed would be changed by {lossy}; take it out"
+            elif self.evaluate.local_only or federation.personal_steps:
+                why = "noise distributed does not cover what clients train alone, which the server scores; set "
+                why += "evaluate.local_only to false and federation.personal_steps to 0"
+            elif dp.dropouts >= len(self.clients):
+                why = f"dropouts {dp.dropouts} leaves none of {len(self.clients)} clients"
+        if why:
+            raise ValueError(f"privacy.dp: {why}")
 
     def _check_scheme(self) -> None:
         """Raise `ValueError` for what the scheme says that it does not take."""

@@ -43,6 +43,7 @@ from legolm.plan.assign import assign
 from legolm.plan.disk import mixed_parts, stages_bytes
 from legolm.plan.needs import leaner, settings_of, training_bytes, worst_batch
 from legolm.plan.notes import notes, prompt_notes
+from legolm.plan.privacy import promised
 from legolm.plan.trainees import Trainees, check_layers
 from legolm.prune import criterion_of, planned_coverage, target_pattern
 from legolm.system import available_bytes, stored_tensors
@@ -272,7 +273,9 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     found = data_fingerprint(parts.data, parts.server)
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
     members = [(trains[one.id], one.rank or config.lora.rank) for one in taking]
-    said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking} if parts.data else {})
+    counts = {one.id: len(lengths[one.id]) for one in taking} if parts.data else {}
+    said = notes(config, members, counts)
+    said += promised(config, dict(zip((one.id for one in taking), members, strict=True)), counts)
     template = "" if config.data.template == "model" else str(parts.tokenizer.chat_template)
     read, said = parts.read + of_texts, (*parts.notes, *said)
     return Plan(

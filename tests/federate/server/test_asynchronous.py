@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from residents import Residents
 
 from legolm import config as configs
 from legolm import pipeline
@@ -19,6 +18,7 @@ from legolm.federate.server import Rounds, pace
 from legolm.models import resolve
 from legolm.runs import RoundRecord, RunDir, read_stages, rounds_of
 from legolm.system import Progress
+from residents import Residents
 
 PACES = {"fr": 1.0, "de": 1.1, "es": 2.5}
 
@@ -104,6 +104,8 @@ def test_where_nothing_can_come_late(three_clients: Callable[..., dict[str, Any]
     said = refused(aggregate={"scheme": "heteagg", "redraw": 1})
     assert "federation.buffer: an update of an earlier round" in said and "fedavg" in said and "flora" not in said
     assert "federation.buffer: an update of an earlier round" in refused(aggregate={"scheme": "median"})
+    private = {"aggregate": {"weight": "equal"}, "privacy": {"dp": {"level": "client", "epsilon": 1, "delta": 1e-5}}}
+    assert "federation.buffer adds it to others; take it out" in refused(**private)
     assert "federation.buffer is 4; there are 3 clients" in refused(federation={"buffer": 4})
     assert "mode 'pooled' has none" in refused(federation={"mode": "pooled"})
     assert "federation.min_replies is 3, and a round is over with" in refused(federation={"min_replies": 3})

@@ -31,7 +31,7 @@ def round_of(scheme: Scheme, codec: Codec, size: float) -> wire.Opened:
     settings = wire.TrainSettings(
         targets=TARGETS, run_rank=RANK, ranks={}, dropout=0.0, train=TrainConfig(), precision="fp32",
         frozen_side=scheme.frozen_side, derived_seed=scheme.derived_seed, proximal=0.0, codec=codec, keep=1.0,
-        error_feedback=False, deadline_s=None,
+        error_feedback=False,
     )  # fmt: skip
     written = wire.write(settings, FULL, RANK, scheme.payload(FULL, RANK), scheme.fold(FULL, 0))
     asked = wire.TrainRequest(

@@ -21,7 +21,7 @@ COVERAGE = Coverage(SHAPE, (1,), ((0,),), ((0, 2),))
 SENT = slice_factors(COVERAGE, init_factors(SHAPE, ["up_proj"], 2, seed=0), 2)
 SETTINGS = wire.TrainSettings(
     targets=["up_proj"], run_rank=2, ranks={}, dropout=0.0, train=TrainConfig(), precision="fp32", frozen_side=False,
-    derived_seed=None, proximal=0.0, codec="none", keep=1.0, error_feedback=True, deadline_s=None,
+    derived_seed=None, proximal=0.0, codec="none", keep=1.0, error_feedback=True,
 )  # fmt: skip
 GIVEN = wire.write(SETTINGS, COVERAGE, 2, SENT, {})
 REQUEST = wire.TrainRequest(

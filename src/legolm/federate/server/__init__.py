@@ -4,7 +4,7 @@ from legolm.federate.server.asking import ask
 from legolm.federate.server.begin import begin, start_factors
 from legolm.federate.server.dispatch import steps_of
 from legolm.federate.server.loop import Rounds
-from legolm.federate.server.members import LLM, Members, is_dense
+from legolm.federate.server.members import LLM, Members, drawn, is_dense
 from legolm.federate.server.placing import place
 from legolm.federate.server.scoring import server_examples
 
@@ -14,6 +14,7 @@ __all__ = [
     "Rounds",
     "ask",
     "begin",
+    "drawn",
     "is_dense",
     "place",
     "server_examples",

@@ -123,7 +123,7 @@ class Dispatch:
                 sizes[index] = len(content)
                 yield Request(id, content)
 
-        deadline = self._config.federation.deadline_s if orders[0].phase == "round" else None
+        deadline = self._config.federation.deadline_s if any(one.phase == "round" for one in orders) else None
         with self._progress.stage(label, len(jobs)) as advance:
             for reply in self._each_once(exchange(requests(), deadline), [id for _, id in jobs], label):
                 place, id = jobs[reply.index]
@@ -251,6 +251,8 @@ def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]]) -> Sequenc
         where = f"its score on {split} data of {client!r}"
         if not 0 <= score.loss <= MAX_LOSS:
             raise LegolmError(f"{where} has loss {score.loss}; if training diverged, lower train.learning_rate")
+        if not 0 <= (score.stderr or 0.0) <= MAX_LOSS:
+            raise LegolmError(f"{where} has standard error {score.stderr}")
         if not 0 <= score.exact_match <= 1 or not all(1 <= n <= MAX_COUNT for n in (score.tokens, score.examples)):
             raise LegolmError(
                 f"{where} has exact_match {score.exact_match}, tokens {score.tokens}, examples {score.examples}"

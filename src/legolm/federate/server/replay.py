@@ -38,7 +38,7 @@ def updates(
         clients, then = [id for id in asked if asked[id] == tag], (one for one in before if one.round < tag)
         orders.append(Order(clients, after(tag - 1), "round", tag, last_accepted(then)))
     for one in dispatch.train(orders, exchange, f"round {number}: train"):
-        yield passed(one, usual, config.aggregate.outliers)
+        yield passed(one, usual, config)
 
 
 def replay(
