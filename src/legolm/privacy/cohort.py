@@ -184,8 +184,7 @@ def _order(
 class Cohort:
     """The clients of a session by what they signed, and the atoms that enough of them hold.
 
-    Raises `LegolmError` for a client that is not in the roster `identities` (client -> Ed25519 public key, in
-    hexadecimal), a signature that does not fit, and a structure that was not signed.
+    Whose signatures fit (`check`) was looked at. Raises `LegolmError` for a structure that was not signed.
     """
 
     def __init__(
@@ -194,14 +193,12 @@ class Cohort:
         shape: Shape,
         adverts: Collection[Advert],
         structures: Mapping[str, Structure],
-        identities: Mapping[str, str],
     ) -> None:
         self.session, self.shape = session, shape
         self.adverts = {one.client: one for one in sorted(adverts, key=lambda one: one.client)}
         if len(self.adverts) < len(adverts):
             raise LegolmError("secure sum: a client is there twice")
         for one in adverts:
-            check(one, session, identities)
             if one.held not in structures:
                 raise LegolmError(f"secure sum: what {one.client} holds was not told")
         for name, structure in structures.items():
@@ -269,7 +266,10 @@ class Cohort:
 
 
 def check(advert: Advert, session: Session, identities: Mapping[str, str]) -> None:
-    """Raise `LegolmError` unless the advert is of somebody in the roster."""
+    """Raise `LegolmError` unless the advert is signed by its client.
+
+    `identities` is the roster: Ed25519 public keys by client, hexadecimal.
+    """
     identity = identities.get(advert.client)
     if identity is None:
         raise LegolmError(f"secure sum: client {advert.client} is not in the roster of identities")

@@ -62,7 +62,7 @@ class SecureServer:
             raise LegolmError(f"secure sum: {len(self._adverts)} clients are there, and it needs {self.session.k}")
         named = {one.held: self._structures[id] for id, one in self._adverts.items()}
         self.structures = named
-        self.cohort = Cohort(self.session, self._shape, list(self._adverts.values()), named, self._identities)
+        self.cohort = Cohort(self.session, self._shape, list(self._adverts.values()), named)
         self._words = np.zeros(self.cohort.grid.layout.total, dtype=f"<u{self.cohort.bits // 8}")
 
     @property
