@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from legolm.config.dp import DpConfig
 from legolm.config.section import Section
 
 
 class PrivacyConfig(Section):
     """Nothing is hidden by default: the server sees each client's change (docs/privacy.md)."""
+
+    dp: DpConfig = DpConfig()

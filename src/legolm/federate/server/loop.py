@@ -20,6 +20,7 @@ from legolm.aggregate import Scheme, Weighing, make_scheme
 from legolm.block import Block
 from legolm.config import RunConfig, TrainConfig
 from legolm.errors import LegolmError
+from legolm.federate.server.account import Account
 from legolm.federate.server.begin import begin
 from legolm.federate.server.dispatch import Dispatch, Job, Order, Trained
 from legolm.federate.server.members import LLM, Members
@@ -48,6 +49,7 @@ from legolm.runs import (
     dump_sealed,
     load_adapter_state,
     read_sealed,
+    rounds_of,
     save_adapter_state,
 )
 from legolm.system import Progress, atomic_folder, atomic_write, scratch_folder
@@ -81,6 +83,8 @@ class Rounds:
         self._dispatch = Dispatch(config, run, self._members, progress, train or {})
         self._scoring = Scoring(config, self._members, self._dispatch)
         self._stages = Stages(folder, config)
+        self._account = Account(config, self._members)
+        self._limit()
         self._latest: tuple[int, Scheme] | None = None
         self.after_round: Callable[[], None] = lambda: None
         """Called after each round that this process finishes."""
@@ -95,7 +99,8 @@ class Rounds:
         self._stages.write_lines()
         if self._config.evaluate.local_only:
             self._alone("local", exchange)
-        for number in range(1, self._stages.rounds + 1):
+        number = 0
+        while (number := number + 1) <= self._stages.rounds:  # which a budget may end
             self._round(number, exchange)
         if self._config.own_parts:
             self._alone("personal", exchange)
@@ -206,6 +211,7 @@ class Rounds:
             return
         with self._clock.stage(f"round {number}"):
             self._train_round(number, path, exchange)
+        self._limit()
         self.after_round()
 
     def _train_round(self, number: int, path: Path, exchange: Exchange) -> None:
@@ -235,6 +241,8 @@ class Rounds:
             # Replies came in any order; the record does not depend on it.
             accepted = [id for id in drawn if id in train]
             self._check_enough(number, drawn, accepted, refused)
+            done = self._done(number)
+            self._account.disturb(done, scheme, weighing, [id for id in drawn if id not in train])
             shares = weighing.finish()
             self._check_global(number, scheme, accepted)
             due = number % self._config.evaluate.every == 0 or number == self._stages.rounds
@@ -251,13 +259,25 @@ class Rounds:
                 seconds=self._clock.seconds(f"round {number}"),
                 **dict(scored),
             )
+            record = self._account.charged(done, record)
             self._stages.fill(folder, path, scheme.state(), record)
         self._stages.write_lines()
         self._latest = number, scheme
         if record.validation is None:
             return
         llm = "" if record.llm_validation is None else f"LLM {record.llm_validation:.3f}, "
-        self._progress.say(f"round {number}: loss on validation data: {llm}blocks {record.validation:.3f}")
+        cost = f"; epsilon {record.privacy.epsilon:.3g} so far" if record.privacy else ""
+        self._progress.say(f"round {number}: loss on validation data: {llm}blocks {record.validation:.3f}{cost}")
+
+    def _done(self, number: int) -> list[RoundRecord]:
+        """The records of the rounds before this one, from the first on."""
+        return [one for one in rounds_of(self.records()) if 0 < one.round < number]
+
+    def _limit(self) -> None:
+        """Stop before the round that would pass the budget of `privacy.dp`."""
+        rounds = self._config.federation.rounds
+        if self._config.privacy.dp.level != "none":
+            self._stages.limit(self._account.most(self._done(rounds + 1)))
 
     def _updates(
         self, number: int, drawn: Sequence[str], train: Mapping[str, Training], scheme: Scheme, exchange: Exchange
@@ -379,17 +399,17 @@ class Rounds:
             Job(id, self._members.block[id], partial(self._mixture, number, id, at, own), ((id, "validation"),))
             for id, at in asked
         ]
-        losses: dict[int, float] = {}
+        losses: dict[int, Score] = {}
 
         def keep(index: int, scores: Sequence[Score]) -> None:
-            losses[index] = scores[0].loss
+            losses[index] = scores[0]
 
         for index, reason in self._dispatch.score(jobs, exchange, "personal: choose", keep).items():
             refused[jobs[index].client] = reason
         found: dict[str, list[Mixture]] = {id: [] for id in clients if id not in refused}
         for index, (id, at) in enumerate(asked):
             if id in found:
-                found[id].append(Mixture(weights=at, validation=losses[index]))
+                found[id].append(Mixture(weights=at, validation=losses[index].loss, stderr=losses[index].stderr))
         for id, curve in found.items():
             save_adapter_state(own / id, self._mixture(number, id, choose(curve).weights, own))
         return found
