@@ -19,8 +19,8 @@ from legolm.privacy import shamir
 from legolm.privacy.atoms import Atom, threshold
 from legolm.privacy.cohort import Advert, Cohort, Hex32, Session, Structure, check, survivors_text
 from legolm.privacy.masks import PairMasks, add_own, context, parts, received_hash
+from legolm.privacy.numbers import to_words
 from legolm.privacy.primitives import KEY_BYTES, Agreeing, derive, identity_of, is_signed, public_of, seal, sign, unseal
-from legolm.privacy.quantize import to_words
 
 Phase = Literal["keys", "shares", "upload", "confirm", "unmask"]
 PHASES: tuple[Phase, ...] = ("keys", "shares", "upload", "confirm", "unmask")

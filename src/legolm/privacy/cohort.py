@@ -17,9 +17,9 @@ from legolm.adapter import Flat, Layout, adapter_keys, adapter_layout, slice_fac
 from legolm.block import Coverage
 from legolm.errors import LegolmError
 from legolm.models import Shape
-from legolm.privacy.atoms import Atom, atoms, least, threshold
+from legolm.privacy.atoms import Atom, atoms, threshold
+from legolm.privacy.numbers import bits_for
 from legolm.privacy.primitives import is_signed, joined, sign
-from legolm.privacy.quantize import bits_for
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
@@ -34,7 +34,7 @@ class Public(BaseModel):
 
 
 class Session(Public):
-    """One secure sum: of which round, at which attempt, over which factors, against how many colluders.
+    """One secure sum: of which round, at which attempt, over which factors, and with how many survivors an atom opens.
 
     Factors are on `targets`, of rank `rank` at most (`ranks`: of single modules), with `frozen_side` those that train
     only. All of it is in what clients sign and in what masks are made of.
@@ -43,18 +43,13 @@ class Session(Public):
     run: Name
     round: Annotated[int, Field(ge=1)]
     attempt: Annotated[int, Field(ge=0)] = 0
-    colluders: Annotated[int, Field(ge=0, le=MAX_CLIENTS)]
+    k: Annotated[int, Field(ge=3, le=MAX_CLIENTS)]
     targets: list[str] | None
     rank: Annotated[int, Field(ge=1)]
     ranks: dict[str, int] = {}
     frozen_side: bool
     weight: Literal["examples", "equal", "capped"] = "equal"
     weight_cap: float = 1.0
-
-    @property
-    def k(self) -> int:
-        """Survivors that an atom needs to be opened."""
-        return least(self.colluders)
 
     @property
     def text(self) -> bytes:
@@ -124,11 +119,12 @@ class Grid:
 
     layout: Layout
     rows: np.ndarray
+    rank: int
 
     @property
     def row_count(self) -> int:
         """Of all factors."""
-        return int(self.rows.max()) + 1
+        return self.rank * len(self.layout.shapes)
 
     def places(self, coverage: Coverage, rank: int) -> np.ndarray:
         """Where each entry of a block's change (`adapter_layout`) is: int64."""
@@ -145,13 +141,22 @@ def _grid(shape: Shape, frozen_side: bool, targets: tuple[str, ...] | None, rank
     for number, (key, (height, width)) in enumerate(layout.shapes.items()):
         along = np.repeat(np.arange(height), width) if key.endswith(".A") else np.tile(np.arange(width), height)
         rows.append(number * rank + along)
-    return Grid(layout, np.concatenate(rows).astype(np.int32))
+    return Grid(layout, np.concatenate(rows).astype(np.int32), rank)
 
 
 def grid_of(session: Session, shape: Shape) -> Grid:
     """The vector that sums of this session are in."""
     targets = None if session.targets is None else tuple(session.targets)
     return _grid(shape, session.frozen_side, targets, session.rank, json.dumps(session.ranks, sort_keys=True))
+
+
+def withheld(grid: Grid, shape: Shape, structures: Mapping[Structure, int], k: int) -> float:
+    """Share of the held entries with fewer than k holders, where so many clients have each structure."""
+    holders = np.zeros(grid.layout.total, dtype=np.int64)
+    for one, clients in structures.items():
+        holders[grid.places(one.coverage(shape), one.rank)] += clients
+    held = holders[holders > 0]
+    return float((held < k).mean()) if len(held) else 1.0
 
 
 @lru_cache(maxsize=4)

@@ -15,8 +15,8 @@ from legolm.privacy.atoms import Atom, threshold
 from legolm.privacy.client import asked, commitment
 from legolm.privacy.cohort import Advert, Cohort, Session, Structure, check, survivors_text
 from legolm.privacy.masks import PairMasks, add_own, context, received_hash
+from legolm.privacy.numbers import from_words
 from legolm.privacy.primitives import KEY_BYTES, is_signed, public_of
-from legolm.privacy.quantize import from_words
 
 MAX_SEAL = 16
 """Bytes that a seal adds."""

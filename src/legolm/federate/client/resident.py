@@ -20,6 +20,7 @@ from legolm.errors import LegolmError, brief
 from legolm.federate.bridge import Link
 from legolm.federate.client.fetch import Piece, UnreachableError, find_block
 from legolm.federate.client.runtime import ClientRuntime
+from legolm.federate.client.secure import Keeping
 from legolm.federate.client.site import Profile, Site, Split
 from legolm.federate.wire import (
     DeviceReply,
@@ -65,6 +66,7 @@ class HeldSite:
     run: Path
     rows: dict[Split, Sequence[Example]]
     how: Profile
+    keeps: Keeping | None = None
 
     def block(self) -> Block:
         """Of its folder."""
@@ -85,6 +87,15 @@ class HeldSite:
     def prompts(self) -> DataConfig | None:
         """None: the block's own tokenizer has its run's."""
         return None
+
+    def keeping(self) -> Keeping:
+        """As given."""
+        if self.keeps is None:
+            raise LegolmError(
+                "secure sum: this device has no roster of identities; get it from the server's owner (legolm devices "
+                "roster) and start this with --roster"
+            )
+        return self.keeps
 
 
 class Resident:

@@ -7,6 +7,7 @@ from legolm.federate.server.loop import Rounds
 from legolm.federate.server.members import LLM, Members, drawn, is_dense
 from legolm.federate.server.placing import place
 from legolm.federate.server.scoring import server_examples
+from legolm.federate.server.secure import check_withheld
 
 __all__ = [
     "LLM",
@@ -14,6 +15,7 @@ __all__ = [
     "Rounds",
     "ask",
     "begin",
+    "check_withheld",
     "drawn",
     "is_dense",
     "place",
