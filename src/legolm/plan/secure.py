@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from legolm.aggregate import make_scheme
 from legolm.block import Coverage
 from legolm.config import RunConfig
-from legolm.federate.server import check_withheld, drawn
+from legolm.federate.server import check_withheld, drawn, roster_of
 
 
 def summed(
@@ -22,6 +22,8 @@ def summed(
     secure, turns = config.privacy.secure, {one.id: one.blocks for one in config.clients if one.blocks}
     if secure is None:
         return ()
+
+    roster_of(config, "")  # which names a device without an identity
 
     def at(id: str, number: int) -> tuple[Coverage, int]:
         coverage, rank = members[id]

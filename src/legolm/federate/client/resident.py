@@ -39,6 +39,7 @@ from legolm.federate.wire import (
 from legolm.models import choose_device, product_speed
 from legolm.runs import Kept
 from legolm.system import available_bytes
+from legolm.trust import identity_key, read_roster
 
 KEPT = 32
 """Replies kept of a run: as many as may be asked for again."""
@@ -48,7 +49,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 @dataclass(frozen=True)
 class Holdings:
     """What a device was given: its folder, its rows, folders with blocks, how it works, and the memory (MB, 1e6 bytes)
-    that training may take; what the machine has if not given.
+    that training may take; what the machine has if not given. `roster` has everyone's identities, for secure sums.
     """
 
     home: Path
@@ -56,6 +57,7 @@ class Holdings:
     blocks: tuple[Path, ...] = ()
     profile: Profile = field(default_factory=Profile)
     memory_mb: float | None = None
+    roster: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Resident:
         self._sites: dict[tuple[str, str], Site] = {}
         self._told: dict[tuple[str, str], str] = {}
         self._runtime = ClientRuntime(self._site)
+        self._secrets: dict[str, bytes] = {}
 
     def answer(self, welcome: str, request: bytes) -> tuple[dict[str, Any], bytes]:
         """A header, empty where all is well, and the reply; the same bytes have the same reply, ever.
@@ -206,8 +209,22 @@ class Resident:
             if folder.parent == self._held.home / "blocks":
                 shutil.rmtree(folder)
             raise
-        self._sites[key] = HeldSite(folder, self._folder(told.run), self._examples(told.data), self._held.profile)
+        rows, keeps = self._examples(told.data), self._keeping(told.client)
+        self._sites[key] = HeldSite(folder, self._folder(told.run), rows, self._held.profile, keeps)
         self._told[key] = text
+
+    def _keeping(self, client: str) -> Keeping | None:
+        """For secure sums, where there is a roster: this device's identity. Secrets are in this process's memory."""
+        home, path = self._held.home, self._held.roster
+        if path is None:
+            return None
+        secrets = self._secrets
+        return Keeping(
+            identity_key(home),
+            read_roster(path),
+            lambda: secrets.get(client, b""),
+            lambda content: secrets.update({client: content}),
+        )
 
     def _examples(self, told: OwnData) -> dict[Split, Sequence[Example]]:
         said: list[str] = []

@@ -7,7 +7,7 @@ from legolm.federate.server.loop import Rounds
 from legolm.federate.server.members import LLM, Members, drawn, is_dense
 from legolm.federate.server.placing import place
 from legolm.federate.server.scoring import server_examples
-from legolm.federate.server.secure import check_withheld
+from legolm.federate.server.secure import check_withheld, roster_of
 
 __all__ = [
     "LLM",
@@ -19,6 +19,7 @@ __all__ = [
     "drawn",
     "is_dense",
     "place",
+    "roster_of",
     "server_examples",
     "start_factors",
     "steps_of",

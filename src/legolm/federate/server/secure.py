@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -49,6 +50,7 @@ from legolm.federate.wire import (
 from legolm.privacy import Opened, SecureServer, Session, Structure, grid_of, withheld
 from legolm.runs import Traffic
 from legolm.system import Progress
+from legolm.trust import roster
 
 SHARE_BYTES = 33
 MOVES = 2.0
@@ -360,4 +362,14 @@ def moved(before: Tensors, after: Tensors, config: AggregateConfig) -> Tensors:
 def roster_of(config: RunConfig, run: str) -> Mapping[str, str]:
     """The clients' public identities, hexadecimal. Raises `LegolmError` for a device without one."""
     ids = [client.id for client in config.clients]
-    return simulated_roster(run, ids)
+    if config.federation.engine != "deployment":
+        return simulated_roster(run, ids)
+    home = Path(config.federation.superlink.home)
+    known = roster(home)
+    for id in ids:
+        if id not in known:
+            raise LegolmError(
+                f"privacy.secure: device {id!r} has no identity in {home}; register its device.pub, as this version "
+                "makes it, with legolm devices add"
+            )
+    return {id: known[id] for id in ids}
