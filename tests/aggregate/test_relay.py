@@ -36,10 +36,8 @@ def summed(region: list[Client]) -> Client:
 @pytest.mark.parametrize("form", FORMS, ids=lambda one: "-".join(one.values()))
 @settings(max_examples=25)
 @given(drawn=clients)
-def test_a_region_is_one_change_for_each_block(
-    settings: dict[str, Any], drawn: list[tuple[str, int, int, int]]
-) -> None:
-    config = AggregateConfig(**settings)
+def test_a_region_is_one_change_for_each_block(form: dict[str, Any], drawn: list[tuple[str, int, int, int]]) -> None:
+    config = AggregateConfig(**form)
     one, two = new(config), new(config)
     regions: dict[tuple[int, str, int], list[Client]] = defaultdict(list)
     for seed, (block, rank, n, region) in enumerate(drawn):

@@ -1,4 +1,4 @@
-"""A real federation on this machine: TLS, a SuperLink, two devices with their blocks, and what goes wrong there."""
+"""A real federation on this machine: TLS, a SuperLink, three devices with three blocks, and what goes wrong there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from legolm.runs.kept import HASH_BYTES
 from legolm.system import Progress, free_port
 from legolm.trust import CA, KEY, add_device, make_authority, make_key, make_server, revoke_device
 
-NAMES = ("fr", "es")
+NAMES = ("fr", "de", "es")
 PATIENCE_S = 1500
 """Of a busy machine: each message starts a process on the device."""
 
@@ -50,7 +50,7 @@ def until(what: Callable[[], Any]) -> Any:
 
 
 class Devices:
-    """Two registered devices with their CA, each a process of `legolm client` once it is started."""
+    """Three registered devices with their CA, each a process of `legolm client` once it is started."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.home, self.port = folder, folder / "federation", free_port()
@@ -199,9 +199,8 @@ def test_a_federation(
     tmp_path: Path,
 ) -> None:
     """It ends where the local engine ends, whoever is kept out, killed or late meanwhile; no row leaves a device."""
-    raw = three_clients(tmp_path, ("wide", "dense", "half"), evaluate={"scores": "own", "local_only": False})
+    raw = three_clients(tmp_path, ("wide", "half", "dense"), evaluate={"scores": "own", "local_only": False})
     raw["federation"]["rounds"] = 1
-    raw["clients"] = [client for client in raw["clients"] if client["id"] in NAMES]
     wanted_nowhere = write_secrets(tmp_path / "data", tokenizer)
     out, said, ended = tmp_path / "out", StringIO(), list[Summary | BaseException]()
 
@@ -214,7 +213,7 @@ def test_a_federation(
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    devices.start("es")
+    devices.start("de", "es")
     until(lambda: "this device is 'es'" in devices.log("es"))
     check_kept_out(devices)
     until(lambda: "evaluate: answered" in devices.log("es"))

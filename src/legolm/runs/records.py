@@ -148,9 +148,10 @@ class RoundRecord(Global):
     """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records.
 
     `shares` is what part of the aggregate each accepted client's update was, where the scheme weighs clients; `updates`
-    are the hashes of kept updates. `privacy` is there where noise is accounted. Of asynchronous rounds `tags` has the
-    earlier round in which an accepted update was asked, `waiting` that of each client that had not answered when this
-    one was over.
+    are the hashes of kept updates. `privacy` is there where noise is accounted, `closed` with secure
+    sums: the share of the entries with too few holders, or of whom too few came to the end. Of asynchronous rounds
+    `tags` has the earlier round in which an accepted update was asked, `waiting` that of each client that had not
+    answered when this one was over.
     """
 
     stage: Literal["round"] = "round"
@@ -164,6 +165,7 @@ class RoundRecord(Global):
     tags: dict[str, int] = {}
     waiting: dict[str, int] = {}
     privacy: Spent | None = None
+    closed: float | None = None
     adapter: str = ""
     seconds: float
 

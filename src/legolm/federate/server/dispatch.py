@@ -77,6 +77,16 @@ class Trained:
         return len(self.reply)
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What one client answered, or why there is nothing; bytes of the request."""
+
+    client: str
+    content: bytes
+    error: str
+    bytes_down: int
+
+
 class Dispatch:
     """Speaks to the clients of one run; `train` is the section `train` of those that have one of their own."""
 
@@ -89,52 +99,77 @@ class Dispatch:
     def train(self, orders: Sequence[Order], exchange: Exchange, label: str) -> Iterator[Trained]:
         """Send each client its slice of its order's adapter; give its checked update, or why not, as replies come.
 
-        Requests are made when they are sent, and what they share is made once: memory does not grow with clients.
+        A client is in one order only.
         """
-        members = [self._members.at(one.number) if one.phase == "round" else self._members for one in orders]
-        # Dearest first, so that no actor is left with the longest job at the end.
-        jobs = [(place, id) for place, order in enumerate(orders) for id in order.clients]
-        jobs.sort(key=lambda job: -members[job[0]].block[job[1]].parameters)
-        sent: dict[tuple[object, ...], Broadcast] = {}
-        sizes: dict[int, int] = {}
+        prepared = {id: made for order in orders for made in [self.prepared(order)] for id in order.clients}
+        asked = {id: order.number for order in orders for id in order.clients}
 
-        def shared(place: int, id: str) -> Broadcast:
-            order, own = orders[place], members[place]
-            coverage, rank = own.block[id].coverage, own.rank[id]
+        def content(id: str) -> bytes:
+            request, broadcast = prepared[id](id)
+            return pack(request, broadcast.content)
+
+        for one in self.ask(orders, content, exchange, label):
+            update, reason = None, one.error
+            if not reason:
+                try:
+                    update = accept(one.content, *prepared[one.client](one.client))
+                except LegolmError as error:
+                    reason = str(error)
+            yield Trained(one.client, asked[one.client], update, reason, one.bytes_down, one.content)
+
+    def prepared(self, order: Order) -> Callable[[str], tuple[TrainRequest, Broadcast]]:
+        """Each client's request to train, and what it is sent.
+
+        It is made when it is asked for, and what they share is made once: memory does not grow with clients.
+        """
+        members = self._at(order)
+        sent: dict[tuple[object, ...], Broadcast] = {}
+
+        def shared(id: str) -> Broadcast:
+            coverage, rank = members.block[id].coverage, members.rank[id]
             # Only what folds into the base depends on the client: when it trained in a round, it had all that was
             # folded before that round.
             since = max(order.accepted.get(id, 0) - 1, 0) if order.scheme.folds else 0
             train = self._train.get(id, self._config.train)
-            how = train.micro_batch_tokens, train.gradient_checkpointing
-            key = (place, coverage.hash, own.trains[id].layers, rank, since, how)
+            own = train.micro_batch_tokens, train.gradient_checkpointing
+            key = (coverage.hash, members.trains[id].layers, rank, since, own)
             if key not in sent:
-                scheme, settings = order.scheme, self._settings(order, own, id, since)
+                scheme, settings = order.scheme, self._settings(order, members, id, since)
                 sent[key] = write(
                     settings, coverage, rank, scheme.payload(coverage, rank), scheme.fold(coverage, since)
                 )
             return sent[key]
 
-        def request(place: int, id: str) -> TrainRequest:
-            return self._request(orders[place], members[place], id, shared(place, id))
+        return lambda id: (self._request(order, members, id, shared(id)), shared(id))
+
+    def ask(
+        self, orders: Sequence[Order], content: Callable[[str], bytes], exchange: Exchange, label: str
+    ) -> Iterator[Answered]:
+        """Send each client its own request, and give what it answered, or why not, as replies come."""
+        # Dearest first, so that no actor is left with the longest job at the end.
+        parameters = {id: self._at(order).block[id].parameters for order in orders for id in order.clients}
+        clients = sorted(parameters, key=lambda id: -parameters[id])
+        sizes: dict[int, int] = {}
 
         def requests() -> Iterator[Request]:
-            for index, (place, id) in enumerate(jobs):
-                content = pack(request(place, id), shared(place, id).content)
-                sizes[index] = len(content)
-                yield Request(id, content)
+            for index, id in enumerate(clients):
+                made = content(id)
+                sizes[index] = len(made)
+                yield Request(id, made)
 
         deadline = self._config.federation.deadline_s if any(one.phase == "round" for one in orders) else None
-        with self._progress.stage(label, len(jobs)) as advance:
-            for reply in self._each_once(exchange(requests(), deadline), [id for _, id in jobs], label):
-                place, id = jobs[reply.index]
-                update, reason = None, reply.error
-                if not reason:
-                    try:
-                        update = accept(reply.content, request(place, id), shared(place, id))
-                    except LegolmError as error:
-                        reason = str(error)
-                yield Trained(id, orders[place].number, update, reason, sizes.get(reply.index, 0), reply.content)
+        with self._progress.stage(label, len(clients)) as advance:
+            for reply in self._each_once(exchange(requests(), deadline), clients, label):
+                yield Answered(clients[reply.index], reply.content, reply.error, sizes.get(reply.index, 0))
                 advance(1)
+
+    def envelope(self, order: Order, id: str) -> dict[str, Any]:
+        """Whom a request of this order is for."""
+        members = self._at(order)
+        return self._envelope(id, members.block[id], members.rank[id])
+
+    def _at(self, order: Order) -> Members:
+        return self._members.at(order.number) if order.phase == "round" else self._members
 
     def score(
         self, jobs: Sequence[Job], exchange: Exchange, label: str, keep: Callable[[int, Sequence[Score]], None]

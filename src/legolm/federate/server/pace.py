@@ -9,11 +9,12 @@ speeds, and the first to end are those whose time is up first: every engine give
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from legolm.adapter import Change
 from legolm.aggregate import EntryWeight, discounted, moved
+from legolm.block import Coverage
 from legolm.config import RunConfig
 from legolm.federate.server.members import Members
 from legolm.runs import RoundRecord
@@ -56,17 +57,22 @@ class Ages:
     def __init__(self, config: RunConfig, members: Members, rounds: Iterable[RoundRecord]) -> None:
         self._config, self._members = config, members
         self._rounds = {one.round: one for one in rounds}
+        self._trains: dict[int, Mapping[str, Coverage]] = {}
         self._moved: dict[int, EntryWeight] = {}
 
+    def coverage(self, client: str, tag: int) -> Coverage:
+        """What a change covers that was asked in round `tag`."""
+        if tag not in self._trains:
+            self._trains[tag] = self._members.at(tag).trains
+        return self._trains[tag][client]
+
     def discounted(self, client: str, tag: int, number: int, change: Change) -> Change:
-        """What counts of a change in round `number` that was asked in round `tag`."""
-        coverage = self._members.at(tag).trains[client]
-        return discounted(change, coverage, [self._of(between) for between in range(tag, number)])
+        """What counts of it in round `number`."""
+        return discounted(change, self.coverage(client, tag), [self._of(between) for between in range(tag, number)])
 
     def _of(self, number: int) -> EntryWeight:
         if number not in self._moved:
-            one, members = self._rounds[number], self._members
-            added = [(members.at(one.tags.get(id, number)).trains[id], members.rank[id]) for id in one.accepted]
-            shape = members.llm.coverage.shape
-            self._moved[number] = moved(shape, self._config.lora.rank, added)
+            one, rank = self._rounds[number], self._members.rank
+            added = [(self.coverage(id, one.tags.get(id, number)), rank[id]) for id in one.accepted]
+            self._moved[number] = moved(self._members.llm.coverage.shape, self._config.lora.rank, added)
         return self._moved[number]

@@ -69,7 +69,7 @@ def replay(
             if one.update is None:
                 raise LegolmError(f"round {number}: the kept update of {one.client}: {one.reason}")
             change = ages.discounted(one.client, one.asked, number, one.update.change)
-            weighing.add(one.client, change, members.at(one.asked).trains[one.client])
+            weighing.add(one.client, change, ages.coverage(one.client, one.asked))
         weighing.finish()
     return scheme
 
