@@ -104,7 +104,11 @@ def _check_round(path: Path, note: Callable[[str], None]) -> RoundRecord:
 
 def _check_clients(run: RunDir, records: list[RoundRecord]) -> None:
     """What each client kept after its last round that counted: its next one goes on from there."""
-    last = {id: (record.round, training.state) for record in records for id, training in record.train.items()}
+    last = {
+        id: (record.tags.get(id, record.round), training.state)
+        for record in records
+        for id, training in record.train.items()
+    }
     for id, (number, wanted) in last.items():
         file = run.client_state(id) / f"{number:04d}.safetensors"
         if wanted and (not file.is_file() or file_hash(file) != wanted):
