@@ -11,9 +11,11 @@ Memory: one model's factors in float64 and float32, and the weights by unit.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from legolm.adapter import Change, Flat, Tensors, is_frozen, slice_factors
 from legolm.aggregate.interface import Scheme, Start, factors_in
@@ -89,6 +91,11 @@ class FactorSum(Scheme):
             return
         for key, delta in change.delta.items():
             placement.add(key, self._sum[key], delta, n)
+
+    def disturb(self, noise: Callable[[Sequence[int]], Tensor]) -> None:
+        """N += noise; what of it is where nobody trained goes nowhere."""
+        for tensor in self._sum.values():
+            tensor += noise(tensor.shape)
 
     def finish(self) -> None:
         """θ + step(N / D) where somebody trained; elsewhere θ."""

@@ -130,6 +130,10 @@ class Scheme(ABC):
     def add(self, change: Change, coverage: Coverage) -> None:
         """Add one checked change of a block with this coverage."""
 
+    def disturb(self, noise: Callable[[Sequence[int]], Tensor]) -> None:
+        """Where a scheme `sums`: add to the round's sum what `noise` gives for a shape (float64), on every entry."""
+        raise NotImplementedError
+
     @abstractmethod
     def finish(self) -> None:
         """End the round: the new global adapter. Without any change it is the old one."""

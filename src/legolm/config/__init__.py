@@ -9,7 +9,9 @@ from legolm.config.aggregation import (
     SuperLinkConfig,
 )
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
+from legolm.config.dp import DpConfig
 from legolm.config.file import dump, load, read, validate
+from legolm.config.privacy import PrivacyConfig, SecureConfig
 from legolm.config.registry import (
     CRITERIA,
     EXPORTERS,
@@ -24,6 +26,7 @@ from legolm.config.registry import (
 )
 from legolm.config.section import LAYOUT_FIELDS, Fields, Layout, Name, RowsConfig, parse_quantity
 from legolm.config.sections import (
+    AUTO,
     ClientConfig,
     DataConfig,
     Device,
@@ -39,6 +42,7 @@ from legolm.config.sections import (
 from legolm.config.study import Variant, load_study
 
 __all__ = [
+    "AUTO",
     "CRITERIA",
     "EXPORTERS",
     "LAYOUT_FIELDS",
@@ -52,6 +56,7 @@ __all__ = [
     "Codec",
     "DataConfig",
     "Device",
+    "DpConfig",
     "Entry",
     "EvaluateConfig",
     "FederationConfig",
@@ -61,11 +66,13 @@ __all__ = [
     "Name",
     "OutlierConfig",
     "Precision",
+    "PrivacyConfig",
     "Profile",
     "RecoverConfig",
     "Registry",
     "RowsConfig",
     "RunConfig",
+    "SecureConfig",
     "ServerConfig",
     "SiteConfig",
     "Split",

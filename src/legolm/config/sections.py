@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from datetime import date as Day
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,10 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from legolm.config.aggregation import AggregateConfig, FederationConfig
 from legolm.config.blocks import BlockConfig
+from legolm.config.privacy import PrivacyConfig
 from legolm.config.registry import SCHEMES, TRAINERS, Registry, load_plugins
 from legolm.config.section import Layer, LocalPath, Name, OpenSection, RowsConfig, Section, Share
 from legolm.errors import nearest
 
+AUTO = "auto"
+"""In the place of a block's name: the largest that the client's device says it can hold."""
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -70,7 +74,10 @@ class Profile(Section):
 
 
 class ClientConfig(Section):
-    """One client: its part of the data, and its block by name, by round or by what its device holds (`profile`)."""
+    """One client: its part of the data, and its block by name, by round or by what its device holds (`profile`).
+
+    With engine deployment `block: auto` asks the device itself when it comes.
+    """
 
     id: Name
     data: str | None = Field(None, description="name of its part of the data; its id if not given")
@@ -91,11 +98,18 @@ class ClientConfig(Section):
         named = [one for one in (self.block, self.blocks) if one is not None]
         if len(named) > 1 or not (named or self.profile):
             raise ValueError("give one of `block`, `blocks` and `profile`, or a `profile` beside one of the others")
-        if self.layers is not None and self.block is None:
+        if self.block == AUTO and self.profile is not None:
+            raise ValueError("`block: auto` asks the device what it holds; take `profile` out, or `block`")
+        if self.layers is not None and self.block in (None, AUTO):
             raise ValueError("`layers` is for a client with `block`: by round or profile its layers may be others")
         if self.leaves is not None and self.leaves < self.joins:
             raise ValueError(f"leaves after round {self.leaves}, before it joins in round {self.joins}")
         return self
+
+    @property
+    def named(self) -> list[str]:
+        """The blocks that the config gives it; none where its profile or its device decides."""
+        return self.blocks or ([self.block] if self.block not in (None, AUTO) else [])  # type: ignore[list-item]
 
     def there(self, number: int) -> bool:
         """Whether it can take part in this round."""
@@ -225,6 +239,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     aggregate: AggregateConfig = Field(default_factory=AggregateConfig)
     federation: FederationConfig = FederationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="before")
@@ -283,8 +298,10 @@ class RunConfig(Section):
             if twice:
                 raise ValueError(f"{kind}: {twice[0]!r} is there twice; names must differ")
         known = [block.name for block in self.blocks]
+        if AUTO in known:
+            raise ValueError(f"blocks: {AUTO!r} stands for the block that a device can hold; give it another name")
         for client in self.clients:
-            for name in [client.block] if client.block is not None else client.blocks or ():
+            for name in client.named:
                 if name not in known:
                     raise ValueError(f"clients: {client.id!r} wants block {name!r};{nearest(name, known)}")
             if client.rank is not None and client.rank > self.lora.rank:
@@ -298,6 +315,8 @@ class RunConfig(Section):
             )
         self._check_scheme()
         self._check_devices()
+        self._check_dp()
+        self._check_secure()
         if self.federation.min_replies > len(self.clients):
             raise ValueError(
                 f"federation.min_replies is {self.federation.min_replies}; there are {len(self.clients)} clients"
@@ -305,8 +324,14 @@ class RunConfig(Section):
         return self
 
     def _check_devices(self) -> None:
-        """Raise `ValueError` for what devices of their own cannot do: nobody else has their rows."""
+        """Raise `ValueError` for what only devices of their own can do, or cannot: nobody else has their rows."""
         if self.federation.engine != "deployment":
+            asking = next((client.id for client in self.clients if client.block == AUTO), None)
+            if asking is not None:
+                raise ValueError(
+                    f"clients: {asking!r}: block {AUTO} asks a device what it holds, and federation.engine "
+                    f"{self.federation.engine!r} has none; give `profile`, or set the engine to deployment"
+                )
             return
         if self.evaluate.scores != "own":
             raise ValueError(
@@ -319,6 +344,80 @@ class RunConfig(Section):
                     f"data.{name}: is a share that each device holds out of its rows with federation.engine "
                     "'deployment', for instance 0.1"
                 )
+
+    def _check_dp(self) -> None:
+        """Raise `ValueError` for what would make the account of `privacy.dp` wrong."""
+        dp, federation, why = self.privacy.dp, self.federation, ""
+        if dp.level == "none":
+            return
+        scheme = SCHEMES.entry(self.aggregate.scheme).make(**self.aggregate.settings)
+        if federation.mode != "federated":
+            why = f"is of rounds, and federation.mode {federation.mode!r} has none; take mode federated"
+        elif dp.level == "example":
+            if self.train.trainer != "adamw":
+                why = f"is DP-SGD in the trainer adamw, and train.trainer is {self.train.trainer!r}"
+            elif self.evaluate.local_only or federation.personal_steps:
+                field = "evaluate.local_only" if self.evaluate.local_only else "federation.personal_steps"
+                why = f"does not cover what clients train alone, which the server scores; set {field} to "
+                why += "false" if self.evaluate.local_only else "0"
+        elif not scheme.sums:
+            why = f"adds noise to a sum, and aggregate.scheme {self.aggregate.scheme!r} makes none of these changes; "
+            why += f"take one of {SCHEMES.having('sums')}"
+        elif self.aggregate.weight != "equal":
+            why = "bounds what each client adds, and numbers of examples are its data; set aggregate.weight to equal"
+        elif self.aggregate.outliers.action != "none":
+            why = "clips by itself, and whom aggregate.outliers refuses depends on data; set its action to none"
+        elif federation.keep_updates:
+            why = "would be beside clients' changes without noise; set federation.keep_updates to false"
+        elif dp.delta >= 1 / len(self.clients):
+            why = f"at delta {dp.delta:g} may show one of {len(self.clients)} clients whole; take a far smaller delta"
+        elif dp.noise == "distributed":
+            if federation.codec != "none" or scheme.keep(0.5) < 1:
+                lossy = "aggregate.mask saliency" if federation.codec == "none" else f"codec {federation.codec}"
+                why = f"noise distributed would be changed by {lossy}; take it out"
+            elif self.evaluate.local_only or federation.personal_steps:
+                why = "noise distributed does not cover what clients train alone, which the server scores; set "
+                why += "evaluate.local_only to false and federation.personal_steps to 0"
+            elif dp.dropouts >= len(self.clients):
+                why = f"dropouts {dp.dropouts} leaves none of {len(self.clients)} clients"
+        if why:
+            raise ValueError(f"privacy.dp: {why}")
+
+    def _check_secure(self) -> None:
+        """Raise `ValueError` for what needs single changes, which a secure sum hides, or shows them."""
+        secure, federation, aggregate = self.privacy.secure, self.federation, self.aggregate
+        if secure is None:
+            return
+        scheme, why = SCHEMES.entry(aggregate.scheme).make(**aggregate.settings), ""
+        there, alone = len(self.clients), self.evaluate.local_only or federation.personal_steps
+        drawn = min(there, max(math.ceil(federation.fraction * there), federation.min_replies))
+        if federation.mode != "federated":
+            why = f"is of rounds, and federation.mode {federation.mode!r} has none; take mode federated"
+        elif not scheme.sums:
+            why = f"opens a sum of changes, and aggregate.scheme {aggregate.scheme!r} with these settings needs each "
+            why += f"by itself; take one of {SCHEMES.having('sums')}"
+        elif scheme.folds:
+            why = "hashes what clients received into their masks, and a redrawn side sends them different things; take "
+            why += "aggregate.redraw 0"
+        elif scheme.keep(0.5) < 1:
+            why = "is of the same entries of all holders, and a saliency mask chooses each client's own, which tells "
+            why += "what it learned; take aggregate.mask structure"
+        elif aggregate.outliers.action != "none":
+            why = "shows the server no single change to judge; set aggregate.outliers.action to none"
+        elif federation.keep_updates:
+            why = "leaves no single change to keep; set federation.keep_updates to false"
+        elif federation.codec != "none":
+            why = f"sends numbers of its own, 16 bits an entry; take out federation.codec {federation.codec}"
+        elif self.privacy.dp.level != "none":
+            why = "has no noise of privacy.dp in it: set privacy.dp.level to none"
+        elif drawn < secure.least:
+            who = f"a round has {drawn} clients" if drawn < there else f"there are {there} clients"
+            why = f"with colluders {secure.colluders} opens an entry of {secure.least} holders or more, and {who}"
+        elif federation.engine == "deployment" and alone:
+            why = "hides no change of what clients train alone, which the server would get; set evaluate.local_only to "
+            why += "false and federation.personal_steps to 0"
+        if why:
+            raise ValueError(f"privacy.secure: {why}")
 
     def _check_scheme(self) -> None:
         """Raise `ValueError` for what the scheme says that it does not take."""

@@ -100,7 +100,7 @@ def bench(
             )
     for runtime, target in (("llama.cpp", "gguf"), ("onnxruntime", "onnx")):
         if runtime in runtimes:
-            EXPORTERS.entry(target).make().need()
+            EXPORTERS.entry(target).make().need(f"--runtimes {runtime}")
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder(beside))
         runners = []

@@ -13,7 +13,7 @@ import numpy as np
 from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parameters, modules_of
 from legolm.aggregate import make_scheme, rehearse
 from legolm.block import Base, Block, Coverage, llm_block, read_block
-from legolm.config import SCHEMES, Precision, RowsConfig, RunConfig
+from legolm.config import AUTO, SCHEMES, Precision, RowsConfig, RunConfig
 from legolm.data import (
     ClientData,
     Example,
@@ -41,9 +41,12 @@ from legolm.models import (
 )
 from legolm.plan.assign import assign
 from legolm.plan.disk import mixed_parts, stages_bytes
-from legolm.plan.needs import settings_of, training_bytes, worst_batch
+from legolm.plan.needs import leaner, settings_of, training_bytes, worst_batch
 from legolm.plan.notes import notes, prompt_notes
+from legolm.plan.privacy import promised
+from legolm.plan.secure import summed
 from legolm.plan.trainees import Trainees, check_layers
+from legolm.privacy import bits_for
 from legolm.prune import criterion_of, planned_coverage, target_pattern
 from legolm.system import available_bytes, stored_tensors
 from legolm.trust import server_files
@@ -58,7 +61,8 @@ ACTOR_SHARE = 1.5
 class PlannedBlock:
     """One block: stored parameters, checkpoint bytes, peak bytes and operations a token of fine-tuning it, recovery.
 
-    The peak is that of the client with the longest batch, without a memory budget.
+    The peak is that of the client with the longest batch, without a memory budget; `least_bytes` is the same with the
+    leanest settings.
 
     `token_flops` are the decoder's products: 4 a weight, two forward and two for the input's gradient; the masked
     forward of unstructured blocks also needs the weights' gradient. `recovery_steps` is the most.
@@ -70,6 +74,7 @@ class PlannedBlock:
     parameters: int
     file_bytes: int
     training_bytes: int
+    least_bytes: int
     token_flops: int
     recovery_steps: int
 
@@ -200,7 +205,9 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     blocks = []
     for spec in config.cuts:
         coverage, criterion = coverages[spec.name], criterion_of(spec)
-        usual = training_bytes(trainees.of(spec.name), longest, settings_of(config.train), precision)
+        usual, *others = (
+            training_bytes(trainees.of(spec.name), longest, one, precision) for one in leaner(config.train, longest)
+        )
         blocks.append(
             PlannedBlock(
                 name=spec.name,
@@ -209,6 +216,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
                 parameters=parameters[spec.name],
                 file_bytes=parameters[spec.name] * width,
                 training_bytes=usual,
+                least_bytes=min(usual, *others),
                 token_flops=(6 if spec.name in patterned else 4) * coverage.kept_weights,
                 recovery_steps=spec.recover.most_steps,
             )
@@ -267,7 +275,10 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     found = data_fingerprint(parts.data, parts.server)
     taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
     members = [(trains[one.id], one.rank or config.lora.rank) for one in taking]
-    said = notes(config, members, {one.id: len(lengths[one.id]) for one in taking} if parts.data else {})
+    counts = {one.id: len(lengths[one.id]) for one in taking} if parts.data else {}
+    said = notes(config, members, counts)
+    said += promised(config, dict(zip((one.id for one in taking), members, strict=True)), counts)
+    said += summed(config, coverages, dict(zip((one.id for one in taking), members, strict=True)))
     template = "" if config.data.template == "model" else str(parts.tokenizer.chat_template)
     read, said = parts.read + of_texts, (*parts.notes, *said)
     return Plan(
@@ -363,8 +374,10 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collect
     if scheme.unequal == "block":
         return
     for client in taking:
-        if client.layers or client.blocks:
+        if client.layers or client.blocks or (client.block == AUTO and len(config.blocks) > 1):
             field, what = ("layers", "some layers") if client.layers else ("blocks", "another block in each round")
+            if client.block == AUTO:
+                field, what = f"block: {AUTO}", "the block that its device can hold"
             raise LegolmError(
                 f"aggregate.scheme {config.aggregate.scheme!r}: client {client.id!r} trains {what}, and it "
                 f"averages equal adapters; take one of {SCHEMES.having('unequal', 'block')}, or take `{field}` out"
@@ -394,7 +407,10 @@ def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int
     keys = adapter_keys(coverage, config.lora.targets, trained=scheme.frozen_side)
     own = adapter_layout(coverage, keys, rank, config.lora.ranks)
     back = adapter_keys(trained, config.lora.targets, trained=scheme.frozen_side)
-    up = encoded_bytes(adapter_layout(trained, back, rank, config.lora.ranks), codec, scheme.keep(sparsity))
+    sent = adapter_layout(trained, back, rank, config.lora.ranks)
+    up = encoded_bytes(sent, codec, scheme.keep(sparsity))
+    if config.privacy.secure is not None:
+        up = sent.total * bits_for(len(config.clients)) // 8  # at most: what few hold is not sent
     fold = scheme.fold_rank([client.rank or config.lora.rank for client in config.clients], config.lora.rank)
     down = 0 if scheme.fresh else encoded_bytes(own, codec)
     folded = encoded_bytes(adapter_layout(coverage, keys, fold, config.lora.ranks), codec)

@@ -264,12 +264,13 @@ def _rounds(summary: Summary) -> Raw:
             *((tag("td", loss(llm[0])), tag("td", percent(llm[1]))) if llm_too else ()),
             *(numeral(sent, 2, 1e6) for sent in (entry.bytes_up, entry.bytes_down)),
             numeral(entry.seconds, 1),
+            *((tag("td", loss(entry.epsilon)),) if summary.privacy else ()),
         )
         rows.append(tag("tr", *cells))
     names = ["round", "accepted", "refused", "blocks, validation loss (nats/token)"]
     if llm_too:
         names += ["LLM, validation loss (nats/token)", "LLM loss (nats/token)", "LLM exact match"]
-    names += ["up (MB)", "down (MB)", "time (s)"]
+    names += ["up (MB)", "down (MB)", "time (s)", *(["epsilon so far"] if summary.privacy else ())]
     text = "★ the lowest validation loss: the round that is kept, for the blocks and for the LLM."
     return section("Rounds", table("What each round took in, cost and reached", names, rows, 3), soft(text))
 

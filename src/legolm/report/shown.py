@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from legolm.report.page import number
-from legolm.runs import STAGES, Data, Others, Speaker, Stage, Summary, Weights
+from legolm.runs import STAGES, Data, Others, PrivacySummary, Speaker, Stage, Summary, Weights
 
 SPEAKERS: dict[Speaker, str] = {
     "before": "block before",
@@ -42,9 +42,24 @@ def points_of(summary: Summary) -> list[Weights]:
     return [one.weights for one in longest]
 
 
+def guarantee(privacy: PrivacySummary, rounds: int) -> str:
+    """What differential privacy the rounds have."""
+    whom = "client" if privacy.level == "client" else "training example of a client"
+    noise = "" if privacy.noise_multiplier is None else f", noise multiplier {privacy.noise_multiplier:.3g}"
+    said = (
+        f"Differential privacy of one {whom}: epsilon {privacy.epsilon:.3g} at delta {privacy.delta:g} after {rounds} "
+        f"rounds (clipping norm {privacy.clip:g}{noise}); scores and the choice of the best round are not in it."
+    )
+    if privacy.stopped and privacy.budget is not None:
+        said += f" The run stopped there: another round would have passed its budget, {privacy.budget:g}."
+    return said
+
+
 def notes(summary: Summary) -> list[str]:
     """Sentences on what nobody scored, or on a sample only, and what was changed on the way."""
     found = sampled(summary.others)
+    if summary.privacy:
+        found.append(guarantee(summary.privacy, summary.rounds))
     found += [
         f"{one.field} was changed from {one.old} to {one.new} after round {one.rounds}." for one in summary.changes
     ]

@@ -23,7 +23,7 @@ def read_status(folder: Path) -> dict[str, Any]:
         held = next((held for held in last.held if one.id in held.clients), None) if last else None
         now = live.get(one.id)
         clients[one.id] = {
-            "block": one.block or (one.blocks[0] if one.blocks else None),
+            "block": one.named[0] if one.named else one.block,
             "state": now.state if now else None,
             "since": now.since.isoformat() if now else None,
             "updates": sum(one.id in r.accepted for r in rounds),
@@ -39,6 +39,7 @@ def read_status(folder: Path) -> dict[str, Any]:
         "rounds": config.federation.rounds,
         "finished": (folder / "summary.json").exists(),
         "validation": [r.validation for r in rounds],
+        "privacy": next((r.privacy.model_dump() for r in reversed(done) if r.privacy), None),
         "seconds": [r.seconds for r in done],
         "clients": clients,
     }
@@ -50,6 +51,8 @@ def show_status(found: dict[str, Any]) -> Group:
     title = f"round {found['rounds_done']} of {found['rounds']}" + (", finished" if found["finished"] else "")
     if losses:
         title += f"; loss on validation data {' → '.join(losses[-4:])}"
+    if found["privacy"]:
+        title += f"; epsilon {found['privacy']['epsilon']:.3g} at delta {found['privacy']['delta']:g}"
     table = Table("client", "block", "state", "since", "updates", "refused", "received", "sent", "loss")
     for id, one in found["clients"].items():
         loss = "" if one["validation"] is None else f"{one['validation']:.3f}"

@@ -18,6 +18,7 @@ from legolm.runs import (
     LlmSummary,
     Others,
     PassedRecord,
+    PrivacySummary,
     RoundRecord,
     RoundSummary,
     Scores,
@@ -75,6 +76,7 @@ def summarize(
         rounds=len(rounds) - 1,
         changes=identity.changes,
         best_round=best.round,
+        privacy=_privacy(config, rounds),
         blocks=[_block(block, block_of, rounds[1:]) for block in blocks.values()],
         clients=[
             _client(
@@ -119,6 +121,22 @@ def _client(
     )
 
 
+def _privacy(config: RunConfig, rounds: Sequence[RoundRecord]) -> PrivacySummary | None:
+    dp, last = config.privacy.dp, rounds[-1].privacy
+    if dp.level == "none" or last is None:
+        return None
+    return PrivacySummary(
+        level=dp.level,
+        noise=dp.noise,
+        clip=dp.clip,
+        noise_multiplier=last.noise_multiplier,
+        epsilon=last.epsilon,
+        delta=last.delta,
+        budget=dp.epsilon,
+        stopped=len(rounds) - 1 < config.federation.rounds,
+    )
+
+
 def _block(block: Block, block_of: Mapping[str, str], rounds: Sequence[RoundRecord]) -> BlockSummary:
     clients = [client for client, name in block_of.items() if name == block.name]
     coverage = block.coverage
@@ -159,6 +177,7 @@ def _history(record: RoundRecord, others: Mapping[str, Sequence[str]]) -> RoundS
         unscored=record.unscored,
         bytes_up=_traffic(record, "up", record.bytes),
         bytes_down=_traffic(record, "down", record.bytes),
+        epsilon=record.privacy.epsilon if record.privacy else None,
         seconds=record.seconds,
     )
 

@@ -9,6 +9,7 @@ from legolm.runs.folder import (
 )
 from legolm.runs.kept import Kept
 from legolm.runs.live import Live, State, read_live
+from legolm.runs.placed import Devices, Placed
 from legolm.runs.records import (
     SCHEMA,
     UNSCORED,
@@ -27,6 +28,7 @@ from legolm.runs.records import (
     RoundRecord,
     Score,
     Scores,
+    Spent,
     StageRecord,
     Traffic,
     Training,
@@ -68,6 +70,7 @@ from legolm.runs.summary import (
     LlmScore,
     LlmSummary,
     Others,
+    PrivacySummary,
     RoundSummary,
     Sample,
     Samples,
@@ -100,6 +103,7 @@ __all__ = [
     "Comparison",
     "Criterion",
     "Data",
+    "Devices",
     "Difference",
     "Global",
     "Held",
@@ -117,7 +121,9 @@ __all__ = [
     "Paired",
     "Part",
     "PassedRecord",
+    "Placed",
     "Point",
+    "PrivacySummary",
     "Record",
     "Refusal",
     "RoundRecord",
@@ -129,6 +135,7 @@ __all__ = [
     "Score",
     "Scores",
     "Speaker",
+    "Spent",
     "Stage",
     "StageRecord",
     "Stages",

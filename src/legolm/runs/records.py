@@ -29,9 +29,13 @@ class Record(BaseModel):
 
 
 class Score(Record):
-    """Answers on one set of examples: mean loss per answer token (nats) and the share answered exactly."""
+    """Answers on one set of examples: mean loss per answer token (nats) and the share answered exactly.
+
+    `stderr` is the loss's standard error over examples; None where one example says nothing of the spread.
+    """
 
     loss: float
+    stderr: float | None = None
     exact_match: float
     tokens: int
     examples: int
@@ -77,6 +81,9 @@ class Training(Record):
     truncated: Amount = 0.0
     micro_batch_tokens: Amount | None = None
     size: float | None = None
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = None
+    """Of DP-SGD: the share of the client's examples in a batch, and the noise on each step."""
     state: str | None = None
     """Hash of the file that the client keeps for its next round, if it keeps any."""
 
@@ -86,6 +93,14 @@ class Traffic(Record):
 
     up: int
     down: int
+
+
+class Spent(Record):
+    """What the rounds up to here cost together, (ε, δ), and the last one's noise multiplier, if one is everyone's."""
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float | None
 
 
 class Refusal(Record):
@@ -133,7 +148,8 @@ class RoundRecord(Global):
     """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records.
 
     `shares` is what part of the aggregate each accepted client's update was, where the scheme weighs clients; `updates`
-    are the hashes of kept updates.
+    are the hashes of kept updates. `privacy` is there where noise is accounted, `closed` with secure
+    sums: the share of the entries with too few holders, or of whom too few came to the end.
     """
 
     stage: Literal["round"] = "round"
@@ -144,6 +160,8 @@ class RoundRecord(Global):
     shares: dict[str, float] = {}
     bytes: dict[str, Traffic] = {}
     updates: dict[str, str] = {}
+    privacy: Spent | None = None
+    closed: float | None = None
     adapter: str = ""
     seconds: float
 
@@ -154,10 +172,13 @@ Weights = dict[Part, float]
 
 
 class Mixture(Record):
-    """A mixture of what a client has, and its loss on the client's own validation data (nats per answer token)."""
+    """A mixture of what a client has, its loss on the client's own validation data (nats per answer token), and the
+    loss's standard error, where there are examples enough for one.
+    """
 
     weights: Weights
     validation: float
+    stderr: float | None = None
 
 
 class ClientRecord(Record):

@@ -36,20 +36,25 @@ class Stages:
 
     def __init__(self, folder: RunDir, config: RunConfig) -> None:
         self._folder = folder
-        self.rounds = 0 if config.federation.mode == "alone" else config.federation.rounds
         clients = [client.id for client in config.clients]
-        self._paths = [folder.round(0)]
-        if config.evaluate.local_only:
-            self._paths += [folder.client_stage("local", id) for id in clients]
-        self._paths += [folder.round(number) for number in range(1, self.rounds + 1)]
-        if config.own_parts:
-            self._paths += [folder.client_stage("personal", id) for id in clients]
+        self._alone = {
+            stage: [folder.client_stage(stage, id) for id in clients if wanted]
+            for stage, wanted in (("local", config.evaluate.local_only), ("personal", bool(config.own_parts)))
+        }
+        self.limit(0 if config.federation.mode == "alone" else config.federation.rounds)
         self._records = {path: read_stage(path) for path in self._paths if path.exists()}
+
+    def limit(self, rounds: int) -> None:
+        """End after so many rounds."""
+        self.rounds = rounds
+        numbers = range(rounds + 1)
+        before, *after = [self._folder.round(number) for number in numbers]
+        self._paths = [before, *self._alone["local"], *after, *self._alone["personal"]]
 
     @property
     def finished(self) -> bool:
         """Nothing is left to do."""
-        return len(self._records) == len(self._paths)
+        return all(path in self._records for path in self._paths)
 
     def has(self, path: Path) -> bool:
         """Whether a stage is finished."""

@@ -127,6 +127,7 @@ class RoundSummary(Record):
     unscored: list[Refusal] = Field([])
     bytes_up: int
     bytes_down: int
+    epsilon: float | None = Field(None, description="of all rounds so far, where noise is accounted")
     seconds: float
 
     @property
@@ -146,8 +147,25 @@ class RoundSummary(Record):
             "bytes_down": self.bytes_down,
             "accepted": len(self.accepted),
             "refused": len(self.refused),
+            "epsilon": self.epsilon,
             "seconds": self.seconds,
         }
+
+
+class PrivacySummary(Record):
+    """What the rounds guarantee, and with which noise: (ε, δ) of one client, or of one example of a client.
+
+    Where one `noise_multiplier` is not everyone's, it is None. `stopped`: the next round would have passed `budget`.
+    """
+
+    level: Literal["client", "example"]
+    noise: Literal["central", "distributed"]
+    clip: float
+    noise_multiplier: float | None
+    epsilon: float
+    delta: float
+    budget: float | None
+    stopped: bool
 
 
 class Others(Record):
@@ -208,6 +226,8 @@ class Summary(Record):
     rounds: int
     changes: list[Change] = Field([])
     best_round: int
+    privacy: PrivacySummary | None = Field(None)
+    """None without differential privacy."""
     blocks: list[BlockSummary]
     clients: list[ClientSummary]
     llm: LlmSummary

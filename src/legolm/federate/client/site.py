@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from legolm.block import Block, llm_block, read_block
-from legolm.config import DataConfig, Device, RowsConfig, SiteConfig
-from legolm.data import ClientData, Example, client_data, read_examples
+from legolm.config import DataConfig, Device, SiteConfig
+from legolm.data import ClientData, Example, client_data
 from legolm.errors import LegolmError
+from legolm.federate.client.secure import Keeping
 from legolm.models import resolve
+from legolm.privacy import derive, identity_of
 from legolm.runs import RunDir
 
 Split = Literal["train", "validation", "test"]
@@ -44,37 +47,8 @@ class Site(Protocol):
     def prompts(self) -> DataConfig | None:
         """What decides the chat template; None where the block says it all."""
 
-
-@dataclass(frozen=True)
-class DeviceSite:
-    """A device of its own: a folder with `block/` (a cut block) and `data/{train,validation,test}.jsonl`.
-
-    Nothing outside the folder is read. Rows are of any known layout. Raises `LegolmError` for what is missing.
-    """
-
-    home: Path
-    device: Device = "auto"
-    threads: int = 1
-
-    def block(self) -> Block:
-        """Of `block/`."""
-        return read_block(self.home / "block")
-
-    def examples(self, split: Split) -> Sequence[Example]:
-        """Of `data/`."""
-        return list(read_examples(str(self.home / "data" / f"{split}.jsonl"), RowsConfig(), "data"))
-
-    def state(self) -> Path:
-        """`state/`."""
-        return self.home / "state"
-
-    def profile(self) -> Profile:
-        """As given."""
-        return Profile(self.device, self.threads)
-
-    def prompts(self) -> DataConfig | None:
-        """The block's own tokenizer has its run's."""
-        return None
+    def keeping(self) -> Keeping:
+        """Its part in secure sums. Raises `LegolmError` where it has none."""
 
 
 SiteOf = Callable[[str, str], Site]
@@ -142,3 +116,35 @@ class SimulatedSite:
     def prompts(self) -> DataConfig | None:
         """As the run's config says: the LLM's tokenizer has none of it."""
         return self.config.data
+
+    def keeping(self) -> Keeping:
+        """Of an identity that all can make: in a simulation nothing is secret from who runs it. The rest as it is
+        with devices, but that actors have no memory of their own: secrets of a sum are in a file of the owner's."""
+        path, run = self.run.secrets / f"{self.client}.json", self.run.identity().run
+
+        def write(content: bytes) -> None:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(content)
+
+        return Keeping(
+            simulated_identity(run, self.client),
+            simulated_roster(run, [one.id for one in self.config.clients]),
+            lambda: path.read_bytes() if path.exists() else b"",
+            write,
+        )
+
+
+def simulated_identity(run: str, client: str) -> bytes:
+    """The secret Ed25519 key of a simulated client."""
+    return derive(run.encode(), b"simulated", client.encode())
+
+
+@lru_cache(maxsize=4)
+def _roster(run: str, clients: tuple[str, ...]) -> dict[str, str]:
+    return {id: identity_of(simulated_identity(run, id)).hex() for id in clients}
+
+
+def simulated_roster(run: str, clients: Sequence[str]) -> dict[str, str]:
+    """The public keys of simulated clients, hexadecimal."""
+    return _roster(run, tuple(clients))

@@ -4,7 +4,23 @@ from legolm.federate.server.asking import ask
 from legolm.federate.server.begin import begin, start_factors
 from legolm.federate.server.dispatch import steps_of
 from legolm.federate.server.loop import Rounds
-from legolm.federate.server.members import LLM, Members, is_dense
+from legolm.federate.server.members import LLM, Members, drawn, is_dense
+from legolm.federate.server.placing import place
 from legolm.federate.server.scoring import server_examples
+from legolm.federate.server.secure import check_withheld, roster_of
 
-__all__ = ["LLM", "Members", "Rounds", "ask", "begin", "is_dense", "server_examples", "start_factors", "steps_of"]
+__all__ = [
+    "LLM",
+    "Members",
+    "Rounds",
+    "ask",
+    "begin",
+    "check_withheld",
+    "drawn",
+    "is_dense",
+    "place",
+    "roster_of",
+    "server_examples",
+    "start_factors",
+    "steps_of",
+]

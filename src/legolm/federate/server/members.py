@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from legolm.block import Block, Coverage
@@ -59,18 +59,19 @@ class Members:
 
     def draw(self, config: RunConfig, number: int) -> list[str]:
         """The clients of a round: those there, of whom a share is drawn from the run's seed."""
-        federation = config.federation
-        if federation.mode == "pooled":
+        if config.federation.mode == "pooled":
             return [LLM]
-        there = [
-            client.id
-            for client in config.clients
-            if client.there(number)
-            if not federation.capable or is_dense(self.block[client.id])
-        ]
-        count = min(len(there), max(math.ceil(federation.fraction * len(there)), federation.min_replies))
-        drawn = set(random.Random(derive_seed(config.seed, "draw", number)).sample(there, count))
-        return [id for id in there if id in drawn]
+        capable = [id for id in self.clients if not config.federation.capable or is_dense(self.block[id])]
+        return drawn(config, number, set(capable))
+
+
+def drawn(config: RunConfig, number: int, able: Collection[str]) -> list[str]:
+    """The clients of a round that take part: those there of the ones that are `able`, of whom a share is drawn."""
+    federation = config.federation
+    there = [client.id for client in config.clients if client.there(number) and client.id in able]
+    count = min(len(there), max(math.ceil(federation.fraction * len(there)), federation.min_replies))
+    chosen = set(random.Random(derive_seed(config.seed, "draw", number)).sample(there, count))
+    return [id for id in there if id in chosen]
 
 
 def is_dense(block: Block) -> bool:

@@ -33,7 +33,7 @@ def updates(
     usual = usual_size(before)
     order = Order(clients, scheme, "round", number, last_accepted(before))
     for one in dispatch.train(order, exchange, f"round {number}: train"):
-        yield passed(one, usual, config.aggregate.outliers)
+        yield passed(one, usual, config)
 
 
 def replay(

@@ -16,7 +16,21 @@ from legolm.config import RunConfig
 from legolm.errors import brief
 from legolm.federate.transport.engine import Body, Reply, Request, late
 from legolm.federate.transport.superlink import Flower, LostError
-from legolm.federate.wire import EvaluateRequest, TrainRequest, Welcome, block_files, kind_of, own_data, unpack
+from legolm.federate.wire import (
+    ConfirmRequest,
+    EvaluateRequest,
+    KeysRequest,
+    OfferRequest,
+    SharesRequest,
+    SumRequest,
+    TrainRequest,
+    UnmaskRequest,
+    Welcome,
+    block_files,
+    kind_of,
+    own_data,
+    unpack,
+)
 from legolm.runs import Kept, Live, RunDir, State
 from legolm.system import Progress
 
@@ -27,6 +41,16 @@ AGAIN_S = 5.0
 """Before a device that could not answer is asked again."""
 AWAY_S = 30.0
 """A device that is not online for so long is named."""
+REQUESTS: Mapping[str, type[TrainRequest | EvaluateRequest | OfferRequest | KeysRequest | SumRequest]] = {
+    "train": TrainRequest,
+    "evaluate": EvaluateRequest,
+    "offer": OfferRequest,
+    "keys": KeysRequest,
+    "shares": SharesRequest,
+    "confirm": ConfirmRequest,
+    "unmask": UnmaskRequest,
+}
+"""Kinds of requests; all but an offer are about a block."""
 MOST_WAITING = 64
 """Requests in memory at once."""
 TRANSIENT = {3, 4, 5, 8}
@@ -185,13 +209,13 @@ class Asking:
 
     def _welcome(self, request: Request) -> str:
         """What the device is told beside the request; made once for each client and block."""
-        kind = TrainRequest if kind_of(request.content) == "train" else EvaluateRequest
-        header = unpack(request.content, kind)[0]
-        key = request.client, header.block
+        header = unpack(request.content, REQUESTS[kind_of(request.content)])[0]
+        block = "" if isinstance(header, OfferRequest) else header.block
+        key = request.client, block
         if key not in self._welcomes:
-            files = block_files(self._run.block(header.block))
+            files = block_files(self._run.block(block)) if block else []
             data = own_data(self._config, request.client)
-            welcome = Welcome(run=header.run, client=request.client, block=header.block, files=files, data=data)
+            welcome = Welcome(run=header.run, client=request.client, block=block, files=files, data=data)
             self._welcomes[key] = welcome.model_dump_json()
         return self._welcomes[key]
 

@@ -1,0 +1,147 @@
+"""Differential privacy in whole runs on a tiny model: noise, account, budget, and what does not go together."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.append(str(Path(__file__).parents[2] / "aggregate"))
+from rounds import FULL, RANK, new
+
+from legolm import config as configs
+from legolm import pipeline
+from legolm.adapter import Change
+from legolm.aggregate import Weighing
+from legolm.config import RunConfig
+from legolm.errors import LegolmError
+from legolm.federate.server.account import Account
+from legolm.federate.server.members import Members
+from legolm.plan import make_plan
+from legolm.privacy import gaussian_epsilon
+from legolm.report.status import read_status
+from legolm.runs import RunDir, Summary, read_stage
+
+
+@pytest.fixture
+def raw(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
+    """Two dense clients, one with a narrower MLP (`wide`); one step each in three rounds."""
+    data = {"train": f"{tmp_path}/data/*.jsonl", "limit_test": 1, "limit_validation": 1}
+    evaluate = {"local_only": False, "every": 3}
+    found = three_clients(tmp_path, ("dense", "dense", "wide"), rows=10, data=data, evaluate=evaluate)
+    found["blocks"][1]["intermediate_size"] = 48
+    found["train"]["steps"] = 1
+    found["federation"] |= {"engine": "local", "rounds": 3}
+    found["aggregate"] = {"weight": "equal"}
+    return found
+
+
+def load(raw: dict[str, Any], tmp_path: Path, *overrides: str, **dp: Any) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(raw | {"privacy": {"dp": {"level": "client"} | dp}}))
+    return configs.load(path, list(overrides))
+
+
+def state(folder: Path, number: int) -> dict[str, torch.Tensor]:
+    return load_file(RunDir(folder).round(number) / "adapter.safetensors")
+
+
+def test_a_run_has_its_noise_and_its_account_everywhere(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The clipping norm is so small that all that moves is noise: N has z C an entry, N / D a third where all hold."""
+    config = load(raw, tmp_path, noise_multiplier=4.0, clip=1e-3)
+    summary = pipeline.run(config, tmp_path / "out", models=False)
+    one, two = (state(tmp_path / "out", number) for number in (0, 1))
+    moved = {key: two[key] - one[key] for key in one}
+    query = torch.cat([step.flatten() for key, step in moved.items() if "q_proj.B" in key])  # held by all three
+    assert float(query.square().mean().sqrt()) == pytest.approx(4e-3 / 3, rel=0.15)
+    gate = next(step for key, step in moved.items() if "gate_proj.B" in key)  # some neurons by two
+    two_hold = gate.square().mean(1).sqrt() > 4e-3 / 2 * 0.5
+    assert two_hold.any()
+    epsilons = [gaussian_epsilon([4.0] * rounds, 1e-5) for rounds in (1, 2, 3)]
+    records = [read_stage(RunDir(tmp_path / "out").round(number)) for number in range(4)]
+    assert records[0].privacy is None  # type: ignore[union-attr]
+    assert [one.privacy.epsilon for one in records[1:]] == pytest.approx(epsilons)  # type: ignore[union-attr]
+    assert records[1].train["fr"].size < 1e-3  # type: ignore[union-attr]
+    assert summary.privacy is not None
+    assert (summary.privacy.epsilon, summary.privacy.stopped) == (pytest.approx(epsilons[2]), False)
+    assert [one.epsilon for one in summary.history[1:]] == pytest.approx(epsilons)
+    assert Summary.read(tmp_path / "out").privacy == summary.privacy
+    assert read_status(tmp_path / "out")["privacy"]["epsilon"] == pytest.approx(epsilons[2])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"epsilon {epsilons[2]:.3g} at delta 1e-05 after 3 rounds" in page
+    assert "epsilon so far" in page
+
+
+def test_a_run_stops_before_it_passes_its_budget_and_resumes_there(raw: dict[str, Any], tmp_path: Path) -> None:
+    budget = (gaussian_epsilon([4.0] * 2, 1e-5) + gaussian_epsilon([4.0] * 3, 1e-5)) / 2
+    config = load(raw, tmp_path, noise_multiplier=4.0, epsilon=budget)
+    said = [line for line in make_plan(config).notes if "Differential privacy" in line]
+    assert "after 2 rounds" in said[0]
+    assert "round 3 of 3 would pass the budget" in said[0]
+    for resume in (False, True):
+        summary = pipeline.run(config, tmp_path / "out", resume=resume, models=False)
+        assert summary.rounds == 2
+        assert summary.privacy is not None
+        assert summary.privacy.stopped
+        assert summary.privacy.epsilon <= budget
+        assert summary.history[-1].validation is not None  # the last round is scored, whenever it is
+    assert not RunDir(tmp_path / "out").round(3).exists()
+
+
+def test_a_client_that_fails_counts_as_one_that_learned_nothing(raw: dict[str, Any], tmp_path: Path) -> None:
+    """D is of those that were asked: else whether a client answers would show in the others' share."""
+    config = load(raw, tmp_path, noise_multiplier=1e-9)
+    ids = [one.id for one in config.clients]
+    members = Members(tuple(ids), {}, dict.fromkeys(ids, RANK), dict.fromkeys(ids, FULL), {})
+    scheme = new(config.aggregate)
+    weighing, sent = Weighing(config.aggregate, scheme), scheme.payload(FULL, RANK)
+    weighing.add(ids[0], Change({key: torch.ones_like(one) for key, one in sent.items()}, sent, 7, RANK), FULL)
+    Account(config, members).disturb([], scheme, weighing, ids[1:])
+    weighing.finish()
+    for key, tensor in scheme.payload(FULL, RANK).items():
+        torch.testing.assert_close(tensor - sent[key], torch.full_like(tensor, 1 / 3), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dp", "says"),
+    [
+        ((), {}, "needs noise_multiplier, or epsilon"),
+        ((), {"level": "none", "epsilon": 1}, "level none adds no noise"),
+        ((), {"epsilon": 1, "noise": "distributed", "level": "example"}, "of level client"),
+        ((), {"epsilon": 1, "dropouts": 1}, "dropouts is of noise distributed"),
+        ((), {"epsilon": 1, "delta": 0.5}, "take a far smaller delta"),
+        (("aggregate.weight=capped",), {"epsilon": 1}, "set aggregate.weight to equal"),
+        (("aggregate.scheme=median", "aggregate.weight=capped"), {"epsilon": 1}, "take one of"),
+        (("aggregate.outliers.action=clip",), {"epsilon": 1}, "set its action to none"),
+        (("federation.keep_updates=true",), {"epsilon": 1}, "set federation.keep_updates to false"),
+        (("federation.codec=int8",), {"epsilon": 1, "noise": "distributed"}, "would be changed by codec int8"),
+        (("evaluate.local_only=true",), {"epsilon": 1, "noise": "distributed"}, "evaluate.local_only to false"),
+        (("evaluate.local_only=true",), {"epsilon": 1, "level": "example"}, "evaluate.local_only to false"),
+        (("federation.mode=pooled",), {"epsilon": 1}, "take mode federated"),
+        (("federation.codec=int8",), {"epsilon": -1}, "greater than 0"),
+    ],
+)
+def test_what_would_make_the_account_wrong_is_refused(
+    raw: dict[str, Any], tmp_path: Path, overrides: tuple[str, ...], dp: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(LegolmError, match=says) as error:
+        load(raw, tmp_path, *overrides, **dp)
+    assert "\n" not in str(error.value)
+
+
+def test_the_dry_run_says_what_is_left_to_learn(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Three clients and thousands of entries: hopeless at any noise that hides one, and it says so."""
+    said = make_plan(load(raw, tmp_path, epsilon=2.0)).notes[-1]
+    assert "epsilon 2 at delta 1e-05 after 3 rounds" in said
+    assert "hopeless" in said
+    assert "hopeless" not in make_plan(load(raw, tmp_path, noise_multiplier=0.01)).notes[-1]
+    with pytest.raises(LegolmError, match=r"one round with noise_multiplier 0\.1 costs"):
+        make_plan(load(raw, tmp_path, noise_multiplier=0.1, epsilon=2.0))
