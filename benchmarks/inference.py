@@ -23,7 +23,7 @@ import psutil
 
 import legolm as lg
 from legolm.export import Speed, bench
-from legolm.export.gguf import ASKED, described, spans, verify
+from legolm.export.gguf import described, spans, verify
 from legolm.export.gguf_write import write_gguf
 from legolm.export.llama_cpp import LlamaCpp, llama_cpp
 from legolm.export.probe import Reference
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--asked", type=int, default=1024, help="tokens of the perplexities: 96 leave an error of 2 %")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--runtimes", nargs="*", default=[name for name, _ in RUNTIMES], help="which are measured")
     parser.add_argument("--samples", type=int, default=32, help="windows of calibration text")
@@ -62,7 +63,7 @@ def main() -> None:
     }
     models = [given.model, *(str(block.path) for block in blocks.values())]
     files = [given.out / f"{place}.gguf" for place in range(len(models))]
-    lost = [write(name, file) for name, file in zip(models, files, strict=True)]
+    lost = [write(name, file, given.asked) for name, file in zip(models, files, strict=True)]
     result = {"machine": machine(), "q8_0_perplexity_ratio": max(lost), "q8_0_perplexity_ratios": lost}
     print(json.dumps(result), flush=True)
     result |= in_cpu_time(models, files, blocks["half"], given)
@@ -75,11 +76,11 @@ def main() -> None:
     print(json.dumps(result | {"figures": [asdict(one) for one in speeds]}))
 
 
-def write(name: str, file: Path) -> float:
+def write(name: str, file: Path, asked: int) -> float:
     """The model in q8_0; its perplexity in llama.cpp over that of the checkpoint, on the same tokens."""
     with open_source(name, None, file) as source:
         layout, vocabulary = described(source)
-        reference = Reference.of(source.load(), source.tokenizer, *spans(layout, ASKED))
+        reference = Reference.of(source.load(), source.tokenizer, *spans(layout, asked))
         write_gguf(source.path, file, layout, vocabulary, "q8_0", name)
         return verify(source, file, reference, "q8_0", vocabulary).ratio
 
