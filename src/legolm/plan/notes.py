@@ -19,6 +19,7 @@ def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: 
     scheme = make_scheme(config.aggregate)
     said = (
         _turns(config),
+        _waits(config),
         _robust(config, scheme, members),
         _without_feedback(config, scheme),
         _capped(config, scheme, examples),
@@ -60,6 +61,18 @@ def _turns(config: RunConfig) -> str:
     count = sum(bool(one.blocks) for one in config.clients)
     said = f"{count} of {len(config.clients)} clients train another block in each round (clients[].blocks)"
     return f"{said}: the table has the first, with which they end, and the most bytes." if count else ""
+
+
+def _waits(config: RunConfig) -> str:
+    """What of asynchronous rounds is none on devices."""
+    federation, every = config.federation, config.evaluate.every
+    if federation.buffer is None or federation.engine != "deployment" or every >= federation.rounds:
+        return ""
+    when = "each round" if every == 1 else f"every {every} rounds"
+    return (
+        f"Scoring waits for every device, after {when}: with federation.buffer set evaluate.every to more rounds, or "
+        "the slowest device is waited for there."
+    )
 
 
 def _without_feedback(config: RunConfig, scheme: Scheme) -> str:

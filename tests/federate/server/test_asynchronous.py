@@ -16,6 +16,7 @@ from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.server import Rounds, pace
 from legolm.models import resolve
+from legolm.plan import make_plan
 from legolm.runs import RoundRecord, RunDir, read_stages, rounds_of
 from legolm.system import Progress
 from residents import Residents
@@ -83,6 +84,9 @@ def test_devices_train_nothing_twice(three_clients: Callable[..., dict[str, Any]
     raw["federation"] = {"engine": "deployment", "rounds": 2, "buffer": 2, "superlink": superlink}
     devices = Residents(tmp_path, ("fr", "de", "es"))
     config = configs.validate(RunConfig, raw, "test")
+    often = configs.validate(RunConfig, raw | {"evaluate": raw["evaluate"] | {"every": 1}}, "test")
+    assert any(note.startswith("Scoring waits for every device, after each round") for note in make_plan(often).notes)
+    assert not make_plan(config).notes
     pipeline.run(config, tmp_path / "out", engine=devices, models=False)
     rounds = rounds_of(read_stages(tmp_path / "out" / "metrics.jsonl"))
     # The largest block is asked first, and who was asked before, before others with the same.
