@@ -104,7 +104,8 @@ def deployed(raw: dict[str, Any], devices: Devices) -> RunConfig:
     superlink = {"home": str(devices.home), "host": "127.0.0.1", "port": devices.port}
     federation = raw["federation"] | {"engine": "deployment", "superlink": superlink}
     data = {name: value for name, value in raw["data"].items() if name != "train"}
-    return configs.validate(RunConfig, raw | {"federation": federation, "data": data}, "test")
+    clients = [one | {"block": "auto"} if one["block"] == "dense" else one for one in raw["clients"]]  # the largest
+    return configs.validate(RunConfig, raw | {"federation": federation, "data": data, "clients": clients}, "test")
 
 
 class Plain(http.server.BaseHTTPRequestHandler):
@@ -232,6 +233,7 @@ def test_a_federation(
         assert len(re.findall("train: answered", devices.log(name))) == 1
         assert len(re.findall("evaluate: answered", devices.log(name))) == 2
         assert devices.log(name).count("MB to fetch") == 1
+    assert "block dense: is the largest that fits this device" in devices.log("es")  # which the config left open
     log = (out / "flower" / "superlink.log").read_text()
     for reason in ("its key is not registered", "'late' expired", "'gone' was revoked"):
         assert f"kept out 127.0.0.1: {reason}" in log or f"kept out 127.0.0.1: the key of device {reason}" in log
