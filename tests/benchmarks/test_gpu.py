@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,13 +21,12 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("gpu_checks")
 
 
-def test_a_small_run_ends_with_right_checks_and_a_row_of_each_block(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--device", "cpu"])
-    importlib.import_module("gpu").main()  # which starts the processes
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_a_small_run_ends_with_right_checks_and_a_row_of_each_block() -> None:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu.py", "--small", "--device", "cpu"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
     assert found["device"] == "cpu"
     assert not found["errors"]
     wrong = [check for check in found["checks"] if not check["ok"]]
