@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from legolm.adapter import merged_weight
+from legolm.adapter import masked_, merged_weight
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -43,7 +43,7 @@ class MaskedLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (g @ merged_weight(weight, a, b, ctx.scale, mask, ctx.seed)).to(ctx.dtype)
-        dense = (g.flatten(0, -2).t() @ x.flatten(0, -2)).float().mul_(mask)
+        dense = masked_((g.flatten(0, -2).t() @ x.flatten(0, -2)).float(), mask)
         da = ctx.scale * (b.t() @ dense) if ctx.needs_input_grad[3] else None
         db = ctx.scale * (dense @ a.t()) if ctx.needs_input_grad[4] else None
         return dx, None, None, da, db, None, None, None
