@@ -17,11 +17,15 @@ from legolm import pipeline
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate import wire
+from legolm.federate.bridge import PIECE
+from legolm.federate.client import Holdings, Profile, Resident
 from legolm.federate.transport import Exchange, Reply, Request, run_local
+from legolm.federate.transport.deployment import Asking
 from legolm.federate.transport.engine import Body
 from legolm.plan import make_plan
 from legolm.privacy import Advert, Session
 from legolm.runs import RoundRecord, RunDir, read_stage
+from legolm.trust import add_device, make_authority, make_key, make_server, write_roster
 
 
 @pytest.fixture
@@ -69,11 +73,9 @@ def failing(phase: str, client: str | None, wrap: Callable[[], Exception]) -> Ca
     return run
 
 
-def test_three_blocks_end_as_without_and_after_a_kill(
-    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(name: str, config: RunConfig, resume: bool = False) -> None:
-        pipeline.run(config, tmp_path / name, store=tmp_path / "store", models=False, resume=resume)
+def test_three_blocks_end_as_without_and_after_a_kill(raw: dict[str, Any], tmp_path: Path) -> None:
+    def run(name: str, config: RunConfig, **options: Any) -> None:
+        pipeline.run(config, tmp_path / name, store=tmp_path / "store", models=False, **options)
 
     def states(name: str, number: int) -> dict[str, torch.Tensor]:
         return load_file(tmp_path / name / f"rounds/000{number}/adapter.safetensors")
@@ -95,9 +97,8 @@ def test_three_blocks_end_as_without_and_after_a_kill(
     assert record.train == {}  # what a client says of its training is not told
     assert record.closed == pytest.approx(0.7)  # the block of one layer, with one of two KV groups
     assert record.shares == pytest.approx({"fr": 0.5, "de": 0.25, "es": 0.25}, abs=0.02)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(pipeline, "engine_for", lambda _: failing("unmask", None, lambda: RuntimeError("killed")))
-        run("killed", secure)
+    with pytest.raises(RuntimeError, match="killed"):
+        run("killed", secure, engine=failing("unmask", None, lambda: RuntimeError("killed")))
     assert not (tmp_path / "killed" / ".secrets").exists()
     assert not (tmp_path / "killed" / "rounds/0002").exists()
     run("killed", secure, resume=True)
@@ -105,14 +106,11 @@ def test_three_blocks_end_as_without_and_after_a_kill(
     assert all(torch.equal(tensor, ended[key]) for key, tensor in states("secure", 2).items())
 
 
-def test_who_goes_in_mid_round_is_named_and_the_rest_opens(
-    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_goes_in_mid_round_is_named_and_the_rest_opens(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["clients"] = [{"id": id, "data": "fr", "block": "wide"} for id in ("a", "b", "c", "d")]
     raw["blocks"] = raw["blocks"][1:2]
-    monkeypatch.setattr(pipeline, "engine_for", lambda _: failing("train", "b", RuntimeError))
     config = load(raw, {"withheld_limit": 0})
-    pipeline.run(config, tmp_path / "out", models=False)
+    pipeline.run(config, tmp_path / "out", models=False, engine=failing("train", "b", RuntimeError))
     first, second = (read_stage(tmp_path / f"out/rounds/000{number}") for number in (1, 2))
     assert isinstance(first, RoundRecord)
     assert isinstance(second, RoundRecord)
@@ -122,6 +120,48 @@ def test_who_goes_in_mid_round_is_named_and_the_rest_opens(
     states = [load_file(tmp_path / f"out/rounds/000{number}/adapter.safetensors") for number in (1, 2)]
     # The mean of three that are alike but for their batches: no noise is left of the fourth's masks.
     assert 0 < max(float((states[1][key] - tensor).abs().max()) for key, tensor in states[0].items()) < 0.03
+
+
+def test_devices_sign_with_what_was_registered_and_keep_secrets_in_memory(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Their resident processes, with their own rows and blocks that they fetched, without Flower between."""
+    home, ids, residents = tmp_path / "federation", ("fr", "de", "es"), dict[str, Resident]()
+    make_authority(home)
+    make_server(home, ["127.0.0.1"])
+    for id in ids:
+        add_device(home, id, make_key(tmp_path / "devices" / id))
+    write_roster(home, tmp_path / "roster.json")
+
+    def run(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def piece(path: str, at: int) -> bytes:
+            return (folder.path / "blocks" / path).read_bytes()[at : at + PIECE]
+
+        for id in ids:
+            data = (str(tmp_path / "data" / f"{id}.jsonl"),)
+            held = Holdings(tmp_path / "devices" / id, data, profile=Profile("cpu"), roster=tmp_path / "roster.json")
+            residents[id] = Resident(held, id, piece, lambda text: None)
+        asking = Asking(folder, config, None, lambda text: None)  # type: ignore[arg-type]
+
+        def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+            for index, one in enumerate(requests):
+                header, reply = residents[one.client].answer(asking._welcome(one), one.content)
+                yield Reply(index, reply, header.get("error", ""))
+
+        body(exchange)
+
+    federation = {"engine": "deployment", "rounds": 1, "superlink": {"home": str(home)}}
+    raw["data"] = {"validation": 0.1, "test": 0.2}
+    evaluate = {"scores": "own", "others": None, "local_only": False}
+    config = load(raw, {"withheld_limit": 1}, federation=federation, evaluate=evaluate)
+    pipeline.run(config, tmp_path / "out", store=tmp_path / "store", models=False, engine=run)
+    record = read_stage(tmp_path / "out/rounds/0001")
+    assert isinstance(record, RoundRecord)
+    assert (record.accepted, record.refused) == (list(ids), [])
+    for id, resident in residents.items():
+        (kept,) = resident._secrets.values()
+        secret = json.loads(kept)["mask_secret"].encode()
+        files = [path for path in (tmp_path / "devices" / id).rglob("*") if path.is_file()]
+        assert len(files) > 5
+        assert not any(secret in path.read_bytes() for path in files)
 
 
 def test_what_a_client_counts_is_known_to_all() -> None:
