@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,20 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, else in order."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing of a test stays in the user's cache, and none waits for the disk: no test cuts the power.
+
+    Workers share one, where what was proved of a model's layers is kept.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patched:
+        shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+        patched.setenv("XDG_CACHE_HOME", str(shared / "cache"))
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

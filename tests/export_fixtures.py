@@ -51,7 +51,7 @@ def block(sharp: Callable[[str], Path], corpus: Path, tmp_path_factory: pytest.T
         key = variant + repr(target)
         if key not in made:
             target = target or {"intermediate_size": 64, "num_key_value_heads": 1}
-            if variant == "olmo2":
+            if variant in ("olmo2", "gpt2", "gpt_neox"):  # they keep all
                 target.pop("num_key_value_heads", None)
             spec = BlockConfig(
                 name="b",

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import subprocess
 import sys
+import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import torch
 
 from legolm.cli import main
 
@@ -27,6 +34,45 @@ def legolm(*arguments: object) -> subprocess.CompletedProcess[str]:
         except SystemExit as end:
             code = int(end.code or 0)
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue())
+
+
+def forked(action: Callable[[], object], errors: Path | None = None) -> int:
+    """The id of a process that does this and ends, with what it says of errors in a file.
+
+    It is forked: a new interpreter would import for seconds.
+    """
+    if pid := os.fork():
+        return pid
+    code: object = 3
+    try:
+        signal.alarm(300)
+        torch.set_num_threads(1)
+        if errors is not None:
+            sys.stderr = errors.open("w", buffering=1)
+        action()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code if isinstance(code, int) else 3)
+
+
+def command(*arguments: object) -> None:
+    """The command's entry point, for a process that is `forked`."""
+    sys.argv = ["legolm", *map(str, arguments)]
+    main()
+
+
+def ended(pid: int) -> int:
+    """The exit code of a process that was `forked`, once it has ended; of a signal, its number below 0."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process that was `forked` works still."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *says: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import assert_one_line, legolm
+from helpers import assert_one_line, ended, forked, legolm
 from legolm.evaluation import side_by_side
 from legolm.prune import build
 from legolm.system import scratch_folder
@@ -22,15 +22,7 @@ from legolm.system import scratch_folder
 
 def killed(action: Callable[[], object]) -> None:
     """Do it in a process that ends itself by SIGKILL on the way."""
-    if (pid := os.fork()) == 0:
-        try:
-            signal.alarm(120)
-            torch.set_num_threads(1)
-            action()
-        finally:
-            os._exit(3)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert ended(forked(action)) == -signal.SIGKILL
 
 
 def at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> None:

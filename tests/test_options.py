@@ -13,7 +13,8 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import combinations, product
+from functools import cache
+from itertools import combinations, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ BLOCKS: dict[str, Options] = {
     name: {"method": name} | ({"pattern": "2:4"} if name == "magnitude" else {"sparsity": 0.5})
     for name in shipped(CRITERIA)
 }
+MASKED = shipped(CRITERIA)
+"""Blocks that are alike to everything but what cuts them: runs take one of them in turn."""
 
 ONE = "clients.1."  # the second of two clients; the first holds the whole LLM
 PARAMETERS: dict[str, dict[str, Options]] = {
@@ -94,7 +97,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "denominator": {"-": {}, "global_fill": {"aggregate.denominator": "global_fill"}},
     "capable": {"no": {}, "yes": {"federation.capable": True}},
     "mode": {name: {"federation.mode": name} for name in ("federated", "alone", "pooled")},
-    "block": {name: {ONE + "block": name} for name in BLOCKS},
+    "block": {name: {ONE + "block": name} for name in BLOCKS if name not in MASKED[1:]},
     "rank": {"4": {}, "2": {ONE + "rank": 2}},
     "layers": {"all": {}, "1": {ONE + "layers": [1]}},
     "optimizer": {n: {"aggregate.server_optimizer": n} for n in ("none", "fedavgm", "fedadam", "fedyogi")},
@@ -155,10 +158,15 @@ HETEAGG = {"form": "-", "residual": "-", "redraw": "-", "denominator": "-", "mas
 
 def traits(row: Row) -> Any:
     """The scheme of the row, which says itself what it takes."""
-    settings: Options = {"form": row["form"]} if row["scheme"] == "heteagg" and row["form"] != "-" else {}
-    if row["redraw"] != "-" and row["form"] in ("-", "frozen_side"):
-        settings["redraw"] = int(row["redraw"])
-    return SCHEMES.entry(row["scheme"]).make(**settings)
+    return made(row["scheme"], row["form"], row["redraw"])
+
+
+@cache
+def made(scheme: str, form: str, redraw: str) -> Any:
+    settings: Options = {"form": form} if scheme == "heteagg" and form != "-" else {}
+    if redraw != "-" and form in ("-", "frozen_side"):
+        settings["redraw"] = int(redraw)
+    return SCHEMES.entry(scheme).make(**settings)
 
 
 def refusal(row: Row) -> str | None:
@@ -223,12 +231,13 @@ def with_pair(pair: Pair) -> Iterator[Row]:
 def pairwise() -> list[Row]:
     """Rows such that two values which go together in some row do so in one of these; greedily, few."""
     left, rows = set(every_pair()), list[Row]()
+    names = sorted(PARAMETERS, key=lambda name: -len(PARAMETERS[name]))
     for pair in every_pair():
         row = next((row for row in with_pair(pair) if refusal(row) is None), None)
         if pair not in left or row is None:
             continue
         chosen = list(pair)
-        for name in (name for name in PARAMETERS if name not in dict(pair)):
+        for name in (name for name in names if name not in dict(pair)):
             gains = {
                 value: sum((one, (name, value)) in left or ((name, value), one) in left for one in chosen)
                 for value in PARAMETERS[name]
@@ -241,8 +250,13 @@ def pairwise() -> list[Row]:
     return rows
 
 
+def in_turn(rows: list[Row]) -> Iterator[Row]:
+    masked = cycle(MASKED)
+    return (row | {"block": next(masked)} if row["block"] in MASKED else row for row in rows)
+
+
 # Of the pairs some rows have a third value that makes little of them: kept updates beside redrawn sides are replayed.
-ROWS = [*pairwise(), USUAL | {"redraw": "1", "updates": "kept", "resumed": "yes", "block": "structured"}]
+ROWS = [*in_turn(pairwise()), USUAL | {"redraw": "1", "updates": "kept", "resumed": "yes", "block": "structured"}]
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +280,9 @@ def home(three_clients: Callable[..., Options], tmp_path_factory: pytest.TempPat
 
     def config(row: Row) -> tuple[RunConfig, Path]:
         own = copy.deepcopy(raw)
+        put(own, ONE + "block", row["block"])
         for name, value in row.items():
-            for field, setting in PARAMETERS[name][value].items():
+            for field, setting in (PARAMETERS[name][value] if name != "block" else {}).items():
                 put(own, field, str(folder / "server.jsonl") if setting == "SERVER" else setting)
         own["blocks"] = [one for one in own["blocks"] if one["name"] in ("dense", row["block"])]
         return configs.validate(RunConfig, own, "row"), folder / "store"

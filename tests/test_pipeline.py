@@ -26,7 +26,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import without_clocks
+from helpers import command, ended, forked, is_there, legolm, without_clocks
 from legolm import config as configs
 from legolm import pipeline
 from legolm.adapter import slice_factors
@@ -43,17 +43,44 @@ from legolm.runs import Others, RunDir, Summary, dump_record, read_record
 from legolm.system import Progress, locked
 
 
-@pytest.fixture
-def config_file(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
-    """A structured, a smaller and a sparse block, one of them recovered, and a personal step."""
+@pytest.fixture(scope="module")
+def home(three_clients: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A structured, a smaller and a sparse block, one of them recovered, and a personal step: `run.yaml`.
+
+    It ran into `undisturbed`, with `store`.
+    """
+    folder = tmp_path_factory.mktemp("home")
     federation = {"engine": "local", "rounds": 2, "personal_steps": 2}
-    raw = three_clients(tmp_path, ("wide", "half", "sparse"), federation=federation)
+    raw = three_clients(folder, ("wide", "half", "sparse"), federation=federation)
     raw["blocks"][1]["recover"] = {"steps": 1, "batch_size": 2}
     raw["blocks"][2]["method"] = "sparsegpt"
     raw["clients"][1]["rank"] = 2
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(raw))
-    return path
+    (folder / "run.yaml").write_text(json.dumps(raw))
+    pipeline.run(configs.load(folder / "run.yaml"), folder / "undisturbed", store=folder / "store")
+    return folder
+
+
+@pytest.fixture
+def config_file(home: Path) -> Path:
+    return home / "run.yaml"
+
+
+@pytest.fixture
+def store(home: Path) -> Path:
+    """Of blocks that are cut, and of scores before training."""
+    return home / "store"
+
+
+@pytest.fixture
+def finished(home: Path) -> tuple[RunConfig, Path]:
+    """What ran, for those who only read it."""
+    return configs.load(home / "run.yaml"), home / "undisturbed"
+
+
+@pytest.fixture
+def copied(finished: tuple[RunConfig, Path], tmp_path: Path) -> tuple[RunConfig, Path]:
+    config, out = finished
+    return config, Path(shutil.copytree(out, tmp_path / "undisturbed"))
 
 
 def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -82,14 +109,6 @@ def actors_niceness(server: int) -> set[int]:
             if "".join(process.cmdline()).startswith("ray::ClientAppActor"):
                 found.add(process.nice())
     return found
-
-
-@pytest.fixture
-def finished(config_file: Path, tmp_path: Path) -> tuple[RunConfig, Path]:
-    config = configs.load(config_file)
-    out = tmp_path / "undisturbed"
-    pipeline.run(config, out)
-    return config, out
 
 
 def test_a_run_leaves_everything_promised(finished: tuple[RunConfig, Path]) -> None:
@@ -154,17 +173,32 @@ def test_final_models_load_plainly_and_are_what_was_scored(finished: tuple[RunCo
     assert found.loss == pytest.approx(entry["own"]["personal"], rel=1e-4)
 
 
-def test_the_flower_engine_gives_the_same_result(config_file: Path, finished: tuple[RunConfig, Path]) -> None:
+WHOLE = """
+from legolm.finetune import Task, fit, trainer
+
+@trainer("mine")
+def whole(task: Task, *, share: float = 0.5):
+    change, metrics = fit(task)
+    return {key: share * tensor for key, tensor in change.items()}, metrics | {"share": share}
+"""
+
+
+def test_the_flower_engine_gives_the_same_result_with_a_trainer_from_outside(
+    config_file: Path, finished: tuple[RunConfig, Path], tmp_path: Path
+) -> None:
     _, local = finished
-    out = local.parent / "flower"
-    # In a process of its own, as users run it: Ray and its threads end with it.
-    command = [sys.executable, "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
-    errors, deadline, niceness = local.parent / "stderr.txt", time.monotonic() + 300, set[int]()
+    out = tmp_path / "flower"
+    (tmp_path / "mine.py").write_text(WHOLE)
+    # In a process of its own, as users run it: Ray and its threads end with it. Of -P, like the command, without the
+    # working directory in its path: it and Ray's processes each find the plugin.
+    command = [sys.executable, "-P", "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
+    sets = ("federation.engine=flower", "plugins=[mine:whole]", "train.trainer=mine", "train.share=1")
+    errors, deadline, niceness = tmp_path / "stderr.txt", time.monotonic() + 300, set[int]()
     # A socket's path below it has to be short.
     with errors.open("w") as stderr, TemporaryDirectory(prefix="r", dir="/tmp") as sessions:
-        started = [*command, "--set", "federation.engine=flower"]
+        started = [*command, *(part for one in sets for part in ("--set", one))]
         environment = os.environ | {"RAY_TMPDIR": sessions}
-        process = subprocess.Popen(started, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+        process = subprocess.Popen(started, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, cwd=tmp_path)
         while process.poll() is None:
             assert time.monotonic() < deadline, errors.read_text()
             niceness |= actors_niceness(process.pid)
@@ -173,24 +207,25 @@ def test_the_flower_engine_gives_the_same_result(config_file: Path, finished: tu
     assert process.returncode == 0, errors.read_text()
     assert_same_run(local, out, exact=False)
     assert niceness == {os.nice(0)}  # beside other work, actors get as much of a core as anyone
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {one["share"] for record in records if record.get("round") for one in record["train"].values()} == {1.0}
 
 
-def test_a_killed_run_goes_on_and_ends_at_the_same_result(config_file: Path, finished: tuple[RunConfig, Path]) -> None:
+def test_a_killed_run_goes_on_and_ends_at_the_same_result(
+    config_file: Path, finished: tuple[RunConfig, Path], tmp_path: Path
+) -> None:
     _, undisturbed = finished
-    out = undisturbed.parent / "killed"
-    command = [sys.executable, "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
+    out = tmp_path / "killed"
     # Kill at three different stages: while blocks are cut, in the rounds, in the personal step.
     for waits_for in ("blocks/wide", "rounds/0001", "personal/fr"):
-        process = subprocess.Popen([*command, "--resume"], stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 120
+        pid = forked(lambda: command("run", config_file, "--out", out, "--resume"))
         while not (out / waits_for).exists():
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
+            assert is_there(pid)
             time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) == -signal.SIGKILL
     assert not (out / "summary.json").exists()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
+    done = legolm("run", config_file, "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_run(undisturbed, out, exact=True)
     assert not list(out.rglob("*.partial"))
@@ -246,16 +281,19 @@ def misshapen(header: wire.UpdateReply, delta: dict[str, torch.Tensor]) -> bytes
     return wire.pack(header, {key: tensor[1:] for key, tensor in delta.items()})
 
 
-def test_bad_updates_are_refused_and_named_and_the_round_goes_on(config_file: Path, tmp_path: Path) -> None:
+def test_bad_updates_are_refused_and_named_and_the_round_goes_on(
+    config_file: Path, store: Path, tmp_path: Path
+) -> None:
     config = configs.load(
         config_file, ["federation.rounds=1", "federation.personal_steps=0", "evaluate.local_only=false"]
     )
+    tampers: dict[str, Tamper]
     for name, tampers, crash, reasons in (
-        ("nan", {"fr": poison}, None, {"fr": "is not finite"}),
+        ("one", {"fr": poison, "es": misshapen}, None, {"fr": "is not finite", "es": "has shape"}),
         ("two", {"de": foreign}, "es", {"de": "base_fingerprint is 'another'", "es": "the device went away"}),
-        ("shape", {"es": misshapen}, None, {"es": "has shape"}),
     ):
-        summary = pipeline.run(config, tmp_path / name, engine=tampering_engine(tampers, crash))
+        engine = tampering_engine(tampers, crash)
+        summary = pipeline.run(config, tmp_path / name, engine=engine, store=store, models=False)
         last = summary.history[-1]
         assert last.accepted == [client for client in ("fr", "de", "es") if client not in reasons]
         assert {one.client for one in last.refused} == set(reasons)
@@ -265,9 +303,10 @@ def test_bad_updates_are_refused_and_named_and_the_round_goes_on(config_file: Pa
         assert all(bool(tensor.isfinite().all()) for tensor in state.values())
 
 
-def test_refusals_outside_the_rounds_are_named_and_passed_over(config_file: Path, tmp_path: Path) -> None:
+def test_refusals_outside_the_rounds_are_named_and_passed_over(config_file: Path, store: Path, tmp_path: Path) -> None:
     config, out = configs.load(config_file, ["federation.rounds=1", "federation.personal_steps=1"]), tmp_path / "out"
-    summary = pipeline.run(config, out, engine=tampering_engine({"fr": poison}, phases=("local", "personal")))
+    engine = tampering_engine({"fr": poison}, phases=("local", "personal"))
+    summary = pipeline.run(config, out, engine=engine, store=store)
     (fr, *others) = summary.clients
     assert set(fr.refused) == {"local", "personal"} and "is not finite" in fr.refused["local"]
     assert set(fr.own) == {"before", "global"} and all(one.refused == {} for one in others)
@@ -281,19 +320,19 @@ def test_refusals_outside_the_rounds_are_named_and_passed_over(config_file: Path
     assert pipeline.run(config, out, resume=True).clients == summary.clients
     with pytest.raises(LegolmError, match=r"local: every client was refused \(fr: .*; de: .*; es: .*not finite.*\)"):
         everyone = dict.fromkeys(("fr", "de", "es"), poison)
-        pipeline.run(config, tmp_path / "none", engine=tampering_engine(everyone, phases=("local",)))
+        pipeline.run(config, tmp_path / "none", engine=tampering_engine(everyone, phases=("local",)), store=store)
 
 
-def test_an_adapter_that_overflows_is_named_with_who_made_it(config_file: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_overflows_is_named_with_who_made_it(config_file: Path, store: Path, tmp_path: Path) -> None:
     config = configs.load(
         config_file,
         ["aggregate.server_learning_rate=1e37", "federation.personal_steps=0", "evaluate.local_only=false"],
     )
     with pytest.raises(LegolmError, match=r"round 1: the new global adapter is not finite in layers.*of fr, de, es"):
-        pipeline.run(config, tmp_path / "out", engine=tampering_engine({"fr": swollen}))
+        pipeline.run(config, tmp_path / "out", engine=tampering_engine({"fr": swollen}), store=store)
 
 
-def test_replies_twice_of_nobody_and_none_are_named(config_file: Path, tmp_path: Path) -> None:
+def test_replies_twice_of_nobody_and_none_are_named(config_file: Path, store: Path, tmp_path: Path) -> None:
     config = configs.load(
         config_file, ["federation.rounds=1", "federation.personal_steps=0", "evaluate.local_only=false"]
     )
@@ -313,7 +352,7 @@ def test_replies_twice_of_nobody_and_none_are_named(config_file: Path, tmp_path:
 
     said = StringIO()
     progress = Progress(Console(file=said, width=200))
-    summary = pipeline.run(config, tmp_path / "out", engine=engine, progress=progress)
+    summary = pipeline.run(config, tmp_path / "out", engine=engine, progress=progress, store=store, models=False)
     assert re.search(r"round 1: train: one more reply of (fr|de|es) \(request 0\) was dropped", said.getvalue())
     assert "one more reply of nobody (request 7) was dropped" in said.getvalue()
     last = summary.history[-1]
@@ -325,6 +364,7 @@ def test_replies_twice_of_nobody_and_none_are_named(config_file: Path, tmp_path:
     [
         ({"loss": float("nan")}, "fr.* has loss nan; if training diverged, lower train.learning_rate"),
         ({"exact_match": 2.0}, "has exact_match 2.0"),
+        ({"stderr": -1.0}, "has standard error -1.0"),
         ({"tokens": 0}, "tokens 0"),
         ({"loss": 1e308}, "has loss 1e\\+308; if training diverged"),
         ({"tokens": 10**400}, "tokens 10000"),
@@ -332,9 +372,10 @@ def test_replies_twice_of_nobody_and_none_are_named(config_file: Path, tmp_path:
     ],
 )
 def test_scores_are_checked_and_named(
-    change: dict[str, float] | None, says: str, config_file: Path, tmp_path: Path
+    change: dict[str, float] | None, says: str, three_clients: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    config = configs.load(config_file, ["federation.personal_steps=0", "evaluate.local_only=false"])
+    raw = three_clients(tmp_path, ("dense", "dense", "dense"), rows=10, evaluate={"local_only": False})
+    config = configs.validate(RunConfig, raw, "test")
 
     def engine(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
         def wrap(exchange: Exchange) -> Exchange:
@@ -352,10 +393,10 @@ def test_scores_are_checked_and_named(
         pipeline.run(config, tmp_path / "out", engine=engine)
 
 
-def test_too_few_updates_stop_the_run_with_the_reasons(config_file: Path, tmp_path: Path) -> None:
+def test_too_few_updates_stop_the_run_with_the_reasons(config_file: Path, store: Path, tmp_path: Path) -> None:
     config = configs.load(config_file, ["federation.min_replies=3", "evaluate.local_only=false"])
     with pytest.raises(LegolmError, match=r"round 1: 2 updates accepted.*fr: .*is not finite"):
-        pipeline.run(config, tmp_path / "out", engine=tampering_engine({"fr": poison}))
+        pipeline.run(config, tmp_path / "out", engine=tampering_engine({"fr": poison}), store=store)
 
 
 def test_a_folder_of_another_run_is_left_alone(finished: tuple[RunConfig, Path]) -> None:
@@ -368,8 +409,9 @@ def test_a_folder_of_another_run_is_left_alone(finished: tuple[RunConfig, Path])
     assert sorted((str(path), path.stat().st_mtime_ns) for path in out.rglob("*")) == before
 
 
-def test_changed_data_stops_a_resume(config_file: Path, tmp_path: Path) -> None:
-    config = configs.load(config_file)
+def test_changed_data_stops_a_resume(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "data", tmp_path / "data")
+    config = configs.load(home / "run.yaml", [f"data.train={tmp_path}/data/*.jsonl"])
     RunDir.open(tmp_path / "out", config, resume=False)
     pipeline._identify(RunDir(tmp_path / "out"), config, pipeline.make_plan(config))
     with (tmp_path / "data" / "fr.jsonl").open("a") as file:
@@ -378,8 +420,8 @@ def test_changed_data_stops_a_resume(config_file: Path, tmp_path: Path) -> None:
         pipeline.run(config, tmp_path / "out", resume=True)
 
 
-def test_profiles_get_the_largest_block_that_fits(config_file: Path) -> None:
-    raw = json.loads(config_file.read_text())
+def test_profiles_get_the_largest_block_that_fits(home: Path, tmp_path: Path) -> None:
+    raw, config_file = json.loads((home / "run.yaml").read_text()), tmp_path / "run.yaml"
     raw["clients"] = [
         {"id": "fr", "profile": {"memory_mb": 100_000}},
         {"id": "de", "block": "half"},
@@ -393,8 +435,8 @@ def test_profiles_get_the_largest_block_that_fits(config_file: Path) -> None:
     assert [client.block for client in plan.clients] == [largest, "half", largest]
 
 
-def test_what_a_stage_kept_is_checked(finished: tuple[RunConfig, Path]) -> None:
-    config, out = finished
+def test_what_a_stage_kept_is_checked(copied: tuple[RunConfig, Path]) -> None:
+    config, out = copied
     path = out / "rounds" / "0002" / "adapter.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1  # one bit of the last weight: it reads as well as before
@@ -405,18 +447,16 @@ def test_what_a_stage_kept_is_checked(finished: tuple[RunConfig, Path]) -> None:
 
 
 def test_two_processes_do_not_share_a_folder(config_file: Path, tmp_path: Path) -> None:
-    config, out = configs.load(config_file), tmp_path / "out"
+    config, out, errors = configs.load(config_file), tmp_path / "out", tmp_path / "stderr.txt"
     with locked(out):
-        command = [sys.executable, "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert f"another process ({os.getpid()}) works in this folder" in done.stderr
+        assert ended(forked(lambda: command("run", config_file, "--out", out), errors)) == 2
+    assert f"another process ({os.getpid()}) works in this folder" in errors.read_text()
     assert not (out / "config.yaml").exists()
-    pipeline.run(config.model_copy(update={"clients": config.clients[:1], "blocks": config.blocks[:1]}), out)
+    RunDir.open(out, config, resume=False)
 
 
-def test_a_resumed_run_may_change_what_does_not_change_the_past(finished: tuple[RunConfig, Path]) -> None:
-    config, out = finished
+def test_a_resumed_run_may_change_what_does_not_change_the_past(copied: tuple[RunConfig, Path]) -> None:
+    config, out = copied
     before = json.loads((out / "summary.json").read_text())
     changed = config.federation.model_copy(update={"deadline_s": 99.0, "threads": 2, "min_replies": 2})
     pipeline.run(config.model_copy(update={"federation": changed}), out, resume=True)
@@ -436,20 +476,19 @@ def test_final_models_are_readable_as_the_umask_says(finished: tuple[RunConfig, 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on(number: signal.Signals, config_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
-    # Of a shell's background job SIGINT is ignored, and what it starts inherits that; a handler is not inherited.
-    before = signal.signal(number, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(number, before)
+    out, errors = tmp_path / "out", tmp_path / "stderr.txt"
+
+    def run() -> None:
+        signal.signal(number, signal.default_int_handler)  # of a shell's background job SIGINT is ignored
+        command("run", config_file, "--out", out)
+
+    pid = forked(run, errors)
     while not (out / "rounds" / "0000").exists():
-        assert process.poll() is None
+        assert is_there(pid)
         time.sleep(0.01)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    os.kill(pid, number)
+    assert ended(pid) == 130
+    said = errors.read_text()
     assert said.splitlines()[-1].startswith("stopped: what is finished is kept")
     assert "Traceback" not in said
     assert not list(out.rglob("*.partial"))

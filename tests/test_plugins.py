@@ -1,9 +1,11 @@
-"""Schemes, criteria and trainers from outside legolm: run end to end, and refused in one line."""
+"""Schemes, criteria and trainers from outside legolm: run end to end, and refused in one line.
+
+In Ray's processes, `test_pipeline` runs one.
+"""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,7 +152,7 @@ def test_prune_takes_it_too(plugin: Callable[..., None], tiny: Callable[[str], P
     assert read_block(Path("low")).method == "signed"
 
 
-def test_a_trainer_in_both_engines(plugin: Callable[..., None], config: Callable[..., Path]) -> None:
+def test_a_trainer(plugin: Callable[..., None], config: Callable[..., Path]) -> None:
     plugin(TRAINER)
     path = config(plugins=["mine:half_way"], train={"trainer": "half_way", "share": 0.25})
     summary = ran(path, "local")
@@ -159,13 +161,6 @@ def test_a_trainer_in_both_engines(plugin: Callable[..., None], config: Callable
     assert {one["share"] for record in records if record.get("round") == 1 for one in record["train"].values()} == {
         0.25
     }
-    # Another process (-P: like the command, without the working directory in its path), and Ray's: each finds it.
-    command = [sys.executable, "-P", "-m", "legolm.cli", "run", str(path), "--out", "flower"]
-    command += ["--set", "federation.engine=flower"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    one, two = (load_file(Path(out) / "rounds" / "0001" / "adapter.safetensors") for out in ("local", "flower"))
-    assert all(bool((one[key] - two[key]).abs().max() < 1e-6) for key in one)
 
 
 def test_an_entry_point_is_a_plugin(

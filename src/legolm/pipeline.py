@@ -15,11 +15,12 @@ from typing import Any
 
 from legolm.adapter import merge, save_adapter, save_factors, tensors_hash
 from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
-from legolm.config import RunConfig
+from legolm.config import AUTO, RunConfig
 from legolm.data import DATE, client_data, data_fingerprint, prompt_look
 from legolm.errors import LegolmError
-from legolm.federate.server import Rounds, ask, server_examples, steps_of
-from legolm.federate.transport import Engine, engine_for
+from legolm.federate.server import Rounds, ask, place, server_examples, steps_of
+from legolm.federate.transport import Engine, Exchange, engine_for
+from legolm.federate.wire import Offer, OfferRequest, block_files, block_id
 from legolm.finetune import learning_rate
 from legolm.models import (
     carry,
@@ -126,23 +127,39 @@ def _run(
 
     with clock.stage("blocks", recorded=False):
         blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
-    block_of = {client.id: client.block for client in plan.clients}
-    shared = store / "before" if store else None
-    train = {client.id: config.train.model_copy(update=_settings(client)) for client in plan.clients}
-    rounds = Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock, train)
     name = out.resolve().name
 
+    def begin() -> Rounds:
+        """The rounds of what is decided now."""
+        block_of = {client.id: client.block for client in plan.clients}
+        train = {client.id: config.train.model_copy(update=_settings(client)) for client in plan.clients}
+        shared = store / "before" if store else None
+        return Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock, train)
+
+    rounds = begin()
+    rounds.write_lines()
+
     def so_far() -> Summary:
+        block_of = {client.id: client.block for client in plan.clients}
         found = rounds.records()
         return summarize(config, blocks, block_of, found, identity, name, clock.wall, clock.seconds("blocks"))
 
-    if config.federation.engine == "deployment":  # whose rounds take as long as devices do
-        rounds.after_round = lambda: write_report(so_far(), out / "report.html")
-    rounds.write_lines()
+    def work(exchange: Exchange) -> None:
+        nonlocal config, plan, rounds
+        if undecided := [client.id for client in config.clients if client.block == AUTO]:
+            folder.place(place(_offers(folder, config, plan, identity.run), undecided, exchange, progress))
+            config = folder.settled(config)
+            plan = make_plan(config)
+            rounds = begin()
+        if config.federation.engine == "deployment":  # whose rounds take as long as devices do
+            rounds.after_round = lambda: write_report(so_far(), out / "report.html")
+        rounds.run(exchange)
+
     if not rounds.finished:
         for line in plan.read:
             progress.note(line)
-        engine(folder, config, plan.actors, rounds.run)
+        engine(folder, config, plan.actors, work)
+    block_of = {client.id: client.block for client in plan.clients}
     if models:
         with clock.stage("final", recorded=False):
             _write_final(folder, config, plan, blocks, block_of, rounds, progress)
@@ -153,6 +170,25 @@ def _run(
     summary.write(out)
     write_report(summary, out / "report.html")
     return summary
+
+
+def _offers(folder: RunDir, config: RunConfig, plan: Plan, run: str) -> OfferRequest:
+    """What a device is asked that may hold any of the blocks; it is for no client yet."""
+    tokens = config.train.steps * config.train.batch_size * config.train.max_length
+    offers = [
+        Offer(
+            name=one.name,
+            id=block_id(block_files(folder.block(one.name))),
+            parameters=one.parameters,
+            bytes=one.file_bytes,
+            memory=one.least_bytes,
+            operations=tokens * one.token_flops,
+            tokens=tokens,
+        )
+        for one in plan.blocks
+    ]
+    deadline = config.federation.deadline_s
+    return OfferRequest(run=run, client="", precision=plan.precision, deadline_s=deadline, offers=offers)
 
 
 def _settings(client: PlannedClient) -> dict[str, int | bool]:

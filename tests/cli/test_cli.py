@@ -165,24 +165,28 @@ def test_bad_input_is_one_line_and_nothing_is_written(config: Callable[..., Path
         fails(says, model=str(tmp_path / kind))
 
 
-def test_an_out_that_cannot_be_made_is_refused_before_the_work(config: Callable[..., Path], tmp_path: Path) -> None:
-    path, file = config(), tmp_path / "fr.jsonl"
+def test_an_out_that_cannot_be_made_is_refused_before_the_work(
+    config: Callable[..., Path], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path, file, model = config(), tmp_path / "fr.jsonl", tiny("llama")
     below = ("--out", file / "x")
     for command in (
         ("run", path),
-        ("prune", "starter", "--method", "wanda", "--sparsity", "0.5"),
-        ("calibrate", "starter", "--text", file),
-        ("eval", "starter", "--data", file),
+        ("prune", model, "--method", "wanda", "--sparsity", "0.5"),
+        ("calibrate", model, "--text", file),
+        ("eval", model, "--data", file),
         ("compose", tmp_path, "--into", "llm"),
         ("ablate", tmp_path),
     ):
         assert_one_line(legolm(*command, *below), f"{file} is a file")
 
 
-def test_options_that_would_do_nothing_are_refused(config: Callable[..., Path], tmp_path: Path) -> None:
+def test_options_that_would_do_nothing_are_refused(
+    config: Callable[..., Path], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
     config()
     data = ("--data", tmp_path / "fr.jsonl")
-    assert_one_line(legolm("eval", "starter", "--base", "nope", *data), "--base nope", "none of starter is a block")
+    assert_one_line(legolm("eval", tiny("llama"), "--base", "nope", *data), "--base nope", " is a block")
     assert_one_line(legolm("ablate", tmp_path, "--limit", 3), "only with --tasks")
 
 

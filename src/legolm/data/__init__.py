@@ -9,7 +9,7 @@ from legolm.data.sequence import begin, begun, check_tokens, encode, windows
 from legolm.data.sources import check_apart, paths_of, read_rows
 from legolm.data.split import client_data, data_fingerprint, load_parts, own_part
 from legolm.data.starter import is_starter
-from legolm.data.template import DATE, prompt_look, render_template, set_template, take_look
+from legolm.data.template import DATE, dated_template, prompt_look, render_template, set_template, take_look
 from legolm.data.tokens import TokenRows, tokenize
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "check_whole",
     "client_data",
     "data_fingerprint",
+    "dated_template",
     "encode",
     "help_tokens",
     "is_starter",

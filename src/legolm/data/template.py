@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ MAX_BYTES = 1 << 20
 """Of a template's file: a hundred times the longest."""
 DATE = "template_date"
 """Where a tokenizer's config keeps the day that its template takes for today."""
+DAY = "2024-07-26"
+"""The day where it keeps none."""
+_ASKS_DAY = re.compile(r"""strftime_now\(\s*(['"])([^'"]*)\1\s*\)""")
 _ROLE, _CONTENT = "message['role']", "message['content']"
 BUILT_IN = {
     # Taori et al., https://github.com/tatsu-lab/stanford_alpaca; a system message stands for its preamble.
@@ -130,6 +135,23 @@ def set_template(tokenizer: Any, data: DataConfig) -> None:
 def writes_date(tokenizer: Any) -> bool:
     """Whether the tokenizer's chat template asks for the day."""
     return "strftime_now" in str(tokenizer.chat_template)
+
+
+def dated_template(tokenizer: Any) -> tuple[str | None, list[str]]:
+    """The chat template with its day written out, for programs that would write today's; what is to be said of that.
+
+    It is the day that `render_template` writes. Raises `LegolmError` for a template that computes how it writes a day.
+    """
+    if not tokenizer.chat_template:
+        return None, []
+    template = str(tokenizer.get_chat_template())
+    if not writes_date(tokenizer):
+        return template, []
+    day = date.fromisoformat(tokenizer.init_kwargs.get(DATE, DAY))
+    template = _ASKS_DAY.sub(lambda found: json.dumps(day.strftime(found[2]), ensure_ascii=False), template)
+    if "strftime_now(" in template.replace(" ", ""):
+        raise template_error(tokenizer, "computes how it writes the day", "write the format into strftime_now(...)")
+    return template, [f"the chat template has {day} for today, as the model was trained"]
 
 
 def prompt_look(tokenizer: Any) -> tuple[Any, str | None]:

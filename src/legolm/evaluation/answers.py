@@ -11,7 +11,7 @@ import torch
 
 from legolm.config import Precision
 from legolm.data import Tokens
-from legolm.evaluation.figure import Array
+from legolm.evaluation.figure import Array, ratio_figure
 from legolm.models import Head, autocast, hidden_states, judged, lean, pack
 from legolm.runs import Score
 
@@ -49,10 +49,11 @@ def score_each(model: Any, examples: Sequence[Tokens], batch_size: int, precisio
 def score(model: Any, examples: Sequence[Tokens], batch_size: int, precision: Precision) -> Score:
     """Mean loss (nats) over all answer tokens, and the share of answers that greedy decoding gives exactly."""
     found = score_each(model, examples, batch_size, precision)
-    tokens = int(found.tokens.sum())
+    loss = ratio_figure(found.losses, found.tokens, "")
     return Score(
-        loss=float(found.losses.sum()) / tokens,
+        loss=loss.value,
+        stderr=loss.stderr,
         exact_match=float(found.exact.mean()),
-        tokens=tokens,
+        tokens=int(found.tokens.sum()),
         examples=len(examples),
     )

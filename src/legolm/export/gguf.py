@@ -36,6 +36,7 @@ TEXTS = (
     "Ünïcödé naïve Straße, русский текст, 中文字符, 日本語, ไทย, 🚀🙂",
     "def f(x_1):\n    return {'a': [x_1**2, 0x1F]}  # CamelCase HTTPServer\n",
     "I'VE SHE'LL They'Re 1a2b 007 1,000,000 -- ... ?!",
+    "".join(" " * count + "x" + "\n" * count for count in range(1, 13)),
 )
 CHATS = (
     [("user", "Hi.")],
@@ -63,10 +64,10 @@ def write_checked(source: Source, out: Path, quant: Quant) -> list[str]:
     if lossy is not None:
         whole = source.scratch / "whole.gguf"
         write_gguf(source.path, whole, layout, vocabulary, "f16", source.block.name)
-        verify(source, whole, exact, "f16")
+        verify(source, whole, exact, "f16", vocabulary)
         whole.unlink()
     written = write_gguf(source.path, out, layout, vocabulary, quant, source.block.name)
-    found = verify(source, out, lossy or exact, quant)
+    found = verify(source, out, lossy or exact, quant, vocabulary)
     lines += written.notes()
     if source.coverage.masks:
         lines.append("the zeros of its bit masks are written out: GGUF has no sparse form, and they save nothing there")
@@ -101,11 +102,12 @@ def verify(
     file: Path,
     reference: Reference,
     quant: Quant,
+    vocabulary: Vocabulary,
     adapters: Sequence[tuple[Path, float]] = (),
 ) -> Measured:
     """Load the file, compare tokens, templates and distributions. Raises `LegolmError` where they differ."""
     with llama_cpp(file, len(reference.ids) + 8, adapters) as runtime:
-        _check_tokens(source, runtime)
+        _check_tokens(source, runtime, bool(vocabulary.pieces and vocabulary.pieces.bare))
 
         def answer(ids: Sequence[int], token: int) -> tuple[float, dict[int, float]]:
             found = runtime.next(ids, token, LIKELIEST)
@@ -116,8 +118,8 @@ def verify(
     return found
 
 
-def _check_tokens(source: Source, runtime: LlamaCpp) -> None:
-    tokenizer, texts = source.tokenizer, list(TEXTS)
+def _check_tokens(source: Source, runtime: LlamaCpp, bare: bool) -> None:
+    tokenizer, texts = source.tokenizer, [text.lstrip() if bare else text for text in TEXTS]
     if tokenizer.chat_template:
         chats = [[{"role": role, "content": text} for role, text in chat] for chat in CHATS]
         for chat in chats:

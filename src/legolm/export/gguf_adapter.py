@@ -27,5 +27,5 @@ def gguf_adapter(source: Source, out: Path) -> list[str]:
     base = source.scratch / "base.gguf"
     write_gguf(source.bare, base, layout, vocabulary, "f16", source.block.name)
     reference = merged_reference(source, *spans(layout, EXACT_ASKED))
-    found = verify(source, base, reference, "f16", adapters=[(out, 1.0)])
+    found = verify(source, base, reference, "f16", vocabulary, adapters=[(out, 1.0)])
     return [f"for the block {source.bare}, as --to gguf writes it", f"llama.cpp, f16, with it: {found.said()}"]

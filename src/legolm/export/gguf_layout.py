@@ -18,7 +18,17 @@ from legolm.models import Shape, shape_of
 
 AS_LLAMA = ("llama", "mistral", "qwen2", "phi3")
 """Of these it is the same function. Their own architectures there refuse cut KV groups, or know other windows."""
-OTHERS = {"qwen3": "qwen3", "gemma3_text": "gemma3", "olmo2": "olmo2"}
+OTHERS = {"qwen3": "qwen3", "gemma3_text": "gemma3", "olmo2": "olmo2", "gpt2": "gpt2", "gpt_neox": "gptneox"}
+LAYER_NORMS = {"gpt2": "layer_norm_epsilon", "gptneox": "layer_norm_eps"}
+"""Field of the config, of those whose norms subtract the mean and whose layers have biases."""
+OWN_OUTPUT = ("olmo2", "gptneox")
+"""These want the head in the file, also where it is the embeddings."""
+ACTIVATIONS = {
+    "gemma3": ("hidden_activation", ("gelu_pytorch_tanh",)),
+    "gpt2": ("activation_function", ("gelu_new", "gelu_pytorch_tanh", "gelu")),
+    "gptneox": ("hidden_act", ("gelu", "gelu_new", "gelu_pytorch_tanh")),
+}
+"""Field of the config, and what llama.cpp takes for the same: of gelu the tanh form, whose error is below 0.001."""
 FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -50,9 +60,12 @@ class Layout:
                 value = value.float() + 1  # its norms multiply by one more than the weight
                 if part.endswith("q_norm.weight"):
                     value = value * self.query_gain
-            yield self._renamed(part), value
-            if self.arch == "olmo2" and self.tied and part == "model.embed_tokens.weight":
-                yield "output.weight", value  # which llama.cpp does not take from there
+            elif self.arch == "gptneox" and ".query_key_value." in part:
+                value = _apart(value, self.shape.kv_groups)
+            renamed = self._renamed(part)
+            yield renamed, value
+            if self.arch in OWN_OUTPUT and self.tied and renamed == "token_embd.weight":
+                yield "output.weight", value
 
     def _split(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         for fused, parts in FUSED.items():
@@ -85,7 +98,6 @@ def layout_of(config: Any, name: str) -> Layout:
             f"{name}: family {family!r} cannot be written for llama.cpp (known: {', '.join([*AS_LLAMA, *OTHERS])}); hf "
             "and onnx can hold it"
         )
-    theta, local, frequencies, scale = _rotary(config, arch, name)
     metadata: dict[str, int | float] = {
         "embedding_length": shape.hidden,
         "block_count": shape.layers,
@@ -94,15 +106,24 @@ def layout_of(config: Any, name: str) -> Layout:
         "attention.head_count_kv": shape.kv_groups,
         "attention.key_length": shape.head_dim,
         "attention.value_length": shape.head_dim,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.dimension_count": shape.head_dim,
-        "rope.freq_base": theta,
         "vocab_size": config.vocab_size,
     }
+    if arch in LAYER_NORMS:
+        metadata["attention.layer_norm_epsilon"] = float(getattr(config, LAYER_NORMS[arch]))
+    else:
+        metadata["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
     _check_activation(config, arch, name)
     context, notes, gain = config.max_position_embeddings, [], 1.0
+    if arch == "gpt2":
+        _check_gpt2(config, name)
+        return Layout(arch, shape, context, metadata | {"context_length": context}, tied=config.tie_word_embeddings)
+    theta, local, frequencies, scale = _rotary(config, arch, name)
+    metadata |= {"rope.dimension_count": shape.head_dim, "rope.freq_base": float(theta)}
     sliding = _sliding(config)
-    if arch == "gemma3":
+    if arch == "gptneox":
+        metadata["rope.dimension_count"] = int(shape.head_dim * _turned(config))
+        metadata["use_parallel_residual"] = bool(config.use_parallel_residual)
+    elif arch == "gemma3":
         if scale != 1.0:
             metadata["rope.scaling.factor"] = scale
         gain = _gemma(config, shape, sliding, local, metadata, name)
@@ -126,7 +147,7 @@ def _rotary(config: Any, arch: str, name: str) -> tuple[float, float, Tensor | N
     local = dict(rope.get("sliding_attention") or rope)
     rope = dict(rope.get("full_attention") or rope)
     kind = rope.get("rope_type", "default")
-    if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
+    if arch != "gptneox" and _turned(config) != 1.0:
         raise LegolmError(
             f"{name}: turns a part of each head only, which llama.cpp's {arch} does not; export to hf or onnx"
         )
@@ -139,6 +160,12 @@ def _rotary(config: Any, arch: str, name: str) -> tuple[float, float, Tensor | N
     scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     half = torch.arange(0, shape_of(config).head_dim, 2, dtype=torch.float32) / shape_of(config).head_dim
     return rope["rope_theta"], local["rope_theta"], 1.0 / (rope["rope_theta"] ** half) / scaled, 1.0
+
+
+def _turned(config: Any) -> float:
+    """Share of a head's dimensions that positions turn."""
+    rope = config.rope_parameters
+    return float((rope.get("full_attention") or rope).get("partial_rotary_factor") or 1.0)
 
 
 def _sliding(config: Any) -> list[bool]:
@@ -173,22 +200,36 @@ def _gemma(
             )
         metadata["attention.sliding_window"] = config.sliding_window
         metadata["attention.sliding_window_pattern"] = fits[0]
-        metadata["rope.freq_base_swa"] = local
+        metadata["rope.freq_base_swa"] = float(local)
     heads = shape.kv_groups * shape.queries_per_group
     theirs = shape.hidden // heads if shape.layers == 62 else shape.head_dim  # it knows the 27B by its depth
     return float((theirs / config.query_pre_attn_scalar) ** 0.5)
 
 
 def _check_activation(config: Any, arch: str, name: str) -> None:
-    wanted = "gelu_pytorch_tanh" if arch == "gemma3" else "silu"
-    found = getattr(config, "hidden_activation", None) if arch == "gemma3" else config.hidden_act
-    if found != wanted:
+    field_name, taken = ACTIVATIONS.get(arch, ("hidden_act", ("silu",)))
+    found = getattr(config, field_name, None)
+    if found not in taken:
         raise LegolmError(
-            f"{name}: its activation is {found!r}, and llama.cpp's {arch} computes {wanted}; export to hf or onnx"
+            f"{name}: its activation is {found!r}, and llama.cpp's {arch} computes {taken[0]}; export to hf or onnx"
         )
+
+
+def _check_gpt2(config: Any, name: str) -> None:
+    """Raise `LegolmError` for another scale of attention than llama.cpp's."""
+    for field_name, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if bool(getattr(config, field_name, usual)) != usual:
+            raise LegolmError(
+                f"{name}: its {field_name} is {not usual}, and llama.cpp's gpt2 knows {usual}; export to hf or onnx"
+            )
 
 
 def _paired(tensor: Tensor, heads: int) -> Tensor:
     """Rows in the order of llama.cpp's Llama, which turns neighbours, where transformers turns a half and the other."""
     rest = tensor.shape[1:]
     return tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *rest).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _apart(tensor: Tensor, heads: int) -> Tensor:
+    """All heads' queries, then keys, then values, of rows that have each head's three together."""
+    return tensor.reshape(heads, 3, -1, *tensor.shape[1:]).swapaxes(0, 1).reshape(tensor.shape)

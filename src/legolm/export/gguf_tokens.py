@@ -1,4 +1,4 @@
-"""A tokenizer as a GGUF file has it: byte-level BPE, its pre-tokenizer found by what it splits, not guessed."""
+"""A tokenizer as a GGUF file has it: byte-level BPE, its pre-tokenizer found by what it splits, or SentencePiece's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from legolm.data import dated_template
 from legolm.errors import LegolmError, brief
+from legolm.export.gguf_pieces import Pieces, pieces_of
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT = r"\p{N}"
@@ -32,7 +34,10 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens with their kinds, merges, what ends and begins texts. `notes` say what is other than in transformers."""
+    """Tokens with their kinds, what ends and begins texts. `notes` say what is other than in transformers.
+
+    Of byte-level BPE `merges` and `pre`; of SentencePiece `pieces`.
+    """
 
     tokens: list[str]
     kinds: list[int]
@@ -42,6 +47,7 @@ class Vocabulary:
     begins: bool
     template: str | None
     notes: list[str]
+    pieces: Pieces | None = None
 
 
 def vocabulary_of(tokenizer: Any, rows: int, end_of_turn: int | None) -> Vocabulary:
@@ -53,25 +59,16 @@ def vocabulary_of(tokenizer: Any, rows: int, end_of_turn: int | None) -> Vocabul
 
     where = f"tokenizer of {tokenizer.name_or_path}"
     found = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, merges = (
-        found["model"],
-        [" ".join(m) if isinstance(m, list) else m for m in found["model"].get("merges", [])],
-    )
-    normalizer = (found.get("normalizer") or {}).get("type")
-    if model["type"] != "BPE" or model.get("byte_fallback") or normalizer not in (None, "NFC"):
-        said = f"{model['type']}{', with byte fallback' if model.get('byte_fallback') else ''}, normalizer {normalizer}"
-        raise LegolmError(
-            f"{where}: is no byte-level BPE ({said}), which alone is written for llama.cpp; export to hf or onnx"
-        )
-    splits = _splits(found.get("pre_tokenizer"), where)
-    key = (splits, bool(model.get("ignore_merges")))
-    pre = NAMES.get(key) if merges else "gpt-2"  # where every byte is a token, all split alike
-    if pre is None:
-        known = ", ".join(NAMES.values())
-        raise LegolmError(
-            f"{where}: its pre-tokenizer {brief(json.dumps(list(key)))} is none that is known of llama.cpp ({known}); "
-            "export to hf or onnx"
-        )
+    merges = [" ".join(one) if isinstance(one, list) else one for one in found["model"].get("merges", [])]
+    pieces, pre, notes = None, "default", []
+    if found["model"]["type"] == "BPE" and found["model"].get("byte_fallback"):
+        pieces, merges = pieces_of(found, where), []
+        notes += pieces.notes
+    else:
+        pre = _pre(found, merges, where)
+        notes += ["texts are not brought to NFC, as transformers does"] if found.get("normalizer") else []
+    template, note = dated_template(tokenizer)
+    notes += note
     text = {index: token for token, index in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     kinds = gguf.TokenType
@@ -82,6 +79,8 @@ def vocabulary_of(tokenizer: Any, rows: int, end_of_turn: int | None) -> Vocabul
             types.append(kinds.UNUSED)
         elif index in added:
             types.append(kinds.CONTROL if added[index].special else kinds.USER_DEFINED)
+        elif pieces is not None and index in pieces.bytes:
+            types.append(kinds.BYTE)
         else:
             types.append(kinds.NORMAL)
     special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "eot": end_of_turn}
@@ -94,9 +93,29 @@ def vocabulary_of(tokenizer: Any, rows: int, end_of_turn: int | None) -> Vocabul
         pre=pre,
         special={name: index for name, index in special.items() if index is not None and index < rows},
         begins=begins,
-        template=tokenizer.get_chat_template() if tokenizer.chat_template else None,
-        notes=["texts are not brought to NFC, as transformers does"] if normalizer else [],
+        template=template,
+        notes=notes,
+        pieces=pieces,
     )
+
+
+def _pre(found: dict[str, Any], merges: list[str], where: str) -> str:
+    """llama.cpp's name of a byte-level BPE's pre-tokenizer, from `tokenizer.json`."""
+    model, normalizer = found["model"], (found.get("normalizer") or {}).get("type")
+    if model["type"] != "BPE" or normalizer not in (None, "NFC"):
+        raise LegolmError(
+            f"{where}: is neither byte-level BPE nor SentencePiece's ({model['type']}, normalizer {normalizer}), which "
+            "alone are written for llama.cpp; export to hf or onnx"
+        )
+    key = (_splits(found.get("pre_tokenizer"), where), bool(model.get("ignore_merges")))
+    pre = NAMES.get(key) if merges else "gpt-2"  # where every byte is a token, all split alike
+    if pre is None:
+        known = ", ".join(NAMES.values())
+        raise LegolmError(
+            f"{where}: its pre-tokenizer {brief(json.dumps(list(key)))} is none that is known of llama.cpp ({known}); "
+            "export to hf or onnx"
+        )
+    return pre
 
 
 def _splits(pre: Any, where: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,8 @@ FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q
 RUN = 32
 """Weights of a row that are quantized together."""
 OUTER = ("token_embd.weight", "output.weight")
+POSITIONS = "position_embd.weight"
+HEADS = ("lm_head.weight", "embed_out.weight")
 LARGEST_F16 = 65504.0
 
 
@@ -46,8 +49,19 @@ class Written:
         ]
 
 
-def write_gguf(path: Path, out: Path, layout: Layout, vocabulary: Vocabulary, quant: Quant, name: str) -> Written:
-    """Write the checkpoint at `path`. Raises `LegolmError` for a weight that float16 cannot hold."""
+def write_gguf(
+    path: Path,
+    out: Path,
+    layout: Layout,
+    vocabulary: Vocabulary,
+    quant: Quant,
+    name: str,
+    embeddings: Quant | None = None,
+) -> Written:
+    """Write the checkpoint at `path`. Raises `LegolmError` for a weight that float16 cannot hold.
+
+    `embeddings` (and the head): below 8 bits these, which suffer most, are q8_0 if nothing else is wanted.
+    """
     import gguf
 
     model = LayeredModel(path)
@@ -57,12 +71,14 @@ def write_gguf(path: Path, out: Path, layout: Layout, vocabulary: Vocabulary, qu
     writer.add_file_type(FILE_TYPES[quant])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in layout.metadata.items():
-        add: Any = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        kinds_of_value: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        add = kinds_of_value[type(value)]
         add(f"{layout.arch}.{key}", value)
     _add_vocabulary(writer, vocabulary)
     kinds, written = {}, Written({}, {})
+    outer = embeddings or (quant if quant in ("f32", "f16") else "q8_0")
     for tensor_name, tensor in _tensors(model, layout, weights=False):
-        kind = kinds[tensor_name] = _kind(tensor_name, tensor, quant, written)
+        kind = kinds[tensor_name] = _kind(tensor_name, tensor, outer if tensor_name in OUTER else quant, written)
         rows = gguf.quants.quant_shape_to_byte_shape(tuple(tensor.shape), kind)
         size = int(torch.tensor(rows).prod())
         written.bytes_of[kind.name] = written.bytes_of.get(kind.name, 0) + size
@@ -106,11 +122,15 @@ def write_lora(factors: dict[str, tuple[Tensor, Tensor]], layout: Layout, out: P
 
 
 def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if vocabulary.pieces else "gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
-    writer.add_token_merges(vocabulary.merges or [f"{vocabulary.tokens[0]} {vocabulary.tokens[0]}"])  # it wants some
+    if vocabulary.pieces:
+        writer.add_token_scores([vocabulary.pieces.scores.get(token, 0.0) for token in vocabulary.tokens])
+        writer.add_add_space_prefix(vocabulary.pieces.prefix)
+    else:
+        writer.add_token_merges(vocabulary.merges or [f"{vocabulary.tokens[0]} {vocabulary.tokens[0]}"])  # wants some
     for kind, index in vocabulary.special.items():
         writer.add_uint32(f"tokenizer.ggml.{kind}_token_id", index)
     writer.add_add_bos_token(vocabulary.begins)
@@ -122,34 +142,30 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
 def _tensors(model: LayeredModel, layout: Layout, weights: bool) -> Iterator[tuple[str, Tensor]]:
     """All that the file holds, in its order; without `weights` shapes alone."""
     for name, tensor in model.around():
-        if not (layout.tied and name == "lm_head.weight"):
+        if not (layout.tied and name in HEADS):
             yield from layout.tensors(name, tensor if weights else tensor.to("meta"))
     if layout.frequencies is not None:
         yield "rope_freqs.weight", layout.frequencies
     for index, empty in enumerate(model.layers):
-        prefix = model.layer_prefix(index)
-        if not weights:
-            for name, tensor in empty.state_dict().items():
-                yield from layout.tensors(prefix + name, tensor)
-            continue
-        with model.layer(index) as layer:
+        with model.layer(index) if weights else nullcontext(empty) as layer:
             for name, tensor in layer.state_dict().items():
-                yield from layout.tensors(prefix + name, tensor)
+                turned = layout.shape.entry.transposed and name.removesuffix(".weight") in layout.shape.modules
+                yield from layout.tensors(model.layer_prefix(index) + name, tensor.T if turned else tensor)
 
 
 def _kind(name: str, tensor: Tensor, quant: Quant, written: Written) -> GGMLQuantizationType:
-    """In what a tensor is written: vectors in float32; below 8 bits the embeddings, which suffer most, in q8_0."""
+    """In what a tensor is written: vectors and positions in float32, rows that cannot be quantized in float16."""
     import gguf
 
     kinds = gguf.GGMLQuantizationType
-    if tensor.dim() == 1 or quant == "f32":
+    if tensor.dim() == 1 or quant == "f32" or name == POSITIONS:
         return kinds.F32
     if quant == "f16":
         return kinds.F16
     if tensor.shape[-1] % RUN:
         written.odd[name] = 0
         return kinds.F16
-    return kinds.Q8_0 if name in OUTER else kinds[quant.upper()]
+    return kinds[quant.upper()]
 
 
 def _float32() -> Any:

@@ -26,7 +26,7 @@ from legolm.models.load import (
     side_files,
 )
 from legolm.models.packing import LONG, pack
-from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of
+from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of, product_speed
 from legolm.models.rotary import scales_by_length
 from legolm.models.rounding import rounded
 
@@ -71,6 +71,7 @@ __all__ = [
     "load_tokenizer",
     "narrow",
     "pack",
+    "product_speed",
     "read_weights",
     "recorded",
     "resolve",

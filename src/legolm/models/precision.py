@@ -46,10 +46,19 @@ def choose_device(wanted: Device) -> torch.device:
     return torch.device(wanted)
 
 
+def product_speed(precision: Precision, device: torch.device) -> float:
+    """Operations a second of a matrix product, measured."""
+    return 2 * _size(device) ** 3 / _seconds(dtype_of(precision), device)
+
+
+def _size(device: torch.device) -> int:
+    return SIZE if device.type == "cpu" else 4 * SIZE
+
+
 @lru_cache
 def _seconds(dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of one product, the best of five."""
-    size = SIZE if device.type == "cpu" else 4 * SIZE
+    size = _size(device)
     x = torch.ones(size, size, dtype=dtype, device=device)
     times = []
     for _ in range(6):

@@ -46,11 +46,6 @@ def assign(
     raise LegolmError(_refusal(config, lacking, batches[lacking.id], parameters, trainee_of, tried))
 
 
-def _named(client: ClientConfig) -> list[str]:
-    """The blocks that its config gives it; none where its profile decides."""
-    return client.blocks or ([client.block] if client.block else [])
-
-
 def _fit(
     config: RunConfig,
     client: ClientConfig,
@@ -60,7 +55,7 @@ def _fit(
     precision: Precision,
 ) -> Fit | None:
     largest_first = sorted(parameters, key=lambda name: -parameters[name])
-    named = _named(client)
+    named = client.named
     ways = leaner(config.train, lengths) if client.profile else [settings_of(config.train)]
     ways, budget = list(ways), client.profile.memory_mb * 1e6 if client.profile else math.inf
     for held in [named] if named else [[name] for name in largest_first]:
@@ -82,7 +77,7 @@ def _refusal(
 ) -> str:
     """Why a client's memory fits nothing, and what would fit."""
     assert client.profile is not None
-    named = _named(client)
+    named = client.named
 
     def least(name: str, precision: Precision = precision) -> int:
         """Bytes with the leanest settings."""

@@ -13,7 +13,7 @@ import numpy as np
 from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parameters, modules_of
 from legolm.aggregate import make_scheme, rehearse
 from legolm.block import Base, Block, Coverage, llm_block, read_block
-from legolm.config import SCHEMES, Precision, RowsConfig, RunConfig
+from legolm.config import AUTO, SCHEMES, Precision, RowsConfig, RunConfig
 from legolm.data import (
     ClientData,
     Example,
@@ -41,7 +41,7 @@ from legolm.models import (
 )
 from legolm.plan.assign import assign
 from legolm.plan.disk import mixed_parts, stages_bytes
-from legolm.plan.needs import settings_of, training_bytes, worst_batch
+from legolm.plan.needs import leaner, settings_of, training_bytes, worst_batch
 from legolm.plan.notes import notes, prompt_notes
 from legolm.plan.privacy import promised
 from legolm.plan.trainees import Trainees, check_layers
@@ -59,7 +59,8 @@ ACTOR_SHARE = 1.5
 class PlannedBlock:
     """One block: stored parameters, checkpoint bytes, peak bytes and operations a token of fine-tuning it, recovery.
 
-    The peak is that of the client with the longest batch, without a memory budget.
+    The peak is that of the client with the longest batch, without a memory budget; `least_bytes` is the same with the
+    leanest settings.
 
     `token_flops` are the decoder's products: 4 a weight, two forward and two for the input's gradient; the masked
     forward of unstructured blocks also needs the weights' gradient. `recovery_steps` is the most.
@@ -71,6 +72,7 @@ class PlannedBlock:
     parameters: int
     file_bytes: int
     training_bytes: int
+    least_bytes: int
     token_flops: int
     recovery_steps: int
 
@@ -201,7 +203,9 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     blocks = []
     for spec in config.cuts:
         coverage, criterion = coverages[spec.name], criterion_of(spec)
-        usual = training_bytes(trainees.of(spec.name), longest, settings_of(config.train), precision)
+        usual, *others = (
+            training_bytes(trainees.of(spec.name), longest, one, precision) for one in leaner(config.train, longest)
+        )
         blocks.append(
             PlannedBlock(
                 name=spec.name,
@@ -210,6 +214,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
                 parameters=parameters[spec.name],
                 file_bytes=parameters[spec.name] * width,
                 training_bytes=usual,
+                least_bytes=min(usual, *others),
                 token_flops=(6 if spec.name in patterned else 4) * coverage.kept_weights,
                 recovery_steps=spec.recover.most_steps,
             )
@@ -366,8 +371,10 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collect
     if scheme.unequal == "block":
         return
     for client in taking:
-        if client.layers or client.blocks:
+        if client.layers or client.blocks or (client.block == AUTO and len(config.blocks) > 1):
             field, what = ("layers", "some layers") if client.layers else ("blocks", "another block in each round")
+            if client.block == AUTO:
+                field, what = f"block: {AUTO}", "the block that its device can hold"
             raise LegolmError(
                 f"aggregate.scheme {config.aggregate.scheme!r}: client {client.id!r} trains {what}, and it "
                 f"averages equal adapters; take one of {SCHEMES.having('unequal', 'block')}, or take `{field}` out"

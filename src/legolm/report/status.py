@@ -23,7 +23,7 @@ def read_status(folder: Path) -> dict[str, Any]:
         held = next((held for held in last.held if one.id in held.clients), None) if last else None
         now = live.get(one.id)
         clients[one.id] = {
-            "block": one.block or (one.blocks[0] if one.blocks else None),
+            "block": one.named[0] if one.named else one.block,
             "state": now.state if now else None,
             "since": now.since.isoformat() if now else None,
             "updates": sum(one.id in r.accepted for r in rounds),

@@ -10,7 +10,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 
 from legolm.block import Block, Coverage, picture
-from legolm.config import RunConfig
+from legolm.config import AUTO, RunConfig
 from legolm.evaluation import TEXT, Evaluation, Result
 from legolm.plan import Plan
 from legolm.report.fit import print_lines, print_table, shortened
@@ -31,10 +31,11 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
         blocks.append((block.name, block.method, f"{block.sparsity:.2f}", *sizes, recovery))
     print_table(("block", "method", ">sparsity", ">parameters", ">on disk", ">memory to train", ">recovery"), blocks)
     clients = []
-    for client in plan.clients:
+    for client, asked in zip(plan.clients, config.clients, strict=True):
+        name = f"{AUTO}, at most {client.block}" if asked.block == AUTO else client.block
         examples = "its own" if client.examples is None else f"{client.examples:,}"
         row = (examples, f"{client.tokens_per_round:,}", _mb(client.bytes_down), _mb(client.bytes_up))
-        clients.append((client.id, client.block, *row))
+        clients.append((client.id, name, *row))
     print_table(("client", "block", ">examples", ">tokens a round", ">received a round", ">sent a round"), clients)
     if any(client.profile for client in config.clients):
         _print_budgets(plan, config)

@@ -9,6 +9,7 @@ from legolm.runs.folder import (
 )
 from legolm.runs.kept import Kept
 from legolm.runs.live import Live, State, read_live
+from legolm.runs.placed import Devices, Placed
 from legolm.runs.records import (
     SCHEMA,
     UNSCORED,
@@ -102,6 +103,7 @@ __all__ = [
     "Comparison",
     "Criterion",
     "Data",
+    "Devices",
     "Difference",
     "Global",
     "Held",
@@ -119,6 +121,7 @@ __all__ = [
     "Paired",
     "Part",
     "PassedRecord",
+    "Placed",
     "Point",
     "PrivacySummary",
     "Record",

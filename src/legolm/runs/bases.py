@@ -23,7 +23,7 @@ BASE = "base_model_name_or_path"
 def lasting_base(block: Path) -> Path:
     """The block's second name; its own where the cache is on another disk, or cannot be written.
 
-    Second names of blocks whose runs were deleted go.
+    Second names of blocks whose runs were deleted go when another one comes.
     """
     own = block.resolve()
     try:
@@ -35,8 +35,8 @@ def lasting_base(block: Path) -> Path:
     folder = home / hashlib.sha256(same.encode()).hexdigest()[:32]
     partial = home / f".{uuid.uuid4().hex}.partial"
     try:
-        _forget(home)
         if not folder.is_dir():
+            _forget(home)
             partial.mkdir(parents=True)
             for file in files:
                 os.link(file, partial / file.name)
@@ -69,6 +69,6 @@ def point_adapters(run: RunDir) -> list[Path]:
 def _forget(home: Path) -> None:
     """Take away what no run has any more: each of its files has one name only."""
     for folder in home.glob("*"):
-        names = [file.stat().st_nlink for file in folder.iterdir()]
-        if names and max(names) == 1:
+        files = list(folder.iterdir())
+        if files and all(file.stat().st_nlink == 1 for file in files):
             shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from legolm import config as configs
 from legolm.config import RunConfig, SiteConfig
 from legolm.errors import LegolmError, nearest
+from legolm.runs.placed import DEVICES, Devices, Placed, placed
 from legolm.runs.records import Change, Identity, dump_sealed, read_sealed
 from legolm.runs.resume import AGAIN, FREE, Difference, differences, refusal, settled
 from legolm.system import LOCK, atomic_write
@@ -90,7 +92,16 @@ class RunDir:
 
     def settled(self, config: RunConfig) -> RunConfig:
         """The config with what it leaves open as this run, if there is one, decided it."""
-        return settled(self.known(), config) if self.exists() else config
+        return settled(self.known(), placed(config, self.devices())) if self.exists() else config
+
+    def devices(self) -> dict[str, Placed]:
+        """The devices that got a block by what they can hold. Raises `LegolmError` for what the run did not write."""
+        path = self.path / DEVICES
+        return read_sealed(path, Devices).devices if path.exists() else {}
+
+    def place(self, devices: Mapping[str, Placed]) -> None:
+        """Keep what these devices got: it stays theirs."""
+        atomic_write(self.path / DEVICES, dump_sealed(Devices(devices={**self.devices(), **devices})))
 
     def rounds_done(self) -> int:
         """Finished rounds before the first that is missing, round 0 not counted."""
@@ -121,7 +132,7 @@ class RunDir:
     def config(self) -> RunConfig:
         """The resolved config, validated again. Raises `LegolmError` when another version of legolm wrote it."""
         self._check_version()
-        return configs.load(self.config_file)
+        return placed(configs.load(self.config_file), self.devices())
 
     def site_config(self) -> SiteConfig:
         """What a simulated client reads of the config; its plug-ins are loaded."""
@@ -140,7 +151,7 @@ class RunDir:
             config = self.identity().config
             if isinstance(federation := config.get("federation"), dict):
                 federation.setdefault("personal", "last")  # what runs of before did
-            return configs.validate(RunConfig, config, f"config in {self.identity_file}")
+            return placed(configs.validate(RunConfig, config, f"config in {self.identity_file}"), self.devices())
         return configs.load(self.config_file)
 
     def block(self, name: str) -> Path:

@@ -29,9 +29,13 @@ class Record(BaseModel):
 
 
 class Score(Record):
-    """Answers on one set of examples: mean loss per answer token (nats) and the share answered exactly."""
+    """Answers on one set of examples: mean loss per answer token (nats) and the share answered exactly.
+
+    `stderr` is the loss's standard error over examples; None where one example says nothing of the spread.
+    """
 
     loss: float
+    stderr: float | None = None
     exact_match: float
     tokens: int
     examples: int
@@ -166,10 +170,13 @@ Weights = dict[Part, float]
 
 
 class Mixture(Record):
-    """A mixture of what a client has, and its loss on the client's own validation data (nats per answer token)."""
+    """A mixture of what a client has, its loss on the client's own validation data (nats per answer token), and the
+    loss's standard error, where there are examples enough for one.
+    """
 
     weights: Weights
     validation: float
+    stderr: float | None = None
 
 
 class ClientRecord(Record):

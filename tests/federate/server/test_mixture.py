@@ -59,8 +59,8 @@ def test_adapters_of_unequal_rank_mix() -> None:
     torch.testing.assert_close(product(found, "q"), wanted, rtol=1e-5, atol=1e-6)
 
 
-def curve(*losses: float, own: tuple[Part, ...] = ("personal", "local")) -> list[Mixture]:
-    return [Mixture(weights=at, validation=loss) for at, loss in zip(points(own), losses, strict=True)]
+def curve(*losses: float, stderr: float | None, own: tuple[Part, ...] = ("personal", "local")) -> list[Mixture]:
+    return [Mixture(weights=at, validation=loss, stderr=stderr) for at, loss in zip(points(own), losses, strict=True)]
 
 
 def test_points_are_means_of_what_a_client_has() -> None:
@@ -72,14 +72,19 @@ def test_points_are_means_of_what_a_client_has() -> None:
 
 
 def test_the_choice_by_hand() -> None:
-    # The demo's own losses, with 3.48 for the thirds: 3.36 is the best, 3.53 at most is nearly as good.
-    found = curve(3.83, 3.58, 3.51, 3.45, 3.48, 3.55, 3.36, 3.65)
-    assert choose(found).weights == {"global": 0.5, "personal": 0.5}
-    # The best alone is as good as it gets: nothing above its loss is taken, however near.
-    assert choose(curve(1.04, 1.03, 1.02, 1.01, 1.01, 1.02, 1.01, 1.0)).weights == {"local": 1}
-    assert choose(curve(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)).weights == {"global": 1}
-    assert choose(curve(9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 3.5)).weights == {"personal": 0.5, "local": 0.5}
-    assert choose(curve(1.04, 1.2, 1.0, own=("personal",))).weights == {"global": 1}
+    # The demo's own losses, with 3.48 for the thirds: 3.36 is the best, and 0.1 or 0.16 more may be chance.
+    losses = (3.83, 3.58, 3.51, 3.45, 3.48, 3.55, 3.36, 3.65)
+    assert choose(curve(*losses, stderr=0.1)).weights == {"global": 0.5, "local": 0.5}
+    assert choose(curve(*losses, stderr=0.16)).weights == {"global": 0.5, "personal": 0.5}
+    assert choose(curve(*losses, stderr=0.5)).weights == {"global": 1}
+    # One row says nothing of chance; nor do rows that are all answered alike: what is best is taken.
+    assert choose(curve(*losses, stderr=None)).weights == {"personal": 0.5, "local": 0.5}
+    assert choose(curve(1.04, 1.03, 1.02, 1.01, 1.01, 1.02, 1.01, 1.0, stderr=0.0)).weights == {"local": 1}
+    assert choose(curve(*[1.0] * 8, stderr=0.0)).weights == {"global": 1}
+    assert choose(curve(1.04, 1.2, 1.0, stderr=0.05, own=("personal",))).weights == {"global": 1}
+    # The best one's standard error counts, not that of the one that is taken.
+    found = curve(1.5, 1.2, 1.0, stderr=0.1, own=("personal",))
+    assert choose([found[0].model_copy(update={"stderr": 9.0}), *found[1:]]).weights == {"personal": 1}
 
 
 @pytest.fixture

@@ -6,22 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from legolm.federate.client.resident import Holdings, Resident
+from legolm.federate.client.fetch import block_folder
+from legolm.federate.client.resident import HeldSite, Holdings, Resident
 from legolm.federate.client.runtime import ClientRuntime
-from legolm.federate.client.site import DeviceSite, Profile, Site, SiteOf, Split, only, simulated
+from legolm.federate.client.site import Profile, Site, SiteOf, Split, only, simulated
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
 __all__ = [
     "ClientRuntime",
-    "DeviceSite",
+    "HeldSite",
     "Holdings",
     "Profile",
     "Resident",
     "Site",
     "SiteOf",
     "Split",
+    "block_folder",
     "flower_app",
     "only",
     "serve",

@@ -10,6 +10,7 @@ from pathlib import Path
 from legolm.errors import LegolmError
 from legolm.federate.bridge import PIECE
 from legolm.federate.wire import BlockFile, Welcome
+from legolm.models import resolve
 from legolm.system import check_room, file_hash
 
 Piece = Callable[[str, int], bytes]
@@ -30,6 +31,8 @@ def find_block(
     What came before a cut is not fetched again. Raises `LegolmError` for what is not what the server told, and
     `UnreachableError` when the server goes away.
     """
+    if not welcome.files:
+        raise LegolmError(f"block {welcome.block}: the server told no files of it; is it of another version of legolm?")
     path = home / "blocks" / welcome.block_id
     if path.is_dir():
         return path
@@ -45,6 +48,14 @@ def find_block(
         _fetch(partial / one.name, one, f"{welcome.block}/{one.name}", piece)
     partial.rename(path)
     return path
+
+
+def block_folder(block: str) -> Path:
+    """Folder of `--block`: a folder, or a hub id, downloaded unless it is here. Raises `LegolmError` for neither."""
+    try:
+        return resolve(block)
+    except LegolmError as error:
+        raise LegolmError(f"--block {block}: {str(error).removeprefix('model: ')}") from None
 
 
 def _fetch(path: Path, told: BlockFile, name: str, piece: Piece) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from socket import socket
 from typing import Any
 
+import torch
+
 from legolm.block import Block, read_block
 from legolm.config import DataConfig
 from legolm.data import Example, own_part
@@ -19,8 +21,23 @@ from legolm.federate.bridge import Link
 from legolm.federate.client.fetch import Piece, UnreachableError, find_block
 from legolm.federate.client.runtime import ClientRuntime
 from legolm.federate.client.site import Profile, Site, Split
-from legolm.federate.wire import OwnData, Welcome, kind_of, plain, read_welcome
+from legolm.federate.wire import (
+    DeviceReply,
+    OfferRequest,
+    OwnData,
+    Welcome,
+    block_files,
+    block_id,
+    kind_of,
+    largest,
+    pack,
+    plain,
+    read_welcome,
+    unpack,
+)
+from legolm.models import choose_device, product_speed
 from legolm.runs import Kept
+from legolm.system import available_bytes
 
 KEPT = 32
 """Replies kept of a run: as many as may be asked for again."""
@@ -29,17 +46,20 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a device was given: its folder, its rows, folders with blocks, and how it works."""
+    """What a device was given: its folder, its rows, folders with blocks, how it works, and the memory (MB, 1e6 bytes)
+    that training may take; what the machine has if not given.
+    """
 
     home: Path
     data: tuple[str, ...]
     blocks: tuple[Path, ...] = ()
     profile: Profile = field(default_factory=Profile)
+    memory_mb: float | None = None
 
 
 @dataclass(frozen=True)
-class _HeldSite:
-    """The device's part of one run, with one block."""
+class HeldSite:
+    """The device's part of one run, in the folder `run`, with one block, in `folder`."""
 
     folder: Path
     run: Path
@@ -47,19 +67,24 @@ class _HeldSite:
     how: Profile
 
     def block(self) -> Block:
+        """Of its folder."""
         return read_block(self.folder)
 
     def examples(self, split: Split) -> Sequence[Example]:
+        """The device's own."""
         return self.rows[split]
 
     def state(self) -> Path:
+        """`state/` of the run's folder."""
         return self.run / "state"
 
     def profile(self) -> Profile:
+        """As given."""
         return self.how
 
     def prompts(self) -> DataConfig | None:
-        return None  # the block's own tokenizer has its run's
+        """None: the block's own tokenizer has its run's."""
+        return None
 
 
 class Resident:
@@ -81,6 +106,9 @@ class Resident:
         try:
             told = read_welcome(welcome)
             with self._lock:
+                self._check_mine(told)
+                if kind_of(request) == "offer":
+                    return {}, pack(self._describe(unpack(request, OfferRequest)[0]), {})
                 kept = Kept(self._folder(told.run) / "replies", KEPT)
                 reply = kept.get(request)
                 if reply is None:
@@ -125,10 +153,34 @@ class Resident:
             raise LegolmError(f"client {client}, block {block}: the request is not for whom its welcome says")
         return self._sites[client, block]
 
-    def _settle(self, told: Welcome, text: str) -> None:
-        """Be ready for this run, block and data. Raises `LegolmError` for what is another's, or cannot be."""
+    def _check_mine(self, told: Welcome) -> None:
         if self._name is not None and told.client != self._name:
             raise LegolmError(f"client {told.client}: this device is {self._name!r}")
+
+    def _describe(self, asked: OfferRequest) -> DeviceReply:
+        """What this device is now: another answer at another time."""
+        held, where = self._held, choose_device(self._held.profile.device)
+        torch.set_num_threads(held.profile.threads)
+        memory = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else available_bytes()
+        if held.memory_mb is not None:
+            memory = min(memory, int(held.memory_mb * 1e6))
+        known = {path.name for path in (held.home / "blocks").glob("[!.]*")}
+        known |= {block_id(block_files(folder)) for folder in held.blocks}
+        found = DeviceReply(
+            memory=memory,
+            disk=shutil.disk_usage(held.home).free,
+            speed=product_speed(asked.precision, where),
+            held=sorted(known & {one.id for one in asked.offers}),
+        )
+        block = largest(asked, found)
+        if isinstance(block, str):
+            self._note(f"this device takes no part: {block}")
+        else:
+            self._note(f"block {block.name}: is the largest that fits this device")
+        return found
+
+    def _settle(self, told: Welcome, text: str) -> None:
+        """Be ready for this run, block and data. Raises `LegolmError` for what is another's, or cannot be."""
         key = told.client, told.block
         if told.run != self._run:
             self._run, self._runtime = told.run, ClientRuntime(self._site)
@@ -143,7 +195,7 @@ class Resident:
             if folder.parent == self._held.home / "blocks":
                 shutil.rmtree(folder)
             raise
-        self._sites[key] = _HeldSite(folder, self._folder(told.run), self._examples(told.data), self._held.profile)
+        self._sites[key] = HeldSite(folder, self._folder(told.run), self._examples(told.data), self._held.profile)
         self._told[key] = text
 
     def _examples(self, told: OwnData) -> dict[Split, Sequence[Example]]:

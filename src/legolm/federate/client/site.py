@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from legolm.block import Block, llm_block, read_block
-from legolm.config import DataConfig, Device, RowsConfig, SiteConfig
-from legolm.data import ClientData, Example, client_data, read_examples
+from legolm.config import DataConfig, Device, SiteConfig
+from legolm.data import ClientData, Example, client_data
 from legolm.errors import LegolmError
 from legolm.models import resolve
 from legolm.runs import RunDir
@@ -43,38 +43,6 @@ class Site(Protocol):
 
     def prompts(self) -> DataConfig | None:
         """What decides the chat template; None where the block says it all."""
-
-
-@dataclass(frozen=True)
-class DeviceSite:
-    """A device of its own: a folder with `block/` (a cut block) and `data/{train,validation,test}.jsonl`.
-
-    Nothing outside the folder is read. Rows are of any known layout. Raises `LegolmError` for what is missing.
-    """
-
-    home: Path
-    device: Device = "auto"
-    threads: int = 1
-
-    def block(self) -> Block:
-        """Of `block/`."""
-        return read_block(self.home / "block")
-
-    def examples(self, split: Split) -> Sequence[Example]:
-        """Of `data/`."""
-        return list(read_examples(str(self.home / "data" / f"{split}.jsonl"), RowsConfig(), "data"))
-
-    def state(self) -> Path:
-        """`state/`."""
-        return self.home / "state"
-
-    def profile(self) -> Profile:
-        """As given."""
-        return Profile(self.device, self.threads)
-
-    def prompts(self) -> DataConfig | None:
-        """The block's own tokenizer has its run's."""
-        return None
 
 
 SiteOf = Callable[[str, str], Site]

@@ -5,6 +5,7 @@ from legolm.federate.server.begin import begin, start_factors
 from legolm.federate.server.dispatch import steps_of
 from legolm.federate.server.loop import Rounds
 from legolm.federate.server.members import LLM, Members, drawn, is_dense
+from legolm.federate.server.placing import place
 from legolm.federate.server.scoring import server_examples
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "begin",
     "drawn",
     "is_dense",
+    "place",
     "server_examples",
     "start_factors",
     "steps_of",

@@ -271,6 +271,8 @@ def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]]) -> Sequenc
         where = f"its score on {split} data of {client!r}"
         if not 0 <= score.loss <= MAX_LOSS:
             raise LegolmError(f"{where} has loss {score.loss}; if training diverged, lower train.learning_rate")
+        if not 0 <= (score.stderr or 0.0) <= MAX_LOSS:
+            raise LegolmError(f"{where} has standard error {score.stderr}")
         if not 0 <= score.exact_match <= 1 or not all(1 <= n <= MAX_COUNT for n in (score.tokens, score.examples)):
             raise LegolmError(
                 f"{where} has exact_match {score.exact_match}, tokens {score.tokens}, examples {score.examples}"

@@ -401,17 +401,17 @@ class Rounds:
             Job(id, self._members.block[id], partial(self._mixture, number, id, at, own), ((id, "validation"),))
             for id, at in asked
         ]
-        losses: dict[int, float] = {}
+        losses: dict[int, Score] = {}
 
         def keep(index: int, scores: Sequence[Score]) -> None:
-            losses[index] = scores[0].loss
+            losses[index] = scores[0]
 
         for index, reason in self._dispatch.score(jobs, exchange, "personal: choose", keep).items():
             refused[jobs[index].client] = reason
         found: dict[str, list[Mixture]] = {id: [] for id in clients if id not in refused}
         for index, (id, at) in enumerate(asked):
             if id in found:
-                found[id].append(Mixture(weights=at, validation=losses[index]))
+                found[id].append(Mixture(weights=at, validation=losses[index].loss, stderr=losses[index].stderr))
         for id, curve in found.items():
             save_adapter_state(own / id, self._mixture(number, id, choose(curve).weights, own))
         return found

@@ -17,8 +17,6 @@ POINTS: tuple[Weights, ...] = (
     {"local": 1.0},
 )
 """In the order of what they cost on the other clients' data, the cheapest first (a trial with eight languages)."""
-TOLERANCE = 0.05
-"""Share of the lowest loss that a client gives for a point that is better on the others' data."""
 
 
 def points(own: Collection[str]) -> list[Weights]:
@@ -27,11 +25,10 @@ def points(own: Collection[str]) -> list[Weights]:
 
 
 def choose(found: Sequence[Mixture]) -> Mixture:
-    """The first, and so the best on the others' data, that is nearly as good as the best one and no worse than alone.
+    """The first, and so the best on the others' data, that is within one standard error of the best one.
 
-    The client's few validation rows tell points apart to a few percent only, and what they cannot tell is decided in
-    favour of the others.
+    The one-standard-error rule (Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3): what the
+    client's few validation rows cannot tell apart is decided in favour of the others.
     """
-    most = (1 + TOLERANCE) * min(one.validation for one in found)
-    most = min([most, *(one.validation for one in found if set(one.weights) == {"local"})])
-    return next(one for one in found if one.validation <= most)
+    best = min(found, key=lambda one: one.validation)
+    return next(one for one in found if one.validation <= best.validation + (best.stderr or 0.0))

@@ -16,7 +16,16 @@ from legolm.config import RunConfig
 from legolm.errors import brief
 from legolm.federate.transport.engine import Body, Reply, Request, late
 from legolm.federate.transport.superlink import Flower, LostError
-from legolm.federate.wire import EvaluateRequest, TrainRequest, Welcome, block_files, kind_of, own_data, unpack
+from legolm.federate.wire import (
+    EvaluateRequest,
+    OfferRequest,
+    TrainRequest,
+    Welcome,
+    block_files,
+    kind_of,
+    own_data,
+    unpack,
+)
 from legolm.runs import Kept, Live, RunDir, State
 from legolm.system import Progress
 
@@ -185,13 +194,18 @@ class Asking:
 
     def _welcome(self, request: Request) -> str:
         """What the device is told beside the request; made once for each client and block."""
-        kind = TrainRequest if kind_of(request.content) == "train" else EvaluateRequest
-        header = unpack(request.content, kind)[0]
-        key = request.client, header.block
+        kinds: dict[str, type[TrainRequest | EvaluateRequest | OfferRequest]] = {
+            "train": TrainRequest,
+            "evaluate": EvaluateRequest,
+            "offer": OfferRequest,
+        }
+        header = unpack(request.content, kinds[kind_of(request.content)])[0]
+        block = "" if isinstance(header, OfferRequest) else header.block
+        key = request.client, block
         if key not in self._welcomes:
-            files = block_files(self._run.block(header.block))
+            files = block_files(self._run.block(block)) if block else []
             data = own_data(self._config, request.client)
-            welcome = Welcome(run=header.run, client=request.client, block=header.block, files=files, data=data)
+            welcome = Welcome(run=header.run, client=request.client, block=block, files=files, data=data)
             self._welcomes[key] = welcome.model_dump_json()
         return self._welcomes[key]
 

@@ -13,12 +13,16 @@ from legolm.federate.wire.messages import (
     plain,
     unpack,
 )
-from legolm.federate.wire.welcome import BlockFile, OwnData, Welcome, block_files, own_data, read_welcome
+from legolm.federate.wire.offer import DeviceReply, Offer, OfferRequest, largest
+from legolm.federate.wire.welcome import BlockFile, OwnData, Welcome, block_files, block_id, own_data, read_welcome
 
 __all__ = [
     "BlockFile",
     "Broadcast",
+    "DeviceReply",
     "EvaluateRequest",
+    "Offer",
+    "OfferRequest",
     "Opened",
     "OwnData",
     "ScoreReply",
@@ -31,10 +35,12 @@ __all__ = [
     "answer",
     "arrived",
     "block_files",
+    "block_id",
     "decode",
     "encode",
     "encoded_bytes",
     "kind_of",
+    "largest",
     "open_",
     "own_data",
     "pack",

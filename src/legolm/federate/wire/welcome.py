@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -55,19 +56,18 @@ class OwnData(_Told):
 
 
 class Welcome(_Told):
-    """Of one client of a run with one block."""
+    """Of one client of a run with one block; without files where it is not about a block."""
 
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     client: Name
     block: Name
-    files: Annotated[list[BlockFile], Field(min_length=1, max_length=MAX_FILES)]
+    files: Annotated[list[BlockFile], Field(max_length=MAX_FILES)]
     data: OwnData
 
     @property
     def block_id(self) -> str:
-        """Of what the block holds, whatever it is called: 32 hexadecimal digits."""
-        content = json.dumps(sorted((one.name, one.sha256) for one in self.files))
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
+        """The block's (`block_id`)."""
+        return block_id(self.files)
 
     @property
     def bytes(self) -> int:
@@ -90,6 +90,12 @@ def read_welcome(text: str) -> Welcome:
 def block_files(folder: Path) -> list[BlockFile]:
     """All files of a block's folder with their hashes."""
     return [_file(path, str(path.relative_to(folder))) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def block_id(files: Sequence[BlockFile]) -> str:
+    """Of what a block holds, whatever it is called: 32 hexadecimal digits."""
+    content = json.dumps(sorted((one.name, one.sha256) for one in files))
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def own_data(config: RunConfig, client: str) -> OwnData:

@@ -1,0 +1,65 @@
+"""Atoms: the coordinates of an update that have one and the same set of holders.
+
+Each is an ordinary secure sum of its holders, who all have it whole; blocks of any shapes are cut into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Atom:
+    """Who holds it, in order, and which coordinates it is: int64, ascending."""
+
+    holders: tuple[str, ...]
+    places: np.ndarray
+
+    @property
+    def name(self) -> bytes:
+        """Another one for other holders: what its masks are made for."""
+        return "\n".join(self.holders).encode()
+
+
+def atoms(total: int, held: Mapping[str, np.ndarray]) -> list[Atom]:
+    """The atoms of coordinates below `total`, by what each client holds (int64 indices); those that nobody holds are in
+    none. The order is that of their holders' names, and does not depend on the mapping's."""
+    alike: dict[int, list[str]] = {}  # clients are many, and what they hold is few
+    for client in sorted(held):
+        alike.setdefault(id(held[client]), []).append(client)
+    labels, sets = np.zeros(total, dtype=np.int64), [tuple[str, ...]()]
+    for clients in alike.values():
+        has = np.zeros(total, dtype=np.int64)
+        has[held[clients[0]]] = 1
+        both = 2 * labels + has
+        there = np.bincount(both, minlength=2 * len(sets)) > 0
+        number = np.cumsum(there) - 1
+        sets = [sets[at // 2] + (tuple(clients) if at % 2 else ()) for at in np.flatnonzero(there)]
+        labels = number[both]
+    order = np.argsort(labels, kind="stable")
+    ends = np.cumsum(np.bincount(labels, minlength=len(sets)))
+    parts = np.split(order, ends[:-1])
+    found = [Atom(tuple(sorted(one)), part) for one, part in zip(sets, parts, strict=True) if one and len(part)]
+    return sorted(found, key=lambda one: one.holders)
+
+
+def least(colluders: int) -> int:
+    """k: survivors with whom an atom opens, if so many of them may tell the server all that they know.
+
+    Two honest ones at least: the sum of one is its update.
+    """
+    return max(3, colluders + 2)
+
+
+def threshold(holders: int) -> int:
+    """⌊2m/3⌋ + 1 shares open a secret of m: two sets of so many have more than a third of all in common."""
+    return 2 * holders // 3 + 1
+
+
+def withheld(found: Sequence[Atom], k: int) -> float:
+    """Share of the held coordinates in atoms with fewer than k holders, which are never sent."""
+    total = sum(len(one.places) for one in found)
+    return sum(len(one.places) for one in found if len(one.holders) < k) / total if total else 0.0

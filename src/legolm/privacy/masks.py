@@ -1,0 +1,61 @@
+"""The masks of one client's sum: made by the client, and of those who are gone by the server."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from legolm.privacy.atoms import Atom
+from legolm.privacy.cohort import Cohort
+from legolm.privacy.primitives import agree, derive, joined, stream
+
+
+def context(cohort: Cohort, there: Collection[str], about: bytes) -> bytes:
+    """What a sum is about: session, signed keys, who sent shares, and what all were told alike."""
+    return hashlib.sha256(joined(cohort.digest, *(one.encode() for one in sorted(there)), about)).digest()
+
+
+def received_hash(about: bytes, values: np.ndarray) -> bytes:
+    """Of what a client received on an atom, float32 in the atom's order, and of the sum's `context`."""
+    digest = hashlib.sha256(about)
+    digest.update(np.ascontiguousarray(values, dtype="<f4").data)
+    return digest.digest()
+
+
+class PairMasks:
+    """The masks that a client has in common with each other one; `secret` is its mask key."""
+
+    def __init__(self, cohort: Cohort, client: str, secret: bytes) -> None:
+        self._cohort, self._client, self._secret = cohort, client, secret
+        self._agreed: dict[str, bytes] = {}
+
+    def add(self, into: np.ndarray, atom: Atom, others: Collection[str], received: bytes, sign: int = 1) -> None:
+        """Add the masks of an atom, `sign` times; they cancel in the sum of both ends where `received` is the same."""
+        for other in others:
+            if other == self._client:
+                continue
+            if other not in self._agreed:
+                self._agreed[other] = agree(self._secret, bytes.fromhex(self._cohort.adverts[other].mask_key))
+            key = derive(self._agreed[other], b"pair", self._cohort.session.text, atom.name, received)
+            mask = stream(key, len(into), self._cohort.bits)
+            if (self._client < other) == (sign > 0):
+                into += mask
+            else:
+                into -= mask
+
+
+def add_own(into: np.ndarray, seed: bytes, atom: Atom, bits: int, sign: int = 1) -> None:
+    """Add a client's own mask of an atom, `sign` times."""
+    mask = stream(derive(seed, b"own", atom.name), len(into), bits)
+    if sign > 0:
+        into += mask
+    else:
+        into -= mask
+
+
+def parts(words: np.ndarray, chosen: Sequence[Atom]) -> Mapping[tuple[str, ...], np.ndarray]:
+    """Views of the words of each atom, which stand one after the other; by holders."""
+    ends = np.cumsum([len(one.places) for one in chosen])
+    return {one.holders: words[end - len(one.places) : end] for one, end in zip(chosen, ends, strict=True)}

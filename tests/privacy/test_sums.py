@@ -1,0 +1,270 @@
+"""Secure sums over unequal blocks: exact whatever shapes and dropouts, and noise or nothing where it should be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sums import ABOUT, SHAPE, Sum, secret, session
+
+from legolm.block import Coverage
+from legolm.errors import LegolmError
+from legolm.privacy import SecureClient, Structure, withheld
+from legolm.privacy.cohort import survivors_text
+from legolm.privacy.primitives import sign
+
+FULL = Coverage.full(SHAPE)
+SOME = Coverage(SHAPE, (0, 1), ((0, 1),) * 2, ((0, 2, 3), (1, 2, 5)))
+ONE = Coverage(SHAPE, (0,), ((0,),), ((0, 2, 3, 4),))
+SIX = {"a": FULL, "b": FULL, "c": SOME, "d": SOME, "e": ONE, "f": ONE}
+PHASES = ("keys", "shares", "upload", "confirm", "unmask")
+
+
+def draws(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def subset(size: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.sets(st.integers(0, size - 1), min_size=1).map(lambda kept: tuple(sorted(kept)))
+
+
+@st.composite
+def coverages(draw: st.DrawFn) -> Coverage:
+    layers = draw(subset(SHAPE.layers))
+    groups = tuple(draw(subset(SHAPE.kv_groups)) for _ in layers)
+    return Coverage(SHAPE, layers, groups, tuple(draw(subset(SHAPE.neurons)) for _ in layers))
+
+
+def test_three_blocks_by_hand() -> None:
+    """The LLM, all of whose layers one block has with half the neurons, and another block one layer."""
+    one = Sum(SIX)
+    opened, closed = one.run(draws())
+    assert {found.survivors: len(found.total) for found in opened} == {
+        # Rank 2; layer 0: q, k, v, o of one of two groups (8 rows) and gate, up, down of neurons 0, 2 and 3 (9 rows).
+        tuple("abcdef"): 2 * (8 + 9),
+        # The other group's 8 rows, all of layer 1's 16, and its neurons 1, 2 and 5.
+        tuple("abcd"): 2 * (8 + 16 + 9),
+        # Neuron 4 of layer 0.
+        tuple("abef"): 2 * 3,
+    }
+    assert not closed
+    assert all((found.total == one.plain(found)).all() for found in opened)
+    # Held by a and b only: neurons 1 and 5 of layer 0, and three of layer 1.
+    assert withheld(one.server.cohort.all_atoms, 3) == pytest.approx(15 / (17 + 33 + 3 + 15))
+
+
+@settings(max_examples=12)
+@given(st.lists(coverages(), min_size=1, max_size=4), st.lists(st.integers(0, 99), min_size=3, max_size=8), st.data())
+def test_sums_are_exact_whoever_goes_when(blocks: list[Coverage], of: list[int], data: st.DataObject) -> None:
+    ids = [f"c{number}" for number in range(len(of))]
+    clients = {id: blocks[at % len(blocks)] for id, at in zip(ids, of, strict=True)}
+    ranks = {id: data.draw(st.integers(1, 2)) for id in ids}
+    most = -(-len(ids) // 3) - 1
+    dead = data.draw(st.sets(st.sampled_from(ids), max_size=most))
+    gone = {id: data.draw(st.sampled_from(PHASES)) for id in sorted(dead)}
+    one = Sum(clients, gone, session=session(frozen_side=data.draw(st.booleans())), rank=ranks)
+    try:
+        opened, closed = one.run(draws())
+    except LegolmError as error:
+        assert "it needs 3" in str(error)
+        return
+    for found in opened:
+        assert (found.total == one.plain(found)).all()
+        assert len(found.survivors) >= 3
+    # Of atoms with enough holders each is one or the other.
+    assert {found.atom.holders for found in opened} | set(closed) == {
+        found.holders for found in one.server.cohort.atoms
+    }
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("clients", [4, 6, 9])
+def test_all_but_a_third_suffice(phase: str, clients: int) -> None:
+    ids = [f"c{number}" for number in range(clients)]
+    gone = dict.fromkeys(ids[: -(-clients // 3) - 1], phase)
+    one = Sum(dict.fromkeys(ids, FULL), gone)
+    opened, closed = one.run(draws())
+    assert len(opened) == 1
+    assert not closed
+    assert (opened[0].total == one.plain(opened[0])).all()
+    sent = PHASES.index(phase) > PHASES.index("upload")
+    assert opened[0].survivors == tuple(ids if sent else ids[len(gone) :])
+
+
+def test_one_more_and_it_stays_closed_and_the_rest_opens() -> None:
+    """Of four holders of an atom two go after they sent shares; six of the other eight are left."""
+    clients = dict.fromkeys("abcd", FULL) | dict.fromkeys("efgh", SOME)
+    one = Sum(clients, {"a": "upload", "b": "upload"})
+    opened, closed = one.run(draws())
+    assert [found.survivors for found in opened] == [tuple("cdefgh")]
+    assert (opened[0].total == one.plain(opened[0])).all()
+    assert closed == {tuple("abcd"): "2 of its 4 holders sent it; 3 must"}
+    one = Sum(clients, {"a": "unmask", "b": "unmask"})  # sent, confirmed, and gone
+    opened, closed = one.run(draws())
+    assert [found.survivors for found in opened] == [tuple("abcdefgh")]
+    assert "the shares of the seed" in closed[tuple("abcd")]
+
+
+def test_who_is_told_another_model_makes_noise() -> None:
+    one = Sum(SIX, told={"a": lambda values: values + np.float32(1e-7)})
+    opened, _ = one.run(draws())
+    wrong = np.concatenate([found.total - one.plain(found) for found in opened])
+    assert np.abs(wrong).mean() > 10_000  # uniform in ± 2^15: 16384
+
+
+def test_what_is_sent_looks_like_noise() -> None:
+    one = Sum(SIX)
+    sent: list[np.ndarray] = []
+    upload = one.server.upload
+    one.server.upload = lambda id, words, hashes: (sent.append(words), upload(id, words, hashes))[1]  # type: ignore
+    one.run(draws())
+    words = np.concatenate(sent).astype(np.float64)
+    assert abs(words.mean() / 65536 - 0.5) < 0.1
+    assert words.std() / 65536 == pytest.approx(12**-0.5, rel=0.1)
+
+
+def test_wide_words_for_many_holders() -> None:
+    ids = [f"c{number:03d}" for number in range(258)]
+    part = Coverage(SHAPE, (0,), ((0,),), ((0,),))
+    one = Sum(dict.fromkeys(ids, part), session=session(targets=["up_proj"], rank=1))
+    for id in ids:
+        one.server.advert(id, SecureClient.begin(one.session, id, secret(id), SHAPE, one.structures[id], 1).kept.own)
+    one.server.close_keys()
+    assert one.server.cohort.bits == 32
+
+
+# What is refused
+
+
+def begun(clients: str = "abcd", **fields: object) -> tuple[Sum, dict[str, SecureClient]]:
+    """After the keys."""
+    one = Sum(dict.fromkeys(clients, FULL), session=session(**fields))
+    found = {id: SecureClient.begin(one.session, id, secret(id), SHAPE, one.structures[id], 7) for id in clients}
+    for id, client in found.items():
+        one.server.advert(id, client.kept.own)
+    one.server.close_keys()
+    return one, found
+
+
+def test_a_roster_whose_signatures_do_not_fit() -> None:
+    one, clients = begun()
+    other = one.identities | {"b": one.identities["c"]}
+    with pytest.raises(LegolmError, match="signature of client b does not fit its identity in the roster"):
+        clients["a"].shares(one.server.adverts, one.server.structures, other)
+    with pytest.raises(LegolmError, match="client b is not in the roster"):
+        clients["a"].shares(one.server.adverts, one.server.structures, {"a": one.identities["a"]})
+    # Keys of another round are signed for another round.
+    later = SecureClient.begin(session(round=2), "b", secret("b"), SHAPE, one.structures["b"], 7).kept.own
+    with pytest.raises(LegolmError, match="signature of client b does not fit"):
+        one.server.advert("b", later)
+    with pytest.raises(LegolmError, match="b signed other keys or another block"):
+        one.server.advert("b", clients["c"].kept.own)
+    # Nor may a server tell a client that it holds something else than it signed.
+    held = clients["a"].kept.own.held
+    with pytest.raises(LegolmError, match="not what it signed"):
+        clients["a"].shares(one.server.adverts, {held: Structure.of(SOME, 2)}, one.identities)
+
+
+def test_too_few_for_k() -> None:
+    with pytest.raises(LegolmError, match="4 clients are there, and it needs 5"):
+        begun(colluders=3)
+    one, clients = begun()
+    few = one.server.adverts[:2]
+    with pytest.raises(LegolmError, match="nothing that a holds has 3 holders of 2 clients"):
+        clients["a"].shares(few, one.server.structures, one.identities)
+
+
+def uploaded(clients: str = "abcd") -> tuple[Sum, dict[str, SecureClient]]:
+    """All have sent their sums."""
+    one, found = begun(clients)
+    server = one.server
+    for id in clients:
+        server.shares(id, found[id].shares(server.adverts, server.structures, one.identities))
+    for id in clients:
+        received = np.zeros(len(server.cohort.places(id)), dtype=np.float32)
+        opening = found[id].opening(server.cohort, server.there, ABOUT, received)
+        numbers = np.ones(len(received), dtype=np.int32)
+        server.upload(id, *found[id].upload(server.cohort, server.inbox(id), opening, numbers))
+    return one, found
+
+
+def test_a_client_signs_and_opens_once() -> None:
+    one, clients = uploaded()
+    client, server = clients["a"], one.server
+    with pytest.raises(LegolmError, match="asked for unmask after upload"):
+        client._step("unmask")
+    with pytest.raises(LegolmError, match="a is not among the survivors"):
+        client.confirm(["b", "c", "d"])
+    for id in "abcd":
+        server.confirm(id, clients[id].confirm(server.survivors))
+    with pytest.raises(LegolmError, match="asked for confirm after confirm"):
+        client.confirm(["a", "b", "c"])  # else b's seed opens now, and then d's key with it
+    server.unmask("a", client.unmask(server.cohort, server.signatures))
+    with pytest.raises(LegolmError, match="asked for unmask after unmask"):
+        client.unmask(server.cohort, server.signatures)
+
+
+def test_nothing_opens_without_the_others_signatures() -> None:
+    one, clients = uploaded()
+    server, client = one.server, clients["a"]
+    for id in "abc":  # the server told d that others survived
+        server.confirm(id, clients[id].confirm(server.survivors))
+    others = clients["d"].confirm(["b", "c", "d"])
+    with pytest.raises(LegolmError, match="d signed other survivors"):
+        server.confirm("d", others)
+    mine = server.signatures
+    with pytest.raises(LegolmError, match="too few of the survivors signed"):
+        client.unmask(server.cohort, {"a": mine["a"], "b": mine["b"]})
+    forged = sign(secret("z"), survivors_text(one.session, server.survivors))
+    with pytest.raises(LegolmError, match="too few of the survivors signed"):
+        client.unmask(server.cohort, {"a": mine["a"], "b": mine["b"], "c": forged})
+    assert len(client.unmask(server.cohort, mine)) == 4  # of four seeds, and no key
+
+
+def test_of_the_dead_keys_and_of_the_living_seeds() -> None:
+    """A share is of one or the other: all that a client gives of d, which sent nothing, is of its key."""
+    one = Sum(dict.fromkeys("abcd", FULL), {"d": "upload"})
+    given_shares: dict[str, list[tuple[str, object]]] = {}
+    unmask = one.server.unmask
+
+    def note(id: str, shares: list[bytes]) -> None:
+        unmask(id, shares)
+        given_shares[id] = list(one.server._shares[id])
+
+    one.server.unmask = note  # type: ignore[method-assign]
+    opened, _ = one.run(draws())
+    assert (opened[0].total == one.plain(opened[0])).all()
+    atom = tuple("abcd")
+    assert given_shares == {id: [("a", atom), ("b", atom), ("c", atom), ("d", None)] for id in "abc"}
+
+
+def test_a_wrong_share_closes_its_atom_and_is_named() -> None:
+    one, clients = uploaded()
+    server = one.server
+    for id in "abcd":
+        server.confirm(id, clients[id].confirm(server.survivors))
+    for id in "abcd":
+        shares = clients[id].unmask(server.cohort, server.signatures)
+        server.unmask(id, [bytes(33), *shares[1:]] if id == "b" else shares)
+    opened, closed = server.finish(ABOUT, np.zeros(server.cohort.grid.layout.total, dtype=np.float32))
+    assert not opened
+    assert closed == {tuple("abcd"): "the shares of the seed of a do not give it"}
+
+
+def test_messages_of_other_sizes() -> None:
+    one, clients = begun()
+    server = one.server
+    sealed = clients["a"].shares(server.adverts, server.structures, one.identities)
+    for wrong in ({**sealed, "b": sealed["b"][:-1]}, {**sealed, "z": sealed["b"]}, {"b": sealed["b"]}):
+        with pytest.raises(LegolmError, match="a sealed shares for others than its neighbours"):
+            server.shares("a", wrong)
+    one, clients = uploaded()
+    with pytest.raises(LegolmError, match="a sent 3 numbers"):
+        one.server.upload("a", np.zeros(3, dtype="<u2"), [])
+    with pytest.raises(LegolmError, match="a sent hashes of 0 seeds"):
+        one.server.upload("a", np.zeros(one.server.cohort.grid.layout.total, dtype="<u2"), [])
+    with pytest.raises(LegolmError, match="a gave 0 shares"):
+        for id in "abcd":
+            one.server.confirm(id, clients[id].confirm(one.server.survivors))
+        one.server.unmask("a", [])
