@@ -27,7 +27,7 @@ from legolm.federate.server.members import Members
 from legolm.federate.transport import Engine, Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.plan import make_plan
-from legolm.privacy import gaussian_epsilon
+from legolm.privacy import gaussian_epsilon, sampled_epsilon
 from legolm.report.status import read_status
 from legolm.runs import RunDir, Summary, read_stage
 
@@ -147,6 +147,21 @@ def test_clients_add_their_parts_and_the_sum_has_enough(raw: dict[str, Any], tmp
     strict = load(raw, tmp_path, "federation.rounds=1", **settings)
     with pytest.raises(LegolmError, match=r"2 updates accepted, privacy\.dp\.dropouts is 0 of 3"):
         pipeline.run(strict, tmp_path / "strict", engine=without("es"), models=False, store=tmp_path / "store")
+
+
+def test_examples_are_hidden_at_their_clients_and_the_dearest_client_counts(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    raw["aggregate"], raw["train"]["batch_size"] = {}, 2
+    free = load(raw, tmp_path, level="example", noise_multiplier=1.0)
+    rows = min(one.examples or 0 for one in make_plan(free).clients)
+    cost = [sampled_epsilon([(1.0, 2 / rows, steps)], 1e-5) for steps in (1, 2, 3)]
+    config = load(raw, tmp_path, level="example", noise_multiplier=1.0, epsilon=(cost[1] + cost[2]) / 2)
+    assert f"epsilon {cost[2]:.3g} at delta 1e-05 after 3 steps" in make_plan(config).notes[-1]
+    summary = pipeline.run(config, tmp_path / "out", models=False, store=tmp_path / "store")
+    assert summary.privacy is not None
+    assert (summary.rounds, summary.privacy.stopped) == (2, True)
+    assert [one.epsilon for one in summary.history[1:]] == pytest.approx(cost[:2])
 
 
 @pytest.mark.parametrize(

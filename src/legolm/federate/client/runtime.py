@@ -82,6 +82,7 @@ class ClientRuntime:
                 frozen=opened.frozen,
                 proximal=settings.proximal,
                 dropout=settings.dropout,
+                dp=settings.dp if settings.dp is not None and settings.dp.level == "example" else None,
             )
             delta, metrics = train(task)
         if settings.dp is not None and settings.dp.noise == "distributed":
