@@ -7,6 +7,8 @@ from legolm.aggregate import (  # noqa: F401 (each registers itself)
     flora,
     heteagg,
     hetlora,
+    multi_krum,
+    nearest_mixing,
     raflora,
     robust,
 )

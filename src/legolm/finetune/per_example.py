@@ -35,12 +35,16 @@ class Parts:
         """Of the factor of this `id`: one part an example, each in its shape."""
         self._found[factor] = torch.stack([part.float() for part in parts])
 
+    def of(self, factors: Sequence[nn.Parameter]) -> list[Tensor]:
+        """(examples, factor's shape) of each of these."""
+        return [self._found[id(factor)] for factor in factors]
+
     def clipped(self, factors: Sequence[nn.Parameter], bound: float) -> list[Tensor]:
         """Σ_i of each factor over examples, each scaled down to an L2 norm of `bound` over all factors together.
 
         An example whose gradient is not finite adds nothing.
         """
-        found = [self._found[id(factor)] for factor in factors]
+        found = self.of(factors)
         squares = torch.stack([part.flatten(1).double().square().sum(1) for part in found]).sum(0)
         scale = (BELOW * bound / squares.sqrt()).clamp(max=1.0)
         scale = torch.where(squares.isfinite(), scale, 0.0).float()
