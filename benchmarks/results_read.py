@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -236,9 +235,11 @@ def claims(found: Record) -> list[tuple[str, str, bool]]:
 
 
 def keep(runs: Path, out: Path) -> None:
-    """Copy what the page is made from."""
+    """Copy what the page is made from, a record a line."""
     for path in (path for pattern in KEPT for path in runs.glob(pattern)):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".json", ".yaml"):
+            text = json.dumps(yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)) + "\n"
         copy = out / path.relative_to(runs)
-        if path.resolve() != copy.resolve():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text, encoding="utf-8")

@@ -193,7 +193,7 @@ def test_the_flower_engine_gives_the_same_result_with_a_trainer_from_outside(
     # working directory in its path: it and Ray's processes each find the plugin.
     command = [sys.executable, "-P", "-m", "legolm.cli", "run", str(config_file), "--out", str(out)]
     sets = ("federation.engine=flower", "plugins=[mine:whole]", "train.trainer=mine", "train.share=1")
-    errors, deadline, niceness = tmp_path / "stderr.txt", time.monotonic() + 300, set[int]()
+    errors, deadline, niceness = tmp_path / "stderr.txt", time.monotonic() + 1500, set[int]()
     # A socket's path below it has to be short.
     with errors.open("w") as stderr, TemporaryDirectory(prefix="r", dir="/tmp") as sessions:
         started = [*command, *(part for one in sets for part in ("--set", one))]

@@ -86,6 +86,7 @@ def test_sparse_is_half_and_comes_back_exactly(masked: Block, tmp_path: Path) ->
     assert torch.equal(model(IDS).logits, load_model(masked.path)(IDS).logits)
     assert tokenizer.eos_token == "<|im_end|>" and "the same again" in found.lines[0]
     assert not (tmp_path / "s" / "model.safetensors").exists()
+    assert_one_line(legolm("export", tmp_path / "s", "--to", "hf", "--out", tmp_path / "o"), "legolm.load reads its")
     tensors = {name: one[:-1] if one.dim() == 1 and len(one) > 100 else one for name, one in weights.items()}
     save_file(tensors, tmp_path / "s" / "sparse.safetensors")
     with pytest.raises(LegolmError, match=r"sparse\.safetensors: is broken \(.* values for a mask of"):
@@ -174,6 +175,7 @@ def test_names_of_models(run: Path, tiny: Callable[[str], Path], tmp_path: Path)
         ("hf", "cut", ("--quant", "q8_0"), "unknown key `quant` of target 'hf'; it is gguf and ollama's"),
         ("gguf", "cut", ("--quant", "q3"), "`quant` = 'q3': input should be 'f32', 'f16'"),
         ("adapter", "cut", (), "has no adapter; give one (--adapter DIR), or a run's final model"),
+        ("adapter", "whole", (), "has no adapter; give one (--adapter DIR), or a run's final model"),
         ("sparse", "cut", (), "has no bit masks, so nothing to leave out; hf, gguf and onnx can hold it"),
         ("gguf", "opt", (), "family 'opt' cannot be written for llama.cpp"),
         ("hf", "nothing", (), "has no config.json; give a Hugging Face checkpoint"),
@@ -220,8 +222,38 @@ def test_what_must_be_there_and_what_must_not(run: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("legolm.export.target.importlib.util.find_spec", lambda name: None)
     done = legolm("export", run, "--to", "gguf", "--out", tmp_path / "x.gguf")
     assert_one_line(done, "--to gguf: needs gguf, which is not installed; run: pip install 'legolm[gguf]'")
+    assert_one_line(legolm("serve", run), "serve: needs gguf, which is not installed; run: pip install 'legolm[gguf]'")
+    done = legolm("bench", run, "--runtimes", "transformers,onnxruntime")
+    assert_one_line(done, "--runtimes onnxruntime: needs onnx, which is not installed; run: pip install 'legolm[onnx]'")
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))  # type: ignore[attr-defined]
     assert_one_line(legolm("export", run, "--to", "hf", "--out", tmp_path / "y"), "free some space")
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("/proc/o", "cannot be made there"),
+        ("x" * 300, "cannot be made ([Errno 36] File name too long"),
+        ("x" * 250, "cannot be made there ([Errno 36] File name too long"),
+        ("file/o", "is a file; give another --out"),
+        ("ring/o", "cannot be made"),
+        ("gone", "is already there; give another one"),
+    ],
+)
+def test_places_where_nothing_can_be_made(out: str, says: str, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "ring").symlink_to(tmp_path / "ring")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert_one_line(legolm("export", run, "--to", "hf", "--out", tmp_path / out), says)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "gone", "ring"]
+
+
+def test_a_checkpoint_without_a_tokenizer_is_one_line(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "m", ignore=lambda folder, names: [one for one in names if "tokenizer" in one])
+    for to in ("hf", "gguf"):
+        done = legolm("export", tmp_path / "m", "--to", to, "--out", tmp_path / "o")
+        assert_one_line(done, "m: has no readable tokenizer")
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_trained_block_of_another_base_is_refused(run: Path, block: Callable[..., Block], tmp_path: Path) -> None:
@@ -291,4 +323,6 @@ def test_a_served_model_takes_the_adapter_that_a_request_names(run: Path, tmp_pa
     assert not list(tmp_path.iterdir())
     assert_one_line(legolm("serve", cut, "--port", 0, "--adapter", "x=nowhere"), "there is no nowhere; give NAME=DIR")
     (tmp_path / "x.gguf").write_text("GGUF")
-    assert_one_line(legolm("serve", tmp_path / "x.gguf", "--port", 0), "is no GGUF file of a model")
+    assert_one_line(legolm("serve", tmp_path / "x.gguf", "--port", 0), "x.gguf: is no GGUF file that can be read")
+    assert_one_line(legolm("serve", cut, "--port", 0, "--adapter", tmp_path / "x.gguf"), "--adapter", "is no GGUF file")
+    assert_one_line(legolm("serve", cut, "--port", 0, "--adapter", f"a={cut}"), "no readable adapter_config.json")

@@ -1,4 +1,4 @@
-"""A real federation on this machine: TLS, a SuperLink, two devices with their blocks, and what goes wrong there."""
+"""A real federation on this machine: TLS, a SuperLink, three devices with three blocks, and what goes wrong there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from legolm.runs import Summary, read_live
 from legolm.system import Progress, free_port
 from legolm.trust import CA, KEY, add_device, make_authority, make_key, make_server, revoke_device
 
-NAMES = ("fr", "es")
+NAMES = ("fr", "de", "es")
 PATIENCE_S = 1500
 """Of a busy machine: each message starts a process on the device."""
 
@@ -43,7 +43,7 @@ def until(what: Callable[[], Any]) -> Any:
 
 
 class Devices:
-    """Two registered devices with their CA, each a process of `legolm client` once it is started."""
+    """Three registered devices with their CA, each a process of `legolm client` once it is started."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.home, self.port = folder, folder / "federation", free_port()
@@ -157,9 +157,8 @@ def end_server_app() -> None:
 
 def test_a_federation(three_clients: Callable[..., dict[str, Any]], devices: Devices, tmp_path: Path) -> None:
     """It ends where the local engine ends, whoever is kept out, killed or late meanwhile."""
-    raw = three_clients(tmp_path, ("wide", "dense", "half"), evaluate={"scores": "own", "local_only": False})
+    raw = three_clients(tmp_path, ("wide", "half", "dense"), evaluate={"scores": "own", "local_only": False})
     raw["federation"]["rounds"] = 1
-    raw["clients"] = [client for client in raw["clients"] if client["id"] in NAMES]
     out, said, ended = tmp_path / "out", StringIO(), list[Summary | BaseException]()
 
     def run() -> None:
@@ -171,7 +170,7 @@ def test_a_federation(three_clients: Callable[..., dict[str, Any]], devices: Dev
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    devices.start("es")
+    devices.start("de", "es")
     until(lambda: "this device is 'es'" in devices.log("es"))
     check_kept_out(devices)
     until(lambda: "evaluate: answered" in devices.log("es"))

@@ -24,3 +24,15 @@ def test_what_is_on_the_grid_stays_and_the_seed_decides_the_rest() -> None:
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert torch.equal(rounded(values, torch.float32, 0), values)
+
+
+def test_a_large_matrix_is_rounded_in_no_pattern() -> None:
+    """A column's weights change alike: rounded by the same numbers they would all be rounded up, or none."""
+    quarter = torch.full((300, 256), 1 + 2**-9)
+    up = (rounded(quarter, torch.bfloat16, 0).float() > 1).float()
+    assert len(up.unique(dim=0)) == len(up)
+    assert float(up.mean()) == pytest.approx(0.25, abs=0.01)
+    for along in (0, 1):
+        assert float(up.mean(along).std()) == pytest.approx((0.25 * 0.75 / up.shape[along]) ** 0.5, rel=0.2)
+    assert torch.equal(rounded(quarter.t(), torch.bfloat16, 0).float() > 1, up.view(256, 300) > 0)
+    assert rounded(torch.empty(0, 3), torch.bfloat16, 0).shape == (0, 3)

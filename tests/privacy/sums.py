@@ -16,7 +16,7 @@ ABOUT = b"the same for all"
 
 
 def session(**fields: object) -> Session:
-    usual = {"run": "r", "round": 1, "colluders": 1, "targets": None, "rank": 2, "frozen_side": True}
+    usual = {"run": "r", "round": 1, "k": 3, "targets": None, "rank": 2, "frozen_side": True}
     return Session.model_validate(usual | fields)
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from sums import SHAPE, session
 
 from legolm.block import Coverage
-from legolm.privacy import Structure, atoms, grid_of, least, threshold, withheld
+from legolm.config import SecureConfig
+from legolm.privacy import Structure, atoms, grid_of, threshold
 
 
 def test_three_blocks_by_hand() -> None:
@@ -21,12 +22,10 @@ def test_three_blocks_by_hand() -> None:
         ("b", "c"): [4],
         ("c",): [6],
     }
-    assert withheld(atoms(8, held), 3) == 5 / 6
-    assert withheld(atoms(8, held), 2) == 3 / 6
 
 
 def test_how_many_open() -> None:
-    assert [least(colluders) for colluders in (0, 1, 2, 5)] == [3, 3, 4, 7]
+    assert [SecureConfig(colluders=colluders).least for colluders in (0, 1, 2, 5)] == [3, 3, 4, 7]
     assert [threshold(m) for m in (3, 4, 6, 8, 100)] == [3, 3, 5, 6, 67]
     for m in range(3, 200):  # all but ⌈m/3⌉ - 1 suffice, and two sets of so many share more than a third
         assert m - (-(-m // 3) - 1) >= threshold(m)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,7 +53,9 @@ def test_three_blocks_by_hand() -> None:
     assert not closed
     assert all((found.total == one.plain(found)).all() for found in opened)
     # Held by a and b only: neurons 1 and 5 of layer 0, and three of layer 1.
-    assert withheld(one.server.cohort.all_atoms, 3) == pytest.approx(15 / (17 + 33 + 3 + 15))
+    held = Counter(one.structures.values())
+    assert withheld(one.server.cohort.grid, SHAPE, held, 3) == pytest.approx(15 / (17 + 33 + 3 + 15))
+    assert withheld(one.server.cohort.grid, SHAPE, held, 5) == pytest.approx((15 + 33 + 3) / (17 + 33 + 3 + 15))
 
 
 @settings(max_examples=12)
@@ -168,7 +172,7 @@ def test_a_roster_whose_signatures_do_not_fit() -> None:
 
 def test_too_few_for_k() -> None:
     with pytest.raises(LegolmError, match="4 clients are there, and it needs 5"):
-        begun(colluders=3)
+        begun(k=5)
     one, clients = begun()
     few = one.server.adverts[:2]
     with pytest.raises(LegolmError, match="nothing that a holds has 3 holders of 2 clients"):

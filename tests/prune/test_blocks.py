@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from legolm.block import Base, Block, read_block
-from legolm.config import BlockConfig, CalibrationConfig, RecoverConfig
+from legolm.config import BlockConfig, CalibrationConfig, Precision, RecoverConfig
 from legolm.errors import LegolmError
 from legolm.models import LLAMA, LayeredModel, fingerprint, load_config, load_model, load_tokenizer, shape_of
 from legolm.prune import cut_blocks, planned_coverage
@@ -121,6 +122,32 @@ def test_recovery_brings_the_block_nearer_to_the_llm_and_keeps_its_sparsity(
     for key, mask in recovered.coverage.masks.items():
         layer, module = int(key.split(".")[1]), key.split(".", 2)[2]
         assert bool((model.model.layers[layer].get_submodule(module).weight[~mask] == 0).all())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_blocks_that_recover_on_the_same_text_share_the_pass_of_the_llm(
+    precision: Precision, tiny: Callable[[str], Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, passes = importlib.import_module("legolm.prune.recover"), []
+    real = module.hidden_states
+    monkeypatch.setattr(module, "hidden_states", lambda model, packing: passes.append(1) or real(model, packing))
+    base = tiny("llama")
+
+    def cut(folder: Path, *steps: int) -> list[Block]:
+        text = CalibrationConfig(text=str(corpus), samples=4, length=32)
+        wanted = []
+        for count in steps:
+            recipe = RecoverConfig(steps=count, batch_size=2, rank=4)
+            spec = BlockConfig(name=f"b{count}", method="magnitude", sparsity=0.5, calibration=text, recover=recipe)
+            wanted.append((spec, folder / spec.name))
+        return cut_blocks(base, fingerprint(base), wanted, 0, precision, Progress())
+
+    together = cut(tmp_path / "together", 3, 2, 0)
+    assert len(passes) == 3 + 2 + 3  # of the blocks, and of the LLM on three batches
+    for block, steps in zip(together[:2], (3, 2), strict=True):
+        (alone,) = cut(tmp_path / "alone", steps)
+        one, two = (load_file(found.path / "model.safetensors") for found in (block, alone))
+        assert all(torch.equal(one[key], two[key]) for key in two)
 
 
 def test_a_block_has_the_dtype_of_the_llm(tiny: Callable[[str], Path], tmp_path: Path) -> None:

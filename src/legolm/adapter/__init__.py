@@ -27,7 +27,7 @@ from legolm.adapter.keys import (
     under_prefix,
     with_prefix,
 )
-from legolm.adapter.merge import linears, merge, merged, merged_weight
+from legolm.adapter.merge import linears, masked_, merge, merged, merged_weight
 from legolm.adapter.slices import concatenated, mixed, slice_factors, tensors_hash
 from legolm.adapter.start import init_factors, initial_factors
 
@@ -54,6 +54,7 @@ __all__ = [
     "linears",
     "load_adapter",
     "load_factors",
+    "masked_",
     "merge",
     "merged",
     "merged_weight",

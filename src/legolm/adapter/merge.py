@@ -46,5 +46,10 @@ def linears(model: Any, coverage: Coverage, factors: Tensors) -> Iterator[tuple[
 
 def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, mask: Tensor | None, seed: int) -> Tensor:
     """M ∘ (W + s·B·A), without a mask W + s·B·A, rounded once to the dtype of W; the seed decides how (`rounded`)."""
-    merged = torch.addmm(weight.float(), b.detach(), a.detach(), alpha=scale)
-    return rounded(merged if mask is None else merged.mul_(mask), weight.dtype, seed)
+    merged = weight.to(torch.float32, copy=True).addmm_(b.detach(), a.detach(), alpha=scale)
+    return rounded(merged if mask is None else masked_(merged, mask), weight.dtype, seed)
+
+
+def masked_(matrix: Tensor, mask: Tensor) -> Tensor:
+    """M ∘ a float32 matrix, in place, for a bool mask M."""
+    return matrix.mul_(mask.view(torch.uint8).float())  # torch turns bytes into floats at once, bools one by one

@@ -20,10 +20,14 @@ def client(
         float | None, typer.Option(min=1, help="memory that training may take, where the server asks (block: auto)")
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="where products run")] = "auto",
+    roster: Annotated[
+        Path | None, typer.Option(help="identities of all devices (legolm devices roster), for secure sums")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
 ) -> None:
     """Take part in a federation with the rows of this device, until stopped."""
     from legolm.federate.client import Holdings, Profile, block_folder, serve
 
-    held = Holdings(home, tuple(data), tuple(map(block_folder, block or ())), Profile(device, threads), memory_mb)
+    blocks, profile = tuple(map(block_folder, block or ())), Profile(device, threads)
+    held = Holdings(home, tuple(data), blocks, profile, memory_mb, roster)
     serve(server, ca, held, typer.echo)

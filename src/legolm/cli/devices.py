@@ -46,6 +46,19 @@ def list_devices(home: Home) -> None:
 
 
 @devices.command()
+def roster(
+    home: Home,
+    out: Annotated[Path, typer.Option(help="the file to write; give it to every device (legolm client --roster)")],
+) -> None:
+    """The identities of all devices, for secure sums. Give it to devices by another way than the federation's own."""
+    from legolm.trust import roster as identities
+    from legolm.trust import write_roster
+
+    write_roster(home, out)
+    typer.echo(f"{out}: the identities of {len(identities(home))} devices")
+
+
+@devices.command()
 def revoke(home: Home, name: Name) -> None:
     """Keep a device out from now on. A running federation knows it at once."""
     from legolm.trust import revoke_device

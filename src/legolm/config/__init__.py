@@ -11,7 +11,7 @@ from legolm.config.aggregation import (
 from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.dp import DpConfig
 from legolm.config.file import dump, load, read, validate
-from legolm.config.privacy import PrivacyConfig
+from legolm.config.privacy import PrivacyConfig, SecureConfig
 from legolm.config.registry import (
     CRITERIA,
     EXPORTERS,
@@ -72,6 +72,7 @@ __all__ = [
     "Registry",
     "RowsConfig",
     "RunConfig",
+    "SecureConfig",
     "ServerConfig",
     "SiteConfig",
     "Split",

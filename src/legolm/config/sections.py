@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from datetime import date as Day
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -315,6 +316,7 @@ class RunConfig(Section):
         self._check_scheme()
         self._check_devices()
         self._check_dp()
+        self._check_secure()
         if self.federation.min_replies > len(self.clients):
             raise ValueError(
                 f"federation.min_replies is {self.federation.min_replies}; there are {len(self.clients)} clients"
@@ -380,6 +382,42 @@ class RunConfig(Section):
                 why = f"dropouts {dp.dropouts} leaves none of {len(self.clients)} clients"
         if why:
             raise ValueError(f"privacy.dp: {why}")
+
+    def _check_secure(self) -> None:
+        """Raise `ValueError` for what needs single changes, which a secure sum hides, or shows them."""
+        secure, federation, aggregate = self.privacy.secure, self.federation, self.aggregate
+        if secure is None:
+            return
+        scheme, why = SCHEMES.entry(aggregate.scheme).make(**aggregate.settings), ""
+        there, alone = len(self.clients), self.evaluate.local_only or federation.personal_steps
+        drawn = min(there, max(math.ceil(federation.fraction * there), federation.min_replies))
+        if federation.mode != "federated":
+            why = f"is of rounds, and federation.mode {federation.mode!r} has none; take mode federated"
+        elif not scheme.sums:
+            why = f"opens a sum of changes, and aggregate.scheme {aggregate.scheme!r} with these settings needs each "
+            why += f"by itself; take one of {SCHEMES.having('sums')}"
+        elif scheme.folds:
+            why = "hashes what clients received into their masks, and a redrawn side sends them different things; take "
+            why += "aggregate.redraw 0"
+        elif scheme.keep(0.5) < 1:
+            why = "is of the same entries of all holders, and a saliency mask chooses each client's own, which tells "
+            why += "what it learned; take aggregate.mask structure"
+        elif aggregate.outliers.action != "none":
+            why = "shows the server no single change to judge; set aggregate.outliers.action to none"
+        elif federation.keep_updates:
+            why = "leaves no single change to keep; set federation.keep_updates to false"
+        elif federation.codec != "none":
+            why = f"sends numbers of its own, 16 bits an entry; take out federation.codec {federation.codec}"
+        elif self.privacy.dp.level != "none":
+            why = "has no noise of privacy.dp in it: set privacy.dp.level to none"
+        elif drawn < secure.least:
+            who = f"a round has {drawn} clients" if drawn < there else f"there are {there} clients"
+            why = f"with colluders {secure.colluders} opens an entry of {secure.least} holders or more, and {who}"
+        elif federation.engine == "deployment" and alone:
+            why = "hides no change of what clients train alone, which the server would get; set evaluate.local_only to "
+            why += "false and federation.personal_steps to 0"
+        if why:
+            raise ValueError(f"privacy.secure: {why}")
 
     def _check_scheme(self) -> None:
         """Raise `ValueError` for what the scheme says that it does not take."""

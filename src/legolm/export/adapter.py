@@ -25,10 +25,10 @@ def adapter(source: Source, out: Path) -> list[str]:
     from peft import PeftModel
 
     recorded = source.block.details.get("model")
-    bare = source.bare
+    factors, bare = source.factors, source.bare
     hub = isinstance(recorded, str) and not source.is_cut and recorded != "starter" and not Path(recorded).exists()
     check_unmasked(source, "adapter")
-    save_adapter(source.coverage, source.factors, 1.0, str(recorded) if hub else str(lasting_base(bare)), out)
+    save_adapter(source.coverage, factors, 1.0, str(recorded) if hub else str(lasting_base(bare)), out)
     wanted = merged_reference(source, READ, ASKED)
     model = PeftModel.from_pretrained(load_model(bare), out)
     found = Reference.of(model, source.tokenizer, READ, ASKED)

@@ -28,7 +28,7 @@ def hf(source: Source, out: Path, *, push_to_hub: str | None = None) -> list[str
     out.mkdir()
     for file in [*side_files(source.path), *weight_files(source.path)]:
         shutil.copy2(file, out / file.name)
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=False)
     _check(source, out, model.eval())
     (out / "README.md").write_text(model_card(source, model), encoding="utf-8")
     lines = ["plain transformers loads it and computes the same"]
@@ -39,7 +39,8 @@ def hf(source: Source, out: Path, *, push_to_hub: str | None = None) -> list[str
 
 def _check(source: Source, out: Path, model: Any) -> None:
     """Raise `LegolmError` unless logits and tokens are the block's, and zero is what its masks say."""
-    tokenizer, own = AutoTokenizer.from_pretrained(out), source.tokenizer
+    own = source.tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     read = min(READ, source.config.max_position_embeddings - ASKED)
     wanted = Reference.of(source.load(), own, read, ASKED)
     found = Reference.of(model, tokenizer, read, ASKED)

@@ -117,7 +117,10 @@ def llama_cpp(
         line = process.stdout.readline()
         said = json.loads(line) if line else {"error": "its process ended"}
         if "error" in said:
-            raise LegolmError(f"llama.cpp: does not load {model.name} ({brief(said['error'])})")
+            files = [model, *(path for path, _ in adapters)]
+            raise LegolmError(
+                f"llama.cpp: does not load {' with '.join(path.name for path in files)} ({brief(said['error'])})"
+            )
         yield LlamaCpp(said["address"], process)
     finally:
         process.kill()

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from legolm.config import EXPORTERS
 from legolm.errors import LegolmError, brief
@@ -26,7 +27,7 @@ def serving(
     `adapters` are `NAME=PATH` of PEFT folders or of LoRA files for the model. What is exported on the way lies in
     `folder` and vanishes. Raises `LegolmError` for what cannot be exported or loaded.
     """
-    EXPORTERS.entry("gguf").make().need()
+    EXPORTERS.entry("gguf").make().need("serve")
     _check_free(host, port)
     named = dict(_named(one) for one in adapters)
     if len(named) < len(adapters):
@@ -39,6 +40,8 @@ def serving(
                 made = scratch / f"{name}.gguf"
                 export(model, "gguf-adapter", made, path)
                 path = made
+            elif _fields(path, f"--adapter {path}").get("general.type") != "adapter":
+                raise LegolmError(f"--adapter {path}: is no LoRA file; give one, or a PEFT adapter's folder")
             files.append((path, 0.0))  # until a request asks for it
         with llama_cpp(file, context * parallel, files, parallel, host, port, Path(model).name) as server:
             yield server, {name: number for number, name in enumerate(named)}
@@ -62,18 +65,24 @@ def _named(given: str) -> tuple[str, Path]:
 
 def _file(model: str, quant: str, scratch: Path) -> tuple[Path, int]:
     """A GGUF file of the model, and the context to serve."""
-    import gguf
-
     path = Path(model)
     if path.suffix != ".gguf":
         path = scratch / "model.gguf"
         export(model, "gguf", path, settings={"quant": quant})
     elif not path.is_file():
         raise LegolmError(f"{model}: there is no such file")
-    try:
-        fields = gguf.GGUFReader(path).fields
-        arch = fields["general.architecture"].contents()
-        trained = int(fields[f"{arch}.context_length"].contents())
-    except (KeyError, ValueError, OSError, IndexError) as error:
-        raise LegolmError(f"{model}: is no GGUF file of a model ({type(error).__name__})") from None
+    fields = _fields(path, model)
+    trained = fields.get(f"{fields.get('general.architecture')}.context_length")
+    if not isinstance(trained, int):
+        raise LegolmError(f"{model}: is no GGUF file of a model")
     return path, min(trained, MOST_CONTEXT)
+
+
+def _fields(path: Path, where: str) -> dict[str, Any]:
+    """The plain metadata of a GGUF file. Raises `LegolmError` for a file that is none."""
+    import gguf
+
+    try:
+        return {key: one.contents() for key, one in gguf.GGUFReader(path).fields.items() if len(one.types) == 1}
+    except (ValueError, OSError, LookupError) as error:
+        raise LegolmError(f"{where}: is no GGUF file that can be read ({type(error).__name__})") from None

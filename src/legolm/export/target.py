@@ -26,12 +26,13 @@ class Target:
     packages: tuple[str, ...]
     extra: str | None
 
-    def need(self) -> None:
-        """Raise `LegolmError` where what writes it or its runtime is not installed."""
+    def need(self, what: str | None = None) -> None:
+        """Raise `LegolmError` where what writes it or its runtime is not installed; `what` needs it, if not `--to`."""
         lacking = [one for one in self.packages if importlib.util.find_spec(one) is None]
         if lacking:
             raise LegolmError(
-                f"--to {self.name}: needs {lacking[0]}, which is not installed; run: pip install 'legolm[{self.extra}]'"
+                f"{what or f'--to {self.name}'}: needs {lacking[0]}, which is not installed; run: pip install "
+                f"'legolm[{self.extra}]'"
             )
 
 

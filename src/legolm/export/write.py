@@ -42,9 +42,9 @@ def export(
     except ValueError as error:
         raise LegolmError(f"--to: {error}") from None
     target.need()
-    if out.exists():
-        raise LegolmError(f"--out {out}: is already there; give another one")
     check_room(out)
+    if out.exists() or out.is_symlink():
+        raise LegolmError(f"--out {out}: is already there; give another one")
     with open_source(name, with_adapter, out) as source:
         check_room(out, WIDEST * count_parameters(source.folder))
         with appearing(out) as made:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from legolm.adapter import merged_weight
+from legolm.adapter import masked_, merged_weight
 from legolm.finetune.per_example import splitting
 
 
@@ -46,13 +46,13 @@ class MaskedLinear(torch.autograd.Function):
             dx = (g @ merged_weight(weight, a, b, ctx.scale, mask, ctx.seed)).to(ctx.dtype)
         if (parts := splitting()) is not None:
             tokens = parts.pairs(g.flatten(0, -2), x.flatten(0, -2))
-            products = [(one.t() @ two).float().mul_(mask) for one, two in tokens]
+            products = [masked_((one.t() @ two).float(), mask) for one, two in tokens]
             if ctx.needs_input_grad[3]:
                 parts.add(ctx.factors[0], [ctx.scale * (b.t() @ one) for one in products])
             if ctx.needs_input_grad[4]:
                 parts.add(ctx.factors[1], [ctx.scale * (one @ a.t()) for one in products])
             return dx, None, None, None, None, None, None, None
-        dense = (g.flatten(0, -2).t() @ x.flatten(0, -2)).float().mul_(mask)
+        dense = masked_((g.flatten(0, -2).t() @ x.flatten(0, -2)).float(), mask)
         da = ctx.scale * (b.t() @ dense) if ctx.needs_input_grad[3] else None
         db = ctx.scale * (dense @ a.t()) if ctx.needs_input_grad[4] else None
         return dx, None, None, da, db, None, None, None

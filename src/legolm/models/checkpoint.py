@@ -94,8 +94,11 @@ def weight_files(path: Path) -> list[Path]:
         return [path / SINGLE]
     found = sorted(file for file in path.glob("model*.safetensors") if file.is_file())
     if not found:
-        gguf = next(path.glob("*.gguf"), None)
-        way_out = SAVE_AGAIN if gguf is None else f"run: legolm import {gguf} --out DIR, and give DIR"
+        gguf, way_out = next(path.glob("*.gguf"), None), SAVE_AGAIN
+        if gguf is not None:
+            way_out = f"run: legolm import {gguf} --out DIR, and give DIR"
+        elif (path / "sparse.safetensors").is_file():
+            way_out = "legolm.load reads its bit masks and values; save that with save_pretrained"
         raise LegolmError(f"model: {path} holds no safetensors weights; {way_out}")
     return found
 

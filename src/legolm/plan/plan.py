@@ -44,7 +44,9 @@ from legolm.plan.disk import mixed_parts, stages_bytes
 from legolm.plan.needs import leaner, settings_of, training_bytes, worst_batch
 from legolm.plan.notes import notes, prompt_notes
 from legolm.plan.privacy import promised
+from legolm.plan.secure import summed
 from legolm.plan.trainees import Trainees, check_layers
+from legolm.privacy import bits_for
 from legolm.prune import criterion_of, planned_coverage, target_pattern
 from legolm.system import available_bytes, stored_tensors
 from legolm.trust import server_files
@@ -276,6 +278,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     counts = {one.id: len(lengths[one.id]) for one in taking} if parts.data else {}
     said = notes(config, members, counts)
     said += promised(config, dict(zip((one.id for one in taking), members, strict=True)), counts)
+    said += summed(config, coverages, dict(zip((one.id for one in taking), members, strict=True)))
     template = "" if config.data.template == "model" else str(parts.tokenizer.chat_template)
     read, said = parts.read + of_texts, (*parts.notes, *said)
     return Plan(
@@ -406,6 +409,8 @@ def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int
     back = adapter_keys(trained, config.lora.targets, trained=scheme.frozen_side)
     changed = adapter_layout(trained, back, rank, config.lora.ranks)
     up = encoded_bytes(changed, codec, scheme.keep(sparsity))
+    if config.privacy.secure is not None:
+        up = changed.total * bits_for(len(config.clients)) // 8  # at most: what few hold is not sent
     fold = scheme.fold_rank([client.rank or config.lora.rank for client in config.clients], config.lora.rank)
     down = 0 if scheme.fresh else encoded_bytes(own, codec)
     folded = encoded_bytes(adapter_layout(coverage, keys, fold, config.lora.ranks), codec)

@@ -1,12 +1,12 @@
 """What keeps a client's update from the server and its rows from everyone: secure sums by atom, and accounted noise."""
 
 from legolm.privacy.accounting import Budget, gaussian_epsilon, noise_to_signal, sampled_epsilon, sampled_noise, within
-from legolm.privacy.atoms import Atom, atoms, least, threshold, withheld
+from legolm.privacy.atoms import Atom, atoms, threshold
 from legolm.privacy.client import Opening, Secrets, SecureClient
-from legolm.privacy.cohort import Advert, Cohort, Grid, Session, Structure, grid_of
+from legolm.privacy.cohort import Advert, Cohort, Grid, Session, Structure, grid_of, withheld
 from legolm.privacy.noise import BELOW, clipped, gaussian, norm, with_share
+from legolm.privacy.numbers import bits_for, bounds, quantize, quantum_range, to_words
 from legolm.privacy.primitives import derive, identity_of
-from legolm.privacy.quantize import bits_for, bounds, quantize, quantum_range, to_words
 from legolm.privacy.server import Opened, SecureServer
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "gaussian_epsilon",
     "grid_of",
     "identity_of",
-    "least",
     "noise_to_signal",
     "norm",
     "quantize",

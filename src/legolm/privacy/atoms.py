@@ -5,7 +5,7 @@ Each is an ordinary secure sum of its holders, who all have it whole; blocks of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,20 +46,6 @@ def atoms(total: int, held: Mapping[str, np.ndarray]) -> list[Atom]:
     return sorted(found, key=lambda one: one.holders)
 
 
-def least(colluders: int) -> int:
-    """k: survivors with whom an atom opens, if so many of them may tell the server all that they know.
-
-    Two honest ones at least: the sum of one is its update.
-    """
-    return max(3, colluders + 2)
-
-
 def threshold(holders: int) -> int:
     """⌊2m/3⌋ + 1 shares open a secret of m: two sets of so many have more than a third of all in common."""
     return 2 * holders // 3 + 1
-
-
-def withheld(found: Sequence[Atom], k: int) -> float:
-    """Share of the held coordinates in atoms with fewer than k holders, which are never sent."""
-    total = sum(len(one.places) for one in found)
-    return sum(len(one.places) for one in found if len(one.holders) < k) / total if total else 0.0

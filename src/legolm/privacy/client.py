@@ -17,10 +17,10 @@ from legolm.errors import LegolmError
 from legolm.models import Shape
 from legolm.privacy import shamir
 from legolm.privacy.atoms import Atom, threshold
-from legolm.privacy.cohort import Advert, Cohort, Hex32, Session, Structure, survivors_text
+from legolm.privacy.cohort import Advert, Cohort, Hex32, Session, Structure, check, survivors_text
 from legolm.privacy.masks import PairMasks, add_own, context, parts, received_hash
-from legolm.privacy.primitives import KEY_BYTES, agree, derive, identity_of, is_signed, public_of, seal, sign, unseal
-from legolm.privacy.quantize import to_words
+from legolm.privacy.numbers import to_words
+from legolm.privacy.primitives import KEY_BYTES, Agreeing, derive, identity_of, is_signed, public_of, seal, sign, unseal
 
 Phase = Literal["keys", "shares", "upload", "confirm", "unmask"]
 PHASES: tuple[Phase, ...] = ("keys", "shares", "upload", "confirm", "unmask")
@@ -54,6 +54,7 @@ class SecureClient:
 
     def __init__(self, kept: Secrets, identity: bytes, shape: Shape) -> None:
         self.kept, self._identity, self._shape = kept, identity, shape
+        self._sealing = Agreeing(bytes.fromhex(kept.seal_secret))
 
     @staticmethod
     def begin(
@@ -82,7 +83,7 @@ class SecureClient:
     def cohort(self) -> Cohort:
         """Who takes part, once that was told."""
         kept = self.kept
-        return Cohort(kept.session, self._shape, kept.adverts, kept.structures, kept.identities)
+        return Cohort(kept.session, self._shape, kept.adverts, kept.structures)
 
     def shares(
         self, adverts: Sequence[Advert], structures: Mapping[str, Structure], identities: Mapping[str, str]
@@ -92,7 +93,9 @@ class SecureClient:
         Raises `LegolmError` for keys that nobody in the roster `identities` signed, and where no atom has k holders.
         """
         kept = self.kept
-        cohort = Cohort(kept.session, self._shape, adverts, structures, identities)
+        for one in adverts:
+            check(one, kept.session, identities)
+        cohort = Cohort(kept.session, self._shape, adverts, structures)
         if cohort.adverts.get(kept.client) != kept.own:
             raise LegolmError(f"secure sum: the keys of {kept.client} among those of all are not its own")
         if identities[kept.client] != identity_of(self._identity).hex():
@@ -207,7 +210,7 @@ class SecureClient:
     def _seal_key(self, cohort: Cohort, sender: str, recipient: str) -> tuple[bytes, bytes]:
         """Of what one seals for the other, and what the seal is about."""
         other = recipient if sender == self.kept.client else sender
-        common = agree(bytes.fromhex(self.kept.seal_secret), bytes.fromhex(cohort.adverts[other].seal_key))
+        common = self._sealing.with_(bytes.fromhex(cohort.adverts[other].seal_key))
         return derive(common, b"seal", sender.encode(), recipient.encode(), cohort.digest), cohort.digest
 
     def _step(self, phase: Phase) -> None:

@@ -17,9 +17,9 @@ from legolm.adapter import Flat, Layout, adapter_keys, adapter_layout, slice_fac
 from legolm.block import Coverage
 from legolm.errors import LegolmError
 from legolm.models import Shape
-from legolm.privacy.atoms import Atom, atoms, least, threshold
+from legolm.privacy.atoms import Atom, atoms, threshold
+from legolm.privacy.numbers import bits_for
 from legolm.privacy.primitives import is_signed, joined, sign
-from legolm.privacy.quantize import bits_for
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
@@ -34,7 +34,7 @@ class Public(BaseModel):
 
 
 class Session(Public):
-    """One secure sum: of which round, at which attempt, over which factors, against how many colluders.
+    """One secure sum: of which round, at which attempt, over which factors, and with how many survivors an atom opens.
 
     Factors are on `targets`, of rank `rank` at most (`ranks`: of single modules), with `frozen_side` those that train
     only. All of it is in what clients sign and in what masks are made of.
@@ -43,18 +43,13 @@ class Session(Public):
     run: Name
     round: Annotated[int, Field(ge=1)]
     attempt: Annotated[int, Field(ge=0)] = 0
-    colluders: Annotated[int, Field(ge=0, le=MAX_CLIENTS)]
+    k: Annotated[int, Field(ge=3, le=MAX_CLIENTS)]
     targets: list[str] | None
     rank: Annotated[int, Field(ge=1)]
     ranks: dict[str, int] = {}
     frozen_side: bool
     weight: Literal["examples", "equal", "capped"] = "equal"
     weight_cap: float = 1.0
-
-    @property
-    def k(self) -> int:
-        """Survivors that an atom needs to be opened."""
-        return least(self.colluders)
 
     @property
     def text(self) -> bytes:
@@ -124,11 +119,12 @@ class Grid:
 
     layout: Layout
     rows: np.ndarray
+    rank: int
 
     @property
     def row_count(self) -> int:
         """Of all factors."""
-        return int(self.rows.max()) + 1
+        return self.rank * len(self.layout.shapes)
 
     def places(self, coverage: Coverage, rank: int) -> np.ndarray:
         """Where each entry of a block's change (`adapter_layout`) is: int64."""
@@ -145,13 +141,22 @@ def _grid(shape: Shape, frozen_side: bool, targets: tuple[str, ...] | None, rank
     for number, (key, (height, width)) in enumerate(layout.shapes.items()):
         along = np.repeat(np.arange(height), width) if key.endswith(".A") else np.tile(np.arange(width), height)
         rows.append(number * rank + along)
-    return Grid(layout, np.concatenate(rows).astype(np.int32))
+    return Grid(layout, np.concatenate(rows).astype(np.int32), rank)
 
 
 def grid_of(session: Session, shape: Shape) -> Grid:
     """The vector that sums of this session are in."""
     targets = None if session.targets is None else tuple(session.targets)
     return _grid(shape, session.frozen_side, targets, session.rank, json.dumps(session.ranks, sort_keys=True))
+
+
+def withheld(grid: Grid, shape: Shape, structures: Mapping[Structure, int], k: int) -> float:
+    """Share of the held entries with fewer than k holders, where so many clients have each structure."""
+    holders = np.zeros(grid.layout.total, dtype=np.int64)
+    for one, clients in structures.items():
+        holders[grid.places(one.coverage(shape), one.rank)] += clients
+    held = holders[holders > 0]
+    return float((held < k).mean()) if len(held) else 1.0
 
 
 @lru_cache(maxsize=4)
@@ -184,8 +189,7 @@ def _order(
 class Cohort:
     """The clients of a session by what they signed, and the atoms that enough of them hold.
 
-    Raises `LegolmError` for a client that is not in the roster `identities` (client -> Ed25519 public key, in
-    hexadecimal), a signature that does not fit, and a structure that was not signed.
+    Whose signatures fit (`check`) was looked at. Raises `LegolmError` for a structure that was not signed.
     """
 
     def __init__(
@@ -194,14 +198,12 @@ class Cohort:
         shape: Shape,
         adverts: Collection[Advert],
         structures: Mapping[str, Structure],
-        identities: Mapping[str, str],
     ) -> None:
         self.session, self.shape = session, shape
         self.adverts = {one.client: one for one in sorted(adverts, key=lambda one: one.client)}
         if len(self.adverts) < len(adverts):
             raise LegolmError("secure sum: a client is there twice")
         for one in adverts:
-            check(one, session, identities)
             if one.held not in structures:
                 raise LegolmError(f"secure sum: what {one.client} holds was not told")
         for name, structure in structures.items():
@@ -269,7 +271,10 @@ class Cohort:
 
 
 def check(advert: Advert, session: Session, identities: Mapping[str, str]) -> None:
-    """Raise `LegolmError` unless the advert is of somebody in the roster."""
+    """Raise `LegolmError` unless the advert is signed by its client.
+
+    `identities` is the roster: Ed25519 public keys by client, hexadecimal.
+    """
     identity = identities.get(advert.client)
     if identity is None:
         raise LegolmError(f"secure sum: client {advert.client} is not in the roster of identities")

@@ -9,7 +9,7 @@ import numpy as np
 
 from legolm.privacy.atoms import Atom
 from legolm.privacy.cohort import Cohort
-from legolm.privacy.primitives import agree, derive, joined, stream
+from legolm.privacy.primitives import Agreeing, derive, joined, stream
 
 
 def context(cohort: Cohort, there: Collection[str], about: bytes) -> bytes:
@@ -28,7 +28,7 @@ class PairMasks:
     """The masks that a client has in common with each other one; `secret` is its mask key."""
 
     def __init__(self, cohort: Cohort, client: str, secret: bytes) -> None:
-        self._cohort, self._client, self._secret = cohort, client, secret
+        self._cohort, self._client, self._key = cohort, client, Agreeing(secret)
         self._agreed: dict[str, bytes] = {}
 
     def add(self, into: np.ndarray, atom: Atom, others: Collection[str], received: bytes, sign: int = 1) -> None:
@@ -37,7 +37,7 @@ class PairMasks:
             if other == self._client:
                 continue
             if other not in self._agreed:
-                self._agreed[other] = agree(self._secret, bytes.fromhex(self._cohort.adverts[other].mask_key))
+                self._agreed[other] = self._key.with_(bytes.fromhex(self._cohort.adverts[other].mask_key))
             key = derive(self._agreed[other], b"pair", self._cohort.session.text, atom.name, received)
             mask = stream(key, len(into), self._cohort.bits)
             if (self._client < other) == (sign > 0):

@@ -26,12 +26,18 @@ def public_of(secret: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
 
 
-def agree(secret: bytes, public: bytes) -> bytes:
-    """What both ends of an X25519 pair have in common. Raises `LegolmError` for a key that agrees with everybody."""
-    try:
-        return X25519PrivateKey.from_private_bytes(secret).exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError:
-        raise LegolmError("a public key is none") from None
+class Agreeing:
+    """A secret X25519 key, 32 bytes."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._key = X25519PrivateKey.from_private_bytes(secret)
+
+    def with_(self, public: bytes) -> bytes:
+        """What both ends of a pair have in common. Raises `LegolmError` for a key that agrees with everybody."""
+        try:
+            return self._key.exchange(X25519PublicKey.from_public_bytes(public))
+        except ValueError:
+            raise LegolmError("a public key is none") from None
 
 
 def derive(secret: bytes, *about: bytes) -> bytes:

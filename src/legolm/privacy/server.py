@@ -15,8 +15,8 @@ from legolm.privacy.atoms import Atom, threshold
 from legolm.privacy.client import asked, commitment
 from legolm.privacy.cohort import Advert, Cohort, Session, Structure, check, survivors_text
 from legolm.privacy.masks import PairMasks, add_own, context, received_hash
+from legolm.privacy.numbers import from_words
 from legolm.privacy.primitives import KEY_BYTES, is_signed, public_of
-from legolm.privacy.quantize import from_words
 
 MAX_SEAL = 16
 """Bytes that a seal adds."""
@@ -62,7 +62,7 @@ class SecureServer:
             raise LegolmError(f"secure sum: {len(self._adverts)} clients are there, and it needs {self.session.k}")
         named = {one.held: self._structures[id] for id, one in self._adverts.items()}
         self.structures = named
-        self.cohort = Cohort(self.session, self._shape, list(self._adverts.values()), named, self._identities)
+        self.cohort = Cohort(self.session, self._shape, list(self._adverts.values()), named)
         self._words = np.zeros(self.cohort.grid.layout.total, dtype=f"<u{self.cohort.bits // 8}")
 
     @property

@@ -28,7 +28,7 @@ from legolm.models import (
 )
 from legolm.prune.calibrate import Stream
 from legolm.prune.cuts import Cut, start_cuts
-from legolm.prune.recover import recover
+from legolm.prune.recover import Teacher, recover, teacher_of
 from legolm.prune.target import planned_coverage
 from legolm.system import Progress, atomic_folder, check_room, file_hash, keep_freed_memory
 
@@ -82,9 +82,12 @@ def cut_blocks(
         _cut(model, jobs, dense, progress)
         seconds = (time.perf_counter() - began) / len(jobs)
         dense.clear()  # recovery needs the memory
-        for job in jobs:
-            _finish(job, base, tokenizer, model_name or str(path.resolve()), seconds, seed, precision, progress, device)
-            job.closing.close()
+        model_name = model_name or str(path.resolve())
+        recovering = sum(job.spec.recover.most_steps > 0 for job in jobs)
+        with teacher_of(path, precision, device, recovering) as teacher:
+            for job in jobs:
+                _finish(job, base, tokenizer, model_name, seconds, seed, precision, progress, teacher)
+                job.closing.close()
     return [read_block(out) for _, out in wanted]
 
 
@@ -152,7 +155,7 @@ def _finish(
     seed: int,
     precision: Precision,
     progress: Progress,
-    device: torch.device,
+    teacher: Teacher | None,
 ) -> None:
     """Make the folder a checkpoint, recover it, and add the manifest."""
     began = time.perf_counter()
@@ -163,10 +166,10 @@ def _finish(
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     details: dict[str, Any] = _recipe(spec, seed, precision) | {"model": model_name}
-    if spec.recover.most_steps:
-        model = load_model(folder).to(device)
+    if teacher is not None and spec.recover.most_steps:
+        model = load_model(folder).to(teacher.device)
         with progress.stage(f"recover {spec.name}", spec.recover.most_steps) as advance:
-            details["recover"] = recover(model, coverage, base.path, tokenizer, spec, precision, seed, advance)
+            details["recover"] = recover(model, coverage, teacher, tokenizer, spec, precision, seed, advance)
         for stale in folder.glob("model*"):
             stale.unlink()
         save_model(model.to(CPU), tokenizer, folder, base.dtype)

@@ -7,6 +7,7 @@ models via pruning and knowledge distillation", arXiv 2407.14679, for pruned LLM
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import time
@@ -24,7 +25,7 @@ from legolm.config import BlockConfig, Precision, RecoverConfig
 from legolm.data import Tokens, calibration_tokens
 from legolm.errors import LegolmError
 from legolm.finetune import lora, whole
-from legolm.models import Head, divergences, dtype_of, hidden_states, lean, load_model, pack
+from legolm.models import Head, divergences, dtype_of, hidden_states, lean, load_model, pack, shape_of
 from legolm.system import keep_freed_memory
 
 SCALE = 2.0
@@ -34,10 +35,46 @@ WINDOW = 4
 """Steps that the first and the last divergence are the mean of."""
 
 
+class Teacher:
+    """The LLM, asked for its hidden states on text. With `room` (bytes) it keeps them and reads the same text once.
+
+    They are kept in the dtype in which its head takes them: what is kept is what would be computed again.
+    """
+
+    def __init__(self, model: Any, precision: Precision, room: int) -> None:
+        self.head, self.device = Head.of(model, precision), model.device
+        self._model, self._room = model, room
+        self._kept: dict[bytes, Tensor] = {}
+
+    def states(self, windows: Tensor, packing: Any) -> Tensor:
+        """(tokens, hidden) after the last norm for windows of text (n, length), packed."""
+        key = hashlib.sha256(windows.numpy().tobytes()).digest()
+        found = self._kept.get(key)
+        if found is None:
+            with torch.no_grad():
+                found = hidden_states(self._model, packing).to(self.head.weight.dtype)
+            if found.nbytes <= self._room:
+                self._room -= found.nbytes
+                self._kept[key] = found
+        return found
+
+
+@contextmanager
+def teacher_of(base: Path, precision: Precision, device: torch.device, blocks: int) -> Iterator[Teacher | None]:
+    """The LLM for so many blocks to recover. For several it keeps states of at most half its own size."""
+    if not blocks:
+        yield None
+        return
+    model = load_model(base, dtype_of(precision)).to(device)
+    room = sum(one.nbytes for one in model.parameters()) // 2 if blocks > 1 else 0
+    with lora(model, Coverage.full(shape_of(model.config)), {}, SCALE, precision), lean(model, precision):
+        yield Teacher(model, precision, room)
+
+
 def recover(
     model: Any,
     coverage: Coverage,
-    base: Path,
+    teacher: Teacher,
     tokenizer: Any,
     spec: BlockConfig,
     precision: Precision,
@@ -51,16 +88,13 @@ def recover(
     """
     recipe, began = spec.recover, time.perf_counter()
     windows = _windows(spec, tokenizer, seed)
-    teacher = load_model(base, dtype_of(precision)).to(model.device)
     found: list[float] = []
     with (
         keep_freed_memory(),
-        lora(teacher, Coverage.full(coverage.shape), {}, SCALE, precision),
         trainable(model, coverage, recipe, precision, seed) as parameters,
-        lean(teacher, precision),
         lean(model, precision),
     ):
-        heads = Head.of(model, precision), Head.of(teacher, precision)
+        head = Head.of(model, precision)
         optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
         for _ in range(recipe.most_steps):
             left = 1 - _share_done(recipe, len(found), began)
@@ -69,7 +103,7 @@ def recover(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * left
             batch = torch.stack(list(itertools.islice(windows, recipe.batch_size)))
-            found.append(_backward(model, teacher, heads, batch))
+            found.append(_backward(model, head, teacher, batch))
             norm = float(nn.utils.clip_grad_norm_(parameters, 1.0))
             if not math.isfinite(found[-1] + norm):
                 raise LegolmError(
@@ -120,14 +154,13 @@ def _share_done(recipe: RecoverConfig, steps: int, began: float) -> float:
     return max(steps / recipe.most_steps, 0.0 if recipe.minutes is None else minutes / recipe.minutes)
 
 
-def _backward(model: Any, teacher: Any, heads: tuple[Head, Head], batch: Tensor) -> float:
+def _backward(model: Any, head: Head, teacher: Teacher, batch: Tensor) -> float:
     """Add the gradient of the mean divergence over a batch of windows (n, length), and return that mean."""
     total = 0.0
     for part in torch.split(batch, max(1, AT_ONCE // batch.shape[1])):
         packing = pack([Tokens(tuple(window.tolist()), 1) for window in part], model.device)
-        with torch.no_grad():
-            wanted = hidden_states(teacher, packing)
-        loss = divergences(hidden_states(model, packing), heads[0], wanted, heads[1]).sum() / batch.numel()
+        wanted = teacher.states(part, packing)
+        loss = divergences(hidden_states(model, packing), head, wanted, teacher.head).sum() / batch.numel()
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total

@@ -166,6 +166,11 @@ class RunDir:
         """File of an accepted update of a round, where `federation.keep_updates` kept it: the client's reply."""
         return self.round(number) / UPDATES / f"{client}.safetensors"
 
+    @property
+    def secrets(self) -> Path:
+        """Folder of what simulated clients keep to themselves within a round; it ends with the engine."""
+        return self.path / ".secrets"
+
     def client_state(self, client: str) -> Path:
         """Folder of what a client itself keeps between rounds."""
         return self.path / "clients" / client

@@ -148,7 +148,8 @@ class RoundRecord(Global):
     """A finished round; round 0 is before training. `adapter` is the hash of what the stage kept, as in all records.
 
     `shares` is what part of the aggregate each accepted client's update was, where the scheme weighs clients; `updates`
-    are the hashes of kept updates. `privacy` is there where noise is accounted.
+    are the hashes of kept updates. `privacy` is there where noise is accounted, `closed` with secure
+    sums: the share of the entries with too few holders, or of whom too few came to the end.
     """
 
     stage: Literal["round"] = "round"
@@ -160,6 +161,7 @@ class RoundRecord(Global):
     bytes: dict[str, Traffic] = {}
     updates: dict[str, str] = {}
     privacy: Spent | None = None
+    closed: float | None = None
     adapter: str = ""
     seconds: float
 

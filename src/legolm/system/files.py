@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, brief
 
 LOCK = ".lock"
 
@@ -82,11 +82,19 @@ def appearing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` that vanishes when the block ends. Raises `LegolmError` when the disk is full."""
+    """An empty folder beside `path` that vanishes when the block ends.
+
+    Raises `LegolmError` when it cannot be made and when the disk is full.
+    """
     _sweep(path)
     folder, holder = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial", None
     try:
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            if _disk_full(error):
+                raise
+            raise LegolmError(f"{path}: cannot be made there ({brief(error)}); give another place") from None
         holder = os.open(folder, os.O_RDONLY)
         with suppress(OSError):  # file systems without locks
             fcntl.flock(holder, fcntl.LOCK_EX)
@@ -145,9 +153,12 @@ def held_bytes(folder: Path) -> int:
 
 def check_room(out: Path, needed: int = 0) -> None:
     """Raise `LegolmError` when `out` cannot be made or its disk has less than `needed` bytes: before hours of work."""
-    folder = out.resolve()
-    while not folder.exists():
-        folder = folder.parent
+    try:
+        folder = out.resolve()
+        while not folder.exists():
+            folder = folder.parent
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a ring
+        raise LegolmError(f"{out}: cannot be made ({brief(error)}); give another --out") from None
     if not folder.is_dir():
         raise LegolmError(f"{out}: {folder} is a file; give another --out")
     if not os.access(folder, os.W_OK):

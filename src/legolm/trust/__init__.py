@@ -6,12 +6,23 @@ from legolm.trust.authority import (
     PUBLIC,
     SERVER_CERTIFICATE,
     SERVER_KEY,
+    identity_key,
     make_authority,
     make_key,
     make_server,
     server_files,
 )
-from legolm.trust.devices import REGISTER, Device, add_device, pem_of, read_devices, revoke_device
+from legolm.trust.devices import (
+    REGISTER,
+    Device,
+    add_device,
+    pem_of,
+    read_devices,
+    read_roster,
+    revoke_device,
+    roster,
+    write_roster,
+)
 
 __all__ = [
     "CA",
@@ -22,11 +33,15 @@ __all__ = [
     "SERVER_KEY",
     "Device",
     "add_device",
+    "identity_key",
     "make_authority",
     "make_key",
     "make_server",
     "pem_of",
     "read_devices",
+    "read_roster",
     "revoke_device",
+    "roster",
     "server_files",
+    "write_roster",
 ]

@@ -14,7 +14,15 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_private_key,
+)
 from cryptography.hazmat.primitives.serialization import load_pem_private_key as load_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -80,14 +88,39 @@ def server_files(folder: Path) -> tuple[Path, Path, Path]:
 
 
 def make_key(folder: Path) -> Path:
-    """A device's `device.key`, which stays where it is made, and `device.pub`, which it gives. The latter's path."""
+    """A device's `device.key`, which stays where it is made, and `device.pub`, which it gives. The latter's path.
+
+    `device.pub` has two public keys, a line each: by the first a device is let in, with the second it signs what it
+    sends to secure sums (`identity_key`).
+    """
     if (folder / KEY).exists():
         raise LegolmError(f"{folder}: has a key already ({KEY}); remove it to make another, or give another folder")
     key = ec.generate_private_key(ec.SECP384R1())
     _write_secret(folder / KEY, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    atomic_write(folder / PUBLIC, public + b"\n")
+    identity = Ed25519PrivateKey.from_private_bytes(identity_key(folder)).public_key()
+    second = identity.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    atomic_write(folder / PUBLIC, public + b"\n" + second + b"\n")
     return folder / PUBLIC
+
+
+def identity_key(folder: Path) -> bytes:
+    """The secret Ed25519 key (32 bytes) of the device in `folder`, derived from its `device.key`.
+
+    Raises `LegolmError` where that is none.
+    """
+    try:
+        key = load_ssh_private_key((folder / KEY).read_bytes(), None)
+    except (OSError, ValueError) as error:
+        raise LegolmError(
+            f"{folder / KEY}: is no private key ({brief(error)}); make one: legolm certs client"
+        ) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise LegolmError(f"{folder / KEY}: is no key on a NIST curve; make one: legolm certs client")
+    number = key.private_numbers().private_value
+    return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=b"legolm identity").derive(
+        number.to_bytes(66, "big")
+    )
 
 
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from legolm.federate.client.fetch import block_folder
 from legolm.federate.client.resident import HeldSite, Holdings, Resident
 from legolm.federate.client.runtime import ClientRuntime
-from legolm.federate.client.site import Profile, Site, SiteOf, Split, only, simulated
+from legolm.federate.client.secure import Keeping
+from legolm.federate.client.site import Profile, Site, SiteOf, Split, only, simulated, simulated_roster
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -18,6 +19,7 @@ __all__ = [
     "ClientRuntime",
     "HeldSite",
     "Holdings",
+    "Keeping",
     "Profile",
     "Resident",
     "Site",
@@ -28,6 +30,7 @@ __all__ = [
     "only",
     "serve",
     "simulated",
+    "simulated_roster",
 ]
 
 

@@ -22,7 +22,7 @@ from legolm.federate.client.door import Door
 from legolm.federate.client.fetch import UnreachableError
 from legolm.federate.client.resident import Holdings, Resident
 from legolm.system import Helpers, atomic_write, free_port, locked
-from legolm.trust import CA, KEY, make_key
+from legolm.trust import CA, KEY, make_key, read_roster
 
 LOOK_S, LISTEN_S = 1.0, 15.0
 """From one look at the node to the next, and at what the server heard of it."""
@@ -40,6 +40,8 @@ def serve(server: str, ca: Path | None, held: Holdings, note: Callable[[str], No
     """
     for _ in read_rows(held.data, "--data"):
         pass  # bad rows are named now, not when somebody asks
+    if held.roster is not None:
+        read_roster(held.roster)
     with locked(held.home):
         ca = _authority(held.home, ca)
         if not (held.home / KEY).exists():

@@ -20,6 +20,7 @@ from legolm.errors import LegolmError, brief
 from legolm.federate.bridge import Link
 from legolm.federate.client.fetch import Piece, UnreachableError, find_block
 from legolm.federate.client.runtime import ClientRuntime
+from legolm.federate.client.secure import Keeping
 from legolm.federate.client.site import Profile, Site, Split
 from legolm.federate.wire import (
     DeviceReply,
@@ -38,6 +39,7 @@ from legolm.federate.wire import (
 from legolm.models import choose_device, product_speed
 from legolm.runs import Kept
 from legolm.system import available_bytes
+from legolm.trust import identity_key, read_roster
 
 KEPT = 32
 """Replies kept of a run: as many as may be asked for again."""
@@ -47,7 +49,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 @dataclass(frozen=True)
 class Holdings:
     """What a device was given: its folder, its rows, folders with blocks, how it works, and the memory (MB, 1e6 bytes)
-    that training may take; what the machine has if not given.
+    that training may take; what the machine has if not given. `roster` has everyone's identities, for secure sums.
     """
 
     home: Path
@@ -55,6 +57,7 @@ class Holdings:
     blocks: tuple[Path, ...] = ()
     profile: Profile = field(default_factory=Profile)
     memory_mb: float | None = None
+    roster: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class HeldSite:
     run: Path
     rows: dict[Split, Sequence[Example]]
     how: Profile
+    keeps: Keeping | None = None
 
     def block(self) -> Block:
         """Of its folder."""
@@ -86,6 +90,15 @@ class HeldSite:
         """None: the block's own tokenizer has its run's."""
         return None
 
+    def keeping(self) -> Keeping:
+        """As given."""
+        if self.keeps is None:
+            raise LegolmError(
+                "secure sum: this device has no roster of identities; get it from the server's owner (legolm devices "
+                "roster) and start this with --roster"
+            )
+        return self.keeps
+
 
 class Resident:
     """Answers one request at a time. `name` is who the device is to its server; None where that does not say so."""
@@ -97,6 +110,7 @@ class Resident:
         self._sites: dict[tuple[str, str], Site] = {}
         self._told: dict[tuple[str, str], str] = {}
         self._runtime = ClientRuntime(self._site)
+        self._secrets: dict[str, bytes] = {}
 
     def answer(self, welcome: str, request: bytes) -> tuple[dict[str, Any], bytes]:
         """A header, empty where all is well, and the reply; the same bytes have the same reply, ever.
@@ -195,8 +209,22 @@ class Resident:
             if folder.parent == self._held.home / "blocks":
                 shutil.rmtree(folder)
             raise
-        self._sites[key] = HeldSite(folder, self._folder(told.run), self._examples(told.data), self._held.profile)
+        rows, keeps = self._examples(told.data), self._keeping(told.client)
+        self._sites[key] = HeldSite(folder, self._folder(told.run), rows, self._held.profile, keeps)
         self._told[key] = text
+
+    def _keeping(self, client: str) -> Keeping | None:
+        """For secure sums, where there is a roster: this device's identity. Secrets are in this process's memory."""
+        home, path = self._held.home, self._held.roster
+        if path is None:
+            return None
+        secrets = self._secrets
+        return Keeping(
+            identity_key(home),
+            read_roster(path),
+            lambda: secrets.get(client, b""),
+            lambda content: secrets.update({client: content}),
+        )
 
     def _examples(self, told: OwnData) -> dict[Split, Sequence[Example]]:
         said: list[str] = []

@@ -15,9 +15,12 @@ from legolm.config import DpConfig, Precision
 from legolm.data import TokenRows, check_whole, tokenize
 from legolm.errors import LegolmError
 from legolm.evaluation import score
+from legolm.federate.client.secure import LATER, keys, masked
 from legolm.federate.client.site import Site, SiteOf, Split
 from legolm.federate.wire import (
+    Envelope,
     EvaluateRequest,
+    KeysRequest,
     ScoreReply,
     TrainRequest,
     answer,
@@ -51,14 +54,23 @@ class ClientRuntime:
     def answer(self, content: bytes) -> bytes:
         """Reply to a request. Raises `LegolmError` when the request does not fit the client's block."""
         with keep_freed_memory():
-            if kind_of(content) == "train":
+            kind = kind_of(content)
+            if kind == "train":
                 return self._train(*unpack(content, TrainRequest))
+            if kind == "keys":
+                return self._keys(unpack(content, KeysRequest)[0])
+            if kind in LATER:
+                request, phase = LATER[kind]
+                header = unpack(content, request)[0]
+                site = self._site_of(header.client, header.block)
+                return phase(content, site.keeping(), site.block().coverage)
             return self._evaluate(*unpack(content, EvaluateRequest))
 
     def _train(self, request: TrainRequest, content: Tensors) -> bytes:
         site, settings = self._site_of(request.client, request.block), request.settings
         block = self._load(site, request, settings.precision)
-        opened = open_(request, block.coverage, content)
+        plain = {name: tensor for name, tensor in content.items() if not name.startswith("secure.")}
+        opened = open_(request, block.coverage, plain)
         state = _read_state(site, request)
         fold = concatenated(under_prefix("fold", state), opened.fold)
         # Of a side that is not trained beside any more what was lost fits nothing.
@@ -91,7 +103,16 @@ class ClientRuntime:
         def keep(lost: Tensors) -> str:
             return _keep_state(site, request, with_prefix("fold", fold) | with_prefix("residual", lost))
 
+        if request.secure is not None:
+            return masked(request, content, site.keeping(), block.coverage, opened.start, delta, lost, keep)
         return answer(request, content, delta, len(examples), metrics, lost, keep)[0]
+
+    def _keys(self, request: KeysRequest) -> bytes:
+        site = self._site_of(request.client, request.block)
+        block = site.block()
+        if not _is_for(request, block):
+            raise _another_cut(request)
+        return keys(request, site.keeping(), block.coverage, len(site.examples("train")))
 
     def _evaluate(self, request: EvaluateRequest, content: Tensors) -> bytes:
         block = self._load(self._site_of(request.client, request.block), request, request.precision)
@@ -113,9 +134,7 @@ class ClientRuntime:
             release_memory()
             block, profile = site.block(), site.profile()
             if not _is_for(request, block):
-                raise LegolmError(
-                    f"block {request.block}: the request was made for another cut of it or another base model"
-                )
+                raise _another_cut(request)
             torch.set_num_threads(profile.threads)
             self._model = load_model(block.path, dtype_of(precision)).to(choose_device(profile.device))
             trim()  # what reading took would stand under all that follows
@@ -143,7 +162,11 @@ class ClientRuntime:
         return found
 
 
-def _is_for(request: TrainRequest | EvaluateRequest, block: Block) -> bool:
+def _another_cut(request: Envelope) -> LegolmError:
+    return LegolmError(f"block {request.block}: the request was made for another cut of it or another base model")
+
+
+def _is_for(request: Envelope, block: Block) -> bool:
     asked = request.block, request.base_fingerprint, request.coverage_hash
     return asked == (block.name, block.base_fingerprint, block.coverage.hash)
 

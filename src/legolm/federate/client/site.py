@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,9 @@ from legolm.block import Block, llm_block, read_block
 from legolm.config import DataConfig, Device, SiteConfig
 from legolm.data import ClientData, Example, client_data
 from legolm.errors import LegolmError
+from legolm.federate.client.secure import Keeping
 from legolm.models import resolve
+from legolm.privacy import derive, identity_of
 from legolm.runs import RunDir
 
 Split = Literal["train", "validation", "test"]
@@ -43,6 +46,9 @@ class Site(Protocol):
 
     def prompts(self) -> DataConfig | None:
         """What decides the chat template; None where the block says it all."""
+
+    def keeping(self) -> Keeping:
+        """Its part in secure sums. Raises `LegolmError` where it has none."""
 
 
 SiteOf = Callable[[str, str], Site]
@@ -110,3 +116,35 @@ class SimulatedSite:
     def prompts(self) -> DataConfig | None:
         """As the run's config says: the LLM's tokenizer has none of it."""
         return self.config.data
+
+    def keeping(self) -> Keeping:
+        """Of an identity that all can make: in a simulation nothing is secret from who runs it. The rest as it is
+        with devices, but that actors have no memory of their own: secrets of a sum are in a file of the owner's."""
+        path, run = self.run.secrets / f"{self.client}.json", self.run.identity().run
+
+        def write(content: bytes) -> None:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(content)
+
+        return Keeping(
+            simulated_identity(run, self.client),
+            simulated_roster(run, [one.id for one in self.config.clients]),
+            lambda: path.read_bytes() if path.exists() else b"",
+            write,
+        )
+
+
+def simulated_identity(run: str, client: str) -> bytes:
+    """The secret Ed25519 key of a simulated client."""
+    return derive(run.encode(), b"simulated", client.encode())
+
+
+@lru_cache(maxsize=4)
+def _roster(run: str, clients: tuple[str, ...]) -> dict[str, str]:
+    return {id: identity_of(simulated_identity(run, id)).hex() for id in clients}
+
+
+def simulated_roster(run: str, clients: Sequence[str]) -> dict[str, str]:
+    """The public keys of simulated clients, hexadecimal."""
+    return _roster(run, tuple(clients))

@@ -7,6 +7,7 @@ from legolm.federate.server.loop import Rounds
 from legolm.federate.server.members import LLM, Members, drawn, is_dense
 from legolm.federate.server.placing import place
 from legolm.federate.server.scoring import server_examples
+from legolm.federate.server.secure import check_withheld, roster_of
 
 __all__ = [
     "LLM",
@@ -14,9 +15,11 @@ __all__ = [
     "Rounds",
     "ask",
     "begin",
+    "check_withheld",
     "drawn",
     "is_dense",
     "place",
+    "roster_of",
     "server_examples",
     "start_factors",
     "steps_of",

@@ -77,6 +77,16 @@ class Trained:
         return len(self.reply)
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What one client answered, or why there is nothing; bytes of the request."""
+
+    client: str
+    content: bytes
+    error: str
+    bytes_down: int
+
+
 class Dispatch:
     """Speaks to the clients of one run; `train` is the section `train` of those that have one of their own."""
 
@@ -87,16 +97,30 @@ class Dispatch:
         self._progress = progress
 
     def train(self, order: Order, exchange: Exchange, label: str) -> Iterator[Trained]:
-        """Send each client its slice of the global adapter; give its checked update, or why not, as replies come.
+        """Send each client its slice of the global adapter; give its checked update, or why not, as replies come."""
+        prepared = self.prepared(order)
 
-        Requests are made when they are sent, and what they share is made once: memory does not grow with clients.
+        def content(id: str) -> bytes:
+            request, broadcast = prepared(id)
+            return pack(request, broadcast.content)
+
+        for one in self.ask(order, content, exchange, label):
+            update, reason = None, one.error
+            if not reason:
+                try:
+                    update = accept(one.content, *prepared(one.client))
+                except LegolmError as error:
+                    reason = str(error)
+            yield Trained(one.client, update, reason, one.bytes_down, one.content)
+
+    def prepared(self, order: Order) -> Callable[[str], tuple[TrainRequest, Broadcast]]:
+        """Each client's request to train, and what it is sent.
+
+        It is made when it is asked for, and what they share is made once: memory does not grow with clients.
         """
-        # Dearest first, so that no actor is left with the longest job at the end.
-        members = self._members.at(order.number) if order.phase == "round" else self._members
-        clients = sorted(order.clients, key=lambda id: -members.block[id].parameters)
+        members = self._at(order)
         sent: dict[tuple[object, ...], Broadcast] = {}
         holders = self._holders(order, members)
-        sizes: dict[int, int] = {}
 
         def shared(id: str) -> Broadcast:
             coverage, rank = members.block[id].coverage, members.rank[id]
@@ -118,24 +142,34 @@ class Dispatch:
                 )
             return sent[key]
 
+        return lambda id: (self._request(order, members, id, shared(id)), shared(id))
+
+    def ask(self, order: Order, content: Callable[[str], bytes], exchange: Exchange, label: str) -> Iterator[Answered]:
+        """Send each client its own request, and give what it answered, or why not, as replies come."""
+        # Dearest first, so that no actor is left with the longest job at the end.
+        members = self._at(order)
+        clients = sorted(order.clients, key=lambda id: -members.block[id].parameters)
+        sizes: dict[int, int] = {}
+
         def requests() -> Iterator[Request]:
             for index, id in enumerate(clients):
-                content = pack(self._request(order, members, id, shared(id)), shared(id).content)
-                sizes[index] = len(content)
-                yield Request(id, content)
+                made = content(id)
+                sizes[index] = len(made)
+                yield Request(id, made)
 
         deadline = self._config.federation.deadline_s if order.phase == "round" else None
         with self._progress.stage(label, len(clients)) as advance:
             for reply in self._each_once(exchange(requests(), deadline), clients, label):
-                id = clients[reply.index]
-                update, reason = None, reply.error
-                if not reason:
-                    try:
-                        update = accept(reply.content, self._request(order, members, id, shared(id)), shared(id))
-                    except LegolmError as error:
-                        reason = str(error)
-                yield Trained(id, update, reason, sizes.get(reply.index, 0), reply.content)
+                yield Answered(clients[reply.index], reply.content, reply.error, sizes.get(reply.index, 0))
                 advance(1)
+
+    def envelope(self, order: Order, id: str) -> dict[str, Any]:
+        """Whom a request of this order is for."""
+        members = self._at(order)
+        return self._envelope(id, members.block[id], members.rank[id])
+
+    def _at(self, order: Order) -> Members:
+        return self._members.at(order.number) if order.phase == "round" else self._members
 
     def score(
         self, jobs: Sequence[Job], exchange: Exchange, label: str, keep: Callable[[int, Sequence[Score]], None]

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -25,8 +26,9 @@ from legolm.federate.server.begin import begin
 from legolm.federate.server.dispatch import Dispatch, Job, Order, Trained
 from legolm.federate.server.members import LLM, Members
 from legolm.federate.server.mixture import choose, points
-from legolm.federate.server.replay import replay, updates
+from legolm.federate.server.replay import last_accepted, replay, updates
 from legolm.federate.server.scoring import Scoring, by_client
+from legolm.federate.server.secure import SecureRounds, check_withheld, moved, roster_of
 from legolm.federate.transport import Exchange
 from legolm.runs import (
     UNSCORED,
@@ -58,6 +60,21 @@ AGAIN_S = 10.0
 """Before devices are asked again for want of updates."""
 
 
+@dataclass
+class _Came:
+    """What a round's clients sent: who was added, what they say of it, why others were not, bytes, kept updates.
+
+    `closed` is the share of the entries that a secure sum did not open.
+    """
+
+    train: dict[str, Training] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    added: set[str] = field(default_factory=set)
+    closed: float | None = None
+
+
 class Rounds:
     """`blocks` are the cut blocks and the LLM by name, `block_of` the block's name of each client by id.
 
@@ -85,6 +102,10 @@ class Rounds:
         self._stages = Stages(folder, config)
         self._account = Account(config, self._members)
         self._limit()
+        self._secure = None
+        if config.privacy.secure is not None:
+            self._check_withheld()
+            self._secure = SecureRounds(config, run, self._members, self._dispatch, roster_of(config, run), progress)
         self._latest: tuple[int, Scheme] | None = None
         self.after_round: Callable[[], None] = lambda: None
         """Called after each round that this process finishes."""
@@ -218,31 +239,20 @@ class Rounds:
         scheme, drawn = self.scheme(number - 1), self._members.draw(self._config, number)
         # From here on it is no finished round's.
         self._latest = None
-        # Data at one place gives nobody's update.
-        keeps = self._config.federation.keep_updates and drawn != [LLM]
-        train: dict[str, Training] = {}
-        refused: dict[str, str] = {}
-        traffic: dict[str, Traffic] = {}
-        weighing, trains = Weighing(self._config.aggregate, scheme), self._members.at(number).trains
-        kept: dict[str, str] = {}
         with atomic_folder(path) as folder:
-            for one in self._updates(number, drawn, train, scheme, exchange):
-                traffic[one.client] = Traffic(up=one.bytes_up, down=one.bytes_down)
-                if one.update is None:
-                    refused[one.client] = one.reason
-                    continue
-                weighing.add(one.client, one.update.change, trains[one.client])
-                train[one.client] = one.update.training
-                refused.pop(one.client, None)
-                if keeps:
-                    (folder / UPDATES).mkdir(exist_ok=True)
-                    (folder / UPDATES / f"{one.client}.safetensors").write_bytes(one.reply)
-                    kept[one.client] = hashlib.sha256(one.reply).hexdigest()
+            if self._secure is None:
+                weighing = Weighing(self._config.aggregate, scheme)
+                came = self._single(number, drawn, scheme, weighing, exchange, folder)
+            else:
+                # Clients have weighed their changes themselves.
+                weighing = Weighing(self._config.aggregate.model_copy(update={"weight": "examples"}), scheme)
+                came = self._sums(number, drawn, scheme, weighing, exchange)
             # Replies came in any order; the record does not depend on it.
-            accepted = [id for id in drawn if id in train]
+            accepted = [id for id in drawn if id in came.added]
+            train, refused, traffic, kept = came.train, came.refused, came.traffic, came.kept
             self._check_enough(number, drawn, accepted, refused)
             done = self._done(number)
-            self._account.disturb(done, scheme, weighing, [id for id in drawn if id not in train])
+            self._account.disturb(done, scheme, weighing, [id for id in drawn if id not in came.added])
             shares = weighing.finish()
             self._check_global(number, scheme, accepted)
             due = number % self._config.evaluate.every == 0 or number == self._stages.rounds
@@ -251,11 +261,12 @@ class Rounds:
                 round=number,
                 accepted=accepted,
                 refused=[Refusal(client=id, reason=refused[id]) for id in drawn if id in refused],
-                train={id: train[id] for id in accepted},
+                train={id: train[id] for id in accepted if id in train},
                 shares={id: shares[id] for id in accepted if id in shares},
                 # Data at one place travels no more.
                 bytes={id: traffic[id] for id in drawn if id in traffic and id != LLM},
                 updates={id: kept[id] for id in accepted if id in kept},
+                closed=came.closed,
                 seconds=self._clock.seconds(f"round {number}"),
                 **dict(scored),
             )
@@ -268,6 +279,49 @@ class Rounds:
         llm = "" if record.llm_validation is None else f"LLM {record.llm_validation:.3f}, "
         cost = f"; epsilon {record.privacy.epsilon:.3g} so far" if record.privacy else ""
         self._progress.say(f"round {number}: loss on validation data: {llm}blocks {record.validation:.3f}{cost}")
+
+    def _check_withheld(self) -> None:
+        """Again, now that the blocks are cut: which neurons they share was only planned before."""
+        frozen_side, members = make_scheme(self._config.aggregate).frozen_side, self._members
+        numbers = [n for n in range(1, self._stages.rounds + 1) if not self._stages.has(self._folder.round(n))]
+        there = ((members.draw(self._config, number), members.at(number).trains) for number in numbers)
+        rounds = ([(trains[id], members.rank[id]) for id in drawn] for drawn, trains in there)
+        check_withheld(self._config, frozen_side, rounds)
+
+    def _single(
+        self, number: int, drawn: Sequence[str], scheme: Scheme, weighing: Weighing, exchange: Exchange, folder: Path
+    ) -> _Came:
+        """Each client's update by itself, added as it comes."""
+        # Data at one place gives nobody's update.
+        keeps = self._config.federation.keep_updates and drawn != [LLM]
+        came, trains = _Came(), self._members.at(number).trains
+        for one in self._updates(number, drawn, came.train, scheme, exchange):
+            came.traffic[one.client] = Traffic(up=one.bytes_up, down=one.bytes_down)
+            if one.update is None:
+                came.refused[one.client] = one.reason
+                continue
+            weighing.add(one.client, one.update.change, trains[one.client])
+            came.train[one.client] = one.update.training
+            came.added.add(one.client)
+            came.refused.pop(one.client, None)
+            if keeps:
+                (folder / UPDATES).mkdir(exist_ok=True)
+                (folder / UPDATES / f"{one.client}.safetensors").write_bytes(one.reply)
+                came.kept[one.client] = hashlib.sha256(one.reply).hexdigest()
+        return came
+
+    def _sums(self, number: int, drawn: Sequence[str], scheme: Scheme, weighing: Weighing, exchange: Exchange) -> _Came:
+        """What the clients' updates add up to, and nothing of one of them."""
+        assert self._secure is not None
+        last = None
+        if number > 1:
+            before, after = (self._stages.state(self._folder.round(at)) for at in (number - 2, number - 1))
+            last = moved(before, after, self._config.aggregate)
+        order = Order(drawn, scheme, "round", number, last_accepted(self._done(number)))
+        summed, trains = self._secure.round(order, last, exchange), self._members.at(number).trains
+        for id, change in summed.changes.items():
+            weighing.add(id, change, trains[id])
+        return _Came({}, dict(summed.refused), dict(summed.traffic), {}, set(summed.changes), summed.closed)
 
     def _done(self, number: int) -> list[RoundRecord]:
         """The records of the rounds before this one, from the first on."""

@@ -17,7 +17,7 @@ from legolm.block import Block
 from legolm.config import DataConfig, RunConfig
 from legolm.data import Example, check_apart, is_starter, read_examples, with_system
 from legolm.errors import LegolmError
-from legolm.federate.client import ClientRuntime, Profile, only
+from legolm.federate.client import ClientRuntime, Keeping, Profile, only
 from legolm.federate.client import Split as AnySplit
 from legolm.federate.server.dispatch import Dispatch, Job, Split, checked_scores
 from legolm.federate.server.members import LLM, Members, is_dense
@@ -173,6 +173,9 @@ class _ServerSite:
 
     def state(self) -> Path:
         raise LegolmError("the server keeps no client's state")
+
+    def keeping(self) -> Keeping:
+        raise LegolmError("the server takes no part in its own secure sums")
 
     def profile(self) -> Profile:
         return Profile(self._config.device, self._config.federation.threads)

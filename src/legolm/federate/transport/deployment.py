@@ -17,9 +17,14 @@ from legolm.errors import brief
 from legolm.federate.transport.engine import Body, Reply, Request, late
 from legolm.federate.transport.superlink import Flower, LostError
 from legolm.federate.wire import (
+    ConfirmRequest,
     EvaluateRequest,
+    KeysRequest,
     OfferRequest,
+    SharesRequest,
+    SumRequest,
     TrainRequest,
+    UnmaskRequest,
     Welcome,
     block_files,
     kind_of,
@@ -36,6 +41,16 @@ AGAIN_S = 5.0
 """Before a device that could not answer is asked again."""
 AWAY_S = 30.0
 """A device that is not online for so long is named."""
+REQUESTS: Mapping[str, type[TrainRequest | EvaluateRequest | OfferRequest | KeysRequest | SumRequest]] = {
+    "train": TrainRequest,
+    "evaluate": EvaluateRequest,
+    "offer": OfferRequest,
+    "keys": KeysRequest,
+    "shares": SharesRequest,
+    "confirm": ConfirmRequest,
+    "unmask": UnmaskRequest,
+}
+"""Kinds of requests; all but an offer are about a block."""
 MOST_WAITING = 64
 """Requests in memory at once."""
 TRANSIENT = {3, 4, 5, 8}
@@ -194,12 +209,7 @@ class Asking:
 
     def _welcome(self, request: Request) -> str:
         """What the device is told beside the request; made once for each client and block."""
-        kinds: dict[str, type[TrainRequest | EvaluateRequest | OfferRequest]] = {
-            "train": TrainRequest,
-            "evaluate": EvaluateRequest,
-            "offer": OfferRequest,
-        }
-        header = unpack(request.content, kinds[kind_of(request.content)])[0]
+        header = unpack(request.content, REQUESTS[kind_of(request.content)])[0]
         block = "" if isinstance(header, OfferRequest) else header.block
         key = request.client, block
         if key not in self._welcomes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from shutil import rmtree
 from typing import Protocol
 
 from legolm.config import RunConfig
@@ -40,6 +42,16 @@ class Exchange(Protocol):
 def late(deadline_s: float) -> str:
     """The error of a reply that did not come in time."""
     return f"late: no answer within federation.deadline_s, {deadline_s:g} s"
+
+
+@contextmanager
+def forgetting(run: RunDir) -> Iterator[None]:
+    """Clients' secrets begin and end with the engine, as a process's memory does."""
+    rmtree(run.secrets, ignore_errors=True)
+    try:
+        yield
+    finally:
+        rmtree(run.secrets, ignore_errors=True)
 
 
 Body = Callable[[Exchange], None]

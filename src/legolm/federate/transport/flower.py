@@ -31,7 +31,7 @@ from flwr.simulation import run_simulation
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.client import flower_app
-from legolm.federate.transport.engine import Body, Reply, Request, late
+from legolm.federate.transport.engine import Body, Reply, Request, forgetting, late
 from legolm.runs import RunDir
 
 POLL_S = 0.1
@@ -69,7 +69,7 @@ def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
                 if process.cmdline()[0].startswith("ray::ClientAppActor"):
                     process.kill()
 
-    with _ray(actors * threads), _stoppable(stop):
+    with forgetting(run), _ray(actors * threads), _stoppable(stop):
         run_simulation(
             server_app=server,
             client_app=flower_app(run.path.resolve()),

@@ -10,7 +10,7 @@ import torch
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.client import ClientRuntime, simulated
-from legolm.federate.transport.engine import Body, Reply, Request, late
+from legolm.federate.transport.engine import Body, Reply, Request, forgetting, late
 from legolm.runs import RunDir
 
 
@@ -33,6 +33,7 @@ def run_local(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
             yield reply
 
     try:
-        body(exchange)
+        with forgetting(run):
+            body(exchange)
     finally:
         torch.set_num_threads(threads)

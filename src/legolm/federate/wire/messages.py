@@ -18,6 +18,7 @@ from safetensors.torch import save as safetensors_save
 from legolm.adapter import Tensors
 from legolm.config import Codec, DpConfig, Precision, TrainConfig
 from legolm.errors import LegolmError, printable
+from legolm.privacy import Session
 from legolm.runs import Score
 
 # Tensors of a message are views of its bytes; nobody writes to them.
@@ -91,11 +92,24 @@ class TrainSettings(BaseModel):
         return self.derived_seed is not None and not self.frozen_side
 
 
+class SecureUpload(BaseModel):
+    """Send the change masked, for the sum of those who are `there`; `senders` sealed the parts of the tensor `sealed`,
+    of these bytes each, for this client. The tensor `bounds` has the bound of each rank row, float32.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    session: Session
+    there: list[Name]
+    senders: list[Name]
+    sizes: list[int]
+
+
 class TrainRequest(Envelope):
     """Train the adapter that comes with it, the block's slice. `phase` is `round`, `local` or `personal`.
 
     `done` and `total` count the client's steps before this request and in the whole run: they set the learning rate.
     `accepted` is the last round whose update of this client was added: the client's own state goes on from there.
+    With `secure` the change comes back masked; its tensors stand under `secure.`.
     """
 
     kind: Literal["train"] = "train"
@@ -107,6 +121,7 @@ class TrainRequest(Envelope):
     seed: int
     accepted: int = 0
     settings: TrainSettings
+    secure: SecureUpload | None = None
 
 
 class EvaluateRequest(Envelope):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from legolm.privacy import bits_for, bounds, quantize, quantum_range, to_words
-from legolm.privacy.quantize import from_words
+from legolm.privacy.numbers import from_words
 
 
 def test_ranges_by_hand() -> None:

@@ -57,4 +57,6 @@ def bounds(last: np.ndarray, holders: int, moved: float) -> np.ndarray:
 
     The mean of m entries of either sign is a √m-th of one. `moved` is what training can move an entry by.
     """
-    return np.maximum(MARGIN * holders**0.5 * last, moved / (SHRINKS if last.any() else 1.0)).astype(np.float32)
+    least = moved / (SHRINKS if last.any() else 1.0)
+    found: np.ndarray = np.maximum(MARGIN * holders**0.5 * last, least).astype(np.float32)
+    return found

@@ -1,0 +1,190 @@
+"""A client's answers in a secure sum, from what its site keeps between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from legolm.adapter import Flat, Layout, Tensors, under_prefix
+from legolm.block import Coverage
+from legolm.errors import LegolmError
+from legolm.federate.wire import (
+    BOUNDS,
+    MASKED,
+    SEALED,
+    SHARES,
+    SIGNATURES,
+    ConfirmReply,
+    ConfirmRequest,
+    KeysReply,
+    KeysRequest,
+    MaskedReply,
+    SharesReply,
+    SharesRequest,
+    SumRequest,
+    TrainRequest,
+    UnmaskReply,
+    UnmaskRequest,
+    counts,
+    from_tensor,
+    pack,
+    steps,
+    to_tensor,
+    told,
+    unpack,
+)
+from legolm.privacy import Secrets, SecureClient, Structure, quantize
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What a client has for secure sums: its secret Ed25519 key (32 bytes), the roster of everyone's public ones
+    (hexadecimal), and where the secrets of a sum are between its phases.
+    """
+
+    identity: bytes
+    roster: Mapping[str, str]
+    read: Callable[[], bytes]
+    write: Callable[[bytes], None]
+
+
+def keys(request: KeysRequest, keeping: Keeping, coverage: Coverage, examples: int) -> bytes:
+    """Begin a sum. Raises `LegolmError` for another one of a round that this client has opened already: the difference
+    of two sums is a client's change."""
+    session, client = request.session, request.client
+    if client not in keeping.roster:
+        raise LegolmError(
+            f"secure sum: client {client} is not in the roster of identities; get the federation's roster"
+        )
+    before = _kept(keeping)
+    if before is not None and _of_one_round(before, request.session.run, session.round) and before.done == "unmask":
+        raise LegolmError(f"secure sum: {client} has opened round {session.round} already")
+    trained = coverage if request.layers is None else coverage.within(request.layers)
+    structure = Structure.of(trained, request.rank)
+    made = SecureClient.begin(session, client, keeping.identity, coverage.shape, structure, examples)
+    _keep(keeping, made)
+    return pack(KeysReply(advert=made.kept.own), {})
+
+
+def shares(content: bytes, keeping: Keeping, coverage: Coverage) -> bytes:
+    """The reply to a `SharesRequest`."""
+    request, _ = unpack(content, SharesRequest)
+    client = _client(request, keeping, coverage)
+    sealed = client.shares(request.adverts, request.structures, keeping.roster)
+    _keep(keeping, client)
+    sizes = [len(one) for one in sealed.values()]
+    return pack(SharesReply(to=list(sealed), sizes=sizes), {SHARES: to_tensor(list(sealed.values()))})
+
+
+def confirm(content: bytes, keeping: Keeping, coverage: Coverage) -> bytes:
+    """The reply to a `ConfirmRequest`."""
+    request, _ = unpack(content, ConfirmRequest)
+    client = _client(request, keeping, coverage)
+    signature = client.confirm(request.survivors)
+    _keep(keeping, client)
+    return pack(ConfirmReply(signature=signature.hex()), {})
+
+
+def unmask(content: bytes, keeping: Keeping, coverage: Coverage) -> bytes:
+    """The reply to an `UnmaskRequest`."""
+    request, tensors = unpack(content, UnmaskRequest)
+    signatures = from_tensor(tensors.get(SIGNATURES), [64] * len(request.signers))
+    client = _client(request, keeping, coverage)
+    found = client.unmask(client.cohort(), dict(zip(request.signers, signatures, strict=True)))
+    _keep(keeping, client)
+    return pack(UnmaskReply(), {SHARES: to_tensor(found)})
+
+
+def masked(
+    request: TrainRequest,
+    content: Tensors,
+    keeping: Keeping,
+    coverage: Coverage,
+    start: Mapping[str, Tensor],
+    delta: Tensors,
+    lost: Tensors,
+    keep: Callable[[Tensors], str],
+) -> bytes:
+    """The reply to a train request with `secure`: the change `delta` as whole numbers, masked.
+
+    `start` is what was received. `lost` is what rounding and limits took of the last one; `keep` keeps what they take
+    of this one. Entries that are never sent lose nothing.
+    """
+    secure, own = request.secure, under_prefix("secure", content)
+    assert secure is not None
+    if request.settings.error_feedback and lost:
+        delta = {key: tensor + lost[key] for key, tensor in delta.items()}
+    client = _client(SumRequest(**_named(request), session=secure.session), keeping, coverage)
+    cohort, me, layout = client.cohort(), request.client, Layout.of(delta)
+    rows = own[BOUNDS].numpy() if BOUNDS in own else np.zeros(0, np.float32)
+    if rows.dtype != np.float32 or rows.shape != (cohort.grid.row_count,) or not bool((rows > 0).all()):
+        raise LegolmError(f"secure sum: bounds of {rows.shape} rank rows; there are {cohort.grid.row_count}")
+    sealed = from_tensor(own.get(SEALED), secure.sizes)
+    received, change = _flat(start, layout), _flat(delta, layout)
+    if len(change) != len(cohort.places(me)):
+        raise LegolmError(f"secure sum: what {me} was asked to train is not what it signed")
+    opening = client.opening(cohort, secure.there, told(request, rows), received)
+    places = [atom.places for atom in opening.atoms]
+    there = set(secure.there)
+    holders = [len(there.intersection(atom.holders)) for atom in opening.atoms]
+    step, most = steps(cohort.grid, places, holders, cohort.bits, rows)
+    share = counts(secure.session, client.kept.adverts, there)[me]
+    wanted = change[opening.order] * np.float32(share)
+    # Rounding is no secret, and a run that goes on is to end as one that was not stopped.
+    numbers = quantize(wanted, step, most, np.random.default_rng(request.seed))
+    words, seeds = client.upload(cohort, dict(zip(secure.senders, sealed, strict=True)), opening, numbers)
+    _keep(keeping, client)
+    left = np.zeros_like(change)
+    left[opening.order] = (wanted - numbers * step) / np.float32(share)
+    if request.settings.error_feedback:
+        keep(dict(Flat(torch.from_numpy(left), layout)))
+    return pack(MaskedReply(seeds=seeds), {MASKED: to_tensor([words.tobytes()])})
+
+
+def _flat(factors: Mapping[str, Tensor], layout: Layout) -> np.ndarray:
+    flat: np.ndarray = torch.cat([factors[key].flatten() for key in layout.shapes]).numpy()
+    return flat
+
+
+def _named(request: TrainRequest) -> dict[str, str]:
+    return {"run": request.run, "client": request.client, "block": request.block}
+
+
+def _of_one_round(kept: Secrets, run: str, number: int) -> bool:
+    return (kept.session.run, kept.session.round) == (run, number)
+
+
+def _kept(keeping: Keeping) -> Secrets | None:
+    content = keeping.read()
+    if not content:
+        return None
+    try:
+        return Secrets.model_validate_json(content)
+    except ValidationError:
+        raise LegolmError("secure sum: the secrets that were kept of it are broken; it begins anew") from None
+
+
+def _keep(keeping: Keeping, client: SecureClient) -> None:
+    keeping.write(client.kept.model_dump_json().encode())
+
+
+def _client(request: SumRequest, keeping: Keeping, coverage: Coverage) -> SecureClient:
+    """As it was after its last phase. Raises `LegolmError` where it knows nothing of this sum."""
+    kept = _kept(keeping)
+    if kept is None or kept.client != request.client or kept.session != request.session:
+        raise LegolmError(f"secure sum: {request.client} has no secrets of this sum; it ended meanwhile, or began anew")
+    return SecureClient(kept, keeping.identity, coverage.shape)
+
+
+Answer = Callable[[bytes, Keeping, Coverage], bytes]
+LATER: Mapping[str, tuple[type[SumRequest], Answer]] = {
+    "shares": (SharesRequest, shares),
+    "confirm": (ConfirmRequest, confirm),
+    "unmask": (UnmaskRequest, unmask),
+}
+"""Phases that need the site's secrets and block, and no training."""

@@ -1,0 +1,173 @@
+"""The messages of a secure sum: keys, shares, the masked update in the place of a plain one, survivors, unmasking.
+
+What all clients of a sum have to be told alike is `told`: its hash is in their masks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from legolm.aggregate import capped
+from legolm.errors import LegolmError
+from legolm.federate.wire.messages import MAX_REPLY_HEADER, Envelope, Name, TrainRequest
+from legolm.privacy import Advert, Grid, Session, Structure, bounds, quantum_range
+
+MAX_HEADER = 4 << 20
+"""Bytes of a reply's header that names other clients."""
+BOUNDS, SEALED, SHARES, MASKED, SIGNATURES = "bounds", "sealed", "shares", "masked", "signatures"
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Names = Annotated[list[Name], Field(max_length=10_000)]
+
+
+class KeysRequest(Envelope):
+    """Begin a sum of the LLM layers `layers` (None: all of the block): make keys, and sign them."""
+
+    kind: Literal["keys"] = "keys"
+    session: Session
+    layers: list[int] | None
+
+
+class KeysReply(BaseModel):
+    """The keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["keys"] = "keys"
+    advert: Advert
+
+
+class SumRequest(BaseModel):
+    """A later phase of a sum; whose, and of which block."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_number: Literal[2] = 2
+    run: Name
+    client: Name
+    block: Name
+    session: Session
+
+
+class SharesRequest(SumRequest):
+    """Share your secrets with the others; `structures` is what they hold, by hash."""
+
+    kind: Literal["shares"] = "shares"
+    adverts: list[Advert]
+    structures: dict[Hash, Structure]
+
+
+class SharesReply(BaseModel):
+    """For whom each part of the tensor is, and its bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["shares"] = "shares"
+    to: Names
+    sizes: Annotated[list[int], Field(max_length=10_000)]
+
+
+class MaskedReply(BaseModel):
+    """Header of a masked update; `seeds` are hashes of the atoms' seeds, and the tensor is words as bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["masked"] = "masked"
+    seeds: Annotated[list[Hash], Field(max_length=100_000)]
+
+
+class ConfirmRequest(SumRequest):
+    """Sign that these have sent their sums."""
+
+    kind: Literal["confirm"] = "confirm"
+    survivors: Names
+
+
+class ConfirmReply(BaseModel):
+    """The signature."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["confirm"] = "confirm"
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+
+class UnmaskRequest(SumRequest):
+    """Give your shares: these have signed, and the tensor has their signatures."""
+
+    kind: Literal["unmask"] = "unmask"
+    signers: Names
+
+
+class UnmaskReply(BaseModel):
+    """The tensor has the shares, a row each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["unmask"] = "unmask"
+
+
+REPLY_HEADERS: Mapping[type[BaseModel], int] = {SharesReply: MAX_HEADER, MaskedReply: 8 << 20}
+"""Bytes of a reply's header, at most, where it is not `MAX_REPLY_HEADER`."""
+
+
+def reply_header(kind: type[BaseModel]) -> int:
+    """Bytes of such a reply's header, at most."""
+    return REPLY_HEADERS.get(kind, MAX_REPLY_HEADER)
+
+
+def to_tensor(parts: Sequence[bytes]) -> Tensor:
+    """Parts one after the other, uint8."""
+    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8) if any(parts) else torch.zeros(0).byte()
+
+
+def from_tensor(tensor: Tensor | None, sizes: Sequence[int]) -> list[bytes]:
+    """The parts again. Raises `LegolmError` for a tensor that has other bytes."""
+    if tensor is None or tensor.dtype != torch.uint8 or any(size < 0 for size in sizes) or tensor.numel() != sum(sizes):
+        raise LegolmError("secure sum: a message's bytes are not as many as its header says")
+    content, found, at = tensor.flatten().numpy().tobytes(), [], 0
+    for size in sizes:
+        found.append(content[at : at + size])
+        at += size
+    return found
+
+
+def told(request: TrainRequest, row_bounds: np.ndarray) -> bytes:
+    """What the server must tell every client of a sum alike: how to train, from which seeds, in which steps.
+
+    Not what is a client's own: its block, its randomness, the memory that it may take.
+    """
+    own = {"client", "block", "coverage_hash", "rank", "seed", "accepted", "secure", "settings"}
+    settings = request.settings
+    train = settings.train.model_copy(update={"micro_batch_tokens": 1, "gradient_checkpointing": False})
+    alike = settings.model_copy(update={"train": train, "layers": None})
+    digest = hashlib.sha256(request.model_dump_json(exclude=own).encode() + alike.model_dump_json().encode())
+    digest.update(np.ascontiguousarray(row_bounds, dtype="<f4").data)
+    return digest.digest()
+
+
+def counts(session: Session, adverts: Collection[Advert], there: Collection[str]) -> dict[str, float]:
+    """What each client that sent shares counts, the most 1: by what all signed, so that everyone knows it."""
+    examples = {one.client: float(one.examples) for one in adverts if one.client in there}
+    found = capped(examples, session.weight_cap) if session.weight == "capped" else examples
+    most = max(found.values())
+    return {id: count / most for id, count in found.items()}
+
+
+def steps(
+    grid: Grid, places: Sequence[np.ndarray], holders: Sequence[int], bits: int, row_bounds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(step s, largest number Q) of each entry of these atoms, float32: a bound of its rank row over its atom's Q."""
+    most = [np.full(len(at), quantum_range(count, bits), np.float32) for at, count in zip(places, holders, strict=True)]
+    limits = np.concatenate(most)
+    return row_bounds[grid.rows[np.concatenate(places)]] / limits, limits
+
+
+def row_bounds(grid: Grid, last: Mapping[str, Tensor] | None, holders: int, moved: float) -> np.ndarray:
+    """The bound of each rank row of all factors, from the last aggregate's move `last` of them, if there is one."""
+    found = np.zeros(grid.row_count, dtype=np.float32)
+    for number, key in enumerate(grid.layout.shapes if last is not None else ()):
+        assert last is not None
+        largest = last[key].abs().amax(1 if key.endswith(".A") else 0).numpy()
+        found[number * grid.rank : number * grid.rank + len(largest)] = largest
+    return bounds(found, holders, moved)
