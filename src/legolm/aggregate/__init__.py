@@ -7,6 +7,8 @@ from legolm.aggregate import (  # noqa: F401 (each registers itself)
     flora,
     heteagg,
     hetlora,
+    multi_krum,
+    nearest_mixing,
     raflora,
     robust,
 )
@@ -16,7 +18,7 @@ from legolm.aggregate.interface import Scheme, Start, make_scheme, scheme
 from legolm.aggregate.rehearsal import rehearse
 from legolm.aggregate.share import Weighing, capped
 from legolm.aggregate.stale import discounted, moved
-from legolm.aggregate.weight import EntryWeight, holders
+from legolm.aggregate.weight import EntryWeight, held_by, holders
 
 __all__ = [
     "EntryWeight",
@@ -27,6 +29,7 @@ __all__ = [
     "Weighing",
     "capped",
     "discounted",
+    "held_by",
     "holders",
     "make_scheme",
     "moved",

@@ -349,7 +349,7 @@ class Rounds:
         Devices of their own come back: while too few updates are there, the others are asked again.
         """
         federation, records = self._config.federation, self.records()
-        least, most = (min(count or len(asked), len(asked)) for count in (federation.min_replies, federation.buffer))
+        (least, why), noise = self._least(list(asked)), self._account.multiplier(self._done(number))
         own, left = federation.engine == "deployment", list(asked)
         if federation.buffer is not None and not own:
             left = first_to_end(self._config, rounds_of(records), asked)
@@ -360,30 +360,33 @@ class Rounds:
             return begin(self._config, self._members.llm, self._stages.state(self._folder.round(round)))
 
         while True:
-            tagged = {id: asked[id] for id in left}
-            with closing(updates(self._config, self._dispatch, records, number, tagged, after, exchange)) as found:
-                for one in found:
+            now = {id: asked[id] for id in left}
+            came = updates(self._config, self._dispatch, records, number, now, after, exchange, noise)
+            with closing(came):
+                for one in came:
                     yield one
-                    if len(train) >= most:
+                    if federation.buffer is not None and len(train) >= federation.buffer:
                         return
             if not own or len(train) >= least:
                 return
             left = [id for id in asked if id not in train]
-            self._progress.note(
-                f"round {number}: {len(train)} updates accepted, federation.min_replies is {federation.min_replies}; "
-                f"asked again: {', '.join(left)}"
-            )
+            self._progress.note(f"round {number}: {len(train)} updates accepted, {why}; asked again: {', '.join(left)}")
             time.sleep(AGAIN_S)
 
     def _check_enough(
         self, number: int, drawn: Sequence[str], accepted: Sequence[str], refused: Mapping[str, str]
     ) -> None:
-        least = self._config.federation.min_replies
-        if len(accepted) < min(least, len(drawn)):
+        least, why = self._least(drawn)
+        if len(accepted) < least:
             reasons = "; ".join(f"{id}: {refused[id]}" for id in drawn if id in refused)
-            raise LegolmError(
-                f"round {number}: {len(accepted)} updates accepted, federation.min_replies is {least} ({reasons})"
-            )
+            raise LegolmError(f"round {number}: {len(accepted)} updates accepted, {why} ({reasons})")
+
+    def _least(self, drawn: Sequence[str]) -> tuple[int, str]:
+        """How many updates a round needs, and why: with fewer, parts of the noise may be missing."""
+        replies, dp = self._config.federation.min_replies, self._config.privacy.dp
+        if dp.noise == "distributed" and (least := len(drawn) - dp.dropouts) > replies:
+            return least, f"privacy.dp.dropouts is {dp.dropouts} of {len(drawn)}"
+        return min(replies, len(drawn)), f"federation.min_replies is {replies}"
 
     def _check_global(self, number: int, scheme: Scheme, accepted: Sequence[str]) -> None:
         """Raise `LegolmError` when the new global adapter is not finite, before anybody is asked about it."""

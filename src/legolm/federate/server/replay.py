@@ -25,18 +25,19 @@ def updates(
     asked: Mapping[str, int],
     after: Callable[[int], Scheme],
     exchange: Exchange,
+    noise: float | None = None,
 ) -> Generator[Trained]:
     """What clients return for round `number`, checked and through the gate.
 
     `asked` has the round in which each of them was asked, `after` gives the scheme after a round. `records` are the
-    run's so far: what is usual, and what each client last had.
+    run's so far: what is usual, and what each client last had. `noise` is the multiplier of what they add themselves.
     """
     before = [one for one in rounds_of(records) if one.round < number]
     usual = usual_size(before)
     orders = []
     for tag in sorted(set(asked.values())):
         clients, then = [id for id in asked if asked[id] == tag], (one for one in before if one.round < tag)
-        orders.append(Order(clients, after(tag - 1), "round", tag, last_accepted(then)))
+        orders.append(Order(clients, after(tag - 1), "round", tag, last_accepted(then), noise))
     for one in dispatch.train(orders, exchange, f"round {number}: train"):
         yield passed(one, usual, config)
 
