@@ -126,7 +126,7 @@ def _check_tokens(source: Source, vocabulary: Vocabulary, runtime: LlamaCpp) -> 
         chats = [[{"role": role, "content": text} for role, text in chat] for chat in CHATS]
         for chat in chats:
             try:
-                (wanted,) = render_template(tokenizer, [(chat, True)])
+                (wanted,) = render_template(tokenizer, [(chat, True, "")])
             except LegolmError:  # a template without system messages, say
                 continue
             found = runtime.template(chat)
