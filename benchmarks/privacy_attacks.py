@@ -29,7 +29,7 @@ from legolm.privacy import clipped, norm
 
 SHAPE = Shape("llama", layers=2, hidden=16, neurons=24, kv_groups=2, queries_per_group=1, head_dim=8)
 TARGETS = ["q_proj", "o_proj", "up_proj", "down_proj"]
-RANK, ROUNDS, CLIENTS, HOSTILE = 4, 20, 12, 3
+RANK, ROUNDS, CLIENTS = 4, 20, 12
 DIVERGED = 1000.0
 """Errors beyond this are this."""
 STEP, BIAS, NOISE = 0.3, 0.3, 0.3
@@ -163,7 +163,8 @@ ATTACKS: dict[str, Callable[[Seen], Tensors]] = {
     "free rider": free_rider,
     "replay": lambda seen: seen.own,
     "backdoor": backdoor,
-    "thin coordinates": thin_coordinates,
+    "thin, one of three": thin_coordinates,
+    "thin, two of three": thin_coordinates,
 }
 
 
@@ -189,7 +190,7 @@ class Outcome:
 
 
 def play(defence: str, attack: str, seed: int) -> Outcome:
-    """One federation. Hostile are the last three clients; for `thin coordinates` two of three who hold all, and one."""
+    """One federation. Of twelve clients three are hostile; one of them holds all, or two do (`thin, two of three`)."""
     generator = torch.Generator().manual_seed(seed)
     config = AggregateConfig.model_validate(DEFENCES[defence])
     scheme = make_scheme(config)
@@ -200,7 +201,8 @@ def play(defence: str, attack: str, seed: int) -> Outcome:
     target = {key: torch.randn(start[key].shape, generator=generator) for key in trained}
     other = {key: torch.randn(start[key].shape, generator=generator) for key in trained}
     held = [blocks()[client % 4] for client in range(CLIENTS)]
-    bad = set(range(CLIENTS - HOSTILE, CLIENTS)) if attack != "thin coordinates" else {0, 4, 1}
+    # Clients 0, 4 and 8 hold all, and the entries that only they hold are the thin ones.
+    bad = {0, 4, 1} if attack == "thin, two of three" else {8, 9, 10}
     counts = held_by({key: (len(start[key]), start[key].shape[1]) for key in trained}, [(one, RANK) for one in held])
     bias = [{k: BIAS * torch.randn(start[k].shape, generator=generator) for k in trained} for _ in held]
     old: dict[int, Tensors] = {}

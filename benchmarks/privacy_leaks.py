@@ -285,4 +285,16 @@ def leaks(seeds: int) -> dict[str, Any]:
         print(f"{name}: {recovered[name]}", flush=True)
     audits = [audit(seed, multiplier) for multiplier in (0.5, 1.0, 2.0) for seed in range(seeds)]
     print(audits, flush=True)
-    return {"tokens_recovered": recovered, "membership": membership(bench), "audit": audits}
+    found = membership(bench)
+    return {
+        "tokens_recovered": recovered,
+        "membership_auc": {name: one["alignment"]["auc"] for name, one in found.items()},
+        "membership": found,
+        "epsilon": {one["noise_multiplier"]: one["claimed_epsilon"] for one in audits},
+        "audit_epsilon": {
+            one["noise_multiplier"]: max(
+                other["audit_epsilon"] for other in audits if other["noise_multiplier"] == one["noise_multiplier"]
+            )
+            for one in audits
+        },
+    }

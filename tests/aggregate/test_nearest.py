@@ -42,12 +42,28 @@ def test_mixing_takes_the_median_of_means_of_neighbours() -> None:
     assert after("nearest_mixing", [("full", v) for v in (1.0, 2.0, 3.0, 1000.0)]) == [2.0] * 5
 
 
-@pytest.mark.parametrize("scheme", ["multi_krum", "nearest_mixing"])
-def test_a_thin_entry_is_judged_by_what_its_holders_sent_elsewhere(scheme: str) -> None:
+def test_a_thin_entry_is_judged_by_what_its_holders_sent_elsewhere() -> None:
     """Neurons 0, 3 and 4 of layer 1 are held by two, one of whom lies: among all the liar is far off."""
     there = [("narrow", 1.0)] * 6 + [("full", 1.0), ("full", -1e3)]
-    assert after(scheme, there) == [1.0] * 5
+    assert after("multi_krum", there) == [1.0] * 5
     assert after("median", there) == [-499.5, 1.0, 1.0, -499.5, -499.5]
+    # Of two holders nobody can say who lies, but the liar's own vote is half the honest one's.
+    assert after("nearest_mixing", there) == [-249.25, 1.0, 1.0, -249.25, -249.25]
+
+
+def test_who_holds_nothing_of_an_entry_has_no_vote_on_it() -> None:
+    """Of three holders one lies there alone: all who share other entries with it are near to it."""
+    made = new(AggregateConfig(scheme="nearest_mixing"))
+    before = made.payload(FULL, RANK)[UP][:, 0]
+    for block, bad in [("narrow", False)] * 9 + [("full", False), ("full", False), ("full", True)]:
+        one = client(made, BLOCKS[block], RANK, 1, seed=0)
+        delta = {key: torch.ones_like(tensor) for key, tensor in one.delta.items()}
+        if bad:
+            delta[UP][0] = -50.0  # a neuron that narrow ones have not
+        add(made, Client(BLOCKS[block], RANK, 1, one.received, delta))
+    made.finish()
+    moved = made.payload(FULL, RANK)[UP][:, 0] - before
+    torch.testing.assert_close(moved, torch.ones(5), atol=1e-4, rtol=0)
 
 
 def test_pieces_by_hand() -> None:

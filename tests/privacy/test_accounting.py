@@ -46,6 +46,19 @@ def test_the_noise_for_a_target_reaches_it() -> None:
     assert 3.9 < sampled_epsilon([(multiplier, 0.1, 40)], 1e-5) <= 4.0 * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("epsilon", [1e-9, 1e-3, 50.0, 1e7, 1e90])
+def test_any_target_gives_a_noise_or_one_line(
+    epsilon: float, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        assert sampled_epsilon([(sampled_noise(epsilon, 1e-5, 0.1, 24), 0.1, 24)], 1e-5) <= epsilon
+    except LegolmError as error:
+        assert "\n" not in str(error)
+    assert Budget(DpConfig(level="client", epsilon=epsilon), [{"a"}] * 3).multiplier > 0
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+
+
 everyone = [{"a", "b"}] * 10
 
 

@@ -2,8 +2,9 @@
 
 The distance of two changes is the mean square of their difference over the coordinates that *both* hold: with blocks no
 two clients need hold the same. Who shares nothing with a client is as far from it as the farthest that does. A scheme
-says by these distances whose changes are averaged into which votes; a vote has a coordinate where any of its members
-holds it, and is the mean of those that do. So what a few hold is judged by what these few sent elsewhere, too.
+says by these distances whose changes are averaged into which votes; a vote is the mean over those of its members that
+hold a coordinate. Where votes are clients' own, only holders of a coordinate vote on it: else a liar who is honest
+where many hold would be in most votes on what few hold.
 
 All changes of the round are held at once, as for the coordinate-wise statistics.
 """
@@ -29,11 +30,14 @@ Statistic = Callable[[Tensor], Tensor]
 
 
 class Nearest(OneAdapter):
-    """θ moves by η times the statistic of the votes. Each client counts the same: a liar must not choose its weight."""
+    """θ moves by η times the statistic of the votes. Each client counts the same: a liar must not choose its weight.
 
-    def __init__(self, vote: Vote, statistic: Statistic) -> None:
+    With `own` vote i is client i's.
+    """
+
+    def __init__(self, vote: Vote, statistic: Statistic, own: bool = False) -> None:
         super().__init__(
-            lambda start, factors: _Round(vote, statistic, start),
+            lambda start, factors: _Round(vote, statistic, own, start),
             unequal="block",
             dense=False,
             streams=False,
@@ -55,8 +59,8 @@ class Nearest(OneAdapter):
 class _Round:
     """Holds the round's changes."""
 
-    def __init__(self, vote: Vote, statistic: Statistic, start: Start) -> None:
-        self._vote, self._statistic, self._eta = vote, statistic, start.server.eta
+    def __init__(self, vote: Vote, statistic: Statistic, own: bool, start: Start) -> None:
+        self._vote, self._statistic, self._own, self._eta = vote, statistic, own, start.server.eta
         self._changes: list[tuple[Change, Coverage]] = []
 
     def add(self, change: Change, coverage: Coverage) -> None:
@@ -72,7 +76,9 @@ class _Round:
         members, found = self._vote(self._distances(factors)), dict(factors)
         for key, theta in factors.items():
             if any(key in change.delta for change, _ in self._changes):
-                moved = self._statistic(mixed(self._spread(key, theta), members))
+                changes = self._spread(key, theta)
+                votes = mixed(changes, members)
+                moved = self._statistic(votes.where(~changes.isnan(), torch.nan) if self._own else votes)
                 found[key] = theta + (self._eta * moved.nan_to_num(nan=0.0)).float()
         return found
 

@@ -20,4 +20,5 @@ def nearest_mixing(*, hostile: Annotated[float, Field(ge=0, lt=0.5)] = 0.25) -> 
     return Nearest(
         lambda distance: closest(distance, honest(len(distance), hostile)),
         lambda votes: votes.nanquantile(0.5, dim=0),
+        own=True,
     )

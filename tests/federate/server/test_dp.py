@@ -55,48 +55,40 @@ def state(folder: Path, number: int) -> dict[str, torch.Tensor]:
     return load_file(RunDir(folder).round(number) / "adapter.safetensors")
 
 
-def test_a_run_has_its_noise_and_its_account_everywhere(
-    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_has_its_noise_and_its_account_everywhere_and_stops_at_its_budget(
+    raw: dict[str, Any], tmp_path: Path
 ) -> None:
     """The clipping norm is so small that all that moves is noise: N has z C an entry, N / D a third where all hold."""
-    config = load(raw, tmp_path, noise_multiplier=4.0, clip=1e-3)
-    summary = pipeline.run(config, tmp_path / "out", models=False)
-    one, two = (state(tmp_path / "out", number) for number in (0, 1))
+    spent = [gaussian_epsilon([4.0] * rounds, 1e-5) for rounds in (1, 2, 3)]
+    config = load(raw, tmp_path, noise_multiplier=4.0, clip=1e-3, epsilon=(spent[1] + spent[2]) / 2)
+    said = make_plan(config).notes[-1]
+    assert "after 2 rounds" in said
+    assert "round 3 of 3 would pass the budget" in said
+    out = tmp_path / "out"
+    for resume in (False, True):
+        summary = pipeline.run(config, out, resume=resume, models=False)
+        assert summary.rounds == 2
+        assert summary.privacy is not None
+        assert (summary.privacy.epsilon, summary.privacy.stopped) == (pytest.approx(spent[1]), True)
+        assert summary.history[-1].validation is not None  # the last round is scored, whenever it is
+    assert not RunDir(out).round(3).exists()
+    one, two = (state(out, number) for number in (0, 1))
     moved = {key: two[key] - one[key] for key in one}
     query = torch.cat([step.flatten() for key, step in moved.items() if "q_proj.B" in key])  # held by all three
     assert float(query.square().mean().sqrt()) == pytest.approx(4e-3 / 3, rel=0.15)
-    gate = next(step for key, step in moved.items() if "gate_proj.B" in key)  # some neurons by two
-    two_hold = gate.square().mean(1).sqrt() > 4e-3 / 2 * 0.5
-    assert two_hold.any()
-    epsilons = [gaussian_epsilon([4.0] * rounds, 1e-5) for rounds in (1, 2, 3)]
-    records = [read_stage(RunDir(tmp_path / "out").round(number)) for number in range(4)]
+    gate = next(step for key, step in moved.items() if "gate_proj.B" in key).square().mean(1).sqrt()
+    assert float(gate.max()) > 1.3 * 4e-3 / 3  # neurons that two hold
+    records = [read_stage(RunDir(out).round(number)) for number in range(3)]
     assert records[0].privacy is None  # type: ignore[union-attr]
-    assert [one.privacy.epsilon for one in records[1:]] == pytest.approx(epsilons)  # type: ignore[union-attr]
+    assert [one.privacy.epsilon for one in records[1:]] == pytest.approx(spent[:2])  # type: ignore[union-attr]
     assert records[1].train["fr"].size < 1e-3  # type: ignore[union-attr]
-    assert summary.privacy is not None
-    assert (summary.privacy.epsilon, summary.privacy.stopped) == (pytest.approx(epsilons[2]), False)
-    assert [one.epsilon for one in summary.history[1:]] == pytest.approx(epsilons)
-    assert Summary.read(tmp_path / "out").privacy == summary.privacy
-    assert read_status(tmp_path / "out")["privacy"]["epsilon"] == pytest.approx(epsilons[2])
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert f"epsilon {epsilons[2]:.3g} at delta 1e-05 after 3 rounds" in page
+    assert [one.epsilon for one in summary.history[1:]] == pytest.approx(spent[:2])
+    assert Summary.read(out).privacy == summary.privacy
+    assert read_status(out)["privacy"]["epsilon"] == pytest.approx(spent[1])
+    page = (out / "report.html").read_text()
+    assert f"epsilon {spent[1]:.3g} at delta 1e-05 after 2 rounds" in page
+    assert "would have passed its budget" in page
     assert "epsilon so far" in page
-
-
-def test_a_run_stops_before_it_passes_its_budget_and_resumes_there(raw: dict[str, Any], tmp_path: Path) -> None:
-    budget = (gaussian_epsilon([4.0] * 2, 1e-5) + gaussian_epsilon([4.0] * 3, 1e-5)) / 2
-    config = load(raw, tmp_path, noise_multiplier=4.0, epsilon=budget)
-    said = [line for line in make_plan(config).notes if "Differential privacy" in line]
-    assert "after 2 rounds" in said[0]
-    assert "round 3 of 3 would pass the budget" in said[0]
-    for resume in (False, True):
-        summary = pipeline.run(config, tmp_path / "out", resume=resume, models=False)
-        assert summary.rounds == 2
-        assert summary.privacy is not None
-        assert summary.privacy.stopped
-        assert summary.privacy.epsilon <= budget
-        assert summary.history[-1].validation is not None  # the last round is scored, whenever it is
-    assert not RunDir(tmp_path / "out").round(3).exists()
 
 
 def test_a_client_that_fails_counts_as_one_that_learned_nothing(raw: dict[str, Any], tmp_path: Path) -> None:
