@@ -1,8 +1,8 @@
 """What protections of updates cost and what they hold: secure sums, noise, hostile clients, leaks.
 
-    python benchmarks/privacy.py [--only SECTION] [--seeds 2]
+    python benchmarks/privacy.py [--only SECTION ...] [--seeds 2]
 
-Sections are files of their own beside this one. Last line: one JSON object, by section.
+Sections are files of their own beside this one. `--seeds` are of attacks and leaks. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -14,31 +14,48 @@ from collections.abc import Callable
 from typing import Any
 
 
-def secagg(seeds: int) -> dict[str, Any]:
-    from privacy_secagg import secagg
+def secagg(_seeds: int) -> dict[str, Any]:
+    from privacy_sums import secagg
 
-    return secagg(seeds)
-
-
-def secagg_loss(seeds: int) -> dict[str, Any]:
-    from privacy_secagg import loss
-
-    return loss(seeds)
+    return secagg()
 
 
-SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {"secagg": secagg, "secagg_loss": secagg_loss}
+def loss(_seeds: int) -> dict[str, Any]:
+    from privacy_sums import loss
+
+    return loss()
+
+
+def attacks(seeds: int) -> dict[str, Any]:
+    from privacy_attacks import attacks
+
+    return {"attacks": attacks(seeds)}
+
+
+def leaks(seeds: int) -> dict[str, Any]:
+    from privacy_leaks import leaks
+
+    return leaks(seeds)
+
+
+SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "secagg": secagg,
+    "loss": loss,
+    "attacks": attacks,
+    "leaks": leaks,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(SECTIONS))
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     found: dict[str, Any] = {}
-    for name in [options.only] if options.only else SECTIONS:
+    for name in options.only:
         began = time.process_time()
-        found[name] = SECTIONS[name](options.seeds)
-        print(f"{name}: {time.process_time() - began:.0f} s of CPU")
+        found |= SECTIONS[name](options.seeds)
+        print(f"{name}: {time.process_time() - began:.0f} s of CPU", flush=True)
     print(json.dumps(found))
 
 

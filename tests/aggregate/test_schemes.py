@@ -14,6 +14,7 @@ from rounds import BLOCKS, FULL, RANK, SHAPE, add, client, close, new, products
 from legolm.aggregate import Scheme
 from legolm.config import SCHEMES, AggregateConfig
 
+ROBUST = ("median", "trimmed_mean", "multi_krum", "nearest_mixing")
 FORMS = {
     **{name: AggregateConfig(scheme=name) for name in SCHEMES if name != "heteagg"},
     "heteagg": AggregateConfig(form="factor"),
@@ -22,7 +23,7 @@ FORMS = {
     "heteagg redrawn": AggregateConfig(redraw=2),
     "heteagg exact": AggregateConfig(form="exact", residual="fold"),
 }
-ANY_BLOCK = [name for name in FORMS if name.startswith("heteagg") or name in ("median", "trimmed_mean")]
+ANY_BLOCK = [name for name in FORMS if name.startswith("heteagg") or name in ROBUST]
 ANY_RANK = [*ANY_BLOCK, "hetlora", "flexlora", "flora", "raflora"]
 
 many = st.lists(

@@ -95,9 +95,12 @@ def test_what_waits_and_what_is_added_at_once_make_the_capped_mean(counts: list[
     assert found == pytest.approx(sum(shares[str(i)] * value for i, value in enumerate(values)), rel=1e-4)
 
 
+ROBUST = ("median", "trimmed_mean", "multi_krum", "nearest_mixing")
+
+
 def test_schemes_that_weigh_in_their_own_way_say_so() -> None:
-    own = {name for name in ("median", "trimmed_mean", "hetlora") if not new(AggregateConfig(scheme=name)).weighs()}
-    assert own == {"median", "trimmed_mean", "hetlora"}
+    own = {name for name in (*ROBUST, "hetlora") if not new(AggregateConfig(scheme=name)).weighs()}
+    assert own == {*ROBUST, "hetlora"}
     for name in ("heteagg", "fedavg", "flora", "flexlora", "raflora", "fedex_lora"):
         assert new(AggregateConfig(scheme=name)).weighs()
     assert moved(AggregateConfig(scheme="median"), [1, 1, 98], [1.0, 2.0, 10.0]) == (pytest.approx(2.0), {})

@@ -7,6 +7,8 @@ from legolm.aggregate import (  # noqa: F401 (each registers itself)
     flora,
     heteagg,
     hetlora,
+    multi_krum,
+    nearest_mixing,
     raflora,
     robust,
 )
@@ -15,7 +17,7 @@ from legolm.aggregate.factors import FactorSum
 from legolm.aggregate.interface import Scheme, Start, make_scheme, scheme
 from legolm.aggregate.rehearsal import rehearse
 from legolm.aggregate.share import Weighing, capped
-from legolm.aggregate.weight import holders
+from legolm.aggregate.weight import held_by, holders
 
 __all__ = [
     "ExactForm",
@@ -24,6 +26,7 @@ __all__ = [
     "Start",
     "Weighing",
     "capped",
+    "held_by",
     "holders",
     "make_scheme",
     "rehearse",

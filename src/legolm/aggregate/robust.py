@@ -66,9 +66,9 @@ class _Round:
         for key, theta in factors.items():
             held = [(change, coverage) for change, coverage in self._changes if key in change.delta]
             if held:
-                spread = torch.stack([_spread(key, theta, *one) for one in held])
+                stacked = torch.stack([spread(key, theta, *one) for one in held])
                 weight = torch.tensor([change.examples for change, _ in held], dtype=torch.float64)
-                moved = self._checked(key, self._statistic(spread, weight), spread)
+                moved = self._checked(key, self._statistic(stacked, weight), stacked)
                 found[key] = theta + (self._eta * moved.nan_to_num(nan=0.0)).float()
         return found
 
@@ -90,7 +90,7 @@ class _Round:
         return value.double()
 
 
-def _spread(key: str, like: Tensor, change: Change, coverage: Coverage) -> Tensor:
+def spread(key: str, like: Tensor, change: Change, coverage: Coverage) -> Tensor:
     """The change of one factor in the LLM's coordinates, NaN where the block has none."""
     placement = Placement.of(coverage)
     value, held = (torch.zeros_like(like, dtype=torch.float64) for _ in range(2))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -93,6 +93,15 @@ def holders(keys: Iterable[str], members: Sequence[tuple[Coverage, int]]) -> dic
         each = math.prod(full) // counts.total()  # of the side that is never cut, all entries alike
         found.update({count: each * number for count, number in counts.items()})
     return {count: entries for count, entries in sorted(found.items()) if count}
+
+
+def held_by(shapes: Mapping[str, tuple[int, int]], members: Iterable[tuple[Coverage, int]]) -> Tensors:
+    """How many members (coverage, rank) hold each entry of the LLM's factors of these shapes, by key, float64."""
+    known = list(members)
+    weight = EntryWeight(known[0][0].shape, max(rank for _, rank in known))
+    for coverage, rank in known:
+        weight.add(coverage, rank, 1.0)
+    return {key: weight.of(key, torch.empty(shape, device="meta")).expand(shape) for key, shape in shapes.items()}
 
 
 class EntryWeight:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from legolm.finetune.per_example import splitting
+
 
 class LoraLinear(torch.autograd.Function):
     """y = x Wᵀ + bias + s·(x Aᵀ) Bᵀ with W (out, in) frozen; products in W's dtype, A (r, in) and B (out, r) float32.
@@ -35,7 +37,7 @@ class LoraLinear(torch.autograd.Function):
         down = linear(dropped, joint[rows:, :columns])
         y = linear(torch.cat([flat, down], 1), joint[:rows], bias)
         ctx.save_for_backward(dropped, down, kept)
-        ctx.joint, ctx.inner = joint, (rows, columns)
+        ctx.joint, ctx.inner, ctx.factors = joint, (rows, columns), (id(a), id(b))
         ctx.shape, ctx.dtype, ctx.scale, ctx.dropout = x.shape, x.dtype, scale, dropout
         return y.view(*x.shape[:-1], -1)
 
@@ -52,6 +54,14 @@ class LoraLinear(torch.autograd.Function):
             else:
                 dx = g @ joint[:rows, :columns] + (up @ joint[rows:, :columns]).mul_(kept).div_(1 - ctx.dropout)
             dx = dx.to(ctx.dtype).view(ctx.shape)
+        if (parts := splitting()) is not None:
+            if ctx.needs_input_grad[3]:
+                pairs = parts.pairs(up, x)
+                parts.add(ctx.factors[0], [u.t() @ one for u, one in pairs])
+            if ctx.needs_input_grad[4]:
+                pairs = parts.pairs(down, g)
+                parts.add(ctx.factors[1], [ctx.scale * (d.t() @ one).t() for d, one in pairs])
+            return dx, None, None, None, None, None, None
         if ctx.needs_input_grad[3]:
             da = (up.t() @ x).float()
         if ctx.needs_input_grad[4]:

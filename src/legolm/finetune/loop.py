@@ -18,6 +18,7 @@ from legolm.config import TrainConfig
 from legolm.data import Tokens
 from legolm.errors import LegolmError
 from legolm.finetune.lora import lora
+from legolm.finetune.per_example import Private, apart
 from legolm.finetune.task import Task, trainer
 from legolm.models import Head, answer_losses, hidden_states, lean, pack
 from legolm.system import keep_freed_memory
@@ -42,6 +43,8 @@ def fit(task: Task) -> tuple[Tensors, dict[str, float]]:
 
     Metrics: `loss_first` and `loss_last` (nats per answer token, over up to eight steps), `steps`, `tokens`, `seconds`,
     `truncated` (examples that were cut to length), and `micro_batch_tokens` where memory forced a smaller one.
+    With `dp` a step is one of DP-SGD: a Poisson sample of `batch_size` examples on average, the gradient of each one's
+    mean loss clipped, noise on their sum; metrics say `sampling_rate` and `noise_multiplier`.
     Raises `LegolmError` when an example has no answer, and `Diverged` when the loss stops being finite.
     """
     model, examples, config = task.model, task.examples, task.config
@@ -69,6 +72,7 @@ def fit(task: Task) -> tuple[Tensors, dict[str, float]]:
         rate = learning_rate(config, task.total or task.steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(task.done + step))
         seen: set[int] = set()
+        private = None if task.dp is None else Private.of(task.dp, len(examples), config, task.total or task.steps)
 
         def result() -> tuple[Tensors, dict[str, float]]:
             window = min(WINDOW, len(losses)) or 1
@@ -80,13 +84,20 @@ def fit(task: Task) -> tuple[Tensors, dict[str, float]]:
                 "seconds": time.perf_counter() - began,
                 "truncated": float(sum(examples[i].truncated for i in seen)),
             }
+            if private is not None:
+                metrics |= {"sampling_rate": private.rate, "noise_multiplier": private.multiplier}
             if size != config.micro_batch_tokens:
                 metrics["micro_batch_tokens"] = float(size)
             return {key: (value - received[key]).cpu() for key, value in good.items()}, metrics
 
-        for chosen in _order(len(examples), config.batch_size, task.seed):
+        for chosen in _order(len(examples), config.batch_size, task.seed) if private is None else private.batches():
             batch = [examples[i] for i in chosen]
-            loss, size = _with_less_memory(partial(_backward, model, head, batch), size, theta)
+            backward = partial(_backward, model, head, batch)
+            if private is not None:
+                backward = partial(_backward_apart, model, head, batch, theta, private.clip)
+            loss, size = _with_less_memory(backward, size, theta)
+            if private is not None:
+                private.disturb(theta)
             if task.proximal:
                 for key, parameter in parameters.items():
                     parameter.grad.add_(parameter.detach() - received[key], alpha=task.proximal)  # type: ignore[union-attr]
@@ -156,6 +167,26 @@ def _backward(model: Any, head: Head, batch: Sequence[Tokens], size: int) -> _Lo
         total += float(losses.detach().cpu().double().sum())  # MPS has no float64
         broken += [places[owner] for owner in set(packing.owner[~losses.isfinite()].tolist())]
     return _Loss(total / count, tuple(sorted(broken)))
+
+
+def _backward_apart(
+    model: Any, head: Head, batch: Sequence[Tokens], factors: Sequence[nn.Parameter], bound: float, size: int
+) -> _Loss:
+    """Add the sum of the gradients of each example's mean loss, each clipped to this L2 norm; parts as above.
+
+    The mean is of finite losses only, 0 without any: whether there is another one is the examples' secret.
+    """
+    total, count = 0.0, 0
+    for places in _micro_batches([len(example.ids) for example in batch], size) if batch else ():
+        packing = pack([batch[place] for place in places], model.device)
+        with apart(packing.lengths) as parts:
+            losses = answer_losses(hidden_states(model, packing)[packing.predict], head, packing.labels)
+            (losses / packing.owner.bincount()[packing.owner]).sum().backward()  # type: ignore[no-untyped-call]
+        for factor, found in zip(factors, parts.clipped(factors, bound), strict=True):
+            factor.grad = found if factor.grad is None else factor.grad.add_(found)
+        finite = losses.detach()[losses.isfinite()]
+        total, count = total + float(finite.cpu().double().sum()), count + len(finite)
+    return _Loss(total / max(count, 1), ())
 
 
 def _micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from legolm.adapter import masked_, merged_weight
+from legolm.finetune.per_example import splitting
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -33,7 +34,7 @@ class MaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         low = x.to(weight.dtype)
         ctx.save_for_backward(low, weight, a, b, mask)
-        ctx.scale, ctx.seed, ctx.dtype = scale, seed, x.dtype
+        ctx.scale, ctx.seed, ctx.dtype, ctx.factors = scale, seed, x.dtype, (id(a), id(b))
         return linear(low, merged_weight(weight, a, b, scale, mask, seed), bias)
 
     @staticmethod
@@ -43,6 +44,14 @@ class MaskedLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (g @ merged_weight(weight, a, b, ctx.scale, mask, ctx.seed)).to(ctx.dtype)
+        if (parts := splitting()) is not None:
+            tokens = parts.pairs(g.flatten(0, -2), x.flatten(0, -2))
+            products = [masked_((one.t() @ two).float(), mask) for one, two in tokens]
+            if ctx.needs_input_grad[3]:
+                parts.add(ctx.factors[0], [ctx.scale * (b.t() @ one) for one in products])
+            if ctx.needs_input_grad[4]:
+                parts.add(ctx.factors[1], [ctx.scale * (one @ a.t()) for one in products])
+            return dx, None, None, None, None, None, None, None
         dense = masked_((g.flatten(0, -2).t() @ x.flatten(0, -2)).float(), mask)
         da = ctx.scale * (b.t() @ dense) if ctx.needs_input_grad[3] else None
         db = ctx.scale * (dense @ a.t()) if ctx.needs_input_grad[4] else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from legolm.adapter import Tensors
 from legolm.block import Coverage
-from legolm.config import TRAINERS, Entry, Precision, TrainConfig, guarded
+from legolm.config import TRAINERS, DpConfig, Entry, Precision, TrainConfig, guarded
 from legolm.data import Tokens
 from legolm.errors import LegolmError
 from legolm.runs import Training
@@ -22,7 +22,8 @@ class Task:
     """One training of one block: its model, the adapter `start` (float32, by key) with its scale, and the examples.
 
     Factors in `frozen` do not train. At most `steps` steps are made, of `total` in the whole run (these, if not given)
-    of which the client made `done` before. `proximal` is FedProx's µ, `dropout` that of LoRA.
+    of which the client made `done` before. `proximal` is FedProx's µ, `dropout` that of LoRA. With `dp` steps are those
+    of DP-SGD.
     """
 
     model: Any
@@ -39,6 +40,7 @@ class Task:
     frozen: Collection[str] = ()
     proximal: float = 0.0
     dropout: float = 0.0
+    dp: DpConfig | None = None
 
 
 Fitted = tuple[Tensors, dict[str, float]]

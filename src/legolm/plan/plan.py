@@ -416,15 +416,16 @@ def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int
     keys = adapter_keys(coverage, config.lora.targets, trained=scheme.frozen_side)
     own = adapter_layout(coverage, keys, rank, config.lora.ranks)
     back = adapter_keys(trained, config.lora.targets, trained=scheme.frozen_side)
-    sent = adapter_layout(trained, back, rank, config.lora.ranks)
-    up = encoded_bytes(sent, codec, scheme.keep(sparsity))
+    changed = adapter_layout(trained, back, rank, config.lora.ranks)
+    up = encoded_bytes(changed, codec, scheme.keep(sparsity))
     if config.privacy.secure is not None:
-        up = sent.total * bits_for(len(config.clients)) // 8  # at most: what few hold is not sent
+        up = changed.total * bits_for(len(config.clients)) // 8  # at most: what few hold is not sent
     fold = scheme.fold_rank([client.rank or config.lora.rank for client in config.clients], config.lora.rank)
     down = 0 if scheme.fresh else encoded_bytes(own, codec)
     folded = encoded_bytes(adapter_layout(coverage, keys, fold, config.lora.ranks), codec)
+    counts = changed.total if config.privacy.dp.noise == "distributed" else 0  # of holders, a byte an entry
     # Where a side is redrawn, one or the other: at most this.
-    return max(down, folded) if scheme.frozen_side else down + folded, up
+    return (max(down, folded) if scheme.frozen_side else down + folded) + counts, up
 
 
 def _actors(config: RunConfig, need: int) -> int:

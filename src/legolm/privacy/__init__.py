@@ -4,12 +4,13 @@ from legolm.privacy.accounting import Budget, gaussian_epsilon, noise_to_signal,
 from legolm.privacy.atoms import Atom, atoms, threshold
 from legolm.privacy.client import Opening, Secrets, SecureClient
 from legolm.privacy.cohort import Advert, Cohort, Grid, Session, Structure, grid_of, withheld
-from legolm.privacy.noise import clipped, gaussian, norm, with_share
+from legolm.privacy.noise import BELOW, clipped, gaussian, norm, with_share
 from legolm.privacy.numbers import bits_for, bounds, quantize, quantum_range, to_words
 from legolm.privacy.primitives import derive, identity_of
 from legolm.privacy.server import Opened, SecureServer
 
 __all__ = [
+    "BELOW",
     "Advert",
     "Atom",
     "Budget",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ from legolm.adapter import Change
 from legolm.aggregate import Weighing
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
+from legolm.federate import wire
 from legolm.federate.server.account import Account
 from legolm.federate.server.members import Members
+from legolm.federate.transport import Engine, Exchange, Reply, Request, run_local
+from legolm.federate.transport.engine import Body
 from legolm.plan import make_plan
-from legolm.privacy import gaussian_epsilon
+from legolm.privacy import gaussian_epsilon, sampled_epsilon
 from legolm.report.status import read_status
 from legolm.runs import RunDir, Summary, read_stage
 
@@ -108,6 +111,57 @@ def test_a_client_that_fails_counts_as_one_that_learned_nothing(raw: dict[str, A
     weighing.finish()
     for key, tensor in scheme.payload(FULL, RANK).items():
         torch.testing.assert_close(tensor - sent[key], torch.full_like(tensor, 1 / 3), atol=1e-6, rtol=0)
+
+
+def without(client: str) -> Engine:
+    """The local engine, and this client's updates do not arrive."""
+
+    def engine(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def wrap(exchange: Exchange) -> Exchange:
+            def losing(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                sent = list(requests)
+                for reply in exchange(iter(sent), deadline_s):
+                    one = sent[reply.index]
+                    if one.client != client or wire.kind_of(one.content) != "train":
+                        yield reply
+
+            return losing
+
+        run_local(folder, config, actors, lambda exchange: body(wrap(exchange)))
+
+    return engine
+
+
+def test_clients_add_their_parts_and_the_sum_has_enough(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Of three parts one may drop out: two have the whole variance. Without that allowance there is no round."""
+    settings = {"noise": "distributed", "noise_multiplier": 4.0, "clip": 1e-3}
+    config = load(raw, tmp_path, "federation.rounds=1", dropouts=1, **settings)
+    plain = load(raw, tmp_path, "federation.rounds=1", noise_multiplier=4.0)
+    assert make_plan(config).clients[0].bytes_down == 1.25 * make_plan(plain).clients[0].bytes_down
+    summary = pipeline.run(config, tmp_path / "out", engine=without("es"), models=False, store=tmp_path / "store")
+    assert summary.privacy is not None
+    assert summary.privacy.epsilon == pytest.approx(gaussian_epsilon([4.0], 1e-5))
+    one, two = (state(tmp_path / "out", number) for number in (0, 1))
+    query = torch.cat([(two[key] - one[key]).flatten() for key in one if "q_proj.B" in key])
+    assert float(query.square().mean().sqrt()) == pytest.approx(4e-3 / 3, rel=0.15)
+    strict = load(raw, tmp_path, "federation.rounds=1", **settings)
+    with pytest.raises(LegolmError, match=r"2 updates accepted, privacy\.dp\.dropouts is 0 of 3"):
+        pipeline.run(strict, tmp_path / "strict", engine=without("es"), models=False, store=tmp_path / "store")
+
+
+def test_examples_are_hidden_at_their_clients_and_the_dearest_client_counts(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    raw["aggregate"], raw["train"]["batch_size"] = {}, 2
+    free = load(raw, tmp_path, level="example", noise_multiplier=1.0)
+    rows = min(one.examples or 0 for one in make_plan(free).clients)
+    cost = [sampled_epsilon([(1.0, 2 / rows, steps)], 1e-5) for steps in (1, 2, 3)]
+    config = load(raw, tmp_path, level="example", noise_multiplier=1.0, epsilon=(cost[1] + cost[2]) / 2)
+    assert f"epsilon {cost[2]:.3g} at delta 1e-05 after 3 steps" in make_plan(config).notes[-1]
+    summary = pipeline.run(config, tmp_path / "out", models=False, store=tmp_path / "store")
+    assert summary.privacy is not None
+    assert (summary.rounds, summary.privacy.stopped) == (2, True)
+    assert [one.epsilon for one in summary.history[1:]] == pytest.approx(cost[:2])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from legolm.adapter import Tensors, adapter_keys, adapter_layout, concatenated, merged, under_prefix, with_prefix
 from legolm.block import Block
-from legolm.config import Precision
+from legolm.config import DpConfig, Precision
 from legolm.data import TokenRows, check_whole, tokenize
 from legolm.errors import LegolmError
 from legolm.evaluation import score
@@ -32,6 +32,7 @@ from legolm.federate.wire import (
 )
 from legolm.finetune import Task, train
 from legolm.models import choose_device, dtype_of, load_model, load_tokenizer
+from legolm.privacy import clipped, with_share
 from legolm.system import atomic_write, keep_freed_memory, open_tensors, release_memory, trim
 
 Turns = Literal["last", "all"]
@@ -93,8 +94,11 @@ class ClientRuntime:
                 frozen=opened.frozen,
                 proximal=settings.proximal,
                 dropout=settings.dropout,
+                dp=settings.dp if settings.dp is not None and settings.dp.level == "example" else None,
             )
             delta, metrics = train(task)
+        if settings.dp is not None and settings.dp.noise == "distributed":
+            delta = _hidden(delta, settings.dp, opened.holders)
 
         def keep(lost: Tensors) -> str:
             return _keep_state(site, request, with_prefix("fold", fold) | with_prefix("residual", lost))
@@ -165,6 +169,13 @@ def _another_cut(request: Envelope) -> LegolmError:
 def _is_for(request: Envelope, block: Block) -> bool:
     asked = request.block, request.base_fingerprint, request.coverage_hash
     return asked == (block.name, block.base_fingerprint, block.coverage.hash)
+
+
+def _hidden(delta: Tensors, dp: DpConfig, holders: Tensors) -> Tensors:
+    """The change, clipped, with this client's part of the noise."""
+    if dp.noise_multiplier is None:
+        raise LegolmError("privacy.dp: the request says noise distributed, and not how much")
+    return with_share(clipped(delta, dp.clip), dp.noise_multiplier * dp.clip, holders, dp.dropouts)
 
 
 def _read_state(site: Site, request: TrainRequest) -> Tensors:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from legolm.adapter import Tensors, parse_key
-from legolm.aggregate import Scheme
+from legolm.adapter import Tensors, adapter_keys, adapter_layout, parse_key, slice_factors
+from legolm.aggregate import Scheme, held_by
 from legolm.block import Block
-from legolm.config import RunConfig, TrainConfig
+from legolm.config import DpConfig, RunConfig, TrainConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.members import LLM, Members
 from legolm.federate.transport import Exchange, Reply, Request
@@ -38,13 +38,17 @@ Split = Literal["validation", "test"]
 
 @dataclass(frozen=True)
 class Order:
-    """Who trains, from what, in which phase; `accepted` is each client's last round whose update was added."""
+    """Who trains, from what, in which phase; `accepted` is each client's last round whose update was added.
+
+    `noise` is the multiplier of noise distributed.
+    """
 
     clients: Sequence[str]
     scheme: Scheme
     phase: Phase
     number: int
     accepted: Mapping[str, int]
+    noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Dispatch:
         """
         members = self._at(order)
         sent: dict[tuple[object, ...], Broadcast] = {}
+        holders = self._holders(order, members)
 
         def shared(id: str) -> Broadcast:
             coverage, rank = members.block[id].coverage, members.rank[id]
@@ -128,7 +133,12 @@ class Dispatch:
             if key not in sent:
                 scheme, settings = order.scheme, self._settings(order, members, id, since)
                 sent[key] = write(
-                    settings, coverage, rank, scheme.payload(coverage, rank), scheme.fold(coverage, since)
+                    settings,
+                    coverage,
+                    rank,
+                    scheme.payload(coverage, rank),
+                    scheme.fold(coverage, since),
+                    slice_factors(coverage, holders, rank),
                 )
             return sent[key]
 
@@ -237,7 +247,25 @@ class Dispatch:
             keep=scheme.keep(coverage.mask_sparsity) if travels else 1.0,
             error_feedback=config.federation.error_feedback and scheme.basis_stays,
             deadline_s=config.federation.deadline_s if travels else None,
+            dp=self._dp(order),
         )
+
+    def _dp(self, order: Order) -> DpConfig | None:
+        """The noise that clients add themselves."""
+        dp = self._config.privacy.dp
+        if order.phase != "round" or dp.level == "none" or (dp.level == "client" and dp.noise == "central"):
+            return None
+        return dp.model_copy(update={"noise_multiplier": order.noise}) if dp.level == "client" else dp
+
+    def _holders(self, order: Order, members: Members) -> Tensors:
+        """How many of the round's clients hold each entry, where they need it for their part of the noise."""
+        dp, lora = self._dp(order), self._config.lora
+        if dp is None or dp.noise != "distributed":
+            return {}
+        whole = members.llm.coverage
+        keys = adapter_keys(whole, lora.targets, trained=order.scheme.frozen_side)
+        there = [(members.trains[id], members.rank[id]) for id in members.draw(self._config, order.number)]
+        return held_by(adapter_layout(whole, keys, lora.rank, lora.ranks).shapes, there)
 
     def _request(self, order: Order, members: Members, id: str, broadcast: Broadcast) -> TrainRequest:
         steps, done, total = steps_of(self._config, order.phase, order.number)

@@ -340,28 +340,30 @@ class Rounds:
 
         Devices of their own come back: while too few updates are there, the others are asked again.
         """
-        federation, left = self._config.federation, drawn
-        least = min(federation.min_replies, len(drawn))
+        left, (least, why) = drawn, self._least(drawn)
+        noise = self._account.multiplier(self._done(number))
         while True:
-            yield from updates(self._config, self._dispatch, self.records(), number, left, scheme, exchange)
-            if federation.engine != "deployment" or len(train) >= least:
+            yield from updates(self._config, self._dispatch, self.records(), number, left, scheme, exchange, noise)
+            if self._config.federation.engine != "deployment" or len(train) >= least:
                 return
             left = [id for id in drawn if id not in train]
-            self._progress.note(
-                f"round {number}: {len(train)} updates accepted, federation.min_replies is {federation.min_replies}; "
-                f"asked again: {', '.join(left)}"
-            )
+            self._progress.note(f"round {number}: {len(train)} updates accepted, {why}; asked again: {', '.join(left)}")
             time.sleep(AGAIN_S)
 
     def _check_enough(
         self, number: int, drawn: Sequence[str], accepted: Sequence[str], refused: Mapping[str, str]
     ) -> None:
-        least = self._config.federation.min_replies
-        if len(accepted) < min(least, len(drawn)):
+        least, why = self._least(drawn)
+        if len(accepted) < least:
             reasons = "; ".join(f"{id}: {refused[id]}" for id in drawn if id in refused)
-            raise LegolmError(
-                f"round {number}: {len(accepted)} updates accepted, federation.min_replies is {least} ({reasons})"
-            )
+            raise LegolmError(f"round {number}: {len(accepted)} updates accepted, {why} ({reasons})")
+
+    def _least(self, drawn: Sequence[str]) -> tuple[int, str]:
+        """How many updates a round needs, and why: with fewer, parts of the noise may be missing."""
+        replies, dp = self._config.federation.min_replies, self._config.privacy.dp
+        if dp.noise == "distributed" and (least := len(drawn) - dp.dropouts) > replies:
+            return least, f"privacy.dp.dropouts is {dp.dropouts} of {len(drawn)}"
+        return min(replies, len(drawn)), f"federation.min_replies is {replies}"
 
     def _check_global(self, number: int, scheme: Scheme, accepted: Sequence[str]) -> None:
         """Raise `LegolmError` when the new global adapter is not finite, before anybody is asked about it."""

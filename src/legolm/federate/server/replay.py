@@ -24,14 +24,17 @@ def updates(
     clients: Sequence[str],
     scheme: Scheme,
     exchange: Exchange,
+    noise: float | None = None,
 ) -> Iterator[Trained]:
     """What clients return for round `number`, checked and through the gate; `scheme` is the one after the round before.
+
+    `noise` is the multiplier of what they add themselves.
 
     `records` are the run's so far: what is usual, and what each client last had.
     """
     before = [one for one in rounds_of(records) if one.round < number]
     usual = usual_size(before)
-    order = Order(clients, scheme, "round", number, last_accepted(before))
+    order = Order(clients, scheme, "round", number, last_accepted(before), noise)
     for one in dispatch.train(order, exchange, f"round {number}: train"):
         yield passed(one, usual, config)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+import torch
 from pydantic import ValidationError
 
 from legolm.adapter import (
@@ -48,6 +49,8 @@ from legolm.federate.wire.messages import (
 from legolm.runs import Training
 from legolm.system import derive_seed
 
+HOLDERS = "holders"
+"""Tensor of a broadcast (uint8): how many of the round's clients, up to 255, hold each entry that trains."""
 MAX_CHANGE = 1e4
 """Of one entry of a factor in one training, absolute: young adapters move by 1e-3 to 1."""
 
@@ -76,11 +79,15 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class Opened:
-    """What a client makes of a broadcast: what it trains from, without those in `frozen`, and what its base gets."""
+    """What a client makes of a broadcast: what it trains from, without those in `frozen`, and what its base gets.
+
+    `holders` are how many hold each entry, where the client needs it.
+    """
 
     start: Tensors
     frozen: set[str]
     fold: Tensors
+    holders: Tensors
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,18 @@ class Update:
     training: Training
 
 
-def write(settings: TrainSettings, coverage: Coverage, rank: int, payload: Tensors, fold: Tensors) -> Broadcast:
-    """The broadcast of a scheme's `payload` and `fold` for this coverage and rank."""
+def write(
+    settings: TrainSettings,
+    coverage: Coverage,
+    rank: int,
+    payload: Tensors,
+    fold: Tensors,
+    holders: Tensors | None = None,
+) -> Broadcast:
+    """The broadcast of a scheme's `payload` and `fold` for this coverage and rank.
+
+    `holders`, in the block's slice, are for clients that add noise themselves.
+    """
     fold_rank = max((t.shape[0] for key, t in fold.items() if key.endswith(".A")), default=0)
     if settings.fold_seeds:
         fold = {key: tensor for key, tensor in fold.items() if not is_frozen(key, coverage.shape)}
@@ -111,6 +128,9 @@ def write(settings: TrainSettings, coverage: Coverage, rank: int, payload: Tenso
         start = made | dict(_decoded(plain, settings, layout))
         held = made | payload if settings.codec != "none" else {}
     trained = _sent(settings, coverage, rank, settings.layers)
+    if holders:
+        counts = torch.cat([holders[key].flatten() for key in trained.shapes])
+        content |= {HOLDERS: counts.clamp(max=255).to(torch.uint8)}
     return Broadcast(settings, coverage, rank, content, start, held, trained, tensors_hash(content))
 
 
@@ -119,9 +139,10 @@ def open_(request: TrainRequest, coverage: Coverage, content: Tensors) -> Opened
     settings = request.settings
     trained = _sent(settings, coverage, request.rank, settings.layers)
     sent = _sent(settings, coverage, request.rank) if settings.sent else Layout({})
-    plain = {name: tensor for name, tensor in content.items() if not name.startswith("fold.")}
+    plain = {name: tensor for name, tensor in content.items() if name != HOLDERS and not name.startswith("fold.")}
     start = _made(settings, coverage, request.rank, request.client) | dict(_decoded(plain, settings, sent))
-    return Opened(start, set(start) - set(trained.shapes), _fold(settings, coverage, under_prefix("fold", content)))
+    fold = _fold(settings, coverage, under_prefix("fold", content))
+    return Opened(start, set(start) - set(trained.shapes), fold, _holders(settings, content, trained))
 
 
 def answer(
@@ -220,6 +241,15 @@ def _fold(settings: TrainSettings, coverage: Coverage, content: Tensors) -> Tens
         one = initial_factors(coverage.shape, targets, settings.run_rank, seed, True, settings.ranks)
         made = concatenated(made, {key: one[key] for key in one if is_frozen(key, coverage.shape)})
     return slice_factors(coverage, made, len(seeds) * settings.run_rank) | dict(trained)
+
+
+def _holders(settings: TrainSettings, content: Tensors, trained: Layout) -> Tensors:
+    if settings.dp is None or settings.dp.noise != "distributed":
+        return {}
+    found = content.get(HOLDERS)
+    if found is None or found.dtype != torch.uint8 or found.shape != (trained.total,) or not bool(found.all()):
+        raise LegolmError(f"{HOLDERS}: must be {trained.total} counts of at least one")
+    return dict(Flat(found, trained))
 
 
 def _check_size(delta: Flat) -> None:

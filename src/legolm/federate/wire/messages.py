@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 from safetensors.torch import save as safetensors_save
 
 from legolm.adapter import Tensors
-from legolm.config import Codec, Precision, TrainConfig
+from legolm.config import Codec, DpConfig, Precision, TrainConfig
 from legolm.errors import LegolmError, printable
 from legolm.privacy import Session
 from legolm.runs import Score
@@ -63,7 +63,7 @@ class TrainSettings(BaseModel):
     `targets`. What trains comes along if `sent`, and comes back, of `layers` (LLM layers) only if they are given.
     `fold.` tensors, of rank `fold_rank`, change its base from now on; with `fold_seeds` they are of the sides that
     trained, and the client makes the frozen ones. The reply comes in this `codec`, with the `keep` share of its
-    entries, and after `deadline_s` seconds it comes too late.
+    entries, and after `deadline_s` seconds it comes too late. `dp` is the noise that the client adds itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -84,6 +84,7 @@ class TrainSettings(BaseModel):
     keep: float
     error_feedback: bool
     deadline_s: float | None
+    dp: DpConfig | None = None
 
     @property
     def fresh(self) -> bool:

@@ -1,4 +1,4 @@
-"""Secure sums by atom, two sections of benchmarks/privacy.py.
+"""What secure sums by atom cost, and that they are exact (`python benchmarks/privacy.py --only secagg loss`).
 
 `secagg`: about a million entries of an adapter, clients with four blocks in equal numbers (the LLM, three quarters and
 half of its neurons, half of its KV groups and layers), every phase in this process. `secagg_client_cpu_s` is the
@@ -8,8 +8,8 @@ clear, with and without clients that go. `dropouts_survived`: how many of 8 and 
 smaller adapter) may go, at any phase, until the sum does not open any more. `secagg_upload_ratio` is the most of all
 clients: all bytes that one sends in a round over its update in fp32.
 
-`secagg_loss`: the starter model and data, eight clients, the same run plain and with secure sums; `secagg_loss_ratio`
-is the LLM's loss on test data with, over without.
+`loss`: the starter model and data, eight clients, the same run plain and with secure sums; `secagg_loss_ratio` is the
+LLM's loss on test data with, over without.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def secure_sum(
     return max(errors, default=0), bool(opened) and not closed, {id: len(cohort.places(id)) for id in at}
 
 
-def secagg(seeds: int) -> dict[str, Any]:
+def secagg() -> dict[str, Any]:
     """The figures of secure sums alone."""
     errors, seconds, ratios, survived = [], {}, [], {}
     for clients in (8, 100):
@@ -176,7 +176,7 @@ def most_gone(clients: int, phase: str, errors: list[int]) -> int:
     return clients
 
 
-def loss(seeds: int) -> dict[str, Any]:
+def loss() -> dict[str, Any]:
     """The same run of the starter's eight languages with and without."""
     from legolm import config as configs
     from legolm import pipeline
