@@ -2,11 +2,11 @@
 
 Cuts three structured blocks (a quarter, a half, three quarters removed) and one with a bit mask of the LLM (once, below
 `--out`), and has all five answer in turns in each runtime: transformers, llama.cpp in q8_0 and f16, onnxruntime. The
-last line is one JSON object. `decode_over_ideal`: the half block's tokens a second over the LLM's in llama.cpp q8_0,
-over the ratio of their bytes; `prefill_over_ideal`: the same of reading, over the ratio of the decoder's weights; both
-medians of pairs on one thread, in the seconds of CPU that llama.cpp's process took, which other work on the machine
-hardly changes. `q8_0_perplexity_ratio`: the largest of the five, of the file over its checkpoint. All other figures are
-of the clock: for those run it alone on the machine.
+last line is one JSON object. `one_thread`, of each in llama.cpp q8_0 on one thread: tokens a second of the CPU time
+that llama.cpp's process took, which other work on the machine hardly changes; medians of turns. `decode_over_ideal`:
+the half block's over the LLM's, over the ratio of their bytes; `prefill_over_ideal`: the same of reading, over the
+ratio of the decoder's weights; medians of pairs. `q8_0_perplexity_ratio`: the largest of the five, of the file over its
+checkpoint. `figures` are of the clock: for those run it alone on the machine.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 import legolm as lg
-from legolm.export import Speed, bench, export
-from legolm.export.gguf import ASKED, described, spans, verify
+from legolm.export import Speed, bench
+from legolm.export.gguf import described, spans, verify
 from legolm.export.gguf_write import write_gguf
 from legolm.export.llama_cpp import LlamaCpp, llama_cpp
 from legolm.export.probe import Reference
 from legolm.export.source import open_source
-from legolm.export.speed import Runtime
+from legolm.export.speed import Runtime, peak
 from legolm.system import machine
 
 RUNTIMES: list[tuple[Runtime, str]] = [
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--asked", type=int, default=1024, help="tokens of the perplexities: 96 leave an error of 2 %")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--runtimes", nargs="*", default=[name for name, _ in RUNTIMES], help="which are measured")
     parser.add_argument("--samples", type=int, default=32, help="windows of calibration text")
@@ -59,9 +62,11 @@ def main() -> None:
         )
     }
     models = [given.model, *(str(block.path) for block in blocks.values())]
-    result = {"machine": machine(), **ratios(given.model, blocks["half"], given)}
+    files = [given.out / f"{place}.gguf" for place in range(len(models))]
+    lost = [write(name, file, given.asked) for name, file in zip(models, files, strict=True)]
+    result = {"machine": machine(), "q8_0_perplexity_ratio": max(lost), "q8_0_perplexity_ratios": lost}
     print(json.dumps(result), flush=True)
-    result["q8_0_perplexity_ratio"] = max(perplexity_ratio(name, given.out / "bench") for name in models)
+    result |= in_cpu_time(models, files, blocks["half"], given)
     print(json.dumps(result), flush=True)
     speeds: list[Speed] = []
     for runtime, quant in RUNTIMES:
@@ -71,25 +76,39 @@ def main() -> None:
     print(json.dumps(result | {"figures": [asdict(one) for one in speeds]}))
 
 
-def ratios(llm: str, half: lg.Block, given: argparse.Namespace) -> dict[str, object]:
-    """How much faster the half block is in llama.cpp q8_0 than the LLM, over what its bytes or weights allow."""
-    files = [given.out / "llm.gguf", given.out / "half.gguf"]
-    for name, file in zip((llm, str(half.path)), files, strict=True):
-        if not file.exists():
-            export(name, "gguf", file)
-    size = given.prompt + given.tokens + 8
-    with llama_cpp(files[0], size, threads=1) as first, llama_cpp(files[1], size, threads=1) as second:
-        taken = [(seconds(first, given), seconds(second, given)) for _ in range(given.pairs + 1)][1:]  # one warms up
-    faster = [statistics.median(whole[part] / small[part] for whole, small in taken) for part in (0, 1)]
-    whole_bytes, half_bytes = (file.stat().st_size for file in files)
+def write(name: str, file: Path, asked: int) -> float:
+    """The model in q8_0; its perplexity in llama.cpp over that of the checkpoint, on the same tokens."""
+    with open_source(name, None, file) as source:
+        layout, vocabulary = described(source)
+        reference = Reference.of(source.load(), source.tokenizer, *spans(layout, asked))
+        write_gguf(source.path, file, layout, vocabulary, "q8_0", name)
+        return verify(source, file, reference, "q8_0", vocabulary).ratio
+
+
+def in_cpu_time(models: list[str], files: list[Path], half: lg.Block, given: argparse.Namespace) -> dict[str, Any]:
+    """Of each model in llama.cpp q8_0 on one thread; how much faster the half block is than its size allows."""
+    with ExitStack() as stack:
+        context = given.prompt + given.tokens + 8
+        servers = [stack.enter_context(llama_cpp(file, context, threads=1)) for file in files]
+        taken = [[seconds(one, given) for one in servers] for _ in range(given.pairs + 1)][1:]  # one warms up
+        memory = [peak(one.process.pid) for one in servers]
+    sizes = [file.stat().st_size for file in files]
+    place = models.index(str(half.path))
+    faster = [statistics.median(turn[0][part] / turn[place][part] for turn in taken) for part in (0, 1)]
+    middle = [[statistics.median(turn[at][part] for turn in taken) for part in (0, 1)] for at in range(len(models))]
     return {
-        "prefill_faster": faster[0],
-        "decode_faster": faster[1],
-        "fewer_weights": 1 / (1 - half.sparsity),
-        "fewer_bytes": whole_bytes / half_bytes,
         "prefill_over_ideal": faster[0] * (1 - half.sparsity),
-        "decode_over_ideal": faster[1] * half_bytes / whole_bytes,
-        "cpu_s": [[statistics.median(one[side][part] for one in taken) for part in (0, 1)] for side in (0, 1)],
+        "decode_over_ideal": faster[1] * sizes[place] / sizes[0],
+        "one_thread": [
+            {
+                "model": name,
+                "prefill": given.prompt / read,
+                "decode": given.tokens / rest,
+                "memory": used,
+                "bytes": size,
+            }
+            for name, (read, rest), used, size in zip(models, middle, memory, sizes, strict=True)
+        ],
     }
 
 
@@ -106,16 +125,6 @@ def seconds(server: LlamaCpp, given: argparse.Namespace) -> tuple[float, float]:
         after = process.cpu_times()
         taken.append(after.user + after.system - before.user - before.system)
     return taken[0], taken[1]
-
-
-def perplexity_ratio(name: str, beside: Path) -> float:
-    """Of the q8_0 file over the checkpoint, on the same tokens."""
-    with open_source(name, None, beside) as source:
-        layout, vocabulary = described(source)
-        reference = Reference.of(source.load(), source.tokenizer, *spans(layout, ASKED))
-        file = source.scratch / "q8_0.gguf"
-        write_gguf(source.path, file, layout, vocabulary, "q8_0", name)
-        return verify(source, file, reference, "q8_0", vocabulary).ratio
 
 
 if __name__ == "__main__":

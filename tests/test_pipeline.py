@@ -33,7 +33,7 @@ from legolm import pipeline
 from legolm.adapter import slice_factors
 from legolm.block import read_block
 from legolm.config import RunConfig
-from legolm.data import client_data, render
+from legolm.data import client_data, layouts, render
 from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.federate import wire
@@ -221,7 +221,7 @@ def test_the_flower_engine_gives_the_same_result_with_a_trainer_from_outside(
         while process.poll() is None:
             assert time.monotonic() < deadline, errors.read_text()
             niceness |= actors_niceness(process.pid)
-            time.sleep(0.1)
+            time.sleep(0.5)
         assert list(Path(sessions).iterdir()) == []
     assert process.returncode == 0, errors.read_text()
     assert_same_run(local, out, exact=False)
@@ -437,6 +437,21 @@ def test_changed_data_stops_a_resume(home: Path, tmp_path: Path) -> None:
         file.write(json.dumps({"instruction": "Say", "output": "x"}) + "\n")
     with pytest.raises(LegolmError, match="the data changed since the run started"):
         pipeline.run(config, tmp_path / "out", resume=True)
+
+
+def test_rows_are_read_once_a_run_and_again_when_they_change(
+    three_clients: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = three_clients(tmp_path, ("dense", "dense", "dense"), rows=10, evaluate={"local_only": False})
+    config, read, real = configs.validate(RunConfig, raw, "test"), [], layouts.read_records
+    monkeypatch.setattr(layouts, "read_records", lambda source, field: read.append(field) or real(source, field))
+    pipeline.run(config, tmp_path / "out")
+    assert read == ["data.train"]
+    held = len(client_data(config)["fr"].train)
+    with (tmp_path / "data" / "fr.jsonl").open("a") as file:
+        file.write(json.dumps({"instruction": "Say", "output": "x"}) + "\n")
+    assert len(client_data(config)["fr"].train) == held + 1
+    assert len(read) == 2
 
 
 def test_profiles_get_the_largest_block_that_fits(home: Path, tmp_path: Path) -> None:

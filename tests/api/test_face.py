@@ -25,7 +25,7 @@ SIGNATURES = {
     "Change": "(delta, received, examples, rank, sent=<factory>)",
     "Client": "(holds, data, validation=None, test=None, rank=None, joins=1, leaves=None)",
     "Coverage": "(shape, layers, groups, neurons, masks=<factory>)",
-    "Example": "(messages, raw=False)",
+    "Example": "(messages, raw=False, tools='')",
     "Federation": "(llm, clients, scheme='heteagg', rounds=3, trainer='adamw', seed=0, **sections)",
     "LegolmError": "(*args, **kwargs)",
     "Message": "(role, content, more='')",

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers import assert_one_line, legolm
+from legolm.config import DataConfig
 from legolm.data import Message, render_prompt
 from legolm.errors import LegolmError
 from legolm.export import Candidate, Speed, pick
@@ -70,6 +71,32 @@ def test_generate_answers_every_row(tiny: Callable[[str], Path], tmp_path: Path)
     assert json.loads((tmp_path / "b.jsonl").read_text())["answer"] == rows[0]["answer"]
     assert_one_line(legolm("generate", path, data, "--out", tmp_path / "c"), "q.jsonl:1: no field `instruction`")
     assert_one_line(legolm("generate", path, data, "--out", out), "is already there")
+
+
+def test_every_command_with_prompts_takes_a_template(
+    tiny: Callable[[str], Path], said: Callable[[str], None], tmp_path: Path
+) -> None:
+    path, data, refuses = tiny("llama"), tmp_path / "q.jsonl", tmp_path / "no.jinja"
+    data.write_text(json.dumps({"instruction": "Hi", "output": "ab"}) + "\n")
+    refuses.write_text("{{ raise_exception('not here') }}")
+    text, out = ("--samples", 1, "--length", 32), ("--out", tmp_path / "b")
+    cut = ("prune", path, "--method", "wanda", "--sparsity", 0.5, "--calibration", data, *text, *out)
+    said("Hi\n")
+    for command in (
+        ("generate", path, data, *out),
+        ("chat", path),
+        ("eval", path, "--data", data),
+        ("pick", path, "--data", data),
+        ("calibrate", path, "--text", data, *text, *out),
+        cut,
+    ):
+        done = legolm(*command, "--template", refuses)
+        assert_one_line(done, f"data.template: {refuses}: it refuses the data (not here)")
+    assert_one_line(legolm("chat", path, "--template", "alpacka"), "alpacka' is neither model, alpaca, chatml nor")
+    assert legolm(*cut, "--template", "alpaca").returncode == 0
+    wanted = load_tokenizer(path, DataConfig(template="alpaca")).chat_template
+    assert load_tokenizer(tmp_path / "b").chat_template == wanted
+    assert_one_line(legolm(*cut), "is already there, cut with another chat template")
 
 
 def test_inspect_draws_what_a_client_ended_with(exported_run: Path) -> None:

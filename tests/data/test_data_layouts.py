@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from legolm.config import DataConfig, Fields, RowsConfig
-from legolm.data import Example, Message, load_parts, read_examples
+from legolm.data import Example, Message, load_parts, read_examples, with_system
 from legolm.data import files as formats
 from legolm.data.layouts import Reading
+from legolm.data.store import Examples
 from legolm.errors import LegolmError
 
 TOWNS = ("Lyon", "Porto", "Graz", "Turin")
@@ -107,6 +108,19 @@ class TestLayouts:
         (found,), _ = read(write(tmp_path / "a.jsonl", [{"messages": turns}]))
         assert [one.turn for one in found.messages] == [*turns[:3], {"role": "assistant", "content": "4.5"}]
         assert found.turns[0].wanted
+
+    def test_tools_beside_a_chat_are_kept_for_the_template(self, tmp_path: Path) -> None:
+        turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+        tools = [{"type": "function", "function": {"name": "add", "parameters": {}, "strict": None}}]
+        wanted = '[{"type": "function", "function": {"name": "add", "parameters": {}}}]'
+        for held in (tools, json.dumps(tools)):
+            (found,), notes = read(write(tmp_path / "a.jsonl", [{"messages": turns, "tools": held}]))
+            assert found.tools == found.turns[0].tools == with_system(found, "Be brief.").tools == wanted
+            assert notes == ["data.train: messages: 1 of 1 rows, 1 with tools."]
+            assert Examples.of([found])[0] == found
+        (found,), notes = read(write(tmp_path / "a.jsonl", [{"messages": turns, "tools": "a hammer"}]))
+        assert found == asked("2 + 2?", "4") and repr(found) == repr(asked("2 + 2?", "4"))
+        assert notes[1] == "data.train: nothing uses the text in field `tools` (1 rows)."
 
     def test_text_and_pairs_stay_as_they_are(self, tmp_path: Path) -> None:
         pairs, said = read(write(tmp_path / "a.jsonl", [{"prompt": "It is", "completion": " Lyon."}]))

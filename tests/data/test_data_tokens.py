@@ -82,6 +82,15 @@ def test_calls_of_tools_are_what_is_learned_where_nothing_is_said(tokenizer: Pre
         tokenize([chat], calling, 512)
 
 
+def test_tools_are_in_the_prompt_where_the_template_has_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    calling = copy.deepcopy(tokenizer)
+    calling.chat_template = "{% for t in tools or [] %}({{ t.function.name }}){% endfor %}" + TOOLS
+    chat = Example((Message("user", "?"), Message("assistant", "4")), tools='[{"function": {"name": "add"}}]')
+    other = Example(chat.messages)
+    one, two = (calling.decode(found.ids) for found in tokenize([chat, other], calling, 512))
+    assert (one, two) == ("(add)<user>?<end><assistant>4<end>", "<user>?<end><assistant>4<end>")
+
+
 def test_tokens_are_flat_and_come_back(tokenizer: PreTrainedTokenizerFast) -> None:
     chats = [Example((Message("user", "?" * n), Message("assistant", str(n)))) for n in range(1, 70)]
     found = tokenize(chats, tokenizer, 40)

@@ -86,6 +86,7 @@ def test_sparse_is_half_and_comes_back_exactly(masked: Block, tmp_path: Path) ->
     assert torch.equal(model(IDS).logits, load_model(masked.path)(IDS).logits)
     assert tokenizer.eos_token == "<|im_end|>" and "the same again" in found.lines[0]
     assert not (tmp_path / "s" / "model.safetensors").exists()
+    assert_one_line(legolm("export", tmp_path / "s", "--to", "hf", "--out", tmp_path / "o"), "legolm.load reads its")
     tensors = {name: one[:-1] if one.dim() == 1 and len(one) > 100 else one for name, one in weights.items()}
     save_file(tensors, tmp_path / "s" / "sparse.safetensors")
     with pytest.raises(LegolmError, match=r"sparse\.safetensors: is broken \(.* values for a mask of"):

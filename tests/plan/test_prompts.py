@@ -67,6 +67,17 @@ def test_says_how_many_answers_the_template_would_change(raw: Raw, tokenizer: Pr
     assert "would change 4 of 12 answers to learn" in notes(raw)
 
 
+def test_tools_that_the_template_leaves_out_are_said_once(raw: Raw) -> None:
+    turns = [{"role": "user", "content": "Say"}, {"role": "assistant", "content": "aa"}]
+    rows = [{"messages": turns, "tools": [{"function": {"name": f"add {i}"}}]} for i in range(6)]
+    data = Path(raw["data"]["train"]).parent / "fr.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "no place for tools: nothing uses those of 4 chats" in notes(raw)
+    template = Path(raw["model"]) / "chat_template.jinja"
+    template.write_text("{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + template.read_text())
+    assert "no place" not in notes(raw)
+
+
 @pytest.mark.parametrize("where", ["train", "test", "calibration"])
 def test_a_token_without_an_embedding_is_one_line(where: str, raw: Raw, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(raw["model"])

@@ -26,10 +26,12 @@ def test_three_blocks_by_hand() -> None:
 
 def test_how_many_open() -> None:
     assert [SecureConfig(colluders=colluders).least for colluders in (0, 1, 2, 5)] == [3, 3, 4, 7]
-    assert [threshold(m) for m in (3, 4, 6, 8, 100)] == [3, 3, 5, 6, 67]
-    for m in range(3, 200):  # all but ⌈m/3⌉ - 1 suffice, and two sets of so many share more than a third
-        assert m - (-(-m // 3) - 1) >= threshold(m)
-        assert 2 * threshold(m) - m > m / 3
+    assert [threshold(m, 3) for m in (3, 4, 6, 8, 100)] == [3, 3, 5, 6, 67]
+    assert [threshold(m, 5) for m in (5, 6, 7, 8, 100)] == [5, 5, 6, 6, 67]
+    for m in range(3, 200):  # all but ⌈m/3⌉ - 1 suffice
+        assert m - (-(-m // 3) - 1) == threshold(m, 3)
+        for k in range(3, m + 1):  # nobody has both secrets of a client: k - 2 give two shares, the others one
+            assert threshold(m, k) <= m < 2 * threshold(m, k) - (k - 2)
 
 
 @settings(max_examples=30)

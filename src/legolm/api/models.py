@@ -72,11 +72,12 @@ def cut(
     text = {"samples": samples, "length": length} | named
     raw = {"name": folder.name, "method": method, "calibration": text, "recover": {"steps": recover}} | target
     spec = validate(BlockConfig, raw, "cut")
-    if (found := kept_block(folder, llm.fingerprint, spec, seed, precision)) is not None:
+    tokenizer = load_tokenizer(llm.path)
+    if (found := kept_block(folder, llm.fingerprint, spec, seed, precision, tokenizer)) is not None:
         return found
     check_room(folder)
-    model = lasting_name(llm.name)
-    (block,) = cut_blocks(llm.path, llm.fingerprint, [(spec, folder)], seed, precision, Progress(), model)
+    wanted, model = [(spec, folder)], lasting_name(llm.name)
+    (block,) = cut_blocks(llm.path, llm.fingerprint, wanted, seed, precision, Progress(), model, tokenizer=tokenizer)
     return block
 
 

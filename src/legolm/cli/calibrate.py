@@ -15,7 +15,9 @@ from legolm.cli.options import (
     LayoutOption,
     Messages,
     Precision,
+    Template,
     check_new,
+    prompts_of,
     rows_of,
 )
 
@@ -36,6 +38,7 @@ def calibrate(
     answer: Answer = None,
     messages: Messages = None,
     bad_rows: BadRows = None,
+    template: Template = None,
     precision: Precision = "fp32",
 ) -> None:
     """Private calibration: write sums of activation statistics, which `legolm prune --statistics` adds up."""
@@ -53,7 +56,7 @@ def calibrate(
 
     base, progress = resolve(model), Progress()
     notes = check_text(text, settings, "--text")
-    tokens = calibration_tokens(settings, load_tokenizer(base), seed)
+    tokens = calibration_tokens(settings, load_tokenizer(base, prompts_of(template)), seed)
     save_statistics(collect(base, fingerprint(base), tokens, needs, precision, progress), out)
     for note in notes:  # not before: bad input is one line
         progress.note(note)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from legolm.cli.export import Model
+from legolm.cli.options import Template, prompts_of
 
 
 def chat(
@@ -16,6 +17,7 @@ def chat(
     compare: Annotated[bool, typer.Option("--compare", help="its LLM answers too")] = False,
     adapter: Annotated[Path | None, typer.Option(help="a PEFT adapter's folder, put on the model")] = None,
     base: Annotated[str | None, typer.Option(help="with --compare: the LLM, if the block does not record it")] = None,
+    template: Template = None,
     system: Annotated[str | None, typer.Option(help="a system message")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=10, help="0: the likeliest token each time")] = 0.0,
@@ -31,7 +33,7 @@ def chat(
         subjects = line_up([str(path)], base, adapter)
     else:
         subjects = line_up([str(path)], None, adapter)[-1:] if adapter else [Subject(model, path)]
-    loaded = [(load_subject(one), load_tokenizer(one.path)) for one in subjects]
+    loaded = [(load_subject(one), load_tokenizer(one.path, prompts_of(template))) for one in subjects]
     for one, tokenizer in loaded:
         one.config.use_cache = True
         take_look(tokenizer, prompt_look(loaded[-1][1]))  # the LLM is asked as its block is

@@ -15,7 +15,9 @@ from legolm.cli.options import (
     LayoutOption,
     Messages,
     Precision,
+    Template,
     check_new,
+    prompts_of,
     rows_of,
     task_names,
 )
@@ -37,6 +39,7 @@ def evaluate(
     answer: Answer = None,
     messages: Messages = None,
     bad_rows: BadRows = None,
+    template: Template = None,
     length: Annotated[int | None, typer.Option(min=2, help="tokens a perplexity window, 1024")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="at most this many windows")] = None,
     precision: Precision = "fp32",
@@ -59,7 +62,7 @@ def evaluate(
     questions = read_questions(task_names(tasks), include, data, rows, text, limit, rouge, length, windows)
     subjects = line_up(models, base, adapter)
     with kept_beside(out) as parts:
-        found = evaluate_all(subjects, questions, precision, parts)
+        found = evaluate_all(subjects, questions, precision, parts, prompts_of(template))
         if out is not None:
             write_json(found, questions, precision, out)
     for note in questions.notes:  # not before: bad input is one line

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from legolm.cli.export import Model
-from legolm.cli.options import Precision, check_new
+from legolm.cli.options import Precision, Template, check_new, prompts_of
 
 
 def generate(
@@ -19,6 +19,7 @@ def generate(
     instruction: Annotated[str, typer.Option(help="field of the question")] = "instruction",
     messages: Annotated[str | None, typer.Option(help="instead: field of a list of role and content")] = None,
     answer: Annotated[str, typer.Option(help="field that the answers go into")] = "answer",
+    template: Template = None,
     batch_size: Annotated[int, typer.Option(min=1, help="questions at once")] = 8,
     max_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 256,
     precision: Precision = "fp32",
@@ -29,7 +30,9 @@ def generate(
     from legolm.export import find_model
     from legolm.system import atomic_write
 
-    found = answer_rows(find_model(model), data, instruction, messages, batch_size, precision, max_tokens)
+    found = answer_rows(
+        find_model(model), data, instruction, messages, batch_size, precision, max_tokens, prompts_of(template)
+    )
     lines = (json.dumps({**row, answer: text}, ensure_ascii=False, default=str) + "\n" for row, text in found)
     atomic_write(out, "".join(lines))
     typer.echo(f"{len(found)} answers in {out}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from legolm.errors import LegolmError
+
+if TYPE_CHECKING:
+    from legolm.config import DataConfig
 
 Config = Annotated[Path, typer.Argument(help="YAML config of the run; see examples/")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="of matrix products")]
@@ -22,6 +25,18 @@ Answer = Annotated[str | None, typer.Option(help="field of the answer")]
 Messages = Annotated[str | None, typer.Option(help="instead of these: field of a list of turns")]
 
 BadRows = Annotated[str | None, typer.Option(help="refuse (name them all) or skip (leave them out)")]
+Template = Annotated[
+    str | None, typer.Option(help="of prompts, instead of the model's own: alpaca, chatml, or a file in Jinja")
+]
+
+
+def prompts_of(template: str | None) -> DataConfig | None:
+    """How prompts look, as a run's config has it; None: as each model's own."""
+    if template is None:
+        return None
+    from legolm.config import DataConfig, validate
+
+    return validate(DataConfig, {"template": template}, "--template")
 
 
 def rows_of(

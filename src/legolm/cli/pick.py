@@ -7,7 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from legolm.cli.options import Answer, BadRows, Input, Instruction, LayoutOption, Messages, check_new, rows_of
+from legolm.cli.options import (
+    Answer,
+    BadRows,
+    Input,
+    Instruction,
+    LayoutOption,
+    Messages,
+    Template,
+    check_new,
+    prompts_of,
+    rows_of,
+)
 
 
 def pick(
@@ -23,6 +34,7 @@ def pick(
     answer: Answer = None,
     messages: Messages = None,
     bad_rows: BadRows = None,
+    template: Template = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only so many questions")] = None,
     picture: Annotated[Path | None, typer.Option(help="SVG file of the trade-off")] = None,
 ) -> None:
@@ -41,7 +53,7 @@ def pick(
     except ValueError as error:
         raise LegolmError(f"--memory {memory}: {error}") from None
     rows = validate(RowsConfig, rows_of(layout, instruction, input, answer, messages, bad_rows), "legolm pick")
-    found = candidates(models, data, rows, runtime, quant, limit)
+    found = candidates(models, data, rows, runtime, quant, limit, prompts_of(template))
     best = choose(found, most, min_tokens_per_s)
     print_picked(found, best, most, min_tokens_per_s)
     if picture is not None:

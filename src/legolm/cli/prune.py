@@ -16,7 +16,9 @@ from legolm.cli.options import (
     LayoutOption,
     Messages,
     Precision,
+    Template,
     check_new,
+    prompts_of,
     rows_of,
 )
 from legolm.errors import LegolmError
@@ -43,6 +45,7 @@ def prune(
     answer: Answer = None,
     messages: Messages = None,
     bad_rows: BadRows = None,
+    template: Template = None,
     statistics: Annotated[list[Path] | None, typer.Option(help="instead: a file of `legolm calibrate`; repeat")] = None,
     samples: Annotated[int, typer.Option(help="calibration samples")] = 32,
     length: Annotated[int, typer.Option(help="tokens a calibration sample")] = 256,
@@ -88,20 +91,24 @@ def prune(
             check_new(folder)
 
     from legolm.data import check_text
-    from legolm.models import fingerprint, lasting_name, resolve
+    from legolm.models import fingerprint, lasting_name, load_tokenizer, resolve
     from legolm.prune import cut_blocks, kept_block
     from legolm.report import print_blocks
     from legolm.system import Progress
 
     base, progress = resolve(model), Progress()
     notes = check_text(calibration, wanted[0][0].calibration, "--calibration") if statistics is None else []
-    digest = fingerprint(base)
-    blocks = {folder: kept_block(folder, digest, spec, seed, precision) for spec, folder in wanted}
+    digest, tokenizer = fingerprint(base), load_tokenizer(base, prompts_of(template))
+    blocks = {folder: kept_block(folder, digest, spec, seed, precision, tokenizer) for spec, folder in wanted}
     left = [(spec, folder) for spec, folder in wanted if blocks[folder] is None]
     for folder in folders:
         if blocks[folder] is not None:
             progress.note(f"{folder}: is there already, cut by the same recipe")
-    made = cut_blocks(base, digest, left, seed, precision, progress, lasting_name(model)) if left else []
+    made = (
+        cut_blocks(base, digest, left, seed, precision, progress, lasting_name(model), tokenizer=tokenizer)
+        if left
+        else []
+    )
     for note in notes:  # not before: bad input is one line
         progress.note(note)
     new = {block.path: block for block in made}

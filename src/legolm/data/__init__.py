@@ -9,7 +9,15 @@ from legolm.data.sequence import begin, begun, check_tokens, encode, windows
 from legolm.data.sources import check_apart, paths_of, read_rows
 from legolm.data.split import client_data, data_fingerprint, load_parts, own_part
 from legolm.data.starter import is_starter
-from legolm.data.template import DATE, dated_template, prompt_look, render_template, set_template, take_look
+from legolm.data.template import (
+    DATE,
+    dated_template,
+    prompt_look,
+    render_template,
+    set_template,
+    take_look,
+    unused_tools,
+)
 from legolm.data.tokens import TokenRows, tokenize
 
 __all__ = [
@@ -48,6 +56,7 @@ __all__ = [
     "text_tokens",
     "to_example",
     "tokenize",
+    "unused_tools",
     "windows",
     "with_system",
 ]

@@ -28,11 +28,18 @@ class Message:
 class Example:
     """A conversation whose last message, the assistant's, is the answer to learn.
 
-    `raw`: prompt and completion, or text alone, as they stand: nothing is written around or between them.
+    `raw`: prompt and completion, or text alone, as they stand: nothing is written around or between them. `tools`: what
+    the assistant may call, a JSON list, for the template.
     """
 
     messages: tuple[Message, ...]
     raw: bool = False
+    tools: str = ""
+
+    def __repr__(self) -> str:
+        """Fingerprints of data stand on it: where there are no tools, nothing says so."""
+        tools = f", tools={self.tools!r}" if self.tools else ""
+        return f"Example(messages={self.messages!r}, raw={self.raw!r}{tools})"
 
     @property
     def question(self) -> str:
@@ -49,7 +56,7 @@ class Example:
     def turns(self) -> tuple[Example, ...]:
         """Each answer of the conversation that something stands before, as an example of its own."""
         ends = [place for place, one in enumerate(self.messages, 1) if one.role == "assistant" and place > 1]
-        return tuple(Example(self.messages[:end], self.raw) for end in ends) or (self,)
+        return tuple(Example(self.messages[:end], self.raw, self.tools) for end in ends) or (self,)
 
 
 @dataclass(frozen=True)

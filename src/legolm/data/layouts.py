@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from legolm.config import LAYOUT_FIELDS, RowsConfig
@@ -14,6 +14,7 @@ from legolm.data.examples import Example, Message, Role
 from legolm.data.files import BadRow, Written
 from legolm.data.sources import Row, read_records
 from legolm.errors import LegolmError, brief
+from legolm.system import strict_json
 
 MAX_TEXT = 1_000_000
 """Characters of one question or answer: far past every context window, and read in a second."""
@@ -28,7 +29,7 @@ COLUMNS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "text": {"text": ("text",)},
 }
 """Names of a layout's fields in a row, where none are given."""
-MAY_LACK = "input"
+MAY_LACK, TOOLS = "input", "tools"
 SHAREGPT_ROLES: Mapping[str, Role] = {
     "human": "user",
     "gpt": "assistant",
@@ -78,7 +79,7 @@ def with_system(example: Example, system: str | None) -> Example:
     """The conversation with `system` before it, unless it has a system message, is no chat, or `system` is None."""
     if system is None or example.raw or any(message.role == "system" for message in example.messages):
         return example
-    return Example((Message("system", system), *example.messages))
+    return replace(example, messages=(Message("system", system), *example.messages))
 
 
 class Reading:
@@ -89,6 +90,7 @@ class Reading:
         self._config, self._field, self._label, self._system = config, field, label, system
         self._layouts: Counter[str] = Counter()
         self._inputs: Counter[str] = Counter()
+        self._tools: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
         self._bad: list[BadRow] = []
         self._skipped = self._rows = 0
@@ -109,7 +111,7 @@ class Reading:
                 if len(self._bad) < NAMED:
                     self._bad.append(bad)
                 continue
-            self._count(row, found)
+            self._count(row, found, example)
             yield row, example
         if self._bad and (self._config.bad_rows == "refuse" or self._skipped == self._rows):
             raise self._error()
@@ -120,6 +122,7 @@ class Reading:
         taken = "; ".join(
             f"{name}: {count:,} of {self._rows:,} rows"
             + (f", {self._inputs[name]:,} with {COLUMNS[name][MAY_LACK][0]}" if self._inputs[name] else "")
+            + (f", {self._tools[name]:,} with {TOOLS}" if self._tools[name] else "")
             for name, count in self._layouts.items()
         )
         said = [f"{self._field}: {taken}."] if taken else []
@@ -130,9 +133,10 @@ class Reading:
             said.append(f"{self._field}: {self._skipped:,} of {self._rows:,} rows skipped: {self._named()}.")
         return said
 
-    def _count(self, row: Row, found: Found) -> None:
+    def _count(self, row: Row, found: Found, example: Example) -> None:
         self._layouts[found.layout] += 1
-        used = set(found.columns.values())
+        self._tools[found.layout] += bool(example.tools)
+        used = {*found.columns.values(), *((TOOLS,) if example.tools else ())}
         self._inputs[found.layout] += bool(_context(row, found))
         for name, value in row.values.items():
             if name not in used and name != self._label and _holds_text(value):
@@ -227,7 +231,25 @@ def _chat(row: Row, field: str, role: str) -> Example:
     messages = tuple(read(turn, f"{field}[{index}]", row) for index, turn in enumerate(turns))
     if messages[-1].role != "assistant":
         raise BadRow(row.place, f"`{field}` must end with role 'assistant'")
-    return Example(messages)
+    return Example(messages, tools=_tools(row.values.get(TOOLS)))
+
+
+def _tools(value: Any) -> str:
+    """A list of objects, or JSON of one, as JSON; empty for anything else. What is null there is what tables fill."""
+    if isinstance(value, str):
+        try:
+            value = strict_json(value)
+        except ValueError:
+            return ""
+    if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+        return ""
+    return json.dumps(_filled(value), ensure_ascii=False, default=str)
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _filled(one) for name, one in value.items() if one is not None}
+    return [_filled(one) for one in value] if isinstance(value, list) else value
 
 
 def _message(turn: Any, field: str, row: Row) -> Message:

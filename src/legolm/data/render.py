@@ -79,7 +79,7 @@ def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBas
     if tokenizer.chat_template is None:
         text = "".join(f"{message.content}\n" for message in messages)
         return begun(encode(text, tokenizer), begin(tokenizer))
-    (text,) = render_template(tokenizer, [([message.turn for message in messages], True)])
+    (text,) = render_template(tokenizer, [([message.turn for message in messages], True, "")])
     return encode(text, tokenizer)
 
 
@@ -108,7 +108,7 @@ def check_whole(examples: Sequence[Tokens], length: int, split: str, client: str
 
 
 def _texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[_Written]:
-    chats = [] if tokenizer.chat_template is None else [one.messages for one in examples if not one.raw]
+    chats = [] if tokenizer.chat_template is None else [one for one in examples if not one.raw]
     written = iter(_templated(chats, tokenizer))
     return [_plain(one, tokenizer) if one.raw or not chats else next(written) for one in examples]
 
@@ -122,23 +122,23 @@ def _plain(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Written:
     return _Written("".join(f"{message.content}{end}" for message in before), last.content + _end(tokenizer), False)
 
 
-def _templated(chats: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase) -> list[_Written]:
+def _templated(chats: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[_Written]:
     if not chats:
         return []
-    wanted: list[tuple[Sequence[Turn], bool]] = []
-    for messages in chats:
-        turns = [message.turn for message in messages]
+    wanted: list[tuple[Sequence[Turn], bool, str]] = []
+    for chat in chats:
+        turns = [message.turn for message in chat.messages]
         marked: list[Turn] = [*turns[:-1], {"role": "assistant", "content": _MARK}]
-        wanted += [(turns[:-1], True), (turns, False), (marked, False)]
+        wanted += [(turns[:-1], True, chat.tools), (turns, False, chat.tools), (marked, False, chat.tools)]
     try:
         texts = render_template(tokenizer, wanted)
     except LegolmError:
         if len(chats) == 1:
             raise
         # Each may take the time and memory of one: whose fault it is shows alone.
-        return [_templated([messages], tokenizer)[0] for messages in chats]
+        return [_templated([chat], tokenizer)[0] for chat in chats]
     three = zip(texts[::3], texts[1::3], texts[2::3], strict=True)
-    return [_parted(*some, messages[-1].content, tokenizer) for some, messages in zip(three, chats, strict=True)]
+    return [_parted(*some, chat.messages[-1].content, tokenizer) for some, chat in zip(three, chats, strict=True)]
 
 
 def _parted(prompt: str, whole: str, marked: str, content: str, tokenizer: PreTrainedTokenizerBase) -> _Written:
@@ -174,7 +174,7 @@ def _kept(example: Example, prompt: list[int], room: int, tokenizer: PreTrainedT
         head = "".join(f"{turn['content']}\n" for turn in turns[:first])
     else:
         turns[first : first + 1] = [{"role": "user", "content": _MARK}]
-        (marked,) = render_template(tokenizer, [(turns, True)])
+        (marked,) = render_template(tokenizer, [(turns, True, example.tools)])
         head = marked.partition(_MARK)[0]
     begins = begin(tokenizer)
     if not begins or prompt[: len(begins)] != begins:

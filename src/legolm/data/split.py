@@ -9,6 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from legolm.data.sources import Row, check_apart, names_of, parts_of, read_recor
 from legolm.data.starter import SplitName, is_starter, starter_parts
 from legolm.data.store import Examples, Store
 from legolm.errors import LegolmError
+from legolm.system import file_state
 
 Groups = dict[str, np.ndarray]
 """Places in the store by what decides whose they are: file, column value or client; "" where only chance does."""
@@ -252,7 +254,37 @@ def _refuse_what_starter_ignores(config: DataConfig) -> None:
 
 
 def client_data(config: RunConfig | SiteConfig, notes: list[str] | None = None) -> dict[str, ClientData]:
-    """Every client's data, by client id; what there is to say of the rows is added to `notes`."""
+    """Every client's data, by client id; what there is to say of the rows is added to `notes`.
+
+    What was read last is not read again while its files stay as they are: a plan asks, and its run.
+    """
     parts = {client.id: client.data or client.id for client in config.clients}
-    loaded = load_parts(config.data, list(dict.fromkeys(parts.values())), config.seed, notes)
+    names, files = list(dict.fromkeys(parts.values())), _files(config.data)
+    key = None if files is None else repr((config.data.model_dump_json(), names, config.seed, files))
+    if key is None or key not in _READ:
+        said: list[str] = []
+        loaded = load_parts(config.data, names, config.seed, said)
+        _READ.clear()
+        _READ[key] = loaded, said
+    loaded, said = _READ[key]
+    if notes is not None:
+        notes += said
     return {client: loaded[part] for client, part in parts.items()}
+
+
+_READ: dict[str | None, tuple[dict[str, ClientData], list[str]]] = {}
+
+
+def _files(config: DataConfig) -> list[str] | None:
+    """The sources and the state of each file; None where that cannot be known."""
+    found: list[str] = []
+    for split in _SPLITS:
+        source = getattr(config, split)
+        for part in [] if isinstance(source, float) or is_starter(source) else parts_of(source, f"data.{split}"):
+            if not isinstance(part, Path):
+                return None
+            try:
+                found += [str(part), file_state(part)]
+            except OSError:  # who reads it says what is wrong
+                return None
+    return found

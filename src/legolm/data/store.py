@@ -33,7 +33,7 @@ class Store:
     def add(self, example: Example) -> None:
         """Put it last."""
         turns = [[one.role, one.content, one.more] for one in example.messages]
-        self._tail += json.dumps([turns, example.raw], ensure_ascii=False).encode()
+        self._tail += json.dumps([turns, example.raw, example.tools], ensure_ascii=False).encode()
         self._ends.append(self._stored + len(self._tail))
         if len(self._tail) > IN_MEMORY:
             self._to_file()
@@ -59,8 +59,8 @@ class Store:
 
     def get(self, place: int) -> Example:
         """The example of this place."""
-        turns, raw = json.loads(self.content(place).decode())
-        return Example(tuple(Message(*turn) for turn in turns), raw)
+        turns, raw, tools = json.loads(self.content(place).decode())
+        return Example(tuple(Message(*turn) for turn in turns), raw, tools)
 
 
 class Examples(Sequence[Example]):

@@ -165,8 +165,16 @@ def take_look(tokenizer: Any, look: tuple[Any, str | None]) -> None:
     tokenizer.init_kwargs |= {DATE: look[1]} if look[1] else {}
 
 
-def render_template(tokenizer: Any, wanted: Sequence[tuple[Sequence[Turn], bool]]) -> list[str]:
-    """What the tokenizer's chat template makes of each conversation; the bool: begin an answer at its end.
+def unused_tools(template: Any, count: int) -> str:
+    """A sentence where so many chats have tools, and the chat template has no place for them; else nothing."""
+    if not count or "tools" in str(template):
+        return ""
+    return f"The chat template has no place for tools: nothing uses those of {count:,} chats."
+
+
+def render_template(tokenizer: Any, wanted: Sequence[tuple[Sequence[Turn], bool, str]]) -> list[str]:
+    """What the tokenizer's chat template makes of each conversation; the bool: begin an answer at its end; the text:
+    tools as a JSON list, or nothing.
 
     Raises `LegolmError` for a template that refuses the messages, is broken, or takes too much time or memory.
     """

@@ -1,6 +1,6 @@
 """The process that renders chat templates: a program of its own, without legolm, that ends when its input does.
 
-A line in: `[template, variables, [[messages, add_generation_prompt], ...]]`. A line out: `{"texts": [...]}`, or
+A line in: `[template, variables, [[messages, add_generation_prompt, tools], ...]]`. A line out: `{"texts": [...]}`, or
 `{"error": ...}`, with `refused` where the template itself refuses the messages. What takes more time or memory than one
 may is ended by the system. The variable `today` (YYYY-MM-DD) is the day that `strftime_now` knows.
 """
@@ -43,9 +43,13 @@ def answer(line: str) -> dict[str, Any]:
     try:
         Clock.held = datetime.fromisoformat(variables.pop("today", "2024-07-26"))
         texts = []
-        for messages, prompt in wanted:
+        for messages, prompt, tools in wanted:
             (text,), _ = render_jinja_template(
-                [messages], chat_template=template, add_generation_prompt=prompt, **variables
+                [messages],
+                tools=json.loads(tools) if tools else None,
+                chat_template=template,
+                add_generation_prompt=prompt,
+                **variables,
             )
             texts.append(text)
             text.encode()  # half a character, which no tokenizer takes

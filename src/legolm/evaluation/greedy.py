@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from legolm.config import Fields, Precision, RowsConfig
+from legolm.config import DataConfig, Fields, Precision, RowsConfig
 from legolm.data import Tokens, read_rows, render_whole, to_example
 from legolm.models import autocast, choose_device, load_config, load_model, load_tokenizer
 
@@ -50,9 +50,18 @@ def generate(
 
 
 def answer_rows(
-    path: Path, data: str, instruction: str, messages: str | None, batch_size: int, precision: Precision, most: int
+    path: Path,
+    data: str,
+    instruction: str,
+    messages: str | None,
+    batch_size: int,
+    precision: Precision,
+    most: int,
+    prompts: DataConfig | None = None,
 ) -> list[tuple[dict[str, Any], str]]:
     """The model's answer to each row of a file; `instruction` or `messages` is the field of the question.
+
+    `prompts` says how prompts look; None: as the model's own.
 
     Raises `LegolmError` for a row without one, and for a conversation that is longer than the model's context.
     """
@@ -67,8 +76,8 @@ def answer_rows(
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") != "assistant":
             values[str(messages)] = [*turns, {"role": "assistant", "content": "."}]
         asked.append(to_example(replace(row, values=values), config))
-    tokenizer, context = load_tokenizer(path), load_config(path).max_position_embeddings
-    prompts = render_whole(asked, tokenizer, context, "generate")
+    tokenizer, context = load_tokenizer(path, prompts), load_config(path).max_position_embeddings
+    rendered = render_whole(asked, tokenizer, context, "generate")
     model = load_model(path).to(choose_device("auto"))
-    answers = generate(model, prompts, tokenizer, batch_size, precision, most)
+    answers = generate(model, rendered, tokenizer, batch_size, precision, most)
     return [(dict(row.values), answer) for row, answer in zip(rows, answers, strict=True)]

@@ -14,8 +14,8 @@ import torch
 
 from legolm.adapter import CONFIG, FACTORS, adapter_config, weights_file
 from legolm.block import Block, read_block
-from legolm.config import Precision
-from legolm.data import Tokens, prompt_look, take_look
+from legolm.config import DataConfig, Precision
+from legolm.data import Tokens, prompt_look, take_look, unused_tools
 from legolm.errors import LegolmError, brief
 from legolm.evaluation.figure import Figure
 from legolm.evaluation.floors import warnings
@@ -149,11 +149,16 @@ def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None
 
 
 def evaluate(
-    subjects: Sequence[Subject], questions: Questions, precision: Precision = "fp32", parts: Path | None = None
+    subjects: Sequence[Subject],
+    questions: Questions,
+    precision: Precision = "fp32",
+    parts: Path | None = None,
+    prompts: DataConfig | None = None,
 ) -> Evaluation:
     """Every figure of every model, one model in memory at a time, compared question by question.
 
-    What is found is kept in the folder `parts`, and taken from there.
+    What is found is kept in the folder `parts`, and taken from there. `prompts` says how prompts look; None: as each
+    model's own.
     """
     found: dict[str, TaskFigures] = {}
     sizes: dict[str, Size] = {}
@@ -162,18 +167,20 @@ def evaluate(
     with Progress().stage("evaluate", len(subjects)) as advance:
         for subject in reversed(subjects):  # an adapter or a block that does not fit shows before the LLM has its turn
             name, path = subject.name, subject.path
-            look, block = None, _first_block(subjects, name)
+            look, block = prompt_look(load_tokenizer(path, prompts)), _first_block(subjects, name)
             if block is not None:
-                asked_look = prompt_look(load_tokenizer(block.path))
-                if asked_look != prompt_look(load_tokenizer(path)):
+                asked_look = prompt_look(load_tokenizer(block.path, prompts))
+                if asked_look != look:
                     look = asked_look
                     looks.append(f"{name}: is asked in the chat template of {block.name}, not in its own")
+            if unused := unused_tools(look[0], sum(bool(one.tools) for one in questions.examples)):
+                looks.append(f"{name}: {unused}")
             kept = NOWHERE
             if parts is not None and subject.model is None:
                 used = json.dumps([precision, str(choose_device("auto")), versions(), repr(look)])
                 kept = Kept(parts, f"{digest_of(path, subject.adapter)} {used}")
             asked = questions.asked() if kept.folder else ""
-            measured = partial(_measured, subject, questions, precision, kept, look)
+            measured = partial(_measured, subject, questions, precision, kept, look, prompts)
             figures, said[name], speed = kept.once(asked, measured)
             found[name] = from_json(figures)
             sizes[name] = Size(name, count_parameters(path), folder_bytes(path), speed)
@@ -202,12 +209,16 @@ def _first_block(subjects: Sequence[Subject], llm: str) -> Subject | None:
 
 
 def _measured(
-    subject: Subject, questions: Questions, precision: Precision, kept: Kept, look: tuple[Any, str | None] | None
+    subject: Subject,
+    questions: Questions,
+    precision: Precision,
+    kept: Kept,
+    look: tuple[Any, str | None],
+    prompts: DataConfig | None,
 ) -> list[Any]:
-    """Figures as JSON, answers and tokens a second of one model, asked with this look of prompts (None: its own)."""
-    model, tokenizer = load_subject(subject), load_tokenizer(subject.path)
-    if look is not None:
-        take_look(tokenizer, look)
+    """Figures as JSON, answers and tokens a second of one model, asked with this look of prompts."""
+    model, tokenizer = load_subject(subject), load_tokenizer(subject.path, prompts)
+    take_look(tokenizer, look)
     found = measure(model, tokenizer, questions, precision, kept)
     check_finite(found, f"model {subject.name}")
     said = sample(model, tokenizer, questions, precision)

@@ -107,7 +107,7 @@ def verify(
 ) -> Measured:
     """Load the file, compare tokens, templates and distributions. Raises `LegolmError` where they differ."""
     with llama_cpp(file, len(reference.ids) + 8, adapters) as runtime:
-        _check_tokens(source, runtime, bool(vocabulary.pieces and vocabulary.pieces.bare))
+        _check_tokens(source, vocabulary, runtime)
 
         def answer(ids: Sequence[int], token: int) -> tuple[float, dict[int, float]]:
             found = runtime.next(ids, token, LIKELIEST)
@@ -118,13 +118,15 @@ def verify(
     return found
 
 
-def _check_tokens(source: Source, runtime: LlamaCpp, bare: bool) -> None:
-    tokenizer, texts = source.tokenizer, [text.lstrip() if bare else text for text in TEXTS]
+def _check_tokens(source: Source, vocabulary: Vocabulary, runtime: LlamaCpp) -> None:
+    tokenizer = source.tokenizer
+    keeps = vocabulary.pieces is not None and vocabulary.pieces.keeps
+    texts = [(text.lstrip(" ") if keeps else text, vocabulary.text(text)) for text in TEXTS]
     if tokenizer.chat_template:
         chats = [[{"role": role, "content": text} for role, text in chat] for chat in CHATS]
         for chat in chats:
             try:
-                (wanted,) = render_template(tokenizer, [(chat, True)])
+                (wanted,) = render_template(tokenizer, [(chat, True, "")])
             except LegolmError:  # a template without system messages, say
                 continue
             found = runtime.template(chat)
@@ -133,11 +135,11 @@ def _check_tokens(source: Source, runtime: LlamaCpp, bare: bool) -> None:
                 raise LegolmError(
                     f"{source.name}: llama.cpp makes another prompt of its chat template: {found!r}, not {wanted!r}"
                 )
-            texts.append(wanted)
-    for text in texts:
-        found_ids, wanted_ids = runtime.tokenize(text), tokenizer.encode(text, add_special_tokens=False)
+            texts.append((wanted, wanted))
+    for text, given in texts:
+        found_ids, wanted_ids = runtime.tokenize(given), tokenizer.encode(text, add_special_tokens=False)
         if found_ids != list(wanted_ids):
             raise LegolmError(f"{source.name}: llama.cpp makes other tokens of {text!r}: {found_ids}, not {wanted_ids}")
-    begun = tokenizer.encode("a"), runtime.tokenize("a", special=True)
+    begun = tokenizer.encode("a"), runtime.tokenize(vocabulary.text("a"), special=True)
     if list(begun[0]) != begun[1]:
         raise LegolmError(f"{source.name}: llama.cpp begins a text with other tokens: {begun[1]}, not {begun[0]}")

@@ -24,50 +24,66 @@ WAY_OUT = "export to hf or onnx"
 
 @dataclass(frozen=True)
 class Pieces:
-    """Scores by token, the larger the sooner; ids of the bytes; whether a space is put before a text.
+    """Scores by token, the larger the sooner; ids of the bytes; where a space is put.
 
-    `bare`: texts that begin with a space, and what follows a special token, get none in transformers.
+    `prefix`: llama.cpp puts one before a text and behind special tokens. `first`: transformers puts one before a text
+    only, not behind special tokens. `keeps`: it puts none where there is one.
     """
 
     scores: dict[str, float]
     bytes: frozenset[int]
     prefix: bool
-    bare: bool
+    first: bool
+    keeps: bool
 
     @property
     def notes(self) -> list[str]:
         """What is other than in transformers."""
-        return (
-            [
-                "llama.cpp puts a space before a text that begins with one and behind special tokens too, as "
-                "SentencePiece does; this tokenizer in transformers does not"
-            ]
-            if self.bare
-            else []
-        )
+        if self.first and not self.prefix:
+            return ["llama.cpp puts no space before a text: begin one that is no chat with a space"]
+        if self.keeps:
+            return ["llama.cpp puts a space before a text that begins with one, too"]
+        return []
+
+    def text(self, text: str) -> str:
+        """What llama.cpp must be given to make the tokens that transformers makes of a text."""
+        begun = text.lstrip(" ") if self.keeps else text
+        return f" {begun}" if self.first and not self.prefix else begun
 
 
-def pieces_of(found: dict[str, Any], where: str) -> Pieces:
-    """Of a `tokenizer.json` with byte fallback. Raises `LegolmError` for what llama.cpp would tokenize otherwise."""
+def pieces_of(found: dict[str, Any], chats: bool, where: str) -> Pieces:
+    """Of a `tokenizer.json` with byte fallback; `chats`: it has a chat template.
+
+    llama.cpp puts a space both before a text and behind special tokens, or nowhere. Where transformers does so before a
+    text only, that is nowhere for chats, which begin with a special token.
+
+    Raises `LegolmError` for what llama.cpp would tokenize otherwise.
+    """
     vocabulary: dict[str, int] = found["model"]["vocab"]
     if lacking := [byte for byte in BYTES if byte not in vocabulary]:
         raise LegolmError(f"{where}: has no token for {len(lacking)} of 256 bytes ({lacking[0]}); {WAY_OUT}")
     if found["model"].get("ignore_merges"):
         raise LegolmError(f"{where}: takes whole words before merges, which llama.cpp does not; {WAY_OUT}")
-    prefix, bare = _prefix(found.get("normalizer"), found.get("pre_tokenizer"), where)
     merges = [tuple(one) if isinstance(one, list) else tuple(one.split(" ")) for one in found["model"]["merges"]]
     added = {one["content"] for one in found["added_tokens"]}
-    return Pieces(_scores(vocabulary, merges, added, where), frozenset(vocabulary[one] for one in BYTES), prefix, bare)
+    scheme = _scheme(found.get("normalizer"), found.get("pre_tokenizer"), where)
+    return Pieces(
+        scores=_scores(vocabulary, merges, added, where),
+        bytes=frozenset(vocabulary[one] for one in BYTES),
+        prefix=scheme != "never" and not (scheme == "first" and chats),
+        first=scheme == "first",
+        keeps=scheme in ("first", "always"),
+    )
 
 
-def _prefix(normalizer: Any, pre: Any, where: str) -> tuple[bool, bool]:
-    """(a space is put before a text, but not before one that begins with it or follows a special token)."""
+def _scheme(normalizer: Any, pre: Any, where: str) -> str:
+    """Where a space is put: before each part, whatever it begins with; always, first or never, as `Metaspace` does."""
     if normalizer == _PREPEND and pre is None:
-        return True, False
+        return "each"
     if normalizer == _REPLACE and pre in (None, _SPLIT):
-        return False, False
+        return "never"
     if normalizer is None and pre and pre["type"] == "Metaspace" and not pre["split"] and pre["replacement"] == SPACE:
-        return pre["prepend_scheme"] != "never", pre["prepend_scheme"] != "never"
+        return str(pre["prepend_scheme"])
     raise LegolmError(
         f"{where}: marks words in a way that is not known of llama.cpp ({brief(json.dumps([normalizer, pre]))}); "
         f"{WAY_OUT}"

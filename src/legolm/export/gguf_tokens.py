@@ -30,13 +30,16 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((_CASED % (_SHORT, _SHORT) + r"\p{N}{1,3}|" + _REST,), False): "gpt-4o",
 }
 """llama.cpp's name of (what splits a text, one after the other; whether a whole word that is a token stays)."""
+PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")
+"""Tokens without which llama.cpp does not load what is called Phi-3."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """Tokens with their kinds, what ends and begins texts. `notes` say what is other than in transformers.
 
-    Of byte-level BPE `merges` and `pre`; of SentencePiece `pieces`.
+    Of byte-level BPE `merges` and `pre`; of SentencePiece `pieces`. `strips`: special tokens take the blanks behind
+    them, as Phi-3's do.
     """
 
     tokens: list[str]
@@ -48,6 +51,11 @@ class Vocabulary:
     template: str | None
     notes: list[str]
     pieces: Pieces | None = None
+    strips: bool = False
+
+    def text(self, text: str) -> str:
+        """What llama.cpp must be given to make the tokens that transformers makes of a text that is no chat."""
+        return self.pieces.text(text) if self.pieces else text
 
 
 def vocabulary_of(tokenizer: Any, rows: int, end_of_turn: int | None) -> Vocabulary:
@@ -62,7 +70,7 @@ def vocabulary_of(tokenizer: Any, rows: int, end_of_turn: int | None) -> Vocabul
     merges = [" ".join(one) if isinstance(one, list) else one for one in found["model"].get("merges", [])]
     pieces, pre, notes = None, "default", []
     if found["model"]["type"] == "BPE" and found["model"].get("byte_fallback"):
-        pieces, merges = pieces_of(found, where), []
+        pieces, merges = pieces_of(found, bool(tokenizer.chat_template), where), []
         notes += pieces.notes
     else:
         pre = _pre(found, merges, where)
@@ -96,6 +104,7 @@ def vocabulary_of(tokenizer: Any, rows: int, end_of_turn: int | None) -> Vocabul
         template=template,
         notes=notes,
         pieces=pieces,
+        strips=any(one.rstrip for one in added.values()) and set(PHI3) <= set(text.values()),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def write_gguf(
     model = LayeredModel(path)
     writer = gguf.GGUFWriter(out, layout.arch)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
+    writer.add_name(_named(name, vocabulary.strips))
     writer.add_file_type(FILE_TYPES[quant])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in layout.metadata.items():
@@ -137,6 +138,13 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_add_eos_token(False)
     if vocabulary.template is not None:
         writer.add_chat_template(vocabulary.template)
+
+
+def _named(name: str, strips: bool) -> str:
+    """With Phi-3 in it or not: by that alone llama.cpp knows that special tokens take the blanks behind them."""
+    if not strips:
+        return re.sub("(?i)phi-?3", "phi 3", name)
+    return name if re.search("(?i)phi-?3", name) else f"{name} (phi-3)"
 
 
 def _tensors(model: LayeredModel, layout: Layout, weights: bool) -> Iterator[tuple[str, Tensor]]:

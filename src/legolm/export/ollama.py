@@ -63,7 +63,7 @@ def _template(source: Source) -> str:
 def _pieces(tokenizer: Any, start: int, end: int) -> list[str]:
     """What the template writes around the contents of a conversation that the model is to go on with."""
     turns = [{"role": ROLES[i], "content": MARKS[i]} for i in range(start, end)]
-    (text,) = render_template(tokenizer, [(turns, True)])
+    (text,) = render_template(tokenizer, [(turns, True, "")])
     pieces = []
     for mark in MARKS[start:end]:
         piece, _, text = text.partition(mark)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from legolm.config import RowsConfig
+from legolm.config import DataConfig, RowsConfig
 from legolm.data import read_examples, render_whole
 from legolm.errors import LegolmError
 from legolm.evaluation import score
@@ -32,9 +32,17 @@ class Candidate:
 
 
 def candidates(
-    names: Sequence[str], data: str, rows: RowsConfig, runtime: Runtime, quant: str, limit: int | None = None
+    names: Sequence[str],
+    data: str,
+    rows: RowsConfig,
+    runtime: Runtime,
+    quant: str,
+    limit: int | None = None,
+    prompts: DataConfig | None = None,
 ) -> list[Candidate]:
     """Measure each model; a run's folder stands for all of its final models. `data` is a file of questions and answers.
+
+    `prompts` says how prompts look; None: as each model's own.
 
     Raises `LegolmError` for a model that cannot be had or exported, and data that cannot be read.
     """
@@ -45,7 +53,8 @@ def candidates(
     scores = []
     for name in models:
         path = find_model(name)
-        asked = render_whole(examples, load_tokenizer(path), load_config(path).max_position_embeddings, "--data")
+        tokenizer, length = load_tokenizer(path, prompts), load_config(path).max_position_embeddings
+        asked = render_whole(examples, tokenizer, length, "--data")
         scores.append(score(load_model(path), asked, BATCH, "fp32"))
         if not math.isfinite(scores[-1].loss):
             raise LegolmError(f"{name}: its loss on {data} is {scores[-1].loss}; leave it out")

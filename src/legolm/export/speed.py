@@ -140,7 +140,7 @@ def in_llama_cpp(name: str, file: Path, quant: str, prompt: int, tokens: int) ->
             times = server.post("/completion", asked)["timings"]
             return Turn(times["prompt_ms"] / 1e3, times["predicted_ms"] / 1e3, _spent(before))
 
-        yield Runner(name, f"llama.cpp {quant}", file.stat().st_size, turn, lambda: _peak(server.process.pid))
+        yield Runner(name, f"llama.cpp {quant}", file.stat().st_size, turn, lambda: peak(server.process.pid))
 
 
 @contextmanager
@@ -207,10 +207,10 @@ def _answer(prompt: int, tokens: int) -> Turn:
 
 
 def _own_peak() -> int:
-    return _peak(os.getpid())
+    return peak(os.getpid())
 
 
-def _peak(pid: int) -> int:
+def peak(pid: int) -> int:
     """Bytes of memory that a process had at most; what it has now where the system does not tell."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():

@@ -47,6 +47,8 @@ LARGEST = {
     "n_positions": 1 << 31,
 }
 """Sizes in a config: some times those of the largest models there are. transformers makes lists as long as them."""
+ABOVE_0 = r"(^|_)(eps|epsilon|theta|base|freq|factor|multiplier|scaling|scalar|softcapping)$"
+"""Numbers in a config that divide, or that all is multiplied with."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 UNUSED = r"rotary_emb\.inv_freq$"
@@ -94,8 +96,11 @@ def weight_files(path: Path) -> list[Path]:
         return [path / SINGLE]
     found = sorted(file for file in path.glob("model*.safetensors") if file.is_file())
     if not found:
-        gguf = next(path.glob("*.gguf"), None)
-        way_out = SAVE_AGAIN if gguf is None else f"run: legolm import {gguf} --out DIR, and give DIR"
+        gguf, way_out = next(path.glob("*.gguf"), None), SAVE_AGAIN
+        if gguf is not None:
+            way_out = f"run: legolm import {gguf} --out DIR, and give DIR"
+        elif (path / "sparse.safetensors").is_file():
+            way_out = "legolm.load reads its bit masks and values; save that with save_pretrained"
         raise LegolmError(f"model: {path} holds no safetensors weights; {way_out}")
     return found
 
@@ -180,6 +185,22 @@ def _check_sizes(raw: Mapping[str, Any], where: str) -> None:
                 raise LegolmError(
                     f"{where}: `{name}` = {brief(json.dumps(size))[:40]}: must be a whole number from 1 to {most}"
                 )
+    _check_numbers(raw, "", where)
+
+
+def _check_numbers(value: Any, name: str, where: str) -> None:
+    """Also in the objects and lists of a config, whose numbers have its names."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_numbers(inner, f"{name}.{key}" if name else key, where)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_numbers(inner, name, where)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        above = bool(re.search(ABOVE_0, name.rpartition(".")[2]))
+        if not math.isfinite(value) or (above and value <= 0):
+            must = "a number above 0" if above else "a finite number"
+            raise LegolmError(f"{where}: `{name}` = {brief(json.dumps(value))[:40]}: must be {must}; {SAVE_AGAIN}")
 
 
 def _check_generation(path: Path) -> None:

@@ -9,7 +9,7 @@ from legolm.adapter import adapter_keys
 from legolm.aggregate import Scheme, capped, holders, make_scheme
 from legolm.block import Coverage
 from legolm.config import RunConfig
-from legolm.data import DATE, TokenRows, begin
+from legolm.data import DATE, TokenRows, begin, unused_tools
 
 
 def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: Mapping[str, int]) -> tuple[str, ...]:
@@ -26,9 +26,14 @@ def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: 
     return tuple(note for note in said if note)
 
 
-def prompt_notes(tokenizer: Any, learned: Sequence[TokenRows], chats: bool) -> tuple[str, ...]:
-    """How the conversations to learn from look, where that is not what everybody would expect; `chats`: some are."""
+def prompt_notes(tokenizer: Any, learned: Sequence[TokenRows], chats: bool, tools: int) -> tuple[str, ...]:
+    """How the conversations to learn from look, where that is not what everybody would expect.
+
+    `chats`: some are; `tools`: so many have tools.
+    """
     first, said = begin(tokenizer), list[str]()
+    if unused := unused_tools(tokenizer.chat_template, tools):
+        said.append(unused)
     if tokenizer.chat_template is None and chats:
         said.append(
             "The model has no chat template: a prompt is its messages, each on a line of its own. data.template has "

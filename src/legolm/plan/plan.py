@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,13 +150,22 @@ def read_parts(config: RunConfig) -> Parts:
     refuse = config.train.long_examples == "refuse"
     if refuse:
         most = min(most, load_config(path).max_position_embeddings)
-    lengths, learned = {}, list[TokenRows]()
+    lengths, learned, tools = {}, list[TokenRows](), 0
+
+    def counted(rows: Iterable[Example]) -> Iterator[Example]:
+        nonlocal tools
+        for row in rows:
+            tools += bool(row.tools)
+            yield row
+
     for client, rows in data.items():
         for split in ("train", "validation", "test"):
             texts = (message.content for row in getattr(rows, split) for message in row.messages)
             check_tokens(texts, tokenizer, f"data: {split} rows of {client!r}")
         for split in ("train", "validation", "test") if refuse else ("train",):
-            found = tokenize(getattr(rows, split), tokenizer, most, config.train.turns if split == "train" else "last")
+            found = tokenize(
+                counted(getattr(rows, split)), tokenizer, most, config.train.turns if split == "train" else "last"
+            )
             if refuse:
                 check_whole(found, most, split, client)
             if split == "train":
@@ -166,7 +175,7 @@ def read_parts(config: RunConfig) -> Parts:
     if refuse:
         check_whole(tokenize(server, tokenizer, most), most, "evaluate.server_data", "llm")
     chats = any(not row.raw for rows in data.values() for row in rows.train)
-    return Parts(data, lengths, server, tokenizer, tuple(said), prompt_notes(tokenizer, learned, chats))
+    return Parts(data, lengths, server, tokenizer, tuple(said), prompt_notes(tokenizer, learned, chats, tools))
 
 
 def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:

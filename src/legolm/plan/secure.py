@@ -35,7 +35,8 @@ def summed(
     share = check_withheld(config, make_scheme(config.aggregate).frozen_side, rounds)
     said = [
         f"Secure sums: {100 * share:.3g} % of the entries have fewer than {secure.least} holders and are never sent "
-        "(if blocks overlap as planned); of the others the server learns sums."
+        "(if blocks overlap as planned); of the others the server learns sums. What clients say of their training is "
+        "not told: its tokens and seconds stand at 0 in reports and comparisons."
     ]
     if config.evaluate.local_only or config.federation.personal_steps:
         said.append("Secure sums are of the rounds: what clients train alone the server sees, as this is a simulation.")

@@ -46,6 +46,10 @@ def atoms(total: int, held: Mapping[str, np.ndarray]) -> list[Atom]:
     return sorted(found, key=lambda one: one.holders)
 
 
-def threshold(holders: int) -> int:
-    """⌊2m/3⌋ + 1 shares open a secret of m: two sets of so many have more than a third of all in common."""
-    return 2 * holders // 3 + 1
+def threshold(holders: int, k: int) -> int:
+    """How many of m shares open a secret: ⌊2m/3⌋ + 1, so that a third may go; and more than half of m and c together.
+
+    c = k - 2 colluders give two shares each, of a client's key and of its seed, and each of the others gives one of
+    them: that is m + c in all, too few for both.
+    """
+    return max(2 * holders // 3, (holders + k - 2) // 2) + 1

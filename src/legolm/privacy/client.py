@@ -110,8 +110,8 @@ class SecureClient:
         kept.identities = {id: identities[id] for id in cohort.adverts}
         kept.seeds = [secrets.token_bytes(KEY_BYTES).hex() for _ in mine]
         group, points = cohort.neighbours(kept.client), cohort.points
-        shared = [_shared(kept.mask_secret, group, points)]
-        shared += [_shared(seed, atom.holders, points) for seed, atom in zip(kept.seeds, mine, strict=True)]
+        secrets_of = [(kept.mask_secret, group), *zip(kept.seeds, (one.holders for one in mine), strict=True)]
+        shared = [_shared(secret, holders, points, kept.session.k) for secret, holders in secrets_of]
         found = {}
         for other in group:
             content = b"".join(shamir.to_bytes(one[points[other]]) for one in shared if points[other] in one)
@@ -254,5 +254,5 @@ def asked(
     return found
 
 
-def _shared(secret: str, group: Collection[str], points: Mapping[str, int]) -> dict[int, int]:
-    return shamir.share(int(secret, 16), [points[one] for one in group], threshold(len(group)))
+def _shared(secret: str, group: Collection[str], points: Mapping[str, int], k: int) -> dict[int, int]:
+    return shamir.share(int(secret, 16), [points[one] for one in group], threshold(len(group), k))

@@ -260,12 +260,12 @@ class Cohort:
         """Atoms that may be opened: k holders sent them, and enough of those who have the shares agree on who did."""
         sent, agree = set(survivors), set(signers)
         dead = set(there) - sent
-        lost = {one for one in dead if not _enough(self.neighbours(one), agree)}
+        lost = {one for one in dead if not _enough(self.neighbours(one), agree, self.session.k)}
         return [
             one
             for one in self.atoms
             if len(sent.intersection(one.holders)) >= self.session.k
-            and _enough(one.holders, agree)
+            and _enough(one.holders, agree, self.session.k)
             and not lost.intersection(one.holders)
         ]
 
@@ -290,8 +290,8 @@ def survivors_text(session: Session, survivors: Collection[str]) -> bytes:
     return joined(b"legolm survivors", session.text, *(one.encode() for one in sorted(survivors)))
 
 
-def _enough(group: Collection[str], agree: set[str]) -> bool:
-    return len(agree.intersection(group)) >= threshold(len(group))
+def _enough(group: Collection[str], agree: set[str], k: int) -> bool:
+    return len(agree.intersection(group)) >= threshold(len(group), k)
 
 
 def _bits(kept: tuple[int, ...], size: int) -> str:

@@ -192,7 +192,7 @@ class SecureServer:
                 found[self.cohort.points[client]] = shamir.from_bytes(self._shares.get(client, {}).get(name, b""))
             except LegolmError:
                 continue
-        least = threshold(len(group))
+        least = threshold(len(group), self.session.k)
         if len(found) < least:
             return None
         value = shamir.reconstruct(dict(list(found.items())[:least]))

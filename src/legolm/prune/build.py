@@ -15,6 +15,7 @@ import torch
 
 from legolm.block import Base, Block, Manifest, read_block, write_block
 from legolm.config import BlockConfig, CalibrationConfig, Precision
+from legolm.data import prompt_look
 from legolm.errors import LegolmError, brief
 from legolm.models import (
     CheckpointWriter,
@@ -91,7 +92,9 @@ def cut_blocks(
     return [read_block(out) for _, out in wanted]
 
 
-def kept_block(folder: Path, fingerprint: str, spec: BlockConfig, seed: int, precision: Precision) -> Block | None:
+def kept_block(
+    folder: Path, fingerprint: str, spec: BlockConfig, seed: int, precision: Precision, tokenizer: Any
+) -> Block | None:
     """The block in a folder where it is what `cut_blocks` would make there; None where nothing is there.
 
     Raises `LegolmError` for anything else there, with the first field that differs.
@@ -110,6 +113,8 @@ def kept_block(folder: Path, fingerprint: str, spec: BlockConfig, seed: int, pre
                 f"{folder} is already there and holds another block: {field} was "
                 f"{brief(json.dumps(was.get(field)))} and is {brief(json.dumps(value))}; give another folder"
             )
+    if prompt_look(load_tokenizer(folder)) != prompt_look(tokenizer):
+        raise LegolmError(f"{folder} is already there, cut with another chat template; give another folder")
     return found
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,37 +15,220 @@ from safetensors.torch import load_file
 from legolm import config as configs
 from legolm import pipeline
 from legolm.config import RunConfig
-from legolm.runs import RoundRecord, read_stage
+from legolm.errors import LegolmError
+from legolm.federate import wire
+from legolm.federate.bridge import PIECE
+from legolm.federate.client import Holdings, Profile, Resident
+from legolm.federate.transport import Exchange, Reply, Request, run_local
+from legolm.federate.transport.deployment import Asking
+from legolm.federate.transport.engine import Body
+from legolm.plan import make_plan
+from legolm.privacy import Advert, Session
+from legolm.runs import RoundRecord, RunDir, read_stage
+from legolm.trust import add_device, make_authority, make_key, make_server, write_roster
 
 
 @pytest.fixture
 def raw(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
-    """Three different blocks, and all count the same."""
-    evaluate = {"local_only": False}
-    found = three_clients(tmp_path, ("dense", "wide", "half"), rows=10, evaluate=evaluate)
-    found["aggregate"] = {"weight": "equal"}
+    """Three different blocks; one client has twice as many rows."""
+    found = three_clients(
+        tmp_path, ("dense", "wide", "half"), rows=10, evaluate={"local_only": False, "others": 0, "every": 2}
+    )
+    more = [{"instruction": f"Tell {i}", "output": "zz"} for i in range(10)]
+    with (tmp_path / "data" / "fr.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in more)
+    found["data"]["limit_test"] = found["data"]["limit_validation"] = 1
     return found
 
 
-def load(raw: dict[str, Any], **privacy: Any) -> RunConfig:
-    return configs.validate(RunConfig, raw | ({"privacy": {"secure": privacy}} if privacy else {}), "test")
+def load(raw: dict[str, Any], secure: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
+    changed = {name: raw.get(name, {}) | section for name, section in sections.items()}
+    return configs.validate(RunConfig, raw | changed | {"privacy": {"secure": secure}}, "test")
 
 
-def test_three_blocks_end_as_without_where_all_three_hold(raw: dict[str, Any], tmp_path: Path) -> None:
-    raw["federation"]["rounds"] = 1
-    for name, config in (("plain", load(raw)), ("secure", load(raw, withheld_limit=1))):
-        pipeline.run(config, tmp_path / name, store=tmp_path / "store", models=False)
-    states = {name: load_file(tmp_path / name / "rounds/0001/adapter.safetensors") for name in ("plain", "secure")}
-    before = load_file(tmp_path / "plain/rounds/0000/adapter.safetensors")
-    moved = 0
-    for key, tensor in states["secure"].items():
+def failing(phase: str, client: str | None, wrap: Callable[[], Exception]) -> Callable[..., None]:
+    """The local engine, on which a client (None: everybody's line) does not answer in this phase of round 2."""
+
+    def run(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def changed(exchange: Exchange) -> Exchange:
+            def send(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                gone: set[int] = set()
+
+                def passed() -> Iterator[Request]:
+                    for index, one in enumerate(requests):
+                        is_it = wire.kind_of(one.content) == phase and rb"\"round\":2" in one.content
+                        if is_it and client is None:
+                            raise wrap()
+                        if is_it and client == one.client:
+                            gone.add(index)
+                        yield one
+
+                for reply in exchange(passed(), deadline_s):
+                    yield Reply(reply.index, error="the device is gone") if reply.index in gone else reply
+
+            return send
+
+        run_local(folder, config, actors, lambda exchange: body(changed(exchange)))
+
+    return run
+
+
+def test_three_blocks_end_as_without_and_after_a_kill(raw: dict[str, Any], tmp_path: Path) -> None:
+    def run(name: str, config: RunConfig, **options: Any) -> None:
+        pipeline.run(config, tmp_path / name, store=tmp_path / "store", models=False, **options)
+
+    def states(name: str, number: int) -> dict[str, torch.Tensor]:
+        return load_file(tmp_path / name / f"rounds/000{number}/adapter.safetensors")
+
+    secure = load(raw, {"withheld_limit": 1})
+    run("plain", load(raw))
+    run("secure", secure)
+    plain, before, moved = states("plain", 1), states("plain", 0), 0
+    for key, tensor in states("secure", 1).items():
         opened = tensor != before[key]
         moved += int(opened.sum())
-        assert torch.allclose(tensor[opened], states["plain"][key][opened], atol=4e-6), key
+        # Twice the rate times the steps, 0.04, in 10922 steps for three holders. Each is off by one step at most, and
+        # they count 1, 1/2 and 1/2.
+        assert torch.allclose(tensor[opened], plain[key][opened], atol=3 / 2 * 0.04 / 10922), key
     assert moved > 1000
     record = read_stage(tmp_path / "secure/rounds/0001")
     assert isinstance(record, RoundRecord)
     assert record.accepted == ["fr", "de", "es"]
     assert record.train == {}  # what a client says of its training is not told
     assert record.closed == pytest.approx(0.7)  # the block of one layer, with one of two KV groups
-    assert not (tmp_path / "secure" / ".secrets").exists()
+    assert record.shares == pytest.approx({"fr": 0.5, "de": 0.25, "es": 0.25}, abs=0.02)
+    with pytest.raises(RuntimeError, match="killed"):
+        run("killed", secure, engine=failing("unmask", None, lambda: RuntimeError("killed")))
+    assert not (tmp_path / "killed" / ".secrets").exists()
+    assert not (tmp_path / "killed" / "rounds/0002").exists()
+    run("killed", secure, resume=True)
+    ended = states("killed", 2)
+    assert all(torch.equal(tensor, ended[key]) for key, tensor in states("secure", 2).items())
+
+
+def test_who_goes_in_mid_round_is_named_and_the_rest_opens(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["clients"] = [{"id": id, "data": "fr", "block": "wide"} for id in ("a", "b", "c", "d")]
+    raw["blocks"] = raw["blocks"][1:2]
+    config = load(raw, {"withheld_limit": 0})
+    pipeline.run(config, tmp_path / "out", models=False, engine=failing("train", "b", RuntimeError))
+    first, second = (read_stage(tmp_path / f"out/rounds/000{number}") for number in (1, 2))
+    assert isinstance(first, RoundRecord)
+    assert isinstance(second, RoundRecord)
+    assert (first.accepted, first.closed) == (["a", "b", "c", "d"], 0)
+    assert (second.accepted, second.closed) == (["a", "c", "d"], 0)
+    assert [(one.client, one.reason) for one in second.refused] == [("b", "the device is gone")]
+    states = [load_file(tmp_path / f"out/rounds/000{number}/adapter.safetensors") for number in (1, 2)]
+    # The mean of three that are alike but for their batches: no noise is left of the fourth's masks.
+    assert 0 < max(float((states[1][key] - tensor).abs().max()) for key, tensor in states[0].items()) < 0.03
+
+
+def test_devices_sign_with_what_was_registered_and_keep_secrets_in_memory(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Their resident processes, with their own rows and blocks that they fetched, without Flower between."""
+    home, ids, residents = tmp_path / "federation", ("fr", "de", "es"), dict[str, Resident]()
+    make_authority(home)
+    make_server(home, ["127.0.0.1"])
+    for id in ids:
+        add_device(home, id, make_key(tmp_path / "devices" / id))
+    write_roster(home, tmp_path / "roster.json")
+
+    def run(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def piece(path: str, at: int) -> bytes:
+            return (folder.path / "blocks" / path).read_bytes()[at : at + PIECE]
+
+        for id in ids:
+            data = (str(tmp_path / "data" / f"{id}.jsonl"),)
+            held = Holdings(tmp_path / "devices" / id, data, profile=Profile("cpu"), roster=tmp_path / "roster.json")
+            residents[id] = Resident(held, id, piece, lambda text: None)
+        asking = Asking(folder, config, None, lambda text: None)  # type: ignore[arg-type]
+
+        def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+            for index, one in enumerate(requests):
+                header, reply = residents[one.client].answer(asking._welcome(one), one.content)
+                yield Reply(index, reply, header.get("error", ""))
+
+        body(exchange)
+
+    federation = {"engine": "deployment", "rounds": 1, "superlink": {"home": str(home)}}
+    raw["data"] = {"validation": 0.1, "test": 0.2}
+    evaluate = {"scores": "own", "others": None, "local_only": False}
+    config = load(raw, {"withheld_limit": 1}, federation=federation, evaluate=evaluate)
+    pipeline.run(config, tmp_path / "out", store=tmp_path / "store", models=False, engine=run)
+    record = read_stage(tmp_path / "out/rounds/0001")
+    assert isinstance(record, RoundRecord)
+    assert (record.accepted, record.refused) == (list(ids), [])
+    for id, resident in residents.items():
+        (kept,) = resident._secrets.values()
+        secret = json.loads(kept)["mask_secret"].encode()
+        files = [path for path in (tmp_path / "devices" / id).rglob("*") if path.is_file()]
+        assert len(files) > 5
+        assert not any(secret in path.read_bytes() for path in files)
+
+
+def test_what_a_client_counts_is_known_to_all() -> None:
+    def session(weight: str) -> Session:
+        fields = {"run": "r", "round": 1, "k": 3, "targets": None, "rank": 1, "frozen_side": True}
+        return Session.model_validate(fields | {"weight": weight, "weight_cap": 0.5})
+
+    adverts = [
+        Advert(client=id, seal_key="0" * 64, mask_key="0" * 64, held="0" * 64, examples=examples)
+        for id, examples in (("a", 10), ("b", 20), ("c", 90), ("d", 1000))
+    ]
+    assert wire.counts(session("examples"), adverts, ["a", "b", "c"]) == {"a": 1 / 9, "b": 2 / 9, "c": 1}
+    # 90 is lowered to the 30 of the two others together.
+    assert wire.counts(session("capped"), adverts, ["a", "b", "c"]) == {"a": 1 / 3, "b": 2 / 3, "c": 1}
+
+
+def test_a_bytes_reader_is_not_fooled() -> None:
+    tensor = wire.to_tensor([b"ab", b"", b"c"])
+    assert wire.from_tensor(tensor, [2, 0, 1]) == [b"ab", b"", b"c"]
+    assert wire.from_tensor(wire.to_tensor([]), []) == []
+    for wrong, sizes in ((tensor, [2, 2]), (tensor, [4, -1]), (tensor.float(), [3]), (None, [1])):
+        with pytest.raises(LegolmError, match="not as many as its header says"):
+            wire.from_tensor(wrong, sizes)
+
+
+@pytest.mark.parametrize(
+    ("secure", "sections", "says"),
+    [
+        ({}, {"aggregate": {"form": "exact"}}, "aggregate.scheme 'heteagg' with these settings needs each by itself"),
+        ({}, {"aggregate": {"scheme": "median"}}, "aggregate.scheme 'median' with these settings needs each by itself"),
+        ({}, {"aggregate": {"scheme": "trimmed_mean"}}, "aggregate.scheme 'trimmed_mean' with these settings"),
+        ({}, {"aggregate": {"mask": "saliency"}}, "a saliency mask chooses each client's own"),
+        ({}, {"aggregate": {"redraw": 1}}, "take aggregate.redraw 0"),
+        ({}, {"aggregate": {"outliers": {"action": "clip"}}}, "no single change to judge"),
+        ({}, {"federation": {"keep_updates": True}}, "set federation.keep_updates to false"),
+        ({}, {"federation": {"codec": "int8"}}, "take out federation.codec int8"),
+        ({}, {"federation": {"mode": "pooled"}}, "take mode federated"),
+        ({}, {"federation": {"fraction": 0.5}}, "opens an entry of 3 holders or more, and a round has 2 clients"),
+        ({"colluders": 3}, {}, "with colluders 3 opens an entry of 5 holders or more, and there are 3 clients"),
+    ],
+)
+def test_what_does_not_go_together(
+    raw: dict[str, Any], secure: dict[str, Any], sections: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(LegolmError, match=r"privacy\.secure: ") as caught:
+        load(raw, secure, **sections)
+    assert says in str(caught.value)
+
+
+def test_devices_train_nothing_alone(raw: dict[str, Any]) -> None:
+    evaluate = {"scores": "own", "others": None, "local_only": True}
+    sections = {"federation": {"engine": "deployment"}, "evaluate": evaluate}
+    with pytest.raises(LegolmError, match=r"set evaluate\.local_only to false and federation\.personal_steps to 0"):
+        load(raw, {}, **sections)
+
+
+def test_the_dry_run_says_what_is_never_sent(raw: dict[str, Any]) -> None:
+    with pytest.raises(LegolmError) as caught:
+        make_plan(load(raw, {"withheld_limit": 0.5}))
+    assert str(caught.value).startswith(
+        "privacy.secure.withheld_limit 0.5: in round 1 70.0 % of the entries have fewer than 3 holders"
+    )
+    plan = make_plan(load(raw, {"withheld_limit": 0.7}))
+    assert any("70 % of the entries have fewer than 3 holders and are never sent" in note for note in plan.notes)
+    plain = make_plan(load(raw))
+    assert [2 * one.bytes_up for one in plan.clients] == [one.bytes_up for one in plain.clients]
+    assert np.all([one.bytes_down for one in plan.clients] == [one.bytes_down for one in plain.clients])
+    late = raw | {"clients": [*raw["clients"][:2], raw["clients"][2] | {"joins": 2}]}
+    with pytest.raises(LegolmError, match=r"in round 1 100.0 % of the entries"):
+        make_plan(load(late, {"withheld_limit": 0.9}))
