@@ -6,7 +6,7 @@ Of the demo (examples/demo.yaml) and of ten rounds (examples/dates.yaml). A fini
 nothing runs twice; without one the example is run, with `--set` changed, into a folder that goes away. All is taken
 from what the run itself recorded, over all its processes, however often it was resumed:
 
-- `cutting` and `recovery` are what the blocks' manifests have, nothing for blocks from elsewhere;
+- `cutting` and `recovery` are of the run's blocks, wherever they were cut;
 - `training` is what clients took in rounds and alone. Where actors worked side by side it is what a round took that was
   not scored (`evaluate.every`), with aggregation in it;
 - `scoring` is the stage before training, and what scored rounds and the stages outside the rounds took beside training;
@@ -36,12 +36,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def times(folder: Path) -> dict[str, float]:
     """Seconds of each part of a finished run, and of all of it (`wall`)."""
     summary, records = Summary.read(folder), read_stages(folder / "metrics.jsonl")
-    cut = recovered = 0.0
-    for spec in RunDir(folder).config().cuts:
-        details = read_block(RunDir(folder).block(spec.name)).details
-        if spec.path is None:
-            recovered += details.get("recover", {}).get("seconds", 0.0)
-            cut += details["seconds"] - details.get("recover", {}).get("seconds", 0.0)
+    made = [read_block(RunDir(folder).block(spec.name)).details for spec in RunDir(folder).config().cuts]
+    recovered = sum(details.get("recover", {}).get("seconds", 0.0) for details in made)
+    cut = summary.seconds["blocks"] - recovered
     before, *rounds = rounds_of(records)
     unscored = [one.seconds for one in rounds if one.validation is None]
     training, scoring = 0.0, before.seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -81,6 +82,24 @@ def finished(home: Path) -> tuple[RunConfig, Path]:
 def copied(finished: tuple[RunConfig, Path], tmp_path: Path) -> tuple[RunConfig, Path]:
     config, out = finished
     return config, Path(shutil.copytree(out, tmp_path / "undisturbed"))
+
+
+def test_what_takes_a_runs_time_is_told_of_its_folder(
+    finished: tuple[RunConfig, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    out = str(finished[1])
+    monkeypatch.setattr("sys.argv", ["run_time.py", "--demo", out, "--ten", out])
+    importlib.import_module("run_time").main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    parts, summary = found["ten_rounds"]["seconds"], json.loads((finished[1] / "summary.json").read_text())
+    wall = parts.pop("wall")
+    assert wall == found["demo_s"] == pytest.approx(summary["wall_s"], abs=0.1)
+    assert sum(parts.values()) == pytest.approx(wall, abs=0.5) and min(parts.values()) >= 0
+    assert parts["cutting"] + parts["recovery"] == pytest.approx(summary["seconds"]["blocks"], abs=0.2)
+    stages = sum(summary["seconds"].values()) - summary["seconds"]["blocks"]
+    assert parts["training"] + parts["scoring"] == pytest.approx(stages, abs=0.2)  # every round is scored
+    assert found["scoring_share"] == pytest.approx(parts["scoring"] / wall, abs=0.02) and parts["training"] > 0
 
 
 def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -72,6 +72,24 @@ def test_each_answer_is_scored_as_the_plain_model_does_alone(
     assert score(model, examples[:1], 3, "fp32").stderr is None
 
 
+@pytest.mark.parametrize(("family", "shared"), [("llama", 29), ("gemma3_text", 29), ("gemma2", 0)])
+def test_what_all_prompts_of_a_batch_begin_with_is_read_once(
+    family: str, shared: int, tiny: Callable[[str], Path]
+) -> None:
+    """Not where attention is softcapped, or examples are long, which go another way."""
+    model, read = load_model(tiny(family)), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
+    begin = tuple(range(20, 50))
+    examples = [Tokens((*begin, 60 + i, *range(70, 70 + 4 * i), 7), 31 + i) for i in range(3)]
+    examples.append(Tokens((*begin, 9, 8), 30))  # the last of `begin` predicts here: it is this example's own
+    long = Tokens((*begin, *range(100, 200), 5) * 4, 500)
+    tokens = sum(len(one.ids) for one in examples)
+    together = score_each(model, examples, 4, "fp32").losses
+    score_each(model, [*examples, long], 5, "fp32")
+    assert read == [tokens - 3 * shared, tokens + len(long.ids)]
+    np.testing.assert_allclose(together, score_each(model, examples, 1, "fp32").losses, rtol=1e-4)
+
+
 def test_a_scored_model_is_as_it_was(tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast) -> None:
     model = load_model(tiny("llama"))
     ids = torch.tensor([[5, 6, 7]])

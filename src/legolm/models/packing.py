@@ -31,7 +31,8 @@ class Bucket:
     """Examples of similar length, tokens `start` to `stop` of the pack, seen as `count` examples of `length` tokens.
 
     `rows` (count · length, int64) says which token of the pack stands where, `real` and `padding` which of these
-    places are an example's own and which are behind it; all None where the examples are equally long.
+    places are an example's own and which are behind it, or shared; all None where the examples are equally long and
+    share nothing.
     """
 
     start: int
@@ -83,8 +84,12 @@ class Pack:
     buckets: tuple[Bucket, ...]
 
 
-def pack(examples: Sequence[Tokens], device: torch.device) -> Pack:
-    """Put examples in one row."""
+def pack(examples: Sequence[Tokens], device: torch.device, shared: int = 0) -> Pack:
+    """Put examples in one row.
+
+    The first `shared` tokens, the same in all and before any that predicts, stand there once, in the longest example;
+    all look at them there. That has no gradient, and takes examples of at most `LONG` tokens.
+    """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
     ids: list[int] = []
     positions: list[int] = []
@@ -92,12 +97,13 @@ def pack(examples: Sequence[Tokens], device: torch.device) -> Pack:
     labels: list[int] = []
     owner: list[int] = []
     for index in order:
-        example = examples[index]
-        predict += range(len(ids) + example.answer - 1, len(ids) + len(example.ids) - 1)
+        example, left_out = examples[index], shared if ids else 0
+        begin = len(ids) - left_out
+        predict += range(begin + example.answer - 1, begin + len(example.ids) - 1)
         labels += example.ids[example.answer :]
         owner += [index] * (len(example.ids) - example.answer)
-        ids += example.ids
-        positions += range(len(example.ids))
+        ids += example.ids[left_out:]
+        positions += range(left_out, len(example.ids))
     lengths = tuple(len(examples[index].ids) for index in order)
 
     def place(values: list[int]) -> Tensor:
@@ -110,11 +116,11 @@ def pack(examples: Sequence[Tokens], device: torch.device) -> Pack:
         labels=place(labels),
         owner=place(owner),
         lengths=lengths,
-        buckets=tuple(_buckets(lengths, device)),
+        buckets=tuple(_buckets(lengths, device, shared)),
     )
 
 
-def _buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
+def _buckets(lengths: Sequence[int], device: torch.device, shared: int) -> list[Bucket]:
     """Cut a descending row of lengths where they fall below `SIMILAR` of the longest."""
     found: list[Bucket] = []
     start = 0
@@ -122,14 +128,17 @@ def _buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
         longest = lengths[0]
         own = [length for length in lengths if length >= SIMILAR * longest]
         lengths = lengths[len(own) :]
-        stop = start + sum(own)
-        if own[-1] == longest:
+        left_out = torch.full((len(own), 1), shared)
+        if not found:
+            left_out[0] = 0
+        stop = start + sum(own) - int(left_out.sum())
+        if own[-1] == longest and not shared:
             found.append(Bucket(start, stop, len(own), longest))
         else:
-            begins = torch.tensor(own).cumsum(0) - torch.tensor(own) + start
-            offset = torch.arange(longest)
-            inside = offset < torch.tensor(own)[:, None]
-            rows = begins[:, None] + offset.minimum(torch.tensor(own)[:, None] - 1)
+            size, offset = torch.tensor(own)[:, None], torch.arange(longest)
+            ends = start + (size - left_out).cumsum(0)
+            rows = torch.where(offset < left_out, offset, ends - size + offset.minimum(size - 1))
+            inside = (offset < size) & (offset >= left_out)
             places = (rows.flatten(), inside.flatten().nonzero()[:, 0], (~inside).flatten().nonzero()[:, 0])
             found.append(Bucket(start, stop, len(own), longest, *(place.to(device) for place in places)))
         start = stop
