@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from residents import Residents
 from rich.console import Console
 
 from legolm import config as configs
@@ -23,6 +22,7 @@ from legolm.plan import make_plan
 from legolm.report import print_plan, read_status
 from legolm.runs import RunDir
 from legolm.system import Progress
+from residents import Residents
 
 BIG, SMALL = "a" * 32, "b" * 32
 
@@ -117,7 +117,7 @@ def test_who_cannot_say_gets_the_smallest_and_nobody_is_an_error() -> None:
 def test_a_block_that_is_here_already(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert block_folder(str(tmp_path)) == tmp_path
-    for wrong, says in (("no/such", "HF_HUB_OFFLINE is set, and no earlier"), (str(tmp_path / "x"), "nor a hub id")):
+    for wrong, says in (("no/such", "no earlier download is here"), (str(tmp_path / "x"), "nor a hub id")):
         with pytest.raises(LegolmError, match=f"--block {wrong}: .*{says}"):
             block_folder(wrong)
 

@@ -7,57 +7,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Literal
 
-from legolm.adapter import Tensors, concatenated, mixed, tensors_hash
+from legolm.adapter import Tensors, tensors_hash
 from legolm.aggregate import Scheme, Weighing, make_scheme
 from legolm.block import Block
 from legolm.config import RunConfig, TrainConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.account import Account
+from legolm.federate.server.alone import Alone
 from legolm.federate.server.begin import begin
-from legolm.federate.server.dispatch import Dispatch, Job, Order, Trained
+from legolm.federate.server.dispatch import Dispatch, Order, Trained
 from legolm.federate.server.members import LLM, Members
-from legolm.federate.server.mixture import choose, points
 from legolm.federate.server.pace import Ages, first_to_end
 from legolm.federate.server.pace import asked as tags
 from legolm.federate.server.replay import last_accepted, replay, updates
-from legolm.federate.server.scoring import Scoring, by_client
+from legolm.federate.server.scoring import Scoring
 from legolm.federate.server.secure import SecureRounds, check_withheld, moved, roster_of
 from legolm.federate.transport import Exchange
 from legolm.runs import (
     UNSCORED,
     UPDATES,
-    ClientRecord,
     Clock,
     Global,
-    Mixture,
-    PassedRecord,
     Refusal,
     RoundRecord,
     RunDir,
-    Score,
     StageRecord,
     Stages,
     Traffic,
     Training,
-    Weights,
     clients_of,
     dump_sealed,
-    load_adapter_state,
     read_sealed,
     rounds_of,
-    save_adapter_state,
 )
-from legolm.system import Progress, atomic_folder, atomic_write, scratch_folder
+from legolm.system import Progress, atomic_folder, atomic_write
 
 AGAIN_S = 10.0
 """Before devices are asked again for want of updates."""
@@ -103,6 +93,18 @@ class Rounds:
         self._dispatch = Dispatch(config, run, self._members, progress, train or {})
         self._scoring = Scoring(config, self._members, self._dispatch)
         self._stages = Stages(folder, config)
+        self._alone = Alone(
+            folder,
+            config,
+            self._members,
+            self._dispatch,
+            self._scoring,
+            self._stages,
+            self._clock,
+            progress,
+            self.scheme,
+            self.adapter,
+        )
         self._account = Account(config, self._members)
         self._limit()
         self._secure = None
@@ -122,12 +124,12 @@ class Rounds:
             self._stages.score_again(self._folder.round(number), scored)
         self._stages.write_lines()
         if self._config.evaluate.local_only:
-            self._alone("local", exchange)
+            self._alone.run("local", exchange)
         number = 0
         while (number := number + 1) <= self._stages.rounds:  # which a budget may end
             self._round(number, exchange)
         if self._config.own_parts:
-            self._alone("personal", exchange)
+            self._alone.run("personal", exchange)
 
     def write_lines(self) -> None:
         """`metrics.jsonl` of what is finished."""
@@ -175,8 +177,7 @@ class Rounds:
 
     def alone(self, id: str) -> Tensors:
         """What a client ended with alone; empty where it was not trained so, or refused."""
-        path = self._folder.client_stage("local", id)
-        return self._stages.state(path) if self._stages.has(path) else {}
+        return self._alone.ended(id)
 
     def start_hash(self, number: int) -> str:
         """Of the global adapter after this round, from which a last training starts, in the LLM's coordinates."""
@@ -397,126 +398,6 @@ class Rounds:
                     f"{', '.join(accepted)}; lower aggregate.server_learning_rate or train.learning_rate, or refuse "
                     "outliers (aggregate.outliers)"
                 )
-
-    def _alone(self, stage: Literal["local", "personal"], exchange: Exchange) -> None:
-        """Train each client without aggregation, and score its block.
-
-        `local` is the baseline: alone for every step that a client makes in the federation. `personal` is what it ends
-        with: own steps on from the best global update, if any, and the mixture that its validation data choose.
-        """
-        clients = self._members.clients
-        left = [id for id in clients if not self._stages.has(self._folder.client_stage(stage, id))]
-        if not left:
-            return
-        with self._clock.stage(stage):
-            self._train_alone(stage, left, exchange)
-        self._stages.write_lines()
-        found = clients_of(self.records(), stage)
-        if not found:  # some were passed over in an earlier process, the rest in this one
-            raise LegolmError(f"{stage}: every client was refused; remove {self._folder.path / stage} to ask again")
-        loss = fmean(one.validation for one in found)
-        self._progress.say(f"{stage}: loss on validation data: blocks {loss:.3f}")
-
-    def _train_alone(self, stage: Literal["local", "personal"], left: Sequence[str], exchange: Exchange) -> None:
-        clients, start = self._members.clients, 0 if stage == "local" else self._stages.best("validation")
-        scheme = self.scheme(start)
-        trains = stage == "local" or "personal" in self._config.own_parts
-        training: dict[str, Training] = {}
-        refused: dict[str, str] = {}
-        mixtures: dict[str, list[Mixture]] = {}
-        # What each learned waits on the disk until it is scored: the server's memory must not grow with clients.
-        with scratch_folder(self._folder.path / stage) as own:
-            order = Order(left, scheme, stage, start, {})
-            for one in self._dispatch.train([order], exchange, f"{stage}: train") if trains else ():
-                if one.update is None:
-                    refused[one.client] = one.reason
-                    continue
-                change, coverage = one.update.change, self._members.block[one.client].coverage
-                ended = {key: t + change.delta[key] if key in change.delta else t for key, t in change.received.items()}
-                save_adapter_state(own / one.client, concatenated(scheme.fold(coverage, 0), ended))
-                training[one.client] = one.update.training
-            if stage == "personal" and self._config.federation.personal == "mixture":
-                mixtures = self._mix(start, [id for id in left if id not in refused], own, exchange, refused)
-            jobs = [
-                Job(id, self._members.block[id], partial(load_adapter_state, own / id), self._scoring.sets_of(id))
-                for id in left
-                if id not in refused
-            ]
-
-            def keep(index: int, scores: Sequence[Score]) -> None:
-                job = jobs[index]
-                record = ClientRecord(
-                    stage=stage,
-                    client=job.client,
-                    scores=by_client(job.sets, scores),
-                    train=training.get(job.client),
-                    mixtures=(found := mixtures.get(job.client, [])),
-                    weights=choose(found).weights if found else {},
-                    validation=scores[-1].loss,
-                    seconds=self._clock.seconds(stage),
-                )
-                self._stages.keep(self._folder.client_stage(stage, job.client), job.adapter(), record)
-                shutil.rmtree(own / job.client)
-
-            for index, reason in self._dispatch.score(jobs, exchange, f"{stage}: evaluate", keep).items():
-                refused[jobs[index].client] = reason
-            self._pass_over(stage, [id for id in left if id in refused], refused, len(left) == len(clients))
-
-    # Pieces
-
-    def _mix(
-        self, number: int, clients: Sequence[str], own: Path, exchange: Exchange, refused: dict[str, str]
-    ) -> dict[str, list[Mixture]]:
-        """Each client's points by its own loss; what it chooses takes the place of what it trained, in `own`.
-
-        Adds who has no scores to `refused`.
-        """
-        alone = {one.client for one in clients_of(self.records(), "local")}
-        parts = [part for part in self._config.own_parts if part != "local"]
-        asked = [(id, at) for id in clients for at in points([*parts, "local"] if id in alone else parts)]
-        jobs = [
-            Job(id, self._members.block[id], partial(self._mixture, number, id, at, own), ((id, "validation"),))
-            for id, at in asked
-        ]
-        losses: dict[int, Score] = {}
-
-        def keep(index: int, scores: Sequence[Score]) -> None:
-            losses[index] = scores[0]
-
-        for index, reason in self._dispatch.score(jobs, exchange, "personal: choose", keep).items():
-            refused[jobs[index].client] = reason
-        found: dict[str, list[Mixture]] = {id: [] for id in clients if id not in refused}
-        for index, (id, at) in enumerate(asked):
-            if id in found:
-                found[id].append(Mixture(weights=at, validation=losses[index].loss, stderr=losses[index].stderr))
-        for id, curve in found.items():
-            save_adapter_state(own / id, self._mixture(number, id, choose(curve).weights, own))
-        return found
-
-    def _mixture(self, number: int, id: str, weights: Weights, own: Path) -> Tensors:
-        """What a client has after round `number`, in `own` and alone, with these weights."""
-        parts: dict[str, Callable[[], Tensors]] = {
-            "global": partial(self.adapter, id, number),
-            "personal": partial(load_adapter_state, own / id),
-            "local": partial(self.alone, id),
-        }
-        return mixed([(weight, parts[part]()) for part, weight in weights.items()])
-
-    def _pass_over(
-        self,
-        stage: Literal["local", "personal"],
-        clients: Sequence[str],
-        reasons: Mapping[str, str],
-        all_asked: bool,
-    ) -> None:
-        """Record who was refused outside the rounds. Raises `LegolmError` where it is everybody."""
-        if all_asked and len(clients) == len(self._members.clients):
-            raise LegolmError(
-                f"{stage}: every client was refused ({'; '.join(f'{id}: {reasons[id]}' for id in clients)})"
-            )
-        for id in clients:
-            record = PassedRecord(phase=stage, client=id, reason=reasons[id], seconds=self._clock.seconds(stage))
-            self._stages.keep(self._folder.client_stage(stage, id), {}, record)
 
     def _shared_scores(self) -> Path | None:
         """Where runs find each other's scores before training; nowhere for one that starts from a trained adapter."""
