@@ -28,6 +28,7 @@ LONG = (
     *(
         "test_pipeline.py",
         "test_deployment.py",
+        "test_ray.py",
         "test_options.py",
         "test_plugins.py",
         "test_resume.py",

@@ -111,7 +111,7 @@ def test_a_cell_that_runs_again_replaces_and_another_function_is_refused(registr
 
 
 def test_messages_name_what_would_do(shipped: None) -> None:
-    assert SCHEMES.having("unequal", "block") == "heteagg, median, trimmed_mean"
+    assert SCHEMES.having("unequal", "block") == "heteagg, median, multi_krum, nearest_mixing, trimmed_mean"
     assert SCHEMES.having("fresh") == "flora"
 
 
