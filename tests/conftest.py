@@ -25,26 +25,20 @@ settings.load_profile("same")
 
 
 LONG = (
-    *(
-        "test_pipeline.py",
-        "test_deployment.py",
-        "test_ray.py",
-        "test_options.py",
-        "test_plugins.py",
-        "test_resume.py",
-        "test_starter.py",
-    ),
-    *(
-        "test_starter.py",
-        "test_ray.py",
-        "test_federation.py",
-        "test_gpu.py",
-        "test_cli.py",
-        "test_export.py",
-        "test_killed.py",
-    ),
+    "test_pipeline.py",
+    "test_deployment.py",
+    "test_ray.py",
+    "test_options.py",
+    "test_plugins.py",
+    "test_resume.py",
+    "test_starter.py",
+    "test_federation.py",
+    "test_gpu.py",
+    "test_cli.py",
+    "test_export.py",
+    "test_killed.py",
 )
-"""Files that take the longest begin: with two workers, one is not to be left with them."""
+"""Files that take the longest begin, so that no worker is left with one."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
