@@ -27,11 +27,11 @@ settings.load_profile("same")
 LONG = (
     "test_pipeline.py",
     "test_deployment.py",
-    "test_ray.py",
     "test_options.py",
     "test_plugins.py",
     "test_resume.py",
     "test_starter.py",
+    "test_ray.py",
     "test_federation.py",
     "test_gpu.py",
     "test_cli.py",
