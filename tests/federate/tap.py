@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import socket
 import ssl
 import threading
 from collections.abc import Collection, Iterator
@@ -16,7 +16,10 @@ from legolm.trust import server_files
 
 
 class Tap:
-    """Stands before a federation's server with its certificate; `up` and `down` have all bytes, by connection."""
+    """Stands before a federation's server with its certificate; `up` and `down` have all bytes, by connection.
+
+    One event loop has all connections: a TLS socket is for one thread at a time, or OpenSSL ends the process.
+    """
 
     def __init__(self, home: Path, port: int) -> None:
         ca, certificate, key = server_files(home)
@@ -26,38 +29,30 @@ class Tap:
         self._inner = ssl.create_default_context(cafile=str(ca))
         self.up: list[bytearray] = []
         self.down: list[bytearray] = []
-        self._listener = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        listens = asyncio.start_server(self._carry, "127.0.0.1", self.port, ssl=self._outer)
+        asyncio.run_coroutine_threadsafe(listens, self._loop).result()
 
     def close(self) -> None:
-        self._listener.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
 
-    def _listen(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                threading.Thread(target=self._carry, args=(self._listener.accept()[0],), daemon=True).start()
+    async def _carry(self, inside: asyncio.StreamReader, outside: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):  # either end may go at any time
+            server, to = await asyncio.open_connection("127.0.0.1", self._to, ssl=self._inner)
+            await asyncio.gather(self._pass(inside, to, self.up), self._pass(server, outside, self.down))
+        outside.close()
 
-    def _carry(self, device: socket.socket) -> None:
-        with (
-            contextlib.suppress(OSError),  # either end may go at any time
-            device,
-            socket.create_connection(("127.0.0.1", self._to)) as plain,
-            self._inner.wrap_socket(plain, server_hostname="127.0.0.1") as server,
-            self._outer.wrap_socket(device, server_side=True) as inside,
-        ):
-            other = threading.Thread(target=self._pass, args=(server, inside, self.down), daemon=True)
-            other.start()
-            self._pass(inside, server, self.up)
-            other.join()
-
-    def _pass(self, one: socket.socket, two: socket.socket, kept: list[bytearray]) -> None:
+    async def _pass(self, one: asyncio.StreamReader, two: asyncio.StreamWriter, kept: list[bytearray]) -> None:
         kept.append(mine := bytearray())
         with contextlib.suppress(OSError):
-            while part := one.recv(1 << 16):
+            while part := await one.read(1 << 16):
                 mine += part
-                two.sendall(part)
-        with contextlib.suppress(OSError):
-            two.shutdown(socket.SHUT_WR)
+                two.write(part)
+                await two.drain()
+        two.close()
 
 
 def secrets(ids: list[int], text: str, length: int = 8) -> Iterator[bytes]:
