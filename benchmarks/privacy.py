@@ -2,8 +2,8 @@
 
     python benchmarks/privacy.py [--only SECTION ...] [--seeds 2] [--runs FOLDER]
 
-Sections are files of their own beside this one. `--seeds` are of attacks and leaks. `--runs` keeps the runs of loss,
-which go on there where they were stopped. Last line: one JSON object.
+Sections are files of their own beside this one. `--seeds` are of attacks and leaks. `--runs` keeps the runs of loss
+and epsilon, which go on there where they were stopped. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ def loss(options: argparse.Namespace) -> dict[str, Any]:
     return loss(options.runs)
 
 
+def epsilon(options: argparse.Namespace) -> dict[str, Any]:
+    from privacy_sums import loss_at_epsilon
+
+    return loss_at_epsilon(options.runs)
+
+
 def attacks(options: argparse.Namespace) -> dict[str, Any]:
     from privacy_attacks import attacks
 
@@ -43,6 +49,7 @@ def leaks(options: argparse.Namespace) -> dict[str, Any]:
 SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "secagg": secagg,
     "loss": loss,
+    "epsilon": epsilon,
     "attacks": attacks,
     "leaks": leaks,
 }

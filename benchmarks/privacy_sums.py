@@ -10,6 +10,9 @@ clients: all bytes that one sends in a round over its update in fp32.
 
 `loss`: the starter model and data, eight clients, the same run plain and with secure sums; `secagg_loss_ratio` is the
 LLM's loss on test data with, over without.
+
+`epsilon`: the same run of rank 1 on v_proj, for few entries leave something beside noise, with differential privacy;
+`loss_at_epsilon` is the LLM's loss on test data without, of examples, and of clients in secure sums.
 """
 
 from __future__ import annotations
@@ -212,3 +215,19 @@ def loss(folder: Path | None) -> dict[str, Any]:
     )
     print(f"LLM's loss on test data: {plain:.4f} plain, {secure:.4f} with secure sums")
     return {"secagg_loss_ratio": round(secure / plain, 5)}
+
+
+def loss_at_epsilon(folder: Path | None) -> dict[str, Any]:
+    """The same run of few entries at some budgets."""
+    few = {"lora": {"rank": 1, "targets": ["v_proj"]}, "aggregate": {"weight": "equal"}}
+    of_clients = {"level": "client", "noise": "distributed", "epsilon": 8.0}
+    budgets: dict[str, dict[str, Any]] = {
+        "none": {},
+        "example 8": {"dp": {"level": "example", "epsilon": 8.0}},
+        "example 2": {"dp": {"level": "example", "epsilon": 2.0}},
+        "client 8, secure sums": {"secure": {}, "dp": of_clients},
+    }
+    found = {name: tested(name.replace(" ", "-"), folder, few | {"privacy": one}) for name, one in budgets.items()}
+    for name, one in found.items():
+        print(f"epsilon {name}: LLM's loss on test data {one:.4f}")
+    return {"loss_at_epsilon": {name: round(one, 4) for name, one in found.items()}}

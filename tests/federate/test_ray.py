@@ -1,4 +1,5 @@
-"""What Ray leaves behind: no process and no folder, also where a run in Flower's simulation is ended from outside.
+"""A run in Flower's simulation: three blocks, secure sums with noise and a client that fails in mid-round; and ended
+from outside, it leaves no process and no folder of Ray.
 
 That of a run that ends well, `test_pipeline` starts one.
 """
@@ -17,6 +18,23 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from legolm.block import read_block
+from legolm.privacy import gaussian_epsilon
+from legolm.runs import RoundRecord, read_stage
+
+FAILING = """
+from legolm.finetune import Task, fit, trainer
+
+@trainer("failing")
+def failing(task: Task):
+    if len(task.coverage.layers) == 1:
+        raise MemoryError("what the client of the smallest block is killed for")
+    return fit(task)
+"""
 
 
 def of_ray(folder: str) -> list[str]:
@@ -29,10 +47,45 @@ def of_ray(folder: str) -> list[str]:
     return found
 
 
-def test_nothing_is_left_of_a_session(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    raw = three_clients(tmp_path, ("dense", "dense", "dense"), rows=10, evaluate={"local_only": False})
+def check_round(out: Path) -> None:
+    """What three of four clients added up to is there with its noise, of the entries that all three hold; `es` left."""
+    record = read_stage(out / "rounds" / "0001")
+    assert isinstance(record, RoundRecord)
+    assert record.accepted == ["fr", "de", "it"]
+    ((client, reason),) = [(one.client, one.reason) for one in record.refused]
+    assert client == "es"
+    assert "killed for" in reason
+    assert record.privacy is not None
+    assert record.privacy.epsilon == pytest.approx(gaussian_epsilon([4.0], 1e-5))
+    before, after = (load_file(out / "rounds" / number / "adapter.safetensors") for number in ("0000", "0001"))
+    moved = {key: after[key] - before[key] for key in before if key.endswith("up_proj.B")}
+    layers = read_block(out / "blocks" / "half").coverage.layers
+    wide = read_block(out / "blocks" / "wide").coverage
+    for layer, kept in enumerate(wide.neurons):
+        found, there = moved[f"layers.{layer}.mlp.up_proj.B"], torch.zeros(len(moved["layers.0.mlp.up_proj.B"]))
+        there[list(kept)] = 1
+        assert torch.equal((found != 0).any(1), there.bool()), layer
+        # One may go and one may tell: of three or four holders two parts have all of 4 * 1e-3. Four were asked.
+        expected = 4e-3 * 1.5**0.5 / (4 if layer in layers else 3)
+        assert float(found[there.bool()].square().mean().sqrt()) == pytest.approx(expected, rel=0.5)
+
+
+def test_a_round_of_noisy_sums_and_nothing_is_left_of_a_session(
+    three_clients: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    evaluate = {"local_only": False, "others": 0, "every": 200}
+    raw = three_clients(tmp_path, ("dense", "wide", "half"), rows=10, evaluate=evaluate)
+    raw["clients"].append({"id": "it", "data": "fr", "block": "dense"})
+    for block in raw["blocks"][1:]:
+        block["recover"] = {"steps": 0}
+    raw["data"] |= {"limit_test": 1, "limit_validation": 1}
     raw["federation"] = {"engine": "flower", "rounds": 200}
+    raw["aggregate"], raw["plugins"] = {"weight": "equal"}, ["mine:failing"]
+    raw["train"] |= {"steps": 1, "trainer": "failing"}
+    noise = {"level": "client", "noise": "distributed", "noise_multiplier": 4.0, "clip": 1e-3, "dropouts": 1}
+    raw["privacy"] = {"secure": {"withheld_limit": 1}, "dp": noise}
     (tmp_path / "run.yaml").write_text(json.dumps(raw))
+    (tmp_path / "mine.py").write_text(FAILING)
     out = tmp_path / "out"
     # A socket's path below it has to be short.
     with TemporaryDirectory(prefix="r", dir="/tmp") as folder:
@@ -40,16 +93,17 @@ def test_nothing_is_left_of_a_session(three_clients: Callable[..., dict[str, Any
         process = subprocess.Popen(
             command,
             env=os.environ | {"RAY_TMPDIR": folder},
+            cwd=tmp_path,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
         seen = False
-        while process.poll() is None and not (out / "rounds" / "0000").exists():
+        while process.poll() is None and not (out / "rounds" / "0001").exists():
             seen = seen or any(Path(folder).iterdir())
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=600)[1]
         assert seen
         assert process.returncode == 130, said
         assert not list(Path(folder).iterdir())
@@ -57,6 +111,7 @@ def test_nothing_is_left_of_a_session(three_clients: Callable[..., dict[str, Any
         while (left := of_ray(folder)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert left == []
+    check_round(out)
     assert said.splitlines()[-1].startswith("stopped: what is finished is kept")
     assert "Traceback" not in said
     assert not list(out.rglob("*.partial"))
