@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from legolm.config import AUTO, SCHEMES, Precision, RowsConfig, RunConfig
 from legolm.data import (
     ClientData,
     Example,
+    Examples,
     TokenRows,
     check_text,
     check_tokens,
@@ -26,7 +27,7 @@ from legolm.data import (
     is_starter,
     paths_of,
     read_text,
-    tokenize,
+    tokens_of,
 )
 from legolm.errors import LegolmError
 from legolm.federate.server import server_examples, start_factors
@@ -147,25 +148,16 @@ def read_parts(config: RunConfig) -> Parts:
         server, tokenizer = server_examples(config, said), load_tokenizer(path, config.data)
         return Parts({}, {client.id: longest for client in config.clients}, server, tokenizer, tuple(said), ())
     data, tokenizer, most = client_data(config, said), load_tokenizer(path, config.data), config.train.max_length
-    refuse = config.train.long_examples == "refuse"
-    if refuse:
-        most = min(most, load_config(path).max_position_embeddings)
+    refuse, most = config.train.long_examples == "refuse", min(most, load_config(path).max_position_embeddings)
     lengths, learned, tools = {}, list[TokenRows](), 0
-
-    def counted(rows: Iterable[Example]) -> Iterator[Example]:
-        nonlocal tools
-        for row in rows:
-            tools += bool(row.tools)
-            yield row
-
     for client, rows in data.items():
         for split in ("train", "validation", "test"):
             texts = (message.content for row in getattr(rows, split) for message in row.messages)
             check_tokens(texts, tokenizer, f"data: {split} rows of {client!r}")
         for split in ("train", "validation", "test") if refuse else ("train",):
-            found = tokenize(
-                counted(getattr(rows, split)), tokenizer, most, config.train.turns if split == "train" else "last"
-            )
+            held: Examples = getattr(rows, split)
+            found = tokens_of(held, tokenizer, most, config.train.turns if split == "train" else "last")
+            tools += held.with_tools
             if refuse:
                 check_whole(found, most, split, client)
             if split == "train":
@@ -173,7 +165,7 @@ def read_parts(config: RunConfig) -> Parts:
                 learned.append(found)
     server = server_examples(config, said)
     if refuse:
-        check_whole(tokenize(server, tokenizer, most), most, "evaluate.server_data", "llm")
+        check_whole(tokens_of(Examples.of(server), tokenizer, most), most, "evaluate.server_data", "llm")
     chats = any(not row.raw for rows in data.values() for row in rows.train)
     return Parts(data, lengths, server, tokenizer, tuple(said), prompt_notes(tokenizer, learned, chats, tools))
 
