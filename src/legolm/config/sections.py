@@ -43,6 +43,7 @@ class DataConfig(RowsConfig):
     """
 
     train: str | list[str] = "starter"
+    fetch: str | None = Field(None, description="command that brings files which are not there; errors say it")
     validation: str | list[str] | Share = 0.1
     test: str | list[str] | Share = 0.2
     split: Split = Split()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from legolm.data import (
     data_fingerprint,
     tokens_of,
 )
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, MissingDataError
 from legolm.federate.server import server_examples, start_factors
 from legolm.federate.wire import encoded_bytes
 from legolm.models import (
@@ -132,11 +134,26 @@ class Parts:
     notes: tuple[str, ...]
 
 
+@contextmanager
+def _naming_fetch(config: RunConfig) -> Iterator[None]:
+    """Say beside missing data the command that brings them (`data.fetch`)."""
+    try:
+        yield
+    except MissingDataError as error:
+        way = f"{error}; bring it: {config.data.fetch}" if config.data.fetch else str(error)
+        raise LegolmError(way) from None
+
+
 def read_parts(config: RunConfig) -> Parts:
     """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones.
 
     Devices' rows stay there: all that a client trains on at once may be as long as any.
     """
+    with _naming_fetch(config):
+        return _read_parts(config)
+
+
+def _read_parts(config: RunConfig) -> Parts:
     path, said = resolve(config.model), list[str]()
     if config.federation.engine == "deployment":
         longest = np.full(config.train.batch_size, config.train.max_length)
@@ -173,7 +190,8 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     base = Base.of(path, "", model)
     shape, width = base.shape, base.dtype.itemsize
     choose_device(config.device)
-    of_texts = check_files(config)
+    with _naming_fetch(config):
+        of_texts = check_files(config)
     rehearse(config.aggregate)
     modules_of(shape, config.lora.ranks, "lora.ranks")
     check_weights(path)
