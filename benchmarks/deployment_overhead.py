@@ -76,10 +76,10 @@ class Watch:
         while not self._ended.wait(LOOK_S):
             self.server = max(self.server, sum(map(_rss, self._federation.tree(self._federation.server().pid))))
             for name in NAMES:
-                client, *others = self._federation.tree(self._federation.devices.pid(name)) or [None]
-                if client is not None and others and not any("flwr-clientapp" in _words(one) for one in others):
-                    self.nodes.append(sum(map(_rss, others)))
-                    self.clients.append(_rss(client))
+                tree = self._federation.tree(self._federation.devices.pid(name))
+                if len(tree) > 1 and not any("flwr-clientapp" in _words(one) for one in tree):
+                    self.nodes.append(sum(map(_rss, tree[1:])))
+                    self.clients.append(_rss(tree[0]))
 
 
 def overhead(folder: Path, rounds: int, turns: int, note: Callable[[str], None]) -> dict[str, Any]:

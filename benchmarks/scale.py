@@ -38,6 +38,7 @@ def main() -> None:
     from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
     from flwr.proto.node_pb2 import Node
     from flwr.supercore.interceptors.http import RuntimeVersionHttpInterceptor
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
     from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -84,8 +85,6 @@ def main() -> None:
                 ],
             )
             clients.append(stack.enter_context(client))
-            from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-
             public = public_key_to_bytes(key.public_key())
             request = ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
             nodes.append(Node(node_id=client.ActivateNode(request).node_id))
@@ -114,7 +113,7 @@ def main() -> None:
                 "rss_mb": round(after, 1),
                 "kb_each": round(1e3 * each, 1),
                 "for_10000": {"cores": round(MANY * share, 1), "rss_mb": round(after + each * (MANY - many))},
-                "relays_of_100": {"devices_of_each": 100, "cores_of_server": round(MANY / 100 * share, 3)},
+                "with_100_relays": {"cores_of_server": round(100 * share, 2), "cores_of_each": round(100 * share, 2)},
             }
         )
     )

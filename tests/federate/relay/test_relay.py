@@ -78,9 +78,7 @@ def test_a_region_is_its_devices(three_clients: Make, tmp_path: Path, monkeypatc
         assert one.keys() == two.keys() and max(float(tensor.abs().max()) for tensor in one.values()) > 1e-2
         for key, tensor in one.items():
             assert torch.allclose(tensor, two[key], rtol=0, atol=close), key
-    record, wanted = found.history[-1], flat.history[-1]
-    assert record.accepted == ["north", "es"] and wanted.accepted == ["fr", "de", "es"]
-    assert record.shares["north"] == pytest.approx(sum(wanted.shares[id] for id in ("fr", "de")))
+    assert found.history[-1].accepted == ["north", "es"] and flat.history[-1].accepted == ["fr", "de", "es"]
 
 
 def test_what_a_relay_cannot_be(three_clients: Make, tmp_path: Path) -> None:

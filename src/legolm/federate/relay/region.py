@@ -84,11 +84,10 @@ class Relay(Answering):
         """The last one that the server asked for."""
 
     def told(self, request: Request) -> str:
-        """What a device is told beside a request: what the relay was, with its own part of the rows."""
+        """What a device, or a relay of the region's own, is told beside a request: what this one was, and its name."""
         assert self._welcome is not None
         data = self._welcome.data.model_copy(update={"part": request.client})
-        told = self._welcome.model_copy(update={"client": request.client, "data": data, "relay": False})
-        return told.model_dump_json()
+        return self._welcome.model_copy(update={"client": request.client, "data": data}).model_dump_json()
 
     def _work(self, told: Welcome, welcome: str, request: bytes, until: float | None) -> bytes:
         if not told.relay:
