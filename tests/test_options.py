@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import without_clocks
+from helpers import no_figure, without_clocks
 from legolm import config as configs
 from legolm import pipeline
 from legolm.adapter import tensors_hash
@@ -355,9 +355,11 @@ def contents(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("place", range(len(ROWS)))
-def test_every_option_runs(home: Home, tmp_path: Path, place: int) -> None:
+def test_every_option_runs(home: Home, tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """To final models that load plainly; a run that was killed anywhere ends bit for bit as if it had not been."""
     row, out = ROWS[place], tmp_path / "out"
+    if place % 5:  # drawing is a fifth of a run
+        monkeypatch.setattr("legolm.report.plots._svg", no_figure)
     print({name: value for name, value in row.items() if value != USUAL[name]})  # shown when it fails
     config, store = home(row)
     summary = pipeline.run(config, out, store=store)

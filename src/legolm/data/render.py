@@ -97,16 +97,6 @@ def render_whole(
     return found
 
 
-def check_whole(examples: Sequence[Tokens], length: int, split: str, client: str) -> None:
-    """Raise `LegolmError` when one of them had more than `length` tokens."""
-    for place, example in enumerate(examples):
-        if example.truncated:
-            raise LegolmError(
-                f"data: {split} example {place} of {client!r} is longer than {length} tokens; raise "
-                "train.max_length as far as the model's context allows, or set train.long_examples=truncate"
-            )
-
-
 def _texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[_Written]:
     chats = [] if tokenizer.chat_template is None else [one for one in examples if not one.raw]
     written = iter(_templated(chats, tokenizer))

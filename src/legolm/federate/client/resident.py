@@ -12,7 +12,7 @@ import torch
 
 from legolm.block import Block, read_block
 from legolm.config import DataConfig
-from legolm.data import Example, own_part
+from legolm.data import Examples, own_part
 from legolm.errors import LegolmError
 from legolm.federate.client.answering import Answering
 from legolm.federate.client.fetch import Piece, find_block
@@ -60,7 +60,7 @@ class HeldSite:
 
     folder: Path
     run: Path
-    rows: dict[Split, Sequence[Example]]
+    rows: dict[Split, Examples]
     how: Profile
     keeps: Keeping | None = None
 
@@ -68,9 +68,9 @@ class HeldSite:
         """Of its folder."""
         return read_block(self.folder)
 
-    def examples(self, split: Split) -> Sequence[Example]:
+    def examples(self, split: Split) -> Sequence[Examples]:
         """The device's own."""
-        return self.rows[split]
+        return (self.rows[split],)
 
     def state(self) -> Path:
         """`state/` of the run's folder."""
@@ -178,7 +178,7 @@ class Resident(Answering):
             lambda content: secrets.update({client: content}),
         )
 
-    def _examples(self, told: OwnData) -> dict[Split, Sequence[Example]]:
+    def _examples(self, told: OwnData) -> dict[Split, Examples]:
         said: list[str] = []
         found = own_part(self._held.data, told.config, told.part, told.seed, "--data", said)
         for line in said:

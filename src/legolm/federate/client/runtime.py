@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from legolm.adapter import Tensors, adapter_keys, adapter_layout, concatenated, merged, under_prefix, with_prefix
 from legolm.block import Block
 from legolm.config import DpConfig, Precision, TrainConfig
-from legolm.data import TokenRows, check_whole, tokenize
+from legolm.data import TokenRows, Turns, check_whole, tokens_of
 from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.federate.client.secure import LATER, keys, masked
@@ -36,10 +36,6 @@ from legolm.models import choose_device, dtype_of, load_model, load_tokenizer
 from legolm.privacy import clipped, with_share
 from legolm.system import atomic_write, keep_freed_memory, release_memory, trim
 
-Turns = Literal["last", "all"]
-KEPT_TOKENS = 1 << 24
-"""Of examples, in memory: at most 64 MB. Whoever answers for many clients reads the others' again."""
-
 
 class ClientRuntime:
     """Answers for the sites that `site_of` gives: a device's one, or all of a simulation. Keeps one model in memory.
@@ -52,8 +48,6 @@ class ClientRuntime:
         self._held: tuple[Block, Precision] | None = None
         self._model: Any = None
         self._tokenizers: dict[Path, Any] = {}
-        self._tokens: dict[tuple[str, Split, int, Turns], TokenRows] = {}  # the one used last is last
-        self._kept = 0
 
     def answer(self, content: bytes, until: float | None = None) -> bytes:
         """Reply to a request. Raises `LegolmError` when the request does not fit the client's block.
@@ -121,7 +115,7 @@ class ClientRuntime:
         block = site.block()
         if not _is_for(request, block):
             raise _another_cut(request)
-        return keys(request, site.keeping(), block.coverage, len(site.examples("train")))
+        return keys(request, site.keeping(), block.coverage, sum(map(len, site.examples("train"))))
 
     def _evaluate(self, request: EvaluateRequest, content: Tensors) -> bytes:
         block = self._load(self._site_of(request.client, request.block), request, request.precision)
@@ -155,19 +149,13 @@ class ClientRuntime:
     ) -> TokenRows:
         assert self._held is not None
         length = min(length, self._model.config.max_position_embeddings)
-        key = (client, split, length, turns)
-        found = self._tokens.pop(key, None)
-        if found is None:
-            path = self._held[0].path
-            if path not in self._tokenizers:
-                self._tokenizers[path] = load_tokenizer(path, site.prompts())
-            found = tokenize(site.examples(split), self._tokenizers[path], length, turns)
-            if refuse:
-                check_whole(found, length, split, client)
-            self._kept += found.tokens
-            while self._tokens and self._kept > KEPT_TOKENS:
-                self._kept -= self._tokens.pop(next(iter(self._tokens))).tokens
-        self._tokens[key] = found
+        path = self._held[0].path
+        if path not in self._tokenizers:
+            self._tokenizers[path] = load_tokenizer(path, site.prompts())
+        parts = site.examples(split)
+        found = TokenRows.joined([tokens_of(part, self._tokenizers[path], length, turns) for part in parts])
+        if refuse:
+            check_whole(found, length, split, client)
         return found
 
 
