@@ -129,6 +129,7 @@ class RunConfig(Section):
         self._check_devices()
         self._check_dp()
         self._check_secure()
+        self._check_relays()
         for name in ("min_replies", "buffer"):
             if (getattr(self.federation, name) or 0) > len(self.clients):
                 raise ValueError(
@@ -214,6 +215,34 @@ class RunConfig(Section):
                 why = f"dropouts {dp.dropouts} leaves none of {len(self.clients)} clients"
         if why:
             raise ValueError(f"privacy.dp: {why}")
+
+    def _check_relays(self) -> None:
+        """Raise `ValueError` for what a relay's one change, the mean of its region's, cannot be."""
+        relays = [client for client in self.clients if client.relay]
+        if not relays:
+            return
+        federation, aggregate, why = self.federation, self.aggregate, ""
+        scheme = SCHEMES.entry(aggregate.scheme).make(**aggregate.settings)
+        if federation.engine != "deployment":
+            why = f"is a process of its own, and federation.engine {federation.engine!r} has none; take `relay` out"
+        elif any(client.block in (None, AUTO) for client in relays):
+            why = "stands for devices with one block; give it a `block` by name"
+        elif not scheme.takes_late or scheme.keep(0.5) < 1:
+            why = (
+                f"adds up changes, and aggregate.scheme {aggregate.scheme!r} with these settings needs each by itself; "
+            )
+            why += f"take one of {SCHEMES.having('takes_late')}, with aggregate.mask structure"
+        elif aggregate.weight != "examples":
+            why = (
+                f"counts as all its devices' examples, and aggregate.weight is {aggregate.weight!r}; set it to examples"
+            )
+        elif self.privacy.secure is not None or self.privacy.dp.level != "none":
+            why = "sees each change of its region and shows one for all; take privacy.secure and privacy.dp out"
+        elif federation.mode != "federated" or self.evaluate.local_only or federation.personal_steps:
+            why = "has no training of its own; set federation.mode to federated, evaluate.local_only to false and "
+            why += "federation.personal_steps to 0"
+        if why:
+            raise ValueError(f"clients: {relays[0].id!r}: a relay {why}")
 
     def _check_secure(self) -> None:
         """Raise `ValueError` for what needs single changes, which a secure sum hides, or shows them."""

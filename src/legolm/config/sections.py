@@ -84,6 +84,7 @@ class ClientConfig(Section):
     )
     joins: int = Field(1, ge=1, description="first round that it takes part in")
     leaves: int | None = Field(None, ge=1, description="last round that it takes part in")
+    relay: bool = Field(False, description="it is a relay: it answers for a region of devices that hold its block")
 
     @model_validator(mode="after")
     def _one_way(self) -> ClientConfig:
