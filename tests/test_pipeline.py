@@ -463,9 +463,11 @@ def test_rows_are_tokenized_once_a_process(
     federation = {"engine": "local", "rounds": 1}
     raw = three_clients(tmp_path, ("dense", "wide", "wide"), rows=10, federation=federation)
     (tmp_path / "run.yaml").write_text(json.dumps(raw | {"evaluate": {"local_only": False}}))
-    config, seen, real = configs.load(tmp_path / "run.yaml", [change]), Counter[Example](), tokens.render_many
+    config, seen = configs.load(tmp_path / "run.yaml", [change]), Counter[Example]()
+    rendering = importlib.import_module("legolm.data.render")
+    real = rendering._texts
     monkeypatch.setattr(tokens, "_kept", tokens._Kept())  # by other tests, of the same rows
-    monkeypatch.setattr(tokens, "render_many", lambda some, *rest: seen.update(some) or real(some, *rest))
+    monkeypatch.setattr(rendering, "_texts", lambda some, given: seen.update(some) or real(some, given))
     pipeline.run(config, tmp_path / "out", models=False)
     assert seen == {row: 1 for one in client_data(config).values() for part in (one.train, one.validation, one.test)
                     for row in part}  # fmt: skip

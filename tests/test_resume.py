@@ -41,11 +41,11 @@ def home(three_clients: Callable[..., dict[str, Any]], tmp_path_factory: pytest.
     return folder
 
 
-def resume(home: Path, out: str | Path, *sets: str) -> tuple[Summary, str]:
+def resume(home: Path, out: str | Path, *sets: str, store: Path | None = None) -> tuple[Summary, str]:
     """The run's summary and what it said."""
     said = StringIO()
-    progress = Progress(Console(file=said, width=500))
-    found = pipeline.run(configs.load(home / "run.yaml", list(sets)), home / out, resume=True, progress=progress)
+    progress, config = Progress(Console(file=said, width=500)), configs.load(home / "run.yaml", list(sets))
+    found = pipeline.run(config, home / out, resume=True, progress=progress, store=store)
     return found, said.getvalue()
 
 
@@ -89,7 +89,7 @@ def test_a_changed_run_ends_where_one_begun_so_ends(change: str, again: str | No
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items() if path.is_file())
     if field == "evaluate.local_only":
         shutil.rmtree(out / "local")  # kept, in case it is asked for again
-    resume(home, tmp_path / "begun", change)
+    resume(home, tmp_path / "begun", change, store=home / "store")
     assert_same(tmp_path / "begun", out)
     _, said = resume(home, out, change)  # finished: nothing is said or made again
     assert "note" not in said and "train" not in said

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from legolm.data.examples import Example
-from legolm.data.render import Tokens, render_many
+from legolm.data.render import Tokens, render_each
 from legolm.data.sequence import begin
 from legolm.data.store import Examples
 from legolm.data.template import prompt_look
@@ -126,11 +126,15 @@ def tokenize(
     found, first = TokenRows(), begin(tokenizer)
     answers = (one for example in examples for one in (example.turns if turns == "all" else (example,)))
     for is_text, alike in groupby(answers, key=lambda one: one.raw and len(one.messages) == 1):
-        while some := list(islice(alike, AT_ONCE)):
-            for tokens in render_many(some, tokenizer, WHOLE if is_text else max_length):
-                for one in _pieces(tokens, first, max_length) if is_text else (tokens,):
-                    found.add(one)
+        for tokens in render_each(_batches(alike), tokenizer, WHOLE if is_text else max_length):
+            for one in _pieces(tokens, first, max_length) if is_text else (tokens,):
+                found.add(one)
     return found
+
+
+def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    while some := list(islice(examples, AT_ONCE)):
+        yield some
 
 
 def tokens_of(

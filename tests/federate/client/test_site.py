@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import ended, forked
 from legolm import config as configs
 from legolm import pipeline
 from legolm.adapter import init_factors, slice_factors
@@ -24,19 +24,6 @@ from legolm.federate import wire
 from legolm.federate.client import ClientRuntime, HeldSite, Profile, only, simulated
 from legolm.federate.client.resident import SPLITS
 from legolm.runs import RunDir
-
-ALONE = """
-import sys
-from pathlib import Path
-from legolm.config import RowsConfig
-from legolm.data import Examples, read_examples
-from legolm.federate.client import ClientRuntime, HeldSite, Profile, only
-
-home, request, reply = map(Path, sys.argv[1:])
-rows = {"train": Examples.of(read_examples(str(home / "data" / "train.jsonl"), RowsConfig(), "data"))}
-site = HeldSite(home / "block", home, rows, Profile("cpu"))
-reply.write_bytes(ClientRuntime(only("fr", site)).answer(request.read_bytes()))
-"""
 
 
 def site(home: Path) -> HeldSite:
@@ -90,14 +77,17 @@ def request(block: Block, client: str = "fr", **train: Any) -> bytes:
 def test_a_client_trains_where_nothing_but_its_folder_is(run: RunDir, home: Path, tmp_path: Path) -> None:
     asked = request(read_block(run.block("wide")))
     expected, expected_change = wire.unpack(ClientRuntime(simulated(run)).answer(asked), wire.UpdateReply)
-    (tmp_path / "request").write_bytes(asked)
+
+    def alone() -> None:
+        os.chdir(home)
+        (tmp_path / "reply").write_bytes(ClientRuntime(only("fr", site(home))).answer(asked))
+
     everything = run.path.parent  # the run, its config, everyone's data: not there while the process works
     away = everything.rename(everything.with_name("away"))
-    paths = [home, tmp_path / "request", tmp_path / "reply"]
-    command = [sys.executable, "-c", ALONE, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=home, timeout=120)
-    away.rename(everything)
-    assert done.returncode == 0, done.stderr
+    try:
+        assert ended(forked(alone)) == 0
+    finally:
+        away.rename(everything)
     found, change = wire.unpack((tmp_path / "reply").read_bytes(), wire.UpdateReply)
     assert set(change) == set(expected_change)
     assert all(torch.equal(change[key], tensor) for key, tensor in expected_change.items())
