@@ -15,9 +15,7 @@ from legolm.config import SuperLinkConfig
 from legolm.errors import LegolmError
 from legolm.federate.client import Answering, Piece, stay
 from legolm.federate.relay.region import Relay
-from legolm.federate.transport import Reply, Request
-from legolm.federate.transport.deployment import Asking, Those
-from legolm.federate.transport.superlink import Flower
+from legolm.federate.transport import Asking, Flower, Reply, Request, Those
 from legolm.trust import read_devices
 
 LOOK_S = 2.0
