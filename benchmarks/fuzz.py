@@ -1,13 +1,13 @@
 """Broken, absurd and hostile inputs of every kind for the readers of the product: it says what is wrong, or reads them.
 
-    python benchmarks/fuzz.py [--inputs 20000] [--seed 0] [--workers 2] [--first 0] [--only N]
+    python benchmarks/fuzz.py [--inputs 20000] [--seed 0] [--workers 2] [--first 0] [--only N] [--kinds KIND ...]
 
 Each input is a valid one (benchmarks/fuzz_inputs.py makes them) with a few parts, tokens or bytes changed; its number
 and the seed decide which. A crash is anything but the product's own error (`LegolmError`, one line) or success: an
 exception of Python or a library, the end of the process, over 60 s. It is printed with kind and number, and `--only N`
-runs that one again and shows all of it; `--first N` goes on from there. `slowest_s` is CPU time of this process
-(a chat template's own process has its own limit), `largest_mb` the most by which the peak of memory rose beyond the
-input's size.
+runs that one again and shows all of it; `--first N` goes on from there. `--kinds` tries these only. `slowest_s` is CPU
+time of this process (a chat template's own process has its own limit), `largest_mb` the most by which the peak of
+memory rose beyond the input's size.
 Last line: one JSON object.
 """
 
@@ -28,6 +28,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,12 @@ def forget_peak() -> None:
 class Fuzzer:
     """Makes inputs by their number and reads them."""
 
-    def __init__(self, seed: int, home: Path) -> None:
+    def __init__(self, seed: int, home: Path, names: Collection[str] = ()) -> None:
         from fuzz_inputs import kinds
 
         self._seed, self._home = seed, home
         (home / "valid").mkdir()
-        self._kinds = kinds(home / "valid")
+        self._kinds = [kind for kind in kinds(home / "valid") if not names or kind.name in names]
         self._weights = [kind.weight for kind in self._kinds]
 
     def one(self, number: int, show: bool = False) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def work(options: argparse.Namespace, worker: int) -> None:
     home = Path(tempfile.mkdtemp(prefix="fuzz-", dir=options.home))
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library says is no batch
-    fuzzer = Fuzzer(options.seed, home)
+    fuzzer = Fuzzer(options.seed, home, options.kinds)
     resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + (4 << 30), resource.RLIM_INFINITY))
     found: list[dict[str, Any]] = []
     skipped = 0
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--only", type=int, help="run this input alone and show what comes of it")
+    parser.add_argument("--kinds", nargs="*", default=[])
     parser.add_argument("--skip", type=int, nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--at", type=Path, help=argparse.SUPPRESS)
@@ -184,7 +186,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="fuzz-") as home:
         if options.only is not None:
-            print(Fuzzer(options.seed, Path(home)).one(options.only, show=True))
+            print(Fuzzer(options.seed, Path(home), options.kinds).one(options.only, show=True))
             return
         report(options, Path(home))
 
@@ -234,7 +236,7 @@ class Worker:
             "first": self._next, "inputs": self._left, "seed": options.seed,
         }  # fmt: skip
         command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in arguments.items())]
-        command += ["--skip", *map(str, self._skip)]
+        command += ["--kinds", *options.kinds, "--skip", *map(str, self._skip)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
 

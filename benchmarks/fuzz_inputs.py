@@ -20,6 +20,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from fuzz_sums import messages as of_sums
 from legolm import adapter, data, runs
 from legolm.block import Coverage, Manifest, read_block, write_block
 from legolm.config import Fields, RowsConfig, TrainConfig, load, load_study
@@ -150,6 +151,18 @@ def refuses(content: bytes, folder: Path, request: wire.TrainRequest, given: wir
     return wire.unpack(content, wire.EvaluateRequest)
 
 
+def offer(content: bytes, folder: Path, devices: wire.DeviceReply, offered: wire.OfferRequest) -> object:
+    """The block that a device takes, by what its server says or by what it says of itself."""
+    if wire.kind_of(content) == "offer":
+        return wire.largest(wire.unpack(content, wire.OfferRequest)[0], devices)
+    return wire.largest(offered, wire.unpack(content, wire.DeviceReply)[0])
+
+
+def welcomed(content: bytes) -> object:
+    told = wire.read_welcome(content.decode("utf-8", "replace"))
+    return told.block_id, told.bytes, told.data.config
+
+
 # Valid inputs.
 
 
@@ -196,6 +209,8 @@ def kinds(home: Path) -> list[Kind]:
     own = (model / "chat_template.jinja").read_bytes()
     (templates / "chat_template.jinja").unlink()
     request, given, messages = _messages(part)
+    sums, of_sum = of_sums(part)
+    offers, devices, offered = _offers()
     pairs = b"".join(
         json.dumps({"instruction": f"Say {i}", "output": "a, \u2028b", "n": i}).encode() + b"\n" for i in range(4)
     )
@@ -252,6 +267,9 @@ def kinds(home: Path) -> list[Kind]:
              in_file("s.safetensors", lambda path: load_statistics([path], shape, "f")), 6),
         Kind("messages", "tensors", messages,
              partial(refuses, request=request, given=given, block=part), 20),
+        Kind("secure sums", "tensors", sums, of_sum, 16),
+        Kind("offers", "tensors", offers, partial(offer, devices=devices, offered=offered), 6),
+        Kind("welcome", "json", [_welcome(home)], lambda content, _: welcomed(content), 4),
         Kind("stage records", "json", stage, in_file("metrics.jsonl", runs.read_stages), 10),
         Kind("run identity", "json", [identity], record(runs.Identity), 4),
         Kind("summary", "json", [summary], record(runs.Summary), 4),
@@ -331,6 +349,24 @@ def _messages(part: Coverage) -> tuple[wire.TrainRequest, wire.Broadcast, list[b
         given,
         [reply, reply, wire.pack(request, given.content), wire.pack(asked, sent), wire.pack(scores, {})],
     )
+
+
+def _offers() -> tuple[list[bytes], wire.DeviceReply, wire.OfferRequest]:
+    offers = [
+        wire.Offer(name=name, id=2 * id, parameters=9, bytes=90, memory=memory, operations=1e9, tokens=100)
+        for name, id, memory in (("a", "0123456789abcdef", 10**9), ("b", "123456789abcdef0", 10**6))
+    ]
+    request = wire.OfferRequest(run="r", client="fr", precision="fp32", deadline_s=60.0, offers=offers)
+    device = wire.DeviceReply(memory=1e8, disk=1e9, speed=1e9, held=[offers[0].id])
+    return [wire.pack(request, {}), wire.pack(device, {})], device, request
+
+
+def _welcome(home: Path) -> bytes:
+    told = wire.OwnData(
+        rows=RowsConfig(), validation=0.1, test=0.2, limits=(40, None, 8), system="Be short.", part="fr", seed=3
+    )
+    files = wire.block_files(home / "block")
+    return wire.Welcome(run="0" * 16, client="fr", block="b", files=files, data=told).model_dump_json().encode()
 
 
 def _records() -> tuple[list[bytes], bytes, bytes]:

@@ -28,6 +28,7 @@ from legolm.block import Coverage
 from legolm.errors import LegolmError
 from legolm.models import Shape
 from legolm.privacy import (
+    Scale,
     SecureClient,
     SecureServer,
     Session,
@@ -114,7 +115,7 @@ def secure_sum(
             most = np.concatenate(
                 [np.full(len(one.places), quantum_range(len(one.holders), 16), np.float32) for one in opening.atoms]
             )
-            found = quantize(change[opening.order], 0.02 / most, most, np.random.default_rng(1))
+            found = quantize(change[opening.order], Scale(0.02 / most, most), np.random.default_rng(1))
             whole = np.zeros(cohort.grid.layout.total, dtype=np.int64)
             numbers[id] = whole
             return found, client.upload(cohort, server.inbox(id), opening, found), opening
@@ -176,8 +177,11 @@ def most_gone(clients: int, phase: str, errors: list[int]) -> int:
     return clients
 
 
-def loss() -> dict[str, Any]:
-    """The same run of the starter's eight languages with and without."""
+def tested(name: str, folder: Path | None, changes: Mapping[str, Any]) -> float:
+    """The LLM's loss on test data after the same run of the starter's eight languages with these sections changed.
+
+    With a folder it is kept there, and goes on where it was stopped.
+    """
     from legolm import config as configs
     from legolm import pipeline
     from legolm.config import RunConfig
@@ -193,12 +197,18 @@ def loss() -> dict[str, Any]:
         "federation": {"engine": "local", "rounds": 2},
         "evaluate": {"local_only": False, "others": 0, "every": 2},
     }
-    losses = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, secure in (("plain", None), ("secure", {})):
-            config = configs.validate(RunConfig, raw | {"privacy": {"secure": secure}}, "benchmark")
-            summary = pipeline.run(config, Path(folder) / name, store=Path(folder) / "store", models=False)
-            assert summary.llm.loss_after is not None
-            losses[name] = summary.llm.loss_after
-    print(f"LLM's loss on test data: {losses['plain']:.4f} plain, {losses['secure']:.4f} with secure sums")
-    return {"secagg_loss_ratio": round(losses["secure"] / losses["plain"], 5)}
+    config = configs.validate(RunConfig, raw | dict(changes), "benchmark")
+    with tempfile.TemporaryDirectory() as temporary:
+        out = (folder or Path(temporary)) / name
+        summary = pipeline.run(config, out, out.exists(), store=out.parent / "store", models=False)
+    assert summary.llm.loss_after is not None
+    return summary.llm.loss_after
+
+
+def loss(folder: Path | None) -> dict[str, Any]:
+    """The same run with and without."""
+    plain, secure = (
+        tested(name, folder, {"privacy": {"secure": one}}) for name, one in (("plain", None), ("secure", {}))
+    )
+    print(f"LLM's loss on test data: {plain:.4f} plain, {secure:.4f} with secure sums")
+    return {"secagg_loss_ratio": round(secure / plain, 5)}

@@ -82,8 +82,7 @@ class Sum:
             self.numbers[id] = self._whole(id, opening.order, self.numbers[id])
         for id in (id for id in self.at("confirm") if id in self.numbers):
             server.confirm(id, again(id).confirm(server.survivors))
-        opening_holders = {id for one in server.may_open() for id in one.holders}
-        for id in (id for id in self.at("unmask") if id in self.numbers and id in opening_holders):
+        for id in (id for id in self.at("unmask") if id in server.giving):
             client = again(id)
             server.unmask(id, client.unmask(client.cohort(), server.signatures))
         return server.finish(ABOUT, self.received)

@@ -110,6 +110,24 @@ def test_one_more_and_it_stays_closed_and_the_rest_opens() -> None:
     assert "the shares of the seed" in closed[tuple("abcd")]
 
 
+def test_an_atom_stays_closed_that_lost_more_parts_of_the_noise_than_allowed() -> None:
+    """One may go: of eight holders seven are enough, and of four three, which it needs anyway."""
+    for dropouts, gone, shut in ((1, "a", ""), (1, "ae", "abcdefgh"), (0, "e", "abcdefgh")):
+        clients = dict.fromkeys("abcd", FULL) | dict.fromkeys("efgh", SOME)
+        one = Sum(clients, dict.fromkeys(gone, "upload"), session=session(dropouts=dropouts))
+        opened, closed = one.run(draws())
+        assert set(closed) == ({tuple(shut)} if shut else set())
+        assert all((found.total == one.plain(found)).all() for found in opened)
+        if shut:
+            assert closed[tuple(shut)] == f"{8 - len(gone)} of its 8 holders sent it; {8 - dropouts} must"
+    # Who goes before the shares has no part to lose.
+    opened, closed = Sum(dict.fromkeys("abcdef", FULL), {"a": "shares"}, session=session(dropouts=0)).run(draws())
+    assert [found.survivors for found in opened] == [tuple("bcdef")]
+    assert not closed
+    assert [session(dropouts=1).parts(there) for there in (3, 4, 8)] == [2, 2, 6]
+    assert session(k=5, dropouts=0).parts(8) == 5  # of eight three collude
+
+
 def test_who_is_told_another_model_makes_noise() -> None:
     one = Sum(SIX, told={"a": lambda values: values + np.float32(1e-7)})
     opened, _ = one.run(draws())

@@ -269,8 +269,10 @@ class RunConfig(Section):
             why = "leaves no single change to keep; set federation.keep_updates to false"
         elif federation.codec != "none":
             why = f"sends numbers of its own, 16 bits an entry; take out federation.codec {federation.codec}"
-        elif self.privacy.dp.level != "none":
-            why = "has no noise of privacy.dp in it: set privacy.dp.level to none"
+        elif self.privacy.dp.level == "example":
+            why = "tells nothing of clients' batches, by which level example is accounted; take privacy.dp.level client"
+        elif self.privacy.dp.level == "client" and self.privacy.dp.noise == "central":
+            why = "shows the server no single change to clip; take privacy.dp.noise distributed"
         elif federation.buffer is not None:
             why = "opens what the clients of one round add up to, and with federation.buffer they are of several; take "
             why += "that out"

@@ -315,7 +315,9 @@ def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int
     fold = scheme.fold_rank([client.rank or config.lora.rank for client in config.clients], config.lora.rank)
     down = 0 if scheme.fresh else encoded_bytes(own, codec)
     folded = encoded_bytes(adapter_layout(coverage, keys, fold, config.lora.ranks), codec)
-    counts = changed.total if config.privacy.dp.noise == "distributed" else 0  # of holders, a byte an entry
+    counts = 0
+    if config.privacy.dp.noise == "distributed" and config.privacy.secure is None:
+        counts = changed.total  # of holders, a byte an entry
     # Where a side is redrawn, one or the other: at most this.
     return (max(down, folded) if scheme.frozen_side else down + folded) + counts, up
 

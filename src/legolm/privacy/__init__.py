@@ -4,8 +4,8 @@ from legolm.privacy.accounting import Budget, gaussian_epsilon, noise_to_signal,
 from legolm.privacy.atoms import Atom, atoms, threshold
 from legolm.privacy.client import Opening, Secrets, SecureClient
 from legolm.privacy.cohort import Advert, Cohort, Grid, Session, Structure, grid_of, withheld
-from legolm.privacy.noise import BELOW, clipped, gaussian, norm, with_share
-from legolm.privacy.numbers import bits_for, bounds, quantize, quantum_range, to_words
+from legolm.privacy.noise import BELOW, clipped, deviation, gaussian, norm, with_share
+from legolm.privacy.numbers import Scale, bits_for, bounds, noisy, quantize, quantum_range, to_words
 from legolm.privacy.primitives import derive, identity_of
 from legolm.privacy.server import Opened, SecureServer
 
@@ -18,6 +18,7 @@ __all__ = [
     "Grid",
     "Opened",
     "Opening",
+    "Scale",
     "Secrets",
     "SecureClient",
     "SecureServer",
@@ -28,11 +29,13 @@ __all__ = [
     "bounds",
     "clipped",
     "derive",
+    "deviation",
     "gaussian",
     "gaussian_epsilon",
     "grid_of",
     "identity_of",
     "noise_to_signal",
+    "noisy",
     "norm",
     "quantize",
     "quantum_range",

@@ -243,13 +243,13 @@ def asked(
     cohort: Cohort, client: str, there: Collection[str], survivors: Collection[str], opened: Sequence[Atom]
 ) -> list[tuple[str, Atom | None]]:
     """Whose secret a client gives its share of, in order: of a survivor the seed of each opened atom that both hold, of
-    the dead the key (None) where one of these atoms is theirs."""
-    mine, found = [one for one in opened if client in one.holders], list[tuple[str, Atom | None]]()
+    the dead that have such an atom the key (None), whoever has a share of it."""
+    found = list[tuple[str, Atom | None]]()
     for owner in sorted(there):
-        common = [one for one in mine if owner in one.holders]
+        theirs = [one for one in opened if owner in one.holders]
         if owner in survivors:
-            found += [(owner, one) for one in common]
-        elif common:
+            found += [(owner, one) for one in theirs if client in one.holders]
+        elif theirs and client in cohort.neighbours(owner):
             found.append((owner, None))
     return found
 

@@ -37,7 +37,8 @@ class Session(Public):
     """One secure sum: of which round, at which attempt, over which factors, and with how many survivors an atom opens.
 
     Factors are on `targets`, of rank `rank` at most (`ranks`: of single modules), with `frozen_side` those that train
-    only. All of it is in what clients sign and in what masks are made of.
+    only. Where clients add noise, an atom may lose `dropouts` of those who sent shares, and no more. All of it is in
+    what clients sign and in what masks are made of.
     """
 
     run: Name
@@ -50,6 +51,15 @@ class Session(Public):
     frozen_side: bool
     weight: Literal["examples", "equal", "capped"] = "equal"
     weight_cap: float = 1.0
+    dropouts: Annotated[int, Field(ge=0, le=MAX_CLIENTS)] | None = None
+
+    def least(self, there: int) -> int:
+        """So many of an atom's holders must have sent it, where so many sent shares."""
+        return self.k if self.dropouts is None else max(self.k, there - self.dropouts)
+
+    def parts(self, there: int) -> int:
+        """Whose noise is enough: of the `least` those who are no colluders, who know their own. Two, at least."""
+        return self.least(there) - (self.k - 2)
 
     @property
     def text(self) -> bytes:
@@ -242,6 +252,10 @@ class Cohort:
             return list(mine)
         return [one for one in mine if len(set(there).intersection(one.holders)) >= self.session.k]
 
+    def least(self, atom: Atom, there: Collection[str]) -> int:
+        """How many of its holders must have sent an atom, where these sent shares."""
+        return self.session.least(len(set(there).intersection(atom.holders)))
+
     def neighbours(self, client: str) -> list[str]:
         """Who has an atom in common with a client, itself too: they have the shares of its key."""
         found = {other for one in self.atoms_of(client) for other in one.holders}
@@ -257,14 +271,15 @@ class Cohort:
         return _order(self.grid, self.shape, structure, tuple(one.holders for one in chosen), self._members)
 
     def opened(self, there: Collection[str], survivors: Collection[str], signers: Collection[str]) -> list[Atom]:
-        """Atoms that may be opened: k holders sent them, and enough of those who have the shares agree on who did."""
+        """Atoms that may be opened: enough of those who may have sent them did, and of those who have the shares agree
+        on who did."""
         sent, agree = set(survivors), set(signers)
         dead = set(there) - sent
         lost = {one for one in dead if not _enough(self.neighbours(one), agree, self.session.k)}
         return [
             one
             for one in self.atoms
-            if len(sent.intersection(one.holders)) >= self.session.k
+            if len(sent.intersection(one.holders)) >= self.least(one, there)
             and _enough(one.holders, agree, self.session.k)
             and not lost.intersection(one.holders)
         ]

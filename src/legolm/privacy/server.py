@@ -131,6 +131,12 @@ class SecureServer:
 
     # Unmask
 
+    @property
+    def giving(self) -> list[str]:
+        """Survivors who have shares that are needed."""
+        opened = self.may_open()
+        return [id for id in self.survivors if asked(self.cohort, id, self._sealed, self._commitments, opened)]
+
     def unmask(self, client: str, shares: Sequence[bytes]) -> None:
         """Take a client's shares. Raises `LegolmError` for more or fewer than were asked for."""
         wanted = asked(self.cohort, client, self._sealed, self._commitments, self.may_open())
@@ -152,8 +158,9 @@ class SecureServer:
         may_open = {one.holders for one in self.may_open()}
         for atom in self.cohort.atoms:
             alive = [id for id in atom.holders if id in self._commitments]
-            if len(alive) < self.session.k:
-                closed[atom.holders] = f"{len(alive)} of its {len(atom.holders)} holders sent it; {self.session.k} must"
+            least = self.cohort.least(atom, self._sealed)
+            if len(alive) < least:
+                closed[atom.holders] = f"{len(alive)} of its {len(atom.holders)} holders sent it; {least} must"
                 continue
             if atom.holders not in may_open:
                 closed[atom.holders] = "too few of its holders confirmed who had sent it"

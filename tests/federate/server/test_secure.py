@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 
 from legolm import config as configs
 from legolm import pipeline
+from legolm.adapter import adapter_keys, adapter_layout
+from legolm.aggregate import held_by
+from legolm.block import read_block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate import wire
@@ -23,7 +26,7 @@ from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.deployment import those
 from legolm.federate.transport.engine import Body
 from legolm.plan import make_plan
-from legolm.privacy import Advert, Session
+from legolm.privacy import Advert, Session, gaussian_epsilon
 from legolm.runs import RoundRecord, RunDir, read_stage
 from legolm.trust import add_device, make_authority, make_key, make_server, write_roster
 
@@ -41,9 +44,15 @@ def raw(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> dict[st
     return found
 
 
-def load(raw: dict[str, Any], secure: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
+def load(
+    raw: dict[str, Any], secure: dict[str, Any] | None = None, dp: dict[str, Any] | None = None, **sections: Any
+) -> RunConfig:
     changed = {name: raw.get(name, {}) | section for name, section in sections.items()}
-    return configs.validate(RunConfig, raw | changed | {"privacy": {"secure": secure}}, "test")
+    return configs.validate(RunConfig, raw | changed | {"privacy": {"secure": secure, "dp": dp or {}}}, "test")
+
+
+HELD = ("dense", "dense", "wide", "half")
+NOISE = {"level": "client", "noise": "distributed", "noise_multiplier": 4.0, "clip": 1e-3}
 
 
 def failing(phase: str, client: str | None, wrap: Callable[[], Exception]) -> Callable[..., None]:
@@ -120,6 +129,56 @@ def test_who_goes_in_mid_round_is_named_and_the_rest_opens(raw: dict[str, Any], 
     states = [load_file(tmp_path / f"out/rounds/000{number}/adapter.safetensors") for number in (1, 2)]
     # The mean of three that are alike but for their batches: no noise is left of the fourth's masks.
     assert 0 < max(float((states[1][key] - tensor).abs().max()) for key, tensor in states[0].items()) < 0.03
+
+
+def test_clients_add_noise_that_is_enough_for_each_atom_and_without_who_goes(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """All that moves is noise, 4e-3 on N and more where nobody goes; d goes in round 2.
+
+    Of an atom's holders one may go and one tells what it knows, but it opens with three: so of three and of four alike
+    the parts of two are enough, and each has the variance 4e-3² / 2.
+    """
+    raw["clients"] = [{"id": id, "data": "fr", "block": block} for id, block in zip("abcd", HELD, strict=True)]
+    raw["aggregate"] = {"weight": "equal"}
+    raw["train"]["steps"] = 1
+    config = load(raw, {"withheld_limit": 1}, NOISE | {"dropouts": 1})
+    plan = make_plan(config)
+    assert [one.bytes_down for one in plan.clients] == [one.bytes_down for one in make_plan(load(raw)).clients]
+    summary = pipeline.run(config, tmp_path / "out", models=False, engine=failing("train", "d", RuntimeError))
+    assert summary.privacy is not None
+    assert summary.privacy.epsilon == pytest.approx(gaussian_epsilon([4.0, 4.0], 1e-5))
+    last = read_stage(tmp_path / "out/rounds/0002")
+    assert isinstance(last, RoundRecord)
+    assert last.accepted == ["a", "b", "c"]
+    states = [load_file(tmp_path / f"out/rounds/000{number}/adapter.safetensors") for number in range(3)]
+    coverages = {one: read_block(tmp_path / "out/blocks" / one).coverage for one in HELD}
+    layout = adapter_layout(coverages["dense"], adapter_keys(coverages["dense"], None, trained=True), 4)
+    all_four, all_three = (held_by(layout.shapes, [(coverages[one], 4) for one in HELD[:n]]) for n in (4, 3))
+
+    def moved(number: int, four: int, three: int) -> torch.Tensor:
+        """In this round, of entries that so many hold: of all four clients, and of the first three."""
+        return torch.cat(
+            [
+                (states[number][key] - states[number - 1][key])[(all_four[key] == four) & (all_three[key] == three)]
+                for key in layout.shapes
+            ]
+        )
+
+    def deviation(number: int, four: int, three: int) -> float:
+        return float(moved(number, four, three).square().mean().sqrt())
+
+    part = 4e-3 / 2**0.5
+    assert deviation(1, 4, 3) == pytest.approx(part * 4**0.5 / 4, rel=0.1)
+    assert deviation(1, 3, 3) == pytest.approx(part * 3**0.5 / 3, rel=0.1)
+    assert deviation(1, 3, 2) == pytest.approx(part * 3**0.5 / 3, rel=0.1)
+    # d's part is lost, and the mean is over all that were asked.
+    assert deviation(2, 4, 3) == pytest.approx(part * 3**0.5 / 4, rel=0.1)
+    assert deviation(2, 3, 3) == pytest.approx(part * 3**0.5 / 3, rel=0.1)
+    assert not moved(2, 3, 2).any()  # two are left of what a, b and d hold
+    assert len(moved(1, 2, 2)) > 0  # and what a and b hold is never sent
+    assert not moved(1, 2, 2).any()
+    assert not list(tmp_path.glob("out/clients/*/*.safetensors"))  # what rounding took is not for the next round
 
 
 def test_devices_sign_with_what_was_registered_and_keep_secrets_in_memory(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -200,14 +259,17 @@ def test_a_bytes_reader_is_not_fooled() -> None:
         ({}, {"federation": {"codec": "int8"}}, "take out federation.codec int8"),
         ({}, {"federation": {"mode": "pooled"}}, "take mode federated"),
         ({}, {"federation": {"fraction": 0.5}}, "opens an entry of 3 holders or more, and a round has 2 clients"),
+        ({}, {"privacy": NOISE | {"noise": "central"}}, "take privacy.dp.noise distributed"),
+        ({}, {"privacy": NOISE | {"noise": "central", "level": "example"}}, "take privacy.dp.level client"),
         ({"colluders": 3}, {}, "with colluders 3 opens an entry of 5 holders or more, and there are 3 clients"),
     ],
 )
 def test_what_does_not_go_together(
     raw: dict[str, Any], secure: dict[str, Any], sections: dict[str, Any], says: str
 ) -> None:
+    dp = sections.pop("privacy", {})
     with pytest.raises(LegolmError, match=r"privacy\.secure: ") as caught:
-        load(raw, secure, **sections)
+        load(raw | {"aggregate": {"weight": "equal"}} if dp else raw, secure, dp, **sections)
     assert says in str(caught.value)
 
 

@@ -190,3 +190,32 @@ def test_what_is_said_of_a_broken_message_is_short_and_plain() -> None:
             wire.accept(content, REQUEST, GIVEN)
         assert len(str(caught.value)) < 500
         assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"memory": 10**400}, "memory"),  # more than a float holds, when it is told
+        ({"bytes": -1}, "bytes"),
+        ({"tokens": 10**30}, "tokens"),
+    ],
+)
+def test_offers_of_what_cannot_be_are_refused(changes: dict[str, int], says: str) -> None:
+    offer = {"name": "a", "id": 32 * "0", "parameters": 1, "bytes": 1, "memory": 1, "operations": 1.0, "tokens": 1}
+    header = {"kind": "offer", "run": "r", "client": "fr", "precision": "fp32", "deadline_s": None}
+    content = save({}, metadata={"legolm": json.dumps(header | {"offers": [offer | changes]})})
+    with pytest.raises(LegolmError, match=f"offers.0.{says}"):
+        wire.unpack(content, wire.OfferRequest)
+
+
+def test_a_welcome_that_is_none_is_refused_in_one_line() -> None:
+    data = {"rows": {}, "validation": 0.1, "test": 0.2, "limits": [1, None, 1], "system": None, "part": "a", "seed": 1}
+    told = {"run": 16 * "0", "client": "fr", "block": "b", "files": [], "data": data}
+    assert wire.read_welcome(json.dumps(told)).data.config.limit_train == 1
+    for changes, says in (
+        ({"a\nb\x1b[2J": 1}, "the server's welcome: a b"),
+        ({"data": data | {"limits": [-1, None, None]}}, "data.limits.0"),
+    ):
+        with pytest.raises(LegolmError, match=says) as error:
+            wire.read_welcome(json.dumps(told | changes))
+        assert str(error.value).isprintable()

@@ -33,7 +33,7 @@ from legolm.federate.wire import (
 )
 from legolm.finetune import Task, train
 from legolm.models import choose_device, dtype_of, load_model, load_tokenizer
-from legolm.privacy import clipped, with_share
+from legolm.privacy import clipped, deviation, with_share
 from legolm.system import atomic_write, keep_freed_memory, release_memory, trim
 
 
@@ -98,8 +98,6 @@ class ClientRuntime:
                 dp=settings.dp if settings.dp is not None and settings.dp.level == "example" else None,
             )
             delta, metrics = train(task)
-        if settings.dp is not None and settings.dp.noise == "distributed":
-            delta = _hidden(delta, settings.dp, opened.holders)
 
         def keep(lost: Tensors) -> str:
             return keep_state(
@@ -108,6 +106,8 @@ class ClientRuntime:
 
         if request.secure is not None:
             return masked(request, content, site.keeping(), block.coverage, opened.start, delta, lost, keep)
+        if settings.dp is not None and settings.dp.noise == "distributed":
+            delta = _hidden(delta, settings.dp, opened.holders)
         return answer(request, content, delta, len(examples), metrics, lost, keep)[0]
 
     def _keys(self, request: KeysRequest) -> bytes:
@@ -178,6 +178,4 @@ def _is_for(request: Envelope, block: Block) -> bool:
 
 def _hidden(delta: Tensors, dp: DpConfig, holders: Tensors) -> Tensors:
     """The change, clipped, with this client's part of the noise."""
-    if dp.noise_multiplier is None:
-        raise LegolmError("privacy.dp: the request says noise distributed, and not how much")
-    return with_share(clipped(delta, dp.clip), dp.noise_multiplier * dp.clip, holders, dp.dropouts)
+    return with_share(clipped(delta, dp.clip), deviation(dp), holders, dp.dropouts)

@@ -33,12 +33,12 @@ from legolm.federate.wire import (
     counts,
     from_tensor,
     pack,
-    steps,
+    scale,
     to_tensor,
     told,
     unpack,
 )
-from legolm.privacy import Secrets, SecureClient, Structure, quantize
+from legolm.privacy import Secrets, SecureClient, Structure, clipped, gaussian, quantize
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,15 @@ def masked(
     """The reply to a train request with `secure`: the change `delta` as whole numbers, masked.
 
     `start` is what was received. `lost` is what rounding and limits took of the last one; `keep` keeps what they take
-    of this one. Entries that are never sent lose nothing.
+    of this one. Entries that are never sent lose nothing. With noise distributed the change is clipped over all that
+    this client holds, its part of the noise is added, and nothing of it comes with a later one.
     """
-    secure, own = request.secure, under_prefix("secure", content)
+    secure, own, settings = request.secure, under_prefix("secure", content), request.settings
     assert secure is not None
-    if request.settings.error_feedback and lost:
+    dp = settings.dp if settings.dp is not None and settings.dp.noise == "distributed" else None
+    if dp is not None:
+        delta = dict(clipped(delta, dp.clip))
+    elif settings.error_feedback and lost:
         delta = {key: tensor + lost[key] for key, tensor in delta.items()}
     client = _client(SumRequest(**_named(request), session=secure.session), keeping, coverage)
     cohort, me, layout = client.cohort(), request.client, Layout.of(delta)
@@ -129,19 +133,18 @@ def masked(
     if len(change) != len(cohort.places(me)):
         raise LegolmError(f"secure sum: what {me} was asked to train is not what it signed")
     opening = client.opening(cohort, secure.there, told(request, rows), received)
-    places = [atom.places for atom in opening.atoms]
-    there = set(secure.there)
-    holders = [len(there.intersection(atom.holders)) for atom in opening.atoms]
-    step, most = steps(cohort.grid, places, holders, cohort.bits, rows)
-    share = counts(secure.session, client.kept.adverts, there)[me]
+    made = scale(cohort, opening.atoms, secure.there, rows, dp)
+    share = counts(secure.session, client.kept.adverts, set(secure.there))[me]
     wanted = change[opening.order] * np.float32(share)
-    # Rounding is no secret, and a run that goes on is to end as one that was not stopped.
-    numbers = quantize(wanted, step, most, np.random.default_rng(request.seed))
+    # Rounding is no secret, and without noise a run that goes on is to end as one that was not stopped.
+    draws = np.random.default_rng(request.seed if made.noise is None else None)
+    noise = None if made.noise is None else made.noise * gaussian(wanted.shape).numpy()
+    numbers = quantize(wanted, made, draws, noise)
     words, seeds = client.upload(cohort, dict(zip(secure.senders, sealed, strict=True)), opening, numbers)
     _keep(keeping, client)
-    left = np.zeros_like(change)
-    left[opening.order] = (wanted - numbers * step) / np.float32(share)
-    if request.settings.error_feedback:
+    if dp is None and settings.error_feedback:
+        left = np.zeros_like(change)
+        left[opening.order] = (wanted - numbers * made.step) / np.float32(share)
         keep(dict(Flat(torch.from_numpy(left), layout)))
     return pack(MaskedReply(seeds=seeds), {MASKED: to_tensor([words.tobytes()])})
 

@@ -269,7 +269,7 @@ class Dispatch:
     def _holders(self, order: Order, members: Members) -> Tensors:
         """How many of the round's clients hold each entry, where they need it for their part of the noise."""
         dp, lora = self._dp(order), self._config.lora
-        if dp is None or dp.noise != "distributed":
+        if dp is None or dp.noise != "distributed" or self._config.privacy.secure is not None:
             return {}
         whole = members.llm.coverage
         keys = adapter_keys(whole, lora.targets, trained=order.scheme.frozen_side)

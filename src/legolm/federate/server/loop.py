@@ -322,11 +322,11 @@ class Rounds:
     def _sums(self, number: int, drawn: Sequence[str], scheme: Scheme, weighing: Weighing, exchange: Exchange) -> _Came:
         """What the clients' updates add up to, and nothing of one of them."""
         assert self._secure is not None
-        last = None
+        last, done = None, self._done(number)
         if number > 1:
             before, after = (self._stages.state(self._folder.round(at)) for at in (number - 2, number - 1))
             last = moved(before, after, self._config.aggregate)
-        order = Order(drawn, scheme, "round", number, last_accepted(self._done(number)))
+        order = Order(drawn, scheme, "round", number, last_accepted(done), self._account.multiplier(done))
         summed, trains = self._secure.round(order, last, exchange), self._members.at(number).trains
         for id, change in summed.changes.items():
             weighing.add(id, change, trains[id])
@@ -383,9 +383,10 @@ class Rounds:
             raise LegolmError(f"round {number}: {len(accepted)} updates accepted, {why} ({reasons})")
 
     def _least(self, drawn: Sequence[str]) -> tuple[int, str]:
-        """How many updates a round needs, and why: with fewer, parts of the noise may be missing."""
+        """How many updates a round needs, and why: with fewer, parts of the noise may be missing. Secure sums see to
+        that themselves, entry by entry."""
         replies, dp = self._config.federation.min_replies, self._config.privacy.dp
-        if dp.noise == "distributed" and (least := len(drawn) - dp.dropouts) > replies:
+        if self._secure is None and dp.noise == "distributed" and (least := len(drawn) - dp.dropouts) > replies:
             return least, f"privacy.dp.dropouts is {dp.dropouts} of {len(drawn)}"
         return min(replies, len(drawn)), f"federation.min_replies is {replies}"
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ from legolm.federate.wire import (
     pack,
     reply_header,
     row_bounds,
-    steps,
+    scale,
     to_tensor,
     told,
     unpack,
@@ -57,7 +56,6 @@ MOVES = 2.0
 """Of the learning rate, at most, that AdamW moves an entry by in a step: about 1, and more while gradients grow."""
 AGAIN_S = 10.0
 """Before devices are asked again for want of them."""
-Reply = TypeVar("Reply", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,7 @@ def session_of(config: RunConfig, run: str, number: int, attempt: int, frozen_si
         frozen_side=frozen_side,
         weight=config.aggregate.weight,
         weight_cap=config.aggregate.weight_cap,
+        dropouts=config.privacy.dp.dropouts if config.privacy.dp.level != "none" else None,
     )
 
 
@@ -120,25 +119,23 @@ class SecureRound:
     def run(self, least: int) -> Summed:
         """All five phases. Nothing is opened where fewer than `least` have uploaded."""
         server, clients = self._server, list(self._order.clients)
-        self._ask("keys", clients, self._keys_request, KeysReply, lambda id, one, _: server.advert(id, one.advert))
+        self._ask("keys", clients, self._keys_request, KeysReply)
         try:
             server.close_keys()
         except LegolmError as error:
             return self._nothing(str(error))
         cohort = server.cohort
         left = [id for id in clients if id in cohort.adverts and self._has_atoms(id, cohort.adverts)]
-        self._ask("shares", left, self._shares_request, SharesReply, self._take_shares)
+        self._ask("shares", left, self._shares_request, SharesReply)
         left = [id for id in left if id in server.there and self._has_atoms(id, server.there)]
         if not left:
             return self._nothing("secure sum: no entry has enough holders left")
         self._prepare(left[0])
-        self._ask("train", left, self._train_request, MaskedReply, self._take_masked)
+        self._ask("train", left, self._train_request, MaskedReply)
         if len(server.survivors) < least:
             return self._nothing(f"secure sum: {len(server.survivors)} clients sent theirs, and {least} are asked for")
-        self._ask("confirm", server.survivors, self._confirm_request, ConfirmReply, self._take_signature)
-        holders = {id for one in server.may_open() for id in one.holders}
-        left = [id for id in server.survivors if id in holders]
-        self._ask("unmask", left, self._unmask_request, UnmaskReply, self._take_unmasked)
+        self._ask("confirm", server.survivors, self._confirm_request, ConfirmReply)
+        self._ask("unmask", server.giving, self._unmask_request, UnmaskReply)
         opened, closed = server.finish(self._told, self._sent)
         return self._summed(opened, closed)
 
@@ -149,10 +146,9 @@ class SecureRound:
         phase: str,
         clients: Sequence[str],
         content: Callable[[str], bytes],
-        kind: type[Reply],
-        take: Callable[[str, Reply, Tensors], None],
+        kind: type[BaseModel],
     ) -> None:
-        """One question to each, and what it answers into `take`; who answers otherwise is out of this round."""
+        """One question to each; who answers otherwise is out of this round."""
         order = replace(self._order, clients=list(clients))
         label = f"round {order.number}: {phase}"
         for one in self._dispatch.ask([order], content, self._exchange, label):
@@ -161,7 +157,7 @@ class SecureRound:
             try:
                 if one.error:
                     raise LegolmError(one.error)
-                take(one.client, *unpack(one.content, kind, reply_header(kind)))
+                take(self._server, one.client, one.content, kind)
             except LegolmError as error:
                 self._refused[one.client] = str(error)
 
@@ -181,19 +177,14 @@ class SecureRound:
             {},
         )
 
-    def _take_shares(self, id: str, reply: SharesReply, tensors: Tensors) -> None:
-        parts = from_tensor(tensors.get(SHARES), reply.sizes)
-        if len(reply.to) != len(parts):
-            raise LegolmError("secure sum: shares for other clients than it names")
-        self._server.shares(id, dict(zip(reply.to, parts, strict=True)))
-
     def _prepare(self, id: str) -> None:
         """What everyone is told alike: the bounds, and what was sent."""
         grid, config, scheme = self._server.cohort.grid, self._config, self._order.scheme
         moved = MOVES * config.train.learning_rate * config.train.steps
         self._bounds = row_bounds(grid, self._last, len(self._server.there), moved)
         self._prepared = self._dispatch.prepared(self._order)
-        self._told = told(self._prepared(id)[0], self._bounds)
+        request = self._prepared(id)[0]
+        self._told, self._noise = told(request, self._bounds), request.settings.dp
         whole = scheme.payload(Coverage.full(self._shape), self._session.rank)
         self._sent = torch.cat([whole[key].flatten() for key in grid.layout.shapes]).numpy()
 
@@ -212,29 +203,13 @@ class SecureRound:
         named = {f"secure.{name}": tensor for name, tensor in tensors.items()}
         return pack(request.model_copy(update={"secure": secure}), broadcast.content | named)
 
-    def _take_masked(self, id: str, reply: MaskedReply, tensors: Tensors) -> None:
-        found, cohort = tensors.get(MASKED), self._server.cohort
-        words = b"" if found is None else from_tensor(found, [found.numel()])[0]
-        size = cohort.bits // 8
-        if len(words) % size:
-            raise LegolmError(f"secure sum: {len(words)} bytes are no words of {size}")
-        self._server.upload(id, np.frombuffer(words, dtype=f"<u{size}"), reply.seeds)
-
     def _confirm_request(self, id: str) -> bytes:
         return pack(ConfirmRequest.model_validate(self._sum(id) | {"survivors": self._server.survivors}), {})
-
-    def _take_signature(self, id: str, reply: ConfirmReply, tensors: Tensors) -> None:
-        self._server.confirm(id, bytes.fromhex(reply.signature))
 
     def _unmask_request(self, id: str) -> bytes:
         known = self._server.signatures
         header = UnmaskRequest.model_validate(self._sum(id) | {"signers": list(known)})
         return pack(header, {SIGNATURES: to_tensor(list(known.values()))})
-
-    def _take_unmasked(self, id: str, reply: UnmaskReply, tensors: Tensors) -> None:
-        found = tensors.get(SHARES)
-        count = 0 if found is None else found.numel() // SHARE_BYTES
-        self._server.unmask(id, from_tensor(found, [SHARE_BYTES] * count))
 
     def _has_atoms(self, id: str, there: Collection[str]) -> bool:
         if self._server.cohort.atoms_of(id, there):
@@ -267,9 +242,7 @@ class SecureRound:
         share = counts(self._session, server.adverts, server.there)
         flat: dict[str, np.ndarray] = {}
         for one in opened:
-            at = [one.atom.places]
-            there = [len(set(server.there).intersection(one.atom.holders))]
-            step, _ = steps(cohort.grid, at, there, cohort.bits, self._bounds)
+            step = scale(cohort, [one.atom], server.there, self._bounds, self._noise).step
             first = one.survivors[0]
             values = flat.setdefault(first, np.zeros(len(cohort.places(first)), dtype=np.float32))
             values[cohort.order(first, [one.atom])] = one.total * step.astype(np.float64) / share[first]
@@ -288,6 +261,31 @@ class SecureRound:
 
     def _traffic(self) -> dict[str, Traffic]:
         return {id: Traffic(up=self._up[id], down=self._down[id]) for id in self._up}
+
+
+def take(server: SecureServer, id: str, content: bytes, kind: type[BaseModel]) -> None:
+    """Read a client's answer, of this kind, into the sum. Raises `LegolmError` for what is none."""
+    reply, tensors = unpack(content, kind, reply_header(kind))
+    match reply:
+        case KeysReply():
+            server.advert(id, reply.advert)
+        case SharesReply():
+            parts = from_tensor(tensors.get(SHARES), reply.sizes)
+            if len(reply.to) != len(parts):
+                raise LegolmError("secure sum: shares for other clients than it names")
+            server.shares(id, dict(zip(reply.to, parts, strict=True)))
+        case MaskedReply():
+            found, size = tensors.get(MASKED), server.cohort.bits // 8
+            words = b"" if found is None else from_tensor(found, [found.numel()])[0]
+            if len(words) % size:
+                raise LegolmError(f"secure sum: {len(words)} bytes are no words of {size}")
+            server.upload(id, np.frombuffer(words, dtype=f"<u{size}"), reply.seeds)
+        case ConfirmReply():
+            server.confirm(id, bytes.fromhex(reply.signature))
+        case UnmaskReply():
+            found = tensors.get(SHARES)
+            count = 0 if found is None else found.numel() // SHARE_BYTES
+            server.unmask(id, from_tensor(found, [SHARE_BYTES] * count))
 
 
 class SecureRounds:

@@ -36,7 +36,7 @@ from legolm.federate.wire.secure import (
     from_tensor,
     reply_header,
     row_bounds,
-    steps,
+    scale,
     to_tensor,
     told,
 )
@@ -94,7 +94,7 @@ __all__ = [
     "read_welcome",
     "reply_header",
     "row_bounds",
-    "steps",
+    "scale",
     "to_tensor",
     "told",
     "unpack",

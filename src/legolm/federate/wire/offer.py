@@ -12,6 +12,7 @@ from legolm.federate.wire.messages import Name
 
 MAX_OFFERS, MAX_HELD = 1000, 10_000
 Amount = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
 BlockId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
@@ -28,11 +29,11 @@ class Offer(_Header):
 
     name: Name
     id: BlockId
-    parameters: int
-    bytes: int
-    memory: int
+    parameters: Count
+    bytes: Count
+    memory: Count
     operations: Amount
-    tokens: int
+    tokens: Count
 
 
 class OfferRequest(_Header):
@@ -43,7 +44,7 @@ class OfferRequest(_Header):
     run: Name
     client: Name
     precision: Precision
-    deadline_s: float | None
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     offers: Annotated[list[Offer], Field(min_length=1, max_length=MAX_OFFERS)]
 
 

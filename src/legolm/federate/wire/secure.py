@@ -15,9 +15,22 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from legolm.aggregate import capped
+from legolm.config import DpConfig
 from legolm.errors import LegolmError
 from legolm.federate.wire.messages import MAX_REPLY_HEADER, Envelope, Name, TrainRequest
-from legolm.privacy import Advert, Grid, Session, Structure, bounds, quantum_range
+from legolm.privacy import (
+    Advert,
+    Atom,
+    Cohort,
+    Grid,
+    Scale,
+    Session,
+    Structure,
+    bounds,
+    deviation,
+    noisy,
+    quantum_range,
+)
 
 MAX_HEADER = 4 << 20
 """Bytes of a reply's header that names other clients."""
@@ -154,13 +167,26 @@ def counts(session: Session, adverts: Collection[Advert], there: Collection[str]
     return {id: count / most for id, count in found.items()}
 
 
-def steps(
-    grid: Grid, places: Sequence[np.ndarray], holders: Sequence[int], bits: int, row_bounds: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(step s, largest number Q) of each entry of these atoms, float32: a bound of its rank row over its atom's Q."""
-    most = [np.full(len(at), quantum_range(count, bits), np.float32) for at, count in zip(places, holders, strict=True)]
-    limits = np.concatenate(most)
-    return row_bounds[grid.rows[np.concatenate(places)]] / limits, limits
+def scale(
+    cohort: Cohort, chosen: Sequence[Atom], there: Collection[str], row_bounds: np.ndarray, dp: DpConfig | None
+) -> Scale:
+    """Of each entry of these atoms, whose holders among `there` are to send them: from the bound of its rank row.
+
+    With `dp`, of noise distributed, each adds its part, and those that must arrive are enough (`Session.parts`): by
+    what all signed, not by what the server says. Raises `LegolmError` for noise that no number holds.
+    """
+    counts = [len(set(there).intersection(one.holders)) for one in chosen]
+    sizes = [len(one.places) for one in chosen]
+    most = np.repeat(np.array([quantum_range(count, cohort.bits) for count in counts], dtype=np.float32), sizes)
+    bound = row_bounds[cohort.grid.rows[np.concatenate([one.places for one in chosen])]]
+    if dp is None:
+        return Scale(bound / most, most)
+    parts = np.repeat([cohort.session.parts(count) for count in counts], sizes)
+    limit = np.minimum(bound.astype(np.float64), dp.clip)
+    found = noisy(limit, most, np.repeat(counts, sizes), deviation(dp) / np.sqrt(parts))
+    if not np.isfinite(found.step).all():
+        raise LegolmError(f"privacy.dp: noise of deviation {deviation(dp):.3g} is more than a number holds")
+    return found
 
 
 def row_bounds(grid: Grid, last: Mapping[str, Tensor] | None, holders: int, moved: float) -> np.ndarray:

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from legolm.config import DataConfig, RowsConfig, RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.bridge import PIECE
-from legolm.federate.wire.messages import MAX_SAID, Name
+from legolm.federate.wire.messages import Name, plain
 
 MAX_FILES, MAX_PIECES = 1000, 1 << 20
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Limit = Annotated[int, Field(ge=1)] | None
 FileName = Annotated[
     str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")
 ]
@@ -41,7 +42,7 @@ class OwnData(_Told):
     rows: RowsConfig
     validation: Annotated[float, Field(gt=0, lt=1)]
     test: Annotated[float, Field(gt=0, lt=1)]
-    limits: tuple[int | None, int | None, int | None]
+    limits: tuple[Limit, Limit, Limit]
     system: str | None
     part: Name
     seed: int
@@ -85,10 +86,8 @@ def read_welcome(text: str) -> Welcome:
         return Welcome.model_validate_json(text)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise LegolmError(
-            f"the server's welcome: {where}: {problem['msg']}; is it of another version of legolm?"[:MAX_SAID]
-        ) from None
+        said = plain(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")
+        raise LegolmError(f"the server's welcome: {said}; is it of another version of legolm?") from None
 
 
 def block_files(folder: Path) -> list[BlockFile]:
