@@ -6,7 +6,7 @@ last line is one JSON object. `one_thread`, of each in llama.cpp q8_0 on one thr
 that llama.cpp's process took, which other work on the machine hardly changes; medians of turns. `decode_over_ideal`:
 the half block's over the LLM's, over the ratio of their bytes; `prefill_over_ideal`: the same of reading, over the
 ratio of the decoder's weights; medians of pairs. `q8_0_perplexity_ratio`: the largest of the five, of the file over its
-checkpoint. `figures` are of the clock: for those run it alone on the machine.
+checkpoint; beside it each with its standard error. `figures` are of the clock: for those run it alone on the machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from legolm.export import Speed, bench
 from legolm.export.gguf import described, spans, verify
 from legolm.export.gguf_write import write_gguf
 from legolm.export.llama_cpp import LlamaCpp, llama_cpp
-from legolm.export.probe import Reference
+from legolm.export.probe import Measured, Reference
 from legolm.export.source import open_source
 from legolm.export.speed import Runtime, peak
 from legolm.system import machine
@@ -64,7 +64,11 @@ def main() -> None:
     models = [given.model, *(str(block.path) for block in blocks.values())]
     files = [given.out / f"{place}.gguf" for place in range(len(models))]
     lost = [write(name, file, given.asked) for name, file in zip(models, files, strict=True)]
-    result = {"machine": machine(), "q8_0_perplexity_ratio": max(lost), "q8_0_perplexity_ratios": lost}
+    result = {
+        "machine": machine(),
+        "q8_0_perplexity_ratio": max(one.ratio for one in lost),
+        "q8_0_perplexity_ratios": [(one.ratio, one.stderr) for one in lost],
+    }
     print(json.dumps(result), flush=True)
     result |= in_cpu_time(models, files, blocks["half"], given)
     print(json.dumps(result), flush=True)
@@ -76,13 +80,13 @@ def main() -> None:
     print(json.dumps(result | {"figures": [asdict(one) for one in speeds]}))
 
 
-def write(name: str, file: Path, asked: int) -> float:
-    """The model in q8_0; its perplexity in llama.cpp over that of the checkpoint, on the same tokens."""
+def write(name: str, file: Path, asked: int) -> Measured:
+    """The model in q8_0, and how llama.cpp's distributions differ from the checkpoint's, on the same tokens."""
     with open_source(name, None, file) as source:
         layout, vocabulary = described(source)
         reference = Reference.of(source.load(), source.tokenizer, *spans(layout, asked))
         write_gguf(source.path, file, layout, vocabulary, "q8_0", name)
-        return verify(source, file, reference, "q8_0", vocabulary).ratio
+        return verify(source, file, reference, "q8_0", vocabulary)
 
 
 def in_cpu_time(models: list[str], files: list[Path], half: lg.Block, given: argparse.Namespace) -> dict[str, Any]:

@@ -6,15 +6,16 @@ import copy
 import gc
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # pytest-xdist's own process reads this file, and need not wait for torch
+    from transformers import PreTrainedTokenizerFast
 
 pytest_plugins = ["export_fixtures"]
 
@@ -28,15 +29,17 @@ LONG = (
     "test_pipeline.py",
     "test_deployment.py",
     "test_options.py",
-    "test_plugins.py",
-    "test_resume.py",
-    "test_starter.py",
-    "test_ray.py",
-    "test_federation.py",
-    "test_gpu.py",
     "test_cli.py",
+    "test_federation.py",
+    "test_resume.py",
+    "test_ray.py",
     "test_export.py",
-    "test_killed.py",
+    "test_gguf.py",
+    "test_plugins.py",
+    "test_scoring.py",
+    "test_starter.py",
+    "test_gpu.py",
+    "test_start.py",
 )
 """Files that take the longest begin, so that no worker is left with one."""
 
@@ -57,6 +60,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
         patched.setenv("XDG_CACHE_HOME", str(shared / "cache"))
         patched.setattr(os, "fsync", lambda descriptor: None)
+        patched.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a thread for each tiny tensor takes longer than reading it
         yield
 
 
@@ -65,6 +69,21 @@ def imports_stay() -> None:
     """Runs collect garbage whenever they change models: all that is imported need not be looked at each time."""
     gc.collect()
     gc.freeze()
+
+
+UNDRAWN = ("federate", "study", "runs", "test_resume.py", "test_plugins.py", "test_honest_failures.py")
+"""Tests that read a run's figures as numbers: drawing its curves would be a fifth of their time."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs write their page without curves where nobody looks at it; where pages or all options are tested, with."""
+    from helpers import no_figure
+
+    with pytest.MonkeyPatch.context() as patched:
+        if set(UNDRAWN) & {*request.path.relative_to(Path(__file__).parent).parts}:
+            patched.setattr("legolm.report.plots._svg", no_figure)
+        yield
 
 
 @pytest.fixture
@@ -88,6 +107,9 @@ CHATML = (
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, 260 tokens in all, with the ChatML template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = Tokenizer(models.BPE(vocab={sign: index for index, sign in enumerate(alphabet)}, merges=[]))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -105,6 +127,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def bos_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The same without a template; its post-processor begins every text with BOS, as Llama's and Gemma's do."""
+    from tokenizers import processors
+
     found = copy.deepcopy(tokenizer)
     bos, found.chat_template = str(found.bos_token), None
     found.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -191,6 +215,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 
     GPT-NeoX has 4 KV groups of one head.
     """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     folders: dict[str, Path] = {}
 
     def make(variant: str) -> Path:
@@ -272,6 +299,17 @@ def three_clients(tiny: Callable[[str], Path], corpus: Path) -> Callable[..., di
         return raw | changes
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for 64 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk]).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
 
 
 TASK = {

@@ -5,18 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from legolm.adapter import init_factors, merge, save_adapter, save_factors, slice_factors
-from legolm.block import Block, Manifest, read_block, write_block
-from legolm.config import BlockConfig, CalibrationConfig
-from legolm.models import fingerprint, load_model, load_tokenizer, save_model
-from legolm.prune import cut_blocks
-from legolm.runs import seal
-from legolm.system import Progress
+if TYPE_CHECKING:  # as in conftest.py
+    from legolm.block import Block
 
 SHARP = 8.0
 """Times what is drawn: attention that looks somewhere, or a wrong rotation would hardly show."""
@@ -25,6 +19,8 @@ SHARP = 8.0
 @pytest.fixture(scope="session")
 def sharp(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny`, with larger query and key weights."""
+    from safetensors.torch import load_file, save_file
+
     made: dict[str, Path] = {}
 
     def make(variant: str) -> Path:
@@ -45,6 +41,11 @@ def sharp(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def block(sharp: Callable[[str], Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Block]:
     """A block of a sharp variant with 64 of 96 neurons and one KV group of two, where the family lets it go."""
+    from legolm.config import BlockConfig, CalibrationConfig
+    from legolm.models import fingerprint
+    from legolm.prune import cut_blocks
+    from legolm.system import Progress
+
     made: dict[str, Block] = {}
 
     def make(variant: str, **target: object) -> Block:
@@ -67,6 +68,13 @@ def block(sharp: Callable[[str], Path], corpus: Path, tmp_path_factory: pytest.T
 
 def _make_run(folder: Path, block: Block) -> Path:
     """What a run leaves of one client, `fr`, with this block: the block as it was cut, and what it ended with."""
+    import torch
+
+    from legolm.adapter import init_factors, merge, save_adapter, save_factors, slice_factors
+    from legolm.block import Manifest, read_block, write_block
+    from legolm.models import load_model, load_tokenizer, save_model
+    from legolm.runs import seal
+
     cut, final = folder / "blocks" / "b", folder / "final" / "fr"
     shutil.copytree(block.path, cut)
     (folder / "config.yaml").write_text("{}")

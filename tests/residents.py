@@ -8,8 +8,8 @@ from typing import Any
 
 from legolm.config import RunConfig
 from legolm.federate.bridge import PIECE
-from legolm.federate.client import Holdings, Profile, Resident
-from legolm.federate.transport.deployment import Asking
+from legolm.federate.client import Answering, Holdings, Piece, Profile, Resident
+from legolm.federate.transport.deployment import Asking, those
 from legolm.federate.transport.engine import Body
 from legolm.runs import RunDir
 
@@ -21,15 +21,24 @@ class Residents:
         self._folder, self._clients, self._memory = folder, clients, memory_mb or {}
         self.wire: list[bytes] = []
         self.said: dict[str, list[str]] = {id: [] for id in clients}
+        self.others: dict[str, Callable[[Piece], Answering]] = {}
         self.left: Callable[[str], bool] = lambda client: False
         self._replies: dict[str, tuple[dict[str, Any], bytes]] = {}
         self._sent = 0
 
     def __call__(self, run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
-        def piece(path: str, at: int) -> bytes:
-            return (run.path / "blocks" / path).read_bytes()[at : at + PIECE]
+        self.begin(run.path / "blocks")
+        body(Asking(those(run, config), self, self.said.setdefault("", []).append).exchange)  # type: ignore[arg-type]
 
-        self._residents = {
+    def begin(self, blocks: Path) -> None:
+        """Start the residents, which get their blocks' files from there; `others` are what they are."""
+
+        def piece(path: str, at: int) -> bytes:
+            return (blocks / path).read_bytes()[at : at + PIECE]
+
+        for id in self._clients:
+            (self._folder / "devices" / id).mkdir(parents=True, exist_ok=True)
+        self._residents: dict[str, Answering] = {
             id: Resident(
                 Holdings(
                     self._folder / "devices" / id,
@@ -42,10 +51,9 @@ class Residents:
                 self.said[id].append,
             )
             for id in self._clients
+            if id not in self.others
         }
-        for id in self._clients:
-            (self._folder / "devices" / id).mkdir(parents=True, exist_ok=True)
-        body(Asking(run, config, self, self.said.setdefault("", []).append).exchange)  # type: ignore[arg-type]
+        self._residents |= {id: make(piece) for id, make in self.others.items()}
 
     # As `Flower` of the SuperLink.
 

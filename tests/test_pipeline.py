@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -33,7 +34,7 @@ from legolm import pipeline
 from legolm.adapter import slice_factors
 from legolm.block import read_block
 from legolm.config import RunConfig
-from legolm.data import client_data, layouts, render
+from legolm.data import Example, client_data, layouts, render, tokens
 from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.federate import wire
@@ -452,6 +453,24 @@ def test_rows_are_read_once_a_run_and_again_when_they_change(
         file.write(json.dumps({"instruction": "Say", "output": "x"}) + "\n")
     assert len(client_data(config)["fr"].train) == held + 1
     assert len(read) == 2
+
+
+@pytest.mark.parametrize("change", ["federation.mode=pooled", "train.long_examples=refuse"])
+def test_rows_are_tokenized_once_a_process(
+    change: str, three_clients: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the plan, which wants their lengths, and for training on blocks with tokenizers of their own."""
+    federation = {"engine": "local", "rounds": 1}
+    raw = three_clients(tmp_path, ("dense", "wide", "wide"), rows=10, federation=federation)
+    (tmp_path / "run.yaml").write_text(json.dumps(raw | {"evaluate": {"local_only": False}}))
+    config, seen = configs.load(tmp_path / "run.yaml", [change]), Counter[Example]()
+    rendering = importlib.import_module("legolm.data.render")
+    real = rendering._texts
+    monkeypatch.setattr(tokens, "_kept", tokens._Kept())  # by other tests, of the same rows
+    monkeypatch.setattr(rendering, "_texts", lambda some, given: seen.update(some) or real(some, given))
+    pipeline.run(config, tmp_path / "out", models=False)
+    assert seen == {row: 1 for one in client_data(config).values() for part in (one.train, one.validation, one.test)
+                    for row in part}  # fmt: skip
 
 
 def test_profiles_get_the_largest_block_that_fits(home: Path, tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
+class MissingDataError(LegolmError):
+    """Data that a config names and that are not there; who has the config adds how to get them (`data.fetch`)."""
+
+
 MAX_SAID = 300
 """Signs of another library's error in one of ours."""
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -245,8 +246,15 @@ def test_a_trainer_of_this_script_stays_in_this_process(
     assert federation(llm, small, trainer=entry()).plan().plan.clients[0].id == "paris"
 
 
-def test_the_notebook_runs(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> None:
-    """Its code cells one after the other in a process, with other values in the cell that is tagged for it."""
+@pytest.mark.usefixtures("shipped")
+def test_the_notebook_runs(
+    tiny: Callable[[str], Path],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its code cells one after the other, with other values in the cell that is tagged for it."""
     path = Path(__file__).parents[2] / "examples" / "federation.ipynb"
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     cut = {"intermediate_size": 64, "calibration": str(corpus)}
@@ -254,11 +262,11 @@ def test_the_notebook_runs(tiny: Callable[[str], Path], corpus: Path, tmp_path: 
     tagged = ["parameters" in cell["metadata"].get("tags", ()) for cell in cells]
     assert tagged.count(True) == 1
     code = [given if tag else "".join(cell["source"]) for tag, cell in zip(tagged, cells, strict=True)]
-    script = tmp_path / "notebook.py"
-    script.write_text("\n".join(code))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "bounded_mean (bound 3.0)" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    script = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    exec(compile("\n".join(code), "federation.ipynb", "exec"), vars(script))
+    assert "bounded_mean (bound 3.0)" in capsys.readouterr().out
     assert (
         AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "run" / "final" / "weak").config.intermediate_size == 64
     )

@@ -46,7 +46,7 @@ def test_it_sees_crashes_time_and_memory(fuzz: ModuleType, tmp_path: Path) -> No
     fuzzer = fuzz.Fuzzer(0, tmp_path)
 
     def read(content: bytes, folder: Path) -> None:
-        held = bytearray(50_000_000)
+        held = bytearray(200_000_000)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
         while resource.getrusage(resource.RUSAGE_SELF).ru_utime < before + 0.05:
             pass
@@ -55,9 +55,9 @@ def test_it_sees_crashes_time_and_memory(fuzz: ModuleType, tmp_path: Path) -> No
     fuzzer._kinds = [type(fuzzer._kinds[0])("mine", "text", [b"x"], read, 1)]
     fuzzer._weights = [1]
     found = fuzzer.one(0)
-    assert (found["kind"], found["outcome"], found["error"]) == ("mine", "crash", "KeyError: 50000000")
+    assert (found["kind"], found["outcome"], found["error"]) == ("mine", "crash", "KeyError: 200000000")
     assert found["seconds"] >= 0.05
-    assert found["mb"] > 40
+    assert found["mb"] > 100  # what else is freed meanwhile counts against it
 
 
 def kinds(fuzzer: Any) -> list[str]:

@@ -49,7 +49,7 @@ def test_one_part_a_client_language_of_useful_size(parts: dict[str, ClientData])
 def test_known_questions_and_answers_are_there(parts: dict[str, ClientData]) -> None:
     def asked(language: str) -> dict[str, str]:
         data = parts[language]
-        return {question(example): answer(example) for example in data.train + data.validation + data.test}
+        return {question(example): answer(example) for example in (*data.train, *data.validation, *data.test)}
 
     assert asked("fr")["What is the French name of the country Germany?"] == "Allemagne"
     assert asked("de")["What is the German name of the language Turkish?"] == "Türkisch"
@@ -71,7 +71,7 @@ def test_a_qualifier_in_brackets_does_not_part_an_entity(parts: dict[str, Client
 def test_answers_differ_from_english_and_codes_that_name_nothing_are_left_out(
     parts: dict[str, ClientData],
 ) -> None:
-    examples = [e for data in parts.values() for e in data.train + data.validation + data.test]
+    examples = [e for data in parts.values() for e in (*data.train, *data.validation, *data.test)]
     assert all(answer(example) != entity(example) for example in examples)
     names = {entity(example) for example in examples}
     assert not names & {"Unknown Region", "Pseudo-Accents", "Unknown language", "Unknown Currency", "Africa"}
@@ -121,7 +121,7 @@ def test_a_client_has_the_dates_of_its_months_and_each_month_lies_with_four(date
 
 
 def test_dates_are_written_as_cldr_has_them(dates: dict[str, ClientData]) -> None:
-    found = {question(e): answer(e) for data in dates.values() for e in data.train + data.validation + data.test}
+    found = {question(e): answer(e) for data in dates.values() for e in (*data.train, *data.validation, *data.test)}
     asked = next(one for one in found if "-03-2" in one)
     year, _, day = asked.removeprefix("Write the date ").removesuffix(" in French.").split("-")
     assert found[asked] == f"{int(day)} mars {year}"

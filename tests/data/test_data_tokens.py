@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from legolm.data import Example, Message, TokenRows, Tokens, prose, render, store, tokenize
 from legolm.data.prose import SPANS, read_prose, read_text, text_tokens
+from legolm.data.sequence import encode_all
 from legolm.data.store import Examples
 from legolm.errors import LegolmError
 
@@ -141,3 +142,15 @@ def test_only_what_is_needed_of_a_long_text_is_read(
         file.write(b"\xff")
     with pytest.raises(LegolmError, match=r"long.txt:5001: not UTF-8"):
         read_prose([path], "text", 32_000, 0)
+
+
+ODD = ["", " ", "a", "Ünï\u2028 \U0001f600\n\n\tx  ", "<|im_start|>user\n<|im_end|>", "<|im_", "b" * 3000, "\x00"]
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_tokens_are_those_of_transformers(tokenizer: PreTrainedTokenizerFast, splits: bool) -> None:
+    """Also where a call of before, or its file, left a limit and padding in it."""
+    ours, theirs = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    ours.split_special_tokens = theirs.split_special_tokens = splits
+    ours(["a", "bbb"], max_length=2, truncation=True, padding=True)
+    assert encode_all(ODD, ours) == theirs(ODD, add_special_tokens=False, verbose=False)["input_ids"]

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from legolm.data import Example, Message
 from legolm.errors import LegolmError
 from legolm.evaluation import compare
+from legolm.evaluation.harness import run_tasks
 from legolm.evaluation.questions import Questions, measure
-from legolm.evaluation.tasks import load_tasks, run_tasks
+from legolm.evaluation.tasks import load_tasks
 from legolm.models import load_model, resolve
 from legolm.system import hub
 

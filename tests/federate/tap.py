@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import ssl
 import threading
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -27,6 +29,8 @@ class Tap:
         self._outer = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._outer.load_cert_chain(certificate, key)
         self._inner = ssl.create_default_context(cafile=str(ca))
+        self._open: set[asyncio.StreamWriter] = set()
+        self._cut_until = 0.0
         self.up: list[bytearray] = []
         self.down: list[bytearray] = []
         self._loop = asyncio.new_event_loop()
@@ -39,10 +43,39 @@ class Tap:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
+    def cut(self, seconds: float) -> None:
+        """Nothing passes for so long; what is open ends."""
+
+        def close() -> None:
+            self._cut_until = time.monotonic() + seconds
+            for one in self._open:
+                one.close()
+
+        self._loop.call_soon_threadsafe(close)
+
+    def say_again(self, path: bytes) -> int:
+        """Send the last whole request to this path of each connection once more; how many there were."""
+
+        async def send(content: bytes) -> None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._to, ssl=self._inner)
+            writer.write(content)
+            await asyncio.wait_for(reader.read(1 << 16), 10)
+            writer.close()
+
+        asked = [one for up in list(self.up) if (one := last_request(bytes(up), path))]
+        for content in asked:
+            asyncio.run_coroutine_threadsafe(send(content), self._loop).result()
+        return len(asked)
+
     async def _carry(self, inside: asyncio.StreamReader, outside: asyncio.StreamWriter) -> None:
+        if time.monotonic() < self._cut_until:
+            outside.close()
+            return
         with contextlib.suppress(OSError):  # either end may go at any time
             server, to = await asyncio.open_connection("127.0.0.1", self._to, ssl=self._inner)
+            self._open |= {to, outside}
             await asyncio.gather(self._pass(inside, to, self.up), self._pass(server, outside, self.down))
+            self._open -= {to, outside}
         outside.close()
 
     async def _pass(self, one: asyncio.StreamReader, two: asyncio.StreamWriter, kept: list[bytearray]) -> None:
@@ -53,6 +86,15 @@ class Tap:
                 two.write(part)
                 await two.drain()
         two.close()
+
+
+def last_request(sent: bytes, path: bytes) -> bytes:
+    """The last whole HTTP request to `path` in what a connection sent; empty where there is none."""
+    at = sent.rfind(b"POST " + path + b" ")
+    head = sent.find(b"\r\n\r\n", at) + 4
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", sent[max(at, 0) : head])
+    end = head + int(length[1]) if length else 0
+    return sent[at:end] if 0 <= at < end <= len(sent) else b""
 
 
 def secrets(ids: list[int], text: str, length: int = 8) -> Iterator[bytes]:

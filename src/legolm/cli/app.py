@@ -28,6 +28,7 @@ from legolm.cli.importing import import_model
 from legolm.cli.inspect import inspect
 from legolm.cli.pick import pick
 from legolm.cli.prune import prune
+from legolm.cli.relay import relay
 from legolm.cli.report import report
 from legolm.cli.run import run
 from legolm.cli.serve import serve
@@ -74,6 +75,7 @@ app.command()(ablate)
 app.command()(report)
 app.command()(status)
 app.command()(client)
+app.command()(relay)
 app.add_typer(certs, name="certs")
 app.add_typer(devices, name="devices")
 

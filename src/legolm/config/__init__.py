@@ -1,4 +1,4 @@
-"""The run's configuration: its fields (`sections`) and its files (`file`)."""
+"""The run's configuration: its fields (`sections`, `run`) and its files (`file`)."""
 
 from legolm.config.aggregation import (
     AggregateConfig,
@@ -24,6 +24,7 @@ from legolm.config.registry import (
     guarded,
     load_plugins,
 )
+from legolm.config.run import RunConfig, SiteConfig
 from legolm.config.section import LAYOUT_FIELDS, Fields, Layout, Name, RowsConfig, parse_quantity
 from legolm.config.sections import (
     AUTO,
@@ -34,8 +35,6 @@ from legolm.config.sections import (
     LoraConfig,
     Precision,
     Profile,
-    RunConfig,
-    SiteConfig,
     Split,
     TrainConfig,
 )

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from legolm.config.aggregation import AggregateConfig
+from legolm.config.run import RunConfig
 from legolm.config.section import OpenSection, Section
-from legolm.config.sections import RunConfig, TrainConfig
+from legolm.config.sections import TrainConfig
 from legolm.errors import LegolmError, nearest
 from legolm.system import read_bounded
 

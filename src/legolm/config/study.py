@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from legolm.config.file import override, read, validate
+from legolm.config.run import RunConfig
 from legolm.config.section import Name, Section
-from legolm.config.sections import RunConfig
 from legolm.errors import LegolmError
 
 RESERVED = ("blocks", "seeds", "compare.json", "compare.csv", "compare.html")

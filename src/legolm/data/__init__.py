@@ -1,14 +1,15 @@
 """From files, hub data sets and the starter data to clients' examples, tokens and calibration text."""
 
 from legolm.data.calibration import calibration_tokens, check_text, help_tokens
-from legolm.data.examples import ClientData, Example, Message
+from legolm.data.examples import Example, Message
 from legolm.data.layouts import read_examples, to_example, with_system
 from legolm.data.prose import read_text, text_tokens
-from legolm.data.render import Tokens, check_whole, render, render_prompt, render_whole
+from legolm.data.render import Tokens, render, render_prompt, render_whole
 from legolm.data.sequence import begin, begun, check_tokens, encode, windows
 from legolm.data.sources import check_apart, paths_of, read_rows
 from legolm.data.split import client_data, data_fingerprint, load_parts, own_part
 from legolm.data.starter import is_starter
+from legolm.data.store import ClientData, Examples
 from legolm.data.template import (
     DATE,
     dated_template,
@@ -18,15 +19,17 @@ from legolm.data.template import (
     take_look,
     unused_tools,
 )
-from legolm.data.tokens import TokenRows, tokenize
+from legolm.data.tokens import TokenRows, Turns, check_whole, tokenize, tokens_of
 
 __all__ = [
     "DATE",
     "ClientData",
     "Example",
+    "Examples",
     "Message",
     "TokenRows",
     "Tokens",
+    "Turns",
     "begin",
     "begun",
     "calibration_tokens",
@@ -56,6 +59,7 @@ __all__ = [
     "text_tokens",
     "to_example",
     "tokenize",
+    "tokens_of",
     "unused_tools",
     "windows",
     "with_system",

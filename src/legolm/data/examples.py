@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,12 +56,3 @@ class Example:
         """Each answer of the conversation that something stands before, as an example of its own."""
         ends = [place for place, one in enumerate(self.messages, 1) if one.role == "assistant" and place > 1]
         return tuple(Example(self.messages[:end], self.raw, self.tools) for end in ends) or (self,)
-
-
-@dataclass(frozen=True)
-class ClientData:
-    """What one client holds. It never leaves the client."""
-
-    train: Sequence[Example]
-    validation: Sequence[Example]
-    test: Sequence[Example]

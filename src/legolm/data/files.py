@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from legolm.errors import LegolmError, brief
+from legolm.errors import LegolmError, MissingDataError, brief
 from legolm.system import strict_decoder
 
 MAX_BYTES = 4 * 10**9
@@ -76,7 +76,7 @@ def check_file(path: Path, field: str) -> None:
     if path.is_dir():
         raise LegolmError(f"{field}: {path} is a folder; name its files, for instance {path}/*.jsonl")
     if not path.is_file():
-        raise LegolmError(f"{field}: no file {path}")
+        raise MissingDataError(f"{field}: no file {path}")
     if path.stat().st_size > MAX_BYTES:
         raise _too_large(path, field)
 

@@ -7,9 +7,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, get_args
 
-from legolm.config import LAYOUT_FIELDS, RowsConfig
+from legolm.config import LAYOUT_FIELDS, Fields, RowsConfig
 from legolm.data.examples import Example, Message, Role
 from legolm.data.files import BadRow, Written
 from legolm.data.sources import Row, read_records
@@ -56,7 +57,7 @@ def layout_of(row: Row, config: RowsConfig) -> Found:
 
     Raises `BadRow` where there is nothing of any.
     """
-    tries = [_columns(name, config, row.values) for name in _candidates(config)]
+    tries = [Found(name, _columns(names, row.values)) for name, names in _candidates(config.layout, config.fields)]
     # Rows of several layouts may have the fields of all of them, and those of the others are null.
     for there in ({name for name, value in row.values.items() if value is not None}, row.values.keys()):
         whole = [one for one in tries if all(name in there for role, name in one.columns.items() if role != MAY_LACK)]
@@ -176,22 +177,20 @@ def unread(field: str, unused: Mapping[str, int]) -> list[str]:
     return [f"{field}: nothing uses the text in field `{name}` ({count:,} rows)." for name, count in unused.items()]
 
 
-def _candidates(config: RowsConfig) -> list[str]:
-    if config.layout != "auto":
-        return [config.layout]
-    return [name for name, has in LAYOUT_FIELDS.items() if config.fields.given.keys() <= set(has)]
+@lru_cache(maxsize=16)  # asked for every row
+def _candidates(layout: str, fields: Fields) -> list[tuple[str, Mapping[str, Sequence[str]]]]:
+    """Layouts that rows may have, and the names that each of their fields may have: the one given, else all its own."""
+    given = fields.given
+    names = [name for name, has in LAYOUT_FIELDS.items() if given.keys() <= set(has)] if layout == "auto" else [layout]
+    return [
+        (name, {role: (given[role],) if given.get(role) else own for role, own in COLUMNS[name].items()})
+        for name in names
+    ]
 
 
-def _columns(layout: str, config: RowsConfig, values: Mapping[str, Any]) -> Found:
-    """The names of the layout's fields in this row: those given, those that are there, or the first of its own."""
-    given = config.fields.given
-    return Found(
-        layout,
-        {
-            role: given.get(role) or next((name for name in names if name in values), names[0])
-            for role, names in COLUMNS[layout].items()
-        },
-    )
+def _columns(names: Mapping[str, Sequence[str]], values: Mapping[str, Any]) -> dict[str, str]:
+    """The names of a layout's fields in this row: those that are there, or the first."""
+    return {role: next((name for name in some if name in values), some[0]) for role, some in names.items()}
 
 
 def _by_turns(found: Found, row: Row, config: RowsConfig) -> Found:

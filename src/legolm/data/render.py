@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
@@ -52,7 +54,27 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 
 def render_many(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens]:
     """As `render`, of some at once, which is several times faster."""
-    texts = _texts(examples, tokenizer)
+    return _tokens(examples, _texts(examples, tokenizer), tokenizer, max_length)
+
+
+def render_each(
+    batches: Iterable[Sequence[Example]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[Tokens]:
+    """As `render_many`, of one batch after the other: the next is with the template while one is tokenized."""
+    with ThreadPoolExecutor(1) as ahead:
+        waiting = deque[tuple[Sequence[Example], Future[list[_Written]]]]()
+        for some in batches:
+            waiting.append((some, ahead.submit(_texts, some, tokenizer)))
+            if len(waiting) > 1:
+                examples, texts = waiting.popleft()
+                yield from _tokens(examples, texts.result(), tokenizer, max_length)
+        for examples, texts in waiting:
+            yield from _tokens(examples, texts.result(), tokenizer, max_length)
+
+
+def _tokens(
+    examples: Sequence[Example], texts: Sequence[_Written], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Tokens]:
     prompts = encode_all([one.prompt for one in texts], tokenizer)
     wholes = encode_all([one.prompt + one.answer for one in texts], tokenizer)
     first, found = begin(tokenizer), []
@@ -95,16 +117,6 @@ def render_whole(
                 "or leave it out"
             )
     return found
-
-
-def check_whole(examples: Sequence[Tokens], length: int, split: str, client: str) -> None:
-    """Raise `LegolmError` when one of them had more than `length` tokens."""
-    for place, example in enumerate(examples):
-        if example.truncated:
-            raise LegolmError(
-                f"data: {split} example {place} of {client!r} is longer than {length} tokens; raise "
-                "train.max_length as far as the model's context allows, or set train.long_examples=truncate"
-            )
 
 
 def _texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[_Written]:

@@ -37,13 +37,27 @@ def encode_all(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list
     """As `encode`, of several at once, which is faster."""
     if not texts:  # which transformers does not take
         return []
-    # verbose=False: a text longer than the model's context is no mistake here.
-    given: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    found: list[list[int]] = tokenizer(list(texts), **given)["input_ids"]
+    found = _ids(list(texts), tokenizer)
     rows = getattr(tokenizer, "rows", math.inf)  # which `load_tokenizer` knows
     for ids in found:
         if ids and max(ids) >= rows:
             raise _foreign(next(one for one in ids if one >= rows), tokenizer)
+    return found
+
+
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    from transformers import PreTrainedTokenizerFast
+
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        # As transformers does it, but without each token's place in its text, which takes a quarter of the time.
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    # verbose=False: a text longer than the model's context is no mistake here.
+    given: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    found: list[list[int]] = tokenizer(texts, **given)["input_ids"]
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from legolm.data.files import READERS, BadRow, first_line, kind_of, records, stem_of
-from legolm.errors import LegolmError, brief
+from legolm.errors import LegolmError, MissingDataError, brief
 from legolm.system import hub_answers, wants_offline
 
 
@@ -127,7 +127,7 @@ def paths_of(pattern: str, field: str) -> list[Path]:
     except (ValueError, RuntimeError, OSError) as error:  # a pattern like a**b, the home of nobody, a name too long
         raise LegolmError(f"{field}: {pattern!r} is no path or pattern ({first_line(error)})") from None
     if not found:
-        raise LegolmError(f"{field}: {pattern!r} matches no file")
+        raise MissingDataError(f"{field}: {pattern!r} matches no file")
     return found
 
 

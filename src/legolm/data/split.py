@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from legolm.config import DataConfig, RunConfig, SiteConfig
-from legolm.data.examples import ClientData, Example
+from legolm.data.examples import Example
 from legolm.data.layouts import Reading, unread, with_system
 from legolm.data.sources import Row, check_apart, names_of, parts_of, read_records
 from legolm.data.starter import SplitName, is_starter, starter_parts
-from legolm.data.store import Examples, Store
+from legolm.data.store import ClientData, Examples, Store
 from legolm.errors import LegolmError
 from legolm.system import file_state
 
@@ -244,7 +244,7 @@ def _check_known(clients: Sequence[str], parts: Collection[str]) -> None:
 
 def _with_system(data: ClientData, system: str | None) -> ClientData:
     held = (data.train, data.validation, data.test)
-    return ClientData(*(tuple(with_system(example, system) for example in examples) for examples in held))
+    return ClientData(*(Examples.of(with_system(example, system) for example in examples) for examples in held))
 
 
 def _refuse_what_starter_ignores(config: DataConfig) -> None:

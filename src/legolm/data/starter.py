@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
-from legolm.data.examples import ClientData, Example, Message
+from legolm.data.examples import Example, Message
+from legolm.data.store import ClientData, Examples
 from legolm.errors import LegolmError
 
 CLIENT_LANGUAGES = ("fr", "de", "es", "it", "nl", "pt", "sv", "pl")
@@ -83,7 +84,7 @@ def _split(questions: Iterable[Question], order: str) -> ClientData:
         splits[split].append(example)
     for split, examples in splits.items():
         random.Random(f"{order} {split}").shuffle(examples)
-    return ClientData(**{split: tuple(examples) for split, examples in splits.items()})
+    return ClientData(**{split: Examples.of(examples) for split, examples in splits.items()})
 
 
 def _dates(language: str, months: tuple[int, ...]) -> Iterator[Question]:

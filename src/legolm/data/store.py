@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, BinaryIO, overload
 
 import numpy as np
@@ -25,7 +28,7 @@ class Store:
         self._tail = bytearray()  # what is not in the file
         self._file: BinaryIO | None = None
         self._stored = 0
-        self._ends = array("q")
+        self._ends, self._tools = array("q"), bytearray()
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -35,6 +38,7 @@ class Store:
         turns = [[one.role, one.content, one.more] for one in example.messages]
         self._tail += json.dumps([turns, example.raw, example.tools], ensure_ascii=False).encode()
         self._ends.append(self._stored + len(self._tail))
+        self._tools.append(bool(example.tools))
         if len(self._tail) > IN_MEMORY:
             self._to_file()
 
@@ -57,6 +61,10 @@ class Store:
         assert self._file is not None
         return os.pread(self._file.fileno(), end - start, start)
 
+    def has_tools(self, place: int) -> bool:
+        """Whether the example of this place has tools."""
+        return bool(self._tools[place])
+
     def get(self, place: int) -> Example:
         """The example of this place."""
         turns, raw, tools = json.loads(self.content(place).decode())
@@ -76,6 +84,20 @@ class Examples(Sequence[Example]):
         for example in examples:
             store.add(example)
         return cls(store, np.arange(len(store)))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all of them: equal for equal examples in the same order."""
+        found = hashlib.sha256()
+        for place in self._places:
+            content = self._store.content(int(place))
+            found.update(len(content).to_bytes(8, "little") + content)
+        return found.hexdigest()
+
+    @property
+    def with_tools(self) -> int:
+        """How many have tools."""
+        return sum(self._store.has_tools(int(place)) for place in self._places)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -98,3 +120,12 @@ class Examples(Sequence[Example]):
         return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """What one client holds. It never leaves the client."""
+
+    train: Examples
+    validation: Examples
+    test: Examples

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from legolm.data.examples import Example
-from legolm.data.render import Tokens, render_many
+from legolm.data.render import Tokens, render_each
 from legolm.data.sequence import begin
+from legolm.data.store import Examples
+from legolm.data.template import prompt_look
 from legolm.errors import LegolmError
 
 if TYPE_CHECKING:
@@ -21,6 +25,9 @@ WHOLE = 1 << 40
 """More tokens than a text has."""
 AT_ONCE = 64
 """Examples rendered at once."""
+KEPT_TOKENS = 1 << 26
+"""In memory, of examples that may be asked for again: at most 256 MB, half of it for most vocabularies."""
+Turns = Literal["last", "all"]
 
 
 class TokenRows(Sequence[Tokens]):
@@ -48,6 +55,28 @@ class TokenRows(Sequence[Tokens]):
     def tokens(self) -> int:
         """Tokens of all examples."""
         return len(self._ids)
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenRows]) -> TokenRows:
+        """One after the other; of a single one, itself."""
+        if len(parts) == 1:
+            return parts[0]
+        found, kind = cls(), "I" if any(part._ids.typecode == "I" for part in parts) else "H"
+        found._ids = array(kind)
+        for part in parts:
+            ends = np.array(part._ends, dtype=np.int64) + len(found._ids)
+            found._ends.frombytes(ends.tobytes())
+            found._ids.extend(part._ids if part._ids.typecode == kind else array(kind, part._ids))
+            found._answers.extend(part._answers)
+            found._truncated.extend(part._truncated)
+            found._rewritten.extend(part._rewritten)
+        return found
+
+    @property
+    def first_truncated(self) -> int | None:
+        """The place of the first example that was cut; None where none was."""
+        place = self._truncated.find(1)
+        return None if place < 0 else place
 
     @property
     def rewritten(self) -> int:
@@ -87,7 +116,7 @@ def tokenize(
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    turns: Literal["last", "all"] = "last",
+    turns: Turns = "last",
 ) -> TokenRows:
     """At most `max_length` tokens of each example; a text is cut into as many examples as it takes.
 
@@ -97,11 +126,66 @@ def tokenize(
     found, first = TokenRows(), begin(tokenizer)
     answers = (one for example in examples for one in (example.turns if turns == "all" else (example,)))
     for is_text, alike in groupby(answers, key=lambda one: one.raw and len(one.messages) == 1):
-        while some := list(islice(alike, AT_ONCE)):
-            for tokens in render_many(some, tokenizer, WHOLE if is_text else max_length):
-                for one in _pieces(tokens, first, max_length) if is_text else (tokens,):
-                    found.add(one)
+        for tokens in render_each(_batches(alike), tokenizer, WHOLE if is_text else max_length):
+            for one in _pieces(tokens, first, max_length) if is_text else (tokens,):
+                found.add(one)
     return found
+
+
+def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    while some := list(islice(examples, AT_ONCE)):
+        yield some
+
+
+def tokens_of(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, turns: Turns = "last"
+) -> TokenRows:
+    """As `tokenize`, and once in a process: what the plan asked for, training has.
+
+    Of more than `KEPT_TOKENS` those that were asked for longest ago are made again. They are known by the examples'
+    content and by all that decides a text's tokens, whichever folder the tokenizer was read from.
+    """
+    key = examples.digest, _look(tokenizer), max_length, turns
+    found = _kept.pop(key, None)
+    if found is None:
+        found = tokenize(examples, tokenizer, max_length, turns)
+        _kept.count += found.tokens
+    _kept[key] = found
+    while len(_kept) > 1 and _kept.count > KEPT_TOKENS:
+        _kept.count -= _kept.pop(next(iter(_kept))).tokens
+    return found
+
+
+def check_whole(examples: TokenRows, length: int, split: str, client: str) -> None:
+    """Raise `LegolmError` when one of them had more than `length` tokens."""
+    place = examples.first_truncated
+    if place is not None:
+        raise LegolmError(
+            f"data: {split} example {place} of {client!r} is longer than {length} tokens; raise "
+            "train.max_length as far as the model's context allows, or set train.long_examples=truncate"
+        )
+
+
+class _Kept(dict[tuple[Any, ...], TokenRows]):
+    """The one used last is last. `count` are the tokens of all."""
+
+    count = 0
+
+
+_kept = _Kept()
+_looks: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def _look(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+    """All that decides what tokens a conversation has, and which are refused."""
+    if tokenizer not in _looks:
+        begin(tokenizer)  # by which it forgets the padding and truncation of whoever saved it
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        # One in Python is like no other.
+        content = f"{len(_looks)} {id(tokenizer)}" if backend is None else backend.to_str()
+        _looks[tokenizer] = hashlib.sha256(content.encode()).hexdigest()
+    special, rows = repr(tokenizer.special_tokens_map), getattr(tokenizer, "rows", None)
+    return _looks[tokenizer], special, rows, repr(prompt_look(tokenizer))
 
 
 def _pieces(whole: Tokens, first: Sequence[int], length: int) -> Iterator[Tokens]:

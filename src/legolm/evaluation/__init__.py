@@ -3,6 +3,7 @@
 from legolm.evaluation.answers import score
 from legolm.evaluation.figure import Figure, digest
 from legolm.evaluation.greedy import answer_rows, generate
+from legolm.evaluation.harness import run_tasks
 from legolm.evaluation.kept import kept_beside
 from legolm.evaluation.paired import compare
 from legolm.evaluation.perplexity import perplexity
@@ -10,7 +11,7 @@ from legolm.evaluation.questions import TEXT, Questions, check_finite, measure, 
 from legolm.evaluation.side_by_side import Evaluation, Result, Subject, evaluate, line_up, load_subject, write_json
 from legolm.evaluation.speed import tokens_per_second
 from legolm.evaluation.stream import answer_ends, reply
-from legolm.evaluation.tasks import load_tasks, run_tasks
+from legolm.evaluation.tasks import load_tasks
 
 __all__ = [
     "TEXT",

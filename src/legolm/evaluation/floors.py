@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from legolm.evaluation.figure import RatioFigure
+from legolm.evaluation.harness import TaskFigures
 from legolm.evaluation.questions import DATA, EXACT, LOSS
-from legolm.evaluation.tasks import TaskFigures
 
 REPEATED = 2
 """Answers are labels where each is there this many times in the mean, and not all are one."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from legolm.evaluation.figure import figure_of, whole_json
-from legolm.evaluation.tasks import TaskFigures
+from legolm.evaluation.harness import TaskFigures
 from legolm.system import LOCK, atomic_write, file_hash, locked, read_bounded
 
 

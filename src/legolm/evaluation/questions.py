@@ -17,10 +17,11 @@ from legolm.errors import LegolmError
 from legolm.evaluation.answers import score_each
 from legolm.evaluation.figure import Figure, RatioFigure, digest, ratio_figure
 from legolm.evaluation.greedy import generate
+from legolm.evaluation.harness import TaskFigures, run_tasks
 from legolm.evaluation.kept import Kept
 from legolm.evaluation.perplexity import text_windows, window_losses
 from legolm.evaluation.rouge import need_rouge, rouge_l
-from legolm.evaluation.tasks import TaskFigures, Tasks, load_tasks, run_tasks
+from legolm.evaluation.tasks import Tasks, load_tasks
 
 NOWHERE = Kept()
 BATCH = 8

@@ -19,11 +19,11 @@ from legolm.data import Tokens, prompt_look, take_look, unused_tools
 from legolm.errors import LegolmError, brief
 from legolm.evaluation.figure import Figure
 from legolm.evaluation.floors import warnings
+from legolm.evaluation.harness import TaskFigures
 from legolm.evaluation.kept import Kept, as_json, digest_of, from_json
 from legolm.evaluation.paired import Comparison, compare
 from legolm.evaluation.questions import NOWHERE, Questions, check_finite, measure, sample, sampled
 from legolm.evaluation.speed import tokens_per_second
-from legolm.evaluation.tasks import TaskFigures
 from legolm.models import (
     Head,
     choose_device,

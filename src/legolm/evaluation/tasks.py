@@ -1,4 +1,4 @@
-"""Benchmark tasks through lm-evaluation-harness, on a model in memory."""
+"""Benchmark tasks of lm-evaluation-harness, read and checked: its own, and those of YAML files."""
 
 from __future__ import annotations
 
@@ -7,37 +7,27 @@ import difflib
 import io
 import json
 import logging
-import math
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateError, meta
 
-from legolm.config import Precision
-from legolm.data import begin, begun, encode
 from legolm.errors import LegolmError
-from legolm.evaluation.figure import Figure, digest, ratio_figure
-from legolm.models import scales_by_length
+from legolm.evaluation.figure import digest
 from legolm.system import hub_answers, wants_offline
 
-BATCH = 8
-BOOTSTRAPS = 200
-"""Resamples for the standard error (to about 5 %) of the few figures that are no mean over questions: F1, Matthews."""
 NEEDED = ("dataset_path", "doc_to_text", "doc_to_target")
 TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 SPLITS = ("test_split", "validation_split")
 PLACES = ("dataset_path", "dataset_kwargs", "metadata")
 """Where a task's files lie: the same questions from elsewhere are the same questions."""
-
-TaskFigures = dict[str, dict[str, Figure]]
-"""By task, and group of tasks, and metric."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,7 @@ def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | N
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     parts = []
     for name in names:
-        with _one_line(name, files.get(name), index[name].cfg), _quiet():
+        with _one_line(name, files.get(name), index[name].cfg), quiet():
             found = manager.load([name])
         for task_name, task in found["tasks"].items():
             if task_name in files:
@@ -116,116 +106,6 @@ def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | N
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed=1234)
     return Tasks(loaded, tuple(parts))
-
-
-def run_tasks(
-    model: Any, tokenizer: Any, tasks: Tasks, limit: int | None = None, precision: Precision = "fp32"
-) -> TaskFigures:
-    """Figures of a causal LM, or of one with a PEFT adapter, on the first `limit` questions of each task.
-
-    Means over questions, perplexities and bits per byte hold every question's part and can be compared pairwise; other
-    figures, and those of groups, are the harness's with its own standard error. Raises `LegolmError` where a question
-    lacks a field that the task's templates name.
-    """
-    from lm_eval.evaluator import evaluate
-
-    names = ", ".join(tasks.loaded["tasks"])
-    with _quiet():
-        wrapped = _harness_model()(
-            pretrained=model,
-            tokenizer=tokenizer,
-            # Padded to one length, sequences would have the frequencies of the longest.
-            batch_size=1 if scales_by_length(model) else BATCH,
-            mixed_precision_dtype="bfloat16" if precision == "bf16" else None,
-        )
-        try:
-            results = evaluate(wrapped, tasks.loaded, limit=limit, bootstrap_iters=BOOTSTRAPS)
-        except TemplateError as error:
-            raise LegolmError(f"task {names}: a question has not what its templates name ({error})") from None
-        except (LookupError, TypeError, ValueError, AttributeError, NameError, ArithmeticError) as error:
-            raise LegolmError(f"task {names}: {type(error).__name__}: {_line(error)}") from error
-    found: TaskFigures = {}
-    for name, figures in results["results"].items():
-        samples = results["samples"].get(name, [])
-        task = tasks.loaded["tasks"].get(name)
-        aggregations = task.aggregation() if task else {}
-        found[name] = {}
-        for key, value in figures.items():
-            metric, _, pipeline = key.partition(",")
-            if not pipeline or metric.endswith("_stderr"):
-                continue
-            answered = [one for one in samples if one["filter"] == pipeline and metric in one]
-            label = metric if pipeline == "none" else f"{metric} ({pipeline})"
-            stderr = figures.get(f"{metric}_stderr,{pipeline}")
-            found[name][label] = _figure(
-                [one[metric] for one in answered],
-                getattr(aggregations.get(metric), "__name__", ""),
-                digest(one["doc_hash"] for one in answered),
-                Figure(float(value), stderr if isinstance(stderr, float) else None, figures["sample_len"]),
-            )
-    return {name: figures for name, figures in found.items() if figures}
-
-
-@cache
-def _harness_model() -> Any:
-    """The harness's model, whose sequences begin as everywhere else and keep it where they are too long."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Model(HFLM):  # type: ignore[misc]
-        _rolling = False
-
-        def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
-        ) -> list[int]:
-            ids, first = encode(string, self.tokenizer), begin(self.tokenizer)
-            if add_special_tokens is not False and not self._rolling:
-                ids = begun(ids, first)
-            return _last(ids, first, left_truncate_len or len(ids))
-
-        def tok_batch_encode(
-            self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
-        ) -> tuple[Any, Any]:
-            ids = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
-            padded = self.tokenizer.pad({"input_ids": ids}, padding_side=padding_side, return_tensors="pt")
-            return padded["input_ids"], padded["attention_mask"]
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            self._rolling = True  # the harness puts BOS before the first window itself
-            try:
-                return super().loglikelihood_rolling(requests, disable_tqdm)
-            finally:
-                self._rolling = False
-
-        def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
-            first = begin(self.tokenizer)
-            fitting = [
-                (text, _last(context, first, max(1, self.max_length + 1 - len(wanted))), wanted)
-                for text, context, wanted in requests
-            ]
-            return super()._loglikelihood_tokens(fitting, *args, **kwargs)
-
-    return Model
-
-
-def _last(ids: list[int], first: list[int], most: int) -> list[int]:
-    """At most so many of the tokens: what they begin with and the last ones."""
-    kept = first[:most] if ids[: len(first)] == first and len(ids) > most else []
-    return kept + ids[max(0, len(ids) - most + len(kept)) :] if len(ids) > most else ids
-
-
-def _figure(values: list[Any], aggregation: str, questions: str, harness: Figure) -> Figure:
-    """The harness's figure, with each question's part where its aggregation is a ratio of sums."""
-    if not values:
-        return harness
-    if aggregation == "mean":
-        return ratio_figure([float(value) for value in values], None, questions)
-    if aggregation == "perplexity":
-        return ratio_figure([-float(value) for value in values], None, questions, exponential=True)
-    if aggregation in ("weighted_perplexity", "bits_per_byte"):
-        exponential = aggregation == "weighted_perplexity"
-        unit = 1.0 if exponential else math.log(2)
-        return ratio_figure([-loss / unit for loss, _ in values], [size for _, size in values], questions, exponential)
-    return harness
 
 
 def _need_harness() -> Any:
@@ -251,7 +131,7 @@ def _check_files(include: Path) -> None:
         try:
             load_yaml(path, resolve_func=False)
         except (yaml.YAMLError, ValueError, OSError) as error:
-            raise LegolmError(f"task file {path}: not a task ({_line(error)})") from None
+            raise LegolmError(f"task file {path}: not a task ({line(error)})") from None
 
 
 @lru_cache
@@ -304,7 +184,7 @@ def _beside_its_yaml(entry: Any) -> Any:
     try:
         config = load_yaml(path)
     except Exception as error:  # its functions' files run here
-        raise LegolmError(f"task file {path}: {_line(error)}") from None
+        raise LegolmError(f"task file {path}: {line(error)}") from None
     missing = [field for field in NEEDED if config.get(field) is None]
     if "custom_dataset" in config or "use_prompt" in config:
         missing = []
@@ -364,19 +244,19 @@ def _one_line(name: str, path: Path | None, config: Any) -> Iterator[None]:
         yield
     except ConnectionError as error:
         raise LegolmError(
-            f"{place}: its data are not on this machine ({_line(error)}); go online once, or give a YAML task on "
+            f"{place}: its data are not on this machine ({line(error)}); go online once, or give a YAML task on "
             "files of your own (--include)"
         ) from None
     except IndexError as error:  # the harness tries the first question
         raise LegolmError(
-            f"{place}: {_line(error)}; is a choice of question 1 empty, or its right choice none of its choices?"
+            f"{place}: {line(error)}; is a choice of question 1 empty, or its right choice none of its choices?"
         ) from None
     except LegolmError:
         raise
     except Exception as error:  # whatever the user's own functions raise
         named = sorted(_fields_of(config or {}))
         wants = f"; its templates want the data's fields {', '.join(named)}" if named else ""
-        raise LegolmError(f"{place}: {_line(error)}{wants}") from None
+        raise LegolmError(f"{place}: {line(error)}{wants}") from None
 
 
 def _check_fields(task: Any, path: Path) -> None:
@@ -397,7 +277,7 @@ def _check_golds(task: Any, path: Path, limit: int | None) -> None:
             choices = task.doc_to_choice(doc)
             gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
         except Exception as error:  # whatever the user's own functions raise
-            raise LegolmError(f"task file {path}: question {number + 1}: {_line(error)}") from None
+            raise LegolmError(f"task file {path}: question {number + 1}: {line(error)}") from None
         many = isinstance(gold, list)  # of places; the harness cannot look up several texts
         for one in (gold or [None]) if many else [gold]:
             if one not in (range(len(choices)) if many or isinstance(one, int) else choices):
@@ -427,11 +307,12 @@ def _fields_of(config: dict[str, Any]) -> set[str]:
     return found
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
+    """What the error says, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _quiet() -> AbstractContextManager[Any]:
+def quiet() -> AbstractContextManager[Any]:
     """No progress bars of the harness where nobody watches."""
     if sys.stderr.isatty():
         return contextlib.nullcontext()

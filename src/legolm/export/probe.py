@@ -41,7 +41,7 @@ class Measured:
 
     `error`: root mean square of the difference of log-probabilities over their own standard deviation, over the
     likeliest tokens. `kl` (nats): KL(checkpoint ‖ runtime) of those and the rest. `same`: share of positions with the
-    same likeliest token. Perplexities are of the asked tokens.
+    same likeliest token. Perplexities are of the asked tokens; `stderr` is of their ratio, from differences by token.
     """
 
     error: float
@@ -49,6 +49,7 @@ class Measured:
     same: float
     perplexity: float
     reference: float
+    stderr: float
 
     @property
     def ratio(self) -> float:
@@ -59,7 +60,7 @@ class Measured:
         """In a line."""
         return (
             f"error {self.error:.2g}, KL {self.kl:.2g} nats, same likeliest token {self.same:.0%}, perplexity "
-            f"{self.perplexity:.4g} ({self.ratio:.4f} of the checkpoint's {self.reference:.4g})"
+            f"{self.perplexity:.4g} ({self.ratio:.4f} ± {self.stderr:.4f} of the checkpoint's {self.reference:.4g})"
         )
 
 
@@ -99,7 +100,9 @@ def measure(reference: Reference, answer: Answer) -> Measured:
     count = len(losses)
     own, its = (math.exp(-sum(pair[side] for pair in losses) / count) for side in (0, 1))
     error = math.sqrt(sum(squares) / max(sum(spreads), 1e-12))
-    return Measured(error, sum(divergences) / count, same / count, own, its)
+    lost = torch.tensor([its - own for own, its in losses], dtype=torch.float64)
+    stderr = own / its * float(lost.std(correction=0)) / math.sqrt(count)
+    return Measured(error, sum(divergences) / count, same / count, own, its, stderr)
 
 
 def _divergence(ours: Tensor, theirs: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -61,17 +62,25 @@ def load_config(path: Path) -> Any:
     Raises `LegolmError` for one that is broken or absurd, for a family that is not known, and when the weights' headers
     are not what the config says. No weights are read and no code of the checkpoint is run.
     """
+    read = [path / name for name in ("config.json", GENERATION, *QUANTIZED)]
+    config = copy.deepcopy(_dense_config(path, tuple(file_state(file) if file.exists() else "" for file in read)))
+    files = [path / "config.json", *weight_files(path)]
+    config.dtype = _check_weights(path, tuple(file_state(file) for file in files))
+    layout_of(config)
+    return config
+
+
+@lru_cache(maxsize=64)
+def _dense_config(path: Path, _states: tuple[str, ...]) -> Any:
+    """What `load_config` gives but for the weights, which a run asks for many times."""
     config = read_config(path)
     check_kind(config)
     if any((path / name).exists() for name in QUANTIZED):
         raise quantized_error("")
     if (path / GENERATION).exists():
         _check_generation(path / GENERATION)
-    _check_dense(path, file_state(path / "config.json"))
-    files = [path / "config.json", *weight_files(path)]
-    config.dtype = _check_weights(path, tuple(file_state(file) for file in files))
+    check_dense(model_of(path, AutoConfig.from_pretrained(path, trust_remote_code=False)))
     drop_code(config)
-    layout_of(config)
     return config
 
 
@@ -226,12 +235,6 @@ def drop_sampling(generation: Any) -> None:
     if not generation.do_sample:
         for flag in SAMPLING:
             setattr(generation, flag, None)
-
-
-@lru_cache(maxsize=64)
-def _check_dense(path: Path, _state: str) -> None:
-    """Raise `LegolmError` unless the config is a dense decoder's."""
-    check_dense(model_of(path, AutoConfig.from_pretrained(path, trust_remote_code=False)))
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,11 @@ def convert(
     where: dict[str, Any] = {"gguf_file": gguf.name}
     try:
         reader = GGUFReader(gguf)
-        config = AutoConfig.from_pretrained(gguf.parent, **where)
+        with _parsed(reader):
+            config = AutoConfig.from_pretrained(gguf.parent, **where)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
         architecture = read_field(reader, "general.architecture")[0]
         scaling = set(read_field(reader, f"{architecture}.rope.scaling.type"))
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
@@ -84,6 +86,19 @@ def convert(
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+
+
+@contextmanager
+def _parsed(reader: Any) -> Iterator[None]:
+    """Let transformers have the file as it is parsed: it would parse every token again for the config, and again."""
+    import gguf
+
+    real = gguf.GGUFReader
+    gguf.GGUFReader = lambda *_: reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = real
 
 
 def _rope(gguf: Path, config: Any, factors: Tensor) -> Mapping[str, Any]:

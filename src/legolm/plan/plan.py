@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from legolm.adapter import FACTORS, adapter_keys, adapter_layout, adapter_parameters, modules_of
+from legolm.adapter import adapter_keys, adapter_layout, adapter_parameters, modules_of
 from legolm.aggregate import make_scheme, rehearse
-from legolm.block import Base, Block, Coverage, llm_block, read_block
-from legolm.config import AUTO, SCHEMES, Precision, RowsConfig, RunConfig
+from legolm.block import Base, Coverage, llm_block
+from legolm.config import Precision, RunConfig
 from legolm.data import (
     ClientData,
     Example,
+    Examples,
     TokenRows,
-    check_text,
     check_tokens,
     check_whole,
     client_data,
     data_fingerprint,
-    is_starter,
-    paths_of,
-    read_text,
-    tokenize,
+    tokens_of,
 )
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, MissingDataError
 from legolm.federate.server import server_examples, start_factors
 from legolm.federate.wire import encoded_bytes
 from legolm.models import (
@@ -40,6 +38,7 @@ from legolm.models import (
     resolve,
 )
 from legolm.plan.assign import assign
+from legolm.plan.checks import check_clients, check_files, check_texts, given_blocks
 from legolm.plan.disk import mixed_parts, stages_bytes
 from legolm.plan.needs import leaner, settings_of, training_bytes, worst_batch
 from legolm.plan.notes import notes, prompt_notes
@@ -48,8 +47,7 @@ from legolm.plan.secure import summed
 from legolm.plan.trainees import Trainees, check_layers
 from legolm.privacy import bits_for
 from legolm.prune import criterion_of, planned_coverage, target_pattern
-from legolm.system import available_bytes, stored_tensors
-from legolm.trust import server_files
+from legolm.system import available_bytes
 
 SPARE_BYTES = 3 << 29
 """Memory left to the server, Flower's own processes and the system when actors are counted."""
@@ -136,36 +134,42 @@ class Parts:
     notes: tuple[str, ...]
 
 
+@contextmanager
+def _naming_fetch(config: RunConfig) -> Iterator[None]:
+    """Say beside missing data the command that brings them (`data.fetch`)."""
+    try:
+        yield
+    except MissingDataError as error:
+        way = f"{error}; bring it: {config.data.fetch}" if config.data.fetch else str(error)
+        raise LegolmError(way) from None
+
+
 def read_parts(config: RunConfig) -> Parts:
     """Read and tokenize the data. Raises `LegolmError` for bad rows, a client without any, and refused long ones.
 
     Devices' rows stay there: all that a client trains on at once may be as long as any.
     """
+    with _naming_fetch(config):
+        return _read_parts(config)
+
+
+def _read_parts(config: RunConfig) -> Parts:
     path, said = resolve(config.model), list[str]()
     if config.federation.engine == "deployment":
         longest = np.full(config.train.batch_size, config.train.max_length)
         server, tokenizer = server_examples(config, said), load_tokenizer(path, config.data)
         return Parts({}, {client.id: longest for client in config.clients}, server, tokenizer, tuple(said), ())
     data, tokenizer, most = client_data(config, said), load_tokenizer(path, config.data), config.train.max_length
-    refuse = config.train.long_examples == "refuse"
-    if refuse:
-        most = min(most, load_config(path).max_position_embeddings)
+    refuse, most = config.train.long_examples == "refuse", min(most, load_config(path).max_position_embeddings)
     lengths, learned, tools = {}, list[TokenRows](), 0
-
-    def counted(rows: Iterable[Example]) -> Iterator[Example]:
-        nonlocal tools
-        for row in rows:
-            tools += bool(row.tools)
-            yield row
-
     for client, rows in data.items():
         for split in ("train", "validation", "test"):
             texts = (message.content for row in getattr(rows, split) for message in row.messages)
             check_tokens(texts, tokenizer, f"data: {split} rows of {client!r}")
         for split in ("train", "validation", "test") if refuse else ("train",):
-            found = tokenize(
-                counted(getattr(rows, split)), tokenizer, most, config.train.turns if split == "train" else "last"
-            )
+            held: Examples = getattr(rows, split)
+            found = tokens_of(held, tokenizer, most, config.train.turns if split == "train" else "last")
+            tools += held.with_tools
             if refuse:
                 check_whole(found, most, split, client)
             if split == "train":
@@ -173,7 +177,7 @@ def read_parts(config: RunConfig) -> Parts:
                 learned.append(found)
     server = server_examples(config, said)
     if refuse:
-        check_whole(tokenize(server, tokenizer, most), most, "evaluate.server_data", "llm")
+        check_whole(tokens_of(Examples.of(server), tokenizer, most), most, "evaluate.server_data", "llm")
     chats = any(not row.raw for rows in data.values() for row in rows.train)
     return Parts(data, lengths, server, tokenizer, tuple(said), prompt_notes(tokenizer, learned, chats, tools))
 
@@ -186,7 +190,8 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     base = Base.of(path, "", model)
     shape, width = base.shape, base.dtype.itemsize
     choose_device(config.device)
-    of_texts = check_files(config)
+    with _naming_fetch(config):
+        of_texts = check_files(config)
     rehearse(config.aggregate)
     modules_of(shape, config.lora.ranks, "lora.ranks")
     check_weights(path)
@@ -293,119 +298,6 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     return Plan(
         path, precision, tuple(blocks), tuple(clients), found, actors, memory, disk, models, template, read, said
     )
-
-
-def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
-    """Blocks that are there already, by name. Raises `LegolmError` for one of another LLM and one that learned."""
-    found = {spec.name: read_block(Path(spec.path)) for spec in config.blocks if spec.path is not None}
-    own = fingerprint(base) if found else ""
-    for name, block in found.items():
-        if block.base_fingerprint != own:
-            raise LegolmError(f"block {name}: {block.path} was cut from another LLM than {config.model}; cut it anew")
-        if (block.path / FACTORS).is_file():
-            raise LegolmError(f"block {name}: {block.path} has learned something already; give the block as it was cut")
-        check_weights(block.path)
-    return found
-
-
-def check_files(config: RunConfig) -> tuple[str, ...]:
-    """What there is to say of calibration rows. Raises `LegolmError` when a file that the run needs is not there."""
-    read, said = set(), list[str]()  # most blocks see one text
-    for spec in config.cuts:
-        if spec.method not in ("dense", "given"):
-            where = f"block {spec.name}: "
-            rows = RowsConfig(**{name: getattr(spec.calibration, name) for name in RowsConfig.model_fields})
-            texts = []
-            for file in spec.calibration.statistics or ():
-                if not Path(file).is_file():
-                    raise LegolmError(f"{where}calibration.statistics: no file {file}")
-                stored_tensors(Path(file), f"{where}calibration.statistics: ", "collect it again")
-            if not spec.calibration.statistics:
-                texts.append((spec.calibration.text, "calibration.text"))
-            if spec.recover.text and spec.recover.most_steps:
-                texts.append((spec.recover.text, "recover.text"))
-            for text, field in texts:
-                if (text, rows) not in read:
-                    said += check_text(text, rows, f"{where}{field}")
-                    read.add((text, rows))
-    superlink = config.federation.superlink
-    if config.federation.engine == "deployment" and superlink.address is None:
-        server_files(Path(superlink.home))
-    if superlink.root_certificates is not None and not Path(superlink.root_certificates).is_file():
-        raise LegolmError(f"federation.superlink.root_certificates: no file {superlink.root_certificates}")
-    for field, folder in (("lora.start", config.lora.start), ("aggregate.start", config.aggregate.start)):
-        if folder and not Path(folder).is_dir():
-            raise LegolmError(f"{field}: no folder {folder}")
-    return tuple(said)
-
-
-def check_texts(config: RunConfig, tokenizer: Any) -> None:
-    """Raise `LegolmError` when a text to calibrate or recover on names a token that the model has no embedding for."""
-    for spec in config.cuts:
-        texts = {"calibration": spec.calibration.text}
-        if spec.recover.text and spec.recover.most_steps:
-            texts["recover"] = spec.recover.text
-        for section, text in texts.items():
-            if spec.method in ("dense", "given") or is_starter(text) or text == "pydoc" or text.startswith("hub:"):
-                continue
-            field = f"block {spec.name}: {section}.text"
-            files = (path for path in paths_of(text, field) if path.suffix.lower() not in (".parquet", ".gz"))
-            check_tokens((read_text(path, field) for path in files), tokenizer, field)
-
-
-def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collection[str]) -> None:
-    """Raise `LegolmError` when the scheme cannot put these clients' updates together; `dense` are whole LLMs' names."""
-    if config.federation.mode == "pooled":
-        return
-    taking = [c for c in config.clients if not config.federation.capable or block_of[c.id] in dense]
-    if not taking:
-        raise LegolmError("federation.capable: no client holds a dense block; add one or set it to false")
-    if config.federation.mode == "alone":
-        return
-    for number in range(1, config.federation.rounds + 1):
-        if not any(client.there(number) for client in taking):
-            raise LegolmError(
-                f"round {number}: no client takes part; change clients' joins and leaves, or federation.capable"
-            )
-    scheme, first, weight = make_scheme(config.aggregate), taking[0], config.aggregate.weight
-    if weight != "capped" and not scheme.weighs():
-        raise LegolmError(
-            f"aggregate.weight {weight!r}: scheme {config.aggregate.scheme!r} weighs clients in its own way; "
-            "take the weight out"
-        )
-    turning = next((client.id for client in taking if client.blocks), None)
-    if turning and (scheme.folds or (config.federation.error_feedback and config.federation.codec != "none")):
-        what = "aggregate.scheme" if scheme.folds else "federation.error_feedback"
-        raise LegolmError(
-            f"{what}: client {turning!r} trains another block in each round, which what it keeps of the last one does "
-            f"not fit; take {'another scheme' if scheme.folds else 'error_feedback: false'}, or one `block`"
-        )
-    if scheme.unequal == "block":
-        return
-    for client in taking:
-        if client.layers or client.blocks or (client.block == AUTO and len(config.blocks) > 1):
-            field, what = ("layers", "some layers") if client.layers else ("blocks", "another block in each round")
-            if client.block == AUTO:
-                field, what = f"block: {AUTO}", "the block that its device can hold"
-            raise LegolmError(
-                f"aggregate.scheme {config.aggregate.scheme!r}: client {client.id!r} trains {what}, and it "
-                f"averages equal adapters; take one of {SCHEMES.having('unequal', 'block')}, or take `{field}` out"
-            )
-    for client in taking:
-        block, rank = block_of[client.id], client.rank or config.lora.rank
-        why = ""
-        if scheme.dense and block not in dense:
-            why = f"holds block {block!r}, and it works on the whole LLM"
-        elif block != block_of[first.id] and not {block, block_of[first.id]} <= set(dense):
-            why = f"holds block {block!r} and {first.id!r} block {block_of[first.id]!r}, and it averages equal shapes"
-        elif scheme.unequal == "no" and rank != (first.rank or config.lora.rank):
-            why = f"has rank {rank} and {first.id!r} {first.rank or config.lora.rank}, and it averages equal ranks"
-        if why:
-            raise LegolmError(
-                f"aggregate.scheme {config.aggregate.scheme!r}: client {client.id!r} {why}; "
-                f"take one of {SCHEMES.having('unequal', 'block')}, "
-                "or leave such clients out (federation.capable: true)"
-            )
 
 
 def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int, sparsity: float) -> tuple[int, int]:

@@ -59,7 +59,8 @@ def mend(run: RunDir, config: RunConfig, note: Callable[[str], None]) -> dict[st
     """
     done = run.rounds_done()
     records = [_check_round(run.round(number), note) for number in range(done + 1) if run.round(number).exists()]
-    _check_clients(run, records)
+    if config.federation.engine != "deployment":  # else it is on the devices
+        _check_clients(run, records)
     for path in _after(run, done):
         note(f"{path}: is made again, for an earlier round is not there")
         shutil.rmtree(path)

@@ -19,6 +19,7 @@ FREE = (
     "federation.superlink.address",
     "federation.superlink.root_certificates",
     "evaluate.batch_size",
+    "data.fetch",
 )
 """Fields that change nothing that was done."""
 AGAIN: Mapping[str, tuple[str, ...]] = {

@@ -2,11 +2,13 @@
 
 from legolm.system.files import (
     LOCK,
+    DiskFullError,
     appearing,
     atomic_folder,
     atomic_write,
     cache_folder,
     check_room,
+    disk_full,
     file_hash,
     held_bytes,
     locked,
@@ -24,6 +26,7 @@ from legolm.system.tensors import Stored, file_state, open_tensors, stored_tenso
 
 __all__ = [
     "LOCK",
+    "DiskFullError",
     "Helpers",
     "Progress",
     "Stored",
@@ -34,6 +37,7 @@ __all__ = [
     "cache_folder",
     "check_room",
     "derive_seed",
+    "disk_full",
     "file_hash",
     "file_state",
     "free_port",

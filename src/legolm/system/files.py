@@ -19,6 +19,11 @@ from legolm.errors import LegolmError, brief
 
 LOCK = ".lock"
 
+
+class DiskFullError(LegolmError):
+    """No room now; later there may be."""
+
+
 os.umask(_UMASK := os.umask(0))  # it can only be read by setting it
 
 
@@ -55,7 +60,7 @@ def file_hash(path: Path) -> str:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that becomes `path` when the block ends well and vanishes when it does not.
 
-    Raises `LegolmError` when the disk is full.
+    Raises `DiskFullError` when the disk is full.
     """
     with scratch_folder(path) as partial:
         yield partial
@@ -70,7 +75,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def appearing(path: Path) -> Iterator[Path]:
     """Where to make a file or a folder that becomes `path`, which is not there, when the block ends well.
 
-    It vanishes when the block does not. Raises `LegolmError` when the disk is full.
+    It vanishes when the block does not. Raises `DiskFullError` when the disk is full.
     """
     with scratch_folder(path) as partial:
         made = partial / path.name
@@ -92,7 +97,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         try:
             folder.mkdir(parents=True)
         except OSError as error:
-            if _disk_full(error):
+            if disk_full(error):
                 raise
             raise LegolmError(f"{path}: cannot be made there ({brief(error)}); give another place") from None
         holder = os.open(folder, os.O_RDONLY)
@@ -100,8 +105,8 @@ def scratch_folder(path: Path) -> Iterator[Path]:
             fcntl.flock(holder, fcntl.LOCK_EX)
         yield folder
     except Exception as error:
-        if _disk_full(error):
-            raise LegolmError(f"{path}: the disk is full; free some space and run again with --resume") from None
+        if disk_full(error):
+            raise DiskFullError(f"{path}: the disk is full; free some space and run again with --resume") from None
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -125,7 +130,7 @@ def _sweep(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all. Raises `LegolmError` when the disk is full."""
+    """Write a file whole or not at all. Raises `DiskFullError` when the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -133,8 +138,8 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         _sync(partial)
         partial.replace(path)
     except OSError as error:
-        if _disk_full(error):
-            raise LegolmError(f"{path}: the disk is full; free some space and run again with --resume") from None
+        if disk_full(error):
+            raise DiskFullError(f"{path}: the disk is full; free some space and run again with --resume") from None
         raise
     finally:
         partial.unlink(missing_ok=True)
@@ -165,7 +170,7 @@ def check_room(out: Path, needed: int = 0) -> None:
         raise LegolmError(f"{out}: {folder} cannot be written to; give another --out")
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise LegolmError(
+        raise DiskFullError(
             f"{out}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
             "free some space or give another --out"
         )
@@ -197,10 +202,14 @@ def read_json(path: Path, *fields: str) -> dict[str, Any]:
     return value
 
 
-def _disk_full(error: BaseException) -> bool:
+def disk_full(error: BaseException) -> bool:
+    """Whether it says that there is no room: the system, a library in its own words, or `DiskFullError`."""
     # safetensors reports a full disk as its own error, with the system's words in it.
-    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
-        "No space left on device" in str(error) or "os error 28" in str(error)
+    return (
+        isinstance(error, DiskFullError)
+        or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+        or "No space left on device" in str(error)
+        or "os error 28" in str(error)
     )
 
 

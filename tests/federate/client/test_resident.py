@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import threading
@@ -18,7 +19,7 @@ from legolm import pipeline
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.bridge import PIECE, Link, connect, listen
-from legolm.federate.client import Holdings, Profile, Resident
+from legolm.federate.client import Holdings, Profile, Resident, answering
 from legolm.federate.client.fetch import UnreachableError, find_block
 from legolm.federate.transport import run_local
 from legolm.federate.wire import (
@@ -28,6 +29,7 @@ from legolm.federate.wire import (
     block_files,
     kind_of,
     own_data,
+    pack,
     read_welcome,
     unpack,
 )
@@ -112,6 +114,33 @@ def test_kept_replies(tmp_path: Path) -> None:
     (file,) = [one for one in (tmp_path / "replies").iterdir() if one.read_bytes().endswith(b"reply" * 3)]
     file.write_bytes(file.read_bytes()[:-1])
     assert kept.get(bytes([3])) is None
+
+
+def test_work_is_kept_in_memory_while_the_disk_is_full(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "ROOM_S", 0.01)
+    filler, said, work = small_disk / "filler", list[str](), list[bytes]()
+
+    class Working(answering.Answering):
+        def _work(self, told: Welcome, welcome: str, request: bytes, until: float | None) -> bytes:
+            work.append(request)
+            if len(work) == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            filler.write_bytes(b"x" * 50_000)
+            return b"y" * 30_000
+
+    def note(text: str) -> None:
+        said.append(text)
+        if "is in memory" in text:
+            filler.unlink()
+
+    device, request = Working(small_disk, "fr", note), pack(welcome_of(small_disk), {})
+    monkeypatch.setattr(answering, "kind_of", lambda request: "train")
+    told = welcome_of(small_disk).model_dump_json()
+    header, _ = device.answer(told, request)
+    assert "its disk is full" in header["again"] and "waits until there is room" in said[0]
+    for _ in range(2):
+        assert device.answer(told, request) == ({}, b"y" * 30_000)
+    assert len(work) == 2 and sum("is in memory" in line for line in said) == 1
 
 
 def test_a_device_answers_as_the_simulation(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

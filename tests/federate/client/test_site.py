@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,48 +12,37 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import ended, forked
 from legolm import config as configs
 from legolm import pipeline
 from legolm.adapter import init_factors, slice_factors
 from legolm.block import Block, read_block
 from legolm.config import RowsConfig, TrainConfig
-from legolm.data import client_data, read_examples
+from legolm.data import Examples, client_data, read_examples, tokens
 from legolm.errors import LegolmError
 from legolm.federate import wire
 from legolm.federate.client import ClientRuntime, HeldSite, Profile, only, simulated
 from legolm.federate.client.resident import SPLITS
 from legolm.runs import RunDir
 
-ALONE = """
-import sys
-from pathlib import Path
-from legolm.config import RowsConfig
-from legolm.data import read_examples
-from legolm.federate.client import ClientRuntime, HeldSite, Profile, only
-
-home, request, reply = map(Path, sys.argv[1:])
-rows = {"train": list(read_examples(str(home / "data" / "train.jsonl"), RowsConfig(), "data"))}
-site = HeldSite(home / "block", home, rows, Profile("cpu"))
-reply.write_bytes(ClientRuntime(only("fr", site)).answer(request.read_bytes()))
-"""
-
 
 def site(home: Path) -> HeldSite:
     """What is in the folder of `home`, rows by split."""
     data = {split: home / "data" / f"{split}.jsonl" for split in SPLITS}
-    rows = {split: list(read_examples(str(path), RowsConfig(), "data")) for split, path in data.items()}
+    rows = {split: Examples.of(read_examples(str(path), RowsConfig(), "data")) for split, path in data.items()}
     return HeldSite(home / "block", home, rows, Profile("cpu"))
 
 
-@pytest.fixture
-def run(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> RunDir:
+@pytest.fixture(scope="module")
+def run(three_clients: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A finished run of one round whose client `fr` holds the block `wide`."""
-    raw = three_clients(tmp_path / "all", ("wide", "dense", "dense"), federation={"engine": "local", "rounds": 1})
+    folder = tmp_path_factory.mktemp("site")
+    raw = three_clients(folder / "all", ("wide", "dense", "dense"), federation={"engine": "local", "rounds": 1})
     raw["evaluate"] = {"local_only": False}
-    path = tmp_path / "run.json"
+    path = folder / "run.json"
     path.write_text(json.dumps(raw))
-    pipeline.run(configs.load(path), tmp_path / "all" / "run", models=False)
-    return RunDir(tmp_path / "all" / "run")
+    pipeline.run(configs.load(path), folder / "all" / "run", models=False)
+    return RunDir(folder / "all" / "run")
 
 
 @pytest.fixture
@@ -89,12 +77,17 @@ def request(block: Block, client: str = "fr", **train: Any) -> bytes:
 def test_a_client_trains_where_nothing_but_its_folder_is(run: RunDir, home: Path, tmp_path: Path) -> None:
     asked = request(read_block(run.block("wide")))
     expected, expected_change = wire.unpack(ClientRuntime(simulated(run)).answer(asked), wire.UpdateReply)
-    (tmp_path / "request").write_bytes(asked)
-    shutil.rmtree(tmp_path / "all")  # the run, its config, everyone's data: gone before the process starts
-    paths = [home, tmp_path / "request", tmp_path / "reply"]
-    command = [sys.executable, "-c", ALONE, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=home, timeout=120)
-    assert done.returncode == 0, done.stderr
+
+    def alone() -> None:
+        os.chdir(home)
+        (tmp_path / "reply").write_bytes(ClientRuntime(only("fr", site(home))).answer(asked))
+
+    everything = run.path.parent  # the run, its config, everyone's data: not there while the process works
+    away = everything.rename(everything.with_name("away"))
+    try:
+        assert ended(forked(alone)) == 0
+    finally:
+        away.rename(everything)
     found, change = wire.unpack((tmp_path / "reply").read_bytes(), wire.UpdateReply)
     assert set(change) == set(expected_change)
     assert all(torch.equal(change[key], tensor) for key, tensor in expected_change.items())
@@ -119,20 +112,23 @@ def test_a_device_answers_for_itself_only(run: RunDir, home: Path) -> None:
 
 
 def test_what_is_kept_of_many_clients_is_bounded(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, held = tokens._Kept(), client_data(run.config())
+    monkeypatch.setattr(tokens, "_kept", kept)
     block = read_block(run.block("wide"))
     header = {"run": "r", "client": "fr", "block": "wide", "rank": 0, "scale": 2.0}
     header |= {"base_fingerprint": block.base_fingerprint, "coverage_hash": block.coverage.hash}
     header |= {"targets": None, "ranks": {}, "max_length": 99, "long_examples": "truncate", "precision": "fp32"}
     asked = wire.EvaluateRequest(**header, sets=[(id, "test") for id in ("fr", "de", "es", "fr")], batch_size=4)
     content = wire.pack(asked, wire.encode(init_factors(block.coverage.shape, None, 0, 0), "none"))
-    whole = ClientRuntime(simulated(run))
-    expected = wire.unpack(whole.answer(content), wire.ScoreReply)[0]
-    assert [key[0] for key in whole._tokens] == ["de", "es", "fr"]  # read once each, used last is last
-    size = whole._kept
-    monkeypatch.setattr("legolm.federate.client.runtime.KEPT_TOKENS", size - 1)
-    some = ClientRuntime(simulated(run))
-    assert wire.unpack(some.answer(content), wire.ScoreReply)[0] == expected
-    assert [key[0] for key in some._tokens] == ["es", "fr"] and some._kept < size
+    expected = wire.unpack(ClientRuntime(simulated(run)).answer(content), wire.ScoreReply)[0]
+    assert [key[0] for key in kept] == [held[id].test.digest for id in ("de", "es", "fr")]  # used last is last
+    size = kept.count
+    assert size == sum(map(len, (one.ids for rows in kept.values() for one in rows)))
+    kept.clear()
+    kept.count = 0
+    monkeypatch.setattr(tokens, "KEPT_TOKENS", size - 1)
+    assert wire.unpack(ClientRuntime(simulated(run)).answer(content), wire.ScoreReply)[0] == expected
+    assert [key[0] for key in kept] == [held[id].test.digest for id in ("es", "fr")] and kept.count < size
 
 
 def test_a_client_can_refuse_long_examples(home: Path) -> None:

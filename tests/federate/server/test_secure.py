@@ -23,7 +23,7 @@ from legolm.federate import wire
 from legolm.federate.bridge import PIECE
 from legolm.federate.client import Holdings, Profile, Resident
 from legolm.federate.transport import Exchange, Reply, Request, run_local
-from legolm.federate.transport.deployment import Asking
+from legolm.federate.transport.deployment import those
 from legolm.federate.transport.engine import Body
 from legolm.plan import make_plan
 from legolm.privacy import Advert, Session, gaussian_epsilon
@@ -198,11 +198,11 @@ def test_devices_sign_with_what_was_registered_and_keep_secrets_in_memory(raw: d
             data = (str(tmp_path / "data" / f"{id}.jsonl"),)
             held = Holdings(tmp_path / "devices" / id, data, profile=Profile("cpu"), roster=tmp_path / "roster.json")
             residents[id] = Resident(held, id, piece, lambda text: None)
-        asking = Asking(folder, config, None, lambda text: None)  # type: ignore[arg-type]
+        told = those(folder, config).welcome
 
         def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
             for index, one in enumerate(requests):
-                header, reply = residents[one.client].answer(asking._welcome(one), one.content)
+                header, reply = residents[one.client].answer(told(one), one.content)
                 yield Reply(index, reply, header.get("error", ""))
 
         body(exchange)

@@ -12,7 +12,7 @@ import pytest
 from legolm import config as configs
 from legolm.config import RunConfig
 from legolm.federate.transport import Reply, Request, deployment
-from legolm.federate.transport.deployment import Asking
+from legolm.federate.transport.deployment import Asking, those
 from legolm.federate.transport.superlink import LostError
 from legolm.federate.wire import EvaluateRequest, pack, read_welcome
 from legolm.runs import RunDir, read_live
@@ -83,7 +83,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
 
     def run(flower: Flower, deadline_s: float | None = None, first: int | None = None) -> tuple[list[Reply], list[str]]:
         said: list[str] = []
-        asking = Asking(RunDir(tmp_path), config, flower, said.append)  # type: ignore[arg-type]
+        asking = Asking(those(RunDir(tmp_path), config), flower, said.append)  # type: ignore[arg-type]
         if first is None:
             return list(asking.exchange(map(request, NAMES), deadline_s)), said
         with closing(asking.exchange(map(request, NAMES), deadline_s)) as replies:

@@ -47,6 +47,10 @@ class Link:
             found += part
         return bytes(found)
 
+    def fileno(self) -> int:
+        """Of the socket, for `select`."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         """The other end is told."""
         self._socket.close()

@@ -39,6 +39,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 log = logging.getLogger("legolm.guard")
 
 
+class ClockError(LegolmError):
+    """A signed time is not of now: one of two clocks is wrong, and may come right."""
+
+
 class Guard:
     """ASGI middleware: `home` has the register of devices, `blocks` is the folder of the run's cut blocks."""
 
@@ -79,7 +83,7 @@ class Guard:
             _check_signature(headers, pem)
         except LegolmError as error:
             self._log(f"kept out {peer}: {error}")
-            await _answer(send, 401, {"error": str(error)})
+            await _answer(send, 401, {"error": str(error), "again": isinstance(error, ClockError)})
             return
         query = {name: values[0] for name, values in parse_qs(scope["query_string"].decode("latin1")).items()}
         await self._own(scope, send, path.removeprefix(OWN), query, device)
@@ -158,7 +162,7 @@ def _is_here(peer: str) -> bool:
 
 
 def _check_signature(headers: Mapping[str, str], pem: bytes) -> None:
-    """Raise `LegolmError` unless the key signed a time of now."""
+    """Raise `LegolmError` unless the key signed a time, `ClockError` unless that is now."""
     from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 
     stamp = headers.get(TIME, "")
@@ -171,7 +175,7 @@ def _check_signature(headers: Mapping[str, str], pem: bytes) -> None:
     if not good:
         raise LegolmError("its signature is not of its key")
     if abs(late) > LATE_S:
-        raise LegolmError(f"its clock differs by {abs(late):.0f} s from the server's; set it right")
+        raise ClockError(f"its clock differs by {abs(late):.0f} s from the server's; set it right")
 
 
 async def _answer(send: Send, status: int, content: bytes | dict[str, Any]) -> None:

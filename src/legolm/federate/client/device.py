@@ -15,14 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from legolm.data import read_rows
 from legolm.errors import LegolmError
 from legolm.federate.bridge import listen
+from legolm.federate.client.answering import Answering
 from legolm.federate.client.door import Door
-from legolm.federate.client.fetch import UnreachableError
-from legolm.federate.client.resident import Holdings, Resident
+from legolm.federate.client.fetch import Piece, UnreachableError
 from legolm.system import Helpers, atomic_write, free_port, locked
-from legolm.trust import CA, KEY, make_key, read_roster
+from legolm.trust import CA, KEY, make_key
 
 LOOK_S, LISTEN_S = 1.0, 15.0
 """From one look at the node to the next, and at what the server heard of it."""
@@ -33,33 +32,33 @@ AGAIN_S, MOST_AGAIN_S = 2.0, 30.0
 NODE = "node"
 
 
-def serve(server: str, ca: Path | None, held: Holdings, note: Callable[[str], None]) -> None:
-    """Be the device in the folder `held.home` of the federation at `server`, until interrupted.
+def stay(
+    server: str,
+    ca: Path | None,
+    home: Path,
+    note: Callable[[str], None],
+    answering: Callable[[str | None, Piece], Answering],
+) -> None:
+    """Be the device in the folder `home` of the federation at `server`, until interrupted.
 
     Raises `LegolmError` when it is kept out, and for what cannot work: before a node is started where that is known.
     """
-    for _ in read_rows(held.data, "--data"):
-        pass  # bad rows are named now, not when somebody asks
-    if held.roster is not None:
-        read_roster(held.roster)
-    with locked(held.home):
-        ca = _authority(held.home, ca)
-        if not (held.home / KEY).exists():
-            public = make_key(held.home)
+    with locked(home):
+        ca = _authority(home, ca)
+        if not (home / KEY).exists():
+            public = make_key(home)
             raise LegolmError(
-                f"{held.home}: a key was made; give {public} to the server's owner (legolm devices add), then run "
-                "this again"
+                f"{home}: a key was made; give {public} to the server's owner (legolm devices add), then run this again"
             )
-        with Door(server, ca, held.home / KEY) as door, TemporaryDirectory(prefix="legolm-") as sockets:
+        with Door(server, ca, home / KEY) as door, TemporaryDirectory(prefix="legolm-") as sockets:
             said = _when_there(door, note)
             name = said.get("name")
             note(f"{server}: this device is {name!r}" if name else f"{server}: a SuperLink without legolm's guard")
             path = f"{sockets}/resident"
             with listen(path) as listener:
-                resident = Resident(held, name, door.piece, note)
-                threading.Thread(target=resident.serve, args=(listener,), daemon=True).start()
-                with Helpers(held.home / "flower", _environment(held.home)) as helpers:
-                    _supervise(helpers, _command(server, ca, held.home / KEY, path), door, bool(said), note)
+                threading.Thread(target=answering(name, door.piece).serve, args=(listener,), daemon=True).start()
+                with Helpers(home / "flower", _environment(home)) as helpers:
+                    _supervise(helpers, _command(server, ca, home / KEY, path), door, bool(said), note)
 
 
 def _supervise(helpers: Helpers, command: list[str], door: Door, guarded: bool, note: Callable[[str], None]) -> None:
@@ -100,7 +99,7 @@ def _when_there(door: Door, note: Callable[[str], None]) -> dict[str, Any]:
             return door.hello(anew=True)
         except UnreachableError as error:
             if str(error) != said:
-                note(f"{error}; trying until it does")
+                note(f"{error}; trying again")
             said = str(error)
             time.sleep(AGAIN_S)
 

@@ -50,7 +50,8 @@ class Door:
         """Who this device is to the server, and for how long it heard nothing of its node.
 
         `anew`: its node is gone, and another one comes. Empty for a SuperLink without legolm's guard. Raises
-        `UnreachableError` where nobody answers, `LegolmError` where the device is kept out or the other is no server.
+        `UnreachableError` where nobody answers or a clock is wrong, `LegolmError` where the device is kept out or the
+        other is no server.
         """
         found = self._get("hello", anew=1) if anew else self._get("hello")
         if found.status_code == httpx.codes.NOT_FOUND:
@@ -106,9 +107,11 @@ class Door:
             )
         if "CERTIFICATE_VERIFY_FAILED" in said:
             reason = said.partition("verify failed: ")[2].partition(" (_ssl")[0] or said
+            if "not yet valid" in reason or "expired" in reason:
+                return UnreachableError(f"{self._server}: its {brief(reason)}; look at this machine's clock")
             return LegolmError(
                 f"{self._server}: its certificate is not of this device's CA ({brief(reason)}); get ca.pem of this "
-                "server's federation, and look at this machine's clock"
+                "server's federation"
             )
         if "WRONG_VERSION_NUMBER" in said or "RECORD_LAYER_FAILURE" in said or "HTTP_REQUEST" in said:
             return LegolmError(f"{self._server}: speaks no TLS, and nothing is sent in the open; give a legolm server")
@@ -124,5 +127,7 @@ class Door:
         if not isinstance(said, dict):
             raise LegolmError(f"{self._server}: is no legolm server (HTTP {found.status_code}); look at --server")
         if found.status_code != httpx.codes.OK:
-            raise LegolmError(f"{self._server}: keeps this device out: {brief(str(said.get('error', said)))}")
+            # A clock may come right, of this machine or of the server's: the device need not end for it.
+            kind = UnreachableError if said.get("again") is True else LegolmError
+            raise kind(f"{self._server}: keeps this device out: {brief(str(said.get('error', said)))}")
         return said

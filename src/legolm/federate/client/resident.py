@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from socket import socket
-from typing import Any
 
 import torch
 
 from legolm.block import Block, read_block
 from legolm.config import DataConfig
-from legolm.data import Example, own_part
-from legolm.errors import LegolmError, brief
-from legolm.federate.bridge import Link
-from legolm.federate.client.fetch import Piece, UnreachableError, find_block
+from legolm.data import Examples, own_part
+from legolm.errors import LegolmError
+from legolm.federate.client.answering import Answering
+from legolm.federate.client.fetch import Piece, find_block
 from legolm.federate.client.runtime import ClientRuntime
 from legolm.federate.client.secure import Keeping
 from legolm.federate.client.site import Profile, Site, Split
@@ -32,17 +29,12 @@ from legolm.federate.wire import (
     kind_of,
     largest,
     pack,
-    plain,
-    read_welcome,
     unpack,
 )
 from legolm.models import choose_device, product_speed
-from legolm.runs import Kept
-from legolm.system import available_bytes
+from legolm.system import atomic_write, available_bytes
 from legolm.trust import identity_key, read_roster
 
-KEPT = 32
-"""Replies kept of a run: as many as may be asked for again."""
 IN_TIME = 0.9
 """Of the time that is left for a reply: the rest is for its way."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -68,7 +60,7 @@ class HeldSite:
 
     folder: Path
     run: Path
-    rows: dict[Split, Sequence[Example]]
+    rows: dict[Split, Examples]
     how: Profile
     keeps: Keeping | None = None
 
@@ -76,9 +68,9 @@ class HeldSite:
         """Of its folder."""
         return read_block(self.folder)
 
-    def examples(self, split: Split) -> Sequence[Example]:
+    def examples(self, split: Split) -> Sequence[Examples]:
         """The device's own."""
-        return self.rows[split]
+        return (self.rows[split],)
 
     def state(self) -> Path:
         """`state/` of the run's folder."""
@@ -102,81 +94,34 @@ class HeldSite:
         return self.keeps
 
 
-class Resident:
-    """Answers one request at a time. `name` is who the device is to its server; None where that does not say so."""
+class Resident(Answering):
+    """A device's own. Training stops itself in time for its reply, after one step at least."""
 
     def __init__(self, held: Holdings, name: str | None, piece: Piece, note: Callable[[str], None]) -> None:
-        self._held, self._name, self._piece, self._note = held, name, piece, note
-        self._lock = threading.Lock()
+        super().__init__(held.home, name, note)
+        self._held, self._piece = held, piece
         self._run = ""
         self._sites: dict[tuple[str, str], Site] = {}
         self._told: dict[tuple[str, str], str] = {}
-        self._runtime = ClientRuntime(self._site)
+        self._runtime = ClientRuntime(self._site, self._write)
         self._secrets: dict[str, bytes] = {}
 
-    def answer(self, welcome: str, request: bytes, left_s: float | None = None) -> tuple[dict[str, Any], bytes]:
-        """A header, empty where all is well, and the reply; the same bytes have the same reply, ever.
+    def _at_once(self, request: bytes) -> bytes | None:
+        return pack(self._describe(unpack(request, OfferRequest)[0]), {}) if kind_of(request) == "offer" else None
 
-        Training stops itself in time for a reply within `left_s` seconds, after one step at least.
-        `error` says what is wrong with the request or the device, `again` that it may be asked again.
-        """
-        came = time.monotonic()
-        try:
-            told = read_welcome(welcome)
-            with self._lock:
-                self._check_mine(told)
-                if kind_of(request) == "offer":
-                    return {}, pack(self._describe(unpack(request, OfferRequest)[0]), {})
-                kept = Kept(self._folder(told.run) / "replies", KEPT)
-                reply = kept.get(request)
-                if reply is None:
-                    self._settle(told, welcome)
-                    began = time.monotonic()
-                    until = None if left_s is None else came + IN_TIME * left_s
-                    reply = self._runtime.answer(request, until)
-                    kept.put(request, reply)
-                    self._note(f"{kind_of(request)}: answered in {time.monotonic() - began:.1f} s")
-                return {}, reply
-        except UnreachableError as error:
-            return {"again": plain(error)}, b""
-        except LegolmError as error:
-            self._note(f"a request was refused: {error}")
-            return {"error": plain(error)}, b""
-        except Exception as error:  # of torch, say: without memory it raises what it likes
-            self._note(f"a request failed: {type(error).__name__}: {brief(error)}")
-            return {"error": plain(f"{type(error).__name__}: {error}")}, b""
+    def _work(self, told: Welcome, welcome: str, request: bytes, until: float | None) -> bytes:
+        self._settle(told, welcome)
+        now = time.monotonic()
+        return self._runtime.answer(request, None if until is None else now + IN_TIME * (until - now))
 
-    def serve(self, listener: socket) -> None:
-        """Answer who connects, until the listener is closed."""
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(Link(connection),), daemon=True).start()
-
-    def _serve(self, link: Link) -> None:
-        with link:
-            try:
-                header, request = link.receive()
-                left = header.get("left_s")
-                left_s = float(left) if isinstance(left, int | float) else None
-                link.send(*self.answer(str(header.get("welcome", "")), request, left_s))
-            except OSError:
-                return  # who asked is gone; the reply is kept
-
-    def _folder(self, run: str) -> Path:
-        return self._held.home / "runs" / run
+    def _write(self, path: Path, content: bytes) -> None:
+        self._with_room(lambda: atomic_write(path, content))
 
     def _site(self, client: str, block: str) -> Site:
         """For the runtime: of what the last welcome told."""
         if (client, block) not in self._sites:
             raise LegolmError(f"client {client}, block {block}: the request is not for whom its welcome says")
         return self._sites[client, block]
-
-    def _check_mine(self, told: Welcome) -> None:
-        if self._name is not None and told.client != self._name:
-            raise LegolmError(f"client {told.client}: this device is {self._name!r}")
 
     def _describe(self, asked: OfferRequest) -> DeviceReply:
         """What this device is now: another answer at another time."""
@@ -204,7 +149,7 @@ class Resident:
         """Be ready for this run, block and data. Raises `LegolmError` for what is another's, or cannot be."""
         key = told.client, told.block
         if told.run != self._run:
-            self._run, self._runtime = told.run, ClientRuntime(self._site)
+            self._run, self._runtime = told.run, ClientRuntime(self._site, self._write)
             self._sites.clear()
             self._told.clear()
         if self._told.get(key) == text:
@@ -233,7 +178,7 @@ class Resident:
             lambda content: secrets.update({client: content}),
         )
 
-    def _examples(self, told: OwnData) -> dict[Split, Sequence[Example]]:
+    def _examples(self, told: OwnData) -> dict[Split, Examples]:
         said: list[str] = []
         found = own_part(self._held.data, told.config, told.part, told.seed, "--data", said)
         for line in said:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from legolm.adapter import Tensors, adapter_keys, adapter_layout, concatenated, merged, under_prefix, with_prefix
 from legolm.block import Block
 from legolm.config import DpConfig, Precision, TrainConfig
-from legolm.data import TokenRows, check_whole, tokenize
+from legolm.data import TokenRows, Turns, check_whole, tokens_of
 from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.federate.client.secure import LATER, keys, masked
 from legolm.federate.client.site import Site, SiteOf, Split
+from legolm.federate.client.state import keep_state, read_state
 from legolm.federate.wire import (
     Envelope,
     EvaluateRequest,
@@ -34,23 +34,20 @@ from legolm.federate.wire import (
 from legolm.finetune import Task, train
 from legolm.models import choose_device, dtype_of, load_model, load_tokenizer
 from legolm.privacy import clipped, deviation, with_share
-from legolm.system import atomic_write, keep_freed_memory, open_tensors, release_memory, trim
-
-Turns = Literal["last", "all"]
-KEPT_TOKENS = 1 << 24
-"""Of examples, in memory: at most 64 MB. Whoever answers for many clients reads the others' again."""
+from legolm.system import atomic_write, keep_freed_memory, release_memory, trim
 
 
 class ClientRuntime:
-    """Answers for the sites that `site_of` gives: a device's one, or all of a simulation. Keeps one model in memory."""
+    """Answers for the sites that `site_of` gives: a device's one, or all of a simulation. Keeps one model in memory.
 
-    def __init__(self, site_of: SiteOf) -> None:
-        self._site_of = site_of
+    `write` writes a file of theirs whole.
+    """
+
+    def __init__(self, site_of: SiteOf, write: Callable[[Path, bytes], None] = atomic_write) -> None:
+        self._site_of, self._write = site_of, write
         self._held: tuple[Block, Precision] | None = None
         self._model: Any = None
         self._tokenizers: dict[Path, Any] = {}
-        self._tokens: dict[tuple[str, Split, int, Turns], TokenRows] = {}  # the one used last is last
-        self._kept = 0
 
     def answer(self, content: bytes, until: float | None = None) -> bytes:
         """Reply to a request. Raises `LegolmError` when the request does not fit the client's block.
@@ -75,7 +72,7 @@ class ClientRuntime:
         block = self._load(site, request, settings.precision)
         plain = {name: tensor for name, tensor in content.items() if not name.startswith("secure.")}
         opened = open_(request, block.coverage, plain)
-        state = _read_state(site, request)
+        state = read_state(site.state(), request)
         fold = concatenated(under_prefix("fold", state), opened.fold)
         # Of a side that is not trained beside any more what was lost fits nothing.
         lost = {} if settings.fold_seeds else under_prefix("residual", state)
@@ -103,7 +100,9 @@ class ClientRuntime:
             delta, metrics = train(task)
 
         def keep(lost: Tensors) -> str:
-            return _keep_state(site, request, with_prefix("fold", fold) | with_prefix("residual", lost))
+            return keep_state(
+                self._write, site.state(), request, with_prefix("fold", fold) | with_prefix("residual", lost)
+            )
 
         if request.secure is not None:
             return masked(request, content, site.keeping(), block.coverage, opened.start, delta, lost, keep)
@@ -116,7 +115,7 @@ class ClientRuntime:
         block = site.block()
         if not _is_for(request, block):
             raise _another_cut(request)
-        return keys(request, site.keeping(), block.coverage, len(site.examples("train")))
+        return keys(request, site.keeping(), block.coverage, sum(map(len, site.examples("train"))))
 
     def _evaluate(self, request: EvaluateRequest, content: Tensors) -> bytes:
         block = self._load(self._site_of(request.client, request.block), request, request.precision)
@@ -150,19 +149,13 @@ class ClientRuntime:
     ) -> TokenRows:
         assert self._held is not None
         length = min(length, self._model.config.max_position_embeddings)
-        key = (client, split, length, turns)
-        found = self._tokens.pop(key, None)
-        if found is None:
-            path = self._held[0].path
-            if path not in self._tokenizers:
-                self._tokenizers[path] = load_tokenizer(path, site.prompts())
-            found = tokenize(site.examples(split), self._tokenizers[path], length, turns)
-            if refuse:
-                check_whole(found, length, split, client)
-            self._kept += found.tokens
-            while self._tokens and self._kept > KEPT_TOKENS:
-                self._kept -= self._tokens.pop(next(iter(self._tokens))).tokens
-        self._tokens[key] = found
+        path = self._held[0].path
+        if path not in self._tokenizers:
+            self._tokenizers[path] = load_tokenizer(path, site.prompts())
+        parts = site.examples(split)
+        found = TokenRows.joined([tokens_of(part, self._tokenizers[path], length, turns) for part in parts])
+        if refuse:
+            check_whole(found, length, split, client)
         return found
 
 
@@ -186,28 +179,3 @@ def _is_for(request: Envelope, block: Block) -> bool:
 def _hidden(delta: Tensors, dp: DpConfig, holders: Tensors) -> Tensors:
     """The change, clipped, with this client's part of the noise."""
     return with_share(clipped(delta, dp.clip), deviation(dp), holders, dp.dropouts)
-
-
-def _read_state(site: Site, request: TrainRequest) -> Tensors:
-    """What this client kept after the last round in which its update was added."""
-    path = _state_file(site, request.accepted)
-    if request.phase != "round" or not request.accepted or not path.exists():
-        return {}
-    with open_tensors(path, "", "remove it: what was kept of earlier rounds is lost then") as handle:
-        return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
-
-
-def _keep_state(site: Site, request: TrainRequest, state: Tensors) -> str:
-    """Write this round's state and give its hash; older ones than the round that stands are not needed any more."""
-    if request.phase != "round" or not state:
-        return ""
-    path, content = _state_file(site, request.round), save({key: one.contiguous() for key, one in state.items()})
-    atomic_write(path, content)
-    for old in path.parent.glob("*.safetensors"):
-        if old.stem.isdecimal() and int(old.stem) < request.accepted:
-            old.unlink()
-    return hashlib.sha256(content).hexdigest()
-
-
-def _state_file(site: Site, number: int) -> Path:
-    return site.state() / f"{number:04d}.safetensors"

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from legolm.block import Block, llm_block, read_block
 from legolm.config import DataConfig, Device, SiteConfig
-from legolm.data import ClientData, Example, client_data
+from legolm.data import ClientData, Examples, client_data
 from legolm.errors import LegolmError
 from legolm.federate.client.secure import Keeping
 from legolm.models import resolve
@@ -35,8 +35,8 @@ class Site(Protocol):
     def block(self) -> Block:
         """Its block."""
 
-    def examples(self, split: Split) -> Sequence[Example]:
-        """Its own conversations of a split."""
+    def examples(self, split: Split) -> Sequence[Examples]:
+        """Its own conversations of a split, in one or more parts."""
 
     def state(self) -> Path:
         """A folder for what it keeps between rounds; may not be there yet."""
@@ -98,12 +98,10 @@ class SimulatedSite:
             return llm_block(resolve(self.config.model), self.base_fingerprint)
         return read_block(self.run.block(self.name))
 
-    def examples(self, split: Split) -> Sequence[Example]:
+    def examples(self, split: Split) -> Sequence[Examples]:
         """Its part; of the client `llm` everyone's."""
-        if self.client == "llm":
-            return [example for one in self.data().values() for example in getattr(one, split)]
-        found: Sequence[Example] = getattr(self.data()[self.client], split)
-        return found
+        data = self.data()
+        return [getattr(one, split) for one in (data.values() if self.client == "llm" else (data[self.client],))]
 
     def state(self) -> Path:
         """`clients/ID/` of the run folder."""

@@ -15,7 +15,7 @@ from legolm.adapter import Tensors, tensors_hash
 from legolm.aggregate import Scheme
 from legolm.block import Block
 from legolm.config import DataConfig, RunConfig
-from legolm.data import Example, check_apart, is_starter, read_examples, with_system
+from legolm.data import Example, Examples, check_apart, is_starter, read_examples, with_system
 from legolm.errors import LegolmError
 from legolm.federate.client import ClientRuntime, Keeping, Profile, only
 from legolm.federate.client import Split as AnySplit
@@ -168,8 +168,12 @@ class _ServerSite:
     def block(self) -> Block:
         return self._llm
 
-    def examples(self, split: AnySplit) -> Sequence[Example]:
-        return server_examples(self._config)
+    def examples(self, split: AnySplit) -> Sequence[Examples]:
+        return (self._rows,)
+
+    @cached_property
+    def _rows(self) -> Examples:
+        return Examples.of(server_examples(self._config))
 
     def state(self) -> Path:
         raise LegolmError("the server keeps no client's state")

@@ -5,14 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from legolm.errors import LegolmError
+from legolm.federate.transport.deployment import Asking, Those
 from legolm.federate.transport.engine import Body, Engine, Exchange, Reply, Request
 
 if TYPE_CHECKING:
     from legolm.config import RunConfig
 
 from legolm.federate.transport.local import run_local
+from legolm.federate.transport.superlink import Flower
 
-__all__ = ["Body", "Engine", "Exchange", "Reply", "Request", "engine_for", "run_local"]
+__all__ = [
+    "Asking",
+    "Body",
+    "Engine",
+    "Exchange",
+    "Flower",
+    "Reply",
+    "Request",
+    "Those",
+    "engine_for",
+    "run_local",
+]
 
 
 def engine_for(config: RunConfig) -> Engine:

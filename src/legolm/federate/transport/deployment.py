@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from legolm.config import RunConfig
@@ -69,11 +70,45 @@ class _Waiting:
     not_before: float = 0.0
 
 
+@dataclass(frozen=True)
+class Those:
+    """Who may be asked, and what each is told beside a request.
+
+    `folder` has replies and `live.json`, `round` counts the rounds whose replies are not needed any more, `away_s` is
+    how long a device that is not online is waited for where there is no deadline.
+    """
+
+    folder: Path
+    clients: Callable[[], Collection[str]]
+    welcome: Callable[[Request], str]
+    round: Callable[[], int]
+    away_s: float | None = None
+
+
+def those(run: RunDir, config: RunConfig) -> Those:
+    """The clients of a run."""
+    ids, known = [client.id for client in config.clients], dict[tuple[str, str], str]()
+    relays = {client.id for client in config.clients if client.relay}
+
+    def welcome(request: Request) -> str:
+        """Made once for each client and block."""
+        header = unpack(request.content, REQUESTS[kind_of(request.content)])[0]
+        block = "" if isinstance(header, OfferRequest) else header.block
+        key = id, block = request.client, block
+        if key not in known:
+            files, data = block_files(run.block(block)) if block else [], own_data(config, id)
+            told = Welcome(run=header.run, client=id, block=block, relay=id in relays, files=files, data=data)
+            known[key] = told.model_dump_json()
+        return known[key]
+
+    return Those(run.path, lambda: ids, welcome, run.rounds_done, config.federation.deadline_s)
+
+
 def run_deployment(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
     """Run `body` with a way to the devices that the SuperLink knows by their clients' names."""
-    note = Progress().note
-    with Flower(run, config, note) as flower:
-        asking = Asking(run, config, flower, note)
+    note, path = Progress().note, run.path.resolve()
+    with Flower(path / "flower", path / "blocks", config.federation.superlink, note) as flower:
+        asking = Asking(those(run, config), flower, note)
         body(asking.exchange)
     shutil.rmtree(run.path / "replies", ignore_errors=True)  # each is in its stage
 
@@ -81,9 +116,8 @@ def run_deployment(run: RunDir, config: RunConfig, actors: int, body: Body) -> N
 class Asking:
     """Asks devices over whatever Flower run there is."""
 
-    def __init__(self, run: RunDir, config: RunConfig, flower: Flower, note: Callable[[str], None]) -> None:
-        self._run, self._config, self._flower, self._note = run, config, flower, note
-        self._welcomes: dict[tuple[str, str], str] = {}
+    def __init__(self, those: Those, flower: Flower, note: Callable[[str], None]) -> None:
+        self._those, self._flower, self._note = those, flower, note
         self._nodes: dict[str, tuple[str, str]] = {}
         self._looked = 0.0
         self._away: dict[str, float] = {}
@@ -121,7 +155,7 @@ class Asking:
                 elif (found := kept.get(request.content)) is not None:
                     yield Reply(index, found)
                 else:
-                    welcome = self._welcome(request)
+                    welcome = self._those.welcome(request)
                     message = self._carried.pop((request.client, request.content), None)
                     waiting.append(_Waiting(index, request.client, request.content, welcome, message))
             for one, reply in self._turn(waiting):
@@ -167,7 +201,7 @@ class Asking:
         for one in waiting:
             if one.message is not None and self._nodes.get(one.client, ("",)) != before.get(one.client):
                 one.message = None
-        known = {client.id for client in self._config.clients}
+        known = set(self._those.clients())
         for name in sorted(set(self._nodes) - known - self._named):
             self._note(f"device {name or '(without a name)'} is online and no client of this run; nobody asks it")
             self._named.add(name)
@@ -216,26 +250,14 @@ class Asking:
 
     def _given_up(self, client: str) -> str:
         """Why a device that is away is not waited for any more; empty where it is."""
-        most, since = self._config.federation.deadline_s, self._away.get(client)
+        most, since = self._those.away_s, self._away.get(client)
         if most is None or since is None or time.monotonic() - since <= most:
             return ""
         return f"late: not online for federation.deadline_s, {most:g} s"
 
-    def _welcome(self, request: Request) -> str:
-        """What the device is told beside the request; made once for each client and block."""
-        header = unpack(request.content, REQUESTS[kind_of(request.content)])[0]
-        block = "" if isinstance(header, OfferRequest) else header.block
-        key = request.client, block
-        if key not in self._welcomes:
-            files = block_files(self._run.block(block)) if block else []
-            data = own_data(self._config, request.client)
-            welcome = Welcome(run=header.run, client=request.client, block=block, files=files, data=data)
-            self._welcomes[key] = welcome.model_dump_json()
-        return self._welcomes[key]
-
     def _kept(self) -> Kept:
         """Replies since the last finished round; what is older is in its round."""
-        folder, now = self._run.path / "replies", f"{self._run.rounds_done():04d}"
+        folder, now = self._those.folder / "replies", f"{self._those.round():04d}"
         for old in folder.iterdir() if folder.exists() else ():
             if old.name != now:
                 shutil.rmtree(old)
@@ -245,11 +267,8 @@ class Asking:
         asked: dict[str, State] = {}
         for one in waiting:
             asked[one.client] = "working" if one.message is not None else asked.get(one.client, "asked")
-        states = {
-            client.id: asked.get(client.id, "idle") if client.id in self._nodes else "away"
-            for client in self._config.clients
-        }
+        states = {id: asked.get(id, "idle") if id in self._nodes else "away" for id in self._those.clients()}
         live = self._live.now(states)  # type: ignore[arg-type]
         if live != self._live:
             self._live = live
-            live.write(self._run.path)
+            live.write(self._those.folder)

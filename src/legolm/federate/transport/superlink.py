@@ -21,10 +21,9 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
-from legolm.config import RunConfig
+from legolm.config import SuperLinkConfig
 from legolm.errors import LegolmError, brief
 from legolm.federate.bridge import APP, FOLDER, Link, listen
-from legolm.runs import RunDir
 from legolm.system import Helpers, atomic_write
 from legolm.trust import server_files
 
@@ -69,12 +68,12 @@ class LostError(Exception):
 class Flower:
     """A Flower run to speak with, whichever it is; starts what is needed, and starts it again when it ends.
 
+    Its logs and state are in `folder`; devices get blocks' files from `blocks`. Both paths are absolute.
     Raises `LegolmError` for certificates that are missing or no longer valid, and for a port in use.
     """
 
-    def __init__(self, run: RunDir, config: RunConfig, note: Callable[[str], None]) -> None:
-        self._folder, self._settings, self._note = run.path.resolve() / "flower", config.federation.superlink, note
-        self._blocks = run.path.resolve() / "blocks"
+    def __init__(self, folder: Path, blocks: Path, settings: SuperLinkConfig, note: Callable[[str], None]) -> None:
+        self._folder, self._blocks, self._settings, self._note = folder, blocks, settings, note
         if self._settings.address is None:
             self._certificates = server_files(Path(self._settings.home))
             check_port(self._settings.host, self._settings.port)
@@ -152,8 +151,14 @@ class Flower:
         return self._receive()
 
     def _receive(self) -> dict[str, Any]:
+        """What Flower's app says. A SuperLink that ended meanwhile is started again: the app waits for it."""
         assert self._link is not None
+        until = time.monotonic() + ANSWERS_S
         try:
+            while not select.select([self._link], [], [], LOOK_S)[0]:
+                self._watch()
+                if time.monotonic() > until:
+                    raise TimeoutError(f"its app said nothing for {ANSWERS_S:g} s")
             header, self._body = self._link.receive()
         except OSError as error:
             self._lose(error)

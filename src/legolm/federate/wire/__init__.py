@@ -1,6 +1,6 @@
 """What travels: messages, the codec of factors, the broadcast."""
 
-from legolm.federate.wire.broadcast import Broadcast, Opened, Update, accept, answer, arrived, open_, write
+from legolm.federate.wire.broadcast import Broadcast, Opened, Update, accept, answer, arrived, open_, passed_on, write
 from legolm.federate.wire.codec import decode, encode, encoded_bytes
 from legolm.federate.wire.messages import (
     Envelope,
@@ -89,6 +89,7 @@ __all__ = [
     "open_",
     "own_data",
     "pack",
+    "passed_on",
     "plain",
     "read_welcome",
     "reply_header",

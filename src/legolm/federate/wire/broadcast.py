@@ -134,6 +134,18 @@ def write(
     return Broadcast(settings, coverage, rank, content, start, held, trained, tensors_hash(content))
 
 
+def passed_on(request: TrainRequest, coverage: Coverage, content: Tensors) -> Broadcast:
+    """A broadcast that came, for who asks others the same and accepts what they answer.
+
+    Raises `LegolmError` as `open_`, and for one of which each client makes its own.
+    """
+    settings = request.settings
+    if settings.fresh or settings.fold_rank or settings.fold_seeds:
+        raise LegolmError("a relay adds up changes of the same factors, and these are each client's own, or fold")
+    start, trained = open_(request, coverage, content).start, _sent(settings, coverage, request.rank, settings.layers)
+    return Broadcast(settings, coverage, request.rank, content, start, {}, trained, tensors_hash(content))
+
+
 def open_(request: TrainRequest, coverage: Coverage, content: Tensors) -> Opened:
     """What training starts from, in this block's slice. Raises `LegolmError` for tensors that do not fit it."""
     settings = request.settings

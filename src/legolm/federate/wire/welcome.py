@@ -57,11 +57,15 @@ class OwnData(_Told):
 
 
 class Welcome(_Told):
-    """Of one client of a run with one block; without files where it is not about a block."""
+    """Of one client of a run with one block; without files where it is not about a block.
+
+    `relay`: the server takes it for one, which answers for others.
+    """
 
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     client: Name
     block: Name
+    relay: bool = False
     files: Annotated[list[BlockFile], Field(max_length=MAX_FILES)]
     data: OwnData
 

@@ -1,0 +1,130 @@
+"""What a run would refuse of its files and clients: the plan refuses it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from legolm.adapter import FACTORS
+from legolm.aggregate import make_scheme
+from legolm.block import Block, read_block
+from legolm.config import AUTO, SCHEMES, RowsConfig, RunConfig
+from legolm.data import check_text, check_tokens, is_starter, paths_of, read_text
+from legolm.errors import LegolmError
+from legolm.models import check_weights, fingerprint
+from legolm.system import stored_tensors
+from legolm.trust import server_files
+
+
+def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
+    """Blocks that are there already, by name. Raises `LegolmError` for one of another LLM and one that learned."""
+    found = {spec.name: read_block(Path(spec.path)) for spec in config.blocks if spec.path is not None}
+    own = fingerprint(base) if found else ""
+    for name, block in found.items():
+        if block.base_fingerprint != own:
+            raise LegolmError(f"block {name}: {block.path} was cut from another LLM than {config.model}; cut it anew")
+        if (block.path / FACTORS).is_file():
+            raise LegolmError(f"block {name}: {block.path} has learned something already; give the block as it was cut")
+        check_weights(block.path)
+    return found
+
+
+def check_files(config: RunConfig) -> tuple[str, ...]:
+    """What there is to say of calibration rows. Raises `LegolmError` when a file that the run needs is not there."""
+    read, said = set(), list[str]()  # most blocks see one text
+    for spec in config.cuts:
+        if spec.method not in ("dense", "given"):
+            where = f"block {spec.name}: "
+            rows = RowsConfig(**{name: getattr(spec.calibration, name) for name in RowsConfig.model_fields})
+            texts = []
+            for file in spec.calibration.statistics or ():
+                if not Path(file).is_file():
+                    raise LegolmError(f"{where}calibration.statistics: no file {file}")
+                stored_tensors(Path(file), f"{where}calibration.statistics: ", "collect it again")
+            if not spec.calibration.statistics:
+                texts.append((spec.calibration.text, "calibration.text"))
+            if spec.recover.text and spec.recover.most_steps:
+                texts.append((spec.recover.text, "recover.text"))
+            for text, field in texts:
+                if (text, rows) not in read:
+                    said += check_text(text, rows, f"{where}{field}")
+                    read.add((text, rows))
+    superlink = config.federation.superlink
+    if config.federation.engine == "deployment" and superlink.address is None:
+        server_files(Path(superlink.home))
+    if superlink.root_certificates is not None and not Path(superlink.root_certificates).is_file():
+        raise LegolmError(f"federation.superlink.root_certificates: no file {superlink.root_certificates}")
+    for field, folder in (("lora.start", config.lora.start), ("aggregate.start", config.aggregate.start)):
+        if folder and not Path(folder).is_dir():
+            raise LegolmError(f"{field}: no folder {folder}")
+    return tuple(said)
+
+
+def check_texts(config: RunConfig, tokenizer: Any) -> None:
+    """Raise `LegolmError` when a text to calibrate or recover on names a token that the model has no embedding for."""
+    for spec in config.cuts:
+        texts = {"calibration": spec.calibration.text}
+        if spec.recover.text and spec.recover.most_steps:
+            texts["recover"] = spec.recover.text
+        for section, text in texts.items():
+            if spec.method in ("dense", "given") or is_starter(text) or text == "pydoc" or text.startswith("hub:"):
+                continue
+            field = f"block {spec.name}: {section}.text"
+            files = (path for path in paths_of(text, field) if path.suffix.lower() not in (".parquet", ".gz"))
+            check_tokens((read_text(path, field) for path in files), tokenizer, field)
+
+
+def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collection[str]) -> None:
+    """Raise `LegolmError` when the scheme cannot put these clients' updates together; `dense` are whole LLMs' names."""
+    if config.federation.mode == "pooled":
+        return
+    taking = [c for c in config.clients if not config.federation.capable or block_of[c.id] in dense]
+    if not taking:
+        raise LegolmError("federation.capable: no client holds a dense block; add one or set it to false")
+    if config.federation.mode == "alone":
+        return
+    for number in range(1, config.federation.rounds + 1):
+        if not any(client.there(number) for client in taking):
+            raise LegolmError(
+                f"round {number}: no client takes part; change clients' joins and leaves, or federation.capable"
+            )
+    scheme, first, weight = make_scheme(config.aggregate), taking[0], config.aggregate.weight
+    if weight != "capped" and not scheme.weighs():
+        raise LegolmError(
+            f"aggregate.weight {weight!r}: scheme {config.aggregate.scheme!r} weighs clients in its own way; "
+            "take the weight out"
+        )
+    turning = next((client.id for client in taking if client.blocks), None)
+    if turning and (scheme.folds or (config.federation.error_feedback and config.federation.codec != "none")):
+        what = "aggregate.scheme" if scheme.folds else "federation.error_feedback"
+        raise LegolmError(
+            f"{what}: client {turning!r} trains another block in each round, which what it keeps of the last one does "
+            f"not fit; take {'another scheme' if scheme.folds else 'error_feedback: false'}, or one `block`"
+        )
+    if scheme.unequal == "block":
+        return
+    for client in taking:
+        if client.layers or client.blocks or (client.block == AUTO and len(config.blocks) > 1):
+            field, what = ("layers", "some layers") if client.layers else ("blocks", "another block in each round")
+            if client.block == AUTO:
+                field, what = f"block: {AUTO}", "the block that its device can hold"
+            raise LegolmError(
+                f"aggregate.scheme {config.aggregate.scheme!r}: client {client.id!r} trains {what}, and it "
+                f"averages equal adapters; take one of {SCHEMES.having('unequal', 'block')}, or take `{field}` out"
+            )
+    for client in taking:
+        block, rank = block_of[client.id], client.rank or config.lora.rank
+        why = ""
+        if scheme.dense and block not in dense:
+            why = f"holds block {block!r}, and it works on the whole LLM"
+        elif block != block_of[first.id] and not {block, block_of[first.id]} <= set(dense):
+            why = f"holds block {block!r} and {first.id!r} block {block_of[first.id]!r}, and it averages equal shapes"
+        elif scheme.unequal == "no" and rank != (first.rank or config.lora.rank):
+            why = f"has rank {rank} and {first.id!r} {first.rank or config.lora.rank}, and it averages equal ranks"
+        if why:
+            raise LegolmError(
+                f"aggregate.scheme {config.aggregate.scheme!r}: client {client.id!r} {why}; "
+                f"take one of {SCHEMES.having('unequal', 'block')}, "
+                "or leave such clients out (federation.capable: true)"
+            )
