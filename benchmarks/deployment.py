@@ -19,6 +19,7 @@ import importlib
 import json
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,11 +41,12 @@ def read(log: Path) -> list[dict[str, Any]]:
 def possible() -> list[Fault]:
     """Those that this machine lets happen."""
     found = faults()
-    probe = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True)
-    if probe.returncode == 0:
-        subprocess.run(["umount", "/mnt"], check=False)
-    else:
-        found = [one for one in found if one.kind != "disk full"]
+    with tempfile.TemporaryDirectory() as place:
+        probe = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True)
+        if probe.returncode == 0:
+            subprocess.run(["umount", place], check=True)
+        else:
+            found = [one for one in found if one.kind != "disk full"]
     return found if shutil.which("cc") else [one for one in found if one.kind != "clock"]
 
 
