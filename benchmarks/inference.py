@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--asked", type=int, default=1024, help="tokens of the perplexities: 96 leave an error of 2 %")
+    parser.add_argument("--asked", type=int, default=1024, help="tokens of the perplexities: 96 leave an error of 2 %%")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--runtimes", nargs="*", default=[name for name, _ in RUNTIMES], help="which are measured")
     parser.add_argument("--samples", type=int, default=32, help="windows of calibration text")

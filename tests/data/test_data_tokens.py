@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from legolm.data import Example, Message, TokenRows, Tokens, prose, render, store, tokenize
 from legolm.data.prose import SPANS, read_prose, read_text, text_tokens
-from legolm.data.sequence import encode_all
+from legolm.data.sequence import border_token, encode, encode_all
 from legolm.data.store import Examples
 from legolm.errors import LegolmError
 
@@ -154,3 +154,29 @@ def test_tokens_are_those_of_transformers(tokenizer: PreTrainedTokenizerFast, sp
     ours.split_special_tokens = theirs.split_special_tokens = splits
     ours(["a", "bbb"], max_length=2, truncation=True, padding=True)
     assert encode_all(ODD, ours) == theirs(ODD, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+@given(
+    st.lists(st.sampled_from([*ODD, "<|im_start|>", "<|im_end|>", " \n", "assistant\n"]), max_size=6), st.integers(0, 6)
+)
+def test_a_text_falls_apart_at_the_border_token(tokenizer: PreTrainedTokenizerFast, parts: list[str], cut: int) -> None:
+    before, after = "".join(parts[:cut]), "<|im_start|>" + "".join(parts[cut:])
+    assert border_token("<|im_end|>\n<|im_start|>assistant\n", tokenizer) == "<|im_start|>"
+    assert encode(before, tokenizer) + encode(after, tokenizer) == encode(before + after, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "wide", [{"lstrip": True}, {"single_word": True}, {"normalized": True}, {"special": False}], ids=str
+)
+def test_no_border_at_a_token_that_its_neighbours_widen(
+    tokenizer: PreTrainedTokenizerFast, wide: dict[str, bool]
+) -> None:
+    ours = copy.deepcopy(tokenizer)
+    ours.add_tokens([AddedToken("<turn>", **({"special": True, "normalized": False} | wide))])
+    assert border_token("a<turn>b", ours) is None
+    ours.add_tokens([AddedToken("<last>", special=True, normalized=False)], special_tokens=True)
+    assert border_token("a<last>b", ours) == "<last>"
+    ours.add_tokens(
+        [AddedToken("b<la", special=True, normalized=False)], special_tokens=True
+    )  # ab<last> begins earlier
+    assert border_token("a<last>b", ours) is None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from legolm.data.examples import Example, Message
-from legolm.data.sequence import begin, begun, encode, encode_all
+from legolm.data.sequence import begin, begun, border_token, encode, encode_all
 from legolm.data.template import Turn, render_template, template_error
 from legolm.errors import LegolmError
 
@@ -54,45 +54,78 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 
 def render_many(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens]:
     """As `render`, of some at once, which is several times faster."""
-    return _tokens(examples, _texts(examples, tokenizer), tokenizer, max_length)
+    batch = _encoded(examples, lambda: _texts(examples, tokenizer), tokenizer)
+    return _tokens(batch, tokenizer, max_length)
 
 
 def render_each(
     batches: Iterable[Sequence[Example]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Iterator[Tokens]:
-    """As `render_many`, of one batch after the other: the next is with the template while one is tokenized."""
-    with ThreadPoolExecutor(1) as ahead:
-        waiting = deque[tuple[Sequence[Example], Future[list[_Written]]]]()
+    """As `render_many`, of one batch after the other: while one is put together, the next is with the tokenizer and the
+    one after that with the template.
+    """
+    with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as encoder:
+        waiting = deque[Future[_Batch]]()
         for some in batches:
-            waiting.append((some, ahead.submit(_texts, some, tokenizer)))
-            if len(waiting) > 1:
-                examples, texts = waiting.popleft()
-                yield from _tokens(examples, texts.result(), tokenizer, max_length)
-        for examples, texts in waiting:
-            yield from _tokens(examples, texts.result(), tokenizer, max_length)
+            texts = writer.submit(_texts, some, tokenizer)
+            waiting.append(encoder.submit(_encoded, some, texts.result, tokenizer))
+            if len(waiting) > 4:  # the parts take longer at times
+                yield from _tokens(waiting.popleft().result(), tokenizer, max_length)
+        for one in waiting:
+            yield from _tokens(one.result(), tokenizer, max_length)
 
 
-def _tokens(
-    examples: Sequence[Example], texts: Sequence[_Written], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Tokens]:
-    prompts = encode_all([one.prompt for one in texts], tokenizer)
-    wholes = encode_all([one.prompt + one.answer for one in texts], tokenizer)
-    first, found = begin(tokenizer), []
-    for example, written, prompt, both in zip(examples, texts, prompts, wholes, strict=True):
+class _Batch(NamedTuple):
+    """Examples, what is written of each, and the tokens: those that a text begins with, a prompt's, the whole's."""
+
+    first: list[int]
+    examples: Sequence[Example]
+    texts: Sequence[_Written]
+    prompts: list[list[int]]
+    wholes: list[list[int]]
+
+
+def _encoded(
+    examples: Sequence[Example], texts: Callable[[], Sequence[_Written]], tokenizer: PreTrainedTokenizerBase
+) -> _Batch:
+    written = texts()
+    # Nothing is tokenized twice where a token of the prompt's end (`<|im_start|>`) parts the text.
+    border = border_token(written[0].prompt, tokenizer) if written else None
+    cuts = [max(0, one.prompt.rfind(border)) if border else 0 for one in written]
+    heads = [one.prompt[:cut] for one, cut in zip(written, cuts, strict=True)]
+    tails = [one.prompt[cut:] for one, cut in zip(written, cuts, strict=True)]
+    rests = [tail + one.answer for one, tail in zip(written, tails, strict=True)]
+    texts_once = list(dict.fromkeys((*heads, *tails, *rests)))
+    ids = dict(zip(texts_once, encode_all(texts_once, tokenizer), strict=True))
+    prompts = [ids[head] + ids[tail] for head, tail in zip(heads, tails, strict=True)]
+    wholes = [ids[head] + ids[rest] for head, rest in zip(heads, rests, strict=True)]
+    return _Batch(begin(tokenizer), examples, written, prompts, wholes)
+
+
+def _tokens(batch: _Batch, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens]:
+    found: list[Tokens] = []
+    long: list[int] = []
+    for example, written, prompt, both in zip(batch.examples, batch.texts, batch.prompts, batch.wholes, strict=True):
         # Generation starts from the prompt's own tokens, so the loss must be on what follows exactly those. If a
         # token of the whole text spans the border, the answer is tokenized by itself; else the whole text serves,
         # since some tokenizers put a space before the first word of a text.
         answer = both[len(prompt) :] if both[: len(prompt)] == prompt else encode(written.answer, tokenizer)
         if example.raw or tokenizer.chat_template is None:
             # No logit predicts the first token of a sequence: where nothing is before a text, its own first stays.
-            prompt = begun(prompt, first) or [answer.pop(0)]
+            prompt = begun(prompt, batch.first) or [answer.pop(0)]
         truncated = len(prompt) + len(answer) > max_length
         answer = answer[: max_length - 1]
-        room = max_length - len(answer)
-        if len(prompt) > room:
-            kept = prompt[: _kept(example, prompt, room, tokenizer)]
-            prompt = kept + prompt[len(prompt) - room + len(kept) :]
+        if len(prompt) + len(answer) > max_length:
+            long.append(len(found))
         found.append(Tokens((*prompt, *answer), len(prompt), truncated, written.rewritten))
+    heads = _heads([batch.examples[place] for place in long], tokenizer)
+    for place, head in zip(long, heads, strict=True):
+        whole = found[place]
+        asked, rest = list(whole.ids[: whole.answer]), whole.ids[whole.answer :]
+        room = max_length - len(rest)
+        kept = asked[: _kept(head, asked, room, batch.first, tokenizer)]
+        asked = [*kept, *asked[len(asked) - room + len(kept) :]]
+        found[place] = replace(whole, ids=(*asked, *rest), answer=len(asked))
     return found
 
 
@@ -174,27 +207,35 @@ def _parted(prompt: str, whole: str, marked: str, content: str, tokenizer: PreTr
     return _Written(prompt, answer + (after.rstrip() or _end(tokenizer)), rewritten)
 
 
-def _kept(example: Example, prompt: list[int], room: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many of a prompt's first tokens stay where it has `room`: what comes before the first message that is not the
-    system's, with a token at least after it; or BOS alone.
+def _heads(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Of each, what the prompt writes before the first message that is not the system's."""
+    heads, chats = [""] * len(examples), list[tuple[int, tuple[list[Turn], bool, str]]]()
+    for place, example in enumerate(examples):
+        turns = [message.turn for message in example.messages[:-1]]
+        first = next((place for place, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+        if not example.raw and tokenizer.chat_template is None:
+            heads[place] = "".join(f"{turn['content']}\n" for turn in turns[:first])
+        elif not example.raw:
+            turns[first : first + 1] = [{"role": "user", "content": _MARK}]
+            chats.append((place, (turns, True, example.tools)))
+    written = render_template(tokenizer, [chat for _, chat in chats]) if chats else []
+    for (place, _), text in zip(chats, written, strict=True):
+        heads[place] = text.partition(_MARK)[0]
+    return encode_all(heads, tokenizer)
+
+
+def _kept(
+    head: Sequence[int], prompt: list[int], room: int, first: list[int], tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """How many of a prompt's first tokens stay where it has `room`: those of its head, with a token at least after it;
+    or BOS alone.
     """
-    turns = [message.turn for message in example.messages[:-1]]
-    first = next((place for place, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
-    if example.raw:
-        head = ""
-    elif tokenizer.chat_template is None:
-        head = "".join(f"{turn['content']}\n" for turn in turns[:first])
-    else:
-        turns[first : first + 1] = [{"role": "user", "content": _MARK}]
-        (marked,) = render_template(tokenizer, [(turns, True, example.tools)])
-        head = marked.partition(_MARK)[0]
-    begins = begin(tokenizer)
-    if not begins or prompt[: len(begins)] != begins:
-        begins = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+    if not first or prompt[: len(first)] != first:
+        first = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
     # Tokens may span the border to the message.
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(begun(encode(head, tokenizer), begins), prompt, strict=False))
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(begun(head, first), prompt, strict=False))
     whole = sum(1 for _ in same)
-    return whole if whole < room else min(len(begins), room)
+    return whole if whole < room else min(len(first), room)
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -45,6 +45,27 @@ def encode_all(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list
     return found
 
 
+def border_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The last token of the text at which any text falls apart: its tokens are those of what stands before this token
+    and those of what begins with it. None where no token is known to be one.
+
+    It is one that tokenizers looks for before it does anything else, and in the whole text, which no neighbour widens
+    (lstrip, a word of its own) and no other such token overlaps.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    added = tokenizer.added_tokens_decoder
+    ids = encode(text, tokenizer)
+    for token in (added[id] for id in reversed(ids) if id in added):
+        sign = token.content
+        if token.special and not (token.normalized or token.lstrip or token.single_word):
+            ends = (other.content[start:] for other in added.values() for start in range(1, len(other.content)))
+            return None if any(end.startswith(sign) or sign.startswith(end) for end in ends) else sign
+    return None
+
+
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     from transformers import PreTrainedTokenizerFast
 

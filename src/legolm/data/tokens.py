@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WHOLE = 1 << 40
 """More tokens than a text has."""
-AT_ONCE = 64
+AT_ONCE = 128
 """Examples rendered at once."""
 KEPT_TOKENS = 1 << 26
 """In memory, of examples that may be asked for again: at most 256 MB, half of it for most vocabularies."""
