@@ -211,6 +211,24 @@ def uploaded(clients: str = "abcd") -> tuple[Sum, dict[str, SecureClient]]:
     return one, found
 
 
+def test_what_is_passed_on_does_not_depend_on_who_came_first() -> None:
+    said = []
+    for order in (1, -1):
+        one = Sum(SIX)
+        clients = {id: SecureClient.begin(one.session, id, secret(id), SHAPE, one.structures[id], 7) for id in SIX}
+        server = one.server
+        for id in list(SIX)[::order]:
+            server.advert(id, clients[id].kept.own)
+        server.close_keys()
+        for id in list(SIX)[::order]:
+            server.shares(id, clients[id].shares(server.adverts, server.structures, one.identities))
+        server._commitments = {id: [] for id in SIX}
+        for id in list(SIX)[::order]:
+            server.confirm(id, sign(secret(id), survivors_text(one.session, server.survivors)))
+        said.append([list(server.structures.values()), list(server.inbox("a")), list(server.signatures)])
+    assert said[0] == said[1]
+
+
 def test_a_client_signs_and_opens_once() -> None:
     one, clients = uploaded()
     client, server = clients["a"], one.server
