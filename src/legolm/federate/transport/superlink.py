@@ -191,7 +191,10 @@ class Flower:
             return
         now = time.monotonic()
         if name in self._started:
-            self._early[name] = self._early.get(name, 0) + 1 if now - self._started[name] < EARLY_S else 0
+            # With a SuperLink all ends that is connected to it: that is no fault of its own.
+            drawn = name != LINK and self._started.get(LINK, 0.0) > self._started[name]
+            early = now - self._started[name] < EARLY_S and not drawn
+            self._early[name] = self._early.get(name, 0) + 1 if early else 0
             self._note(f"Flower's {name} ended; it is started again ({self._helpers.log(name)} says more)")
         if self._early.get(name, 0) >= TRIES:
             raise LegolmError(f"Flower's {name} ends as soon as it begins: {brief(self._last_line(name))}")
