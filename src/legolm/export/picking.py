@@ -78,7 +78,7 @@ def _models(name: str) -> list[str]:
     """The name, or of a run's folder those of its final models."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists() and RunDir(path).exists():
-        found = sorted(one.name for one in (path / "final").glob("[!.]*"))
+        found = [one.name for one in RunDir(path).models()]
         if not found:
             raise LegolmError(f"run folder {path}: has no final models yet")
         return [f"{path}:{one}" for one in found]
