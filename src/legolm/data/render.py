@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from legolm.data.examples import Example, Message
 from legolm.data.sequence import begin, begun, border_token, encode, encode_all
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _MARK = "(the answer)"
 """In an answer's place it shows what the template writes before and after, whatever the answer begins or ends with."""
 
+OTHER_TEMPLATE = "name a template that writes them in data.template, or leave these conversations out"
 _BESIDE = ("role", "content", "name", "tool_call_id")
 """Fields of a turn that are no text of their own."""
 
@@ -207,6 +208,8 @@ def _parted(prompt: str, whole: str, marked: str, chat: Example, tokenizer: PreT
     written = whole[len(prompt) :].strip()
     if not prompt or not written:
         raise template_error(tokenizer, f"writes nothing {'before the answer' if written else 'of the answer'}")
+    if not content.strip() and any(name not in written for name in _calls(chat.messages[-1])):
+        raise template_error(tokenizer, "leaves out the calls of tools that are an answer", OTHER_TEMPLATE)
     rewritten = not whole.endswith(content + after)
     # Reasoning that the template takes out is what may have to be learned: the answer is the data's, not its.
     answer = content if rewritten else whole[len(prompt) : len(whole) - len(after)]
@@ -223,8 +226,7 @@ def _leaves_out(chat: Example, whole: str) -> bool:
     for message in chat.messages:
         said = [message.content] if message.role in ("system", "user") else []
         if message.more:
-            calls = message.turn.get("tool_calls")
-            said += [call["function"]["name"] for call in calls if _is_call(call)] if isinstance(calls, list) else []
+            said += _calls(message)
             if message.role in ("system", "user") or message is last:
                 said += [text for name, text in message.turn.items() if name not in _BESIDE and isinstance(text, str)]
         if any(text.strip() not in whole for text in said):
@@ -232,10 +234,12 @@ def _leaves_out(chat: Example, whole: str) -> bool:
     return False
 
 
-def _is_call(call: Any) -> bool:
-    """Whether this is a tool's call as chat templates take it."""
-    function = call.get("function") if isinstance(call, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
+def _calls(message: Message) -> list[str]:
+    """Names of the functions that the turn calls, where it has them as chat templates take them."""
+    calls = message.turn.get("tool_calls") if message.more else None
+    functions = [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _heads(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
