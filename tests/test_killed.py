@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import assert_one_line, ended, forked, legolm
+from helpers import assert_one_line, ended, forked, legolm, without_clocks
 from legolm.evaluation import side_by_side
+from legolm.federate.server import Rounds
 from legolm.prune import build
 from legolm.system import scratch_folder
 
@@ -70,6 +71,29 @@ def test_prune_goes_on_with_what_is_missing(
     assert_one_line(legolm(*several, "--out", out), "files was")
     (out / "wanda-0.5" / "manifest.json").unlink()
     assert_one_line(legolm(*several[:-4], "--sparsity", "0.5,0.75", "--out", out), "wanda-0.5: no manifest.json")
+
+
+def test_compare_goes_on_where_it_was(
+    three_clients: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"limit_test": 1, "limit_validation": 1, "train": f"{tmp_path}/data/*.jsonl"}
+    only = {"local_only": False, "others": 1}
+    raw = three_clients(tmp_path, ("dense", "dense", "dense"), rows=10, data=small, evaluate=only)
+    variants = [{"name": name, "set": {"aggregate.scheme": name}} for name in ("fedavg", "median")]
+    (tmp_path / "study.yaml").write_text(json.dumps({"run": raw, "variants": variants}))
+    command, out = ("compare", tmp_path / "study.yaml", "--no-models", "--out"), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        at(patched, Rounds, "_train_round", 4)  # the last round of the second
+        killed(lambda: legolm(*command, out))
+    assert not (out / "compare.json").exists() and (out / "median" / "rounds" / "0001").exists()
+    stay = [*(out / "fedavg" / "rounds").rglob("*.*"), *(out / "median" / "rounds" / "0001").iterdir()]
+    stamps = {path: path.stat().st_mtime_ns for path in stay}
+    for folder in (out, tmp_path / "begun"):
+        done = legolm(*command, folder)
+        assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in stay} == stamps
+    one, two = (json.loads((folder / "compare.json").read_text()) for folder in (out, tmp_path / "begun"))
+    assert without_clocks(one) == without_clocks(two)
 
 
 def test_what_a_killed_process_left_goes_and_what_another_works_on_stays(tmp_path: Path) -> None:

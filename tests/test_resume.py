@@ -20,9 +20,10 @@ from legolm import config as configs
 from legolm import pipeline
 from legolm.cli.run import run as run_command
 from legolm.errors import LegolmError
+from legolm.export import find_model
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
-from legolm.runs import Clock, RunDir, Summary, dump_sealed
+from legolm.runs import Clock, RunDir, Summary, dump_sealed, run_of
 from legolm.runs.repair import Hashes
 from legolm.runs.resume import differences, settled
 from legolm.system import Progress
@@ -135,6 +136,42 @@ def test_a_change_is_recorded_and_said_where_rates_follow_the_whole_run(home: Pa
     (change,) = found.changes
     assert (change.field, change.old, change.new, change.rounds) == ("federation.rounds", 1, 2, 1)
     assert "federation.rounds was changed from 1 to 2 after round 1" in (out / "report.html").read_text()
+
+
+def test_final_models_may_go_elsewhere(home: Path, tmp_path: Path) -> None:
+    out, disk = copy(home, tmp_path / "out"), tmp_path / "disk"
+    _, said = resume(home, out, f"final={disk}")
+    assert f"final was None and is {disk}; rounds 1 to 2 stay\n" in said
+    for name in ("llm", "fr", "de", "es"):  # the same, and those that were there stay
+        one, two = (load_file(folder / name / "model.safetensors") for folder in (out / "final", disk))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    found = find_model(f"{out}:fr")
+    assert found == disk / "fr" and run_of(found) == RunDir(out)
+    base = json.loads((found / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert (Path(base) / "model.safetensors").samefile(out / "blocks" / "wide" / "model.safetensors")
+    (disk / "llm" / "model.safetensors").unlink()  # as in the run's folder, what is lost is made again, and no more
+    stamps = {name: (disk / name / "manifest.json").stat().st_mtime_ns for name in ("llm", "fr")}
+    resume(home, out, f"final={disk}")
+    again = {name: (disk / name / "manifest.json").stat().st_mtime_ns for name in ("llm", "fr")}
+    assert again["llm"] != stamps["llm"] and again["fr"] == stamps["fr"]
+    _, said = resume(home, out, f"final={disk}", "evaluate.local_only=false")
+    assert "made again: the personal models, the final models" in said
+    assert (disk / "fr" / "manifest.json").stat().st_mtime_ns != stamps["fr"]
+    assert (disk / "run.txt").read_text() == str(out)
+
+
+def test_final_models_of_two_runs_never_meet(home: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "fr").mkdir()
+    run = ("run", home / "run.yaml", "--out")
+    for more in ((tmp_path / "new",), (tmp_path / "new", "--dry-run"), (home / "out", "--resume", "--dry-run")):
+        done = legolm(*run, *more, "--set", f"final={taken}")
+        assert done.returncode == 2 and done.stderr.startswith(f"error: final: {taken} is already there and not an em")
+    file = tmp_path / "file"
+    file.write_text("")
+    assert_one_line(legolm(*run, tmp_path / "new", "--set", f"final={file / 'x'}"), "give another final")
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_the_past_stands_on_is_refused_by_name(home: Path, tmp_path: Path) -> None:

@@ -91,7 +91,11 @@ def run(
     engine = engine or engine_for(config)
     plan = make_plan(config)
     config = config.model_copy(update={"precision": plan.precision})  # decided once a run
-    check_room(out, plan.disk_bytes - (0 if models else plan.models_bytes) - held_bytes(out))
+    apart = plan.models_bytes if not models or config.final else 0
+    check_room(out, plan.disk_bytes - apart - held_bytes(out))
+    if config.final is not None:
+        place = Path(config.final)
+        check_room(place, plan.models_bytes * models - held_bytes(place), "final")
     RunDir(out).check(config, resume)
     with locked(out):
         progress.tick = clock.tick
@@ -203,7 +207,7 @@ def changed(folder: RunDir, config: RunConfig, changes: Sequence[Difference]) ->
     """What a resumed run changes, a line a field that matters: what stays, and what is made again."""
     done, lines = folder.rounds_done(), []
     for one in changes:
-        there = [NAMES[stage] for stage in AGAIN.get(one.field, ()) if (folder.path / stage).exists()]
+        there = [NAMES[stage] for stage in AGAIN.get(one.field, ()) if _made(folder, stage)]
         if one.field not in AGAIN:
             continue
         line = f"{one.field} was {one.old} and is {one.new}"
@@ -217,6 +221,10 @@ def changed(folder: RunDir, config: RunConfig, changes: Sequence[Difference]) ->
             "settings ends elsewhere (not so with train.schedule constant)"
         )
     return lines
+
+
+def _made(folder: RunDir, stage: str) -> bool:
+    return bool(folder.models()) if stage == "final" else (folder.path / stage).exists()
 
 
 def _rates_differ(known: RunConfig, config: RunConfig, done: int) -> bool:

@@ -145,6 +145,19 @@ def test_from_the_cut_to_the_evaluation(llm: lg.LLM, small: lg.Block, tmp_path: 
     assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
 
 
+def test_data_in_memory_are_written_whole(llm: lg.LLM, tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "Add"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}], "weight": 1},
+    ]
+    rows = [{"messages": turns, "tools": [{"function": {"name": "add"}}]}, {"prompt": "a", "completion": "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "c"}]))
+    examples = lg.read(str(tmp_path / "rows.jsonl"))
+    assert [bool(one.tools) for one in examples] == [True, False, False]
+    config = lg.Federation(llm, {"paris": lg.Client(llm, examples)}).config(tmp_path / "run")
+    assert list(lg.read(config.data.train)) == list(examples)
+
+
 def test_yaml_and_python_end_in_the_same_run(llm: lg.LLM, small: lg.Block, tmp_path: Path) -> None:
     run = federation(llm, small).run(tmp_path / "python")
     section = {"train": f"{tmp_path}/yaml/*.jsonl", "fields": {"messages": "messages"}}

@@ -65,6 +65,12 @@ def test_generate_answers_every_row(tiny: Callable[[str], Path], tmp_path: Path)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["id"], row["q"]) for row in rows] == list(enumerate(questions))
     assert [row["answer"] for row in rows] == [greedy(path, Message("user", text)) for text in questions]
+    data.write_text(json.dumps({"instruction": "Hi", "context": "What?", "why": "so"}) + "\n")
+    for more, asked in (((), "Hi\n\nWhat?"), (("--input", "why"), "Hi\n\nso")):
+        done = legolm("generate", path, data, "--out", tmp_path / f"{len(more)}", "--max-tokens", 6, *more)
+        assert json.loads((tmp_path / f"{len(more)}").read_text())["answer"] == greedy(path, Message("user", asked))
+        assert f"generate: nothing uses field `{'context' if more else 'why'}` (1 rows)." in done.stderr
+    data.write_text("".join(json.dumps({"q": text, "id": place}) + "\n" for place, text in enumerate(questions)))
     chats = tmp_path / "chats.jsonl"
     chats.write_text(json.dumps({"m": [{"role": "user", "content": "Hi"}]}) + "\n")
     done = legolm("generate", path, chats, "--messages", "m", "--out", tmp_path / "b.jsonl", "--max-tokens", 6)

@@ -60,14 +60,29 @@ class TestLayouts:
         assert found == [asked("Where?\n\nTo Lyon.", "Lyon"), asked("Where?", "Lyon")]
         assert notes == [
             "data.train: dolly: 2 of 2 rows, 1 with context.",
-            "data.train: nothing uses the text in field `category` (2 rows).",
+            "data.train: nothing uses field `category` (2 rows).",
         ]
+
+    def test_what_is_beside_a_text_and_in_turns_is_named(self, tmp_path: Path) -> None:
+        _, notes = read(write(tmp_path / "a.jsonl", [{"text": "To Lyon.", "label": 0, "empty": None}]))
+        assert notes[1:] == ["data.train: nothing uses field `label` (1 rows)."]
+        turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "Lyon", "weight": 0, "thought": "a town"}]
+        (found,), notes = read(write(tmp_path / "b.jsonl", [{"conversations": turns}]))
+        assert found.messages[-1].turn == {"role": "assistant", "content": "Lyon", "weight": 0, "thought": "a town"}
+        assert notes[1:] == ["data.train: nothing uses field `conversations[].weight` (1 rows)."]
+
+    def test_a_context_that_no_row_has_is_said(self, tmp_path: Path) -> None:
+        row = {"instruction": "Where?", "passage": "To Lyon.", "output": "Lyon"}
+        _, notes = read(write(tmp_path / "a.jsonl", [row]), fields=Fields(input="passsage"))
+        assert "data.train: no row has anything in field `passsage` (fields.input)." in notes
+        _, notes = read(write(tmp_path / "a.jsonl", [row, row | {"passage": ""}]), fields=Fields(input="passage"))
+        assert notes == ["data.train: alpaca: 2 of 2 rows, 1 with input."]
 
     def test_names_of_fields_keep_the_context(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", [{"question": "Where?", "passage": "To Lyon.", "answer": "Lyon"}])
         found, notes = read(path, fields=Fields(instruction="question", answer="answer"))
         assert found == [asked("Where?", "Lyon")]
-        assert "data.train: nothing uses the text in field `passage` (1 rows)." in notes
+        assert "data.train: nothing uses field `passage` (1 rows)." in notes
         assert read(path, fields=Fields(instruction="question", input="passage", answer="answer"))[0] == [
             asked("Where?\n\nTo Lyon.", "Lyon")
         ]
@@ -120,7 +135,7 @@ class TestLayouts:
             assert Examples.of([found])[0] == found
         (found,), notes = read(write(tmp_path / "a.jsonl", [{"messages": turns, "tools": "a hammer"}]))
         assert found == asked("2 + 2?", "4") and repr(found) == repr(asked("2 + 2?", "4"))
-        assert notes[1] == "data.train: nothing uses the text in field `tools` (1 rows)."
+        assert notes[1] == "data.train: nothing uses field `tools` (1 rows)."
 
     def test_text_and_pairs_stay_as_they_are(self, tmp_path: Path) -> None:
         pairs, said = read(write(tmp_path / "a.jsonl", [{"prompt": "It is", "completion": " Lyon."}]))
@@ -219,6 +234,15 @@ class TestFiles:
             found, _ = read(str(tmp_path / name))
             assert found == [asked("Say; Lyon, now.", "Lyon"), asked("Say\tPorto | é.", "Por\nto")], name
 
+    def test_commas_in_a_table_of_tabs_and_spaces_behind_a_delimiter(self, tmp_path: Path) -> None:
+        (tmp_path / "a.tsv").write_text("text, whole\tlabel\nTo Lyon, now\tLyon\n")
+        named = Fields(instruction="text, whole", answer="label")
+        assert read(str(tmp_path / "a.tsv"), fields=named)[0] == [asked("To Lyon, now", "Lyon")]
+        (tmp_path / "a.csv").write_text('instruction, output\n"Where, now?", Lyon\n')
+        assert read(str(tmp_path / "a.csv"))[0] == [asked("Where, now?", "Lyon")]
+        (tmp_path / "a.csv").write_text('instruction,output\n"Say ""hi""", hi\n')  # its own space
+        assert read(str(tmp_path / "a.csv"))[0] == [asked('Say "hi"', " hi")]
+
     def test_a_cell_longer_than_python_reads_by_itself(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text(f'instruction,output\n?,{"x" * 200_000}\n1,2,3\n?,"y"\n')
         found, notes = read(str(tmp_path / "a.csv"), bad_rows="skip")
@@ -310,7 +334,7 @@ class TestParts:
             "data.train: alpaca: 24 of 24 rows.",
             "data.test: no part has a client's name, so that all clients share it.",
             "data.test: alpaca: 5 of 5 rows.",
-            "data: nothing uses the text in field `why` (29 rows).",
+            "data: nothing uses field `why` (29 rows).",
         ]
 
 

@@ -78,6 +78,10 @@ def test_calls_of_tools_are_what_is_learned_where_nothing_is_said(tokenizer: Pre
     first, second = tokenize([chat], calling, 512, "all")
     assert learned(first, calling) == '[add {"a": 2.5}]<end>'
     assert calling.decode(second.ids).startswith('<user>?<end><assistant>[add {"a": 2.5}]<end><tool>4<end>')
+    calling.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    with pytest.raises(LegolmError, match=r"leaves out the calls of tools that are an answer; .*data\.template"):
+        tokenize([Example(chat.messages[:2])], calling, 512)  # it writes "None"
+    assert tokenize([chat], calling, 512)[0].left_out
     with pytest.raises(LegolmError, match="tool calls need a chat template"):
         calling.chat_template = None
         tokenize([chat], calling, 512)

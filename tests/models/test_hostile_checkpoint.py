@@ -19,6 +19,7 @@ from legolm.models import count_parameters, fingerprint, load_config, load_model
 
 Change = Callable[[Path], None]
 WEIGHTS = "model.safetensors"
+IDS = torch.arange(2, 42)[None]
 
 
 @pytest.fixture
@@ -71,6 +72,7 @@ def no_map(path: Path) -> None:
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 TWICE = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1]}}'
 BROKEN: dict[str, tuple[Change, str]] = {
@@ -92,6 +94,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "index outside": (sharded({"x": "../model/a.safetensors"}, "a.safetensors"), 'names "../model/a.safetensors"'),
     "index to nothing": (sharded({"x": "b.safetensors"}, "a.safetensors"), "names b.safetensors, and there is no such"),
     "a shard that lacks one": (sharded({}, "a.safetensors"), "a.safetensors: lacks"),
+    "a tied head of its own": (
+        weights(lambda t: t.update({HEAD: t[EMBEDDING] + 1})),
+        f"has {HEAD} be {EMBEDDING} (tie_word_embeddings), and they are stored with different values",
+    ),
     "in two shards": (sharded({"x": "b.safetensors"}, "a.safetensors", "b.safetensors"), "and so has a.safetensors"),
     "no map": (no_map, "has no `weight_map`"),
     "no weights": (lambda path: (path / WEIGHTS).unlink(), "holds no safetensors weights"),
@@ -121,6 +127,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "generation": (written("generation_config.json", "{"), "generation_config.json: is not valid JSON"),
     "generation: list": (written("generation_config.json", "[1]"), "generation_config.json: must be a JSON object"),
     "generation: pad": (written("generation_config.json", '{"pad_token_id": -1}'), "generation_config.json: is no gen"),
+    "an adapter beside": (written("adapter_config.json", "{}"), "has adapter_config.json beside the model"),
     "tokenizer: truncated": (written("tokenizer.json", '{"version": "1.0", "model"'), "has no readable tokenizer"),
     "tokenizer: list": (written("tokenizer.json", "[]"), "has no readable tokenizer"),
     "tokenizer: no eos": (changed("tokenizer_config.json", eos_token=None), "has no eos_token to end answers with"),
@@ -180,6 +187,12 @@ def test_what_transformers_passes_over_is_no_fault(variant: str, tiny: Callable[
     load_config(path)
     assert count_parameters(path) == before + 8
     load_model(path)
+
+
+def test_a_tied_head_may_be_stored_once_more(model: Path) -> None:
+    before = load_model(model)(IDS).logits
+    weights(lambda t: t.update({HEAD: t[EMBEDDING].clone()}))(model)
+    assert torch.equal(load_model(model)(IDS).logits, before)
 
 
 def test_only_the_files_that_are_read_count(model: Path) -> None:

@@ -67,6 +67,28 @@ def test_says_how_many_answers_the_template_would_change(raw: Raw, tokenizer: Pr
     assert "would change 4 of 12 answers to learn" in notes(raw)
 
 
+def test_says_how_many_conversations_the_template_takes_something_out_of(raw: Raw, tokenizer: Any) -> None:
+    raw["data"]["system"] = "Be brief."
+    assert "leaves out" not in notes(raw)
+    template = Path(raw["model"]) / "chat_template.jinja"
+    others = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    template.write_text(others + str(tokenizer.chat_template))
+    assert "leaves out or changes what 12 of 12 conversations have beside the answer (a system message" in notes(raw)
+    del raw["data"]["system"]
+    assert "leaves out" not in notes(raw)
+    data = Path(raw["data"]["train"]).parent / "fr.jsonl"
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+    mended = str(tokenizer.chat_template).replace("message['content']", "(message['content'] or '')")
+    for field, value in (("reasoning_content", "so"), ("tool_calls", calls)):
+        turns = [{"role": "user", "content": "Say"}, {"role": "assistant", "content": "aa", field: value}]
+        data.write_text("".join(json.dumps({"messages": turns, "n": i}) + "\n" for i in range(6)))
+        template.write_text(mended)
+        assert "leaves out or changes what 4 of 12 conversations" in notes(raw)
+        text = f"(message['{field}'] | tojson if '{field}' in message else '')"
+        template.write_text(mended.replace("(message['content'] or '')", f"{text} + (message['content'] or '')"))
+        assert "leaves out" not in notes(raw)
+
+
 def test_tools_that_the_template_leaves_out_are_said_once(raw: Raw) -> None:
     turns = [{"role": "user", "content": "Say"}, {"role": "assistant", "content": "aa"}]
     rows = [{"messages": turns, "tools": [{"function": {"name": f"add {i}"}}]} for i in range(6)]

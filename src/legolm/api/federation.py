@@ -227,6 +227,7 @@ def _conversations(id: str, split: str, examples: Examples) -> list[dict[str, An
 def _row(example: Example) -> dict[str, Any]:
     """In the layout that gives this example again."""
     if not example.raw:
-        return {"messages": [message.turn for message in example.messages]}
+        tools = {"tools": example.tools} if example.tools else {}
+        return {"messages": [message.turn for message in example.messages], **tools}
     texts = [message.content for message in example.messages]
     return {"text": texts[0]} if len(texts) == 1 else {"prompt": texts[0], "completion": texts[1]}

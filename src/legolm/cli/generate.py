@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from legolm.cli.export import Model
-from legolm.cli.options import Precision, Template, check_new, prompts_of
+from legolm.cli.options import Input, Precision, Template, check_new, prompts_of
 
 
 def generate(
@@ -17,6 +17,7 @@ def generate(
     data: Annotated[str, typer.Argument(help="questions: JSON, JSONL, CSV, Parquet, or hub:owner/name")],
     out: Annotated[Path, typer.Option(help="JSONL file: the rows, each with the answer")],
     instruction: Annotated[str, typer.Option(help="field of the question")] = "instruction",
+    input: Input = None,
     messages: Annotated[str | None, typer.Option(help="instead: field of a list of role and content")] = None,
     answer: Annotated[str, typer.Option(help="field that the answers go into")] = "answer",
     template: Template = None,
@@ -28,11 +29,23 @@ def generate(
     check_new(out)
     from legolm.evaluation import answer_rows
     from legolm.export import find_model
-    from legolm.system import atomic_write
+    from legolm.system import Progress, atomic_write
 
+    notes: list[str] = []
     found = answer_rows(
-        find_model(model), data, instruction, messages, batch_size, precision, max_tokens, prompts_of(template)
+        find_model(model),
+        data,
+        instruction,
+        messages,
+        input,
+        batch_size,
+        precision,
+        max_tokens,
+        prompts_of(template),
+        notes,
     )
+    for note in notes:
+        Progress().note(note)
     lines = (json.dumps({**row, answer: text}, ensure_ascii=False, default=str) + "\n" for row, text in found)
     atomic_write(out, "".join(lines))
     typer.echo(f"{len(found)} answers in {out}")

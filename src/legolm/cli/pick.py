@@ -46,14 +46,17 @@ def pick(
     from legolm.export import candidates
     from legolm.export import pick as choose
     from legolm.report import draw_tradeoff, print_picked
-    from legolm.system import atomic_write
+    from legolm.system import Progress, atomic_write
 
     try:
         most = float("inf") if memory is None else float(parse_quantity(memory))
     except ValueError as error:
         raise LegolmError(f"--memory {memory}: {error}") from None
     rows = validate(RowsConfig, rows_of(layout, instruction, input, answer, messages, bad_rows), "legolm pick")
-    found = candidates(models, data, rows, runtime, quant, limit, prompts_of(template))
+    notes: list[str] = []
+    found = candidates(models, data, rows, runtime, quant, limit, prompts_of(template), notes)
+    for note in notes:  # not before: bad input is one line
+        Progress().note(note)
     best = choose(found, most, min_tokens_per_s)
     print_picked(found, best, most, min_tokens_per_s)
     if picture is not None:

@@ -27,12 +27,13 @@ def run(
         with uncollected():
             from legolm.plan import make_plan
             from legolm.report import print_plan
+            from legolm.runs import RunDir
 
             if not resume:
                 print_plan(make_plan(settings), settings)
+                RunDir(out).check(settings, resume)
                 return
             from legolm.pipeline import changed
-            from legolm.runs import RunDir
 
             folder = RunDir(out)
             settings = folder.settled(settings)

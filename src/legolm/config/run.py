@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -12,7 +13,7 @@ from legolm.config.aggregation import AggregateConfig, FederationConfig
 from legolm.config.blocks import BlockConfig
 from legolm.config.privacy import PrivacyConfig
 from legolm.config.registry import SCHEMES, load_plugins
-from legolm.config.section import Section
+from legolm.config.section import LocalPath, Section
 from legolm.config.sections import AUTO, ClientConfig, DataConfig, Device, EvaluateConfig, LoraConfig, TrainConfig
 from legolm.errors import nearest
 
@@ -43,6 +44,7 @@ class RunConfig(Section):
         "auto", description="of matrix products, `auto` measures; norms, adapters and sums stay fp32"
     )
     device: Device = "auto"
+    final: LocalPath | None = Field(None, description="new folder for the final models, for instance on another disk")
     data: DataConfig = DataConfig()
     blocks: list[BlockConfig] = Field(min_length=1)
     clients: list[ClientConfig] = Field(min_length=1)
@@ -75,6 +77,11 @@ class RunConfig(Section):
     @classmethod
     def _data_by_name(cls, value: object) -> object:
         return {"train": value} if isinstance(value, str) else value
+
+    @field_validator("final")
+    @classmethod
+    def _from_anywhere(cls, value: str | None) -> str | None:
+        return value and str(Path(value).absolute())
 
     @property
     def cuts(self) -> list[BlockConfig]:

@@ -2,7 +2,7 @@
 
 from legolm.data.calibration import calibration_tokens, check_text, help_tokens
 from legolm.data.examples import Example, Message
-from legolm.data.layouts import read_examples, to_example, with_system
+from legolm.data.layouts import read_examples, to_example, unread, unused_fields, with_system
 from legolm.data.prose import read_text, text_tokens
 from legolm.data.render import Tokens, render, render_prompt, render_whole
 from legolm.data.sequence import begin, begun, check_tokens, encode, windows
@@ -19,7 +19,7 @@ from legolm.data.template import (
     take_look,
     unused_tools,
 )
-from legolm.data.tokens import TokenRows, Turns, check_whole, tokenize, tokens_of
+from legolm.data.tokens import TokenRows, Turns, check_whole, left_out, tokenize, tokens_of
 
 __all__ = [
     "DATE",
@@ -43,6 +43,7 @@ __all__ = [
     "encode",
     "help_tokens",
     "is_starter",
+    "left_out",
     "load_parts",
     "own_part",
     "paths_of",
@@ -60,6 +61,8 @@ __all__ = [
     "to_example",
     "tokenize",
     "tokens_of",
+    "unread",
+    "unused_fields",
     "unused_tools",
     "windows",
     "with_system",

@@ -257,9 +257,11 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
         try:
             first = text.readline(MAX_ROW)
             lines = _from(first, text) if not first.lower().startswith("sep=") else text
-            delimiter = first[4:5] if first.lower().startswith("sep=") else _delimiter(first)
+            said = first[4:5] if first.lower().startswith("sep=") else ""
+            delimiter = said or _delimiter(first, "\t" if kind_of(path) == ".tsv" else "")
             start += lines is text
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            spaced = 0 < first.count(delimiter) == first.count(f"{delimiter} ")  # `a, b`
+            reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced, strict=True)
             before = start - 1
             for cells in reader:
                 place, start = f"{path}:{start}", before + reader.line_num + 1
@@ -271,7 +273,9 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
                 else:
                     yield place, dict(zip(header, cells, strict=True))
         except csv.Error as error:
-            raise LegolmError(f"{path}:{start}: not valid CSV ({error})") from None
+            raise LegolmError(
+                f"{path}:{start}: not valid CSV ({error}); a quote in a quoted cell is written twice"
+            ) from None
         except UnicodeDecodeError:
             raise LegolmError(f"{path}:{start}: {NOT_UTF8}") from None
 
@@ -281,13 +285,13 @@ def _from(first: str, text: io.TextIOWrapper) -> Iterator[str]:
     yield from text
 
 
-def _delimiter(header: str) -> str:
-    """What tells most columns apart in the first line."""
+def _delimiter(header: str, usual: str) -> str:
+    """What tells most columns apart in the first line; of several, the usual one."""
     try:
-        found = {sign: len(next(csv.reader([header], delimiter=sign), [])) for sign in DELIMITERS}
+        found = {sign: len(next(csv.reader([header], delimiter=sign), [])) for sign in usual + DELIMITERS}
     except csv.Error:
         return ","
-    return max(DELIMITERS, key=found.__getitem__)
+    return max(found, key=found.__getitem__)
 
 
 def _each_once(columns: list[str], place: str) -> list[str]:

@@ -130,6 +130,9 @@ class Reading:
         raw = self._layouts["pairs"] + self._layouts["text"]
         if raw and self._system:
             said.append(f"{self._field}: data.system is for chats only; {raw:,} rows are trained on as they stand.")
+        named = self._config.fields.input
+        if named is not None and taken and not self._inputs.total():
+            said.append(f"{self._field}: no row has anything in field `{named}` (fields.input).")
         if self._skipped:
             said.append(f"{self._field}: {self._skipped:,} of {self._rows:,} rows skipped: {self._named()}.")
         return said
@@ -137,11 +140,8 @@ class Reading:
     def _count(self, row: Row, found: Found, example: Example) -> None:
         self._layouts[found.layout] += 1
         self._tools[found.layout] += bool(example.tools)
-        used = {*found.columns.values(), *((TOOLS,) if example.tools else ())}
         self._inputs[found.layout] += bool(_context(row, found))
-        for name, value in row.values.items():
-            if name not in used and name != self._label and _holds_text(value):
-                self.unused[name] += 1
+        self.unused.update(name for name in _unused(row, found, example) if name != self._label)
 
     def _named(self) -> str:
         more = self._skipped - len(self._bad)
@@ -172,9 +172,25 @@ def read_examples(
         notes += [*reading.notes, *unread(field, reading.unused)]
 
 
+def unused_fields(row: Row, config: RowsConfig, example: Example) -> list[str]:
+    """Names of the row's fields, and of its turns', that hold something which nothing uses in its conversation."""
+    return _unused(row, layout_of(row, config), example)
+
+
+def _unused(row: Row, found: Found, example: Example) -> list[str]:
+    used = {*found.columns.values(), *((TOOLS,) if example.tools else ())}
+    holds = _holds_text if found.layout != "text" else lambda value: not _is_empty(value)  # labels, beside a text
+    names = [name for name, value in row.values.items() if name not in used and holds(value)]
+    if "messages" in found.columns:
+        field = found.columns["messages"]
+        more = {key for turn in row[field] for key, value in turn.items() if isinstance(value, int | float)}
+        names += [f"{field}[].{key}" for key in sorted(more - {"content", "value"})]
+    return names
+
+
 def unread(field: str, unused: Mapping[str, int]) -> list[str]:
-    """A sentence for each field of rows that holds text which nothing uses."""
-    return [f"{field}: nothing uses the text in field `{name}` ({count:,} rows)." for name, count in unused.items()]
+    """A sentence for each field of rows that holds something which nothing uses."""
+    return [f"{field}: nothing uses field `{name}` ({count:,} rows)." for name, count in unused.items()]
 
 
 @lru_cache(maxsize=16)  # asked for every row
@@ -285,7 +301,8 @@ def _shared(turn: Any, field: str, row: Row) -> Message:
     if role not in ROLES:
         known = ", ".join([*ROLES, *SHAREGPT_ROLES])
         raise BadRow(row.place, f"`{field}` is from {brief(repr(turn['from']))}; known: {known}")
-    return Message(role, _text(turn["value"], f"{field}.value", row))
+    more = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
+    return Message(role, _text(turn["value"], f"{field}.value", row), json.dumps(more, default=str) if more else "")
 
 
 def _is_empty(value: Any) -> bool:

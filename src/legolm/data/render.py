@@ -20,26 +20,33 @@ if TYPE_CHECKING:
 _MARK = "(the answer)"
 """In an answer's place it shows what the template writes before and after, whatever the answer begins or ends with."""
 
+OTHER_TEMPLATE = "name a template that writes them in data.template, or leave these conversations out"
+_BESIDE = ("role", "content", "name", "tool_call_id")
+"""Fields of a turn that are no text of their own."""
+
 
 @dataclass(frozen=True)
 class Tokens:
     """A conversation. The answer is `ids[answer:]`, its end-of-turn token included; `answer` is 1 or more.
 
     `truncated`: it was longer. `rewritten`: the chat template would change the answer, which is here as it stands.
+    `left_out`: it leaves out, or changes, a message before the answer, a tool's call, or another text of a turn.
     """
 
     ids: tuple[int, ...]
     answer: int
     truncated: bool = False
     rewritten: bool = False
+    left_out: bool = False
 
 
 class _Written(NamedTuple):
-    """The prompt, the answer with what ends the assistant's turn, and whether the template would change the answer."""
+    """The prompt, the answer with what ends the assistant's turn, and what the template does to them (`Tokens`)."""
 
     prompt: str
     answer: str
     rewritten: bool
+    left_out: bool
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
@@ -117,7 +124,7 @@ def _tokens(batch: _Batch, tokenizer: PreTrainedTokenizerBase, max_length: int) 
         answer = answer[: max_length - 1]
         if len(prompt) + len(answer) > max_length:
             long.append(len(found))
-        found.append(Tokens((*prompt, *answer), len(prompt), truncated, written.rewritten))
+        found.append(Tokens((*prompt, *answer), len(prompt), truncated, written.rewritten, written.left_out))
     heads = _heads([batch.examples[place] for place in long], tokenizer)
     for place, head in zip(long, heads, strict=True):
         whole = found[place]
@@ -161,10 +168,11 @@ def _texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> l
 def _plain(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Written:
     """Without a template: as it stands, or a message a line."""
     *before, last = example.messages
-    if not example.raw and any(message.more for message in example.messages):
+    if not example.raw and any("tool_calls" in message.turn for message in example.messages):
         raise LegolmError("data: tool calls need a chat template, and the model has none; give one in data.template")
     end = "" if example.raw else "\n"
-    return _Written("".join(f"{message.content}{end}" for message in before), last.content + _end(tokenizer), False)
+    prompt, answer = "".join(f"{message.content}{end}" for message in before), last.content + _end(tokenizer)
+    return _Written(prompt, answer, False, _leaves_out(example, prompt + answer))
 
 
 def _templated(chats: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[_Written]:
@@ -183,11 +191,12 @@ def _templated(chats: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> 
         # Each may take the time and memory of one: whose fault it is shows alone.
         return [_templated([chat], tokenizer)[0] for chat in chats]
     three = zip(texts[::3], texts[1::3], texts[2::3], strict=True)
-    return [_parted(*some, chat.messages[-1].content, tokenizer) for some, chat in zip(three, chats, strict=True)]
+    return [_parted(*some, chat, tokenizer) for some, chat in zip(three, chats, strict=True)]
 
 
-def _parted(prompt: str, whole: str, marked: str, content: str, tokenizer: PreTrainedTokenizerBase) -> _Written:
+def _parted(prompt: str, whole: str, marked: str, chat: Example, tokenizer: PreTrainedTokenizerBase) -> _Written:
     """Of what the template makes of the turns before the answer, of all, and of all with a mark as the answer."""
+    content = chat.messages[-1].content
     before, mark, after = marked.rpartition(_MARK)
     if not mark:
         raise template_error(tokenizer, "leaves out the answer, or writes another one")
@@ -199,12 +208,38 @@ def _parted(prompt: str, whole: str, marked: str, content: str, tokenizer: PreTr
     written = whole[len(prompt) :].strip()
     if not prompt or not written:
         raise template_error(tokenizer, f"writes nothing {'before the answer' if written else 'of the answer'}")
+    if not content.strip() and any(name not in written for name in _calls(chat.messages[-1])):
+        raise template_error(tokenizer, "leaves out the calls of tools that are an answer", OTHER_TEMPLATE)
     rewritten = not whole.endswith(content + after)
     # Reasoning that the template takes out is what may have to be learned: the answer is the data's, not its.
     answer = content if rewritten else whole[len(prompt) : len(whole) - len(after)]
     # Whitespace after the end of the turn belongs to the next turn: nobody generates it. A template that
     # writes nothing there would teach the model never to stop.
-    return _Written(prompt, answer + (after.rstrip() or _end(tokenizer)), rewritten)
+    return _Written(prompt, answer + (after.rstrip() or _end(tokenizer)), rewritten, _leaves_out(chat, whole))
+
+
+def _leaves_out(chat: Example, whole: str) -> bool:
+    """Whether what was written lacks a system's or user's message, a tool's call, or another text of their turns or the
+    answer's. Earlier answers may lose their reasoning, as the model will; what tools said may be written as JSON.
+    """
+    last = chat.messages[-1]
+    for message in chat.messages:
+        said = [message.content] if message.role in ("system", "user") else []
+        if message.more:
+            said += _calls(message)
+            if message.role in ("system", "user") or message is last:
+                said += [text for name, text in message.turn.items() if name not in _BESIDE and isinstance(text, str)]
+        if any(text.strip() not in whole for text in said):
+            return True
+    return False
+
+
+def _calls(message: Message) -> list[str]:
+    """Names of the functions that the turn calls, where it has them as chat templates take them."""
+    calls = message.turn.get("tool_calls") if message.more else None
+    functions = [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _heads(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

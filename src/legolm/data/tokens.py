@@ -32,12 +32,12 @@ Turns = Literal["last", "all"]
 
 class TokenRows(Sequence[Tokens]):
     """The ids of all examples, two bytes each while none needs more, else four; of each where they end, where its
-    answer begins in them, and whether it was cut, or its chat template would change it.
+    answer begins in them, and whether it was cut, or its chat template changes it.
     """
 
     def __init__(self) -> None:
         self._ids, self._ends, self._answers = array("H"), array("q"), array("q")
-        self._truncated, self._rewritten = bytearray(), bytearray()
+        self._truncated, self._rewritten, self._left_out = bytearray(), bytearray(), bytearray()
 
     def add(self, tokens: Tokens) -> None:
         """Put it last."""
@@ -50,6 +50,7 @@ class TokenRows(Sequence[Tokens]):
         self._answers.append(tokens.answer)
         self._truncated.append(tokens.truncated)
         self._rewritten.append(tokens.rewritten)
+        self._left_out.append(tokens.left_out)
 
     @property
     def tokens(self) -> int:
@@ -70,6 +71,7 @@ class TokenRows(Sequence[Tokens]):
             found._answers.extend(part._answers)
             found._truncated.extend(part._truncated)
             found._rewritten.extend(part._rewritten)
+            found._left_out.extend(part._left_out)
         return found
 
     @property
@@ -82,6 +84,11 @@ class TokenRows(Sequence[Tokens]):
     def rewritten(self) -> int:
         """Examples whose answer the chat template would change."""
         return sum(self._rewritten)
+
+    @property
+    def left_out(self) -> int:
+        """Examples of which the chat template leaves something out beside the answer."""
+        return sum(self._left_out)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -108,7 +115,7 @@ class TokenRows(Sequence[Tokens]):
     def _get(self, place: int) -> Tokens:
         start = self._ends[place - 1] if place else 0
         ids = tuple(self._ids[start : self._ends[place]])
-        flags = bool(self._truncated[place]), bool(self._rewritten[place])
+        flags = bool(self._truncated[place]), bool(self._rewritten[place]), bool(self._left_out[place])
         return Tokens(ids, self._answers[place], *flags)
 
 
@@ -154,6 +161,16 @@ def tokens_of(
     while len(_kept) > 1 and _kept.count > KEPT_TOKENS:
         _kept.count -= _kept.pop(next(iter(_kept))).tokens
     return found
+
+
+def left_out(learned: Sequence[TokenRows]) -> list[str]:
+    """A sentence where the chat template leaves something out beside the answer."""
+    count = sum(rows.left_out for rows in learned)
+    said = (
+        f"The chat template leaves out or changes what {count} of {sum(map(len, learned))} conversations have beside "
+        "the answer (a system message, a turn, a field of one); data.template may name one that writes it."
+    )
+    return [said] if count else []
 
 
 def check_whole(examples: TokenRows, length: int, split: str, client: str) -> None:

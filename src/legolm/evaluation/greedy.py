@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from legolm.config import DataConfig, Fields, Precision, RowsConfig
-from legolm.data import Tokens, read_rows, render_whole, to_example
+from legolm.data import Tokens, read_rows, render_whole, to_example, unread, unused_fields
 from legolm.models import autocast, choose_device, load_config, load_model, load_tokenizer
 
 
@@ -54,28 +55,35 @@ def answer_rows(
     data: str,
     instruction: str,
     messages: str | None,
+    input: str | None,
     batch_size: int,
     precision: Precision,
     most: int,
     prompts: DataConfig | None = None,
+    notes: list[str] | None = None,
 ) -> list[tuple[dict[str, Any], str]]:
-    """The model's answer to each row of a file; `instruction` or `messages` is the field of the question.
+    """The model's answer to each row of a file; `instruction` or `messages` is the field of the question, `input` that
+    of what stands beside it, as in a run's data.
 
-    `prompts` says how prompts look; None: as the model's own.
+    `prompts` says how prompts look; None: as the model's own. What nothing uses of the rows is added to `notes`.
 
     Raises `LegolmError` for a row without one, and for a conversation that is longer than the model's context.
     """
     blank = "answer"
-    fields = Fields(messages=messages) if messages else Fields(instruction=instruction, answer=blank)
-    config = RowsConfig(layout="messages" if messages else "alpaca", fields=fields)
+    asking = Fields(instruction=instruction, input=input, answer=blank)
+    config = RowsConfig(fields=Fields(messages=messages) if messages else asking)
     rows = list(read_rows(data, "generate"))
-    asked = []
+    asked, unused = [], Counter[str]()
     for row in rows:
         values = {**row.values, blank: "."}  # any: what stands before it is the prompt
         turns = values.get(messages) if messages else None
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") != "assistant":
             values[str(messages)] = [*turns, {"role": "assistant", "content": "."}]
-        asked.append(to_example(replace(row, values=values), config))
+        completed = replace(row, values=values)
+        asked.append(to_example(completed, config))
+        unused.update(unused_fields(completed, config, asked[-1]))
+    if notes is not None:
+        notes += unread("generate", unused)
     tokenizer, context = load_tokenizer(path, prompts), load_config(path).max_position_embeddings
     rendered = render_whole(asked, tokenizer, context, "generate")
     model = load_model(path).to(choose_device("auto"))

@@ -15,7 +15,7 @@ import torch
 from legolm.adapter import CONFIG, FACTORS, adapter_config, weights_file
 from legolm.block import Block, read_block
 from legolm.config import DataConfig, Precision
-from legolm.data import Tokens, prompt_look, take_look, unused_tools
+from legolm.data import Tokens, left_out, prompt_look, take_look, tokenize, unused_tools
 from legolm.errors import LegolmError, brief
 from legolm.evaluation.figure import Figure
 from legolm.evaluation.floors import warnings
@@ -167,7 +167,8 @@ def evaluate(
     with Progress().stage("evaluate", len(subjects)) as advance:
         for subject in reversed(subjects):  # an adapter or a block that does not fit shows before the LLM has its turn
             name, path = subject.name, subject.path
-            look, block = prompt_look(load_tokenizer(path, prompts)), _first_block(subjects, name)
+            tokenizer, block = load_tokenizer(path, prompts), _first_block(subjects, name)
+            look = prompt_look(tokenizer)
             if block is not None:
                 asked_look = prompt_look(load_tokenizer(block.path, prompts))
                 if asked_look != look:
@@ -175,6 +176,9 @@ def evaluate(
                     looks.append(f"{name}: is asked in the chat template of {block.name}, not in its own")
             if unused := unused_tools(look[0], sum(bool(one.tools) for one in questions.examples)):
                 looks.append(f"{name}: {unused}")
+            take_look(tokenizer, look)
+            most = load_config(path).max_position_embeddings
+            looks += [f"{name}: {note}" for note in left_out([tokenize(questions.examples, tokenizer, most)])]
             kept = NOWHERE
             if parts is not None and subject.model is None:
                 used = json.dumps([precision, str(choose_device("auto")), versions(), repr(look)])

@@ -10,7 +10,7 @@ from legolm.errors import LegolmError
 from legolm.evaluation import tokens_per_second
 from legolm.export.source import Source
 from legolm.models import count_parameters, folder_bytes
-from legolm.runs import ClientSummary, LlmSummary, RunDir, Summary
+from legolm.runs import ClientSummary, LlmSummary, Summary, run_of
 from legolm.system import machine, versions
 
 FRONT = """---
@@ -76,8 +76,8 @@ def _quality(source: Source) -> str:
 
 def _summary(source: Source) -> tuple[Summary, ClientSummary | LlmSummary] | None:
     """Of a run's final model, what the run measured of it; None of other models, and where an adapter was added."""
-    run = RunDir(source.folder.resolve().parent.parent)
-    if source.adapter is not None or not run.exists() or source.folder.resolve().parent.name != "final":
+    run = run_of(source.folder)
+    if source.adapter is not None or run is None:
         return None
     try:
         summary = Summary.read(run.path)

@@ -39,15 +39,16 @@ def candidates(
     quant: str,
     limit: int | None = None,
     prompts: DataConfig | None = None,
+    notes: list[str] | None = None,
 ) -> list[Candidate]:
     """Measure each model; a run's folder stands for all of its final models. `data` is a file of questions and answers.
 
-    `prompts` says how prompts look; None: as each model's own.
+    `prompts` says how prompts look; None: as each model's own. What there is to say of the rows is added to `notes`.
 
     Raises `LegolmError` for a model that cannot be had or exported, and data that cannot be read.
     """
     models = list(dict.fromkeys(one for name in names for one in _models(name)))
-    examples = list(read_examples(data, rows, "--data"))[:limit]
+    examples = list(read_examples(data, rows, "--data", notes))[:limit]
     if not examples:
         raise LegolmError(f"--data {data}: has no questions")
     scores = []
@@ -78,7 +79,7 @@ def _models(name: str) -> list[str]:
     """The name, or of a run's folder those of its final models."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists() and RunDir(path).exists():
-        found = sorted(one.name for one in (path / "final").glob("[!.]*"))
+        found = [one.name for one in RunDir(path).models()]
         if not found:
             raise LegolmError(f"run folder {path}: has no final models yet")
         return [f"{path}:{one}" for one in found]

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from legolm.errors import LegolmError, brief
 from legolm.models.family import check_kind, known_family, quantized_error
 from legolm.models.layout import check_dense, empty_model, layout_of
-from legolm.system import Stored, file_state, read_bounded, stored_tensors, strict_json
+from legolm.system import Stored, file_state, open_tensors, read_bounded, stored_tensors, strict_json
 
 SINGLE, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 SAVE_AGAIN = "save it again with save_pretrained"
@@ -50,6 +51,8 @@ LARGEST = {
 """Sizes in a config: some times those of the largest models there are. transformers makes lists as long as them."""
 ABOVE_0 = r"(^|_)(eps|epsilon|theta|base|freq|factor|multiplier|scaling|scalar|softcapping)$"
 """Numbers in a config that divide, or that all is multiplied with."""
+ADAPTER = "adapter_config.json"
+"""Beside a model's weights it has transformers load the model that it names, with its adapter."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 UNUSED = r"rotary_emb\.inv_freq$"
@@ -62,7 +65,7 @@ def load_config(path: Path) -> Any:
     Raises `LegolmError` for one that is broken or absurd, for a family that is not known, and when the weights' headers
     are not what the config says. No weights are read and no code of the checkpoint is run.
     """
-    read = [path / name for name in ("config.json", GENERATION, *QUANTIZED)]
+    read = [path / name for name in ("config.json", GENERATION, ADAPTER, *QUANTIZED)]
     config = copy.deepcopy(_dense_config(path, tuple(file_state(file) if file.exists() else "" for file in read)))
     files = [path / "config.json", *weight_files(path)]
     config.dtype = _check_weights(path, tuple(file_state(file) for file in files))
@@ -77,6 +80,11 @@ def _dense_config(path: Path, _states: tuple[str, ...]) -> Any:
     check_kind(config)
     if any((path / name).exists() for name in QUANTIZED):
         raise quantized_error("")
+    if (path / ADAPTER).exists():
+        raise LegolmError(
+            f"model: {path}: has {ADAPTER} beside the model, and nothing says whether its weights have that adapter; "
+            "move the adapter into a folder of its own, or merge it and save the model alone"
+        )
     if (path / GENERATION).exists():
         _check_generation(path / GENERATION)
     check_dense(model_of(path, AutoConfig.from_pretrained(path, trust_remote_code=False)))
@@ -241,7 +249,8 @@ def drop_sampling(generation: Any) -> None:
 def _check_weights(path: Path, _states: tuple[str, ...]) -> torch.dtype:
     """The dtype that most of the weights are stored in.
 
-    Raises `LegolmError` unless the tensors are those of the config's model, which is made without memory.
+    Raises `LegolmError` unless the tensors are those of the config's model, which is made without memory. Only where a
+    tied head is stored are two of them read.
     """
     model = model_of(path, AutoConfig.from_pretrained(path, trust_remote_code=False))
     wanted = {_today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -264,7 +273,20 @@ def _check_weights(path: Path, _states: tuple[str, ...]) -> torch.dtype:
                 f"model: {path}: config.json and the weights differ: {brief(names[0])}"
                 f"{f', the first of {len(names)} tensors' if len(names) > 1 else ''}, {fault}; {SAVE_AGAIN}"
             )
+    places = {_today(named[name]): (file, name) for name, (file, _) in weights.items()}
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in places and source in places and not torch.equal(*(_read(*places[one]) for one in (name, source))):
+            raise LegolmError(
+                f"model: {path}: config.json has {name} be {source} (tie_word_embeddings), and they are stored with "
+                "different values; set it to false where both are meant, else leave the head out"
+            )
     return main_dtype(found[name] for name in both)
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with open_tensors(file, "model: ", SAVE_AGAIN) as handle:
+        tensor: Tensor = handle.get_tensor(name)
+    return tensor
 
 
 def main_dtype(stored: Iterable[Stored]) -> torch.dtype:

@@ -9,7 +9,7 @@ from legolm.adapter import adapter_keys
 from legolm.aggregate import Scheme, capped, holders, make_scheme
 from legolm.block import Coverage
 from legolm.config import RunConfig
-from legolm.data import DATE, TokenRows, begin, unused_tools
+from legolm.data import DATE, TokenRows, begin, left_out, unused_tools
 
 
 def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: Mapping[str, int]) -> tuple[str, ...]:
@@ -51,6 +51,7 @@ def prompt_notes(tokenizer: Any, learned: Sequence[TokenRows], chats: bool, tool
             f"The chat template would change {changed} of {sum(map(len, learned))} answers to learn (it takes out "
             "reasoning, or whitespace around them): they are learned as they stand."
         )
+    said += left_out(learned)
     if DATE in tokenizer.init_kwargs:
         said.append(f"The chat template writes the day: {tokenizer.init_kwargs[DATE]} throughout (data.date).")
     return tuple(said)

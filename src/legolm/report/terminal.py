@@ -15,7 +15,7 @@ from legolm.evaluation import TEXT, Evaluation, Result
 from legolm.plan import Plan
 from legolm.report.fit import print_lines, print_table, shortened
 from legolm.report.shown import SPEAKERS, notes, scored, stages_of
-from legolm.runs import Part, Summary
+from legolm.runs import Part, RunDir, Summary
 
 if TYPE_CHECKING:
     from legolm.composition import Composition
@@ -142,7 +142,7 @@ def print_summary(summary: Summary, out: Path) -> None:
             f"LLM on {asked}: {llm.loss_before:.2f} before, {llm.loss_after:.2f} after round {llm.best_round} of "
             f"{summary.rounds}. {took}"
         )
-    lines += [took, f"report {out / 'report.html'}", f"models {out / 'final'}"]
+    lines += [took, f"report {out / 'report.html'}", f"models {RunDir(out).finals}"]
     print_lines(lines)
 
 

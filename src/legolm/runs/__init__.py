@@ -6,6 +6,7 @@ from legolm.runs.folder import (
     DATA,
     UPDATES,
     RunDir,
+    run_of,
 )
 from legolm.runs.kept import Kept
 from legolm.runs.live import Live, State, read_live
@@ -165,6 +166,7 @@ __all__ = [
     "read_stage",
     "read_stages",
     "rounds_of",
+    "run_of",
     "save_adapter_state",
     "seal",
     "to_frame",

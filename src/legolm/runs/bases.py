@@ -53,7 +53,7 @@ def point_adapters(run: RunDir) -> list[Path]:
     The folders of those that did not.
     """
     found = []
-    for file in sorted(run.path.glob("final/*/adapter/adapter_config.json")):
+    for file in sorted(run.finals.glob("*/adapter/adapter_config.json")):
         final, config = file.parent.parent, read_json(file, BASE)
         block = run.block(str(read_json(final / "manifest.json", "name")["name"]))
         # The LLM's is no block of the run: it stays where it is when the run moves.

@@ -6,10 +6,12 @@ after a kill is finished and whatever is not is done again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,15 @@ from legolm.errors import LegolmError, nearest
 from legolm.runs.placed import DEVICES, Devices, Placed, placed
 from legolm.runs.records import Change, Identity, dump_sealed, read_sealed
 from legolm.runs.resume import AGAIN, FREE, Difference, differences, refusal, settled
-from legolm.system import LOCK, atomic_write
+from legolm.system import LOCK, atomic_write, check_room, file_state, read_bounded
 
 UPDATES = "updates"
 """Folder of a round's kept updates within the round's."""
 DATA = "data"
 """Folder of data that were given in memory: it is there before the run."""
 CLOCK = "clock.json"
+FINAL, WHOSE = "final", "run.txt"
+"""Folder of finished models; where it is elsewhere, the file in it with the run's path."""
 MAX_SHOWN = 80
 
 
@@ -46,8 +50,11 @@ class RunDir:
         changes = run.check(config, resume)
         for stale in path.rglob(".*.partial"):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        for stage in {stage for change in changes for stage in AGAIN.get(change.field, ())}:
-            shutil.rmtree(path / stage, ignore_errors=True)
+        stages = {stage for change in changes for stage in AGAIN.get(change.field, ())}
+        moved = any(change.field == "final" for change in changes)  # the old ones stay where they are
+        again = [path / stage for stage in stages - {"final"}]
+        for stale in [*again, *(run.models() if "final" in stages and not moved else ())]:
+            shutil.rmtree(stale, ignore_errors=True)
         if changes and run.identity_file.exists():
             identity, done = run.identity(), run.rounds_done()
             made = [
@@ -62,6 +69,9 @@ class RunDir:
             }
             atomic_write(run.identity_file, dump_sealed(identity.model_copy(update=update)))
         atomic_write(run.config_file, configs.dump(config))
+        if config.final is not None:
+            run.finals.mkdir(parents=True, exist_ok=True)
+            atomic_write(run.finals / WHOSE, str(path.resolve()))
         return run
 
     def check(self, config: RunConfig, resume: bool) -> list[Difference]:
@@ -69,6 +79,8 @@ class RunDir:
         if self.exists():
             known, done = self.known(), self.rounds_done()
             found = differences(known, config)
+            if any(one.field == "final" for one in found):
+                self._check_finals(config)
             for one in found:
                 if why := refusal(one, known, config, done):
                     raise LegolmError(
@@ -80,11 +92,19 @@ class RunDir:
                     f"run folder {self.path}: already there; add --resume to go on, or give another --out"
                 )
             return found
+        self._check_finals(config)
         if self.path.exists() and not (
             self.path.is_dir() and {one.name for one in self.path.iterdir()} <= {DATA, LOCK, CLOCK}
         ):
             raise LegolmError(f"run folder {self.path}: is not empty and not a run; give another --out")
         return []
+
+    def _check_finals(self, config: RunConfig) -> None:
+        """Raise `LegolmError` where final models are to come where something is: it would be taken for them."""
+        place = self.path / FINAL if config.final is None else Path(config.final)
+        check_room(place, field="final")
+        if place.exists() and not (place.is_dir() and next(place.iterdir(), None) is None):
+            raise LegolmError(f"final: {place} is already there and not an empty folder; name another, or move it away")
 
     def exists(self) -> bool:
         """Whether a run began here."""
@@ -179,13 +199,23 @@ class RunDir:
         """Folder of what one client did outside the rounds: `local` or `personal`."""
         return self.path / stage / client
 
+    @property
+    def finals(self) -> Path:
+        """Folder of the finished models: the config's `final`, or one of its own."""
+        named = _named_finals(self.config_file, file_state(self.config_file)) if self.config_file.exists() else None
+        return self.path / FINAL if named is None else Path(named)
+
     def final(self, name: str) -> Path:
         """Folder of a finished model: the LLM's or a client's block."""
-        return self.path / "final" / name
+        return self.finals / name
+
+    def models(self) -> list[Path]:
+        """Folders of all finished models."""
+        return sorted(one for one in self.finals.glob("[!.]*") if one.is_dir())
 
     def final_model(self, name: str) -> Path:
         """The same, if it is there. Raises `LegolmError` with the nearest that is."""
-        known = sorted(one.name for one in (self.path / "final").glob("[!.]*"))
+        known = [one.name for one in self.models()]
         if name not in known:
             hint = nearest(name, known) if known else " the run has none yet"
             raise LegolmError(f"run folder {self.path}: no final model {name!r};{hint}")
@@ -195,3 +225,18 @@ class RunDir:
 def _shown(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def run_of(model: Path) -> RunDir | None:
+    """The run that a finished model's folder is of; None where it is of none that is here."""
+    finals = model.resolve().parent
+    named = [finals.parent]
+    with contextlib.suppress(OSError, ValueError):
+        named.append(Path(read_bounded(finals / WHOSE, 1 << 16).decode()))
+    return next((run for run in map(RunDir, named) if run.exists() and run.finals.resolve() == finals), None)
+
+
+@lru_cache(maxsize=64)
+def _named_finals(config: Path, _state: str) -> str | None:
+    found = configs.read(config).get("final")
+    return found if isinstance(found, str) else None

@@ -125,7 +125,7 @@ def _after(run: RunDir, done: int) -> list[Path]:
     later = [path for path in rounds if int(path.name) > done]
     if not run.round(0).exists():
         later = [*rounds, run.path / "local"]
-    followers = [run.path / "personal", run.path / "final"] if later else []
+    followers = [run.path / "personal", *run.models()] if later else []
     return [path for path in [*later, *followers] if path.exists()]
 
 

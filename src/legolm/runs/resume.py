@@ -31,6 +31,7 @@ AGAIN: Mapping[str, tuple[str, ...]] = {
     "evaluate.others": ("local", "personal"),
     # Who is there is also on whose data the others are scored.
     "clients": ("local", "personal", "final"),
+    "final": (),
 }
 """Fields that leave the rounds as they are, with the stages to make again."""
 TAKES = ", ".join([*FREE, *AGAIN, "which join in rounds to come, and clients' joins and leaves there"])

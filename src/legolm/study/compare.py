@@ -90,6 +90,8 @@ def plans(path: Path, changes: Sequence[str] = (), seeds: int = 1) -> dict[str, 
     found = {}
     for number, variant in product(range(seeds), study.variants):
         config = configs[variant.name]
+        if config.final is not None:
+            raise LegolmError(f"final: is for one run, and {path} has several; take it out")
         seed = config.seed + number
         # Variants mostly differ in the scheme: their data is read once.
         shared: dict[str, Any] = dict.fromkeys(("model", "seed", "data", "train"), True)

@@ -156,23 +156,26 @@ def held_bytes(folder: Path) -> int:
     return sum({stat.st_ino: stat.st_size for stat in stats}.values())
 
 
-def check_room(out: Path, needed: int = 0) -> None:
-    """Raise `LegolmError` when `out` cannot be made or its disk has less than `needed` bytes: before hours of work."""
+def check_room(out: Path, needed: int = 0, field: str = "--out") -> None:
+    """Raise `LegolmError` when `out` cannot be made or its disk has less than `needed` bytes: before hours of work.
+
+    `field` is what names it.
+    """
     try:
         folder = out.resolve()
         while not folder.exists():
             folder = folder.parent
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a ring
-        raise LegolmError(f"{out}: cannot be made ({brief(error)}); give another --out") from None
+        raise LegolmError(f"{out}: cannot be made ({brief(error)}); give another {field}") from None
     if not folder.is_dir():
-        raise LegolmError(f"{out}: {folder} is a file; give another --out")
+        raise LegolmError(f"{out}: {folder} is a file; give another {field}")
     if not os.access(folder, os.W_OK):
-        raise LegolmError(f"{out}: {folder} cannot be written to; give another --out")
+        raise LegolmError(f"{out}: {folder} cannot be written to; give another {field}")
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DiskFullError(
             f"{out}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
-            "free some space or give another --out"
+            f"free some space or give another {field}"
         )
 
 
