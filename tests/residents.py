@@ -15,14 +15,24 @@ from legolm.runs import RunDir
 
 
 class Residents:
-    """An engine that reaches these clients' resident processes; `wire` are all bytes that pass, `said` their logs."""
+    """An engine that reaches these clients' resident processes; `wire` are all bytes that pass, `said` their logs.
 
-    def __init__(self, folder: Path, clients: Sequence[str], memory_mb: Mapping[str, float] | None = None) -> None:
-        self._folder, self._clients, self._memory = folder, clients, memory_mb or {}
+    `loses` is called before a client gets a request: with which of Flower's errors its reply is lost, 0 for none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        clients: Sequence[str],
+        memory_mb: Mapping[str, float] | None = None,
+        roster: Path | None = None,
+    ) -> None:
+        self._folder, self._clients, self._memory, self._roster = folder, clients, memory_mb or {}, roster
         self.wire: list[bytes] = []
         self.said: dict[str, list[str]] = {id: [] for id in clients}
         self.others: dict[str, Callable[[Piece], Answering]] = {}
         self.left: Callable[[str], bool] = lambda client: False
+        self.loses: Callable[[str, bytes], int] = lambda client, request: 0
         self._replies: dict[str, tuple[dict[str, Any], bytes]] = {}
         self._sent = 0
 
@@ -36,24 +46,19 @@ class Residents:
         def piece(path: str, at: int) -> bytes:
             return (blocks / path).read_bytes()[at : at + PIECE]
 
+        self._piece = piece
+        self.residents: dict[str, Answering] = {id: make(piece) for id, make in self.others.items()}
         for id in self._clients:
-            (self._folder / "devices" / id).mkdir(parents=True, exist_ok=True)
-        self._residents: dict[str, Answering] = {
-            id: Resident(
-                Holdings(
-                    self._folder / "devices" / id,
-                    (str(self._folder / "data" / f"{id}.jsonl"),),
-                    profile=Profile("cpu"),
-                    memory_mb=self._memory.get(id),
-                ),
-                id,
-                piece,
-                self.said[id].append,
-            )
-            for id in self._clients
-            if id not in self.others
-        }
-        self._residents |= {id: make(piece) for id, make in self.others.items()}
+            if id not in self.others:
+                self.start(id)
+
+    def start(self, id: str) -> None:
+        """Start a resident, or start it again: what it had in memory is lost."""
+        home, rows = self._folder / "devices" / id, str(self._folder / "data" / f"{id}.jsonl")
+        home.mkdir(parents=True, exist_ok=True)
+        profile, memory = Profile("cpu"), self._memory.get(id)
+        held = Holdings(home, (rows,), profile=profile, memory_mb=memory, roster=self._roster)
+        self.residents[id] = Resident(held, id, self._piece, self.said[id].append)
 
     # As `Flower` of the SuperLink.
 
@@ -66,8 +71,11 @@ class Residents:
     def push(self, node: str, welcome: str, request: bytes, left_s: float | None) -> str | None:
         self._sent += 1
         self.wire += [welcome.encode(), request]
-        header, reply = self._residents[node].answer(welcome, request, left_s)
+        lost = self.loses(node, request)
+        header, reply = self.residents[node].answer(welcome, request, left_s)
         self.wire += [repr(header).encode(), reply]
+        if lost:
+            header, reply = {"code": lost, "error": "it was lost"}, b""
         self._replies[str(self._sent)] = header, reply
         return str(self._sent)
 

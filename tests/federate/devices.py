@@ -13,7 +13,7 @@ from typing import TypeVar
 from tap import Tap
 
 from legolm.system import free_port
-from legolm.trust import CA, add_device, make_authority, make_key, make_server
+from legolm.trust import CA, add_device, make_authority, make_key, make_server, write_roster
 
 LEGOLM = (sys.executable, "-m", "legolm.cli")
 Found = TypeVar("Found")
@@ -45,6 +45,7 @@ class Devices:
         make_server(self.home, ["127.0.0.1"])
         for name in names:
             self.make(name)
+        write_roster(self.home, folder / "roster.json")
         self.tap = Tap(self.home, self.port)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -66,6 +67,7 @@ class Devices:
         for name in names:
             command = [*self._command(name), "client", "--server", f"127.0.0.1:{self.tap.port}", "--device", "cpu"]
             command += ["--home", str(self.device(name)), "--data", f"{self.folder}/data/{name}.jsonl"]
+            command += ["--roster", str(self.folder / "roster.json")]
             with (self.folder / f"{name}.log").open("ab") as log:
                 environment = {**os.environ, **self._environment(name)}
                 self._running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

@@ -211,6 +211,24 @@ def uploaded(clients: str = "abcd") -> tuple[Sum, dict[str, SecureClient]]:
     return one, found
 
 
+def test_what_is_passed_on_does_not_depend_on_who_came_first() -> None:
+    said = []
+    for order in (1, -1):
+        one = Sum(SIX)
+        clients = {id: SecureClient.begin(one.session, id, secret(id), SHAPE, one.structures[id], 7) for id in SIX}
+        server = one.server
+        for id in list(SIX)[::order]:
+            server.advert(id, clients[id].kept.own)
+        server.close_keys()
+        for id in list(SIX)[::order]:
+            server.shares(id, clients[id].shares(server.adverts, server.structures, one.identities))
+        server._commitments = {id: [] for id in SIX}
+        for id in list(SIX)[::order]:
+            server.confirm(id, sign(secret(id), survivors_text(one.session, server.survivors)))
+        said.append([list(server.structures.values()), list(server.inbox("a")), list(server.signatures)])
+    assert said[0] == said[1]
+
+
 def test_a_client_signs_and_opens_once() -> None:
     one, clients = uploaded()
     client, server = clients["a"], one.server
@@ -242,6 +260,31 @@ def test_nothing_opens_without_the_others_signatures() -> None:
     with pytest.raises(LegolmError, match="too few of the survivors signed"):
         client.unmask(server.cohort, {"a": mine["a"], "b": mine["b"], "c": forged})
     assert len(client.unmask(server.cohort, mine)) == 4  # of four seeds, and no key
+
+
+def test_a_server_with_two_lists_of_survivors_gets_no_key_and_seed_of_one_client() -> None:
+    """`a` colludes, and holds with b and c what nobody else does; they are told that all sent, the others that b did
+    not. With b's key of the others and its seed of these, what b sent of the small atom would be bare."""
+    few, many = "abc", "defghijkl"
+    one = Sum(dict.fromkeys(few, FULL) | dict.fromkeys(many, ONE))
+    server, clients = one.server, {}
+    for id in one.clients:
+        clients[id] = SecureClient.begin(one.session, id, secret(id), SHAPE, one.structures[id], 1)
+        server.advert(id, clients[id].kept.own)
+    server.close_keys()
+    for id in one.clients:
+        server.shares(id, clients[id].shares(server.adverts, server.structures, one.identities))
+    for id in one.clients:
+        opening = clients[id].opening(
+            server.cohort, server.there, ABOUT, np.zeros(len(server.cohort.places(id)), dtype=np.float32)
+        )
+        clients[id].upload(server.cohort, server.inbox(id), opening, np.ones(len(opening.order), dtype=np.int32))
+    lists = {few: list(one.clients), many: [id for id in one.clients if id != "b"]}
+    signed = {group: {id: clients[id].confirm(there) for id in group} for group, there in lists.items()}
+    signed[many]["a"] = sign(secret("a"), survivors_text(one.session, lists[many]))
+    assert len(clients["d"].unmask(server.cohort, signed[many])) == len(one.clients)  # b's key, and others' seeds
+    with pytest.raises(LegolmError, match="too few of the survivors signed"):
+        clients["c"].unmask(server.cohort, signed[few])
 
 
 def test_of_the_dead_keys_and_of_the_living_seeds() -> None:

@@ -272,16 +272,19 @@ class Cohort:
 
     def opened(self, there: Collection[str], survivors: Collection[str], signers: Collection[str]) -> list[Atom]:
         """Atoms that may be opened: enough of those who may have sent them did, and of those who have the shares agree
-        on who did."""
+        on who did.
+
+        For each holder those are all its neighbours, who have shares of its key, and not the atom's alone: a server
+        that says otherwise to others would get the key from them and the seed of a small atom from these.
+        """
         sent, agree = set(survivors), set(signers)
-        dead = set(there) - sent
-        lost = {one for one in dead if not _enough(self.neighbours(one), agree, self.session.k)}
+        doubted = {one for one in there if not _enough(self.neighbours(one), agree, self.session.k)}
         return [
             one
             for one in self.atoms
             if len(sent.intersection(one.holders)) >= self.least(one, there)
             and _enough(one.holders, agree, self.session.k)
-            and not lost.intersection(one.holders)
+            and not doubted.intersection(one.holders)
         ]
 
 

@@ -32,7 +32,11 @@ class Opened:
 
 
 class SecureServer:
-    """One sum in an LLM of this shape. `identities` is the roster, `structures` what each client holds."""
+    """One sum in an LLM of this shape. `identities` is the roster, `structures` what each client holds.
+
+    What it passes on is in one order, whoever came first: a run that goes on asks in the same bytes, whose replies are
+    kept.
+    """
 
     def __init__(
         self, session: Session, shape: Shape, structures: Mapping[str, Structure], identities: Mapping[str, str]
@@ -60,7 +64,7 @@ class SecureServer:
         """Those who signed by now take part. Raises `LegolmError` where they are fewer than k."""
         if len(self._adverts) < self.session.k:
             raise LegolmError(f"secure sum: {len(self._adverts)} clients are there, and it needs {self.session.k}")
-        named = {one.held: self._structures[id] for id, one in self._adverts.items()}
+        named = {one.held: self._structures[id] for id, one in sorted(self._adverts.items())}
         self.structures = named
         self.cohort = Cohort(self.session, self._shape, list(self._adverts.values()), named)
         self._words = np.zeros(self.cohort.grid.layout.total, dtype=f"<u{self.cohort.bits // 8}")
@@ -82,7 +86,7 @@ class SecureServer:
 
     def inbox(self, client: str) -> dict[str, bytes]:
         """What the others sealed for a client that sent its own shares."""
-        return {id: one[client] for id, one in self._sealed.items() if client in one}
+        return {id: one[client] for id, one in sorted(self._sealed.items()) if client in one}
 
     @property
     def there(self) -> list[str]:
@@ -123,7 +127,7 @@ class SecureServer:
     @property
     def signatures(self) -> dict[str, bytes]:
         """Of all who confirmed."""
-        return dict(self._signatures)
+        return dict(sorted(self._signatures.items()))
 
     def may_open(self) -> list[Atom]:
         """Atoms whose shares clients will give."""

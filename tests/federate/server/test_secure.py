@@ -20,15 +20,15 @@ from legolm.block import read_block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate import wire
-from legolm.federate.bridge import PIECE
-from legolm.federate.client import Holdings, Profile, Resident
-from legolm.federate.transport import Exchange, Reply, Request, run_local
-from legolm.federate.transport.deployment import those
+from legolm.federate.client import Resident
+from legolm.federate.server import secure as server_secure
+from legolm.federate.transport import Exchange, Reply, Request, deployment, run_local
 from legolm.federate.transport.engine import Body
 from legolm.plan import make_plan
 from legolm.privacy import Advert, Session, gaussian_epsilon
 from legolm.runs import RoundRecord, RunDir, read_stage
 from legolm.trust import add_device, make_authority, make_key, make_server, write_roster
+from residents import Residents
 
 
 @pytest.fixture
@@ -181,41 +181,65 @@ def test_clients_add_noise_that_is_enough_for_each_atom_and_without_who_goes(
     assert not list(tmp_path.glob("out/clients/*/*.safetensors"))  # what rounding took is not for the next round
 
 
-def test_devices_sign_with_what_was_registered_and_keep_secrets_in_memory(raw: dict[str, Any], tmp_path: Path) -> None:
-    """Their resident processes, with their own rows and blocks that they fetched, without Flower between."""
-    home, ids, residents = tmp_path / "federation", ("fr", "de", "es"), dict[str, Resident]()
+def test_devices_that_begin_anew_in_any_phase_end_with_the_same_sums(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their resident processes, with their own rows and blocks that they fetched, without Flower between.
+
+    One loses its memory in another phase of each round, and another's reply is lost on its way. All three are needed:
+    they are asked anew. After some gave their shares they would open no other sum: that round changes nothing.
+    """
+    home, ids = tmp_path / "federation", ("fr", "de", "es")
     make_authority(home)
     make_server(home, ["127.0.0.1"])
     for id in ids:
         add_device(home, id, make_key(tmp_path / "devices" / id))
     write_roster(home, tmp_path / "roster.json")
+    devices = Residents(tmp_path, ids, roster=tmp_path / "roster.json")
+    left = {phase: {"es", "de"} for phase in ("shares", "train", "confirm", "unmask")}
 
-    def run(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
-        def piece(path: str, at: int) -> bytes:
-            return (folder.path / "blocks" / path).read_bytes()[at : at + PIECE]
+    def loses(client: str, request: bytes) -> int:
+        for number, (phase, who) in enumerate(left.items(), 1):
+            if wire.kind_of(request) == phase and b'\\"round\\":%d' % number in request and client in who:
+                who.remove(client)
+                if client == "de":
+                    return 8 if number % 2 else 5
+                devices.start(client)
+        return 0
 
-        for id in ids:
-            data = (str(tmp_path / "data" / f"{id}.jsonl"),)
-            held = Holdings(tmp_path / "devices" / id, data, profile=Profile("cpu"), roster=tmp_path / "roster.json")
-            residents[id] = Resident(held, id, piece, lambda text: None)
-        told = those(folder, config).welcome
+    devices.loses = loses
+    for module, name in ((server_secure, "AGAIN_S"), (deployment, "AGAIN_S"), (deployment, "POLL_S")):
+        monkeypatch.setattr(module, name, 0)
+    federation = {"engine": "deployment", "rounds": 5, "superlink": {"home": str(home)}}
+    raw["data"] = raw["data"] | {"validation": 0.1, "test": 0.2}
+    evaluate = {"scores": "own", "others": None, "local_only": False, "every": 5}
+    own = {name: value for name, value in raw["data"].items() if name != "train"}
+    config = load(raw | {"data": own}, {"withheld_limit": 1}, federation=federation, evaluate=evaluate)
+    pipeline.run(config, tmp_path / "out", store=tmp_path / "store", models=False, engine=devices)
+    local = load(raw, {"withheld_limit": 1}, federation={"rounds": 5}, evaluate=evaluate)
+    pipeline.run(local, tmp_path / "local", store=tmp_path / "store", models=False)
 
-        def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
-            for index, one in enumerate(requests):
-                header, reply = residents[one.client].answer(told(one), one.content)
-                yield Reply(index, reply, header.get("error", ""))
-
-        body(exchange)
-
-    federation = {"engine": "deployment", "rounds": 1, "superlink": {"home": str(home)}}
-    raw["data"] = {"validation": 0.1, "test": 0.2}
-    evaluate = {"scores": "own", "others": None, "local_only": False}
-    config = load(raw, {"withheld_limit": 1}, federation=federation, evaluate=evaluate)
-    pipeline.run(config, tmp_path / "out", store=tmp_path / "store", models=False, engine=run)
-    record = read_stage(tmp_path / "out/rounds/0001")
-    assert isinstance(record, RoundRecord)
-    assert (record.accepted, record.refused) == (list(ids), [])
-    for id, resident in residents.items():
+    assert not any(left.values())
+    states = [load_file(tmp_path / f"out/rounds/000{number}/adapter.safetensors") for number in range(6)]
+    for number in (1, 2, 3):
+        wanted = load_file(tmp_path / f"local/rounds/000{number}/adapter.safetensors")
+        assert all(torch.equal(tensor, states[number][key]) for key, tensor in wanted.items()), number
+    assert all(torch.equal(tensor, states[4][key]) for key, tensor in states[3].items())
+    assert any(not torch.equal(tensor, states[5][key]) for key, tensor in states[4].items())
+    records = [read_stage(tmp_path / f"out/rounds/000{number}") for number in range(1, 6)]
+    assert [one.accepted for one in records if isinstance(one, RoundRecord)] == [list(ids)] * 3 + [[], list(ids)]
+    (lost,) = [one for one in records if isinstance(one, RoundRecord) and one.closed == 1]
+    assert {one.client: one.reason.partition(";")[0] for one in lost.refused} == {
+        "fr": "secure sum: nothing of it was opened",
+        "de": "secure sum: nothing of it was opened",
+        "es": "secure sum: es has no secrets of this sum",
+    }
+    assert all("it was lost; it is asked again" in line for line in devices.said[""] if "device de" in line)
+    # Asked anew: rounds 2 and 3 were trained twice, but by es in 2; whose reply was lost did nothing twice.
+    trained = [sum(line.startswith("train: answered") for line in devices.said[id]) for id in ids]
+    assert trained == [7, 7, 6]
+    for id, resident in devices.residents.items():
+        assert isinstance(resident, Resident)
         (kept,) = resident._secrets.values()
         secret = json.loads(kept)["mask_secret"].encode()
         files = [path for path in (tmp_path / "devices" / id).rglob("*") if path.is_file()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
+from itertools import count
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -26,6 +27,10 @@ from legolm.runs import RunDir
 from legolm.system import Progress
 
 Replies = Callable[[Message], list[Message]]
+DIED = "<class 'ray.exceptions.ActorUnavailableError'>:<'The actor 1a is unavailable: RpcError: Socket closed.'>"
+RESTARTS = "<class 'ray.exceptions.ActorUnavailableError'>:<'The actor 1a is unavailable: The actor is restarting.'>"
+RAISED = "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'Traceback:\nClientAppException: no'>"
+"""What Flower says of an actor that was killed, of one that is not back yet, and of a client that raised."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +47,7 @@ class OddGrid(Grid):
 
     def __init__(self, answers: Replies, gone: Iterable[int] = ()) -> None:
         self._answers, self._gone, self._sent = answers, set(gone), list[Message]()
+        self._number = count()
 
     def get_node_ids(self) -> Iterable[int]:
         return []
@@ -49,7 +55,7 @@ class OddGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         there = [one for one in messages if one.metadata.dst_node_id not in self._gone]
         for one in there:
-            one.metadata.__dict__["_message_id"] = f"m{id(one)}"
+            one.metadata.__dict__["_message_id"] = f"m{next(self._number)}"
         self._sent += there
         return [one.metadata.message_id for one in there]
 
@@ -93,12 +99,28 @@ def test_whatever_comes_is_a_reply_with_an_index() -> None:
         (lambda request: config_reply(request, error="not now"), "not now"),
         (lambda request: Message(Error(0, "  \n "), reply_to=request), "the client crashed"),
         (lambda request: Message(Error(0, "Traceback:\n  at 7\nValueError: no"), reply_to=request), "ValueError: no"),
+        (lambda request: Message(Error(0, RAISED), reply_to=request), "ClientAppException: no"),
+        (lambda request: Message(Error(0, DIED), reply_to=request), "its process was killed; is there memory for all"),
     ],
 )
 def test_what_is_no_reply_is_an_error(answer: Callable[[Message], Message], says: str) -> None:
-    assert [(one.index, one.error) for one in sent_back(lambda request: [answer(request)])] == [
-        (0, says), (1, says), (2, says),
-    ]  # fmt: skip
+    found = sent_back(lambda request: [answer(request)])
+    assert [one.index for one in found] == [0, 1, 2] and all(one.error.startswith(says) for one in found)
+
+
+def test_what_waits_for_a_process_that_restarts_is_asked_again() -> None:
+    restarting = {1: 2, 3: 1}
+
+    def answers(request: Message) -> list[Message]:
+        node = request.metadata.dst_node_id
+        restarting[node] = restarting.get(node, 0) - 1
+        return [
+            config_reply(request, content=b"x")
+            if restarting[node] < 0
+            else Message(Error(0, RESTARTS), reply_to=request)
+        ]
+
+    assert [(one.index, one.content) for one in sent_back(answers)] == [(1, b"x"), (2, b"x"), (0, b"x")]
 
 
 def test_a_node_that_cannot_be_reached_is_an_error() -> None:

@@ -57,7 +57,8 @@ AGAIN_S = 10.0
 class _Came:
     """What a round's clients sent: who was added, what they say of it, why others were not, bytes, kept updates.
 
-    `closed` is the share of the entries that a secure sum did not open.
+    `closed` is the share of the entries that a secure sum did not open; it `stands`, with whatever it opened, where
+    devices would not open another one of this round.
     """
 
     train: dict[str, Training] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class _Came:
     kept: dict[str, str] = field(default_factory=dict)
     added: set[str] = field(default_factory=set)
     closed: float | None = None
+    stands: bool = False
 
 
 class Rounds:
@@ -256,9 +258,12 @@ class Rounds:
             # Replies came in any order; the record does not depend on it.
             accepted = [id for id in asked if id in came.added]
             train, refused, traffic, kept = came.train, came.refused, came.traffic, came.kept
-            self._check_enough(number, list(asked), accepted, refused)
-            self._account.disturb(done, scheme, weighing, [id for id in asked if id not in came.added])
-            shares = weighing.finish()
+            if not came.stands:
+                self._check_enough(number, list(asked), accepted, refused)
+            shares: dict[str, float] = {}
+            if accepted:
+                self._account.disturb(done, scheme, weighing, [id for id in asked if id not in came.added])
+                shares = weighing.finish()
             self._check_global(number, scheme, accepted)
             due = number % self._config.evaluate.every == 0 or number == self._stages.rounds
             scored = self.score_global(scheme, exchange, f"round {number}: evaluate") if due else UNSCORED
@@ -330,7 +335,8 @@ class Rounds:
         summed, trains = self._secure.round(order, last, exchange), self._members.at(number).trains
         for id, change in summed.changes.items():
             weighing.add(id, change, trains[id])
-        return _Came({}, dict(summed.refused), dict(summed.traffic), {}, set(summed.changes), summed.closed)
+        stands = summed.asked and self._config.federation.engine == "deployment"
+        return _Came({}, dict(summed.refused), dict(summed.traffic), {}, set(summed.changes), summed.closed, stands)
 
     def _done(self, number: int) -> list[RoundRecord]:
         """The records of the rounds before this one, from the first on."""

@@ -63,7 +63,8 @@ class Summed:
     """What a round opened: a change for each client whose part is in it, as the scheme is to add them.
 
     Their sum is the clients' sum; each by itself is nobody's (`_changes`). `refused` says of the others why, `closed`
-    is the share of the held entries that stayed closed, with the reasons; nothing was `opened`, or asked to be.
+    is the share of the held entries that stayed closed, with the reasons. `asked`: clients were asked for shares that
+    open it, and give them once a round.
     """
 
     changes: Mapping[str, Change]
@@ -71,7 +72,7 @@ class Summed:
     traffic: Mapping[str, Traffic]
     closed: float
     reasons: Sequence[str]
-    opened: bool = True
+    asked: bool = True
 
 
 def session_of(config: RunConfig, run: str, number: int, attempt: int, frozen_side: bool) -> Session:
@@ -117,7 +118,7 @@ class SecureRound:
         self._down: dict[str, int] = {}
 
     def run(self, least: int) -> Summed:
-        """All five phases. Nothing is opened where fewer than `least` have uploaded."""
+        """All five phases, up to the one after which nothing can be opened, as where fewer than `least` uploaded."""
         server, clients = self._server, list(self._order.clients)
         self._ask("keys", clients, self._keys_request, KeysReply)
         try:
@@ -134,7 +135,11 @@ class SecureRound:
         self._ask("train", left, self._train_request, MaskedReply)
         if len(server.survivors) < least:
             return self._nothing(f"secure sum: {len(server.survivors)} clients sent theirs, and {least} are asked for")
+        if not cohort.opened(server.there, server.survivors, server.survivors):
+            return self._nothing(f"secure sum: {len(server.survivors)} clients sent theirs, too few for any entry")
         self._ask("confirm", server.survivors, self._confirm_request, ConfirmReply)
+        if not server.giving:
+            return self._nothing(f"secure sum: {len(server.signatures)} clients signed who sent theirs, too few")
         self._ask("unmask", server.giving, self._unmask_request, UnmaskReply)
         opened, closed = server.finish(self._told, self._sent)
         return self._summed(opened, closed)
@@ -257,7 +262,7 @@ class SecureRound:
 
     def _nothing(self, why: str) -> Summed:
         refused = {id: self._refused.get(id, why) for id in self._order.clients}
-        return Summed({}, refused, self._traffic(), 1.0, [why], opened=False)
+        return Summed({}, refused, self._traffic(), 1.0, [why], asked=False)
 
     def _traffic(self) -> dict[str, Traffic]:
         return {id: Traffic(up=self._up[id], down=self._down[id]) for id in self._up}
@@ -304,7 +309,7 @@ class SecureRounds:
         self._roster, self._progress = roster, progress
 
     def round(self, order: Order, last: Tensors | None, exchange: Exchange) -> Summed:
-        """One round; devices of their own are asked anew while too few of them send anything."""
+        """One round; devices of their own are asked anew where nothing can be opened, until they gave shares for it."""
         federation, attempt = self._config.federation, 0
         least = min(federation.min_replies, len(order.clients))
         while True:
@@ -313,9 +318,11 @@ class SecureRounds:
             summed = one.run(least)
             for reason in summed.reasons:
                 self._progress.note(f"round {order.number}: stays closed: {reason}")
-            if summed.opened or federation.engine != "deployment":
+            if summed.asked or federation.engine != "deployment":
                 return summed
             attempt += 1
+            gone = "; ".join(f"{id}: {reason}" for id, reason in summed.refused.items())
+            self._progress.note(f"round {order.number}: all are asked anew ({gone})")
             time.sleep(AGAIN_S)
 
 

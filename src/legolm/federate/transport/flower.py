@@ -44,6 +44,9 @@ turn ends in a pause, so very few wait for it."""
 OBJECT_STORE_BYTES = 256 << 20
 UNASKED = -1
 """Index of a reply to no request."""
+KILLED = ("ray.exceptions.Actor", "ray.exceptions.OutOfMemory")
+RESTARTS = "The actor is restarting"
+"""What Ray says of an actor whose process was killed, and where it is not back yet: the request has reached nobody."""
 
 
 def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
@@ -74,7 +77,8 @@ def run_flower(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
             server_app=server,
             client_app=flower_app(run.path.resolve()),
             num_supernodes=len(config.clients),
-            backend_config={"client_resources": {"num_cpus": threads, "num_gpus": 0.0}},
+            # Flower gives them to Ray as options of an actor, which else would answer all that waits once it is gone.
+            backend_config={"client_resources": {"num_cpus": threads, "num_gpus": 0.0, "max_restarts": -1}},
         )
 
 
@@ -149,32 +153,37 @@ def _exchange(
 ) -> Iterator[Reply]:
     """Push requests, a few for each of `actors` and more while they are small, and give replies as they come.
 
-    A client that crashed or cannot be reached gives an error, not an end. A reply that comes again has its index again,
+    A client that crashed or cannot be reached gives an error, not an end, and so does one whose process was killed;
+    what waited for a new process in its place is pushed again. A reply that comes again has its index again,
     and one to nothing that was asked `UNASKED`: who asks names and drops them. Raises `LegolmError` once the engine is
     `stopped`.
     """
     queue = enumerate(requests)
     began = time.monotonic()
-    waiting: dict[str, tuple[int, int]] = {}  # index and bytes by message
+    waiting: dict[str, tuple[int, Request]] = {}  # by message
     asked: dict[str, int] = {}  # index by message, of all
 
     def room() -> bool:
-        small = len(waiting) < MOST_IN_FLIGHT * actors and sum(n for _, n in waiting.values()) < IN_FLIGHT_BYTES
+        size = sum(len(one.content) for _, one in waiting.values())
+        small = len(waiting) < MOST_IN_FLIGHT * actors and size < IN_FLIGHT_BYTES
         return small or len(waiting) < IN_FLIGHT * actors
+
+    def push(index: int, request: Request) -> bool:
+        content = RecordDict({"request": ConfigRecord({"content": request.content})})
+        # The client `llm`, everyone's data at one place, has no node: any may answer.
+        node = node_of.get(request.client, min(node_of.values()))
+        sent = list(grid.push_messages([Message(content, node, MessageType.TRAIN)]))
+        for message_id in sent:
+            waiting[message_id], asked[message_id] = (index, request), index
+        return bool(sent)
 
     while True:
         while room():
             index, request = next(queue, (-1, None))
             if request is None:
                 break
-            content = RecordDict({"request": ConfigRecord({"content": request.content})})
-            # The client `llm`, everyone's data at one place, has no node: any may answer.
-            node = node_of.get(request.client, min(node_of.values()))
-            sent = list(grid.push_messages([Message(content, node, MessageType.TRAIN)]))
-            if not sent:
+            if not push(index, request):
                 yield Reply(index, error="its node cannot be reached")
-            for message_id in sent:
-                waiting[message_id], asked[message_id] = (index, len(request.content)), index
         if not waiting:
             return
         found = list(grid.pull_messages(list(waiting)))
@@ -182,8 +191,10 @@ def _exchange(
             raise LegolmError("federation.engine flower: was stopped")
         for reply in found:
             message_id = reply.metadata.reply_to_message_id
-            waiting.pop(message_id, None)
-            yield _read(asked.get(message_id, UNASKED), reply)
+            again = waiting.pop(message_id, None)
+            restarts = reply.has_error() and RESTARTS in (reply.error.reason or "")
+            if again is None or not restarts or not push(*again):
+                yield _read(asked.get(message_id, UNASKED), reply)
         if deadline_s is not None and time.monotonic() - began > deadline_s:
             for index in [*(index for index, _ in waiting.values()), *(index for index, _ in queue)]:
                 yield Reply(index, error=late(deadline_s))
@@ -195,7 +206,10 @@ def _exchange(
 def _read(index: int, reply: Message) -> Reply:
     """What came, whatever it holds: a client may send anything."""
     if reply.has_error():
-        lines = (reply.error.reason or "").strip().splitlines()
+        reason = reply.error.reason or ""
+        if any(one in reason.partition(":")[0] for one in KILLED):
+            return Reply(index, error="its process was killed; is there memory for all that run at once?")
+        lines = reason.strip().splitlines()
         return Reply(index, error=lines[-1] if lines else "the client crashed")
     record = reply.content.config_records.get("reply", ConfigRecord())
     content, error = record.get("content"), record.get("error")
