@@ -34,7 +34,7 @@ from legolm.models import (
 )
 from legolm.plan import Plan, PlannedClient, make_plan
 from legolm.prune import cut_blocks
-from legolm.report import need_matplotlib, summarize, write_report
+from legolm.report import Trackers, need_matplotlib, summarize, write_report
 from legolm.runs import (
     AGAIN,
     HASHES,
@@ -142,11 +142,17 @@ def _run(
 
     rounds = begin()
     rounds.write_lines()
+    track = Trackers(folder, config, progress.note)
 
     def so_far() -> Summary:
         block_of = {client.id: client.block for client in plan.clients}
         found = rounds.records()
         return summarize(config, blocks, block_of, found, identity, name, clock.wall, clock.seconds("blocks"))
+
+    def after_round() -> None:
+        if config.federation.engine == "deployment":  # whose rounds take as long as devices do
+            write_report(so_far(), out / "report.html")
+        track(rounds.records)
 
     def work(exchange: Exchange) -> None:
         nonlocal config, plan, rounds
@@ -155,14 +161,14 @@ def _run(
             config = folder.settled(config)
             plan = make_plan(config)
             rounds = begin()
-        if config.federation.engine == "deployment":  # whose rounds take as long as devices do
-            rounds.after_round = lambda: write_report(so_far(), out / "report.html")
+        rounds.after_round = after_round
         rounds.run(exchange)
 
     if not rounds.finished:
         for line in plan.read:
             progress.note(line)
         engine(folder, config, plan.actors, work)
+    track(rounds.records, finished=True)
     block_of = {client.id: client.block for client in plan.clients}
     if models:
         with clock.stage("final", recorded=False):

@@ -35,6 +35,7 @@ from legolm.config.sections import (
     LoraConfig,
     Precision,
     Profile,
+    ReportConfig,
     Split,
     TrainConfig,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "Profile",
     "RecoverConfig",
     "Registry",
+    "ReportConfig",
     "RowsConfig",
     "RunConfig",
     "SecureConfig",

@@ -14,7 +14,16 @@ from legolm.config.blocks import BlockConfig
 from legolm.config.privacy import PrivacyConfig
 from legolm.config.registry import SCHEMES, load_plugins
 from legolm.config.section import LocalPath, Section
-from legolm.config.sections import AUTO, ClientConfig, DataConfig, Device, EvaluateConfig, LoraConfig, TrainConfig
+from legolm.config.sections import (
+    AUTO,
+    ClientConfig,
+    DataConfig,
+    Device,
+    EvaluateConfig,
+    LoraConfig,
+    ReportConfig,
+    TrainConfig,
+)
 from legolm.errors import nearest
 
 LEAST_RECOVERY, MOST_RECOVERY = 16, 40
@@ -55,6 +64,7 @@ class RunConfig(Section):
     federation: FederationConfig = FederationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
 
     @model_validator(mode="before")
     @classmethod

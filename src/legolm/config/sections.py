@@ -199,3 +199,13 @@ class EvaluateConfig(Section):
             if getattr(self, name) is not None and self.scores != other:
                 raise ValueError(f"{name}: is for scores {other!r}; take it out, or set that")
         return self
+
+
+class ReportConfig(Section):
+    """Where a run's figures go after each round: losses, exact matches, bytes, epsilon, how many clients are missing.
+
+    A tracker that cannot be reached ends no run: that is said, and the next round tries again.
+    """
+
+    tensorboard: bool = Field(False, description="event files in the run folder's `tensorboard`")
+    mlflow: bool = Field(False, description="a run at MLFLOW_TRACKING_URI, experiment MLFLOW_EXPERIMENT_NAME (legolm)")

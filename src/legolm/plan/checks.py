@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def check_files(config: RunConfig) -> tuple[str, ...]:
                 if (text, rows) not in read:
                     said += check_text(text, rows, f"{where}{field}")
                     read.add((text, rows))
+    for name, asked in config.report:
+        if asked and importlib.util.find_spec(name) is None:
+            raise LegolmError(f"report.{name}: needs {name}; run: pip install 'legolm[{name}]', or set it to false")
     superlink = config.federation.superlink
     if config.federation.engine == "deployment" and superlink.address is None:
         server_files(Path(superlink.home))

@@ -15,9 +15,11 @@ from legolm.report.terminal import (
     print_speeds,
     print_summary,
 )
+from legolm.report.trackers import Trackers
 from legolm.report.tradeoff import draw_tradeoff, print_picked
 
 __all__ = [
+    "Trackers",
     "draw",
     "draw_tradeoff",
     "need_matplotlib",

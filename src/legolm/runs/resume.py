@@ -20,6 +20,8 @@ FREE = (
     "federation.superlink.root_certificates",
     "evaluate.batch_size",
     "data.fetch",
+    "report.tensorboard",
+    "report.mlflow",
 )
 """Fields that change nothing that was done."""
 AGAIN: Mapping[str, tuple[str, ...]] = {

@@ -89,6 +89,7 @@ class Flower:
         self._submitted = -STARTS_S
         self._started: dict[str, float] = {}
         self._early: dict[str, int] = {}
+        self._over = False
 
     def __enter__(self) -> Flower:
         self._write_app()
@@ -96,6 +97,7 @@ class Flower:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._over = True
         if self._link is not None:
             self._link.close()
         self._listener.close()
@@ -175,6 +177,8 @@ class Flower:
 
     def _watch(self) -> None:
         """Start what is not running, and submit a run where there is none."""
+        if self._over:  # another thread may look on while this one ends all
+            return
         if self._settings.address is None:
             self._keep(LINK, self._superlink)
         self._keep(EXEC, self._superexec)
