@@ -7,20 +7,19 @@ an undisturbed run ends.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from legolm.adapter import merge, save_adapter, save_factors, tensors_hash
-from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
-from legolm.config import AUTO, RunConfig
+from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block, write_llm
+from legolm.config import AUTO, CLIENTS, RunConfig
 from legolm.data import DATE, client_data, data_fingerprint, prompt_look
 from legolm.errors import LegolmError
-from legolm.federate.server import Rounds, ask, place, server_examples, steps_of
+from legolm.federate.server import Rounds, ask, calibrate, place, server_examples, steps_of
 from legolm.federate.transport import Engine, Exchange, engine_for
-from legolm.federate.wire import Offer, OfferRequest, block_files, block_id
+from legolm.federate.wire import CalibrateRequest, Offer, OfferRequest, block_files, block_id
 from legolm.finetune import learning_rate
 from legolm.models import (
     carry,
@@ -31,9 +30,10 @@ from legolm.models import (
     load_model,
     load_tokenizer,
     save_model,
+    shape_of,
 )
 from legolm.plan import Plan, PlannedClient, make_plan
-from legolm.prune import cut_blocks
+from legolm.prune import clients_needs, cut_blocks, save_statistics
 from legolm.report import Trackers, need_matplotlib, summarize, write_report
 from legolm.runs import (
     AGAIN,
@@ -56,7 +56,9 @@ from legolm.system import (
     atomic_folder,
     atomic_write,
     check_room,
+    file_hash,
     held_bytes,
+    link,
     locked,
     machine,
     release_memory,
@@ -129,9 +131,8 @@ def _run(
     identity = _identify(folder, config, plan)
     again = mend(folder, config, progress.note)
 
-    with clock.stage("blocks", recorded=False):
-        blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
-    name = out.resolve().name
+    name, blocks = out.resolve().name, dict[str, Block]()
+    rounds: Rounds
 
     def begin() -> Rounds:
         """The rounds of what is decided now."""
@@ -140,8 +141,19 @@ def _run(
         shared = store / "before" if store else None
         return Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock, train)
 
-    rounds = begin()
-    rounds.write_lines()
+    def cut(exchange: Exchange | None = None) -> None:
+        """The blocks, where clients are asked by sums of their own text; and the rounds of them."""
+        nonlocal blocks, rounds
+        with clock.stage("blocks", recorded=False):
+            if exchange is not None:
+                _calibrate(folder, config, plan, identity, exchange, progress)
+            blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
+        rounds = begin()
+        rounds.write_lines()
+
+    asked_first = _asks_first(folder, config)
+    if not asked_first:
+        cut()
     track = Trackers(folder, config, progress.note)
 
     def so_far() -> Summary:
@@ -156,6 +168,8 @@ def _run(
 
     def work(exchange: Exchange) -> None:
         nonlocal config, plan, rounds
+        if asked_first:
+            cut(exchange)
         if undecided := [client.id for client in config.clients if client.block == AUTO]:
             folder.place(place(_offers(folder, config, plan, identity.run), undecided, exchange, progress))
             config = folder.settled(config)
@@ -164,7 +178,7 @@ def _run(
         rounds.after_round = after_round
         rounds.run(exchange)
 
-    if not rounds.finished:
+    if asked_first or not rounds.finished:
         for line in plan.read:
             progress.note(line)
         engine(folder, config, plan.actors, work)
@@ -283,6 +297,40 @@ def _check_data(folder: RunDir, config: RunConfig) -> None:
         )
 
 
+def _asks_first(folder: RunDir, config: RunConfig) -> bool:
+    """Whether blocks are still to be cut by sums that the clients have not been asked for."""
+    left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
+    return clients_needs(left) != "nothing" and not folder.sums.exists()
+
+
+def _calibrate(
+    folder: RunDir, config: RunConfig, plan: Plan, identity: Identity, exchange: Exchange, progress: Progress
+) -> None:
+    """Ask the clients for sums of their own text, and keep what they add up to. Devices get the LLM for it."""
+    asking = next(spec.calibration for spec in config.cuts if spec.calibration.statistics == CLIENTS)
+    needs = clients_needs(config.cuts)
+    assert needs != "nothing"
+    request = CalibrateRequest(
+        run=identity.run,
+        client="",
+        block="llm",
+        base_fingerprint=identity.base_fingerprint,
+        samples=asking.samples,
+        length=asking.length,
+        needs=needs,
+        precision=plan.precision,
+        seed=config.seed,
+    )
+    lent = folder.block("llm")
+    if config.federation.engine == "deployment" and not lent.exists():
+        with atomic_folder(lent) as partial:
+            write_llm(plan.base, identity.base_fingerprint, load_tokenizer(plan.base, config.data), partial)
+    there = [client.id for client in config.clients if client.there(1)]
+    found = calibrate(request, there, shape_of(load_config(plan.base)), exchange, progress)
+    shutil.rmtree(lent, ignore_errors=True)
+    save_statistics(found, folder.sums)
+
+
 def _cut_blocks(
     folder: RunDir,
     config: RunConfig,
@@ -301,23 +349,34 @@ def _cut_blocks(
     tokenizer = load_tokenizer(plan.base, config.data)
     prompts = "".join(f"|{one}" for one in (plan.template, tokenizer.init_kwargs.get(DATE)) if one)
     left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
+    sums = folder.sums if folder.sums.exists() else None
+    summed = file_hash(sums) if sums else ""
     made = {spec.name: Path(spec.path) for spec in left if spec.path is not None}
     for spec in left:
         if spec.path is not None:
             continue
-        recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{precision}{prompts}"
+        recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{precision}{prompts}{summed}"
         name = f"{spec.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
         made[spec.name] = store / name if store else folder.block(spec.name)
     wanted = [(spec, made[spec.name]) for spec in left if not made[spec.name].exists()]
     if wanted:
-        model = lasting_name(config.model)
-        cut_blocks(plan.base, base_fingerprint, wanted, config.seed, precision, progress, model, tokenizer=tokenizer)
+        cut_blocks(
+            plan.base,
+            base_fingerprint,
+            wanted,
+            config.seed,
+            precision,
+            progress,
+            lasting_name(config.model),
+            tokenizer=tokenizer,
+            sums=sums,
+        )
     for spec in left:
         if made[spec.name] == folder.block(spec.name):
             seal(folder.block(spec.name))
             continue
         with atomic_folder(folder.block(spec.name)) as partial:
-            shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=_link, ignore=_unsealed)
+            shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=link, ignore=_unsealed)
             if spec.path is not None:
                 rename_block(partial, spec.name)  # the run's, whatever it was called where it was cut
                 if prompt_look(load_tokenizer(partial)) != prompt_look(tokenizer):
@@ -345,14 +404,6 @@ def _replace_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 _unsealed = shutil.ignore_patterns(HASHES)
-
-
-def _link(source: str, target: str) -> None:
-    """A second name for the same file, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _write_final(

@@ -2,6 +2,7 @@
 
 from legolm.federate.server.asking import ask
 from legolm.federate.server.begin import begin, start_factors
+from legolm.federate.server.calibrating import calibrate
 from legolm.federate.server.dispatch import checked_scores, steps_of
 from legolm.federate.server.loop import Rounds
 from legolm.federate.server.members import LLM, Members, drawn, is_dense
@@ -15,6 +16,7 @@ __all__ = [
     "Rounds",
     "ask",
     "begin",
+    "calibrate",
     "check_withheld",
     "checked_scores",
     "drawn",
