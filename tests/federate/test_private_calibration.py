@@ -201,8 +201,12 @@ def test_the_dry_run_says_what_is_asked_and_refuses_what_cannot_travel(
     for config, more in ((configs.validate(RunConfig, raw, "test"), ""), (deployed(raw), ", for which a device fetch")):
         (note,) = [one for one in make_plan(config).notes if "own text" in one]
         assert note.startswith(f"Blocks are cut by sums of the clients' own text: 0.0 MB of each{more}")
+    disk = [make_plan(deployed(raw)).disk_bytes]
     raw["blocks"][0]["method"] = "sparsegpt"
-    make_plan(configs.validate(RunConfig, raw, "test"))
+    disk.append(make_plan(deployed(raw)).disk_bytes)
+    squares = 2 * (3 * 64 + 96)  # of two layers' q, o, gate and down
+    whole = 2 * (3 * 64 * 65 + 96 * 97) // 2
+    assert disk[1] - disk[0] == 4 * (whole - squares) * (1 + 3 * 3)
     monkeypatch.setattr(checks, "MAX_SUMS_BYTES", 10_000)
     with pytest.raises(LegolmError, match="all second moments of this LLM are 0 MB, a message holds 0; take a"):
         make_plan(configs.validate(RunConfig, raw, "test"))
