@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from legolm.adapter import merge, save_adapter, save_factors, tensors_hash
-from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block, write_llm
-from legolm.config import AUTO, CLIENTS, RunConfig
+from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
+from legolm.config import AUTO, RunConfig
 from legolm.data import DATE, client_data, data_fingerprint, prompt_look
 from legolm.errors import LegolmError
-from legolm.federate.server import Rounds, ask, calibrate, place, server_examples, steps_of
+from legolm.federate.server import Rounds, ask, asks_clients, calibrate, place, server_examples, steps_of
 from legolm.federate.transport import Engine, Exchange, engine_for
-from legolm.federate.wire import CalibrateRequest, Offer, OfferRequest, block_files, block_id
+from legolm.federate.wire import Offer, OfferRequest, block_files, block_id
 from legolm.finetune import learning_rate
 from legolm.models import (
     carry,
@@ -30,10 +30,9 @@ from legolm.models import (
     load_model,
     load_tokenizer,
     save_model,
-    shape_of,
 )
 from legolm.plan import Plan, PlannedClient, make_plan
-from legolm.prune import clients_needs, cut_blocks, save_statistics
+from legolm.prune import cut_blocks
 from legolm.report import Trackers, need_matplotlib, summarize, write_report
 from legolm.runs import (
     AGAIN,
@@ -146,12 +145,12 @@ def _run(
         nonlocal blocks, rounds
         with clock.stage("blocks", recorded=False):
             if exchange is not None:
-                _calibrate(folder, config, plan, identity, exchange, progress)
+                calibrate(folder, config, identity, plan.base, exchange, progress)
             blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
         rounds = begin()
         rounds.write_lines()
 
-    asked_first = _asks_first(folder, config)
+    asked_first = asks_clients(folder, config)
     if not asked_first:
         cut()
     track = Trackers(folder, config, progress.note)
@@ -295,40 +294,6 @@ def _check_data(folder: RunDir, config: RunConfig) -> None:
             f"run folder {folder.path}: belongs to another config, `clients` differs: with those who came the others' "
             f"data are not what they were (data.split by {config.data.split.by}); give another --out"
         )
-
-
-def _asks_first(folder: RunDir, config: RunConfig) -> bool:
-    """Whether blocks are still to be cut by sums that the clients have not been asked for."""
-    left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
-    return clients_needs(left) != "nothing" and not folder.sums.exists()
-
-
-def _calibrate(
-    folder: RunDir, config: RunConfig, plan: Plan, identity: Identity, exchange: Exchange, progress: Progress
-) -> None:
-    """Ask the clients for sums of their own text, and keep what they add up to. Devices get the LLM for it."""
-    asking = next(spec.calibration for spec in config.cuts if spec.calibration.statistics == CLIENTS)
-    needs = clients_needs(config.cuts)
-    assert needs != "nothing"
-    request = CalibrateRequest(
-        run=identity.run,
-        client="",
-        block="llm",
-        base_fingerprint=identity.base_fingerprint,
-        samples=asking.samples,
-        length=asking.length,
-        needs=needs,
-        precision=plan.precision,
-        seed=config.seed,
-    )
-    lent = folder.block("llm")
-    if config.federation.engine == "deployment" and not lent.exists():
-        with atomic_folder(lent) as partial:
-            write_llm(plan.base, identity.base_fingerprint, load_tokenizer(plan.base, config.data), partial)
-    there = [client.id for client in config.clients if client.there(1)]
-    found = calibrate(request, there, shape_of(load_config(plan.base)), exchange, progress)
-    shutil.rmtree(lent, ignore_errors=True)
-    save_statistics(found, folder.sums)
 
 
 def _cut_blocks(

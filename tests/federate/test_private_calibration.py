@@ -25,7 +25,7 @@ from legolm.config import CalibrationConfig, RunConfig
 from legolm.data import client_data, own_tokens
 from legolm.errors import LegolmError
 from legolm.federate.bridge import PIECE
-from legolm.federate.server import calibrate
+from legolm.federate.server import summed
 from legolm.federate.transport import Body, Exchange, Reply, Request, engine_for
 from legolm.federate.wire import SUMS, CalibrateRequest, SumsReply, kind_of, pack, unpack
 from legolm.models import fingerprint, load_config, load_tokenizer, shape_of
@@ -158,7 +158,7 @@ def test_whose_sums_are_none_is_named_and_left_out(raw: dict[str, Any]) -> None:
             yield Reply(-1, sums["good"])
 
         progress = Progress(Console(file=said, width=300))
-        return calibrate(request, ids, shape, exchange, progress), said.getvalue()
+        return summed(request, ids, shape, exchange, progress), said.getvalue()
 
     total, said = asked(list(sums))
     torch.testing.assert_close(total.flat(), 1.5 * one)

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from legolm.config.registry import CRITERIA, Registry
 from legolm.config.section import Layer, LocalPath, Name, OpenSection, Quantity, RowsConfig, Section
@@ -29,6 +29,13 @@ class CalibrationConfig(RowsConfig):
     statistics: Literal["clients"] | tuple[LocalPath, ...] | None = Field(
         None, description="files of `legolm calibrate`, which are added up; or `clients`: a run asks them"
     )
+
+    @field_validator("statistics", mode="before")
+    @classmethod
+    def _clients_or_files(cls, value: object) -> object:
+        if value not in (None, CLIENTS) and not isinstance(value, list | tuple):
+            raise ValueError(f"give `{CLIENTS}`, or a list of files of `legolm calibrate`")
+        return value
 
 
 class RecoverConfig(Section):

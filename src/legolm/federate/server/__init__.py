@@ -2,7 +2,7 @@
 
 from legolm.federate.server.asking import ask
 from legolm.federate.server.begin import begin, start_factors
-from legolm.federate.server.calibrating import calibrate
+from legolm.federate.server.calibrating import asks_clients, calibrate, summed
 from legolm.federate.server.dispatch import checked_scores, steps_of
 from legolm.federate.server.loop import Rounds
 from legolm.federate.server.members import LLM, Members, drawn, is_dense
@@ -15,6 +15,7 @@ __all__ = [
     "Members",
     "Rounds",
     "ask",
+    "asks_clients",
     "begin",
     "calibrate",
     "check_withheld",
@@ -26,4 +27,5 @@ __all__ = [
     "server_examples",
     "start_factors",
     "steps_of",
+    "summed",
 ]
