@@ -508,6 +508,19 @@ def test_two_processes_do_not_share_a_folder(config_file: Path, tmp_path: Path) 
     RunDir.open(out, config, resume=False)
 
 
+def test_a_block_that_another_run_is_cutting_is_waited_for(config_file: Path, tmp_path: Path) -> None:
+    config, store = configs.load(config_file), tmp_path / "store"
+    pipeline.run(config, tmp_path / "first", store=store, models=False)
+    place = next(one for one in (store / ".cut").iterdir() if one.name.startswith("half-"))
+    errors = tmp_path / "stderr.txt"
+    with locked(place):
+        other = forked(lambda: pipeline.run(config, tmp_path / "second", store=store, models=False) and None, errors)
+        time.sleep(3)
+        assert not (tmp_path / "second" / "blocks" / "half").exists()
+    assert ended(other) == 0, errors.read_text()
+    assert (tmp_path / "second" / "blocks" / "half").exists()
+
+
 def test_a_resumed_run_may_change_what_does_not_change_the_past(copied: tuple[RunConfig, Path]) -> None:
     config, out = copied
     before = json.loads((out / "summary.json").read_text())
