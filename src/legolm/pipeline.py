@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +309,14 @@ def _cut_blocks(
         recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{precision}{prompts}"
         name = f"{spec.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
         made[spec.name] = store / name if store else folder.block(spec.name)
-    wanted = [(spec, made[spec.name]) for spec in left if not made[spec.name].exists()]
-    if wanted:
-        model = lasting_name(config.model)
-        cut_blocks(plan.base, base_fingerprint, wanted, config.seed, precision, progress, model, tokenizer=tokenizer)
+    with ExitStack() as held:
+        for place in sorted(place for place in made.values() if place.parent == store):
+            held.enter_context(locked(place.parent / ".cut" / place.name, wait=True))  # another run may be cutting it
+        if wanted := [(spec, made[spec.name]) for spec in left if not made[spec.name].exists()]:
+            model = lasting_name(config.model)
+            cut_blocks(
+                plan.base, base_fingerprint, wanted, config.seed, precision, progress, model, tokenizer=tokenizer
+            )
     for spec in left:
         if made[spec.name] == folder.block(spec.name):
             seal(folder.block(spec.name))
