@@ -25,6 +25,7 @@ from legolm.federate.wire import Offer, OfferRequest, block_files, block_id
 from legolm.finetune import learning_rate
 from legolm.models import (
     carry,
+    choose_device,
     choose_precision,
     fingerprint,
     lasting_name,
@@ -298,7 +299,7 @@ def _cut_blocks(
     `again` are those that were there before, with their files' hashes.
     """
     blocks = {"llm": llm_block(plan.base, base_fingerprint)}
-    precision = choose_precision(config.precision, config.device)
+    precision, device = choose_precision(config.precision, config.device), choose_device(config.device)
     tokenizer = load_tokenizer(plan.base, config.data)
     prompts = "".join(f"|{one}" for one in (plan.template, tokenizer.init_kwargs.get(DATE)) if one)
     left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
@@ -314,9 +315,7 @@ def _cut_blocks(
             held.enter_context(locked(place.parent / ".cut" / place.name, wait=True))  # another run may be cutting it
         if wanted := [(spec, made[spec.name]) for spec in left if not made[spec.name].exists()]:
             model = lasting_name(config.model)
-            cut_blocks(
-                plan.base, base_fingerprint, wanted, config.seed, precision, progress, model, tokenizer=tokenizer
-            )
+            cut_blocks(plan.base, base_fingerprint, wanted, config.seed, precision, progress, model, device, tokenizer)
     for spec in left:
         if made[spec.name] == folder.block(spec.name):
             seal(folder.block(spec.name))
