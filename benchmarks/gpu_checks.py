@@ -72,8 +72,8 @@ class World:
         lengths = [longest, *torch.randint(8, longest, (count - 1,), generator=draw).tolist()]
         return [Tokens(tuple(torch.randint(1024, (n,), generator=draw).tolist()), n // 2) for n in lengths]
 
-    def blocks(self, device: torch.device) -> dict[str, Block]:
-        """One of each kind, cut on the device."""
+    def blocks(self, device: torch.device | None) -> dict[str, Block]:
+        """One of each kind, cut on the device; where the product chooses to, without one."""
         text = CalibrationConfig(text="pydoc", samples=4 if self.small else 8, length=64 if self.small else 128)
         half, groups = (64, 1) if self.small else (256, 2)
         recover = RecoverConfig(steps=2, rank=RANK)
@@ -201,7 +201,13 @@ def cut(world: World) -> Iterator[Found]:
         return found
 
     dense = logits(world.base)
-    there = world.blocks(world.device)
+    on_gpu = world.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    there = world.blocks(None if on_gpu else CPU)
+    if on_gpu and torch.cuda.max_memory_allocated() == before:
+        raise RuntimeError("blocks were not cut on the device")
     for name, block in world.here.items():
         other = there[name]
         same, all_ = 0.0, 0.0

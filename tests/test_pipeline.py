@@ -19,6 +19,7 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -506,6 +507,21 @@ def test_two_processes_do_not_share_a_folder(config_file: Path, tmp_path: Path) 
     assert f"another process ({os.getpid()}) works in this folder" in errors.read_text()
     assert not (out / "config.yaml").exists()
     RunDir.open(out, config, resume=False)
+
+
+def test_a_block_that_another_run_is_cutting_is_waited_for(config_file: Path, tmp_path: Path) -> None:
+    config, store = configs.load(config_file), tmp_path / "store"
+    pipeline.run(config, tmp_path / "first", store=store, models=False)
+    place = next(one for one in (store / ".cut").iterdir() if one.name.startswith("half-"))
+    other = Thread(
+        target=pipeline.run, args=(config, tmp_path / "second"), kwargs={"store": store, "models": False}, daemon=True
+    )
+    with locked(place):
+        other.start()
+        other.join(1)
+        assert other.is_alive() and not (tmp_path / "second" / "blocks" / "half").exists()
+    other.join(60)
+    assert (tmp_path / "second" / "blocks" / "half").exists()
 
 
 def test_a_resumed_run_may_change_what_does_not_change_the_past(copied: tuple[RunConfig, Path]) -> None:

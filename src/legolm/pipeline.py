@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from legolm.adapter import merge, save_adapter, save_factors, tensors_hash
 from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
-from legolm.config import AUTO, RunConfig
+from legolm.config import AUTO, CLIENTS, RunConfig
 from legolm.data import DATE, client_data, data_fingerprint, prompt_look
 from legolm.errors import LegolmError
 from legolm.federate.server import Rounds, ask, asks_clients, calibrate, place, server_examples, steps_of
@@ -23,6 +24,7 @@ from legolm.federate.wire import Offer, OfferRequest, block_files, block_id
 from legolm.finetune import learning_rate
 from legolm.models import (
     carry,
+    choose_device,
     choose_precision,
     fingerprint,
     lasting_name,
@@ -310,32 +312,26 @@ def _cut_blocks(
     `again` are those that were there before, with their files' hashes.
     """
     blocks = {"llm": llm_block(plan.base, base_fingerprint)}
-    precision = choose_precision(config.precision, config.device)
+    precision, device = choose_precision(config.precision, config.device), choose_device(config.device)
     tokenizer = load_tokenizer(plan.base, config.data)
     prompts = "".join(f"|{one}" for one in (plan.template, tokenizer.init_kwargs.get(DATE)) if one)
     left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
     sums = folder.sums if folder.sums.exists() else None
-    summed = file_hash(sums) if sums else ""
+    summed = f"|{file_hash(sums)}" if sums else ""
     made = {spec.name: Path(spec.path) for spec in left if spec.path is not None}
     for spec in left:
         if spec.path is not None:
             continue
-        recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{precision}{prompts}{summed}"
+        recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{precision}{prompts}"
+        recipe += summed if spec.calibration.statistics == CLIENTS else ""
         name = f"{spec.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
         made[spec.name] = store / name if store else folder.block(spec.name)
-    wanted = [(spec, made[spec.name]) for spec in left if not made[spec.name].exists()]
-    if wanted:
-        cut_blocks(
-            plan.base,
-            base_fingerprint,
-            wanted,
-            config.seed,
-            precision,
-            progress,
-            lasting_name(config.model),
-            tokenizer=tokenizer,
-            sums=sums,
-        )
+    with ExitStack() as held:
+        for place in sorted(place for place in made.values() if place.parent == store):
+            held.enter_context(locked(place.parent / ".cut" / place.name, wait=True))  # another run may be cutting it
+        if wanted := [(spec, made[spec.name]) for spec in left if not made[spec.name].exists()]:
+            model, base = lasting_name(config.model), plan.base
+            cut_blocks(base, base_fingerprint, wanted, config.seed, precision, progress, model, device, tokenizer, sums)
     for spec in left:
         if made[spec.name] == folder.block(spec.name):
             seal(folder.block(spec.name))

@@ -56,3 +56,14 @@ def test_stages_by_hand_and_on_the_disk(
     files += [*out.glob("local/*/adapter.safetensors"), *out.glob("personal/*/adapter.safetensors")]
     there = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
     assert 0.5 * directions * UNIT < there <= directions * UNIT + 100  # and FLoRA's ranks
+
+
+def test_who_takes_no_part_in_rounds_adds_nothing(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    raw = three_clients(tmp_path, ("wide", "wide", "dense"), rows=10, evaluate={"local_only": False})
+    raw["federation"] |= {"capable": True}
+    raw["lora"]["targets"] = ["q_proj"]
+    plan = make_plan(configs.validate(RunConfig, raw | {"aggregate": {"scheme": "flora"}}, "test"))
+    blocks = sum(block.file_bytes for block in plan.blocks)
+    # One client of rank 4: the start's and both rounds' factors, folds of 4 and 8, and the first fold at this client.
+    assert plan.disk_bytes - plan.models_bytes - blocks == (3 * 4 + 4 + 8 + 4) * UNIT
+    assert [client.bytes_down for client in plan.clients] == [0, 0, 4 * UNIT]

@@ -18,10 +18,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import legolm
+from legolm.config import load_study
 from legolm.data import client_data
+from legolm.errors import LegolmError
 from legolm.report.style import DARK, LIGHT, STYLE
 from legolm.runs import Comparison, RunDir, Summary, read_record
 
+BEST = "rates/0.02/faster"
 PHONE = 360 - 2 * 14.4  # px within the page's margins of .9rem
 
 
@@ -35,23 +38,23 @@ class Study:
 
 @pytest.fixture(scope="module")
 def study(three_clients: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Two variants with two seeds each, and one of the runs left one out."""
+    """Two variants with two seeds each, one at the better of two rates, and one of the runs left one out."""
     folder = tmp_path_factory.mktemp("study")
     federation = {"engine": "local", "rounds": 2, "keep_updates": True}
     data = {"train": f"{folder}/data/*.jsonl", "limit_test": 1, "limit_validation": 1}
     raw = three_clients(folder, ("wide", "wide", "dense"), rows=10, federation=federation, data=data)
-    faster = {"train.learning_rate": 0.02, "aggregate.form": "factor"}
-    variants = [{"name": "usual"}, {"name": "faster", "set": faster}]
+    faster = {"name": "faster", "rates": [1e-6, 0.02], "set": {"aggregate.form": "factor"}}
+    variants = [{"name": "usual"}, faster]
     (folder / "study.yaml").write_text(json.dumps({"run": raw, "variants": variants}))
     out = folder / "out"
     done = legolm("compare", folder / "study.yaml", "--seeds", 2, "--no-models", "--out", out)
     assert done.returncode == 0, done.stderr
-    left_out = legolm("ablate", out / "faster")
+    left_out = legolm("ablate", out / BEST)
     assert left_out.returncode == 0, left_out.stderr
     pages = {
         "compare": out / "compare.html",
-        "report": out / "faster" / "report.html",
-        "ablation": out / "faster" / "ablation.html",
+        "report": out / BEST / "report.html",
+        "ablation": out / BEST / "ablation.html",
     }
     return Study(
         out, done, {name: path.read_text(encoding="utf-8") for name, path in pages.items()}, folder / "study.yaml"
@@ -77,6 +80,32 @@ def test_a_comparison_over_seeds_has_errors_rounds_rates_and_answers(study: Stud
     assert "Means over 2 seeds ± standard error" in " ".join(shown.split()) and "0.02" in shown
 
 
+def test_a_variant_goes_on_with_the_rate_that_is_best_on_validation_data(study: Study) -> None:
+    usual, faster, _, again = read_record(study.out / "compare.json", Comparison).rows
+    assert (usual.folder, faster.folder, again.folder) == ("usual", BEST, "seeds/1/faster")
+    assert faster.searched is not None and min(faster.searched, key=faster.searched.__getitem__) == "0.02"
+    worse = Summary.read(study.out / "rates" / "1e-06" / "faster")
+    assert faster.searched.keys() == {"1e-06", "0.02"} and faster.searched["0.02"] == faster.llm_validation
+    assert worse.llm.loss_after is not None and faster.llm is not None and worse.llm.loss_after > faster.llm
+    assert again.searched is None and again.learning_rate == 0.02
+    assert len([one for one in (study.out / "blocks").iterdir() if one.name.startswith("wide-")]) == 2  # a seed each
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ({"rates": [0.01]}, "variants.0.rates"),
+        ({"rates": [0.01, 0.01]}, "rates has 0.01 twice"),
+        ({"rates": [0.01, 0.02], "set": {"train.learning_rate": 0.1}}, "give `rates` or train.learning_rate"),
+        ({"rates": [0.01, float("inf")]}, "variants.0.rates.1"),
+    ],
+)
+def test_rates_that_cannot_be_searched_are_refused(tmp_path: Path, variant: dict[str, Any], said: str) -> None:
+    (tmp_path / "study.yaml").write_text(json.dumps({"run": {}, "variants": [{"name": "a"} | variant]}))
+    with pytest.raises(LegolmError, match=re.escape(said)):
+        load_study(tmp_path / "study.yaml")
+
+
 def test_learning_curves_go_by_tokens_and_by_bytes(study: Study) -> None:
     for one in read_record(study.out / "compare.json", Comparison).rows:
         first, *_, last = one.curve
@@ -97,9 +126,10 @@ def test_progress_names_the_variant_and_gives_losses_as_they_come(study: Study) 
     said = study.done.stderr
     for name in (
         "usual, seed 0 (1 of 4)",
-        "faster, seed 0 (2 of 4)",
-        "usual, seed 1 (3 of 4)",
-        "faster, seed 1 (4 of 4)",
+        "faster, seed 0, rate 1e-06 (2 of 4)",
+        "faster, seed 0, rate 0.02 (3 of 4)",
+        "usual, seed 1 (4 of 4)",
+        "faster, seed 1 (1 of 1)",
     ):
         assert f"done: {name}: round 1: train" in said
         assert re.search(
@@ -109,10 +139,10 @@ def test_progress_names_the_variant_and_gives_losses_as_they_come(study: Study) 
 
 
 def test_more_seeds_go_on_from_fewer_and_the_dry_run_plans_them(study: Study) -> None:
-    again = legolm("compare", study.study, "--no-models", "--out", study.out, "--seeds", 2)
+    again = legolm("compare", study.study, "--no-models", "--out", study.out, "--seeds", 2, "--jobs", 2)
     assert again.returncode == 0 and again.stdout == study.done.stdout and "train" not in again.stderr
     plan = legolm("compare", study.study, "--dry-run", "--seeds", 2)
-    assert plan.stdout.count("Nothing was done.") == 4 and "\nseeds/1/faster\n" in plan.stdout
+    assert plan.stdout.count("Nothing was done.") == 5 and "\nseeds/1/faster\n" in plan.stdout
     late = legolm("compare", study.study, "--dry-run", "--seeds", 2, "--set", f"seed={2**63 - 1}")
     assert late.returncode == 2 and "--seeds 2: variant usual starts at seed" in late.stderr
 

@@ -19,14 +19,20 @@ from legolm.system import Progress, check_room
 
 
 def compare(
-    study: str | Path, out: str | Path, *, changes: Sequence[str] = (), models: bool = True, seeds: int = 1
+    study: str | Path,
+    out: str | Path,
+    *,
+    changes: Sequence[str] = (),
+    models: bool = True,
+    seeds: int = 1,
+    jobs: int = 1,
 ) -> Comparison:
     """Run every variant of a study's YAML in a folder below `out`, and go on where an earlier call stopped.
 
     `changes` (`a.b=value`) override the run that the variants vary; without `models` no final ones are written. With
-    more `seeds` every variant runs with so many: its own and the next ones.
+    more `seeds` every variant runs with so many: its own and the next ones. `jobs` run at once, a process each.
     """
-    return run_all(Path(study), Path(out), changes, models, seeds=seeds)
+    return run_all(Path(study), Path(out), changes, models, seeds=seeds, jobs=jobs)
 
 
 def ablate(run: str | Path, out: str | Path | None = None, *, questions: Questions | None = None) -> Ablation:

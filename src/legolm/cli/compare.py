@@ -23,6 +23,7 @@ def compare(
     blocks: Annotated[
         Path | None, typer.Option(help="folder of cut blocks, to share with other comparisons; OUT/blocks if not given")
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=256, help="runs at once, each in a process of its own")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every plan and stop")] = False,
 ) -> None:
     """Run several schemes on one config and put them in one table. Goes on where an earlier call stopped."""
@@ -41,4 +42,4 @@ def compare(
     from legolm.study import compare as run_all
 
     out = out or Path("runs") / config.stem
-    print_comparison(run_all(config, out, set_ or (), models, blocks, seeds), out)
+    print_comparison(run_all(config, out, set_ or (), models, blocks, seeds, jobs), out)

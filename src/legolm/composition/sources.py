@@ -16,7 +16,7 @@ from legolm.config import RowsConfig
 from legolm.data import read_examples, render_whole
 from legolm.errors import LegolmError
 from legolm.evaluation import score
-from legolm.models import load_config, load_model, load_tokenizer
+from legolm.models import choose_device, load_config, load_model, load_tokenizer
 from legolm.system import Progress
 
 BATCH = 8
@@ -120,7 +120,7 @@ def weights_by_loss(sources: Sequence[Source], data: str, progress: Progress, ro
             length = load_config(block.path).max_position_embeddings
             asked = render_whole(examples, tokenizer, length, "--validate")
             with merged(load_model(block.path), block.coverage, {} if source.merged else source.factors, 1.0) as model:
-                losses.append(score(model, asked, BATCH, "fp32").loss)
+                losses.append(score(model.to(choose_device("auto")), asked, BATCH, "fp32").loss)
             if not math.isfinite(losses[-1]):
                 raise LegolmError(
                     f"{source.name}: its loss on {data} is {losses[-1]}; what it learned diverged, leave it out"

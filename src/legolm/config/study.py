@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -15,20 +15,24 @@ from legolm.config.run import RunConfig
 from legolm.config.section import Name, Section
 from legolm.errors import LegolmError
 
-RESERVED = ("blocks", "seeds", "compare.json", "compare.csv", "compare.html")
+RESERVED = ("blocks", "rates", "seeds", "compare.json", "compare.csv", "compare.html")
 
 
 class Variant(Section):
     """One scheme or setting: overrides as for `--set`, and perhaps one block for all clients.
 
     `match_bytes` gives each client the rank at which its new block's adapter has the bytes of its old one's: a client
-    of a small block becomes a dense client of a low rank.
+    of a small block becomes a dense client of a low rank. Of `rates`, learning rates, the one with the least loss on
+    validation data is taken, of runs with the first seed: the same number for every variant is a fair search.
     """
 
     name: Name
     set: dict[str, Any] = Field({})
     block: str | None = Field(None, description="every client's block; `dense`, the whole LLM, is always there")
     match_bytes: bool = False
+    rates: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+        None, min_length=2, description="learning rates to choose from, instead of train.learning_rate"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Variant:
@@ -36,6 +40,11 @@ class Variant(Section):
             raise ValueError(f"name {self.name!r} is the comparison's own file; take another")
         if self.match_bytes and self.block is None:
             raise ValueError(f"{self.name}: match_bytes is for a variant with `block`")
+        names = [f"{rate:g}" for rate in self.rates or ()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{self.name}: rates has {twice[0]} twice; they must differ (in six digits)")
+        if self.rates and "train.learning_rate" in self.set:
+            raise ValueError(f"{self.name}: give `rates` or train.learning_rate in `set`, not both")
         return self
 
 

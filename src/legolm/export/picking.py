@@ -13,7 +13,7 @@ from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.export.source import find_model
 from legolm.export.speed import Runtime, Speed, bench
-from legolm.models import load_config, load_model, load_tokenizer
+from legolm.models import choose_device, load_config, load_model, load_tokenizer
 from legolm.runs import RunDir, Score
 
 BATCH = 8
@@ -56,7 +56,7 @@ def candidates(
         path = find_model(name)
         tokenizer, length = load_tokenizer(path, prompts), load_config(path).max_position_embeddings
         asked = render_whole(examples, tokenizer, length, "--data")
-        scores.append(score(load_model(path), asked, BATCH, "fp32"))
+        scores.append(score(load_model(path).to(choose_device("auto")), asked, BATCH, "fp32"))
         if not math.isfinite(scores[-1].loss):
             raise LegolmError(f"{name}: its loss on {data} is {scores[-1].loss}; leave it out")
     speeds = bench(models, [runtime], quant)

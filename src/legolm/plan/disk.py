@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from legolm.adapter import adapter_parameters, modules_of
 from legolm.aggregate import make_scheme
 from legolm.block import Coverage
@@ -13,17 +15,18 @@ MOMENTS = {"none": 0, "fedavgm": 1, "fedadam": 2, "fedyogi": 2}
 """Copies of the factors that a server optimizer keeps."""
 
 
-def stages_bytes(config: RunConfig, shape: Shape) -> int:
+def stages_bytes(config: RunConfig, shape: Shape, ranks: Sequence[int]) -> int:
     """Bytes of tensors: the server's state of each round, what clients carry over, their ends outside the rounds.
 
-    Of the kept updates of `federation.keep_updates` the plan knows more.
+    `ranks` are those of the clients that take part in a round. Of the kept updates of `federation.keep_updates` the
+    plan knows more.
     """
     federation, lora, clients = config.federation, config.lora, len(config.clients)
     adapter = 4 * adapter_parameters(Coverage.full(shape), lora.targets, lora.rank)
     alone = adapter * clients * (config.evaluate.local_only + (mixed_parts(config) if config.own_parts else 0))
     if federation.mode == "alone":
         return adapter + alone
-    scheme, ranks = make_scheme(config.aggregate), [one.rank or lora.rank for one in config.clients]
+    scheme = make_scheme(config.aggregate)
     if scheme.folds and federation.personal_steps:  # beside what a client ends with
         alone += clients * product_bytes(config, shape, scheme.held_rank(ranks, lora.rank, federation.rounds))
     server = adapter * (1 + federation.rounds * (1 + MOMENTS[config.aggregate.server_optimizer]))
@@ -38,7 +41,7 @@ def stages_bytes(config: RunConfig, shape: Shape) -> int:
         carried += sum(product_bytes(config, shape, rank) for rank in held if rank > 0)
     if federation.error_feedback and scheme.basis_stays and (federation.codec != "none" or scheme.keep(0.5) < 1):
         carried += 2 * adapter
-    return server + alone + clients * carried
+    return server + alone + len(ranks) * carried
 
 
 def sums_bytes(config: RunConfig, shape: Shape) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,17 +243,19 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
         start_factors(config, llm_block(path, fingerprint(path)))
     clients, traffic = [], dict[tuple[str, tuple[int, ...], int], tuple[int, int]]()
     trains = {one.id: check_layers(one, config, coverages[block_of[one.id]]) for one in config.clients}
+    taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
+    ranks = [one.rank or config.lora.rank for one in taking]
     for client in config.clients:
         block = block_of[client.id]
         mean_length = float(lengths[client.id].mean())
         tokens = round(config.train.steps * config.train.batch_size * mean_length)
-        rank, takes_part = client.rank or config.lora.rank, not config.federation.capable or block in dense
+        rank = client.rank or config.lora.rank
         most = 0, 0  # of the rounds, where their blocks differ
         held = {name: coverages[name] for name in client.blocks or ()} or {block: trains[client.id]}
-        for name, trained in held.items() if takes_part else ():
+        for name, trained in held.items() if client in taking else ():
             like = name, trained.layers, rank
             if like not in traffic:
-                traffic[like] = _traffic(config, coverages[name], trained, rank, masked[name])
+                traffic[like] = _traffic(config, coverages[name], trained, rank, masked[name], ranks)
             most = max(most, traffic[like])
         fit = fits[client.id]
         clients.append(
@@ -282,13 +284,12 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
         + sum(size_of[client.block] for client in clients)
         + adapter * (1 + mixed_parts(config) * len(clients))
     )
-    disk = models + sum(size_of.values()) + stages_bytes(config, shape) + sums_bytes(config, shape)
+    disk = models + sum(size_of.values()) + stages_bytes(config, shape, ranks) + sums_bytes(config, shape)
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
     memory = SPARE_BYTES + actors * actor
     found = data_fingerprint(parts.data, parts.server)
-    taking = [one for one in config.clients if not config.federation.capable or block_of[one.id] in dense]
-    members = [(trains[one.id], one.rank or config.lora.rank) for one in taking]
+    members = [(trains[one.id], rank) for one, rank in zip(taking, ranks, strict=True)]
     counts = {one.id: len(lengths[one.id]) for one in taking} if parts.data else {}
     said = notes(config, members, counts)
     said += promised(config, dict(zip((one.id for one in taking), members, strict=True)), counts)
@@ -301,8 +302,10 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     )
 
 
-def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int, sparsity: float) -> tuple[int, int]:
-    """Bytes (down, up) of one client's tensors in a round that it takes part in."""
+def _traffic(
+    config: RunConfig, coverage: Coverage, trained: Coverage, rank: int, sparsity: float, ranks: Sequence[int]
+) -> tuple[int, int]:
+    """Bytes (down, up) of one client's tensors in a round that it takes part in, with clients of `ranks`."""
     if config.federation.mode != "federated":
         return 0, 0
     scheme, codec = make_scheme(config.aggregate), config.federation.codec
@@ -313,7 +316,7 @@ def _traffic(config: RunConfig, coverage: Coverage, trained: Coverage, rank: int
     up = encoded_bytes(changed, codec, scheme.keep(sparsity))
     if config.privacy.secure is not None:
         up = changed.total * bits_for(len(config.clients)) // 8  # at most: what few hold is not sent
-    fold = scheme.fold_rank([client.rank or config.lora.rank for client in config.clients], config.lora.rank)
+    fold = scheme.fold_rank(ranks, config.lora.rank)
     down = 0 if scheme.fresh else encoded_bytes(own, codec)
     folded = encoded_bytes(adapter_layout(coverage, keys, fold, config.lora.ranks), codec)
     counts = 0

@@ -21,6 +21,7 @@ from legolm.models import (
     CheckpointWriter,
     LayeredModel,
     carry,
+    choose_device,
     config_changes,
     count_parameters,
     load_model,
@@ -56,20 +57,23 @@ def cut_blocks(
     precision: Precision,
     progress: Progress,
     model_name: str | None = None,
-    device: torch.device = CPU,
+    device: torch.device | None = None,
     tokenizer: Any = None,
     sums: Path | None = None,
 ) -> list[Block]:
     """Cut blocks from the checkpoint at `path` into their folders, each whole or not at all.
 
     They record `model_name`, or the path, as the LLM that they were cut from, and get `tokenizer`, or the LLM's. What
-    is computed is computed on `device`. `sums` is the file of what the run's clients collected, where they are asked.
+    is computed is computed on `device`, the machine's best if not given. `sums` is the file of what the run's clients
+    collected, where they are asked.
 
     The LLM is read one decoder layer at a time. Blocks with the same calibration share its text and the hidden states
     of the dense model. Raises `LegolmError` for bad targets, text or disks before anything is written.
     """
     began = time.perf_counter()
-    model = LayeredModel(path, device)
+    device = device or choose_device("auto")
+    # MPS has no float64, in which matrices are fitted.
+    model = LayeredModel(path, CPU if device.type == "mps" else device)
     base = Base.of(path, fingerprint, model.config)
     tokenizer = tokenizer or load_tokenizer(path)  # a broken one is to show before the work
     weights = sum(base.parameters_of(planned_coverage(spec, base).kept_weights) for spec, _ in wanted)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from legolm.config import CLIENTS, CalibrationConfig, Precision
 from legolm.errors import LegolmError
-from legolm.models import LayeredModel, Shape, shape_of
+from legolm.models import LayeredModel, Shape, choose_device, shape_of
 from legolm.prune.calibrate import Moments, Needs, PruneGroup, Regression, Stream, inputs_of
 from legolm.system import Progress, atomic_write, open_tensors, strict_json
 
@@ -82,10 +82,16 @@ class Statistics:
 
 
 def collect(
-    base: Path, fingerprint: str, tokens: Tensor, needs: Needs, precision: Precision, progress: Progress
+    base: Path,
+    fingerprint: str,
+    tokens: Tensor,
+    needs: Needs,
+    precision: Precision,
+    progress: Progress,
+    device: torch.device | None = None,
 ) -> Statistics:
-    """The sums over token ids (samples, length) in the dense model."""
-    model = LayeredModel(base)
+    """The sums over token ids (samples, length) in the dense model, on `device`, the machine's best if not given."""
+    model = LayeredModel(base, device or choose_device("auto"))
     shape = shape_of(model.config)
     stream = Stream.start(model, tokens, precision)
     sums: dict[str, Moments] = {}

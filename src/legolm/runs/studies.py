@@ -39,10 +39,12 @@ class CompareRow(Record):
     `llm_validation`, the LLM's on all clients' validation data, and `validation`, the blocks' on their own clients'.
     What is None was not scored. Costs are a client's in a round: `bytes_down`, `bytes_up`. `tokens` are all that
     clients trained on in the rounds, `flops` the decoder's operations for them, `memory` the mean of what the plan
-    reckons that those who trained need (bytes); data at one place has no clients, and neither.
+    reckons that those who trained need (bytes); data at one place has no clients, and neither. `folder` is the run's,
+    below the comparison's; `searched` the validation losses of the learning rates that it was chosen from.
     """
 
     name: str
+    folder: str | None = None
     seed: int
     scheme: str
     settings: dict[str, Any]
@@ -50,6 +52,7 @@ class CompareRow(Record):
     codec: str
     clients: int
     learning_rate: float
+    searched: dict[str, float] | None = None
     rounds: int
     best_round: int
     llm_best_round: int
@@ -73,7 +76,7 @@ class CompareRow(Record):
 
     def row(self) -> Row:
         """A line of `compare.csv`, which has no curves."""
-        return self.model_dump(exclude={"curve"}) | {
+        return self.model_dump(exclude={"curve", "folder", "searched"}) | {
             "settings": "; ".join(f"{name}={value}" for name, value in self.settings.items())
         }
 

@@ -7,15 +7,21 @@ budgets differ (fewer clients take part, more is sent) the table says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from itertools import product
+from math import inf, isnan
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.console import Console
+
 from legolm.adapter import adapter_parameters
 from legolm.block import Base, Coverage
-from legolm.config import AggregateConfig, BlockConfig, RunConfig, Variant, load_study
+from legolm.config import AggregateConfig, BlockConfig, RunConfig, Variant, load_plugins, load_study
 from legolm.errors import LegolmError
 from legolm.models import load_config, resolve
 from legolm.pipeline import run
@@ -40,6 +46,8 @@ from legolm.runs import (
 from legolm.system import Progress, check_room, held_bytes
 
 MAX_SEED = 2**63 - 1
+Planned = Mapping[str, tuple[RunConfig, Plan]]
+"""Runs by their folders below the comparison's."""
 
 
 def compare(
@@ -49,41 +57,118 @@ def compare(
     models: bool = True,
     store: Path | None = None,
     seeds: int = 1,
+    jobs: int = 1,
 ) -> Comparison:
     """Run every variant in `out`/<name>; write compare.json, compare.csv and compare.html.
 
     `changes` (`a.b=value`) override the run that the variants vary. Without `models` no variant writes its final ones.
     Comparisons with the same `store` (`out`/blocks if not given) share blocks. With more `seeds` every variant runs
-    with so many, its own and the next ones, those in `out`/seeds/<seed>/<name>.
+    with so many, its own and the next ones, those in `out`/seeds/<seed>/<name>. A variant with `rates` first runs with
+    each of them, in `out`/rates/<rate>/<name>; what counts, and goes on with other seeds, is the one with the least
+    loss on validation data. `jobs` run at once, each in a process of its own.
     """
-    rows, store = [], store or out / "blocks"
     # All first: bad input should not wait for the first run's end, nor another's folder or a small disk for the last.
     planned = plans(path, changes, seeds)
     blocks = [sum(block.file_bytes for block in plan.blocks) for _, plan in planned.values()]
     needed = sum(plan.disk_bytes - (0 if models else plan.models_bytes) for _, plan in planned.values())
     check_room(out, needed - sum(blocks) + seeds * max(blocks) - held_bytes(out))
+    searches: dict[str, list[str]] = {}
+    for place in planned:
+        if place.startswith("rates/"):
+            searches.setdefault(Path(place).name, []).append(place)
+    waits = {place for place in planned if place.startswith("seeds/") and Path(place).name in searches}
     for place, (config, _) in planned.items():
-        there = RunDir(out / place)
-        there.check(there.settled(config), resume=True)
-    for number, (place, (config, plan)) in enumerate(planned.items(), 1):
-        name, folder = Path(place).name, out / place
-        whose = name if seeds == 1 else f"{name}, seed {config.seed}"
-        progress = Progress(of=f"{whose} ({number} of {len(planned)})")
-        summary = run(config, folder, folder.exists(), progress, store=store, models=models)
-        rows.append(found := row(name, config, plan, summary, folder))
-        llm = "" if found.llm is None else f"LLM {found.llm:.3f}, "
-        others = "" if found.others is None else f", others' {found.others:.3f}"
-        progress.say(f"finished; loss on test data: {llm}blocks' own {found.own:.3f}{others}")
-    result = Comparison(name=path.stem, rows=rows)
+        if place not in waits:
+            there = RunDir(out / place)
+            there.check(there.settled(config), resume=True)
+
+    def go(todo: Planned) -> dict[str, CompareRow]:
+        return _run_all(todo, out, jobs, store or out / "blocks", models, seeds)
+
+    rows = go({place: one for place, one in planned.items() if place not in waits})
+    for name, places in searches.items():
+        tried = {place: _validation(rows[place]) for place in places}
+        best = min(places, key=lambda place: inf if isnan(tried[place]) else tried[place])
+        by_rate = {f"{rows[place].learning_rate:g}": loss for place, loss in tried.items()}
+        rows[best] = rows[best].model_copy(update={"searched": by_rate})
+        for place in waits:
+            if Path(place).name == name:
+                config, plan = planned[place]
+                train = config.train.model_copy(update={"learning_rate": rows[best].learning_rate})
+                planned[place] = config.model_copy(update={"train": train}), plan
+        for place in set(places) - {best}:
+            del planned[place]
+    rows |= go({place: one for place, one in planned.items() if place in waits})
+    result = Comparison(name=path.stem, rows=[rows[place] for place in planned])
     result.write(out)
     write_comparison(result, out / "compare.html")
     return result
 
 
+def _validation(found: CompareRow) -> float:
+    """What a learning rate is chosen by: the LLM's loss on validation data, the blocks' where there is none."""
+    return found.validation if found.llm_validation is None else found.llm_validation
+
+
+def _run_all(planned: Planned, out: Path, jobs: int, store: Path, models: bool, seeds: int) -> dict[str, CompareRow]:
+    """Each run's figures; `jobs` at once."""
+    rows: dict[str, CompareRow] = {}
+
+    def finished(place: str, found: CompareRow) -> None:
+        rows[place] = found
+        llm = "" if found.llm is None else f"LLM {found.llm:.3f}, "
+        others = "" if found.others is None else f", others' {found.others:.3f}"
+        says = f"{labels[place]}: finished; loss on test data: {llm}blocks' own {found.own:.3f}{others}"
+        Progress().say(says)
+
+    labels = {}
+    for number, (place, (config, _)) in enumerate(planned.items(), 1):
+        whose = Path(place).name if seeds == 1 else f"{Path(place).name}, seed {config.seed}"
+        whose += f", rate {config.train.learning_rate:g}" if place.startswith("rates/") else ""
+        labels[place] = f"{whose} ({number} of {len(planned)})"
+    if jobs == 1:
+        for place, (config, plan) in planned.items():
+            finished(place, _run_one(out, place, config, plan, store, models, Progress(of=labels[place])))
+        return rows
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        asked = {
+            pool.submit(_run_beside, out, place, config, plan, store, models, labels[place]): place
+            for place, (config, plan) in planned.items()
+        }
+        try:
+            for done in as_completed(asked):
+                finished(asked[done], done.result())
+        except BrokenProcessPool:
+            raise LegolmError(
+                f"--jobs {jobs}: a run's process was ended from outside, for want of memory perhaps; finished runs "
+                "stay: run the same command again, with fewer jobs"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return rows
+
+
+def _run_one(
+    out: Path, place: str, config: RunConfig, plan: Plan, store: Path, models: bool, progress: Progress
+) -> CompareRow:
+    folder = out / place
+    summary = run(config, folder, folder.exists(), progress, store=store, models=models)
+    return row(place, config, plan, summary, folder)
+
+
+def _run_beside(
+    out: Path, place: str, config: RunConfig, plan: Plan, store: Path, models: bool, label: str
+) -> CompareRow:
+    """In a process of its own, whose stages are lines: bars of several would write over each other."""
+    load_plugins(config.plugins)
+    progress = Progress(Console(stderr=True, force_terminal=False), of=label)
+    return _run_one(out, place, config, plan, store, models, progress)
+
+
 def plans(path: Path, changes: Sequence[str] = (), seeds: int = 1) -> dict[str, tuple[RunConfig, Plan]]:
     """Config and plan of every variant and seed, by its folder below the comparison's, the first seed's its name.
 
-    Raises `LegolmError` for whatever cannot work.
+    With `rates` the first seed has a folder for each. Raises `LegolmError` for whatever cannot work.
     """
     study, configs = load_study(path, changes)
     read: dict[str, Parts] = {}
@@ -105,12 +190,18 @@ def plans(path: Path, changes: Sequence[str] = (), seeds: int = 1) -> dict[str, 
             read[key] = read_parts(config)
         parts = read[key]
         config = _prepared(config, variant, parts)
-        found[f"seeds/{seed}/{variant.name}" if number else variant.name] = config, make_plan(config, parts)
+        plan = make_plan(config, parts)
+        if number or not variant.rates:
+            found[f"seeds/{seed}/{variant.name}" if number else variant.name] = config, plan
+            continue
+        for rate in variant.rates:
+            train = config.train.model_copy(update={"learning_rate": rate})
+            found[f"rates/{rate:g}/{variant.name}"] = config.model_copy(update={"train": train}), plan
     return found
 
 
-def row(name: str, config: RunConfig, plan: Plan, summary: Summary, folder: Path) -> CompareRow:
-    """A variant's figures, from its summary and what it recorded in `folder`.
+def row(place: str, config: RunConfig, plan: Plan, summary: Summary, folder: Path) -> CompareRow:
+    """A variant's figures, from its summary and what it recorded in `folder`, `place` below the comparison's.
 
     Operations are `PlannedBlock.token_flops` for each token.
     """
@@ -125,7 +216,8 @@ def row(name: str, config: RunConfig, plan: Plan, summary: Summary, folder: Path
     at_clients = [(block[block_of[id]], one) for id, one in trained if id in block_of]
     traffic = [count for record in rounds for count in record.bytes.values()]
     return CompareRow(
-        name=name,
+        name=Path(place).name,
+        folder=place,
         seed=config.seed,
         scheme=config.aggregate.scheme,
         settings=config.aggregate.settings,

@@ -28,8 +28,10 @@ os.umask(_UMASK := os.umask(0))  # it can only be read by setting it
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if need be, for this process alone. Raises `LegolmError` when another one holds it.
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a folder, made if need be, for this process alone.
+
+    Raises `LegolmError` when another one holds it, or waits for it.
 
     The lock goes with the process, however that ends.
     """
@@ -37,7 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.read(descriptor, 20).decode(errors="replace").strip()
             raise LegolmError(

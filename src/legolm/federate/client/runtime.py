@@ -131,9 +131,9 @@ class ClientRuntime:
                 f"its text has {tokens.numel()} tokens in whole samples, fewer than the hidden size, {least}, and "
                 "their sums would tell them; it needs more rows, or shorter calibration.length"
             )
-        quiet = Progress(Console(quiet=True))
-        found = collect(block.path, block.base_fingerprint, tokens, request.needs, request.precision, quiet)
-        return pack(SumsReply(tokens=tokens.numel()), {SUMS: found.flat()})
+        model, where, quiet = block.base_fingerprint, choose_device(profile.device), Progress(Console(quiet=True))
+        found = collect(block.path, model, tokens, request.needs, request.precision, quiet, where)
+        return pack(SumsReply(tokens=tokens.numel()), {SUMS: found.flat().cpu()})
 
     def _keys(self, request: KeysRequest) -> bytes:
         site = self._site_of(request.client, request.block)
