@@ -7,7 +7,6 @@ an undisturbed run ends.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,10 +15,10 @@ from typing import Any
 
 from legolm.adapter import merge, save_adapter, save_factors, tensors_hash
 from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
-from legolm.config import AUTO, RunConfig
+from legolm.config import AUTO, CLIENTS, RunConfig
 from legolm.data import DATE, client_data, data_fingerprint, prompt_look
 from legolm.errors import LegolmError
-from legolm.federate.server import Rounds, ask, place, server_examples, steps_of
+from legolm.federate.server import Rounds, ask, asks_clients, calibrate, place, server_examples, steps_of
 from legolm.federate.transport import Engine, Exchange, engine_for
 from legolm.federate.wire import Offer, OfferRequest, block_files, block_id
 from legolm.finetune import learning_rate
@@ -58,7 +57,9 @@ from legolm.system import (
     atomic_folder,
     atomic_write,
     check_room,
+    file_hash,
     held_bytes,
+    link,
     locked,
     machine,
     release_memory,
@@ -131,9 +132,8 @@ def _run(
     identity = _identify(folder, config, plan)
     again = mend(folder, config, progress.note)
 
-    with clock.stage("blocks", recorded=False):
-        blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
-    name = out.resolve().name
+    name, blocks = out.resolve().name, dict[str, Block]()
+    rounds: Rounds
 
     def begin() -> Rounds:
         """The rounds of what is decided now."""
@@ -142,8 +142,19 @@ def _run(
         shared = store / "before" if store else None
         return Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock, train)
 
-    rounds = begin()
-    rounds.write_lines()
+    def cut(exchange: Exchange | None = None) -> None:
+        """The blocks, where clients are asked by sums of their own text; and the rounds of them."""
+        nonlocal blocks, rounds
+        with clock.stage("blocks", recorded=False):
+            if exchange is not None:
+                calibrate(folder, config, identity, plan.base, exchange, progress)
+            blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
+        rounds = begin()
+        rounds.write_lines()
+
+    asked_first = asks_clients(folder, config)
+    if not asked_first:
+        cut()
     track = Trackers(folder, config, progress.note)
 
     def so_far() -> Summary:
@@ -158,6 +169,8 @@ def _run(
 
     def work(exchange: Exchange) -> None:
         nonlocal config, plan, rounds
+        if asked_first:
+            cut(exchange)
         if undecided := [client.id for client in config.clients if client.block == AUTO]:
             folder.place(place(_offers(folder, config, plan, identity.run), undecided, exchange, progress))
             config = folder.settled(config)
@@ -166,7 +179,7 @@ def _run(
         rounds.after_round = after_round
         rounds.run(exchange)
 
-    if not rounds.finished:
+    if asked_first or not rounds.finished:
         for line in plan.read:
             progress.note(line)
         engine(folder, config, plan.actors, work)
@@ -303,25 +316,28 @@ def _cut_blocks(
     tokenizer = load_tokenizer(plan.base, config.data)
     prompts = "".join(f"|{one}" for one in (plan.template, tokenizer.init_kwargs.get(DATE)) if one)
     left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
+    sums = folder.sums if folder.sums.exists() else None
+    summed = f"|{file_hash(sums)}" if sums else ""
     made = {spec.name: Path(spec.path) for spec in left if spec.path is not None}
     for spec in left:
         if spec.path is not None:
             continue
         recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{precision}{prompts}"
+        recipe += summed if spec.calibration.statistics == CLIENTS else ""
         name = f"{spec.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
         made[spec.name] = store / name if store else folder.block(spec.name)
     with ExitStack() as held:
         for place in sorted(place for place in made.values() if place.parent == store):
             held.enter_context(locked(place.parent / ".cut" / place.name, wait=True))  # another run may be cutting it
         if wanted := [(spec, made[spec.name]) for spec in left if not made[spec.name].exists()]:
-            model = lasting_name(config.model)
-            cut_blocks(plan.base, base_fingerprint, wanted, config.seed, precision, progress, model, device, tokenizer)
+            model, base = lasting_name(config.model), plan.base
+            cut_blocks(base, base_fingerprint, wanted, config.seed, precision, progress, model, device, tokenizer, sums)
     for spec in left:
         if made[spec.name] == folder.block(spec.name):
             seal(folder.block(spec.name))
             continue
         with atomic_folder(folder.block(spec.name)) as partial:
-            shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=_link, ignore=_unsealed)
+            shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=link, ignore=_unsealed)
             if spec.path is not None:
                 rename_block(partial, spec.name)  # the run's, whatever it was called where it was cut
                 if prompt_look(load_tokenizer(partial)) != prompt_look(tokenizer):
@@ -349,14 +365,6 @@ def _replace_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 _unsealed = shutil.ignore_patterns(HASHES)
-
-
-def _link(source: str, target: str) -> None:
-    """A second name for the same file, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _write_final(

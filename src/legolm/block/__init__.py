@@ -4,7 +4,7 @@ from legolm.block.base import Base, decoder_weights
 from legolm.block.block import Block
 from legolm.block.coverage import Coverage, add_matrix, load_coverage, pack_mask, slice_matrix, unpack_mask
 from legolm.block.drawing import picture
-from legolm.block.manifest import Manifest, llm_block, read_block, rename_block, write_block
+from legolm.block.manifest import Manifest, llm_block, read_block, rename_block, write_block, write_llm
 
 __all__ = [
     "Base",
@@ -22,4 +22,5 @@ __all__ = [
     "slice_matrix",
     "unpack_mask",
     "write_block",
+    "write_llm",
 ]

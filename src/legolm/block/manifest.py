@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from legolm.block.block import Block
 from legolm.block.coverage import Coverage, load_coverage, save_coverage
 from legolm.errors import LegolmError
-from legolm.models import count_parameters, folder_bytes, load_config, shape_of
-from legolm.system import read_bounded
+from legolm.models import INDEX, carry, count_parameters, folder_bytes, load_config, shape_of, weight_files
+from legolm.system import link, read_bounded
 
 
 class Manifest(BaseModel):
@@ -34,6 +35,23 @@ def write_block(manifest: Manifest, coverage: Coverage, path: Path) -> None:
     """Add manifest and coverage to a checkpoint folder."""
     save_coverage(coverage, path / "coverage.safetensors")
     (path / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def write_llm(base: Path, base_fingerprint: str, tokenizer: Any, path: Path) -> None:
+    """The LLM as a block's folder, which a device can fetch: each time the same files, its weights a second name of
+    theirs where the file system has one.
+    """
+    block = llm_block(base, base_fingerprint)
+    for file in weight_files(base):
+        link(file, path / file.name)
+    if (base / INDEX).is_file():
+        shutil.copyfile(base / INDEX, path / INDEX)
+    load_config(base).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    carry(base, path)
+    named = {"name": block.name, "method": block.method, "base_fingerprint": base_fingerprint}
+    counted = {"coverage_hash": block.coverage.hash, "parameters": block.parameters, "sparsity": block.sparsity}
+    write_block(Manifest.model_validate(named | counted), block.coverage, path)
 
 
 def rename_block(path: Path, name: str) -> None:

@@ -8,7 +8,7 @@ from legolm.config.aggregation import (
     ServerConfig,
     SuperLinkConfig,
 )
-from legolm.config.blocks import BlockConfig, CalibrationConfig, RecoverConfig
+from legolm.config.blocks import CLIENTS, BlockConfig, CalibrationConfig, RecoverConfig
 from legolm.config.dp import DpConfig
 from legolm.config.file import dump, load, read, validate
 from legolm.config.privacy import PrivacyConfig, SecureConfig
@@ -43,6 +43,7 @@ from legolm.config.study import Variant, load_study
 
 __all__ = [
     "AUTO",
+    "CLIENTS",
     "CRITERIA",
     "EXPORTERS",
     "LAYOUT_FIELDS",

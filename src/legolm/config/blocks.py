@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from legolm.config.registry import CRITERIA, Registry
 from legolm.config.section import Layer, LocalPath, Name, OpenSection, Quantity, RowsConfig, Section
 
+CLIENTS = "clients"
+"""In the place of files of sums: a run asks its clients for theirs."""
+
 
 class CalibrationConfig(RowsConfig):
-    """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`).
+    """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`), or that a
+    run asks them for (`statistics: clients`): each over `samples` of its own training rows, or as many as it has.
 
     `text` is a starter set, `pydoc` (Python's help topics), a text file, or a file of rows (JSON, JSONL, CSV, Parquet),
     which is read as `data` is and rendered as in training.
@@ -22,7 +26,16 @@ class CalibrationConfig(RowsConfig):
     text: str = "starter"
     samples: int = Field(32, ge=1)
     length: int = Field(256, ge=8, description="tokens a sample")
-    statistics: tuple[LocalPath, ...] | None = Field(None, description="files of `legolm calibrate`; they are added up")
+    statistics: Literal["clients"] | tuple[LocalPath, ...] | None = Field(
+        None, description="files of `legolm calibrate`, which are added up; or `clients`: a run asks them"
+    )
+
+    @field_validator("statistics", mode="before")
+    @classmethod
+    def _clients_or_files(cls, value: object) -> object:
+        if value not in (None, CLIENTS) and not isinstance(value, list | tuple):
+            raise ValueError(f"give `{CLIENTS}`, or a list of files of `legolm calibrate`")
+        return value
 
 
 class RecoverConfig(Section):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from legolm.config.aggregation import AggregateConfig, FederationConfig
-from legolm.config.blocks import BlockConfig
+from legolm.config.blocks import CLIENTS, BlockConfig
 from legolm.config.privacy import PrivacyConfig
 from legolm.config.registry import SCHEMES, load_plugins
 from legolm.config.section import LocalPath, Section
@@ -147,6 +147,7 @@ class RunConfig(Section):
         self._check_dp()
         self._check_secure()
         self._check_relays()
+        self._check_calibration()
         for name in ("min_replies", "buffer"):
             if (getattr(self.federation, name) or 0) > len(self.clients):
                 raise ValueError(
@@ -260,6 +261,21 @@ class RunConfig(Section):
             why += "federation.personal_steps to 0"
         if why:
             raise ValueError(f"clients: {relays[0].id!r}: a relay {why}")
+
+    def _check_calibration(self) -> None:
+        """Raise `ValueError` where clients are asked for sums of their text, and cannot be, or are to hide such."""
+        asking = [block for block in self.blocks if block.calibration.statistics == CLIENTS]
+        if not asking:
+            return
+        why, first = "", asking[0].calibration
+        if self.privacy.secure is not None or self.privacy.dp.level != "none":
+            why = "sends each client's sums in the open, without noise; take privacy.secure and privacy.dp out, or text"
+        elif any(client.relay for client in self.clients):
+            why = "asks devices, and a relay has no text of its own; take `relay` out, or text"
+        elif any((one.calibration.samples, one.calibration.length) != (first.samples, first.length) for one in asking):
+            why = "asks once for all blocks; give them the same samples and length"
+        if why:
+            raise ValueError(f"blocks: {asking[0].name!r}: calibration.statistics {CLIENTS!r} {why}")
 
     def _check_secure(self) -> None:
         """Raise `ValueError` for what needs single changes, which a secure sum hides, or shows them."""

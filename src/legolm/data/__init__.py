@@ -1,6 +1,6 @@
 """From files, hub data sets and the starter data to clients' examples, tokens and calibration text."""
 
-from legolm.data.calibration import calibration_tokens, check_text, help_tokens
+from legolm.data.calibration import calibration_tokens, check_text, help_tokens, own_tokens
 from legolm.data.examples import Example, Message
 from legolm.data.layouts import read_examples, to_example, unread, unused_fields, with_system
 from legolm.data.prose import read_text, text_tokens
@@ -46,6 +46,7 @@ __all__ = [
     "left_out",
     "load_parts",
     "own_part",
+    "own_tokens",
     "paths_of",
     "prompt_look",
     "read_examples",

@@ -50,11 +50,33 @@ def calibration_tokens(
         paths = paths_of(config.text, "calibration.text")
         text = read_prose(paths, "calibration.text", max(PIECE, LONG * needed), seed)
         streams = [text_tokens(text, tokenizer)]
+    return _drawn(streams, config, tokenizer, seed, repr(config.text), 1 if fewer else config.samples)
+
+
+def own_tokens(
+    examples: Sequence[Example], config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Tensor:
+    """The same of a client's own conversations: as many windows as there are, up to `config.samples`.
+
+    Raises `LegolmError` where there is none.
+    """
+    return _drawn([_conversations(examples, config, tokenizer, seed)], config, tokenizer, seed, "its own text", 1)
+
+
+def _drawn(
+    streams: Sequence[Tensor],
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    text: str,
+    least: int,
+) -> Tensor:
+    """Windows of these streams in turn. Raises `LegolmError` for less than `least` of them; `text` says of what."""
     pools = [_shuffled(windows(stream.numpy(), config.length, begin(tokenizer)), seed) for stream in streams]
     available = min(len(pool) * len(pools) + place for place, pool in enumerate(pools))
-    if available < (1 if fewer else config.samples):
+    if available < least:
         raise LegolmError(
-            f"calibration.samples = {config.samples}: {config.text!r} has {available} samples of "
+            f"calibration.samples = {config.samples}: {text} has {available} samples of "
             f"{config.length} tokens; ask for fewer or shorter ones, or give a longer text"
         )
     count = min(available, config.samples)

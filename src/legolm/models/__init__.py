@@ -2,7 +2,7 @@
 
 from legolm.models.beside import carry
 from legolm.models.calls import Call, recorded
-from legolm.models.checkpoint import load_config, weight_files
+from legolm.models.checkpoint import INDEX, load_config, weight_files
 from legolm.models.cut import config_changes, narrow, tell
 from legolm.models.family import FAMILIES, LLAMA, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
 from legolm.models.finite import finite
@@ -33,6 +33,7 @@ from legolm.models.rounding import rounded
 __all__ = [
     "CHUNK",
     "FAMILIES",
+    "INDEX",
     "LLAMA",
     "LONG",
     "Call",

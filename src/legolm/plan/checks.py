@@ -10,10 +10,12 @@ from typing import Any
 from legolm.adapter import FACTORS
 from legolm.aggregate import make_scheme
 from legolm.block import Block, read_block
-from legolm.config import AUTO, SCHEMES, RowsConfig, RunConfig
+from legolm.config import AUTO, CLIENTS, SCHEMES, RowsConfig, RunConfig
 from legolm.data import check_text, check_tokens, is_starter, paths_of, read_text
 from legolm.errors import LegolmError
-from legolm.models import check_weights, fingerprint
+from legolm.federate.wire import MAX_SUMS_BYTES
+from legolm.models import Shape, check_weights, fingerprint
+from legolm.prune import clients_needs, flat_size
 from legolm.system import stored_tensors
 from legolm.trust import server_files
 
@@ -39,11 +41,12 @@ def check_files(config: RunConfig) -> tuple[str, ...]:
             where = f"block {spec.name}: "
             rows = RowsConfig(**{name: getattr(spec.calibration, name) for name in RowsConfig.model_fields})
             texts = []
-            for file in spec.calibration.statistics or ():
+            given = spec.calibration.statistics
+            for file in () if given in (None, CLIENTS) else given:
                 if not Path(file).is_file():
                     raise LegolmError(f"{where}calibration.statistics: no file {file}")
                 stored_tensors(Path(file), f"{where}calibration.statistics: ", "collect it again")
-            if not spec.calibration.statistics:
+            if not given:
                 texts.append((spec.calibration.text, "calibration.text"))
             if spec.recover.text and spec.recover.most_steps:
                 texts.append((spec.recover.text, "recover.text"))
@@ -63,6 +66,32 @@ def check_files(config: RunConfig) -> tuple[str, ...]:
         if folder and not Path(folder).is_dir():
             raise LegolmError(f"{field}: no folder {folder}")
     return tuple(said)
+
+
+def check_sums(config: RunConfig, shape: Shape, llm_bytes: int) -> tuple[str, ...]:
+    """What asking clients for sums of their text costs. Raises `LegolmError` where they would be too large to travel.
+
+    `llm_bytes` are those of the LLM, which devices fetch for it.
+    """
+    needs = clients_needs(config.cuts)
+    if needs == "nothing":
+        return ()
+    asked = next(spec.calibration for spec in config.cuts if spec.calibration.statistics == CLIENTS)
+    if asked.samples * asked.length < shape.hidden:
+        raise LegolmError(
+            f"calibration.statistics {CLIENTS!r}: sums over {asked.samples} x {asked.length} tokens, fewer than the "
+            f"hidden size, {shape.hidden}, would tell them; ask for more samples"
+        )
+    size = 4 * flat_size(shape, needs)
+    if size > MAX_SUMS_BYTES:
+        raise LegolmError(
+            f"calibration.statistics {CLIENTS!r}: all second moments of this LLM are {size / 1e6:,.0f} MB, a message "
+            f"holds {MAX_SUMS_BYTES / 1e6:,.0f}; take a criterion that reads squares only, or files of legolm calibrate"
+        )
+    said = f"Blocks are cut by sums of the clients' own text: {size / 1e6:,.1f} MB of each"
+    if config.federation.engine == "deployment":
+        said += f", for which a device fetches the LLM, {llm_bytes / 1e6:,.0f} MB"
+    return (f"{said}. The server sees each client's: they are its text in aggregate, without noise.",)
 
 
 def check_texts(config: RunConfig, tokenizer: Any) -> None:

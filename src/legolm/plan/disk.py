@@ -9,6 +9,7 @@ from legolm.aggregate import make_scheme
 from legolm.block import Coverage
 from legolm.config import RunConfig
 from legolm.models import Shape
+from legolm.prune import clients_needs, flat_size
 
 MOMENTS = {"none": 0, "fedavgm": 1, "fedadam": 2, "fedyogi": 2}
 """Copies of the factors that a server optimizer keeps."""
@@ -41,6 +42,18 @@ def stages_bytes(config: RunConfig, shape: Shape, ranks: Sequence[int]) -> int:
     if federation.error_feedback and scheme.basis_stays and (federation.codec != "none" or scheme.keep(0.5) < 1):
         carried += 2 * adapter
     return server + alone + len(ranks) * carried
+
+
+def sums_bytes(config: RunConfig, shape: Shape) -> int:
+    """Bytes of what clients sum of their text for the blocks: all of it together, and of each device the reply.
+
+    That is also in Flower's database, and in the database's log.
+    """
+    needs = clients_needs(config.cuts)
+    if needs == "nothing":
+        return 0
+    replies = 3 * len(config.clients) if config.federation.engine == "deployment" else 0
+    return 4 * flat_size(shape, needs) * (1 + replies)
 
 
 def mixed_parts(config: RunConfig) -> int:

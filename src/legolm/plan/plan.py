@@ -38,8 +38,8 @@ from legolm.models import (
     resolve,
 )
 from legolm.plan.assign import assign
-from legolm.plan.checks import check_clients, check_files, check_texts, given_blocks
-from legolm.plan.disk import mixed_parts, stages_bytes
+from legolm.plan.checks import check_clients, check_files, check_sums, check_texts, given_blocks
+from legolm.plan.disk import mixed_parts, stages_bytes, sums_bytes
 from legolm.plan.needs import leaner, settings_of, training_bytes, worst_batch
 from legolm.plan.notes import notes, prompt_notes
 from legolm.plan.privacy import promised
@@ -284,7 +284,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
         + sum(size_of[client.block] for client in clients)
         + adapter * (1 + mixed_parts(config) * len(clients))
     )
-    disk = models + sum(size_of.values()) + stages_bytes(config, shape, ranks)
+    disk = models + sum(size_of.values()) + stages_bytes(config, shape, ranks) + sums_bytes(config, shape)
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
     memory = SPARE_BYTES + actors * actor
@@ -295,6 +295,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     said += promised(config, dict(zip((one.id for one in taking), members, strict=True)), counts)
     said += summed(config, coverages, dict(zip((one.id for one in taking), members, strict=True)))
     template = "" if config.data.template == "model" else str(parts.tokenizer.chat_template)
+    said += check_sums(config, shape, base.parameters * width)
     read, said = parts.read + of_texts, (*parts.notes, *said)
     return Plan(
         path, precision, tuple(blocks), tuple(clients), found, actors, memory, disk, models, template, read, said

@@ -1,19 +1,24 @@
 """Cut blocks from the LLM: calibrate, choose a shape, prune, recover, write."""
 
 from legolm.prune.build import cut_blocks, kept_block
-from legolm.prune.calibrate import Moments
+from legolm.prune.calibrate import Moments, Needs
+from legolm.prune.cuts import clients_needs
 from legolm.prune.registry import Criterion, Pattern, criterion, criterion_of
-from legolm.prune.statistics import collect, save_statistics
+from legolm.prune.statistics import Statistics, collect, flat_size, save_statistics
 from legolm.prune.target import planned_coverage, target_pattern
 
 __all__ = [
     "Criterion",
     "Moments",
+    "Needs",
     "Pattern",
+    "Statistics",
+    "clients_needs",
     "collect",
     "criterion",
     "criterion_of",
     "cut_blocks",
+    "flat_size",
     "kept_block",
     "planned_coverage",
     "save_statistics",

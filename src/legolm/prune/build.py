@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from legolm.block import Base, Block, Manifest, read_block, write_block
-from legolm.config import BlockConfig, CalibrationConfig, Precision
+from legolm.config import CLIENTS, BlockConfig, CalibrationConfig, Precision
 from legolm.data import prompt_look
 from legolm.errors import LegolmError, brief
 from legolm.models import (
@@ -59,11 +59,13 @@ def cut_blocks(
     model_name: str | None = None,
     device: torch.device | None = None,
     tokenizer: Any = None,
+    sums: Path | None = None,
 ) -> list[Block]:
     """Cut blocks from the checkpoint at `path` into their folders, each whole or not at all.
 
     They record `model_name`, or the path, as the LLM that they were cut from, and get `tokenizer`, or the LLM's. What
-    is computed is computed on `device`, the machine's best if not given.
+    is computed is computed on `device`, the machine's best if not given. `sums` is the file of what the run's clients
+    collected, where they are asked.
 
     The LLM is read one decoder layer at a time. Blocks with the same calibration share its text and the hidden states
     of the dense model. Raises `LegolmError` for bad targets, text or disks before anything is written.
@@ -76,7 +78,7 @@ def cut_blocks(
     tokenizer = tokenizer or load_tokenizer(path)  # a broken one is to show before the work
     weights = sum(base.parameters_of(planned_coverage(spec, base).kept_weights) for spec, _ in wanted)
     check_room(wanted[0][1], weights * base.dtype.itemsize)
-    cuts, dense = start_cuts([spec for spec, _ in wanted], model, base, tokenizer, seed, precision, progress)
+    cuts, dense = start_cuts([spec for spec, _ in wanted], model, base, tokenizer, seed, precision, progress, sums)
     with ExitStack() as stack:
         jobs = []
         for (spec, out), cut in zip(wanted, cuts, strict=True):
@@ -90,7 +92,8 @@ def cut_blocks(
         recovering = sum(job.spec.recover.most_steps > 0 for job in jobs)
         with teacher_of(path, precision, device, recovering) as teacher:
             for job in jobs:
-                _finish(job, base, tokenizer, model_name, seconds, seed, precision, progress, teacher)
+                recipe = _recipe(job.spec, seed, precision, sums)
+                _finish(job, base, tokenizer, model_name, recipe, seconds, seed, precision, progress, teacher)
                 job.closing.close()
     return [read_block(out) for _, out in wanted]
 
@@ -121,14 +124,18 @@ def kept_block(
     return found
 
 
-def _recipe(spec: BlockConfig, seed: int, precision: Precision) -> dict[str, Any]:
+def _recipe(spec: BlockConfig, seed: int, precision: Precision, sums: Path | None = None) -> dict[str, Any]:
     """All that a block follows from, beside its LLM: its target, and the hashes of files that it is calibrated on."""
-    files = [*(spec.calibration.statistics or [spec.calibration.text]), spec.recover.text]
+    given = spec.calibration.statistics
+    read = [*(given or [spec.calibration.text]), spec.recover.text] if given != CLIENTS else [spec.recover.text]
+    files = {file: Path(file) for file in read if file is not None}
+    if given == CLIENTS and sums is not None:
+        files[CLIENTS] = sums
     return {
         "target": spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True),
         "seed": seed,
         "precision": precision,
-        "files": {file: file_hash(Path(file)) for file in files if file is not None and Path(file).is_file()},
+        "files": {name: file_hash(file) for name, file in files.items() if file.is_file()},
     }
 
 
@@ -159,6 +166,7 @@ def _finish(
     base: Base,
     tokenizer: Any,
     model_name: str,
+    recipe: dict[str, Any],
     seconds: float,
     seed: int,
     precision: Precision,
@@ -173,7 +181,7 @@ def _finish(
         config.update(config_changes(config, coverage.block_shape, coverage.layers))
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    details: dict[str, Any] = _recipe(spec, seed, precision) | {"model": model_name}
+    details = recipe | {"model": model_name}
     if teacher is not None and spec.recover.most_steps:
         model = load_model(folder).to(teacher.device)
         with progress.stage(f"recover {spec.name}", spec.recover.most_steps) as advance:

@@ -71,7 +71,7 @@ class Moments:
 
     @staticmethod
     def unpacked(sums: Tensor, tokens: int, features: int, needs: Needs) -> Moments:
-        """What `packed` gave. Raises `ValueError` when it does not fit or is not finite."""
+        """What `packed` gave. Raises `ValueError` when it does not fit, or is no sum of squares."""
         found = Moments(features, needs)
         count = features if needs == "diagonal" else features * (features + 1) // 2
         if sums.shape != (count,) or sums.dtype != torch.float32 or not bool(sums.isfinite().all()) or tokens < 1:
@@ -81,6 +81,8 @@ class Moments:
             found._sum.copy_(sums)
         else:
             found._sum[_lower(features)] = sums
+        if bool((found.mean_square < 0).any()):
+            raise ValueError(f"a sum of squares is {float(found.mean_square.min()):g}")
         return found
 
     @property

@@ -9,15 +9,15 @@ from typing import Any, Protocol
 from torch import nn
 
 from legolm.block import Base, Coverage
-from legolm.config import BlockConfig, CalibrationConfig, Precision
+from legolm.config import CLIENTS, BlockConfig, CalibrationConfig, Precision
 from legolm.data import calibration_tokens
 from legolm.models import LayeredModel, Shape, Unit
 from legolm.prune import magnitude, sparsegpt, wanda  # noqa: F401 (they register themselves)
 from legolm.prune.allocate import SAMPLES, Costs, choose, measure_costs
-from legolm.prune.calibrate import Source, Stream
+from legolm.prune.calibrate import Needs, Source, Stream
 from legolm.prune.registry import criterion_of
 from legolm.prune.speed import shape_for
-from legolm.prune.statistics import load_statistics
+from legolm.prune.statistics import load_statistics, statistics_files
 from legolm.prune.structured import StructuredCut
 from legolm.prune.target import given_shape, shapes_within, target_pattern, window_coverage
 from legolm.prune.unstructured import UnstructuredCut
@@ -55,6 +55,7 @@ def start_cuts(
     seed: int,
     precision: Precision,
     progress: Progress,
+    sums: Path | None = None,
 ) -> tuple[list[Cut], dict[CalibrationConfig, Stream]]:
     """The cuts in the order of `specs`, and the dense model's hidden states for each calibration that needs them.
 
@@ -66,11 +67,11 @@ def start_cuts(
     dense: dict[CalibrationConfig, Stream] = {}
     for calibration in dict.fromkeys(spec.calibration for spec in specs):
         users = [spec for spec in specs if spec.calibration == calibration]
-        reading = [spec for spec in users if _reads(spec)]
+        reading = [spec for spec in users if needs_of(spec) != "nothing"]
         sources: dict[str, Source] = {}
         shapes: dict[str, tuple[Shape, tuple[int, ...]]] = {}
         if reading and calibration.statistics:
-            paths = [Path(one) for one in calibration.statistics]
+            paths = statistics_files(calibration, sums)
             sources = dict.fromkeys((s.name for s in reading), load_statistics(paths, base.shape, base.fingerprint))
             every = tuple(range(base.shape.layers))
             shapes = {s.name: (given_shape(s, base) or base.shape, every) for s in reading}
@@ -111,9 +112,19 @@ def _check(spec: BlockConfig, base: Base) -> None:
         _ = given_shape(spec, base) or shapes_within(spec, base)
 
 
-def _reads(spec: BlockConfig) -> bool:
+def needs_of(spec: BlockConfig) -> Needs:
+    """What its cut reads of the second moments of the linear layers' inputs."""
+    if spec.method == "structured":
+        return "full"
     criterion = criterion_of(spec)
-    return spec.method == "structured" or (criterion is not None and criterion.needs != "nothing")
+    return "nothing" if criterion is None else criterion.needs
+
+
+def clients_needs(specs: Sequence[BlockConfig]) -> Needs:
+    """The most that the cuts of these blocks read of what a run asks its clients for; nothing where it asks none."""
+    found = {needs_of(spec) for spec in specs if spec.calibration.statistics == CLIENTS}
+    asked: tuple[Needs, ...] = ("full", "diagonal")
+    return next((needs for needs in asked if needs in found), "nothing")
 
 
 class _Text:

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from legolm.config import Precision
+from legolm.config import CLIENTS, CalibrationConfig, Precision
 from legolm.errors import LegolmError
 from legolm.models import LayeredModel, Shape, choose_device, shape_of
 from legolm.prune.calibrate import Moments, Needs, PruneGroup, Regression, Stream, inputs_of
@@ -49,6 +50,28 @@ class Statistics:
     def advance(self, index: int, layer: nn.Module) -> None:
         """Nothing to do: the sums are the dense model's, whatever was cut below."""
 
+    def flat(self) -> Tensor:
+        """All sums, one after the other in the order of the layers: (`flat_size`,) float32."""
+        return torch.cat([moments.packed() for moments in self.sums.values()])
+
+    @staticmethod
+    def unflat(sums: Tensor, tokens: int, shape: Shape, fingerprint: str, needs: Needs) -> Statistics:
+        """What `flat` gave, over so many tokens. Raises `ValueError` when it does not fit, or is no sum of squares."""
+        if sums.shape != (flat_size(shape, needs),):
+            raise ValueError(f"sums of shape {tuple(sums.shape)}; {flat_size(shape, needs)} numbers were asked for")
+        features = _features(shape)
+        parts = torch.split(sums, [_size(one, needs) for one in features.values()])
+        found = {
+            name: Moments.unpacked(part, tokens, one, needs)
+            for (name, one), part in zip(features.items(), parts, strict=True)
+        }
+        return Statistics(shape, fingerprint, needs, found)
+
+    def absorb(self, other: Statistics) -> None:
+        """Add another's sums, of the same model and needs."""
+        for name, moments in other.sums.items():
+            self.sums[name].absorb(moments)
+
     def _moments(self, index: int, name: str, needs: Needs) -> Moments:
         if needs == "full" and self.needs != "full":
             raise LegolmError(
@@ -59,10 +82,16 @@ class Statistics:
 
 
 def collect(
-    base: Path, fingerprint: str, tokens: Tensor, needs: Needs, precision: Precision, progress: Progress
+    base: Path,
+    fingerprint: str,
+    tokens: Tensor,
+    needs: Needs,
+    precision: Precision,
+    progress: Progress,
+    device: torch.device | None = None,
 ) -> Statistics:
-    """The sums over token ids (samples, length) in the dense model."""
-    model = LayeredModel(base, choose_device("auto"))
+    """The sums over token ids (samples, length) in the dense model, on `device`, the machine's best if not given."""
+    model = LayeredModel(base, device or choose_device("auto"))
     shape = shape_of(model.config)
     stream = Stream.start(model, tokens, precision)
     sums: dict[str, Moments] = {}
@@ -94,11 +123,9 @@ def load_statistics(paths: Sequence[Path], shape: Shape, fingerprint: str) -> St
     needs: Needs = "full" if all(one.needs == "full" for one in files) else "diagonal"
     if any(one.needs != needs for one in files):
         raise LegolmError("calibration.statistics: some files are squares only; collect all with the same --needs")
-    sums = dict(files[0].sums)
     for other in files[1:]:
-        for name, moments in other.sums.items():
-            sums[name].absorb(moments)
-    return Statistics(shape, fingerprint, needs, sums)
+        files[0].absorb(other)
+    return files[0]
 
 
 def _load(path: Path, shape: Shape, fingerprint: str) -> Statistics:
@@ -107,10 +134,35 @@ def _load(path: Path, shape: Shape, fingerprint: str) -> Statistics:
         if (header["base_fingerprint"], header["shape"]) != (fingerprint, asdict(shape)):
             raise LegolmError(f"calibration.statistics: {path} was collected on another base model")
         needs: Needs = "full" if header["needs"] == "full" else "diagonal"
-        sums = {}
-        for index in range(shape.layers):
-            for group in inputs_of(shape.modules):
-                name = f"layers.{index}.{group[0]}"
-                features = shape.matrix(group[0])[1]
-                sums[name] = Moments.unpacked(handle.get_tensor(name), int(header["tokens"][name]), features, needs)
+        sums = {
+            name: Moments.unpacked(handle.get_tensor(name), int(header["tokens"][name]), features, needs)
+            for name, features in _features(shape).items()
+        }
     return Statistics(shape, fingerprint, needs, sums)
+
+
+def _features(shape: Shape) -> dict[str, int]:
+    """Of what each group of a layer's modules reads."""
+    first = [group[0] for group in inputs_of(shape.modules)]
+    return {f"layers.{index}.{name}": shape.matrix(name)[1] for index in range(shape.layers) for name in first}
+
+
+def _size(features: int, needs: Needs) -> int:
+    return features if needs == "diagonal" else features * (features + 1) // 2
+
+
+def flat_size(shape: Shape, needs: Needs) -> int:
+    """Numbers in all sums of a model of this shape."""
+    return sum(_size(features, needs) for features in _features(shape).values())
+
+
+def statistics_files(calibration: CalibrationConfig, sums: Path | None) -> list[Path]:
+    """What the config names, or the file of what a run's clients collected. Raises `LegolmError` outside of a run."""
+    given = calibration.statistics
+    if given != CLIENTS:
+        return [Path(one) for one in given or ()]
+    if sums is None:
+        raise LegolmError(
+            f"calibration.statistics: {CLIENTS!r} are asked by `legolm run`; here give files of `legolm calibrate`"
+        )
+    return [sums]

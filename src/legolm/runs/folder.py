@@ -178,6 +178,11 @@ class RunDir:
         """Folder of a cut block."""
         return self.path / "blocks" / name
 
+    @property
+    def sums(self) -> Path:
+        """File of what clients collected of their own text for the blocks (`calibration.statistics: clients`)."""
+        return self.path / "calibration.safetensors"
+
     def round(self, number: int) -> Path:
         """Folder of a finished round; 0 is the start."""
         return self.path / "rounds" / f"{number:04d}"

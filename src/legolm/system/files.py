@@ -147,6 +147,14 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def link(source: str | Path, target: str | Path) -> None:
+    """A second name for the same file, or a copy where the file system has none."""
+    try:
+        os.link(Path(source).resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def cache_folder() -> Path:
     """legolm's in the user's cache; it need not be there."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "legolm"

@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from legolm.adapter import Tensors, adapter_keys, adapter_layout, concatenated, merged, under_prefix, with_prefix
 from legolm.block import Block
-from legolm.config import DpConfig, Precision, TrainConfig
-from legolm.data import TokenRows, Turns, check_whole, tokens_of
+from legolm.config import CalibrationConfig, DpConfig, Precision, TrainConfig
+from legolm.data import TokenRows, Turns, check_whole, own_tokens, tokens_of
 from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.federate.client.secure import LATER, keys, masked
 from legolm.federate.client.site import Site, SiteOf, Split
 from legolm.federate.client.state import keep_state, read_state
 from legolm.federate.wire import (
+    SUMS,
+    CalibrateRequest,
     Envelope,
     EvaluateRequest,
     KeysRequest,
     ScoreReply,
+    SumsReply,
     TrainRequest,
     answer,
     decode,
@@ -34,7 +38,8 @@ from legolm.federate.wire import (
 from legolm.finetune import Task, train
 from legolm.models import choose_device, dtype_of, load_model, load_tokenizer
 from legolm.privacy import clipped, deviation, with_share
-from legolm.system import atomic_write, keep_freed_memory, release_memory, trim
+from legolm.prune import collect
+from legolm.system import Progress, atomic_write, keep_freed_memory, release_memory, trim
 
 
 class ClientRuntime:
@@ -58,6 +63,8 @@ class ClientRuntime:
             kind = kind_of(content)
             if kind == "train":
                 return self._train(*unpack(content, TrainRequest), until)
+            if kind == "calibrate":
+                return self._calibrate(unpack(content, CalibrateRequest)[0])
             if kind == "keys":
                 return self._keys(unpack(content, KeysRequest)[0])
             if kind in LATER:
@@ -109,6 +116,24 @@ class ClientRuntime:
         if settings.dp is not None and settings.dp.noise == "distributed":
             delta = _hidden(delta, settings.dp, opened.holders)
         return answer(request, content, delta, len(examples), metrics, lost, keep)[0]
+
+    def _calibrate(self, request: CalibrateRequest) -> bytes:
+        site = self._site_of(request.client, request.block)
+        block, profile = site.block(), site.profile()
+        if (block.method, block.base_fingerprint) != ("dense", request.base_fingerprint):
+            raise _another_cut(request)
+        torch.set_num_threads(profile.threads)
+        settings = CalibrationConfig(samples=request.samples, length=request.length)
+        (rows,) = site.examples("train")
+        tokens = own_tokens(rows, settings, load_tokenizer(block.path, site.prompts()), request.seed)
+        if tokens.numel() < (least := block.coverage.shape.hidden):
+            raise LegolmError(
+                f"its text has {tokens.numel()} tokens in whole samples, fewer than the hidden size, {least}, and "
+                "their sums would tell them; it needs more rows, or shorter calibration.length"
+            )
+        model, where, quiet = block.base_fingerprint, choose_device(profile.device), Progress(Console(quiet=True))
+        found = collect(block.path, model, tokens, request.needs, request.precision, quiet, where)
+        return pack(SumsReply(tokens=tokens.numel()), {SUMS: found.flat().cpu()})
 
     def _keys(self, request: KeysRequest) -> bytes:
         site = self._site_of(request.client, request.block)
@@ -167,7 +192,7 @@ def _in_time(config: TrainConfig, until: float | None) -> TrainConfig:
     return config.model_copy(update={"seconds": min(left, config.seconds or left)})
 
 
-def _another_cut(request: Envelope) -> LegolmError:
+def _another_cut(request: Envelope | CalibrateRequest) -> LegolmError:
     return LegolmError(f"block {request.block}: the request was made for another cut of it or another base model")
 
 

@@ -2,6 +2,7 @@
 
 from legolm.federate.server.asking import ask
 from legolm.federate.server.begin import begin, start_factors
+from legolm.federate.server.calibrating import asks_clients, calibrate, summed
 from legolm.federate.server.dispatch import checked_scores, steps_of
 from legolm.federate.server.loop import Rounds
 from legolm.federate.server.members import LLM, Members, drawn, is_dense
@@ -14,7 +15,9 @@ __all__ = [
     "Members",
     "Rounds",
     "ask",
+    "asks_clients",
     "begin",
+    "calibrate",
     "check_withheld",
     "checked_scores",
     "drawn",
@@ -24,4 +27,5 @@ __all__ = [
     "server_examples",
     "start_factors",
     "steps_of",
+    "summed",
 ]

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from legolm.errors import brief
 from legolm.federate.transport.engine import Body, Reply, Request, late
 from legolm.federate.transport.superlink import Flower, LostError
 from legolm.federate.wire import (
+    CalibrateRequest,
     ConfirmRequest,
     EvaluateRequest,
     KeysRequest,
@@ -42,10 +44,13 @@ AGAIN_S = 5.0
 """Before a device that could not answer is asked again."""
 AWAY_S = 30.0
 """A device that is not online for so long is named."""
-REQUESTS: Mapping[str, type[TrainRequest | EvaluateRequest | OfferRequest | KeysRequest | SumRequest]] = {
+REQUESTS: Mapping[
+    str, type[TrainRequest | EvaluateRequest | OfferRequest | CalibrateRequest | KeysRequest | SumRequest]
+] = {
     "train": TrainRequest,
     "evaluate": EvaluateRequest,
     "offer": OfferRequest,
+    "calibrate": CalibrateRequest,
     "keys": KeysRequest,
     "shares": SharesRequest,
     "confirm": ConfirmRequest,
@@ -88,6 +93,7 @@ class Those:
 def those(run: RunDir, config: RunConfig) -> Those:
     """The clients of a run."""
     ids, known = [client.id for client in config.clients], dict[tuple[str, str], str]()
+    files = cache(lambda block: block_files(run.block(block)))  # which reads all that a block holds
     relays = {client.id for client in config.clients if client.relay}
 
     def welcome(request: Request) -> str:
@@ -96,8 +102,8 @@ def those(run: RunDir, config: RunConfig) -> Those:
         block = "" if isinstance(header, OfferRequest) else header.block
         key = id, block = request.client, block
         if key not in known:
-            files, data = block_files(run.block(block)) if block else [], own_data(config, id)
-            told = Welcome(run=header.run, client=id, block=block, relay=id in relays, files=files, data=data)
+            held, data = files(block) if block else [], own_data(config, id)
+            told = Welcome(run=header.run, client=id, block=block, relay=id in relays, files=held, data=data)
             known[key] = told.model_dump_json()
         return known[key]
 

@@ -1,6 +1,7 @@
 """What travels: messages, the codec of factors, the broadcast."""
 
 from legolm.federate.wire.broadcast import Broadcast, Opened, Update, accept, answer, arrived, open_, passed_on, write
+from legolm.federate.wire.calibration import MAX_SUMS_BYTES, SUMS, CalibrateRequest, SumsReply
 from legolm.federate.wire.codec import decode, encode, encoded_bytes
 from legolm.federate.wire.messages import (
     Envelope,
@@ -45,11 +46,14 @@ from legolm.federate.wire.welcome import BlockFile, OwnData, Welcome, block_file
 __all__ = [
     "BOUNDS",
     "MASKED",
+    "MAX_SUMS_BYTES",
     "SEALED",
     "SHARES",
     "SIGNATURES",
+    "SUMS",
     "BlockFile",
     "Broadcast",
+    "CalibrateRequest",
     "ConfirmReply",
     "ConfirmRequest",
     "DeviceReply",
@@ -67,6 +71,7 @@ __all__ = [
     "SharesReply",
     "SharesRequest",
     "SumRequest",
+    "SumsReply",
     "TrainRequest",
     "TrainSettings",
     "UnmaskReply",

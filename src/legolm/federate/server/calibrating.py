@@ -1,0 +1,104 @@
+"""Private calibration: clients sum what pruning needs to know of their own text, and the sums are added up."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from legolm.block import write_llm
+from legolm.config import CLIENTS, RunConfig
+from legolm.errors import LegolmError
+from legolm.federate.server.members import LLM
+from legolm.federate.transport import Exchange, Request
+from legolm.federate.wire import SUMS, CalibrateRequest, SumsReply, pack, plain, unpack
+from legolm.models import Shape, choose_precision, load_config, load_tokenizer, shape_of
+from legolm.prune import Statistics, clients_needs, save_statistics
+from legolm.runs import Identity, RunDir
+from legolm.system import Progress, atomic_folder
+
+
+def asks_clients(folder: RunDir, config: RunConfig) -> bool:
+    """Whether blocks are still to be cut by sums that the clients have not been asked for."""
+    left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
+    return clients_needs(left) != "nothing" and not folder.sums.exists()
+
+
+def calibrate(
+    folder: RunDir, config: RunConfig, identity: Identity, base: Path, exchange: Exchange, progress: Progress
+) -> None:
+    """Ask those who are there from the first round on, and keep their sums in the run. Devices get the LLM for it."""
+    asking = next(spec.calibration for spec in config.cuts if spec.calibration.statistics == CLIENTS)
+    needs = clients_needs(config.cuts)
+    assert needs != "nothing"
+    request = CalibrateRequest(
+        run=identity.run,
+        client="",
+        block=LLM,
+        base_fingerprint=identity.base_fingerprint,
+        samples=asking.samples,
+        length=asking.length,
+        needs=needs,
+        precision=choose_precision(config.precision, config.device),
+        seed=config.seed,
+    )
+    lent = folder.block(LLM)
+    if config.federation.engine == "deployment" and not lent.exists():
+        with atomic_folder(lent) as partial:
+            write_llm(base, identity.base_fingerprint, load_tokenizer(base, config.data), partial)
+    there = [client.id for client in config.clients if client.there(1)]
+    found = summed(request, there, shape_of(load_config(base)), exchange, progress)
+    shutil.rmtree(lent, ignore_errors=True)
+    save_statistics(found, folder.sums)
+
+
+def summed(
+    request: CalibrateRequest, clients: Sequence[str], shape: Shape, exchange: Exchange, progress: Progress
+) -> Statistics:
+    """Ask each of `clients` with this request, and add their sums up in this order, whatever order they come in.
+
+    One that is given up, or whose sums are not what was asked for, is named and left out. Raises `LegolmError` where
+    nobody is left.
+    """
+    ready: dict[int, Statistics | None] = {}
+    total: Statistics | None = None
+    added = 0
+
+    def requests() -> Iterator[Request]:
+        for id in clients:
+            yield Request(id, pack(request.model_copy(update={"client": id}), {}))
+
+    with progress.stage("calibrate on clients' own text", len(clients)) as advance:
+        for reply in exchange(requests()):
+            if not added <= reply.index < len(clients) or reply.index in ready:
+                continue  # one more of somebody
+            try:
+                if reply.error:
+                    raise LegolmError(reply.error)
+                ready[reply.index] = _read(reply.content, request, shape)
+            except LegolmError as error:
+                ready[reply.index] = None
+                progress.note(f"client {clients[reply.index]}: blocks are cut without its text ({plain(error)})")
+            while added in ready:
+                found = ready.pop(added)
+                if total is None:
+                    total = found
+                elif found is not None:
+                    total.absorb(found)
+                added += 1
+            advance(1)
+    if total is None:
+        raise LegolmError("calibration.statistics: no client has sent any; the lines above say why")
+    return total
+
+
+def _read(content: bytes, request: CalibrateRequest, shape: Shape) -> Statistics:
+    header, tensors = unpack(content, SumsReply)
+    if header.tokens > request.samples * request.length or tensors.keys() != {SUMS}:
+        raise LegolmError(
+            f"its sums are of {header.tokens} tokens; {request.samples} x {request.length} were asked for"
+        )
+    try:
+        return Statistics.unflat(tensors[SUMS], header.tokens, shape, request.base_fingerprint, request.needs)
+    except ValueError as error:
+        raise LegolmError(f"its sums do not fit: {error}") from None
