@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from itertools import product
 from math import inf, isnan
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -43,7 +43,7 @@ from legolm.runs import (
     read_stages,
     rounds_of,
 )
-from legolm.system import Progress, check_room, held_bytes
+from legolm.system import Progress, check_room, end_with_parent, held_bytes
 
 MAX_SEED = 2**63 - 1
 Planned = Mapping[str, tuple[RunConfig, Plan]]
@@ -130,7 +130,7 @@ def _run_all(planned: Planned, out: Path, jobs: int, store: Path, models: bool, 
         for place, (config, plan) in planned.items():
             finished(place, _run_one(out, place, config, plan, store, models, Progress(of=labels[place])))
         return rows
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), end_with_parent) as pool:
         asked = {
             pool.submit(_run_beside, out, place, config, plan, store, models, labels[place]): place
             for place, (config, plan) in planned.items()
@@ -143,8 +143,10 @@ def _run_all(planned: Planned, out: Path, jobs: int, store: Path, models: bool, 
                 f"--jobs {jobs}: a run's process was ended from outside, for want of memory perhaps; finished runs "
                 "stay: run the same command again, with fewer jobs"
             ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # another run's error, or an interrupt: what runs is resumed later
+            for process in active_children():
+                process.terminate()
+            raise
     return rows
 
 

@@ -20,7 +20,7 @@ from legolm.system.files import (
 from legolm.system.hub import hub_answers, wants_offline
 from legolm.system.machine import machine, versions
 from legolm.system.memory import available_bytes, keep_freed_memory, release_memory, total_bytes, trim, uncollected
-from legolm.system.processes import Helpers, free_port
+from legolm.system.processes import Helpers, end_with_parent, free_port
 from legolm.system.progress import Progress
 from legolm.system.seeds import derive_seed
 from legolm.system.tensors import Stored, file_state, open_tensors, stored_tensors, strict_decoder, strict_json
@@ -39,6 +39,7 @@ __all__ = [
     "check_room",
     "derive_seed",
     "disk_full",
+    "end_with_parent",
     "file_hash",
     "file_state",
     "free_port",

@@ -1,4 +1,4 @@
-"""Processes of other programs that work for this one: started, started again, and ended with it."""
+"""Processes that work for this one: started, started again, and ended with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import subprocess
 import sysconfig
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 
 import psutil
@@ -18,6 +20,18 @@ from legolm.errors import LegolmError
 MAX_LOG = 16 << 20
 """Bytes of a log after which a new one begins; the one before is kept."""
 GRACE_S = 10.0
+
+
+def end_with_parent() -> None:
+    """Let this process of `multiprocessing` end when the one that started it does, even if that was killed."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 class Helpers:
