@@ -24,6 +24,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -63,14 +64,23 @@ def missing(benches: Mapping[str, Bench | None], evaluated: Mapping[str, Evaluat
         if bench is None:
             found.append(f"{STUDIES[name]}: no run of it")
             continue
-        wanted = [one["name"] for one in yaml.safe_load((EXAMPLES / STUDIES[name]).read_text("utf-8"))["variants"]]
-        seeds: dict[str, set[int]] = {variant: set() for variant in wanted}
+        variants = yaml.safe_load((EXAMPLES / STUDIES[name]).read_text("utf-8"))["variants"]
+        seeds: dict[str, set[int]] = {one["name"]: set() for one in variants}
+        tried = dict.fromkeys(seeds, 1)
         for run in bench.runs:
             seeds.setdefault(run.name, set()).add(run.seed)
+            tried[run.name] = max(tried.get(run.name, 1), len(run.rates))
         every = set[int]().union(*seeds.values())
-        lacks = [f"{one} {sorted(every - seeds[one])}" for one in wanted if seeds[one] < every]
+        lacks = {one["name"]: sorted(every - seeds[one["name"]]) for one in variants if seeds[one["name"]] < every}
         if lacks:
-            found.append(f"{STUDIES[name]}, by seeds: {', '.join(lacks)}")
+            found.append(f"{STUDIES[name]}, by seeds: {', '.join(f'{one} {lost}' for one, lost in lacks.items())}")
+        few = [
+            f"{one['name']} {tried[one['name']]} of {len(one['rates'])}"
+            for one in variants
+            if seeds[one["name"]] and tried[one["name"]] < len(one.get("rates", ()))
+        ]
+        if few:
+            found.append(f"{STUDIES[name]}, learning rates: {', '.join(few)}")
     return found
 
 
@@ -83,7 +93,8 @@ def about(study: Study) -> str:
     codecs = " and ".join(sorted({run.codec for run in runs if run.name != "heteagg_int8"}))
     return (
         f"{one.rounds} rounds of {one.steps} steps of {one.batch_size} examples, rank {one.rank}, {one.test} test rows "
-        f"a client, seeds {seeds}, codec {codecs}; {where}."
+        f"a client, seeds {seeds}, codec {codecs}; {where}. The LLM has {fmean(run.llm_before for run in runs):.3f} "
+        "before."
     )
 
 
@@ -125,8 +136,8 @@ READING = (
 COLUMNS = (
     "*Labels*: tasks with at most ten different answers. *Blocks*: mean loss of clients' blocks on their own and the "
     "others' data. MB: a client and round, both ways. TFLOP: of all clients' training. †: no peer, for weak devices "
-    "cannot run it, or it is no federation. `capable` leaves out who does not hold the whole LLM; `local` has no LLM: "
-    "its row is the untrained one."
+    "cannot run it, or it is no federation (`fedhello` has the whole LLM everywhere too, but trains few layers). "
+    "`capable` leaves out who does not hold the whole LLM; `local` has no LLM: its row is the untrained one."
 )
 
 

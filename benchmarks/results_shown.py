@@ -189,7 +189,7 @@ def figure_5(found: Mapping[str, Any], out: Path) -> None:
         axes.axhline(found["gain"] / 2, linestyle="--", color="#c2410c", label="half of the gain over trained alone")
         axes.legend(fontsize=8, frameon=False)
     axes.set_xticks(range(len(bars)), list(bars), rotation=30, ha="right", fontsize=7)
-    axes.set_ylabel("blocks' loss on all data, more than with all", fontsize=8)
+    axes.set_ylabel("blocks' loss, above that with all", fontsize=8)
     figure.tight_layout()
     save(figure, out)
 

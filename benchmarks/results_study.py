@@ -31,9 +31,9 @@ class Stat(NamedTuple):
         mean = round(self.mean * scale, digits) + 0.0  # no -0
         return f"{mean:{sign}.{digits}f}{more}"
 
-    def beyond(self, limit: float = 0) -> bool:
-        """Whether it is more than two standard errors from a limit."""
-        return self.se is not None and abs(self.mean - limit) > 2 * self.se
+    def beyond(self, limit: float = 0) -> bool | None:
+        """Whether it is more than two standard errors from a limit; None with one seed."""
+        return None if self.se is None else abs(self.mean - limit) > 2 * self.se
 
     def named(self, name: str) -> dict[str, float | None]:
         """For JSON: `name` and `name_se`."""
@@ -41,15 +41,15 @@ class Stat(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What was found of a claim, and whether it holds; `sure` unless that is within two standard errors."""
+    """What was found of a claim, and whether it holds; `sure` if by more than two standard errors, where known."""
 
     found: str
     holds: bool
-    sure: bool = True
+    sure: bool | None = None
 
     def shown(self) -> str:
         """A cell of the claims' table."""
-        return f"{self.found}: {'yes' if self.holds else '**no**'}{'' if self.sure else ', within the error'}"
+        return f"{self.found}: {'yes' if self.holds else '**no**'}{', within the error' * (self.sure is False)}"
 
 
 class Study:
@@ -138,6 +138,7 @@ def figures(study: Study) -> dict[str, Any]:
             main[name] |= study.over(name, study.label_loss).named("label_loss")
             main[name] |= study.over(name, study.label_accuracy).named("label_accuracy")
     found: dict[str, Any] = {"default_scheme": study.default, "main": main, "floor": floor(study), "paired": {}}
+    found["before"] = study.over(study.order[0], lambda run: run.llm_before).named("loss")
     for name in study.order:
         if name != study.default and (pair := study.paired(name)) is not None:
             found["paired"][name] = {"difference": round(pair.mean, 4), "se": pair.named("")["_se"]}
@@ -221,7 +222,7 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
     def below(claim: str, name: str) -> None:
         theirs, pair = study.over(name, lambda run: run.loss).mean, study.paired(name)
         text = f"{ours:.3f} / {theirs:.3f} = {ours / theirs:.2f}" + (f" ({pair.shown(sign='+')})" if pair else "")
-        found[claim] = Claim(text, ours <= theirs, bool(pair and pair.beyond()))
+        found[claim] = Claim(text, ours <= theirs, pair.beyond() if pair else None)
 
     if FEDIT in study.runs:
         below("the LLM's loss is at or below FedIT's with everyone dense, at equal tokens", FEDIT)
@@ -242,7 +243,7 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
     if pairs:
         worse = [f"not {name} ({pair.shown(sign='+')})" for name, pair in pairs.items() if pair.mean >= 0]
         text = ", ".join([f"than {len(pairs) - len(worse)} of {len(pairs)}", *worse])
-        sure = all(pair.beyond() for pair in pairs.values())
+        sure = all(pair.beyond() is not False for pair in pairs.values())
         found["better than every peer that the same devices can run"] = Claim(text, not worse, sure)
     if PERSONAL in study.runs:
         one = personal(study)

@@ -200,6 +200,7 @@ def test_the_page_says_what_is_missing_and_what_was_searched(made: Made) -> None
     assert "compare/languages.yaml: no run of it" in made.page
     assert re.search(r"compare/flan.yaml, by seeds: heteagg_factor \[0\], .*heterofl \[0\]", made.page)
     assert re.search(r"\| heteagg_frozen_side \| \S+ \| \*\*\S+\*\* \|", made.page)
+    assert "compare/flan.yaml, learning rates: heteagg_frozen_side 2 of 3, fedit_everyone 1 of 3" in made.page
     assert "with a GPU" in made.page
     assert made.page.index("It is so.") < made.page.index("# The rest") < made.page.index("The end.")
     assert "## What surprised" not in made.page
