@@ -263,8 +263,8 @@ def read_run(path: Path, flops: float | None) -> Run:
         others=fmean(others) if others else None,
         bytes=_mean(count for _, count in traffic),
         block_bytes={
-            block: _mean(count for id, count in traffic if block_of[id] == block)
-            for block in sorted({block_of[id] for id, _ in traffic})
+            block: _mean(count for id, count in traffic if block_of.get(id) == block)
+            for block in sorted({block_of[id] for id, _ in traffic if id in block_of})
         },
         tokens=sum(one.tokens for one in trained),
         flops=flops,

@@ -58,6 +58,8 @@ def made(
     variants = [
         {"name": "heteagg_frozen_side", "rates": [1e-6, 0.02]},
         {"name": "fedit_everyone", "block": "dense", "set": {"aggregate.scheme": "fedavg"}},
+        {"name": "local", "set": {"federation.mode": "alone", "aggregate.form": "factor"}},
+        {"name": "centralized", "set": {"federation.mode": "pooled", "aggregate.form": "factor"}},
         {
             "name": "heteagg_personal",
             "set": {"federation.personal_steps": 1, "federation.personal": "mixture", "evaluate.local_only": True},
@@ -179,11 +181,17 @@ def test_the_floor_is_of_the_runs_own_data(made: Made) -> None:
 def test_bytes_personal_omission_and_robustness(made: Made) -> None:
     main, found = made.found["main"], made.found
     rows = {(row.name, row.seed): row for row in read_record(made.runs / "flan" / "compare.json", Comparison).rows}
+    assert main["local"]["bytes"] == main["centralized"]["bytes"] == 0
     for name in main:
         row = rows[name, 0]
+        assert main[name]["loss"] == pytest.approx(row.llm, abs=1e-3)
         assert main[name]["bytes"] == pytest.approx(row.bytes_down + row.bytes_up, rel=1e-3)
     assert found["personal"]["worst_client_ratio"] >= found["personal"]["own"] / found["personal"]["own_alone"] - 1e-3
     assert found["omission"]["cost"].keys() == {"dense", "wide"}
+    alone, shared = rows["local", 0], rows["heteagg_frozen_side", 0]
+    assert alone.others is not None and shared.others is not None
+    gain = (alone.own + 2 * alone.others) / 3 - (shared.own + 2 * shared.others) / 3
+    assert found["omission"]["gain"] == pytest.approx(gain, abs=1e-3)
     # Means of 6 and 8 nats over 4 tokens.
     assert found["robustness"] == pytest.approx(
         {"wikitext_before": 2.71828**1.5, "wikitext_after": 2.71828**2}, rel=1e-4
