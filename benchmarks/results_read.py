@@ -1,245 +1,364 @@
-"""What `results.py` reads from the folders of runs: figures and claims."""
+"""What `results.py` reads: the folders of a study's runs, or the record that an earlier call made of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from math import log
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any, cast
+from statistics import fmean
+from typing import Any, Literal, TypeVar
 
-import yaml
+from pydantic import BaseModel, Field
 
-from legolm.block import Block, llm_block, read_block
-from legolm.config import RunConfig, load
+from legolm.data import client_data, data_fingerprint
+from legolm.errors import LegolmError, MissingDataError
 from legolm.evaluation import compare
-from legolm.evaluation.figure import ratio_figure
-from legolm.evaluation.paired import Comparison
-from legolm.federate.server import Rounds, begin
-from legolm.federate.transport import Exchange, run_local
-from legolm.models import fingerprint, resolve
-from legolm.runs import RunDir
-from legolm.system import Progress, read_json
+from legolm.evaluation.figure import RatioFigure, ratio_figure
+from legolm.federate.server import server_examples
+from legolm.runs import (
+    Ablation,
+    Comparison,
+    Data,
+    Machine,
+    Record,
+    RunDir,
+    Stage,
+    Summary,
+    best_round,
+    clients_of,
+    read_record,
+    read_stages,
+    rounds_of,
+)
+from legolm.system import atomic_write, read_json
 
-Record = dict[str, Any]
-FORMS = ("heteagg_factor", "heteagg_frozen_side", "heteagg_exact")
-DEFAULT = "heteagg_frozen_side"
-BYTES = ("bytes_down", "bytes_up")
-KEPT = (
-    "*.json", "hellaswag/ablation.json", "personal/summary.json", "flan*/compare.json", "flan*/sliced.json",
-    "flan*/*/config.yaml", "flan*/*/metrics.jsonl", "flan*/*/summary.json", "flan*/*/ablation.json",
-)  # fmt: skip
-
-
-def opened(folder: Path, *changes: str) -> tuple[RunConfig, dict[str, Block]]:
-    """A finished run's config with changes (`a.b=value`), and its blocks and the LLM (`llm`) by name."""
-    run = RunDir(folder)
-    config = load(run.config_file, list(changes))
-    base = resolve(config.model)
-    blocks = {"llm": llm_block(base, fingerprint(base))}
-    return config, blocks | {spec.name: read_block(run.block(spec.name)) for spec in config.blocks}
-
-
-def sliced(study: Path) -> dict[str, float]:
-    """Each client's loss over all clients' test data of its own block with FedIT's global adapter sliced onto it."""
-    known = study / "sliced.json"
-    if not known.exists():
-        run, summary = RunDir(study / DEFAULT), read_json(study / DEFAULT / "summary.json")
-        start = f"aggregate.start={study / 'fedit_everyone'}"
-        config, blocks = opened(run.path, start, "aggregate.form=factor")
-        block_of = {client["id"]: client["block"] for client in summary["clients"]}
-        rounds = Rounds(run, config, summary["run_id"], blocks, block_of, Progress())
-
-        def body(exchange: Exchange) -> None:
-            scored = rounds.score_global(begin(config, blocks["llm"]), exchange, "FedIT's adapter, sliced")
-            found = {id: scores.loss for id, scores in scored.by_client().items()}
-            known.write_text(json.dumps(found, indent=1) + "\n")
-
-        run_local(run, config, 1, body)
-    found: dict[str, float] = read_json(known)
-    return found
+DEFAULT, PERSONAL, LOCAL, FEDIT = "heteagg_frozen_side", "heteagg_personal", "local", "fedit_everyone"
+BENCHES = {"flan": DEFAULT, "warm": "heteagg_factor_warm", "languages": DEFAULT, "paper": "sparsegpt-heterogeneous"}
+"""Each study's folder below RUNS, and the variant whose clients, data and settings stand for all."""
+WHOLE = {DEFAULT, PERSONAL, LOCAL, "alone", BENCHES["paper"], "wanda-heterogeneous"}
+"""Variants of which tables and plots show clients one by one."""
+PLACES = ("*/summary.json", "rates/*/*/summary.json", "seeds/*/*/summary.json")
+FEW = 10
+"""A task with at most so many different answers has labels."""
+R = TypeVar("R", bound=BaseModel)
 
 
-def rows_of(study: Path) -> list[Record]:
-    """The rows of a finished comparison; ends the program where there is none."""
-    if not (study / "compare.json").exists():
-        raise SystemExit(f"{study}: no compare.json; finish its comparison first")
-    found = json.loads((study / "compare.json").read_text())
-    rows: list[Record] = found if isinstance(found, list) else found["rows"]  # a list until schema 2
-    return rows
+class Task(Record):
+    """The LLM on one client's test answers: loss (nats an answer token), and the share that is exactly right."""
+
+    loss: float
+    exact_match: float
 
 
-def trained_alone(row: Record) -> bool:
-    """Whether nobody's update went anywhere; a scheme of its own until schema 2."""
-    return row["scheme"] == "local_only" or row.get("mode") == "alone"
+class Floor(Record):
+    """What a constant guess has on a client's test answers.
+
+    `loss` (nats an answer token) is that of guessing each answer as often as it is among the training answers; None
+    where these are more than `FEW`, or lack a test answer. `exact_match` is that of the most frequent one.
+    """
+
+    loss: float | None
+    exact_match: float
 
 
-def settings_of(run: Path) -> Record:
-    """The resolved config as it is written: older versions of legolm had other keys."""
-    found: Record = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    return found
+class Client(Record):
+    """A client's block by stage, on its own and the others' test data."""
+
+    id: str
+    block: str
+    own: dict[Stage, float]
+    others: dict[Stage, float]
+
+    def loss(self, data: Data) -> dict[Stage, float]:
+        """By stage."""
+        return self.own if data == "own" else self.others
 
 
-def cpu_of(run: Path) -> str:
-    """The processor that a run was made on."""
-    return str(read_json(run / "summary.json")["machine"]["cpu"])
+class Round(Record):
+    """Each client's block after a round: (own, others')."""
+
+    round: int
+    clients: dict[str, tuple[float, float | None]]
 
 
-def rounds_of(run: Path) -> list[Record]:
-    """What a run recorded of its rounds, that before training among them."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [one for one in map(json.loads, lines) if one["stage"] == "round"]
+class Cost(Record):
+    """What losses (nats) rise by without a block's clients, or without one client."""
+
+    name: str
+    kind: Literal["block", "client"]
+    blocks: float
+    llm: float
 
 
-def clients_of(study: Path) -> list[Record]:
-    """Every client's losses in one seed's comparison: alone, with the global update, with FedIT's adapter sliced."""
-    clients = read_json(study / DEFAULT / "summary.json")["clients"]
-    alone = {client["id"]: client for client in read_json(study / "local" / "summary.json")["clients"]}
-    onto = sliced(study)
-    return [
-        {
-            "id": client["id"],
-            "block": client["block"],
-            "own_before": client["own"]["before"],
-            "own_local": alone[client["id"]]["own"]["local"],
-            "own_global": client["own"]["global"],
-            "others_before": client["others"]["before"],
-            "others_local": alone[client["id"]]["others"]["local"],
-            "others_global": client["others"]["global"],
-            "all_global": everything(client, "global", len(clients)),
-            "all_fedit_sliced": onto[client["id"]],
-        }
-        for client in clients
+class LeftOut(Record):
+    """`legolm ablate` of a run: the blocks' mean loss on all data with everyone, and what leaving out costs."""
+
+    blocks: float
+    costs: list[Cost]
+
+
+class Run(Record):
+    """One variant with one seed. `rates` are validation losses by learning rate, where several were tried.
+
+    The LLM's figures are those of the round that is best for it on validation data, the blocks' (`own`, `others`) those
+    of the round that is best for them. Bytes are a client's in a round, both ways; `block_bytes` the same by block.
+    Seconds: all of cutting and recovering blocks, and a client's training in a round. `data`: equal for equal data.
+    """
+
+    name: str
+    seed: int
+    rate: float
+    rates: dict[str, float] = Field({})
+    validation: float
+    data: str
+    codec: str
+    machine: Machine
+    llm_before: float
+    llm: dict[str, Task]
+    own: float
+    others: float | None
+    bytes: float
+    block_bytes: dict[str, float]
+    tokens: float
+    flops: float | None
+    cut_seconds: float
+    train_seconds: float
+    clients: list[Client] = Field([])
+    history: list[Round] = Field([])
+    left_out: LeftOut | None = None
+
+    @property
+    def loss(self) -> float:
+        """The LLM's, tasks counting the same."""
+        return fmean(one.loss for one in self.llm.values())
+
+    @property
+    def exact_match(self) -> float:
+        """The same of exact answers."""
+        return fmean(one.exact_match for one in self.llm.values())
+
+
+class Setting(Record):
+    """What all runs of a study share, but for what their names say."""
+
+    model: str
+    rounds: int
+    steps: int
+    batch_size: int
+    rank: int
+    test: int | None
+
+
+class Bench(Record):
+    """A study: its runs, and by seed the floors of each client's test answers, as its default variant has them.
+
+    `gpu`: "" where there was none.
+    """
+
+    schema_number: Literal[2] = 2
+    gpu: str
+    setting: Setting
+    floors: dict[int, dict[str, Floor]]
+    runs: list[Run]
+
+
+class Change(Record):
+    """A figure of the LLM before and after, with the paired test of the difference."""
+
+    before: float
+    after: float
+    difference: float
+    stderr: float | None
+    p: float
+    test: str
+
+
+class Evaluation(Record):
+    """What `legolm eval` found, by task and metric."""
+
+    schema_number: Literal[2] = 2
+    figures: dict[str, Change]
+
+
+def floor(train: Iterable[str], test: Sequence[str], tokens: float) -> Floor:
+    """Of constant guesses from training answers, on test answers with so many tokens together."""
+    counts = Counter(train)
+    labels = len(counts) <= FEW and set(test) <= set(counts)
+    nats = -sum(log(counts[answer] / counts.total()) for answer in test) if labels else None
+    most = counts.most_common(1)[0][0]
+    return Floor(loss=None if nats is None else nats / tokens, exact_match=test.count(most) / len(test))
+
+
+def read_bench(runs: Path, name: str, gpu: str = "") -> Bench | None:
+    """A study's record in `runs`, or what its folder there has; None where it has no finished run.
+
+    Of a variant's learning rates the one with the least loss on validation data counts. Raises `LegolmError` for runs
+    of another version, and for data that are not there or no longer those of the runs.
+    """
+    if (runs / f"{name}.json").exists():
+        return read_record(runs / f"{name}.json", Bench, "write it anew from the runs")
+    folder = runs / name
+    compared = folder / "compare.json"
+    rows = read_record(compared, Comparison, "run the comparison again").rows if compared.exists() else []
+    flops = {row.folder or row.name: row.flops for row in rows}
+    tried: dict[tuple[int, str], dict[Path, Run]] = {}
+    for path in (one.parent for pattern in PLACES for one in sorted(folder.glob(pattern))):
+        run = read_run(path, flops.get(path.relative_to(folder).as_posix()))
+        tried.setdefault((run.seed, run.name), {})[path] = run
+    if not tried:
+        return None
+    chosen: dict[Path, Run] = {}
+    for found in tried.values():
+        path = min(found, key=lambda one: found[one].validation)
+        rates = {f"{one.rate:g}": one.validation for one in found.values()} if len(found) > 1 else {}
+        chosen[path] = found[path].model_copy(update={"rates": rates})
+    standing = [path for path, run in chosen.items() if run.name == BENCHES[name]]
+    config = RunDir([*standing, *chosen][0]).known()
+    setting = Setting(
+        model=config.model,
+        rounds=config.federation.rounds,
+        steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        rank=config.lora.rank,
+        test=config.data.limit_test,
+    )
+    floors = {chosen[path].seed: floors_of(path) for path in standing}
+    return rounded(Bench(gpu=gpu, setting=setting, floors=floors, runs=sorted(chosen.values(), key=_place)))
+
+
+def _place(run: Run) -> tuple[str, int]:
+    return run.name, run.seed
+
+
+def read_run(path: Path, flops: float | None) -> Run:
+    """What tables use of a finished run."""
+    summary = read_record(path / "summary.json", Summary, "write it anew: legolm run --resume")
+    config, records = RunDir(path).known(), read_stages(path / "metrics.jsonl")
+    rounds, alone = rounds_of(records), clients_of(records, "local")
+    mode = config.federation.mode
+    stage: Stage = "local" if mode == "alone" else "global"
+    best = best_round(rounds, "llm_validation")
+    if best.llm is None or best.llm_validation is None or summary.llm.loss_before is None:
+        raise LegolmError(f"run folder {path}: nobody scored its LLM; take evaluate.scores everyone")
+    block_of = {one.id: one.block for one in summary.clients}
+    traffic = [(id, one.up + one.down) for record in rounds for id, one in record.bytes.items()]
+    trained = [one for record in rounds for one in record.train.values()]
+    trained += [one.train for one in alone if one.train] if mode == "alone" else []
+    others = [one.others[stage] for one in summary.clients if stage in one.others]
+    whole = path.name in WHOLE
+    return Run(
+        name=path.name,
+        seed=summary.seed,
+        rate=config.train.learning_rate,
+        validation=fmean(one.validation for one in alone) if mode == "alone" else best.llm_validation,
+        data=RunDir(path).identity().data_fingerprint[:8],
+        codec=config.federation.codec,
+        machine=summary.machine,
+        llm_before=summary.llm.loss_before,
+        llm={id: Task(loss=one.loss, exact_match=one.exact_match) for id, one in best.llm.root.items()},
+        own=fmean(one.own[stage] for one in summary.clients if stage in one.own),
+        others=fmean(others) if others else None,
+        bytes=_mean(count for _, count in traffic),
+        block_bytes={
+            block: _mean(count for id, count in traffic if block_of.get(id) == block)
+            for block in sorted({block_of[id] for id, _ in traffic if id in block_of})
+        },
+        tokens=sum(one.tokens for one in trained),
+        flops=flops,
+        cut_seconds=summary.seconds.get("blocks", 0.0),
+        train_seconds=_mean(one.seconds for one in trained),
+        clients=[Client(id=one.id, block=one.block, own=one.own, others=one.others) for one in summary.clients]
+        if whole
+        else [],
+        history=[
+            Round(round=one.round, clients={id: (it.own, it.others) for id, it in one.clients.items()})
+            for one in summary.history
+            if whole and one.scored
+        ],
+        left_out=_left_out(path / "ablation.json"),
+    )
+
+
+def floors_of(path: Path) -> dict[str, Floor]:
+    """Those of each client's test answers in a run, whose tokens the run counted. Raises `LegolmError` for others."""
+    run, config = RunDir(path), RunDir(path).known()
+    try:
+        data = client_data(config)
+    except MissingDataError as error:
+        bring = f"bring it: {config.data.fetch}, or " if config.data.fetch else ""
+        raise LegolmError(f"run folder {path}: {error}; {bring}go to the folder that holds it") from None
+    if data_fingerprint(data, server_examples(config)) != run.identity().data_fingerprint:
+        raise LegolmError(f"run folder {path}: the data changed since the run; its floors would be of other questions")
+    asked = rounds_of(read_stages(path / "metrics.jsonl"))[0].llm
+    assert asked is not None  # `read_run` has looked
+    return {
+        id: floor([one.wanted for one in held.train], [one.wanted for one in held.test], asked.root[id].tokens)
+        for id, held in data.items()
+        if id in asked.root
+    }
+
+
+def _left_out(path: Path) -> LeftOut | None:
+    if not path.exists():
+        return None
+    found = read_record(path, Ablation, "delete it, and leave out again")
+    blocks, llm = found.all.blocks, found.all.llm or 0.0  # it has one: `read_run` has looked
+    costs = [
+        Cost(name=one.name, kind=one.kind, blocks=one.blocks - blocks, llm=(one.llm or 0.0) - llm)
+        for one in found.without
     ]
+    return LeftOut(blocks=blocks, costs=costs)
 
 
-def mean_of(records: Sequence[Record]) -> Record:
-    """Records that say the same things, as one: the means of their numbers."""
-    first = records[0]
-    return {
-        key: fmean(one[key] for one in records) if isinstance(value, float) else value for key, value in first.items()
-    }
+def read_evaluation(path: Path) -> Evaluation | None:
+    """Of `legolm eval BEFORE AFTER --out PATH`, or its record; None where there is neither."""
+    if not path.exists():
+        return None
+    found: Mapping[str, Any] = read_json(path)
+    if "results" not in found:
+        return read_record(path, Evaluation, "write it anew: legolm eval --out")
+    models = list(dict.fromkeys(one["model"] for one in found["results"]))
+    if len(models) < 2:
+        raise LegolmError(f"{path}: has {len(models)} model; give legolm eval the LLM before and after")
+    figures: dict[str, list[RatioFigure]] = {}
+    for model in models[:2]:
+        for one in found["results"]:
+            if one["model"] == model and "sums" in one:
+                text = one["metric"] == "perplexity"
+                name = "wikitext" if text else f"{one['task']} {one['metric']}"
+                figure = ratio_figure(one["sums"], one.get("weights"), name, exponential=text)
+                figures.setdefault(name, []).append(figure)
+    changes = {}
+    for name, (before, after) in ((name, pair) for name, pair in figures.items() if len(pair) == 2):
+        if (paired := compare(after, before)) is not None:
+            changes[name] = Change(before=before.value, after=after.value, **asdict(paired))
+    return rounded(Evaluation(figures=changes))
 
 
-def everything(client: Mapping[str, Any], phase: str, count: int) -> float:
-    """A client's loss over all clients' test data."""
-    return float((client["own"][phase] + (count - 1) * client["others"][phase]) / count)
+def rounded(record: R) -> R:
+    """The record with as many digits as it is kept with, so that a page is the same from it and from the runs."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.5g}") if abs(value) < 1e5 else round(value)
+        if isinstance(value, dict):
+            return {key: short(one) for key, one in value.items()}
+        return [short(one) for one in value] if isinstance(value, list) else value
+
+    return type(record).model_validate(short(record.model_dump(mode="json")))
 
 
-def shaped_compute(study: Path) -> float:
-    """Operations of the clients with dense or structured blocks, over those of dense clients on the same tokens."""
-    blocks = {one["name"]: one for one in read_json(study / DEFAULT / "summary.json")["blocks"]}
-    spent = dense = 0.0
-    for record in rounds_of(study / DEFAULT):
-        for id, one in record["train"].items():
-            block = next(found for found in blocks.values() if id in found["clients"])
-            if block["method"] in ("dense", "structured"):
-                spent, dense = spent + block["coverage"]["weights"] * one["tokens"], dense + one["tokens"]
-    return spent / dense
+def keep(record: BaseModel, path: Path) -> None:
+    """Write a record, a run a line."""
+    value = record.model_dump(mode="json", exclude_defaults=True) | {"schema_number": 2}
+    runs = ",\n".join(json.dumps(one) for one in value.pop("runs", []))
+    head = json.dumps(value)
+    atomic_write(path, f'{head[:-1]}, "runs": [\n{runs}\n]}}\n' if runs else f"{head}\n")
 
 
-def main_table(seeds: Mapping[str, Path]) -> Record:
-    """The figures of `examples/compare/flan.yaml`, means over the seeds that have them.
-
-    Bytes and compute are the first seed's, and clients those of the seeds that also trained alone.
-    """
-    rows = {seed: {row["name"]: row for row in rows_of(path)} for seed, path in seeds.items()}
-    first, study = next(iter(rows.values())), next(iter(seeds.values()))
-    losses = {name: [found[name]["llm"] for found in rows.values() if name in found] for name in first}
-    alone = [path for seed, path in seeds.items() if "local" in rows[seed]]
-    clients = [mean_of(same) for same in zip(*map(clients_of, alone), strict=True)]
-
-    def ratio(name: str, *parts: str) -> float:
-        ours, theirs = (sum(first[one][part] for part in parts) for one in (name, "fedit_everyone"))
-        return float(ours / theirs)
-
-    return {
-        "seeds": list(seeds),
-        "clients": clients,
-        "default_scheme": DEFAULT,
-        "llm_before": round(fmean(found[DEFAULT]["llm_before"] for found in rows.values()), 4),
-        "llm_loss": {name: round(fmean(found), 4) for name, found in losses.items()},
-        "llm_spread": {name: round(stdev(found), 4) for name, found in losses.items() if len(found) > 1},
-        "bytes_ratio_vs_fedit": round(ratio(DEFAULT, *BYTES), 4),
-        "compute_ratio_vs_fedit": round(shaped_compute(study), 4),
-        "compute_ratio_vs_fedit_all_blocks": round(ratio(DEFAULT, "flops"), 4),
-        "bytes_ratios_vs_fedit": {name: round(ratio(name, *BYTES), 4) for name in FORMS if name in first},
-    }
-
-
-def robustness(path: Path, run: Path) -> Record:
-    """What nobody trained, before and after: the LLM's figures, and those of every block beside them (`models`).
-
-    Every figure there has the two values, and the paired test of after against before. Blocks with the same global
-    update are one model: one client's stands for all of them.
-    """
-    summary, results = read_json(run / "summary.json"), read_json(path)["results"]
-    block_of = {client["id"]: client["block"] for client in summary["clients"]} | {"llm": "LLM"}
-    models: Record = {}
-    for one in results:
-        name = "wikitext" if one["metric"] == "perplexity" else f"{one['task']}_{one['metric']}"
-        place = Path(one["model"])
-        after = place.parent.name == "final"
-        model = block_of[place.name] if after else "LLM" if one["model"] == summary["model"] else place.name
-        figure = ratio_figure(one["sums"], one.get("weights"), name, exponential=one["metric"] == "perplexity")
-        models.setdefault(model, {}).setdefault(name, {})["after" if after else "before"] = figure
-    figures = {
-        model: {
-            name: {"before": pair["before"].value, "after": pair["after"].value}
-            | asdict(cast(Comparison, compare(pair["after"], pair["before"])))
-            for name, pair in found.items()
-        }
-        for model, found in models.items()
-    }
-    llm = {f"{name}_{when}": one[when] for name, one in figures["LLM"].items() for when in ("before", "after")}
-    return llm | {"models": figures}
-
-
-def claims(found: Record) -> list[tuple[str, str, bool]]:
-    """What should hold: the claim, what was found, whether it holds."""
-    main, losses = found["mixed_heterogeneous"], found["mixed_heterogeneous"]["llm_loss"]
-    ours, clients = losses[DEFAULT], main["clients"]
-    better = sum(one["others_global"] < one["others_local"] for one in clients)
-    onto = sum(one["all_global"] < one["all_fedit_sliced"] for one in clients)
-    every = [
-        ("every block is better on the others' tasks than trained alone", f"{better} of {len(clients)}",
-         better == len(clients)),
-        ("every block is better on all tasks than with FedIT's adapter sliced onto it", f"{onto} of {len(clients)}",
-         onto == len(clients)),
-    ]  # fmt: skip
-    for name in ("fedit_capable", "fedit_three_capable", "hetlora_capable", "flexlora_capable", "flora_capable"):
-        if name in losses:
-            every.append(
-                (f"the LLM is better than {name}'s", f"{ours:.3f} and {losses[name]:.3f}", ours < losses[name])
-            )
-    over = ours / losses["fedit_everyone"] - 1
-    every += [
-        ("the LLM is within 10 % of FedIT's with everyone dense", f"{over:+.1%}", over <= 0.1),
-        ("for under 60 % of its bytes", f"{main['bytes_ratio_vs_fedit']:.0%}", main["bytes_ratio_vs_fedit"] < 0.6),
-        ("and under 75 % of its client compute (dense and structured blocks)",
-         f"{main['compute_ratio_vs_fedit']:.0%} ({main['compute_ratio_vs_fedit_all_blocks']:.0%} with the SparseGPT "
-         "block, whose zeros save nothing)", main["compute_ratio_vs_fedit"] < 0.75),
-    ]  # fmt: skip
-    if "omission" in found:
-        gain, cost = found["omission"]["gain"], found["omission"]["cost"]
-        name, most = max(cost.items(), key=lambda one: float(one[1]))
-        every.append(
-            ("leaving out any block costs less than half of what was gained over local only",
-             f"{name} {most:+.3f} of {gain:.3f}", most < gain / 2)
-        )  # fmt: skip
-    if "robustness" in found:
-        ratio = found["robustness"]["wikitext_after"] / found["robustness"]["wikitext_before"] - 1
-        every.append(("the LLM's WikiText perplexity is at most 3 % worse", f"{ratio:+.1%}", ratio <= 0.03))
-    return every
-
-
-def keep(runs: Path, out: Path) -> None:
-    """Copy what the page is made from, a record a line."""
-    for path in (path for pattern in KEPT for path in runs.glob(pattern)):
-        text = path.read_text(encoding="utf-8")
-        if path.suffix in (".json", ".yaml"):
-            text = json.dumps(yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)) + "\n"
-        copy = out / path.relative_to(runs)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(text, encoding="utf-8")
+def _mean(values: Iterable[float]) -> float:
+    known = list(values)
+    return fmean(known) if known else 0.0

@@ -63,9 +63,6 @@ def public_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     public.mkdir(parents=True)
     for folder in (flan / "8", public):
         (folder / "local_training_0.json").write_text(json.dumps(rows))
-    prose = tmp_path / "data" / "pytorch-examples" / "word_language_model" / "data" / "wikitext-2"
-    prose.mkdir(parents=True)
-    (prose / "valid.txt").write_text("Prose.")
     test = flan / "flan_test_200_selected_nstrict_1.jsonl"
     test.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
@@ -85,6 +82,17 @@ def test_every_example_loads_and_plans(example: Path) -> None:
     for word in ("block", "client", "tokens", "memory", "Nothing was done."):
         assert word in done.stdout
     assert widest(done.stdout) <= 80
+
+
+@pytest.mark.usefixtures("public_data")
+def test_the_papers_setting_needs_a_model_with_its_layers(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    paper = Path(__file__).parents[2] / "examples" / "paper"
+    for command, name in (("run", "heterogeneous.yaml"), ("compare", "compare.yaml")):
+        done = legolm(command, paper / name, "--out", tmp_path / "out", "--set", f"model={tiny('gpt_neox')}")
+        assert_one_line(
+            done, "lora.targets: 'q_proj' is not a linear layer of family 'gpt_neox'; known: query_key_value"
+        )
+        assert not (tmp_path / "out").exists()
 
 
 def test_prune_eval_and_report(

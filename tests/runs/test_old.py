@@ -68,6 +68,17 @@ def test_an_old_run_is_not_resumed(old: tuple[Path, Path]) -> None:
     assert_one_line(legolm("run", folder / "config.yaml", "--out", folder, "--resume"), "'local_only' is not known")
 
 
+def test_a_study_does_not_go_on_with_an_old_run(old: tuple[Path, Path], tmp_path: Path) -> None:
+    config, folder = old
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        json.dumps({"run": json.loads(config.read_text()), "variants": [{"name": "new"}, {"name": "out"}]})
+    )
+    done = legolm("compare", study, "--out", folder.parent)
+    assert_one_line(done, f"{folder}/run.json: {TOO_OLD}")
+    assert not (folder.parent / "new").exists()
+
+
 def test_an_old_run_is_not_reported(old: tuple[Path, Path]) -> None:
     before = (old[1] / "report.html").read_bytes()
     assert_one_line(legolm("report", old[1]), f"{old[1]}/summary.json: {TOO_OLD}")

@@ -1,6 +1,6 @@
 """Recovery after the cut: a short distillation from the LLM on public text.
 
-Merely pruned blocks spend their first rounds repairing themselves; recovered ones learn the task (docs/results.md).
+Merely pruned blocks spend their first rounds repairing themselves; recovered ones learn the task.
 The LLM is the teacher in the same process (Hinton et al., arXiv 1503.02531; Muralidharan et al., "Compact language
 models via pruning and knowledge distillation", arXiv 2407.14679, for pruned LLMs).
 """

@@ -1,0 +1,305 @@
+"""What follows from a study's runs: figures by variant over seeds, paired differences, and whether claims hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from legolm.runs import Data, Stage
+from results_read import DEFAULT, FEDIT, LOCAL, PERSONAL, Bench, Client, Cost, Evaluation, Run
+
+UNABLE = (FEDIT, "fedit_seconds", LOCAL, "centralized")
+"""What weak devices cannot run, or no federation; all others but HeteAgg's are its peers."""
+
+
+class Stat(NamedTuple):
+    """A mean over seeds and its standard error; None with one seed."""
+
+    mean: float
+    se: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Stat:
+        """Of one value a seed."""
+        known = list(values)
+        return cls(fmean(known), stdev(known) / len(known) ** 0.5 if len(known) > 1 else None)
+
+    def shown(self, digits: int = 3, sign: str = "", scale: float = 1) -> str:
+        """`mean ± se`."""
+        more = "" if self.se is None else f" ± {self.se * scale:.{digits}f}"
+        mean = round(self.mean * scale, digits) + 0.0  # no -0
+        return f"{mean:{sign}.{digits}f}{more}"
+
+    def beyond(self, limit: float = 0) -> bool | None:
+        """Whether it is more than two standard errors from a limit; None with one seed."""
+        return None if self.se is None else abs(self.mean - limit) > 2 * self.se
+
+    def named(self, name: str) -> dict[str, float | None]:
+        """For JSON: `name` and `name_se`."""
+        return {name: round(self.mean, 4), f"{name}_se": None if self.se is None else round(self.se, 4)}
+
+
+class Claim(NamedTuple):
+    """What was found of a claim, and whether it holds; `sure` if by more than two standard errors, where known."""
+
+    found: str
+    holds: bool
+    sure: bool | None = None
+
+    def shown(self) -> str:
+        """A cell of the claims' table."""
+        return f"{self.found}: {'yes' if self.holds else '**no**'}{', within the error' * (self.sure is False)}"
+
+
+class Study:
+    """A bench's runs by variant and seed, and what follows from them."""
+
+    def __init__(self, bench: Bench, more: Sequence[Run] = (), default: str = DEFAULT) -> None:
+        self.bench, self.default = bench, default
+        self.runs: dict[str, dict[int, Run]] = {}
+        for run in [*bench.runs, *more]:
+            self.runs.setdefault(run.name, {})[run.seed] = run
+        floors = bench.floors.values()
+        self.local = LOCAL if LOCAL in self.runs else "alone"
+        self.labels = [id for id in next(iter(floors), {}) if all(one[id].loss is not None for one in floors)]
+        """Tasks with few different answers."""
+
+    @property
+    def every(self) -> list[Run]:
+        """All runs."""
+        return [run for found in self.runs.values() for run in found.values()]
+
+    def over(self, name: str, of: Callable[[Run], float]) -> Stat:
+        """A figure of a variant."""
+        return Stat.of(map(of, self.runs[name].values()))
+
+    def paired(self, name: str) -> Stat | None:
+        """The LLM's loss with the default minus that with a variant, by seed; None without a seed of the same data."""
+        ours, theirs = self.runs.get(self.default, {}), self.runs[name]
+        both = [seed for seed in sorted(ours.keys() & theirs.keys()) if ours[seed].data == theirs[seed].data]
+        return Stat.of(ours[seed].loss - theirs[seed].loss for seed in both) if both else None
+
+    def labelled(self, name: str) -> bool:
+        """Whether some of the data that a variant's LLM answers are tasks with labels, the default's."""
+        ours = {run.data for run in self.runs.get(self.default, {}).values()}
+        return bool(self.labels) and all(run.data in ours for run in self.runs[name].values())
+
+    def label_loss(self, run: Run) -> float:
+        """The LLM's on tasks with labels."""
+        return fmean(run.llm[id].loss for id in self.labels)
+
+    def label_accuracy(self, run: Run) -> float:
+        """The same of exact answers."""
+        return fmean(run.llm[id].exact_match for id in self.labels)
+
+    def floor(self, key: str, tasks: Sequence[str]) -> Stat:
+        """The label prior (`loss`) or the majority class (`exact_match`), mean over tasks."""
+        return Stat.of(fmean(getattr(one[id], key) for id in tasks) for one in self.bench.floors.values())
+
+    @property
+    def order(self) -> list[str]:
+        """Variants, the LLM with the least loss first."""
+        return sorted(self.runs, key=lambda name: self.over(name, lambda run: run.loss).mean)
+
+    @property
+    def peers(self) -> list[str]:
+        """Variants that the same devices can run."""
+        return [name for name in self.order if not name.startswith("heteagg") and name not in UNABLE]
+
+    def clients(self, name: str) -> dict[str, list[Client]]:
+        """A variant's clients, one of each seed, by id."""
+        found: dict[str, list[Client]] = {}
+        for run in self.runs.get(name, {}).values():
+            for client in run.clients:
+                found.setdefault(client.id, []).append(client)
+        return found
+
+    def stage(self, name: str, data: Data, stage: Stage) -> Stat:
+        """Mean over clients' blocks of a variant."""
+        return Stat.of(fmean(one.loss(data)[stage] for one in run.clients) for run in self.runs[name].values())
+
+    def bytes(self, name: str) -> float:
+        """MB a client and round, both ways."""
+        return self.over(name, lambda run: run.bytes).mean / 1e6
+
+
+def figures(study: Study) -> dict[str, Any]:
+    """A bench's part of `docs/results.json`."""
+    main: dict[str, Any] = {}
+    for name in study.order:
+        main[name] = {
+            **study.over(name, lambda run: run.loss).named("loss"),
+            **study.over(name, lambda run: run.exact_match).named("accuracy"),
+            "bytes": round(study.over(name, lambda run: run.bytes).mean),
+            "seeds": sorted(study.runs[name]),
+        }
+        if study.labelled(name):
+            main[name] |= study.over(name, study.label_loss).named("label_loss")
+            main[name] |= study.over(name, study.label_accuracy).named("label_accuracy")
+    found: dict[str, Any] = {"default_scheme": study.default, "main": main, "floor": floor(study), "paired": {}}
+    found["before"] = study.over(study.order[0], lambda run: run.llm_before).named("loss")
+    for name in study.order:
+        if name != study.default and (pair := study.paired(name)) is not None:
+            found["paired"][name] = {"difference": round(pair.mean, 4), "se": pair.named("")["_se"]}
+    if PERSONAL in study.runs:
+        found["personal"] = personal(study)
+    if omitted := omission(study):
+        found["omission"] = omitted
+    return found
+
+
+def floor(study: Study) -> dict[str, Any]:
+    """What constant guesses have on the tasks with labels: the label prior, and the majority class."""
+    if not study.labels:
+        return {"tasks": [], "loss": None, "accuracy": None}
+    loss, most = study.floor("loss", study.labels), study.floor("exact_match", study.labels)
+    return {"tasks": study.labels, **loss.named("loss"), **most.named("accuracy")}
+
+
+def personal(study: Study) -> dict[str, Any]:
+    """What clients end with (mixtures of the global update and own steps), means over clients.
+
+    Beside it the global update, and trained alone: in the same run, or `local` with its own rate, whichever is better.
+    """
+    shared, own = study.stage(PERSONAL, "others", "global"), study.stage(PERSONAL, "own", "personal")
+    alone = {name: study.stage(name, "own", "local") for name in (PERSONAL, LOCAL) if name in study.runs}
+    best = min(alone, key=lambda name: alone[name].mean)
+    ratios = personal_ratios(study, best)
+    worst = max(ratios, key=lambda id: ratios[id])
+    return {
+        **own.named("own"),
+        **alone[best].named("own_alone"),
+        **study.stage(PERSONAL, "others", "personal").named("others"),
+        **shared.named("others_global"),
+        "worst_client_ratio": round(ratios[worst], 4),
+        "worst_client": worst,
+        "alone": best,
+    }
+
+
+def personal_ratios(study: Study, alone: str) -> dict[str, float]:
+    """Each client's personal loss on its own data over that of training alone in a variant, both means over seeds."""
+
+    def mean(name: str, id: str, stage: Stage) -> float:
+        return fmean(one.own[stage] for one in study.clients(name)[id])
+
+    return {id: mean(PERSONAL, id, "personal") / mean(alone, id, "local") for id in study.clients(PERSONAL)}
+
+
+def omission(study: Study) -> dict[str, Any] | None:
+    """What leaving out each block costs the blocks, beside what the global update brings over training alone."""
+    runs = [run for run in study.runs.get(study.default, {}).values() if run.left_out]
+    if not runs:
+        return None
+    found: dict[str, Any] = {"seeds": [run.seed for run in runs], "gain": None}
+    alone = {run.seed: run for name in (PERSONAL, LOCAL) for run in study.runs.get(name, {}).values()}
+    if all(run.seed in alone for run in runs):
+        gains = [on_all_data(alone[run.seed].clients) - run.left_out.blocks for run in runs if run.left_out]
+        found |= Stat.of(gains).named("gain")
+    for key, kind in (("cost", "block"), ("cost_clients", "client")):
+        costs: dict[str, list[Cost]] = {}
+        for one in (one for run in runs if run.left_out for one in run.left_out.costs if one.kind == kind):
+            costs.setdefault(one.name, []).append(one)
+        found[key] = {name: round(fmean(one.blocks for one in same), 4) for name, same in costs.items()}
+        found[f"{key}_llm"] = {name: round(fmean(one.llm for one in same), 4) for name, same in costs.items()}
+    return found
+
+
+def on_all_data(clients: Sequence[Client]) -> float:
+    """Mean loss of blocks that trained alone, on everyone's data."""
+    count = len(clients)
+    return fmean((one.own["local"] + (count - 1) * one.others["local"]) / count for one in clients)
+
+
+def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
+    """What should hold, as far as there are runs to tell."""
+    found: dict[str, Claim] = {}
+    if study.default not in study.runs:
+        return found
+    ours, omitted = study.over(study.default, lambda run: run.loss).mean, omission(study)
+
+    def below(claim: str, name: str) -> None:
+        theirs, pair = study.over(name, lambda run: run.loss).mean, study.paired(name)
+        text = f"{ours:.3f} / {theirs:.3f} = {ours / theirs:.2f}" + (f" ({pair.shown(sign='+')})" if pair else "")
+        found[claim] = Claim(text, ours <= theirs, pair.beyond() if pair else None)
+
+    if FEDIT in study.runs:
+        below("the LLM's loss is at or below FedIT's with everyone dense, at equal tokens", FEDIT)
+        share = study.bytes(study.default) / study.bytes(FEDIT)
+        found["for under half of its bytes, same codec"] = Claim(f"{share:.0%}", share < 0.5)
+    if "fedit_seconds" in study.runs:
+        below("and at equal client seconds", "fedit_seconds")
+    if study.labels:
+        loss, prior = study.over(study.default, study.label_loss), study.floor("loss", study.labels).mean
+        right, most = study.over(study.default, study.label_accuracy), study.floor("exact_match", study.labels).mean
+        found["its loss is below the label prior (tasks with labels)"] = Claim(
+            f"{loss.shown()} and {prior:.3f}", loss.mean < prior, loss.beyond(prior)
+        )
+        found["its accuracy is at least 5 points above the majority class (tasks with labels)"] = Claim(
+            f"{right.shown(1, scale=100)} % and {most:.1%}", right.mean >= most + 0.05, right.beyond(most + 0.05)
+        )
+    pairs = {name: pair for name in study.peers if (pair := study.paired(name)) is not None}
+    if pairs:
+        worse = [f"not {name} ({pair.shown(sign='+')})" for name, pair in pairs.items() if pair.mean >= 0]
+        text = ", ".join([f"than {len(pairs) - len(worse)} of {len(pairs)}", *worse])
+        sure = all(pair.beyond() is not False for pair in pairs.values())
+        found["better than every peer that the same devices can run"] = Claim(text, not worse, sure)
+    if PERSONAL in study.runs:
+        one = personal(study)
+        share, apart = one["own"] / one["own_alone"], one["others"] / one["others_global"]
+        text = f"{one['own']:.3f} / {one['own_alone']:.3f} = {share:.2f}"
+        found["personal models are at or below trained alone on their own data, in the mean"] = Claim(text, share <= 1)
+        most_of, text = one["worst_client_ratio"], f"{one['worst_client']} {one['worst_client_ratio']:.2f}"
+        found["no client above 1.05 of it"] = Claim(text, most_of <= 1.05)
+        text = f"{one['others']:.3f} / {one['others_global']:.3f} = {apart:.2f}"
+        found["and within 5 % of the global update on the others'"] = Claim(text, apart <= 1.05)
+    if omitted and omitted["gain"] is not None:
+        name = max(omitted["cost"], key=lambda one: float(omitted["cost"][one]))
+        cost, gain = omitted["cost"][name], omitted["gain"]
+        found["leaving out any block costs less than half of the gain over trained alone"] = Claim(
+            f"{name} {cost:+.3f} of {gain:.3f}", cost < gain / 2
+        )
+    if robust and (change := robust.figures.get("wikitext")):
+        rise, difference = change.after / change.before - 1, Stat(change.difference, change.stderr)
+        found["the LLM's WikiText perplexity is at most 3 % worse"] = Claim(
+            f"{rise:+.1%}", rise <= 0.03, difference.beyond(0.03 * change.before)
+        )
+    return found
+
+
+def paper_claims(study: Study) -> dict[str, Claim]:
+    """What LEGO's paper says, at this size."""
+    found: dict[str, Claim] = {}
+    loss = {name: study.over(name, lambda run: run.loss).mean for name in study.runs}
+    for method in ("sparsegpt", "wanda"):
+        mixed, iid, fedit, fedit_iid = f"{method}-heterogeneous", f"{method}-iid", "fedit-heterogeneous", "fedit-iid"
+        for ours, theirs in ((mixed, fedit), (iid, fedit_iid)):
+            if {ours, theirs} <= loss.keys():
+                share = loss[ours] / loss[theirs]
+                found[f"models may differ: the LLM of {ours} is within 10 % of FedIT's with everyone dense"] = Claim(
+                    f"{loss[ours]:.3f} / {loss[theirs]:.3f} = {share:.2f}", share <= 1.1
+                )
+        if {mixed, iid, fedit, fedit_iid} <= loss.keys():
+            apart, theirs_apart = loss[mixed] - loss[iid], loss[fedit] - loss[fedit_iid]
+            found[f"data may differ: one task a client costs {method} blocks no more than FedIT"] = Claim(
+                f"{apart:+.3f} and {theirs_apart:+.3f}", apart <= theirs_apart
+            )
+        if clients := study.clients(mixed):
+            rises = [fmean(one.others["global"] - one.others["before"] for one in same) for same in clients.values()]
+            better = sum(rise < 0 for rise in rises)
+            found[f"every {method} block is better on the others' data after the global update (figure 3)"] = Claim(
+                f"{better} of {len(rises)}", better == len(rises)
+            )
+        if mixed in loss and "alone" in loss:
+            after, alone = study.stage(mixed, "others", "global").mean, study.stage("alone", "others", "local").mean
+            found[f"and {method} blocks are better there than whole LLMs that trained alone"] = Claim(
+                f"{after:.3f} and {alone:.3f}", after < alone
+            )
+    if omitted := omission(study):
+        costs = omitted["cost_llm"]
+        worse = [f"{name} {cost:+.3f}" for name, cost in costs.items() if cost > 0]
+        found["the LLM is worse without any one block (figure 5)"] = Claim(
+            f"{len(worse)} of {len(costs)}: {', '.join(worse) or 'none'}", len(worse) == len(costs)
+        )
+    return found

@@ -1,0 +1,240 @@
+"""The results page from a small study: floors, paired differences and their errors are what a hand comes to."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import matplotlib
+import pytest
+
+from helpers import legolm, no_figure
+from legolm.data import client_data
+from legolm.errors import LegolmError
+from legolm.report import plots
+from legolm.runs import Comparison, RunDir, read_record, read_stages, rounds_of
+
+Modules = dict[str, ModuleType]
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@dataclass(frozen=True)
+class Made:
+    runs: Path
+    out: Path
+    found: dict[str, Any]
+    page: str
+    rows: dict[tuple[str, int], Path]
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[Modules]:
+    with pytest.MonkeyPatch.context() as patched, matplotlib.rc_context():
+        patched.syspath_prepend(str(BENCHMARKS))
+        yield {name: importlib.import_module(name) for name in ("results", "results_read", "results_study")}
+
+
+@pytest.fixture(scope="module")
+def made(
+    modules: Modules,
+    three_clients: Callable[..., dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Made:
+    """A study like examples/compare/flan.yaml: three clients, three answers each, two rates to choose from."""
+    folder = tmp_path_factory.mktemp("results")
+    data = {"train": f"{folder}/data/*.jsonl", "fetch": "git clone rows", "limit_test": 3, "limit_validation": 2}
+    federation = {"engine": "local", "rounds": 1, "keep_updates": True}
+    raw = three_clients(folder, ("dense", "wide", "dense"), rows=12, data=data, federation=federation)
+    raw["train"] |= {"steps": 1}
+    variants = [
+        {"name": "heteagg_frozen_side", "rates": [1e-6, 0.02]},
+        {"name": "fedit_everyone", "block": "dense", "set": {"aggregate.scheme": "fedavg"}},
+        {"name": "local", "set": {"federation.mode": "alone", "aggregate.form": "factor"}},
+        {"name": "centralized", "set": {"federation.mode": "pooled", "aggregate.form": "factor"}},
+        {
+            "name": "heteagg_personal",
+            "set": {"federation.personal_steps": 1, "federation.personal": "mixture", "evaluate.local_only": True},
+        },
+    ]
+    (folder / "study.yaml").write_text(json.dumps({"run": raw, "variants": variants}))
+    runs = folder / "runs"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plots, "_svg", no_figure)
+        done = legolm("compare", folder / "study.yaml", "--no-models", "--out", runs / "flan")
+        assert done.returncode == 0, done.stderr
+        rows = read_record(runs / "flan" / "compare.json", Comparison).rows
+        places = {(row.name, row.seed): runs / "flan" / str(row.folder) for row in rows}
+        assert legolm("ablate", places["heteagg_frozen_side", 0]).returncode == 0
+    for path in runs.rglob("*"):  # what comes back from a machine that is lent
+        if path.is_file() and path.name not in (
+            "compare.json", "config.yaml", "run.json", "metrics.jsonl", "summary.json", "ablation.json"
+        ):  # fmt: skip
+            path.unlink()
+    answers = [
+        {"task": "wikitext", "metric": "perplexity", "sums": sums, "weights": [2, 2]} for sums in ([2, 4], [2, 6])
+    ]
+    answers = [one | {"model": model} for one, model in zip(answers, ("starter", "llm"), strict=True)]
+    (runs / "robustness.json").write_text(json.dumps({"results": answers}))
+    notes = folder / "notes.md"
+    notes.write_text("## Every scheme\n\nIt is so.\n\n## What surprised\n\n## Last\n\nThe end.\n")
+    found = modules["results"].write(runs, folder / "docs", "a GPU", notes)
+    return Made(runs, folder / "docs", found, (folder / "docs" / "results.md").read_text(), places)
+
+
+def test_a_floor_is_that_of_guessing_by_frequency(modules: Modules) -> None:
+    """Three in four say yes: ln 4/3 nats for a test row that does, ln 4 for one that does not, over four tokens."""
+    floor, train = modules["results_read"].floor, ["yes", "yes", "no", "yes"]
+    assert floor(train, ["no", "yes"], 4).loss == pytest.approx((log(4 / 3) + log(4)) / 4)
+    assert floor(train, ["no", "yes", "yes"], 4).exact_match == pytest.approx(2 / 3)
+    assert floor(train, ["no", "maybe"], 4).loss is None
+    assert floor([str(i) for i in range(11)], ["1"], 1).loss is None
+    rare = floor(["1"] * 9 + ["2"], ["2"], 1)
+    assert (rare.loss, rare.exact_match) == (pytest.approx(log(10)), 0)
+
+
+@pytest.fixture(scope="module")
+def by_hand(modules: Modules) -> Any:
+    """Three seeds of two clients: `a` has labels, `b` sentences."""
+    read = modules["results_read"]
+    machine = {"cpu": "mine", "cores": 2, "memory_gb": 8.0}
+
+    def run(name: str, seed: int, loss: float, size: float, own: Any = None, others: float = 0, **more: Any) -> Any:
+        clients = [
+            {"id": id, "block": "x", "own": {stage: mean + shift for stage, mean in own.items()}, "others": alike}
+            for id, shift in (("a", -0.15), ("b", 0.15))
+            for alike in [dict.fromkeys(own, others)]
+        ] if own else []  # fmt: skip
+        llm = {"a": {"loss": loss - 0.5, "exact_match": 0.75}, "b": {"loss": loss + 0.5, "exact_match": 0.25}}
+        return read.Run(
+            name=name, seed=seed, rate=0.1, validation=1, codec="none", machine=machine, llm_before=3, llm=llm,
+            own=1, others=2, bytes=size, block_bytes={}, tokens=1, flops=None, cut_seconds=1, train_seconds=1,
+            clients=clients, **{"data": "same"} | more,
+        )  # fmt: skip
+
+    costs = [{"name": "x", "kind": "block", "blocks": 0.2, "llm": 0.1}]
+    runs = [run("heteagg_frozen_side", seed, loss, 400) for seed, loss in ((1, 1.2), (2, 1.1))]
+    runs.append(run("heteagg_frozen_side", 0, 1.0, 400, left_out={"blocks": 1.5, "costs": costs}))
+    runs += [run("fedit_everyone", seed, 1.1, 1000) for seed in (0, 1, 2)]
+    runs += [run("fedit_capable", seed, loss, 1000) for seed, loss in ((0, 1.2), (1, 1.4))]
+    runs.append(run("fedit_capable", 2, 1.3, 1000, data="other"))
+    runs.append(run("heteagg_personal", 0, 1.0, 400, {"personal": 0.95, "local": 1.0, "global": 1.2}, others=2))
+    runs.append(run("local", 0, 3.0, 0, {"local": 1.0}, others=3))
+    floors = {
+        seed: {"a": {"loss": 0.7, "exact_match": 0.5}, "b": {"loss": None, "exact_match": 0}} for seed in range(3)
+    }
+    setting = {"model": "m", "rounds": 1, "steps": 1, "batch_size": 1, "rank": 1, "test": 1}
+    return modules["results_study"].Study(read.Bench(gpu="", setting=setting, floors=floors, runs=runs))
+
+
+def test_figures_are_means_over_seeds_and_differences_are_paired(modules: Modules, by_hand: Any) -> None:
+    found = modules["results_study"].figures(by_hand)
+    # 1.0, 1.2 and 1.1: a spread of 0.1, over √3.
+    assert found["main"]["heteagg_frozen_side"] == {
+        "loss": 1.1, "loss_se": 0.0577, "accuracy": 0.5, "accuracy_se": 0, "bytes": 400, "seeds": [0, 1, 2],
+        "label_loss": 0.6, "label_loss_se": 0.0577, "label_accuracy": 0.75, "label_accuracy_se": 0,
+    }  # fmt: skip
+    # -0.1, 0.1 and 0 by seed; of the two seeds in which fedit_capable had the same data -0.2 twice.
+    assert found["paired"]["fedit_everyone"] == {"difference": 0, "se": 0.0577}
+    assert found["paired"]["fedit_capable"] == {"difference": -0.2, "se": 0}
+    assert "label_loss" not in found["main"]["fedit_capable"]
+    assert found["paired"]["local"] == {"difference": -2, "se": None}
+    assert found["floor"] == {"tasks": ["a"], "loss": 0.7, "loss_se": 0, "accuracy": 0.5, "accuracy_se": 0}
+    # a: 0.80 / 0.85; b: 1.10 / 1.15.
+    personal = found["personal"]
+    assert (personal["own"], personal["own_alone"], personal["worst_client"]) == (0.95, 1.0, "b")
+    assert personal["worst_client_ratio"] == round(1.1 / 1.15, 4)
+    # Alone 1 on their own and 3 on the others' data, so 2 on all; 1.5 with the global update.
+    assert (found["omission"]["gain"], found["omission"]["cost"]) == (0.5, {"x": 0.2})
+
+
+def test_claims_hold_as_their_figures_say(modules: Modules, by_hand: Any) -> None:
+    held = {claim: one.holds for claim, one in modules["results_study"].claims(by_hand, None).items()}
+    assert list(held.values()) == [True] * 9
+    first = next(iter(modules["results_study"].claims(by_hand, None).values()))
+    assert first.shown() == "1.100 / 1.100 = 1.00 (+0.000 ± 0.058): yes, within the error"
+
+
+def test_the_floor_is_of_the_runs_own_data(made: Made) -> None:
+    """Three answers a client: −Σ ln p over its test answers, and as many tokens as the run counted."""
+    assert made.found["floor"]["tasks"] == ["fr", "de", "es"]
+    path, nats = made.rows["heteagg_frozen_side", 0], []
+    scores = rounds_of(read_stages(path / "metrics.jsonl"))[0].llm
+    assert scores is not None
+    for id, held in client_data(RunDir(path).known()).items():
+        seen = Counter(one.wanted for one in held.train)
+        assert len(seen) == 3
+        nats.append(-sum(log(seen[one.wanted] / len(held.train)) for one in held.test) / scores.root[id].tokens)
+    record = json.loads((made.out / "results" / "records" / "flan.json").read_text())
+    kept = [one["loss"] for one in record["floors"]["0"].values()]
+    assert kept == pytest.approx(nats, rel=1e-4)
+
+
+def test_bytes_personal_omission_and_robustness(made: Made) -> None:
+    main, found = made.found["main"], made.found
+    rows = {(row.name, row.seed): row for row in read_record(made.runs / "flan" / "compare.json", Comparison).rows}
+    assert main["local"]["bytes"] == main["centralized"]["bytes"] == 0
+    for name in main:
+        row = rows[name, 0]
+        assert main[name]["loss"] == pytest.approx(row.llm, abs=1e-3)
+        assert main[name]["bytes"] == pytest.approx(row.bytes_down + row.bytes_up, rel=1e-3)
+    assert found["personal"]["worst_client_ratio"] >= found["personal"]["own"] / found["personal"]["own_alone"] - 1e-3
+    assert found["omission"]["cost"].keys() == {"dense", "wide"}
+    alone, shared = rows["local", 0], rows["heteagg_frozen_side", 0]
+    assert alone.others is not None and shared.others is not None
+    gain = (alone.own + 2 * alone.others) / 3 - (shared.own + 2 * shared.others) / 3
+    assert found["omission"]["gain"] == pytest.approx(gain, abs=1e-3)
+    # Means of 6 and 8 nats over 4 tokens.
+    assert found["robustness"] == pytest.approx(
+        {"wikitext_before": 2.71828**1.5, "wikitext_after": 2.71828**2}, rel=1e-4
+    )
+    says = {one["claim"]: one["holds"] for one in found["claims"]}
+    assert says["the LLM's WikiText perplexity is at most 3 % worse"] is False
+    assert says["for under half of its bytes, same codec"] == (
+        main["heteagg_frozen_side"]["bytes"] < main["fedit_everyone"]["bytes"] / 2
+    )
+
+
+def test_the_page_says_what_is_missing_and_what_was_searched(made: Made) -> None:
+    assert "## What is missing" in made.page
+    assert "compare/languages.yaml: no run of it" in made.page
+    assert re.search(r"compare/flan.yaml, by seeds: heteagg_factor \[0\], .*heterofl \[0\]", made.page)
+    assert re.search(r"\| heteagg_frozen_side \| \S+ \| \*\*\S+\*\* \|", made.page)
+    assert "compare/flan.yaml, learning rates: heteagg_frozen_side 2 of 3, fedit_everyone 1 of 3" in made.page
+    assert "with a GPU" in made.page
+    assert made.page.index("It is so.") < made.page.index("# The rest") < made.page.index("The end.")
+    assert "## What surprised" not in made.page
+
+
+def test_the_page_is_the_same_from_its_records(modules: Modules, made: Made, tmp_path: Path) -> None:
+    modules["results"].write(made.out / "results" / "records", tmp_path, "", made.runs.parent / "notes.md")
+    assert {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == {
+        path.relative_to(made.out): path.read_bytes() for path in made.out.rglob("*") if path.is_file()
+    }
+
+
+def test_runs_of_another_version_and_lost_data_are_one_line(modules: Modules, made: Made, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(made.runs, runs)
+    summary = runs / "flan" / "fedit_everyone" / "summary.json"
+    summary.write_text(summary.read_text().replace('"schema_number": 2', '"schema_number": 1'))
+    with pytest.raises(LegolmError, match=r"summary.json: another version of legolm wrote it \(schema 1"):
+        modules["results"].write(runs, tmp_path / "docs", "", tmp_path / "none.md")
+    summary.unlink()  # as if it had not ended
+    data = made.runs.parent / "data"
+    data.rename(data.with_name("away"))
+    try:
+        with pytest.raises(LegolmError, match=r"matches no file; bring it: git clone rows, or go to"):
+            modules["results"].write(runs, tmp_path / "docs", "", tmp_path / "none.md")
+    finally:
+        data.with_name("away").rename(data)
+    with pytest.raises(LegolmError, match="no finished run of heteagg_frozen_side"):
+        modules["results"].write(tmp_path / "absent", tmp_path / "docs", "", tmp_path / "none.md")
