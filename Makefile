@@ -6,13 +6,18 @@ export HF_HUB_OFFLINE ?= 1
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Images of containers often set it: each process would compile anew all that it imports, for longer than it runs.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test tests lint bench clean
 
 demo: $(READY)  ## the main job on a real model: thirteen minutes on two cores of a Xeon without AMX
 	$(BIN)/legolm run examples/demo.yaml --out runs/demo $(if $(wildcard runs/demo),--resume)
 
-test: $(READY) lint  ## style, types and tests
+test: $(READY)  ## style, types and tests, one beside the other
+	$(MAKE) --no-print-directory --jobs 2 lint tests
+
+tests: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)

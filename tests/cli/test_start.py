@@ -31,6 +31,13 @@ def test_import_and_help_bring_nothing_heavy(code: str) -> None:
     assert brought(code) == set()
 
 
+def test_its_end_looks_for_no_garbage() -> None:
+    at_end = "import atexit, gc\natexit.register(lambda: print(gc.get_freeze_count()))"
+    code = f"import sys\n{at_end}\n{command('--version')}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) > 1000
+
+
 def test_flowers_processes_on_a_device_and_a_server_bring_no_model() -> None:
     """A device has two small ones beside its resident process, whose memory is for training."""
     apps = [f"legolm.federate.bridge.{name}" for name in ("client_app", "server_app", "guard")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import signal
@@ -91,6 +93,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _interrupt)
+    # An interpreter that ends looks for garbage in all that torch and transformers brought: for a second.
+    atexit.register(gc.freeze)
     code: object = 0
     try:
         code = app(standalone_mode=False)  # else Typer ends the process itself, without a word after Ctrl-C
