@@ -54,6 +54,33 @@ def test_packed_is_one_by_one(
         torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("similar", [0.8, 0.25])
+def test_the_fused_attention_of_a_gpu_is_the_cpus(
+    window: int | None, similar: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(packing.SIMILAR, "cpu", similar)
+    examples = some(9, 12, 12, 3, 11, 4)
+    draw = torch.Generator().manual_seed(0)
+    sides = [torch.randn(heads, 51, 8, generator=draw, dtype=torch.float64) for heads in (6, 2, 2)]
+    wanted = torch.randn(6, 51, 8, generator=draw, dtype=torch.float64)
+    found = []
+    for attention in (packing._PackedAttention.apply, packing._fused_attention):
+        given_sides = [side.clone().requires_grad_() for side in sides]
+        out = attention(*given_sides, pack(examples, CPU), 0.3, window)
+        out.backward(wanted)
+        found.append([out, *(side.grad for side in given_sides)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    shared = pack(examples, CPU, shared=2)
+    sides = [side[:, : shared.ids.shape[1]] for side in sides]
+    own, fused = (
+        attention(*sides, shared, 0.3, window)
+        for attention in (packing._PackedAttention.apply, packing._fused_attention)
+    )
+    torch.testing.assert_close(own, fused, rtol=1e-9, atol=1e-9)
+
+
 LONG_FACTORS = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 128}
 SCALED: dict[str, dict[str, Any]] = {
     "phi3": {

@@ -22,8 +22,8 @@ ATTENTION = "legolm_packed"
 """Name of the attention below in transformers' `AttentionInterface`."""
 LONG = 512
 """Up to this many tokens the attention weights are kept for the backward pass; beyond, the fused kernel is cheaper."""
-SIMILAR = 0.8
-"""Examples at least this long, relative to the longest, share a bucket."""
+SIMILAR = {"cpu": 0.8, "cuda": 0.25}
+"""Examples at least this long, relative to the longest, share a bucket: padding costs a CPU, each kernel a GPU."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Bucket:
     def put(self, taken: Tensor, packed: Tensor) -> None:
         """Write what `take` would give into the pack, padding left out."""
         heads, _, size = packed.shape
-        apart = taken.view(self.count, heads, self.length, size).movedim(0, 1)
+        apart = taken.reshape(self.count, heads, self.length, size).movedim(0, 1)
         if self.real is not None:
             apart = apart.flatten(1, 2).index_select(1, self.real)
         packed[:, self.start : self.stop] = apart.reshape(heads, self.stop - self.start, size)
@@ -124,9 +124,10 @@ def _buckets(lengths: Sequence[int], device: torch.device, shared: int) -> list[
     """Cut a descending row of lengths where they fall below `SIMILAR` of the longest."""
     found: list[Bucket] = []
     start = 0
+    similar = SIMILAR.get(device.type, SIMILAR["cpu"])
     while lengths:
         longest = lengths[0]
-        own = [length for length in lengths if length >= SIMILAR * longest]
+        own = [length for length in lengths if length >= similar * longest]
         lengths = lengths[len(own) :]
         left_out = torch.full((len(own), 1), shared)
         if not found:
@@ -173,6 +174,8 @@ def packed_attention(
     """
     query, key = query.to(value.dtype), key.to(value.dtype)
     window = sliding_window if sliding_window and sliding_window < packing.lengths[0] else None
+    if softcap is None and query.is_cuda:
+        return _fused_attention(query[0], key[0], value[0], packing, scaling, window).transpose(0, 1)[None], None
     if softcap is None and packing.lengths[0] <= LONG:
         out = _PackedAttention.apply(query[0], key[0], value[0], packing, scaling, window)  # type: ignore[no-untyped-call]
         return out.transpose(0, 1)[None], None
@@ -226,6 +229,64 @@ class _PackedAttention(torch.autograd.Function):
             bucket.put((scores.transpose(1, 2) @ q).mul_(ctx.scaling), dk)
             bucket.put(weights.transpose(1, 2) @ g, dv)
         return dq, dk, dv, None, None, None
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, packing: Pack, scaling: float, window: int | None
+) -> Tensor:
+    """The same bucket by bucket in torch's fused kernel: few launches, and no attention weights in memory."""
+    found = []
+    for q, k, v in zip(*(_Apart.apply(side, packing) for side in (query, key, value)), strict=True):  # type: ignore[no-untyped-call]
+        mask = None if window is None else _mask(q.shape[2], 1, window, q.dtype, q.device)
+        grouped = q.shape[1] != k.shape[1]
+        found.append(
+            scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+        )
+    out: Tensor = _Together.apply(packing, query.shape[1], *found)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Apart(torch.autograd.Function):
+    """(heads, tokens, head size) as each bucket's (examples, heads, length, head size).
+
+    No gradient comes from padding: nobody looks at its keys, and what its queries find is thrown away.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, packing: Pack) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.packing, ctx.shape = packing, packed.shape
+        return tuple(_apart(bucket, packed) for bucket in packing.buckets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _together(ctx.packing, ctx.shape[1], grads), None
+
+
+class _Together(torch.autograd.Function):
+    """What `_Apart` took apart, without the padding."""
+
+    @staticmethod
+    def forward(ctx: Any, packing: Pack, tokens: int, *parts: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.packing = packing
+        return _together(packing, tokens, parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, None, *(_apart(bucket, grad, blank=True) for bucket in ctx.packing.buckets)
+
+
+def _apart(bucket: Bucket, packed: Tensor, blank: bool = False) -> Tensor:
+    heads, _, size = packed.shape
+    return bucket.take(packed, heads, blank).view(bucket.count, heads, bucket.length, size)
+
+
+def _together(packing: Pack, tokens: int, parts: Sequence[Tensor]) -> Tensor:
+    _, heads, _, size = parts[0].shape
+    # Laid out as the output projection reads it, (tokens, heads, head size).
+    out = parts[0].new_empty(tokens, heads, size).transpose(0, 1)
+    for bucket, part in zip(packing.buckets, parts, strict=True):
+        bucket.put(part, out)
+    return out
 
 
 @lru_cache(maxsize=64)
