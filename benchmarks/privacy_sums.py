@@ -8,6 +8,11 @@ clear, with and without clients that go. `dropouts_survived`: how many of 8 and 
 smaller adapter) may go, at any phase, until the sum does not open any more. `secagg_upload_ratio` is the most of all
 clients: all bytes that one sends in a round over its update in fp32.
 
+Of 1000 clients, where not all are neighbours, four are watched, one of each block; what the others seal for them is
+noise of the same size. `secagg_neighbours` and `secagg_beside_bytes` (all that is sent beside the masked numbers) are
+the most of the four, and `everybody` is with all pairs of holders as neighbours. The sum of 300 clients (of a smaller
+adapter), of whom a third goes before the upload, is in `secagg_max_abs_error`.
+
 `loss`: the starter model and data, eight clients, the same run plain and with secure sums; `secagg_loss_ratio` is the
 LLM's loss on test data with, over without.
 
@@ -24,6 +29,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -31,15 +37,20 @@ from legolm.block import Coverage
 from legolm.errors import LegolmError
 from legolm.models import Shape
 from legolm.privacy import (
+    Cohort,
+    Opening,
     Scale,
     SecureClient,
     SecureServer,
     Session,
     Structure,
     identity_of,
+    neighbours,
     quantize,
     quantum_range,
 )
+from legolm.privacy.cohort import survivors_text
+from legolm.privacy.primitives import sign
 
 SMALL = Shape("llama", layers=1, hidden=8, neurons=64, kv_groups=2, queries_per_group=2, head_dim=8)
 SHAPE = Shape("llama", layers=20, hidden=576, neurons=1536, kv_groups=4, queries_per_group=2, head_dim=64)
@@ -84,11 +95,8 @@ def secure_sum(
 ) -> tuple[int, bool, dict[str, int]]:
     """(largest error, whether every atom opened, entries of each client's update); clients take blocks in turn."""
     draws, shape = np.random.default_rng(0), blocks[0].shape
-    ids = [f"c{number:03d}" for number in range(clients)]
-    session = Session(run="bench", round=1, k=3, targets=None, rank=RANK, frozen_side=True)
-    structures = {id: Structure.of(blocks[place % len(blocks)], RANK) for place, id in enumerate(ids)}
-    secrets = {id: id.encode().ljust(32, b".") for id in ids}
-    identities = {id: identity_of(secret).hex() for id, secret in secrets.items()}
+    session, structures, secrets, identities = begun(clients, blocks)
+    ids = list(structures)
     server = SecureServer(session, shape, structures, identities)
     at: dict[str, SecureClient] = {}
 
@@ -108,36 +116,97 @@ def secure_sum(
         server.shares(id, sealed)
         timed.sent(id, sum(map(len, sealed.values())))
     received = draws.standard_normal(cohort.grid.layout.total, dtype=np.float32)
-    numbers: dict[str, np.ndarray] = {}
+    plain = np.zeros(cohort.grid.layout.total, dtype=np.int64)
     for id in there("upload"):
         own, change = received[cohort.places(id)], draws.normal(0, 0.01, len(cohort.places(id))).astype(np.float32)
 
         def upload(id: str = id, own: np.ndarray = own, change: np.ndarray = change) -> tuple[Any, Any, Any]:
             client = at[id]
             opening = client.opening(cohort, server.there, ABOUT, own)
-            most = np.concatenate(
-                [np.full(len(one.places), quantum_range(len(one.holders), 16), np.float32) for one in opening.atoms]
-            )
-            found = quantize(change[opening.order], Scale(0.02 / most, most), np.random.default_rng(1))
-            whole = np.zeros(cohort.grid.layout.total, dtype=np.int64)
-            numbers[id] = whole
+            found = whole_numbers(cohort, opening, change)
             return found, client.upload(cohort, server.inbox(id), opening, found), opening
 
         found, (words, seeds), opening = timed(id, upload)
-        numbers[id][np.concatenate([one.places for one in opening.atoms])] = found
+        plain[np.concatenate([one.places for one in opening.atoms])] += found
         server.upload(id, words, seeds)
         timed.sent(id, words.nbytes + 32 * len(seeds))
-    for id in (id for id in there("confirm") if id in numbers):
+    for id in (id for id in there("confirm") if id in server.survivors):
         server.confirm(id, timed(id, partial(at[id].confirm, server.survivors)))
         timed.sent(id, 64)
-    for id in (id for id in there("unmask") if id in numbers):
+    for id in (id for id in there("unmask") if id in server.survivors):
         shares = timed(id, partial(unmasked, at[id], server.signatures))
         server.unmask(id, shares)
         timed.sent(id, sum(map(len, shares)))
     opened, closed = server.finish(ABOUT, received)
-    plain = [sum(numbers[id][one.atom.places] for id in one.survivors) for one in opened]
-    errors = [int(np.abs(one.total - total).max()) for one, total in zip(opened, plain, strict=True)]
+    errors = [int(np.abs(one.total - plain[one.atom.places]).max()) for one in opened]
     return max(errors, default=0), bool(opened) and not closed, {id: len(cohort.places(id)) for id in at}
+
+
+def begun(
+    clients: int, blocks: list[Coverage]
+) -> tuple[Session, dict[str, Structure], dict[str, bytes], dict[str, str]]:
+    """A session, what each client holds, its secret identity, and the roster; clients take blocks in turn."""
+    ids = [f"c{number:03d}" for number in range(clients)]
+    session = Session(run="bench", round=1, k=3, targets=None, rank=RANK, frozen_side=True)
+    structures = {id: Structure.of(blocks[place % len(blocks)], RANK) for place, id in enumerate(ids)}
+    secrets = {id: id.encode().ljust(32, b".") for id in ids}
+    return session, structures, secrets, {id: identity_of(secret).hex() for id, secret in secrets.items()}
+
+
+def whole_numbers(cohort: Cohort, opening: Opening, change: np.ndarray) -> np.ndarray:
+    """What a client sends of a change, before its masks."""
+    most = np.concatenate(
+        [np.full(len(one.places), quantum_range(len(one.holders), cohort.bits), np.float32) for one in opening.atoms]
+    )
+    return quantize(change[opening.order], Scale(0.02 / most, most), np.random.default_rng(1))
+
+
+def watched(clients: int, timed: Timed) -> tuple[int, int]:
+    """(neighbours, bytes beside the masked numbers) of four clients of so many, the most; their time is in `timed`."""
+    blocks, draws = four_blocks(), np.random.default_rng(0)
+    session, structures, secrets, identities = begun(clients, blocks)
+    shape, ids = blocks[0].shape, list(structures)
+    every = {
+        id: timed(id, partial(SecureClient.begin, session, id, secrets[id], shape, structures[id], 1)) for id in ids
+    }
+    named, adverts = {one.hash(shape): one for one in structures.values()}, [every[id].kept.own for id in ids]
+    cohort, counts = Cohort(session, shape, adverts, named), list[int]()
+    signatures = {id: sign(secrets[id], survivors_text(session, ids)) for id in ids}
+    timed.seconds = {id: timed.seconds[id] for id in ids[: len(blocks)]}
+    for id in timed.seconds:
+        client = every[id]
+        cohort.order(id, cohort.atoms_of(id))
+        sealed = timed(id, partial(client.shares, adverts, named, identities))
+        counts.append(len(sealed))
+        inbox = {other: draws.bytes(len(content)) for other, content in sealed.items()}
+        own = draws.standard_normal(len(cohort.places(id)), dtype=np.float32)
+
+        def upload(client: SecureClient = client, own: np.ndarray = own, inbox: Any = inbox) -> int:
+            one = client.cohort()
+            opening = client.opening(one, ids, ABOUT, own)
+            return len(client.upload(one, inbox, opening, whole_numbers(one, opening, own / 100))[1])
+
+        seeds = timed(id, upload)
+        timed(id, partial(client.confirm, ids))
+        shares = timed(id, partial(unmasked, client, signatures))
+        advert = len(client.kept.own.model_dump_json())
+        timed.sent(id, advert + sum(map(len, sealed.values())) + 32 * seeds + 64 + sum(map(len, shares)))
+    return max(counts), max(timed.bytes.values())
+
+
+def of_many(clients: int) -> dict[str, Any]:
+    """The figures of so many clients, and what they would be were everybody a neighbour of everybody."""
+    found: dict[str, Any] = {}
+    for name, near in (("", neighbours.near), ("everybody", lambda holders, k: None)):
+        timed = Timed()
+        with patch.object(neighbours, "near", near):
+            found[name] = (*watched(clients, timed), round(statistics.median(timed.seconds.values()), 3))
+        count, sent, seconds = found[name]
+        print(f"{clients} clients {name}: {seconds:.3f} s of CPU a client, {count} neighbours, {sent} bytes beside")
+    return {
+        name: {str(clients): found[""][at], "everybody": found["everybody"][at]}
+        for at, name in enumerate(("secagg_neighbours", "secagg_beside_bytes", "secagg_many_cpu_s"))
+    }
 
 
 def secagg() -> dict[str, Any]:
@@ -153,12 +222,16 @@ def secagg() -> dict[str, Any]:
         print(f"{clients} clients: {seconds[clients]:.3f} s of CPU a client, upload {ratios[-1]:.3f} of fp32")
         survived[clients] = min(most_gone(clients, phase, errors) for phase in PHASES[2:])
         print(f"{clients} clients: {survived[clients]} may go")
+    gone = {f"c{number:03d}": "upload" for number in range(99)}
+    error, whole, _ = secure_sum(300, [Coverage.full(SMALL)], gone, Timed())
+    assert whole
+    errors.append(error)
     return {
         "secagg_max_abs_error": max(errors),
         "secagg_upload_ratio": round(max(ratios), 4),
         "secagg_client_cpu_s": {str(clients): round(one, 4) for clients, one in seconds.items()},
         "dropouts_survived": {str(clients): one for clients, one in survived.items()},
-    }
+    } | of_many(1000)
 
 
 def unmasked(client: SecureClient, signatures: Mapping[str, bytes]) -> list[bytes]:
