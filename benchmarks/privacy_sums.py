@@ -2,7 +2,7 @@
 
 `secagg`: about a million entries of an adapter, clients with four blocks in equal numbers (the LLM, three quarters and
 half of its neurons, half of its KV groups and layers), every phase in this process. `secagg_client_cpu_s` is the
-median over clients of the CPU time of all that one client does in a round beside training, at 8 and at 100 clients;
+median over clients of the CPU time of all that one client does in a round beside training, at 8, 100 and 1000 clients;
 atoms are made once before, as in a run. `secagg_max_abs_error` is against the sum of the same whole numbers in the
 clear, with and without clients that go. `dropouts_survived`: how many of 8 and of 100 holders of everything (of a
 smaller adapter) may go, at any phase, until the sum does not open any more. `secagg_upload_ratio` is the most of all
@@ -10,8 +10,8 @@ clients: all bytes that one sends in a round over its update in fp32.
 
 Of 1000 clients, where not all are neighbours, four are watched, one of each block; what the others seal for them is
 noise of the same size. `secagg_neighbours` and `secagg_beside_bytes` (all that is sent beside the masked numbers) are
-the most of the four, and `everybody` is with all pairs of holders as neighbours. The sum of 300 clients (of a smaller
-adapter), of whom a third goes before the upload, is in `secagg_max_abs_error`.
+the most of the four; `all pairs` is as if all holders were neighbours. The sum of 300 clients (of a smaller adapter),
+of whom 99 go before the upload, is in `secagg_max_abs_error`.
 
 `loss`: the starter model and data, eight clients, the same run plain and with secure sums; `secagg_loss_ratio` is the
 LLM's loss on test data with, over without.
@@ -48,9 +48,11 @@ from legolm.privacy import (
     neighbours,
     quantize,
     quantum_range,
+    shamir,
+    threshold,
 )
 from legolm.privacy.cohort import survivors_text
-from legolm.privacy.primitives import sign
+from legolm.privacy.primitives import is_signed, sign
 
 SMALL = Shape("llama", layers=1, hidden=8, neurons=64, kv_groups=2, queries_per_group=2, head_dim=8)
 SHAPE = Shape("llama", layers=20, hidden=576, neurons=1536, kv_groups=4, queries_per_group=2, head_dim=64)
@@ -194,19 +196,27 @@ def watched(clients: int, timed: Timed) -> tuple[int, int]:
     return max(counts), max(timed.bytes.values())
 
 
-def of_many(clients: int) -> dict[str, Any]:
-    """The figures of so many clients, and what they would be were everybody a neighbour of everybody."""
-    found: dict[str, Any] = {}
-    for name, near in (("", neighbours.near), ("everybody", lambda holders, k: None)):
+def of_many(clients: int) -> dict[str, tuple[int, int, float]]:
+    """(neighbours, bytes beside, CPU seconds of a client) of so many clients, and were all pairs neighbours."""
+    found = {}
+    for name, rule in ((str(clients), neighbours.near), (f"{clients}, all pairs", lambda holders, k: None)):
         timed = Timed()
-        with patch.object(neighbours, "near", near):
-            found[name] = (*watched(clients, timed), round(statistics.median(timed.seconds.values()), 3))
-        count, sent, seconds = found[name]
-        print(f"{clients} clients {name}: {seconds:.3f} s of CPU a client, {count} neighbours, {sent} bytes beside")
-    return {
-        name: {str(clients): found[""][at], "everybody": found["everybody"][at]}
-        for at, name in enumerate(("secagg_neighbours", "secagg_beside_bytes", "secagg_many_cpu_s"))
-    }
+        with patch.object(neighbours, "near", rule):
+            count, sent = watched(clients, timed)
+        found[name] = count, sent, statistics.median(timed.seconds.values())
+        print(f"{name}: {found[name][2]:.3f} s of CPU a client, {count} neighbours, {sent} bytes beside the numbers")
+    secret = bytes(32)
+    identity, signature, timed = identity_of(secret), sign(secret, ABOUT), Timed()
+    for _ in range(2 * clients):
+        timed("", partial(is_signed, identity, signature, ABOUT))
+    print(f"{timed.seconds['']:.3f} s of it are signatures")
+    near = neighbours.near(clients, 3)
+    assert near is not None
+    for least in (neighbours.opens(2 * near.reach, clients, 3), threshold(clients, 3)):
+        shares, timed = shamir.share(1, range(1, least + 1), least), Timed()
+        timed("", partial(shamir.reconstruct, shares))
+        print(f"the server puts a secret together from {least} shares in {1000 * timed.seconds['']:.1f} ms")
+    return found
 
 
 def secagg() -> dict[str, Any]:
@@ -226,12 +236,16 @@ def secagg() -> dict[str, Any]:
     error, whole, _ = secure_sum(300, [Coverage.full(SMALL)], gone, Timed())
     assert whole
     errors.append(error)
+    many = of_many(1000)
     return {
         "secagg_max_abs_error": max(errors),
         "secagg_upload_ratio": round(max(ratios), 4),
-        "secagg_client_cpu_s": {str(clients): round(one, 4) for clients, one in seconds.items()},
+        "secagg_client_cpu_s": {str(clients): round(one, 4) for clients, one in seconds.items()}
+        | {name: round(one[2], 4) for name, one in many.items()},
+        "secagg_neighbours": {name: one[0] for name, one in many.items()},
+        "secagg_beside_bytes": {name: one[1] for name, one in many.items()},
         "dropouts_survived": {str(clients): one for clients, one in survived.items()},
-    } | of_many(1000)
+    }
 
 
 def unmasked(client: SecureClient, signatures: Mapping[str, bytes]) -> list[bytes]:

@@ -38,7 +38,7 @@ def tail(total: int, of: int, drawn: int, least: int) -> float:
 
 def test_how_many_neighbours() -> None:
     assert not any(near(holders, 3) for holders in range(3, 258))  # all are everybody's
-    assert [near(holders, 3) for holders in (258, 1000, 10_000)] == [Near(64, 24), Near(96, 37), Near(121, 47)]
+    assert [near(holders, 3) for holders in (258, 1000, 10_000)] == [Near(64, 24), Near(96, 37), Near(119, 46)]
     assert [opens(2 * reach, holders, 3) for reach, holders in ((64, 258), (96, 1000))] == [64, 92]
     assert near(1000, 102) == Near(207, 101)  # a hundred of a thousand assumed, wherever they are
     assert near(1000, 202) is None

@@ -43,13 +43,11 @@ class Near:
 
 @lru_cache(maxsize=1024)
 def near(holders: int, k: int) -> Near | None:
-    """The nearest neighbours that suffice on an atom that opens with k; None where that saves less than half."""
-    low, high = 1, holders // 4
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _alive(holders, middle, k) else (middle + 1, high)
-    alive = _alive(holders, low, k)
-    return Near(low, alive) if alive and 2 * (2 * low + 1) <= holders else None
+    """The nearest neighbours that suffice on an atom that opens with k; None where they are not the fewer."""
+    for reach in range(k - 1, (holders // 2 - 1) // 2 + 1):
+        if alive := _alive(holders, reach, k):
+            return Near(reach, alive)
+    return None
 
 
 def _alive(holders: int, reach: int, k: int) -> int:
