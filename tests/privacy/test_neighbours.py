@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 from math import comb
 
@@ -14,6 +15,7 @@ from sums import ABOUT, SHAPE, Sum, secret, session
 from legolm.block import Coverage
 from legolm.errors import LegolmError
 from legolm.privacy import SecureClient, neighbours
+from legolm.privacy.masks import context, received_hash
 from legolm.privacy.neighbours import Near, Ring, fewest, near, opens
 
 FULL = Coverage.full(SHAPE)
@@ -119,38 +121,66 @@ def test_sums_over_a_ring(phase: str, small: Near) -> None:
     assert all(7 <= sizes[id] <= 13 for id in sizes if int(id[1:]) % 2)  # and the seven who hold all
 
 
+def uploaded(
+    ids: list[str], gone: Callable[[list[str]], list[str]]
+) -> tuple[Sum, dict[str, SecureClient], dict[str, np.ndarray]]:
+    """All but some have sent ones, and signed who did; `gone` gets the ring's order from the first on."""
+    one = Sum(dict.fromkeys(ids, FULL))
+    clients = {id: SecureClient.begin(one.session, id, secret(id), SHAPE, one.structures[id], 1) for id in ids}
+    server, words = one.server, {}
+    for id in ids:
+        server.advert(id, clients[id].kept.own)
+    server.close_keys()
+    for id in ids:
+        server.shares(id, clients[id].shares(server.adverts, server.structures, one.identities))
+    without = gone(list(server.cohort.ring(server.cohort.atoms[0])))
+    for id in (id for id in ids if id not in without):
+        received = np.zeros(len(server.cohort.places(id)), dtype=np.float32)
+        opening = clients[id].opening(server.cohort, server.there, ABOUT, received)
+        sent = clients[id].upload(server.cohort, server.inbox(id), opening, np.ones(len(received), dtype=np.int32))
+        server.upload(id, *sent)
+        words[id] = sent[0]
+    for id in server.survivors:
+        server.confirm(id, clients[id].confirm(server.survivors))
+    return one, clients, words
+
+
 def test_no_one_opens_where_the_ring_would_be_in_pieces(small: Near) -> None:
-    """Nine of twelve must sign. The server leaves out two next to each other: a row of three then has one survivor, who
+    """Nine of twelve must sign. The server leaves out two near each other: a row of three then has one survivor, who
     may be the colluder; and honest ones are on both sides of it."""
-    ids = [f"c{number:02d}" for number in range(12)]
     for apart, whole in ((1, False), (2, False), (3, True)):
-        one = Sum(dict.fromkeys(ids, FULL))
-        clients = {id: SecureClient.begin(one.session, id, secret(id), SHAPE, one.structures[id], 1) for id in ids}
+        one, clients, _ = uploaded(
+            [f"c{number:02d}" for number in range(12)], lambda order, apart=apart: [order[0], order[apart]]
+        )
         server = one.server
-        for id in ids:
-            server.advert(id, clients[id].kept.own)
-        server.close_keys()
-        for id in ids:
-            server.shares(id, clients[id].shares(server.adverts, server.structures, one.identities))
-        (atom,) = server.cohort.atoms
-        order = server.cohort.ring(atom).of("c00")  # three, c00, three
-        gone = [order[0], order[apart]]
-        for id in ids:
-            received = np.zeros(len(server.cohort.places(id)), dtype=np.float32)
-            opening = clients[id].opening(server.cohort, server.there, ABOUT, received)
-            sent = clients[id].upload(server.cohort, server.inbox(id), opening, np.ones(len(received), dtype=np.int32))
-            if id not in gone:
-                server.upload(id, *sent)
-        for id in server.survivors:
-            server.confirm(id, clients[id].confirm(server.survivors))
-        giver = server.survivors[0]
+        client = clients[server.survivors[0]]
         if whole:
-            assert clients[giver].unmask(server.cohort, server.signatures)
+            assert client.unmask(server.cohort, server.signatures)
             continue
         with pytest.raises(LegolmError, match="too few of the survivors signed"):
-            clients[giver].unmask(server.cohort, server.signatures)
-        _, closed = server.finish(ABOUT, np.zeros(len(received), dtype=np.float32))
+            client.unmask(server.cohort, server.signatures)
+        (atom,) = server.cohort.atoms
+        _, closed = server.finish(ABOUT, np.zeros(len(atom.places), dtype=np.float32))
         assert closed == {atom.holders: "of those who are neighbours on it too many did not send it"}
+
+
+def test_what_a_server_would_have_of_pieces(small: Near, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were it not asked whether all is one piece: the sum of five of 24 by themselves, between two gaps of three."""
+    monkeypatch.setattr(Ring, "whole", lambda *_: True)
+    orders: list[list[str]] = []
+
+    def gaps(order: list[str]) -> list[str]:
+        orders.append(order)
+        return order[:3] + order[8:11]
+
+    one, clients, words = uploaded([f"c{number:02d}" for number in range(24)], gaps)
+    server = one.server
+    for id in server.giving:
+        server.unmask(id, clients[id].unmask(server.cohort, server.signatures))
+    (atom,), few = server.cohort.atoms, orders[0][3:8]
+    received = received_hash(context(server.cohort, server.there, ABOUT), np.zeros(len(atom.places), dtype=np.float32))
+    server._words = sum(words[id] for id in few)
+    assert (server._open(atom, few, received, {}) == 5).all()
 
 
 def test_all_hold_shares_and_masks_of_their_neighbours_only(small: Near) -> None:

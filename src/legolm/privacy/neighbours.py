@@ -18,7 +18,7 @@ go, by chance, and every row has still `alive` survivors and every secret enough
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import comb
@@ -94,6 +94,9 @@ class Ring:
 
     def __contains__(self, client: str) -> bool:
         return client in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._order)
 
     def of(self, client: str) -> list[str]:
         """A holder's neighbours, and itself."""
