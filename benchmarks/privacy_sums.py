@@ -2,11 +2,16 @@
 
 `secagg`: about a million entries of an adapter, clients with four blocks in equal numbers (the LLM, three quarters and
 half of its neurons, half of its KV groups and layers), every phase in this process. `secagg_client_cpu_s` is the
-median over clients of the CPU time of all that one client does in a round beside training, at 8 and at 100 clients;
+median over clients of the CPU time of all that one client does in a round beside training, at 8, 100 and 1000 clients;
 atoms are made once before, as in a run. `secagg_max_abs_error` is against the sum of the same whole numbers in the
 clear, with and without clients that go. `dropouts_survived`: how many of 8 and of 100 holders of everything (of a
 smaller adapter) may go, at any phase, until the sum does not open any more. `secagg_upload_ratio` is the most of all
 clients: all bytes that one sends in a round over its update in fp32.
+
+Of 1000 clients, where not all are neighbours, four are watched, one of each block; what the others seal for them is
+noise of the same size. `secagg_neighbours` and `secagg_beside_bytes` (all that is sent beside the masked numbers) are
+the most of the four; `all pairs` is as if all holders were neighbours. The sum of 300 clients (of a smaller adapter),
+of whom 99 go before the upload, is in `secagg_max_abs_error`.
 
 `loss`: the starter model and data, eight clients, the same run plain and with secure sums; `secagg_loss_ratio` is the
 LLM's loss on test data with, over without.
@@ -24,6 +29,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -31,15 +37,22 @@ from legolm.block import Coverage
 from legolm.errors import LegolmError
 from legolm.models import Shape
 from legolm.privacy import (
+    Cohort,
+    Opening,
     Scale,
     SecureClient,
     SecureServer,
     Session,
     Structure,
     identity_of,
+    neighbours,
     quantize,
     quantum_range,
+    shamir,
+    threshold,
 )
+from legolm.privacy.cohort import survivors_text
+from legolm.privacy.primitives import is_signed, sign
 
 SMALL = Shape("llama", layers=1, hidden=8, neurons=64, kv_groups=2, queries_per_group=2, head_dim=8)
 SHAPE = Shape("llama", layers=20, hidden=576, neurons=1536, kv_groups=4, queries_per_group=2, head_dim=64)
@@ -84,11 +97,8 @@ def secure_sum(
 ) -> tuple[int, bool, dict[str, int]]:
     """(largest error, whether every atom opened, entries of each client's update); clients take blocks in turn."""
     draws, shape = np.random.default_rng(0), blocks[0].shape
-    ids = [f"c{number:03d}" for number in range(clients)]
-    session = Session(run="bench", round=1, k=3, targets=None, rank=RANK, frozen_side=True)
-    structures = {id: Structure.of(blocks[place % len(blocks)], RANK) for place, id in enumerate(ids)}
-    secrets = {id: id.encode().ljust(32, b".") for id in ids}
-    identities = {id: identity_of(secret).hex() for id, secret in secrets.items()}
+    session, structures, secrets, identities = begun(clients, blocks)
+    ids = list(structures)
     server = SecureServer(session, shape, structures, identities)
     at: dict[str, SecureClient] = {}
 
@@ -108,36 +118,105 @@ def secure_sum(
         server.shares(id, sealed)
         timed.sent(id, sum(map(len, sealed.values())))
     received = draws.standard_normal(cohort.grid.layout.total, dtype=np.float32)
-    numbers: dict[str, np.ndarray] = {}
+    plain = np.zeros(cohort.grid.layout.total, dtype=np.int64)
     for id in there("upload"):
         own, change = received[cohort.places(id)], draws.normal(0, 0.01, len(cohort.places(id))).astype(np.float32)
 
         def upload(id: str = id, own: np.ndarray = own, change: np.ndarray = change) -> tuple[Any, Any, Any]:
             client = at[id]
             opening = client.opening(cohort, server.there, ABOUT, own)
-            most = np.concatenate(
-                [np.full(len(one.places), quantum_range(len(one.holders), 16), np.float32) for one in opening.atoms]
-            )
-            found = quantize(change[opening.order], Scale(0.02 / most, most), np.random.default_rng(1))
-            whole = np.zeros(cohort.grid.layout.total, dtype=np.int64)
-            numbers[id] = whole
+            found = whole_numbers(cohort, opening, change)
             return found, client.upload(cohort, server.inbox(id), opening, found), opening
 
         found, (words, seeds), opening = timed(id, upload)
-        numbers[id][np.concatenate([one.places for one in opening.atoms])] = found
+        plain[np.concatenate([one.places for one in opening.atoms])] += found
         server.upload(id, words, seeds)
         timed.sent(id, words.nbytes + 32 * len(seeds))
-    for id in (id for id in there("confirm") if id in numbers):
+    for id in (id for id in there("confirm") if id in server.survivors):
         server.confirm(id, timed(id, partial(at[id].confirm, server.survivors)))
         timed.sent(id, 64)
-    for id in (id for id in there("unmask") if id in numbers):
+    for id in (id for id in there("unmask") if id in server.survivors):
         shares = timed(id, partial(unmasked, at[id], server.signatures))
         server.unmask(id, shares)
         timed.sent(id, sum(map(len, shares)))
     opened, closed = server.finish(ABOUT, received)
-    plain = [sum(numbers[id][one.atom.places] for id in one.survivors) for one in opened]
-    errors = [int(np.abs(one.total - total).max()) for one, total in zip(opened, plain, strict=True)]
+    errors = [int(np.abs(one.total - plain[one.atom.places]).max()) for one in opened]
     return max(errors, default=0), bool(opened) and not closed, {id: len(cohort.places(id)) for id in at}
+
+
+def begun(
+    clients: int, blocks: list[Coverage]
+) -> tuple[Session, dict[str, Structure], dict[str, bytes], dict[str, str]]:
+    """A session, what each client holds, its secret identity, and the roster; clients take blocks in turn."""
+    ids = [f"c{number:03d}" for number in range(clients)]
+    session = Session(run="bench", round=1, k=3, targets=None, rank=RANK, frozen_side=True)
+    structures = {id: Structure.of(blocks[place % len(blocks)], RANK) for place, id in enumerate(ids)}
+    secrets = {id: id.encode().ljust(32, b".") for id in ids}
+    return session, structures, secrets, {id: identity_of(secret).hex() for id, secret in secrets.items()}
+
+
+def whole_numbers(cohort: Cohort, opening: Opening, change: np.ndarray) -> np.ndarray:
+    """What a client sends of a change, before its masks."""
+    most = np.concatenate(
+        [np.full(len(one.places), quantum_range(len(one.holders), cohort.bits), np.float32) for one in opening.atoms]
+    )
+    return quantize(change[opening.order], Scale(0.02 / most, most), np.random.default_rng(1))
+
+
+def watched(clients: int, timed: Timed) -> tuple[int, int]:
+    """(neighbours, bytes beside the masked numbers) of four clients of so many, the most; their time is in `timed`."""
+    blocks, draws = four_blocks(), np.random.default_rng(0)
+    session, structures, secrets, identities = begun(clients, blocks)
+    shape, ids = blocks[0].shape, list(structures)
+    every = {
+        id: timed(id, partial(SecureClient.begin, session, id, secrets[id], shape, structures[id], 1)) for id in ids
+    }
+    named, adverts = {one.hash(shape): one for one in structures.values()}, [every[id].kept.own for id in ids]
+    cohort, counts = Cohort(session, shape, adverts, named), list[int]()
+    signatures = {id: sign(secrets[id], survivors_text(session, ids)) for id in ids}
+    timed.seconds = {id: timed.seconds[id] for id in ids[: len(blocks)]}
+    for id in timed.seconds:
+        client = every[id]
+        cohort.order(id, cohort.atoms_of(id))
+        sealed = timed(id, partial(client.shares, adverts, named, identities))
+        counts.append(len(sealed))
+        inbox = {other: draws.bytes(len(content)) for other, content in sealed.items()}
+        own = draws.standard_normal(len(cohort.places(id)), dtype=np.float32)
+
+        def upload(client: SecureClient = client, own: np.ndarray = own, inbox: Any = inbox) -> int:
+            one = client.cohort()
+            opening = client.opening(one, ids, ABOUT, own)
+            return len(client.upload(one, inbox, opening, whole_numbers(one, opening, own / 100))[1])
+
+        seeds = timed(id, upload)
+        timed(id, partial(client.confirm, ids))
+        shares = timed(id, partial(unmasked, client, signatures))
+        advert = len(client.kept.own.model_dump_json())
+        timed.sent(id, advert + sum(map(len, sealed.values())) + 32 * seeds + 64 + sum(map(len, shares)))
+    return max(counts), max(timed.bytes.values())
+
+
+def of_many(clients: int) -> dict[str, tuple[int, int, float]]:
+    """(neighbours, bytes beside, CPU seconds of a client) of so many clients, and were all pairs neighbours."""
+    found = {}
+    for name, rule in ((str(clients), neighbours.near), (f"{clients}, all pairs", lambda holders, k: None)):
+        timed = Timed()
+        with patch.object(neighbours, "near", rule):
+            count, sent = watched(clients, timed)
+        found[name] = count, sent, statistics.median(timed.seconds.values())
+        print(f"{name}: {found[name][2]:.3f} s of CPU a client, {count} neighbours, {sent} bytes beside the numbers")
+    secret = bytes(32)
+    identity, signature, timed = identity_of(secret), sign(secret, ABOUT), Timed()
+    for _ in range(2 * clients):
+        timed("", partial(is_signed, identity, signature, ABOUT))
+    print(f"{timed.seconds['']:.3f} s of it are signatures")
+    near = neighbours.near(clients, 3)
+    assert near is not None
+    for least in (neighbours.opens(2 * near.reach, clients, 3), threshold(clients, 3)):
+        shares, timed = shamir.share(1, range(1, least + 1), least), Timed()
+        timed("", partial(shamir.reconstruct, shares))
+        print(f"the server puts a secret together from {least} shares in {1000 * timed.seconds['']:.1f} ms")
+    return found
 
 
 def secagg() -> dict[str, Any]:
@@ -153,10 +232,18 @@ def secagg() -> dict[str, Any]:
         print(f"{clients} clients: {seconds[clients]:.3f} s of CPU a client, upload {ratios[-1]:.3f} of fp32")
         survived[clients] = min(most_gone(clients, phase, errors) for phase in PHASES[2:])
         print(f"{clients} clients: {survived[clients]} may go")
+    gone = {f"c{number:03d}": "upload" for number in range(99)}
+    error, whole, _ = secure_sum(300, [Coverage.full(SMALL)], gone, Timed())
+    assert whole
+    errors.append(error)
+    many = of_many(1000)
     return {
         "secagg_max_abs_error": max(errors),
         "secagg_upload_ratio": round(max(ratios), 4),
-        "secagg_client_cpu_s": {str(clients): round(one, 4) for clients, one in seconds.items()},
+        "secagg_client_cpu_s": {str(clients): round(one, 4) for clients, one in seconds.items()}
+        | {name: round(one[2], 4) for name, one in many.items()},
+        "secagg_neighbours": {name: one[0] for name, one in many.items()},
+        "secagg_beside_bytes": {name: one[1] for name, one in many.items()},
         "dropouts_survived": {str(clients): one for clients, one in survived.items()},
     }
 

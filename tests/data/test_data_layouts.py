@@ -294,6 +294,12 @@ class TestFiles:
         (tmp_path / "a.json").write_text("\n" + json.dumps(rows, indent=indent, ensure_ascii=False), encoding=encoding)
         assert read(str(tmp_path / "a.json"))[0] == [asked(f"Say {town} é.", town) for town in TOWNS]
 
+    @pytest.mark.parametrize("rest", [b"\x80", b"\n\x00\x00\xd9a\x00"])
+    def test_lines_that_break_off_in_the_encoding_of_their_mark(self, tmp_path: Path, rest: bytes) -> None:
+        (tmp_path / "a.jsonl").write_bytes('{"instruction": "Say a.", "output": "a"}'.encode("utf-16") + rest)
+        with pytest.raises(LegolmError, match=r"a.jsonl: not UTF-8; save the file in UTF-8"):
+            read(str(tmp_path / "a.jsonl"))
+
     def test_parquet_of_many_rows(self, tmp_path: Path) -> None:
         turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": f"{i}"}] for i in range(3000)]
         parquet.write_table(pyarrow.table({"messages": turns}), tmp_path / "a.parquet")

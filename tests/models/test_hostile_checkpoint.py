@@ -124,6 +124,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
         "`rope_parameters.rope_theta` = Infinity: must be a number above 0",
     ),
     "config: dropout": (changed("config.json", attention_dropout=float("nan")), "= NaN: must be a finite number"),
+    "config: beyond floats": (changed("config.json", attention_dropout=10**400), "000: must be a finite number"),
     "generation": (written("generation_config.json", "{"), "generation_config.json: is not valid JSON"),
     "generation: list": (written("generation_config.json", "[1]"), "generation_config.json: must be a JSON object"),
     "generation: pad": (written("generation_config.json", '{"pad_token_id": -1}'), "generation_config.json: is no gen"),

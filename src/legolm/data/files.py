@@ -139,7 +139,10 @@ def _read_json(path: Path, field: str) -> Iterator[Record]:
             yield from _lines(iter(lambda: file.readline(MAX_ROW), b""), path, field)
         else:
             text = io.TextIOWrapper(file, encoding, newline="\n")
-            yield from _lines(iter(lambda: text.readline(MAX_ROW), ""), path, field)
+            try:
+                yield from _lines(iter(lambda: text.readline(MAX_ROW), ""), path, field)
+            except UnicodeDecodeError:  # where the next line begins is not known
+                raise LegolmError(f"{path}: {NOT_UTF8}") from None
 
 
 def _lines(lines: Iterator[str | bytes], path: Path, field: str) -> Iterator[Record]:

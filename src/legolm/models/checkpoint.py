@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -215,7 +216,8 @@ def _check_numbers(value: Any, name: str, where: str) -> None:
             _check_numbers(inner, name, where)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         above = bool(re.search(ABOVE_0, name.rpartition(".")[2]))
-        if not math.isfinite(value) or (above and value <= 0):
+        # Not math.isfinite: a whole number may be beyond every float.
+        if not abs(value) <= sys.float_info.max or (above and value <= 0):
             must = "a number above 0" if above else "a finite number"
             raise LegolmError(f"{where}: `{name}` = {brief(json.dumps(value))[:40]}: must be {must}; {SAVE_AGAIN}")
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from legolm.errors import LegolmError
 from legolm.models import Shape
 from legolm.privacy import shamir
-from legolm.privacy.atoms import Atom, threshold
+from legolm.privacy.atoms import Atom
 from legolm.privacy.cohort import Advert, Cohort, Hex32, Session, Structure, check, survivors_text
 from legolm.privacy.masks import PairMasks, add_own, context, parts, received_hash
 from legolm.privacy.numbers import to_words
@@ -110,8 +110,8 @@ class SecureClient:
         kept.identities = {id: identities[id] for id in cohort.adverts}
         kept.seeds = [secrets.token_bytes(KEY_BYTES).hex() for _ in mine]
         group, points = cohort.neighbours(kept.client), cohort.points
-        secrets_of = [(kept.mask_secret, group), *zip(kept.seeds, (one.holders for one in mine), strict=True)]
-        shared = [_shared(secret, holders, points, kept.session.k) for secret, holders in secrets_of]
+        secrets_of = [(kept.mask_secret, None), *zip(kept.seeds, mine, strict=True)]
+        shared = [_shared(secret, *cohort.sharing(kept.client, atom), points) for secret, atom in secrets_of]
         found = {}
         for other in group:
             content = b"".join(shamir.to_bytes(one[points[other]]) for one in shared if points[other] in one)
@@ -151,7 +151,8 @@ class SecureClient:
         there, hashes = set(kept.there), []
         for atom in opening.atoms:
             view, seed = views[atom.holders], bytes.fromhex(seeds[atom.holders])
-            masks.add(view, atom, there.intersection(atom.holders), received_hash(opening.about, values[atom.holders]))
+            near = there.intersection(cohort.ring(atom).of(client))
+            masks.add(view, atom, near, received_hash(opening.about, values[atom.holders]))
             add_own(view, seed, atom, cohort.bits)
             hashes.append(commitment(seed))
         return words, hashes
@@ -192,7 +193,7 @@ class SecureClient:
     def _bundle(self, cohort: Cohort, owner: str) -> dict[tuple[str, ...] | None, bytes]:
         """This client's shares of an owner's secrets by atom (None: of its key); none where the seal is broken."""
         kept = self.kept
-        common: list[Atom] = [one for one in cohort.atoms_of(owner) if kept.client in one.holders]
+        common: list[Atom] = [one for one in cohort.atoms_of(owner) if cohort.ring(one).adjacent(owner, kept.client)]
         if owner == kept.client:
             content = bytes.fromhex(kept.own_shares)
         else:
@@ -242,17 +243,17 @@ def commitment(seed: bytes) -> str:
 def asked(
     cohort: Cohort, client: str, there: Collection[str], survivors: Collection[str], opened: Sequence[Atom]
 ) -> list[tuple[str, Atom | None]]:
-    """Whose secret a client gives its share of, in order: of a survivor the seed of each opened atom that both hold, of
-    the dead that have such an atom the key (None), whoever has a share of it."""
-    found = list[tuple[str, Atom | None]]()
-    for owner in sorted(there):
-        theirs = [one for one in opened if owner in one.holders]
-        if owner in survivors:
-            found += [(owner, one) for one in theirs if client in one.holders]
-        elif theirs and client in cohort.neighbours(owner):
+    """Whose secret a client gives its share of, in order: of a survivor the seed of each opened atom on which they are
+    neighbours, of the dead that have such an atom the key (None), whoever has a share of it."""
+    found, rings = list[tuple[str, Atom | None]](), [(one, cohort.ring(one)) for one in opened]
+    here, sent = set(there), set(survivors)
+    for owner in (id for id in cohort.neighbours(client) if id in here):
+        if owner in sent:
+            found += [(owner, one) for one, ring in rings if ring.adjacent(owner, client)]
+        elif any(owner in ring for _, ring in rings):
             found.append((owner, None))
     return found
 
 
-def _shared(secret: str, group: Collection[str], points: Mapping[str, int], k: int) -> dict[int, int]:
-    return shamir.share(int(secret, 16), [points[one] for one in group], threshold(len(group), k))
+def _shared(secret: str, group: Collection[str], least: int, points: Mapping[str, int]) -> dict[int, int]:
+    return shamir.share(int(secret, 16), [points[one] for one in group], least)

@@ -18,6 +18,7 @@ from legolm.block import Coverage
 from legolm.errors import LegolmError
 from legolm.models import Shape
 from legolm.privacy.atoms import Atom, atoms, threshold
+from legolm.privacy.neighbours import Ring, opens, ring
 from legolm.privacy.numbers import bits_for
 from legolm.privacy.primitives import is_signed, joined, sign
 
@@ -224,6 +225,9 @@ class Cohort:
         self.all_atoms, self._held = _cut(self.grid, shape, self._members)
         self.atoms = [one for one in self.all_atoms if len(one.holders) >= session.k]
         self.bits = bits_for(max((len(one.holders) for one in self.atoms), default=1))
+        self._rings: dict[tuple[str, ...], Ring] = {}
+        self._peers: dict[str, frozenset[str]] = {}
+        self._neighbours: dict[str, list[str]] = {}
 
     @cached_property
     def digest(self) -> bytes:
@@ -256,10 +260,38 @@ class Cohort:
         """How many of its holders must have sent an atom, where these sent shares."""
         return self.session.least(len(set(there).intersection(atom.holders)))
 
+    @cached_property
+    def _turns(self) -> dict[str, bytes]:
+        """An order of the clients that nobody planned, for no client knows the others' keys before it signs its own.
+        Who tries many keys can choose it; what is assumed of `colluders` does not rest on it (`neighbours`)."""
+        return {id: hashlib.sha256(joined(self.digest, id.encode())).digest() for id in self.adverts}
+
+    def ring(self, atom: Atom) -> Ring:
+        """Which of an atom's holders are neighbours."""
+        found = self._rings.get(atom.holders)
+        if found is None:
+            found = self._rings[atom.holders] = ring(atom.holders, self._turns, self.session.k)
+        return found
+
+    def peers(self, client: str) -> frozenset[str]:
+        """Who has an atom in common with a client, itself too."""
+        held = self.adverts[client].held  # who holds the same has the same atoms
+        if held not in self._peers:
+            self._peers[held] = frozenset(other for one in self.atoms_of(client) for other in one.holders)
+        return self._peers[held]
+
     def neighbours(self, client: str) -> list[str]:
-        """Who has an atom in common with a client, itself too: they have the shares of its key."""
-        found = {other for one in self.atoms_of(client) for other in one.holders}
-        return [id for id in self.adverts if id in found]
+        """Who is a client's neighbour on some atom, itself too: they have the shares of its key."""
+        if client not in self._neighbours:
+            found = {other for one in self.atoms_of(client) for other in self.ring(one).of(client)}
+            self._neighbours[client] = sorted(found)
+        return self._neighbours[client]
+
+    def sharing(self, client: str, atom: Atom | None) -> tuple[list[str], int]:
+        """Who has shares of a client's seed of an atom, or of its key (None), itself too, and how many give it."""
+        group = self.neighbours(client) if atom is None else self.ring(atom).of(client)
+        holders = self.peers(client) if atom is None else atom.holders
+        return group, opens(len(group) - 1, len(holders), self.session.k)
 
     def places(self, client: str) -> np.ndarray:
         """Where each entry of its change is."""
@@ -274,17 +306,20 @@ class Cohort:
         """Atoms that may be opened: enough of those who may have sent them did, and of those who have the shares agree
         on who did.
 
-        For each holder those are all its neighbours, who have shares of its key, and not the atom's alone: a server
-        that says otherwise to others would get the key from them and the seed of a small atom from these.
+        For each holder those are all its peers, whose neighbours have shares of its key, and not the atom's holders
+        alone: a server that says otherwise to others would get the key from them and the seed of a small atom from
+        these. And all honest survivors must be one piece of an atom's ring, or there were several sums.
         """
         sent, agree = set(survivors), set(signers)
-        doubted = {one for one in there if not _enough(self.neighbours(one), agree, self.session.k)}
+        trusted = {peers: _enough(peers, agree, self.session.k) for peers in {self.peers(one) for one in there}}
+        doubted = {one for one in there if not trusted[self.peers(one)]}
         return [
             one
             for one in self.atoms
             if len(sent.intersection(one.holders)) >= self.least(one, there)
             and _enough(one.holders, agree, self.session.k)
-            and not doubted.intersection(one.holders)
+            and doubted.isdisjoint(one.holders)
+            and self.ring(one).whole(sent)
         ]
 
 

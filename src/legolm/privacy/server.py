@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from legolm.errors import LegolmError
 from legolm.models import Shape
 from legolm.privacy import shamir
-from legolm.privacy.atoms import Atom, threshold
+from legolm.privacy.atoms import Atom
 from legolm.privacy.client import asked, commitment
 from legolm.privacy.cohort import Advert, Cohort, Session, Structure, check, survivors_text
 from legolm.privacy.masks import PairMasks, add_own, context, received_hash
@@ -78,7 +78,8 @@ class SecureServer:
 
     def shares(self, client: str, sealed: Mapping[str, bytes]) -> None:
         """Take what a client sealed for its neighbours. Raises `LegolmError` for others, and for other sizes."""
-        common = Counter(id for one in self.cohort.atoms_of(client) for id in one.holders if id != client)
+        mine = self.cohort.atoms_of(client)
+        common = Counter(id for one in mine for id in self.cohort.ring(one).of(client) if id != client)
         sizes = {id: MAX_SEAL + shamir.SHARE_BYTES * (1 + count) for id, count in common.items()}
         if {id: len(content) for id, content in sealed.items()} != sizes:
             raise LegolmError(f"secure sum: {client} sealed shares for others than its neighbours, or of other sizes")
@@ -166,6 +167,9 @@ class SecureServer:
             if len(alive) < least:
                 closed[atom.holders] = f"{len(alive)} of its {len(atom.holders)} holders sent it; {least} must"
                 continue
+            if not self.cohort.ring(atom).whole(self._commitments):
+                closed[atom.holders] = "of those who are neighbours on it too many did not send it"
+                continue
             if atom.holders not in may_open:
                 closed[atom.holders] = "too few of its holders confirmed who had sent it"
                 continue
@@ -191,19 +195,19 @@ class SecureServer:
                 if secret is None or public_of(secret).hex() != self.cohort.adverts[owner].mask_key:
                     raise LegolmError(f"the shares of the key of {owner} do not give it")
                 masks[owner] = PairMasks(self.cohort, owner, secret)
-            masks[owner].add(words, atom, alive, received)  # as it would have: the others' then cancel
+            near = set(alive).intersection(self.cohort.ring(atom).of(owner))
+            masks[owner].add(words, atom, near, received)  # as it would have: the others' then cancel
         return from_words(words)
 
     def _secret(self, owner: str, atom: Atom | None) -> bytes | None:
         """A seed, or a key, from its shares; None where they are too few or give none."""
-        group: Collection[str] = self.cohort.neighbours(owner) if atom is None else atom.holders
+        group, least = self.cohort.sharing(owner, atom)
         name, found = (owner, None if atom is None else atom.holders), {}
         for client in group:
             try:
                 found[self.cohort.points[client]] = shamir.from_bytes(self._shares.get(client, {}).get(name, b""))
             except LegolmError:
                 continue
-        least = threshold(len(group), self.session.k)
         if len(found) < least:
             return None
         value = shamir.reconstruct(dict(list(found.items())[:least]))

@@ -192,6 +192,16 @@ def test_what_is_said_of_a_broken_message_is_short_and_plain() -> None:
         assert str(caught.value).isprintable()
 
 
+def test_requests_of_what_cannot_be_are_refused() -> None:
+    session = {"run": "r", "round": 1, "k": 3, "targets": None, "rank": 1, "frozen_side": True}
+    two = {"session": session, "there": ["a", "b"], "senders": ["a"], "sizes": [49, 49]}
+    for changes, says in (({"rank": 0}, "rank: "), ({"secure": two}, "2 sizes of what 1 senders sealed")):
+        header = REQUEST.model_dump(mode="json") | changes
+        content = save({}, metadata={"legolm": json.dumps(header)})
+        with pytest.raises(LegolmError, match=says):
+            wire.unpack(content, wire.TrainRequest)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -215,6 +225,7 @@ def test_a_welcome_that_is_none_is_refused_in_one_line() -> None:
     for changes, says in (
         ({"a\nb\x1b[2J": 1}, "the server's welcome: a b"),
         ({"data": data | {"limits": [-1, None, None]}}, "data.limits.0"),
+        ({"data": data | {"limits": [10**30, None, None]}}, "`limit_train` is larger than any number"),
     ):
         with pytest.raises(LegolmError, match=says) as error:
             wire.read_welcome(json.dumps(told | changes))

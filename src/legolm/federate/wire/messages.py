@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 from safetensors.torch import save as safetensors_save
 
 from legolm.adapter import Tensors
@@ -51,7 +51,7 @@ class Envelope(BaseModel):
     block: Name
     base_fingerprint: Name
     coverage_hash: Name
-    rank: int
+    rank: Annotated[int, Field(ge=1)]
     scale: float
 
 
@@ -101,6 +101,12 @@ class SecureUpload(BaseModel):
     there: list[Name]
     senders: list[Name]
     sizes: list[int]
+
+    @model_validator(mode="after")
+    def _one_size_each(self) -> Self:
+        if len(self.senders) != len(self.sizes):
+            raise ValueError(f"{len(self.sizes)} sizes of what {len(self.senders)} senders sealed")
+        return self
 
 
 class TrainRequest(Envelope):

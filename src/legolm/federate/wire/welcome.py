@@ -83,7 +83,9 @@ class Welcome(_Told):
 def read_welcome(text: str) -> Welcome:
     """Raises `LegolmError` for what is none, as a server of another version may send."""
     try:
-        return Welcome.model_validate_json(text)
+        found = Welcome.model_validate_json(text)
+        _ = found.data.config  # what no section of a config holds, its rows cannot be read by
+        return found
     except ValidationError as error:
         problem = error.errors()[0]
         said = plain(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")
