@@ -26,7 +26,9 @@ from legolm.block import Coverage, Manifest, read_block, write_block
 from legolm.config import Fields, RowsConfig, TrainConfig, load, load_study
 from legolm.errors import LegolmError
 from legolm.federate import wire
+from legolm.federate.server.calibrating import read_sums
 from legolm.models import (
+    Shape,
     count_parameters,
     fingerprint,
     load_config,
@@ -158,6 +160,13 @@ def offer(content: bytes, folder: Path, devices: wire.DeviceReply, offered: wire
     return wire.largest(offered, wire.unpack(content, wire.DeviceReply)[0])
 
 
+def calibration(content: bytes, folder: Path, asked: wire.CalibrateRequest, shape: Shape) -> object:
+    """What a client is asked to sum, or what it sums."""
+    if wire.kind_of(content) == "calibrate":
+        return wire.unpack(content, wire.CalibrateRequest)
+    return read_sums(content, asked, shape)
+
+
 def welcomed(content: bytes) -> object:
     told = wire.read_welcome(content.decode("utf-8", "replace"))
     return told.block_id, told.bytes, told.data.config
@@ -211,6 +220,7 @@ def kinds(home: Path) -> list[Kind]:
     request, given, messages = _messages(part)
     sums, of_sum = of_sums(part)
     offers, devices, offered = _offers()
+    sums_sent, sums_asked, shape = _calibration(model)
     pairs = b"".join(
         json.dumps({"instruction": f"Say {i}", "output": "a, \u2028b", "n": i}).encode() + b"\n" for i in range(4)
     )
@@ -269,6 +279,7 @@ def kinds(home: Path) -> list[Kind]:
              partial(refuses, request=request, given=given, block=part), 20),
         Kind("secure sums", "tensors", sums, of_sum, 16),
         Kind("offers", "tensors", offers, partial(offer, devices=devices, offered=offered), 6),
+        Kind("calibration", "tensors", sums_sent, partial(calibration, asked=sums_asked, shape=shape), 6),
         Kind("welcome", "json", [_welcome(home)], lambda content, _: welcomed(content), 4),
         Kind("stage records", "json", stage, in_file("metrics.jsonl", runs.read_stages), 10),
         Kind("run identity", "json", [identity], record(runs.Identity), 4),
@@ -359,6 +370,17 @@ def _offers() -> tuple[list[bytes], wire.DeviceReply, wire.OfferRequest]:
     request = wire.OfferRequest(run="r", client="fr", precision="fp32", deadline_s=60.0, offers=offers)
     device = wire.DeviceReply(memory=1e8, disk=1e9, speed=1e9, held=[offers[0].id])
     return [wire.pack(request, {}), wire.pack(device, {})], device, request
+
+
+def _calibration(model: Path) -> tuple[list[bytes], wire.CalibrateRequest, Shape]:
+    tokens = torch.arange(32).reshape(2, 16)
+    found = collect(model, "f", tokens, "diagonal", "fp32", Progress())
+    asked = wire.CalibrateRequest(
+        run="r", client="fr", block="llm", base_fingerprint="f", samples=2, length=16, needs="diagonal",
+        precision="fp32", seed=3,
+    )  # fmt: skip
+    sent = wire.pack(wire.SumsReply(tokens=32), {wire.SUMS: found.flat()})
+    return [wire.pack(asked, {}), sent, sent], asked, found.shape
 
 
 def _welcome(home: Path) -> bytes:

@@ -75,7 +75,7 @@ def summed(
             try:
                 if reply.error:
                     raise LegolmError(reply.error)
-                ready[reply.index] = _read(reply.content, request, shape)
+                ready[reply.index] = read_sums(reply.content, request, shape)
             except LegolmError as error:
                 ready[reply.index] = None
                 progress.note(f"client {clients[reply.index]}: blocks are cut without its text ({plain(error)})")
@@ -92,7 +92,8 @@ def summed(
     return total
 
 
-def _read(content: bytes, request: CalibrateRequest, shape: Shape) -> Statistics:
+def read_sums(content: bytes, request: CalibrateRequest, shape: Shape) -> Statistics:
+    """A client's answer. Raises `LegolmError` for what was not asked for."""
     header, tensors = unpack(content, SumsReply)
     if header.tokens > request.samples * request.length or tensors.keys() != {SUMS}:
         raise LegolmError(
