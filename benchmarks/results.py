@@ -12,10 +12,11 @@
     legolm eval starter RUN/final/llm --data SENTENCES.jsonl --rouge --out RUNS/sentences.json
     python benchmarks/results.py RUNS [--gpu NAME] [--notes benchmarks/results_notes.md] [--out docs]
 
-From the folder that holds the data (`examples/flan/mixed.yaml` says which). Of all this only RUNS/flan has to be there;
-the page says what is missing. Of a run's folder it reads config.yaml, run.json, metrics.jsonl, summary.json and
-ablation.json. What tables use of them is kept in OUT/results/records, which can be RUNS too. `--gpu`: which one the
-runs had, for they do not say. Last line: one JSON object, that of `docs/results.json`.
+From the folder that holds the data (`examples/flan/mixed.yaml` says which). Of all this only RUNS/flan or
+RUNS/languages has to be there; the page says what is missing, and begins, as does the JSON, with the first that is. Of
+a run's folder it reads config.yaml, run.json, metrics.jsonl, summary.json and ablation.json. What tables use of them is
+kept in OUT/results/records, which can be RUNS too. `--gpu`: which one the runs had, for they do not say. Last line: one
+JSON object, that of `docs/results.json`.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ STUDIES = {
     "paper": "paper/compare.yaml",
 }
 TITLES = {"flan": "FLAN, a task a client", "languages": "dates, a language a client", "paper": "the paper's setting"}
+ROBUST = "flan"
+"""Of whose run the evaluations are."""
 EVALUATED = {"robustness": "what nobody trained", "sentences": "tasks whose answers are sentences"}
 
 
@@ -145,9 +148,9 @@ def write_page(
     studies: Mapping[str, Study], evaluated: Mapping[str, Evaluation | None], page: Page, lacks: Sequence[str]
 ) -> str:
     """First what a reader takes in, then the rest."""
-    flan = studies["flan"]
+    first, study = next(iter(studies.items()))
     benches = {name: one for name, one in studies.items() if name != "paper"}
-    kept = {name: claims(one, evaluated["robustness"] if one is flan else None) for name, one in benches.items()}
+    kept = {name: claims(one, evaluated["robustness"] if name == ROBUST else None) for name, one in benches.items()}
     page.parts.append(
         "Written by `python benchmarks/results.py RUNS`, whose first lines have the commands; what it used of the runs "
         f"is in [results/records](results/records), the figures in [results.json](results.json). {READING}\n"
@@ -162,18 +165,18 @@ def write_page(
     if "paper" in studies:
         found = paper_claims(studies["paper"]).items()
         page.add("The paper's claims", table(("claim", "found"), [(claim, one.shown()) for claim, one in found]))
-    page.add("Every scheme", main_table(flan), f"{COLUMNS} {server_work(flan)}\n", plot("flan", "bytes"))
+    page.add("Every scheme", main_table(study), f"{COLUMNS} {server_work(study)}\n", plot(first, "bytes"))
     page.add(
         "What the model can learn at all",
-        f"The LLM on each task beside what a constant guess has. With labels: {', '.join(flan.labels) or 'none'}. "
+        f"The LLM on each task beside what a constant guess has. With labels: {', '.join(study.labels) or 'none'}. "
         "Elsewhere almost every answer is another one, and a constant guess has no loss to compare with.\n",
-        task_table(flan),
+        task_table(study),
     )
     page.parts.append("# The rest\n")
-    if FEDIT in flan.runs:
-        page.add("Bytes: form and pruning", bytes_table(flan))
+    if FEDIT in study.runs:
+        page.add("Bytes: form and pruning", bytes_table(study))
     for name, one in studies.items():
-        if one is not flan:
+        if one is not study:
             work = f"{server_work(one)}\n" if one.default in one.runs else ""
             page.add(f"Every scheme: {TITLES[name]}", main_table(one), work, plot(name, "bytes"))
             page.add(f"By client's data: {TITLES[name]}", task_table(one))
@@ -218,15 +221,18 @@ def write(runs: Path, out: Path, gpu: str, notes: Path) -> dict[str, Any]:
     """All files; gives what `docs/results.json` has. Raises `LegolmError` without finished runs of the default."""
     benches = {name: read_bench(runs, name, gpu) for name in BENCHES}
     evaluated = {name: read_evaluation(runs / f"{name}.json") for name in EVALUATED}
-    flan, warm = benches["flan"], benches["warm"]
-    if flan is None or all(run.name != DEFAULT for run in flan.runs):
+    warm = benches["warm"]
+    studies = {
+        name: Study(one, warm.runs if warm and name == "flan" else (), default=BENCHES[name])
+        for name in TITLES
+        if (one := benches[name]) and any(run.name == BENCHES[name] for run in one.runs)
+    }
+    if not studies.keys() - {"paper"}:
         raise LegolmError(f"{runs / 'flan'}: no finished run of {DEFAULT}; run examples/compare/flan.yaml to its end")
-    studies = {"flan": Study(flan, warm.runs if warm else ())}
-    studies |= {name: Study(one, default=BENCHES[name]) for name in ("languages", "paper") if (one := benches[name])}
     (out / "results" / "records").mkdir(parents=True, exist_ok=True)
     parts: dict[str, dict[str, Any]] = {}
     for name, study in studies.items():
-        robust = evaluated["robustness"] if name == "flan" else None
+        robust = evaluated["robustness"] if name == ROBUST else None
         held = paper_claims(study) if name == "paper" else claims(study, robust)
         parts[name] = figures(study) | {"claims": [{"claim": claim, **it._asdict()} for claim, it in held.items()]}
         loss_against_bytes(study, out / "results" / f"{name}_bytes.svg")
@@ -236,7 +242,8 @@ def write(runs: Path, out: Path, gpu: str, notes: Path) -> dict[str, Any]:
             figure_5(omitted, out / "results" / f"{name}_omission.svg")
         if robust and (change := robust.figures.get("wikitext")):
             parts[name]["robustness"] = {"wikitext_before": change.before, "wikitext_after": change.after}
-    found = parts.pop("flan") | parts
+    first = next(iter(parts))
+    found = {"bench": first} | parts.pop(first) | parts
     for name, record in {**benches, **evaluated}.items():
         if record:
             keep(record, out / "results" / "records" / f"{name}.json")
