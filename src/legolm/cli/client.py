@@ -23,11 +23,14 @@ def client(
     roster: Annotated[
         Path | None, typer.Option(help="identities of all devices (legolm devices roster), for secure sums")
     ] = None,
+    colluders: Annotated[
+        int, typer.Option(min=1, help="devices that may tell the server all they know; sums open to them are refused")
+    ] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
 ) -> None:
     """Take part in a federation with the rows of this device, until stopped."""
     from legolm.federate.client import Holdings, Profile, block_folder, serve
 
     blocks, profile = tuple(map(block_folder, block or ())), Profile(device, threads)
-    held = Holdings(home, tuple(data), blocks, profile, memory_mb, roster)
+    held = Holdings(home, tuple(data), blocks, profile, memory_mb, roster, colluders)
     serve(server, ca, held, typer.echo)

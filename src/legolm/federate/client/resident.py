@@ -43,7 +43,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 @dataclass(frozen=True)
 class Holdings:
     """What a device was given: its folder, its rows, folders with blocks, how it works, and the memory (MB, 1e6 bytes)
-    that training may take; what the machine has if not given. `roster` has everyone's identities, for secure sums.
+    that training may take; what the machine has if not given. `roster` has everyone's identities, for secure sums, of
+    which it refuses those that as many `colluders` could open.
     """
 
     home: Path
@@ -52,6 +53,7 @@ class Holdings:
     profile: Profile = field(default_factory=Profile)
     memory_mb: float | None = None
     roster: Path | None = None
+    colluders: int = 1
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ class Resident(Answering):
             read_roster(path),
             lambda: secrets.get(client, b""),
             lambda content: secrets.update({client: content}),
+            self._held.colluders,
         )
 
     def _examples(self, told: OwnData) -> dict[Split, Examples]:

@@ -44,13 +44,15 @@ from legolm.privacy import Secrets, SecureClient, Structure, clipped, gaussian, 
 @dataclass(frozen=True)
 class Keeping:
     """What a client has for secure sums: its secret Ed25519 key (32 bytes), the roster of everyone's public ones
-    (hexadecimal), and where the secrets of a sum are between its phases.
+    (hexadecimal), and where the secrets of a sum are between its phases. It takes part in no sum that would be open to
+    as many `colluders`.
     """
 
     identity: bytes
     roster: Mapping[str, str]
     read: Callable[[], bytes]
     write: Callable[[bytes], None]
+    colluders: int = 1
 
 
 def keys(request: KeysRequest, keeping: Keeping, coverage: Coverage, examples: int) -> bytes:
@@ -60,6 +62,11 @@ def keys(request: KeysRequest, keeping: Keeping, coverage: Coverage, examples: i
     if client not in keeping.roster:
         raise LegolmError(
             f"secure sum: client {client} is not in the roster of identities; get the federation's roster"
+        )
+    if session.k < keeping.colluders + 2:  # two honest holders at least
+        raise LegolmError(
+            f"secure sum: entries open with {session.k} holders, and this device reckons with {keeping.colluders} "
+            f"colluders, which takes {keeping.colluders + 2}; set privacy.secure.colluders, or --colluders here"
         )
     before = _kept(keeping)
     if before is not None and _of_one_round(before, request.session.run, session.round) and before.done == "unmask":
