@@ -33,9 +33,9 @@ class FactorSum(Scheme):
 
     With `frozen_side` only one factor of each module trains and travels: the one on the side that blocks cut. The other
     is random orthonormal and stays (FFA-LoRA, arXiv 2403.12313, made heterogeneous), so that the mean of the trained
-    factor is the mean of the product. One factor that trains alone needs, and bears, a higher rate than two
-    (docs/results.md). With `salient` clients send as large a share of their entries as their block's bit masks keep of
-    weights: what the structure cuts is not in a client's slice, and is not cut a second time.
+    factor is the mean of the product. One factor that trains alone needs, and bears, a higher rate than two. With
+    `salient` clients send as large a share of their entries as their block's bit masks keep of weights: what the
+    structure cuts is not in a client's slice, and is not cut a second time.
     """
 
     sums = module_ranks = optimizers = True
