@@ -103,23 +103,30 @@ def test_a_device_answers_for_itself_only(run: RunDir, home: Path) -> None:
     runtime, block = ClientRuntime(only("fr", site(home))), read_block(home / "block")
     with pytest.raises(LegolmError, match="client fr: has its own data only, and was asked for those of 'de'"):
         runtime.answer(request(block, client="de"))
-    header = {"run": "r", "client": "fr", "block": "wide", "rank": 0, "scale": 2.0}
+    header = {"run": "r", "client": "fr", "block": "wide", "rank": 1, "scale": 2.0}
     header |= {"base_fingerprint": block.base_fingerprint, "coverage_hash": block.coverage.hash}
     header |= {"targets": None, "ranks": {}, "max_length": 99, "long_examples": "truncate", "precision": "fp32"}
     asked = wire.EvaluateRequest(**header, sets=[("fr", "test"), ("es", "test")], batch_size=4)
     with pytest.raises(LegolmError, match="asked for those of 'es'"):
-        runtime.answer(wire.pack(asked, wire.encode(init_factors(block.coverage.shape, None, 0, 0), "none")))
+        runtime.answer(
+            wire.pack(
+                asked,
+                wire.encode(slice_factors(block.coverage, init_factors(block.coverage.shape, None, 1, 0), 1), "none"),
+            )
+        )
 
 
 def test_what_is_kept_of_many_clients_is_bounded(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, held = tokens._Kept(), client_data(run.config())
     monkeypatch.setattr(tokens, "_kept", kept)
     block = read_block(run.block("wide"))
-    header = {"run": "r", "client": "fr", "block": "wide", "rank": 0, "scale": 2.0}
+    header = {"run": "r", "client": "fr", "block": "wide", "rank": 1, "scale": 2.0}
     header |= {"base_fingerprint": block.base_fingerprint, "coverage_hash": block.coverage.hash}
     header |= {"targets": None, "ranks": {}, "max_length": 99, "long_examples": "truncate", "precision": "fp32"}
     asked = wire.EvaluateRequest(**header, sets=[(id, "test") for id in ("fr", "de", "es", "fr")], batch_size=4)
-    content = wire.pack(asked, wire.encode(init_factors(block.coverage.shape, None, 0, 0), "none"))
+    content = wire.pack(
+        asked, wire.encode(slice_factors(block.coverage, init_factors(block.coverage.shape, None, 1, 0), 1), "none")
+    )
     expected = wire.unpack(ClientRuntime(simulated(run)).answer(content), wire.ScoreReply)[0]
     assert [key[0] for key in kept] == [held[id].test.digest for id in ("de", "es", "fr")]  # used last is last
     size = kept.count
