@@ -143,6 +143,8 @@ def test_more_seeds_go_on_from_fewer_and_the_dry_run_plans_them(study: Study) ->
     assert again.returncode == 0 and again.stdout == study.done.stdout and "train" not in again.stderr
     plan = legolm("compare", study.study, "--dry-run", "--seeds", 2)
     assert plan.stdout.count("Nothing was done.") == 5 and "\nseeds/1/faster\n" in plan.stdout
+    both = legolm("compare", study.study, "--dry-run", "--set", "train.learning_rate=0.1")
+    assert both.returncode == 2 and "variant faster chooses of its `rates`; take one out" in both.stderr
     late = legolm("compare", study.study, "--dry-run", "--seeds", 2, "--set", f"seed={2**63 - 1}")
     assert late.returncode == 2 and "--seeds 2: variant usual starts at seed" in late.stderr
 

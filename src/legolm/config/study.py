@@ -68,6 +68,8 @@ def load_study(path: Path, changes: Sequence[str] = ()) -> tuple[Study, dict[str
     for variant in study.variants:
         if variant.name in configs:
             raise LegolmError(f"config {path}: variants: {variant.name!r} is there twice; names must differ")
+        if variant.rates and any(change.partition("=")[0] == "train.learning_rate" for change in changes):
+            raise LegolmError(f"--set train.learning_rate: variant {variant.name} chooses of its `rates`; take one out")
         changed = copy.deepcopy(raw)
         for key, value in variant.set.items():
             override(changed, f"{key}={json.dumps(value, default=str)}")
