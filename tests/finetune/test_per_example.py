@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -103,8 +104,9 @@ def test_a_training_says_its_rate_and_noise_and_is_another_each_time(model: Any)
 
 
 def test_with_next_to_no_noise_it_learns(model: Any) -> None:
-    _, metrics = step(model, 20, noise_multiplier=1e-6, clip=10.0)
-    assert metrics["loss_last"] < 0.96 * metrics["loss_first"]
+    # Batches are drawn by chance that nobody can repeat, and one of a single example may be a hard one.
+    found = [step(model, 60, noise_multiplier=1e-6, clip=10.0)[1] for _ in range(5)]
+    assert median(one["loss_last"] / one["loss_first"] for one in found) < 0.96
 
 
 def test_batches_are_poisson_samples_and_a_step_is_over_their_expected_size() -> None:
