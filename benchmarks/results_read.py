@@ -32,6 +32,7 @@ from legolm.runs import (
     read_record,
     read_stages,
     rounds_of,
+    traffic_of,
 )
 from legolm.system import atomic_write, read_json
 
@@ -244,7 +245,7 @@ def read_run(path: Path, flops: float | None) -> Run:
     if best.llm is None or best.llm_validation is None or summary.llm.loss_before is None:
         raise LegolmError(f"run folder {path}: nobody scored its LLM; take evaluate.scores everyone")
     block_of = {one.id: one.block for one in summary.clients}
-    traffic = [(id, one.up + one.down) for record in rounds for id, one in record.bytes.items()]
+    sent = {id for record in rounds for id in record.bytes if id in block_of}
     trained = [one for record in rounds for one in record.train.values()]
     trained += [one.train for one in alone if one.train] if mode == "alone" else []
     others = [one.others[stage] for one in summary.clients if stage in one.others]
@@ -261,10 +262,10 @@ def read_run(path: Path, flops: float | None) -> Run:
         llm={id: Task(loss=one.loss, exact_match=one.exact_match) for id, one in best.llm.root.items()},
         own=fmean(one.own[stage] for one in summary.clients if stage in one.own),
         others=fmean(others) if others else None,
-        bytes=_mean(count for _, count in traffic),
+        bytes=sum(traffic_of(rounds)),
         block_bytes={
-            block: _mean(count for id, count in traffic if block_of.get(id) == block)
-            for block in sorted({block_of[id] for id, _ in traffic if id in block_of})
+            block: sum(traffic_of(rounds, {id for id in sent if block_of[id] == block}))
+            for block in sorted({block_of[id] for id in sent})
         },
         tokens=sum(one.tokens for one in trained),
         flops=flops,

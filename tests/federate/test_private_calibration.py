@@ -30,8 +30,8 @@ from legolm.federate.transport import Body, Exchange, Reply, Request, engine_for
 from legolm.federate.wire import SUMS, CalibrateRequest, SumsReply, kind_of, pack, unpack
 from legolm.models import fingerprint, load_config, load_tokenizer, shape_of
 from legolm.plan import checks, make_plan
-from legolm.prune import Statistics, collect, cut_blocks, save_statistics
-from legolm.runs import RunDir
+from legolm.prune import Statistics, collect, cut_blocks, flat_size, save_statistics
+from legolm.runs import RunDir, read_stages, rounds_of
 from legolm.runs.kept import HASH_BYTES
 from legolm.system import Progress
 from residents import Residents
@@ -83,6 +83,10 @@ def test_devices_sums_cut_the_block_that_simulated_clients_sums_cut(raw: dict[st
     assert local.sums.read_bytes() == out.sums.read_bytes()
     made = [load_file(run.block("sparse") / "model.safetensors") for run in (local, out)]
     assert all(torch.equal(made[0][key], tensor) for key, tensor in made[1].items())
+    # What it took counts: squares in float32 of each, before the first round.
+    least = 4 * flat_size(shape_of(load_config(Path(raw["model"]))), "diagonal")
+    sent = rounds_of(read_stages(local.path / "metrics.jsonl"))[0].bytes
+    assert sent.keys() == set(NAMES) and all(least < one.up < least + 2000 for one in sent.values())
     for name in NAMES:
         assert sum(line.startswith("calibrate: answered") for line in devices.said[name]) == 1
         assert sum("block llm: " in line for line in devices.said[name]) == 1
@@ -158,7 +162,7 @@ def test_whose_sums_are_none_is_named_and_left_out(raw: dict[str, Any]) -> None:
             yield Reply(-1, sums["good"])
 
         progress = Progress(Console(file=said, width=300))
-        return summed(request, ids, shape, exchange, progress), said.getvalue()
+        return summed(request, ids, shape, exchange, progress, {}), said.getvalue()
 
     total, said = asked(list(sums))
     torch.testing.assert_close(total.flat(), 1.5 * one)

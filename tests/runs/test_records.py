@@ -13,7 +13,20 @@ import pytest
 from helpers import assert_one_line, legolm
 from legolm.errors import LegolmError
 from legolm.report.compare import page, shown
-from legolm.runs import CompareRow, Comparison, Losses, Summary, dump_record, read_record, read_stages, write_csv
+from legolm.runs import (
+    UNSCORED,
+    CompareRow,
+    Comparison,
+    Losses,
+    RoundRecord,
+    Summary,
+    Traffic,
+    dump_record,
+    read_record,
+    read_stages,
+    traffic_of,
+    write_csv,
+)
 
 OLD = {"run": "heteagg", "run_id": "8156433e4dffd6c1", "model": "starter", "seed": 0, "rounds": 2, "history": []}
 """How the first version's summary began: without a number of its schema."""
@@ -27,6 +40,16 @@ def variant(name: str, **changes: Any) -> CompareRow:
     figures |= {"flops": 3e12, "memory": 4e8, "seconds": 12.0, "clients": 3, "rounds": 2, "best_round": 1}
     names = {"name": name, "scheme": "heteagg", "settings": {"form": "exact"}, "mode": "federated", "codec": "fp32"}
     return CompareRow.model_validate(names | figures | changes)
+
+
+def test_what_came_before_the_rounds_is_spread_over_them() -> None:
+    """Sums of 40 bytes from `a`, two rounds of 1 up and 2 down; `b` missed one."""
+    one = Traffic(up=1, down=2)
+    sent = ({"a": Traffic(up=40, down=4)}, {"a": one, "b": one}, {"a": one})
+    rounds = [RoundRecord(round=at, bytes=each, seconds=0, **dict(UNSCORED)) for at, each in enumerate(sent)]
+    assert traffic_of(rounds) == ((40 + 3) / 3, (4 + 6) / 3)
+    assert traffic_of(rounds, {"a"}) == (21, 4) and traffic_of(rounds, {"b"}) == (1, 2)
+    assert traffic_of(rounds[:1]) == (40, 4) and traffic_of([]) == (0, 0)
 
 
 def test_a_comparison_is_the_same_in_json_csv_and_pandas(tmp_path: Path) -> None:

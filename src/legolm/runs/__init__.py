@@ -32,6 +32,7 @@ from legolm.runs.records import (
     Spent,
     StageRecord,
     Traffic,
+    Traffics,
     Training,
     Weights,
     best_round,
@@ -44,6 +45,7 @@ from legolm.runs.records import (
     read_sealed,
     read_stages,
     rounds_of,
+    traffic_of,
 )
 from legolm.runs.repair import HASHES, check_same, check_sealed, mend, seal
 from legolm.runs.resume import AGAIN, Difference
@@ -143,6 +145,7 @@ __all__ = [
     "State",
     "Summary",
     "Traffic",
+    "Traffics",
     "Training",
     "Weights",
     "best_round",
@@ -170,5 +173,6 @@ __all__ = [
     "save_adapter_state",
     "seal",
     "to_frame",
+    "traffic_of",
     "write_csv",
 ]

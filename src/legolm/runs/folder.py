@@ -183,6 +183,11 @@ class RunDir:
         """File of what clients collected of their own text for the blocks (`calibration.statistics: clients`)."""
         return self.path / "calibration.safetensors"
 
+    @property
+    def sums_traffic(self) -> Path:
+        """File of the bytes that these took, by client; round 0's record has them."""
+        return self.path / "calibration.json"
+
     def round(self, number: int) -> Path:
         """Folder of a finished round; 0 is the start."""
         return self.path / "rounds" / f"{number:04d}"

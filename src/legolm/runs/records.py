@@ -89,10 +89,17 @@ class Training(Record):
 
 
 class Traffic(Record):
-    """Bytes of one client in a round, from it and to it."""
+    """Bytes of one client in a round, from it and to it; of round 0 what asking for sums to cut by took."""
 
     up: int
     down: int
+
+
+class Traffics(Record):
+    """Of several clients, by id."""
+
+    schema_number: Literal[2] = 2
+    bytes: dict[str, Traffic]
 
 
 class Spent(Record):
@@ -338,6 +345,16 @@ def dump_record(record: BaseModel, indent: int | None = 1) -> str:
 def rounds_of(records: Iterable[StageRecord]) -> list[RoundRecord]:
     """The rounds among a run's records, round 0 first."""
     return [record for record in records if isinstance(record, RoundRecord)]
+
+
+def traffic_of(rounds: Sequence[RoundRecord], clients: Collection[str] | None = None) -> tuple[float, float]:
+    """Bytes (from, to) a client, of these only if given, in a round in the mean.
+
+    What came before the first round is spread over the rounds.
+    """
+    sent = [one for record in rounds for id, one in record.bytes.items() if clients is None or id in clients]
+    times = sum(clients is None or id in clients for record in rounds if record.round for id in record.bytes)
+    return sum(one.up for one in sent) / max(times, 1), sum(one.down for one in sent) / max(times, 1)
 
 
 def clients_of(records: Iterable[StageRecord], stage: Literal["local", "personal"]) -> list[ClientRecord]:

@@ -42,6 +42,7 @@ from legolm.runs import (
     on_all_data,
     read_stages,
     rounds_of,
+    traffic_of,
 )
 from legolm.system import Progress, check_room, end_with_parent, held_bytes
 
@@ -216,7 +217,7 @@ def row(place: str, config: RunConfig, plan: Plan, summary: Summary, folder: Pat
     block_of, block = {one.id: one.block for one in plan.clients}, {one.name: one for one in plan.blocks}
     memory = {one.id: one.training_bytes for one in plan.clients}
     at_clients = [(block[block_of[id]], one) for id, one in trained if id in block_of]
-    traffic = [count for record in rounds for count in record.bytes.values()]
+    up, down = traffic_of(rounds)
     return CompareRow(
         name=Path(place).name,
         folder=place,
@@ -241,9 +242,9 @@ def row(place: str, config: RunConfig, plan: Plan, summary: Summary, folder: Pat
         others_exact_match=_mean(client.others_exact_match.get(phase) for client in summary.clients),
         validation=fmean(one.validation for one in local) if alone else best_round(rounds, "validation").validation,
         llm_validation=None if alone else best_round(rounds, "llm_validation").llm_validation,
-        bytes_down=_mean(count.down for count in traffic) or 0.0,
-        bytes_up=_mean(count.up for count in traffic) or 0.0,
-        replies=len(traffic),
+        bytes_down=down,
+        bytes_up=up,
+        replies=sum(len(record.bytes) for record in rounds[1:]),
         tokens=sum(one.tokens for _, one in trained),
         flops=sum(one.tokens * held.token_flops for held, one in at_clients),
         memory=_mean(memory[id] for id, _ in trained if id in memory),

@@ -14,8 +14,8 @@ from legolm.federate.transport import Exchange, Request
 from legolm.federate.wire import SUMS, CalibrateRequest, SumsReply, pack, plain, unpack
 from legolm.models import Shape, choose_precision, load_config, load_tokenizer, shape_of
 from legolm.prune import Statistics, clients_needs, save_statistics
-from legolm.runs import Identity, RunDir
-from legolm.system import Progress, atomic_folder
+from legolm.runs import Identity, RunDir, Traffic, Traffics, dump_sealed
+from legolm.system import Progress, atomic_folder, atomic_write
 
 
 def asks_clients(folder: RunDir, config: RunConfig) -> bool:
@@ -47,18 +47,25 @@ def calibrate(
         with atomic_folder(lent) as partial:
             write_llm(base, identity.base_fingerprint, load_tokenizer(base, config.data), partial)
     there = [client.id for client in config.clients if client.there(1)]
-    found = summed(request, there, shape_of(load_config(base)), exchange, progress)
+    sent: dict[str, Traffic] = {}
+    found = summed(request, there, shape_of(load_config(base)), exchange, progress, sent)
     shutil.rmtree(lent, ignore_errors=True)
+    atomic_write(folder.sums_traffic, dump_sealed(Traffics(bytes=sent)))
     save_statistics(found, folder.sums)
 
 
 def summed(
-    request: CalibrateRequest, clients: Sequence[str], shape: Shape, exchange: Exchange, progress: Progress
+    request: CalibrateRequest,
+    clients: Sequence[str],
+    shape: Shape,
+    exchange: Exchange,
+    progress: Progress,
+    sent: dict[str, Traffic],
 ) -> Statistics:
     """Ask each of `clients` with this request, and add their sums up in this order, whatever order they come in.
 
-    One that is given up, or whose sums are not what was asked for, is named and left out. Raises `LegolmError` where
-    nobody is left.
+    The bytes of each one's messages are added to `sent`. One that is given up, or whose sums are not what was asked
+    for, is named and left out. Raises `LegolmError` where nobody is left.
     """
     ready: dict[int, Statistics | None] = {}
     total: Statistics | None = None
@@ -66,12 +73,16 @@ def summed(
 
     def requests() -> Iterator[Request]:
         for id in clients:
-            yield Request(id, pack(request.model_copy(update={"client": id}), {}))
+            content = pack(request.model_copy(update={"client": id}), {})
+            sent[id] = Traffic(up=0, down=len(content))
+            yield Request(id, content)
 
     with progress.stage("calibrate on clients' own text", len(clients)) as advance:
         for reply in exchange(requests()):
             if not added <= reply.index < len(clients) or reply.index in ready:
                 continue  # one more of somebody
+            asked = sent[clients[reply.index]]
+            sent[clients[reply.index]] = asked.model_copy(update={"up": len(reply.content)})
             try:
                 if reply.error:
                     raise LegolmError(reply.error)

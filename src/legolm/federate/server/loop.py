@@ -41,6 +41,7 @@ from legolm.runs import (
     StageRecord,
     Stages,
     Traffic,
+    Traffics,
     Training,
     clients_of,
     dump_sealed,
@@ -227,7 +228,9 @@ class Rounds:
                 scored = self.score_global(scheme, exchange, "before: evaluate")
                 if known and not scored.unscored:
                     atomic_write(known, dump_sealed(scored))
-            record = RoundRecord(round=0, seconds=self._clock.seconds("before"), **dict(scored))
+            asked = self._folder.sums_traffic
+            sent = read_sealed(asked, Traffics, "delete it").bytes if asked.exists() else {}
+            record = RoundRecord(round=0, bytes=sent, seconds=self._clock.seconds("before"), **dict(scored))
             self._stages.keep(path, scheme.state(), record)
             self._latest = 0, scheme
 
