@@ -6,7 +6,7 @@
     legolm compare examples/compare/flan_warm.yaml --seeds 3 --no-models --out RUNS/warm
         --set aggregate.start=RUNS/public
     legolm compare examples/paper/compare.yaml --no-models --out RUNS/paper
-    legolm ablate RUN                             # RUN: heteagg_frozen_side's in RUNS/flan, at the rate that was best
+    legolm ablate RUN                             # RUN: heteagg_frozen_side's of RUNS/flan, else of RUNS/languages
     legolm run RUN/config.yaml --out RUN --resume # its final models
     legolm eval starter RUN/final/llm --text TEST.txt --out RUNS/robustness.json    # TEST.txt: WikiText-2's
     legolm eval starter RUN/final/llm --data SENTENCES.jsonl --rouge --out RUNS/sentences.json
@@ -55,8 +55,6 @@ STUDIES = {
     "paper": "paper/compare.yaml",
 }
 TITLES = {"flan": "FLAN, a task a client", "languages": "dates, a language a client", "paper": "the paper's setting"}
-ROBUST = "flan"
-"""Of whose run the evaluations are."""
 EVALUATED = {"robustness": "what nobody trained", "sentences": "tasks whose answers are sentences"}
 
 
@@ -150,7 +148,7 @@ def write_page(
     """First what a reader takes in, then the rest."""
     first, study = next(iter(studies.items()))
     benches = {name: one for name, one in studies.items() if name != "paper"}
-    kept = {name: claims(one, evaluated["robustness"] if name == ROBUST else None) for name, one in benches.items()}
+    kept = {name: claims(one, evaluated["robustness"] if name == first else None) for name, one in benches.items()}
     page.parts.append(
         "Written by `python benchmarks/results.py RUNS`, whose first lines have the commands; what it used of the runs "
         f"is in [results/records](results/records), the figures in [results.json](results.json). {READING}\n"
@@ -231,8 +229,9 @@ def write(runs: Path, out: Path, gpu: str, notes: Path) -> dict[str, Any]:
         raise LegolmError(f"{runs / 'flan'}: no finished run of {DEFAULT}; run examples/compare/flan.yaml to its end")
     (out / "results" / "records").mkdir(parents=True, exist_ok=True)
     parts: dict[str, dict[str, Any]] = {}
+    first = next(iter(studies))  # of whose run the evaluations are
     for name, study in studies.items():
-        robust = evaluated["robustness"] if name == ROBUST else None
+        robust = evaluated["robustness"] if name == first else None
         held = paper_claims(study) if name == "paper" else claims(study, robust)
         parts[name] = figures(study) | {"claims": [{"claim": claim, **it._asdict()} for claim, it in held.items()]}
         loss_against_bytes(study, out / "results" / f"{name}_bytes.svg")
@@ -242,7 +241,6 @@ def write(runs: Path, out: Path, gpu: str, notes: Path) -> dict[str, Any]:
             figure_5(omitted, out / "results" / f"{name}_omission.svg")
         if robust and (change := robust.figures.get("wikitext")):
             parts[name]["robustness"] = {"wikitext_before": change.before, "wikitext_after": change.after}
-    first = next(iter(parts))
     found = {"bench": first} | parts.pop(first) | parts
     for name, record in {**benches, **evaluated}.items():
         if record:
