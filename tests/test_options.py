@@ -116,7 +116,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "codec": {name: {"federation.codec": name} for name in ("none", "bf16", "int8")},
     "feedback": {"on": {}, "off": {"federation.error_feedback": False}},
     "personal": {"0": {}, "1": {"federation.personal_steps": 1}},
-    "ends": {"last": {}, "mixture": {"federation.personal": "mixture"}},
+    "ends": {name: {"federation.personal": name} for name in ("last", "mixture", "by_input")},
     "fraction": {"1": {}, "0.5": {"federation.fraction": 0.5}},
     "buffer": {"-": {}, "1": {"federation.buffer": 1}},
     "updates": {"gone": {}, "kept": {"federation.keep_updates": True}},
@@ -188,6 +188,8 @@ def refusal(row: Row) -> str | None:
         return "others: is for scores 'everyone'"
     if row["mode"] == "alone" and row["local"] == "no":
         return "is the stage evaluate.local_only; set that to true"
+    if row["ends"] == "by_input" and (row["mode"] == "alone" or (row["local"], row["personal"]) == ("no", "0")):
+        return "by_input chooses between the global update and what a client learned by itself"
     if row["mode"] == "pooled" and row["scores"] != "everyone":
         return "is for data that stay where they are"
     if row["optimizer"] != "none" and not scheme.optimizers:
@@ -389,7 +391,7 @@ def check_figures(summary: Summary, row: Row) -> None:
     """All losses that the row's options give are there, and finite; the clients that they let take part do."""
     rounds = 0 if row["mode"] == "alone" else 2
     names = {"before", "global"} | ({"local"} if row["local"] == "yes" else set())
-    mixes = row["local"] == "yes" and row["ends"] == "mixture"
+    mixes = row["local"] == "yes" and row["ends"] != "last"
     names |= {"personal"} if (row["personal"] == "1" or mixes) and rounds else set()
     assert summary.rounds == rounds
     asked = row["scores"] == "everyone" and row["others"] == "-"

@@ -13,12 +13,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from legolm.adapter import merge, save_adapter, save_factors, tensors_hash
+from legolm.adapter import Tensors, merge, save_adapter, save_factors, tensors_hash
 from legolm.block import Block, Manifest, llm_block, read_block, rename_block, write_block
 from legolm.config import AUTO, CLIENTS, RunConfig
 from legolm.data import DATE, client_data, data_fingerprint, prompt_look
 from legolm.errors import LegolmError
-from legolm.federate.server import Rounds, ask, asks_clients, calibrate, place, server_examples, steps_of
+from legolm.evaluation import OTHERWISE, save_familiar
+from legolm.federate.server import (
+    Rounds,
+    ask,
+    asks_clients,
+    calibrate,
+    familiar_of,
+    place,
+    server_examples,
+    steps_of,
+)
 from legolm.federate.transport import Engine, Exchange, engine_for
 from legolm.federate.wire import Offer, OfferRequest, block_files, block_id
 from legolm.finetune import learning_rate
@@ -384,37 +394,46 @@ def _write_final(
     llm_best, best = rounds.best("llm_validation"), rounds.best("validation")
     start = {number: rounds.start_hash(number) for number in {llm_best, best}}
     apart, examples = rounds.apart(), {client.id: client.examples for client in plan.clients}
+
+    def write_one(partial: Path, client: str | None, factors: Tensors, begun: str, steps: int) -> None:
+        block, number = blocks[block_of[client] if client else "llm"], best if client else llm_best
+        model = load_model(block.path)
+        merge(model, block.coverage, factors, config.lora.scaling)
+        if not block.coverage.masks:
+            base = str(lasting_base(block.path) if client else _llm_base(config.model, block.path))
+            save_adapter(block.coverage, factors, config.lora.scaling, base, partial / "adapter")
+        save_factors(factors, config.lora.scaling, begun, partial)
+        save_model(model, tokenizer, partial, dtype)
+        carry(plan.base, partial)
+        held = [examples[client]] if client else list(examples.values())
+        manifest = Manifest(
+            name=block.name,
+            method=block.method,
+            base_fingerprint=block.base_fingerprint,
+            coverage_hash=block.coverage.hash,
+            parameters=block.parameters,
+            sparsity=block.sparsity,
+            details={
+                "client": client,
+                "round": number,
+                "personal_steps": steps,
+                "examples": None if None in held else sum(one for one in held if one),
+                "model": lasting_name(config.model),
+            },
+        )
+        write_block(manifest, block.coverage, partial)
+
+    familiar = familiar_of(config, blocks["llm"]) if config.federation.personal == "by_input" else {}
     with progress.stage("write final models", len(left)) as advance:
         for id in left:
             client = None if id == "llm" else id
-            block, number = blocks[block_of.get(id, "llm")], best if client else llm_best
-            model, factors = load_model(block.path), rounds.final_factors(client)
-            merge(model, block.coverage, factors, config.lora.scaling)
+            factors = rounds.final_factors(client)
+            begun = tensors_hash(factors) if client in apart else start[best if client else llm_best]
             with atomic_folder(folder.final(id)) as partial:
-                if not block.coverage.masks:
-                    base = str(lasting_base(block.path) if client else _llm_base(config.model, block.path))
-                    save_adapter(block.coverage, factors, config.lora.scaling, base, partial / "adapter")
-                begun = tensors_hash(factors) if client in apart else start[number]
-                save_factors(factors, config.lora.scaling, begun, partial)
-                save_model(model, tokenizer, partial, dtype)
-                carry(plan.base, partial)
-                steps = config.federation.personal_steps if client else 0
-                held = [examples[client]] if client else list(examples.values())
-                manifest = Manifest(
-                    name=block.name,
-                    method=block.method,
-                    base_fingerprint=block.base_fingerprint,
-                    coverage_hash=block.coverage.hash,
-                    parameters=block.parameters,
-                    sparsity=block.sparsity,
-                    details={
-                        "client": client,
-                        "round": number,
-                        "personal_steps": steps,
-                        "examples": None if None in held else sum(one for one in held if one),
-                        "model": lasting_name(config.model),
-                    },
-                )
-                write_block(manifest, block.coverage, partial)
+                write_one(partial, client, factors, begun, config.federation.personal_steps if client else 0)
+                if client in familiar:
+                    (partial / OTHERWISE).mkdir()
+                    write_one(partial / OTHERWISE, client, rounds.adapter(id, best), start[best], 0)
+                    save_familiar(familiar[id], partial)
                 seal(partial)
             advance(1)

@@ -128,8 +128,13 @@ class FederationConfig(Section):
     error_feedback: bool = Field(True, description="a client adds what the codec or mask lost to its next update")
     keep_updates: bool = Field(False, description="keep every accepted update in its round's folder (legolm ablate)")
     personal_steps: int = Field(0, ge=0, description="own steps of each client after the last global update")
-    personal: Literal["last", "mixture"] = Field(
+    personal: Literal["last", "mixture", "by_input"] = Field(
         "last",
         description="what a client ends with: what it had last, or the mixture of the global update, its own steps "
-        "after it and what it learned alone (evaluate.local_only) that its validation data choose",
+        "after it and what it learned alone (evaluate.local_only) that its validation data choose; by_input: that "
+        "for questions like its own, and the global update for others",
+    )
+    public: str = Field(
+        "starter",
+        description="questions that by_input tells a client's own from: a starter set's public part, or files of rows",
     )

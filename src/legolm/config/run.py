@@ -114,7 +114,7 @@ class RunConfig(Section):
         federation = self.federation
         if federation.mode == "alone":
             return ()
-        alone = self.evaluate.local_only and federation.personal == "mixture"
+        alone = self.evaluate.local_only and federation.personal != "last"
         return (*(("personal",) if federation.personal_steps else ()), *(("local",) if alone else ()))
 
     @model_validator(mode="after")
@@ -148,6 +148,7 @@ class RunConfig(Section):
         self._check_secure()
         self._check_relays()
         self._check_calibration()
+        self._check_by_input()
         for name in ("min_replies", "buffer"):
             if (getattr(self.federation, name) or 0) > len(self.clients):
                 raise ValueError(
@@ -193,6 +194,19 @@ class RunConfig(Section):
                 f"federation.min_replies is {federation.min_replies}, and a round is over with federation.buffer "
                 f"{federation.buffer} updates; lower it"
             )
+
+    def _check_by_input(self) -> None:
+        """Raise `ValueError` where there is nothing to choose, or nobody who could write what tells questions apart."""
+        federation, why = self.federation, ""
+        if federation.personal != "by_input":
+            return
+        if not self.own_parts:
+            why = "chooses between the global update and what a client learned by itself; set "
+            why += "federation.personal_steps, or evaluate.local_only to true, in mode federated"
+        elif federation.engine == "deployment":
+            why = "keeps with each final model what its questions are like, which a device does not show; take mixture"
+        if why:
+            raise ValueError(f"federation.personal: by_input {why}")
 
     def _check_dp(self) -> None:
         """Raise `ValueError` for what would make the account of `privacy.dp` wrong."""

@@ -2,13 +2,14 @@
 
 from legolm.data.calibration import calibration_tokens, check_text, help_tokens, own_tokens
 from legolm.data.examples import Example, Message
+from legolm.data.familiar import Familiar, Seen
 from legolm.data.layouts import read_examples, to_example, unread, unused_fields, with_system
 from legolm.data.prose import read_text, text_tokens
 from legolm.data.render import Tokens, render, render_prompt, render_whole
 from legolm.data.sequence import begin, begun, check_tokens, encode, windows
 from legolm.data.sources import check_apart, paths_of, read_rows
 from legolm.data.split import client_data, data_fingerprint, load_parts, own_part
-from legolm.data.starter import is_starter
+from legolm.data.starter import is_starter, public_starter_text
 from legolm.data.store import ClientData, Examples
 from legolm.data.template import (
     DATE,
@@ -26,7 +27,9 @@ __all__ = [
     "ClientData",
     "Example",
     "Examples",
+    "Familiar",
     "Message",
+    "Seen",
     "TokenRows",
     "Tokens",
     "Turns",
@@ -49,6 +52,7 @@ __all__ = [
     "own_tokens",
     "paths_of",
     "prompt_look",
+    "public_starter_text",
     "read_examples",
     "read_rows",
     "read_text",

@@ -1,6 +1,7 @@
 """Answers, perplexity and benchmark tasks, with standard errors and paired tests."""
 
-from legolm.evaluation.answers import score
+from legolm.evaluation.answers import Answers, score, score_each
+from legolm.evaluation.by_input import OTHERWISE, save_familiar
 from legolm.evaluation.figure import Figure, digest
 from legolm.evaluation.greedy import answer_rows, generate
 from legolm.evaluation.harness import run_tasks
@@ -14,7 +15,9 @@ from legolm.evaluation.stream import answer_ends, reply
 from legolm.evaluation.tasks import load_tasks
 
 __all__ = [
+    "OTHERWISE",
     "TEXT",
+    "Answers",
     "Evaluation",
     "Figure",
     "Questions",
@@ -36,7 +39,9 @@ __all__ = [
     "read_questions",
     "reply",
     "run_tasks",
+    "save_familiar",
     "score",
+    "score_each",
     "tokens_per_second",
     "write_json",
 ]

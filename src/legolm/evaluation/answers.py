@@ -25,6 +25,24 @@ class Answers:
     tokens: Array
     exact: Array
 
+    @staticmethod
+    def joined(parts: Sequence[Answers]) -> Answers:
+        """One after the other."""
+        each = [np.concatenate([getattr(one, name) for one in parts]) for name in ("losses", "tokens", "exact")]
+        return Answers(*each)
+
+    @property
+    def score(self) -> Score:
+        """Mean loss (nats) over all answer tokens, and the share of answers that greedy decoding gives exactly."""
+        loss = ratio_figure(self.losses, self.tokens, "")
+        return Score(
+            loss=loss.value,
+            stderr=loss.stderr,
+            exact_match=float(self.exact.mean()),
+            tokens=int(self.tokens.sum()),
+            examples=len(self.tokens),
+        )
+
 
 def score_each(model: Any, examples: Sequence[Tokens], batch_size: int, precision: Precision) -> Answers:
     """Loss and exactness of each answer, in the order of `examples`.
@@ -59,12 +77,4 @@ def _shared(model: Any, batch: Sequence[Tokens]) -> int:
 
 def score(model: Any, examples: Sequence[Tokens], batch_size: int, precision: Precision) -> Score:
     """Mean loss (nats) over all answer tokens, and the share of answers that greedy decoding gives exactly."""
-    found = score_each(model, examples, batch_size, precision)
-    loss = ratio_figure(found.losses, found.tokens, "")
-    return Score(
-        loss=loss.value,
-        stderr=loss.stderr,
-        exact_match=float(found.exact.mean()),
-        tokens=int(found.tokens.sum()),
-        examples=len(examples),
-    )
+    return score_each(model, examples, batch_size, precision).score

@@ -12,6 +12,7 @@ import torch
 
 from legolm.config import DataConfig, Fields, Precision, RowsConfig
 from legolm.data import Tokens, read_rows, render_whole, to_example, unread, unused_fields
+from legolm.evaluation.by_input import by_input
 from legolm.models import autocast, choose_device, load_config, load_model, load_tokenizer
 
 
@@ -86,6 +87,12 @@ def answer_rows(
         notes += unread("generate", unused)
     tokenizer, context = load_tokenizer(path, prompts), load_config(path).max_position_embeddings
     rendered = render_whole(asked, tokenizer, context, "generate")
-    model = load_model(path).to(choose_device("auto"))
-    answers = generate(model, rendered, tokenizer, batch_size, precision, most)
+    answers = [""] * len(rows)
+    for folder, places in by_input(path, rendered).items():
+        model = load_model(folder).to(choose_device("auto"))
+        chosen = generate(model, [rendered[at] for at in places], tokenizer, batch_size, precision, most)
+        for at, answer in zip(places, chosen, strict=True):
+            answers[at] = answer
+        if folder != path and notes is not None:
+            notes.append(f"{len(places)} of {len(rows)} questions are not like the client's own: {folder} answers them")
     return [(dict(row.values), answer) for row, answer in zip(rows, answers, strict=True)]

@@ -27,7 +27,7 @@ from legolm.data import (
     tokens_of,
 )
 from legolm.errors import LegolmError, MissingDataError
-from legolm.federate.server import server_examples, start_factors
+from legolm.federate.server import public_examples, server_examples, start_factors
 from legolm.federate.wire import encoded_bytes
 from legolm.models import (
     check_weights,
@@ -192,6 +192,9 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     choose_device(config.device)
     with _naming_fetch(config):
         of_texts = check_files(config)
+        if config.federation.personal == "by_input":
+            public_examples(config, public := list[str]())
+            of_texts += tuple(public)
     rehearse(config.aggregate)
     modules_of(shape, config.lora.ranks, "lora.ranks")
     check_weights(path)
@@ -279,10 +282,11 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     actors = _actors(config, actor)
     size_of = {block.name: block.file_bytes for block in blocks}
     adapter = 8 * adapter_parameters(Coverage.full(shape), config.lora.targets, config.lora.rank)
+    two = config.federation.personal == "by_input"  # of each client
     models = (
         base.parameters * width
-        + sum(size_of[client.block] for client in clients)
-        + adapter * (1 + mixed_parts(config) * len(clients))
+        + sum(size_of[client.block] for client in clients) * (1 + two)
+        + adapter * (1 + (mixed_parts(config) + two) * len(clients))
     )
     disk = models + sum(size_of.values()) + stages_bytes(config, shape, ranks) + sums_bytes(config, shape)
     if config.federation.keep_updates:

@@ -53,8 +53,8 @@ def point_adapters(run: RunDir) -> list[Path]:
     The folders of those that did not.
     """
     found = []
-    for file in sorted(run.finals.glob("*/adapter/adapter_config.json")):
-        final, config = file.parent.parent, read_json(file, BASE)
+    for file in sorted(run.finals.glob("*/**/adapter/adapter_config.json")):
+        final, config = run.finals / file.relative_to(run.finals).parts[0], read_json(file, BASE)
         block = run.block(str(read_json(final / "manifest.json", "name")["name"]))
         # The LLM's is no block of the run: it stays where it is when the run moves.
         if not block.is_dir() or config[BASE] == (base := str(lasting_base(block))):

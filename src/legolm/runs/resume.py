@@ -29,6 +29,7 @@ AGAIN: Mapping[str, tuple[str, ...]] = {
     "federation.rounds": ("local", "personal", "final"),
     "federation.personal_steps": ("local", "personal", "final"),
     "federation.personal": ("personal", "final"),
+    "federation.public": ("personal", "final"),
     "evaluate.local_only": ("personal", "final"),
     "evaluate.others": ("local", "personal"),
     # Who is there is also on whose data the others are scored.

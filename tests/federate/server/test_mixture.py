@@ -72,18 +72,21 @@ def test_points_are_means_of_what_a_client_has() -> None:
 
 
 def test_the_choice_by_hand() -> None:
-    # The demo's own losses, with 3.48 for the thirds: 3.36 is the best, and 0.1 or 0.16 more may be chance.
+    # The demo's own losses, with 3.48 for the thirds: a quarter of what alone has, 3.65, is as good as that.
     losses = (3.83, 3.58, 3.51, 3.45, 3.48, 3.55, 3.36, 3.65)
-    assert choose(curve(*losses, stderr=0.1)).weights == {"global": 0.5, "local": 0.5}
-    assert choose(curve(*losses, stderr=0.16)).weights == {"global": 0.5, "personal": 0.5}
-    assert choose(curve(*losses, stderr=0.5)).weights == {"global": 1}
+    for stderr in (0.5, None):  # whatever chance makes of it
+        assert choose(curve(*losses, stderr=stderr)).weights == {"global": 0.75, "local": 0.25}
+    assert choose(curve(3.65, *losses[1:], stderr=0.1)).weights == {"global": 1}
+    assert choose(curve(1.04, 1.03, 1.02, 1.01, 1.01, 1.02, 1.01, 1.0, stderr=0.5)).weights == {"local": 1}
+    # Nobody trained alone: 1.0 is the best, and 0.05 more may be chance.
+    own: tuple[Part, ...] = ("personal",)
+    assert choose(curve(1.04, 1.2, 1.0, stderr=0.05, own=own)).weights == {"global": 1}
+    assert choose(curve(1.06, 1.04, 1.0, stderr=0.05, own=own)).weights == {"global": 0.5, "personal": 0.5}
     # One row says nothing of chance; nor do rows that are all answered alike: what is best is taken.
-    assert choose(curve(*losses, stderr=None)).weights == {"personal": 0.5, "local": 0.5}
-    assert choose(curve(1.04, 1.03, 1.02, 1.01, 1.01, 1.02, 1.01, 1.0, stderr=0.0)).weights == {"local": 1}
-    assert choose(curve(*[1.0] * 8, stderr=0.0)).weights == {"global": 1}
-    assert choose(curve(1.04, 1.2, 1.0, stderr=0.05, own=("personal",))).weights == {"global": 1}
+    for unknown in (None, 0.0):
+        assert choose(curve(1.04, 1.2, 1.0, stderr=unknown, own=own)).weights == {"personal": 1}
     # The best one's standard error counts, not that of the one that is taken.
-    found = curve(1.5, 1.2, 1.0, stderr=0.1, own=("personal",))
+    found = curve(1.5, 1.2, 1.0, stderr=0.1, own=own)
     assert choose([found[0].model_copy(update={"stderr": 9.0}), *found[1:]]).weights == {"personal": 1}
 
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from legolm.adapter import Tensors, adapter_keys, adapter_layout, concatenated, merged, under_prefix, with_prefix
 from legolm.block import Block
 from legolm.config import CalibrationConfig, DpConfig, Precision, TrainConfig
-from legolm.data import TokenRows, Turns, check_whole, own_tokens, tokens_of
+from legolm.data import Familiar, Seen, TokenRows, Turns, check_whole, own_tokens, tokens_of
 from legolm.errors import LegolmError
-from legolm.evaluation import score
+from legolm.evaluation import Answers, score_each
 from legolm.federate.client.secure import LATER, keys, masked
 from legolm.federate.client.site import Site, SiteOf, Split
 from legolm.federate.client.state import keep_state, read_state
@@ -25,6 +25,7 @@ from legolm.federate.wire import (
     Envelope,
     EvaluateRequest,
     KeysRequest,
+    Otherwise,
     ScoreReply,
     SumsReply,
     TrainRequest,
@@ -145,15 +146,35 @@ class ClientRuntime:
     def _evaluate(self, request: EvaluateRequest, content: Tensors) -> bytes:
         block = self._load(self._site_of(request.client, request.block), request, request.precision)
         keys = adapter_keys(block.coverage, request.targets)
-        layout = adapter_layout(block.coverage, keys, request.rank, request.ranks)
-        factors = dict(decode(content, "none", layout))
-        scores = []
-        with merged(self._model, block.coverage, factors, request.scale) as model:
-            for client, split in request.sets:
-                site = self._site_of(client, request.block)
-                examples = self._examples(client, site, split, request.max_length, request.long_examples == "refuse")
-                scores.append(score(model, examples, request.batch_size, request.precision))
-        return pack(ScoreReply(scores=scores), {})
+        own = {name: tensor for name, tensor in content.items() if not name.startswith("otherwise.")}
+        asked = [(own, adapter_layout(block.coverage, keys, request.rank, request.ranks))]
+        if (other := request.otherwise) is not None:
+            layout = adapter_layout(block.coverage, keys, other.rank, other.ranks)
+            asked.append((under_prefix("otherwise", content), layout))
+        parts = [dict(decode(tensors, "none", layout)) for tensors, layout in asked]
+        sets = [self._scored(request, client, split) for client, split in request.sets]
+        knows = None if other is None else self._familiar(request, other).knows
+        answers = []
+        for place, factors in enumerate(parts):
+            with merged(self._model, block.coverage, factors, request.scale) as model:
+                for rows in sets:
+                    chosen = rows if knows is None else [one for one in rows if knows(one) == (place == 0)]
+                    answers.append(score_each(model, chosen, request.batch_size, request.precision))
+        each = [Answers.joined(answers[at :: len(sets)]) for at in range(len(sets))]
+        return pack(ScoreReply(scores=[one.score for one in each]), {})
+
+    def _scored(self, request: EvaluateRequest, client: str, split: Split) -> TokenRows:
+        site = self._site_of(client, request.block)
+        return self._examples(client, site, split, request.max_length, request.long_examples == "refuse")
+
+    def _familiar(self, request: EvaluateRequest, other: Otherwise) -> Familiar:
+        """What tells the client's own questions, by its training data."""
+        own = self._scored(request, request.client, "train")
+        seen = Seen(other.prompts, torch.tensor(other.tokens), torch.tensor(other.counts))
+        try:
+            return Familiar.of(own, seen)
+        except ValueError as error:
+            raise LegolmError(f"client {request.client}: own questions cannot be told from others: {error}") from None
 
     def _load(self, site: Site, request: TrainRequest | EvaluateRequest, precision: Precision) -> Block:
         """The site's block, its model in memory. Raises `LegolmError` when the request was made for another one."""

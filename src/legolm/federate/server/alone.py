@@ -17,6 +17,7 @@ from legolm.errors import LegolmError
 from legolm.federate.server.dispatch import Dispatch, Job, Order
 from legolm.federate.server.members import Members
 from legolm.federate.server.mixture import choose, points
+from legolm.federate.server.public import seen_in_public
 from legolm.federate.server.scoring import Scoring, by_client
 from legolm.federate.transport import Exchange
 from legolm.runs import (
@@ -88,10 +89,18 @@ class Alone:
                 ended = {key: t + change.delta[key] if key in change.delta else t for key, t in change.received.items()}
                 save_adapter_state(own / one.client, concatenated(scheme.fold(coverage, 0), ended))
                 training[one.client] = one.update.training
-            if stage == "personal" and self.config.federation.personal == "mixture":
+            if stage == "personal" and self.config.federation.personal != "last":
                 mixtures = self._mix(start, [id for id in left if id not in refused], own, exchange, refused)
+            by_input = stage == "personal" and self.config.federation.personal == "by_input"
+            seen = seen_in_public(self.config, self.members.llm) if by_input else None
             jobs = [
-                Job(id, self.members.block[id], partial(load_adapter_state, own / id), self.scoring.sets_of(id))
+                Job(
+                    id,
+                    self.members.block[id],
+                    partial(load_adapter_state, own / id),
+                    self.scoring.sets_of(id),
+                    None if seen is None else (partial(self.adapter, id, start), seen),
+                )
                 for id in left
                 if id not in refused
             ]

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from legolm.adapter import Tensors, adapter_keys, adapter_layout, parse_key, slice_factors
+from legolm.adapter import Tensors, adapter_keys, adapter_layout, parse_key, slice_factors, with_prefix
 from legolm.aggregate import Scheme, held_by
 from legolm.block import Block
 from legolm.config import DpConfig, RunConfig, TrainConfig
+from legolm.data import Seen
 from legolm.errors import LegolmError
 from legolm.federate.server.members import LLM, Members
 from legolm.federate.transport import Exchange, Reply, Request
 from legolm.federate.wire import (
     Broadcast,
     EvaluateRequest,
+    Otherwise,
     ScoreReply,
     TrainRequest,
     TrainSettings,
@@ -53,12 +55,16 @@ class Order:
 
 @dataclass(frozen=True)
 class Job:
-    """Score one block with one adapter, made when it is sent, on behalf of a client, on (client, split) pairs."""
+    """Score one block with one adapter, made when it is sent, on behalf of a client, on (client, split) pairs.
+
+    With `otherwise`, another adapter and the public questions' tokens, each question by the adapter that fits it.
+    """
 
     client: str
     block: Block
     adapter: Callable[[], Tensors]
     sets: tuple[tuple[str, Split], ...]
+    otherwise: tuple[Callable[[], Tensors], Seen] | None = None
 
 
 @dataclass(frozen=True)
@@ -208,20 +214,27 @@ class Dispatch:
 
     def question(self, job: Job) -> bytes:
         """The request that asks a client for a job's scores."""
-        config, factors = self._config, job.adapter()
-        ranks = {parse_key(key)[1].rpartition(".")[2]: len(t) for key, t in factors.items() if key.endswith(".A")}
-        rank = max(ranks.values(), default=0)
+        config, factors, otherwise = self._config, job.adapter(), None
+        content = encode(factors, "none")
+        rank, ranks = _ranks(factors)
+        if job.otherwise is not None:
+            other, seen = job.otherwise[0](), job.otherwise[1]
+            its, single = _ranks(other)
+            tokens, counts = seen.tokens.tolist(), seen.counts.tolist()
+            otherwise = Otherwise(rank=its, ranks=single, prompts=seen.prompts, tokens=tokens, counts=counts)
+            content |= with_prefix("otherwise", encode(other, "none"))
         header = EvaluateRequest(
             **self._envelope(job.client, job.block, rank),
             sets=list(job.sets),
             targets=config.lora.targets,
-            ranks={module: own for module, own in ranks.items() if own < rank},
+            ranks=ranks,
             max_length=config.train.max_length,
             long_examples=config.train.long_examples,
             precision=_decided(config),
             batch_size=config.evaluate.batch_size,
+            otherwise=otherwise,
         )
-        return pack(header, encode(factors, "none"))
+        return pack(header, content)
 
     def _each_once(self, replies: Iterable[Reply], clients: Sequence[str], label: str) -> Iterator[Reply]:
         """One reply for each request: others are named and dropped, and one that does not come is an error's."""
@@ -303,6 +316,13 @@ class Dispatch:
             "rank": rank,
             "scale": self._config.lora.scaling,
         }
+
+
+def _ranks(factors: Tensors) -> tuple[int, dict[str, int]]:
+    """The rank, and that of single modules where it is less."""
+    ranks = {parse_key(key)[1].rpartition(".")[2]: len(t) for key, t in factors.items() if key.endswith(".A")}
+    rank = max(ranks.values(), default=0)
+    return rank, {module: own for module, own in ranks.items() if own < rank}
 
 
 def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]]) -> Sequence[Score]:

@@ -25,10 +25,12 @@ def points(own: Collection[str]) -> list[Weights]:
 
 
 def choose(found: Sequence[Mixture]) -> Mixture:
-    """The first, and so the best on the others' data, that is within one standard error of the best one.
+    """The first, and so the best on the others' data, that is no worse on the client's own than what it learned alone.
 
-    The one-standard-error rule (Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3): what the
-    client's few validation rows cannot tell apart is decided in favour of the others.
+    Without training alone: the first within one standard error of the best one (Breiman et al., "Classification and
+    Regression Trees", 1984, section 3.4.3). What a few validation rows cannot tell apart is decided for the others.
     """
     best = min(found, key=lambda one: one.validation)
-    return next(one for one in found if one.validation <= best.validation + (best.stderr or 0.0))
+    alone = [one.validation for one in found if one.weights == {"local": 1}]
+    most = alone[0] if alone else best.validation + (best.stderr or 0.0)
+    return next(one for one in found if one.validation <= most)

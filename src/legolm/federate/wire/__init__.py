@@ -6,6 +6,7 @@ from legolm.federate.wire.codec import decode, encode, encoded_bytes
 from legolm.federate.wire.messages import (
     Envelope,
     EvaluateRequest,
+    Otherwise,
     ScoreReply,
     SecureUpload,
     TrainRequest,
@@ -65,6 +66,7 @@ __all__ = [
     "Offer",
     "OfferRequest",
     "Opened",
+    "Otherwise",
     "OwnData",
     "ScoreReply",
     "SecureUpload",

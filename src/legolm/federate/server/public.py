@@ -1,0 +1,45 @@
+"""Public questions, which a client's own ones are told from."""
+
+from __future__ import annotations
+
+from legolm.block import Block
+from legolm.config import RunConfig
+from legolm.data import (
+    Examples,
+    Familiar,
+    Seen,
+    client_data,
+    is_starter,
+    public_starter_text,
+    read_examples,
+    tokens_of,
+    with_system,
+)
+from legolm.errors import LegolmError
+from legolm.models import load_tokenizer
+
+
+def public_examples(config: RunConfig, notes: list[str] | None = None) -> Examples:
+    """Of `federation.public`, as clients' questions look. Raises `LegolmError` where there are none.
+
+    What there is to say of them is added to `notes`.
+    """
+    source = config.federation.public
+    starter = public_starter_text(source) if is_starter(source) else ()
+    rows = starter or read_examples(source, config.data, "federation.public", notes)
+    found = Examples.of(with_system(example, config.data.system) for example in rows)
+    if not found:
+        raise LegolmError(f"federation.public: {source!r} has no rows; name files with questions, or a starter set")
+    return found
+
+
+def seen_in_public(config: RunConfig, llm: Block) -> Seen:
+    """Their tokens."""
+    tokenizer = load_tokenizer(llm.path, config.data)
+    return Seen.of(tokens_of(public_examples(config), tokenizer, config.train.max_length))
+
+
+def familiar_of(config: RunConfig, llm: Block) -> dict[str, Familiar]:
+    """What tells each client's own questions; only who has clients' rows, a simulation, can make it."""
+    tokenizer, seen, most = load_tokenizer(llm.path, config.data), seen_in_public(config, llm), config.train.max_length
+    return {id: Familiar.of(tokens_of(rows.train, tokenizer, most), seen) for id, rows in client_data(config).items()}
