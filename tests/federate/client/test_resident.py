@@ -16,6 +16,7 @@ import torch
 
 from legolm import config as configs
 from legolm import pipeline
+from legolm.adapter import with_prefix
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.bridge import PIECE, Link, connect, listen
@@ -23,6 +24,8 @@ from legolm.federate.client import Holdings, Profile, Resident, answering
 from legolm.federate.client.fetch import UnreachableError, find_block
 from legolm.federate.transport import run_local
 from legolm.federate.wire import (
+    EvaluateRequest,
+    Otherwise,
     OwnData,
     UpdateReply,
     Welcome,
@@ -183,6 +186,11 @@ def test_a_device_answers_as_the_simulation(three_clients: Callable[..., dict[st
     other = Resident(held, "de", Server(block, pieces=0).piece, said.append)
     Kept(tmp_path / "home" / "runs" / run / "replies").put(asked[0][1], b"")
     assert "this device is 'de'" in other.answer(told.model_dump_json(), asked[1][1] + b" ")[0]["error"]
+    score, content = unpack(next(request for _, request, _ in asked if kind_of(request) == "evaluate"), EvaluateRequest)
+    unequal = Otherwise(rank=score.rank, ranks={}, prompts=1, tokens=[7], counts=[1])
+    both = content | with_prefix("otherwise", {name: tensor.clone() for name, tensor in content.items()})
+    by_input = pack(score.model_copy(update={"otherwise": unequal}), both)
+    assert "would tell the tokens" in resident.answer(told.model_dump_json(), by_input)[0]["error"]
     assert "message is broken" in resident.answer(told.model_dump_json(), b"hello")[0]["error"]
 
 

@@ -21,6 +21,7 @@ from legolm.federate.client.secure import Keeping
 from legolm.federate.client.site import Profile, Site, Split
 from legolm.federate.wire import (
     DeviceReply,
+    EvaluateRequest,
     OfferRequest,
     OwnData,
     Welcome,
@@ -112,6 +113,8 @@ class Resident(Answering):
         return pack(self._describe(unpack(request, OfferRequest)[0]), {}) if kind_of(request) == "offer" else None
 
     def _work(self, told: Welcome, welcome: str, request: bytes, until: float | None) -> bytes:
+        if kind_of(request) == "evaluate" and unpack(request, EvaluateRequest)[0].otherwise is not None:
+            raise LegolmError("it asks for a score by input, which would tell the tokens of this device's questions")
         self._settle(told, welcome)
         now = time.monotonic()
         return self._runtime.answer(request, None if until is None else now + IN_TIME * (until - now))

@@ -141,7 +141,7 @@ class Otherwise(BaseModel):
     rank: Annotated[int, Field(ge=1)]
     ranks: dict[str, int]
     prompts: Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TOKENS)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=MAX_TOKENS)]
     counts: Annotated[list[Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]], Field(max_length=MAX_TOKENS)]
 
     @model_validator(mode="after")
