@@ -75,6 +75,7 @@ def summarize(
         others=Others(asked=max(map(len, others.values())), there=len(block_of) - 1),
         rounds=len(rounds) - 1,
         changes=identity.changes,
+        by_input=config.federation.personal == "by_input",
         best_round=best.round,
         privacy=_privacy(config, rounds),
         blocks=[_block(block, block_of, rounds[1:]) for block in blocks.values()],

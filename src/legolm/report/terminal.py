@@ -133,6 +133,7 @@ def print_summary(summary: Summary, out: Path) -> None:
             (one.id, *(f"{one.weights[part]:.0%}" if part in one.weights else "" for part in parts)) for one in mixing
         ]
         title = "What each client's personal model is a mixture of, chosen by its own validation data"
+        title += "; the global update answers what is unlike its own questions" if summary.by_input else ""
         print_table(("client", *(f">{part}" for part in parts)), rows, title=title)
     print_samples(summary)
     llm, lines, took = summary.llm, notes(summary), f"{summary.wall_s:.0f} s."

@@ -226,6 +226,8 @@ class Summary(Record):
     rounds: int
     changes: list[Change] = Field([])
     best_round: int
+    by_input: bool = Field(False)
+    """Personal models are scored on questions like the client's own, the global update on others."""
     privacy: PrivacySummary | None = Field(None)
     """None without differential privacy."""
     blocks: list[BlockSummary]

@@ -47,6 +47,7 @@ def test_each_question_is_scored_and_answered_by_the_model_that_fits(
     raw["aggregate"] = {"form": form}
     config, out = configs.validate(RunConfig, raw, "test"), tmp_path / "out"
     summary = pipeline.run(config, out)
+    assert summary.by_input and "others, and so most of the others’ data, have" in (out / "report.html").read_text()
     data = client_data(config)
     shared = load_file(out / "rounds" / f"{summary.best_round:04}" / "adapter.safetensors")
     met = set()
