@@ -24,6 +24,7 @@ import psutil
 import legolm as lg
 from legolm.export import Speed, bench
 from legolm.export.gguf import described, spans, verify
+from legolm.export.gguf_balance import balance_of
 from legolm.export.gguf_write import write_gguf
 from legolm.export.llama_cpp import LlamaCpp, llama_cpp
 from legolm.export.probe import Measured, Reference
@@ -84,8 +85,10 @@ def write(name: str, file: Path, asked: int) -> Measured:
     """The model in q8_0, and how llama.cpp's distributions differ from the checkpoint's, on the same tokens."""
     with open_source(name, None, file) as source:
         layout, vocabulary = described(source)
-        reference = Reference.of(source.load(), source.tokenizer, *spans(layout, asked))
-        write_gguf(source.path, file, layout, vocabulary, "q8_0", name)
+        model = source.load()
+        reference = Reference.of(model, source.tokenizer, *spans(layout, asked))
+        balance = balance_of(model, source.tokenizer, layout)
+        write_gguf(source.path, file, layout, vocabulary, "q8_0", name, balance)
         return verify(source, file, reference, "q8_0", vocabulary)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from legolm.data import Example, Message, render, render_template
 from legolm.errors import LegolmError
+from legolm.export.gguf_balance import balance_of
 from legolm.export.gguf_layout import Layout, layout_of
 from legolm.export.gguf_tokens import Vocabulary, vocabulary_of
 from legolm.export.gguf_write import Quant, write_gguf
@@ -59,14 +60,15 @@ def write_checked(source: Source, out: Path, quant: Quant) -> list[str]:
     model = source.load()
     exact = Reference.of(model, source.tokenizer, *spans(layout, EXACT_ASKED))
     lossy = None if quant in ("f16", "f32") else Reference.of(model, source.tokenizer, *spans(layout, ASKED))
+    balance = balance_of(model, source.tokenizer, layout)
     del model
     lines = [*layout.notes, *vocabulary.notes]
     if lossy is not None:
         whole = source.scratch / "whole.gguf"
-        write_gguf(source.path, whole, layout, vocabulary, "f16", source.block.name)
+        write_gguf(source.path, whole, layout, vocabulary, "f16", source.block.name, balance)
         verify(source, whole, exact, "f16", vocabulary)
         whole.unlink()
-    written = write_gguf(source.path, out, layout, vocabulary, quant, source.block.name)
+    written = write_gguf(source.path, out, layout, vocabulary, quant, source.block.name, balance)
     found = verify(source, out, lossy or exact, quant, vocabulary)
     lines += written.notes()
     if source.coverage.masks:
