@@ -146,7 +146,8 @@ def test_adapters_fit_the_file_that_was_balanced_like_them(
     exported_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = exported_run.parent.parent / "blocks" / "b"
-    export(str(cut), "gguf", tmp_path / "b.gguf", settings={"quant": "f32"})
+    found = export(str(cut), "gguf", tmp_path / "b.gguf", settings={"quant": "f32"})
+    assert "LoRA files for it are those of --to gguf-adapter" in found.lines[-2]
     export(str(exported_run), "gguf-adapter", tmp_path / "fr.gguf")
     assert gguf.GGUFReader(tmp_path / "fr.gguf").fields["legolm.balanced"].contents() is True
     monkeypatch.setattr(adapters, "balance_of", plain)
