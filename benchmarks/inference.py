@@ -51,15 +51,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--runtimes", nargs="*", default=[name for name, _ in RUNTIMES], help="which are measured")
     parser.add_argument("--samples", type=int, default=32, help="windows of calibration text")
+    parser.add_argument("--recover", type=int, default=0, help="steps of distillation of the structured blocks")
     given = parser.parse_args()
     llm = lg.LLM(given.model)
     blocks = {
-        name: lg.cut(llm, given.out / name, method=method, sparsity=sparsity, samples=given.samples)
-        for name, method, sparsity in (
-            ("quarter", "structured", 0.25),
-            ("half", "structured", 0.5),
-            ("three-quarters", "structured", 0.75),
-            ("mask", "wanda", 0.5),
+        name: lg.cut(llm, given.out / name, method=method, sparsity=sparsity, samples=given.samples, recover=steps)
+        for name, method, sparsity, steps in (
+            ("quarter", "structured", 0.25, given.recover),
+            ("half", "structured", 0.5, given.recover),
+            ("three-quarters", "structured", 0.75, given.recover),
+            ("mask", "wanda", 0.5, 0),
         )
     }
     models = [given.model, *(str(block.path) for block in blocks.values())]
