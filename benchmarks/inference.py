@@ -24,6 +24,7 @@ import psutil
 import legolm as lg
 from legolm.export import Speed, bench
 from legolm.export.gguf import described, spans, verify
+from legolm.export.gguf_balance import balance_of
 from legolm.export.gguf_write import write_gguf
 from legolm.export.llama_cpp import LlamaCpp, llama_cpp
 from legolm.export.probe import Measured, Reference
@@ -50,15 +51,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--runtimes", nargs="*", default=[name for name, _ in RUNTIMES], help="which are measured")
     parser.add_argument("--samples", type=int, default=32, help="windows of calibration text")
+    parser.add_argument("--recover", type=int, default=0, help="steps of distillation of the structured blocks")
     given = parser.parse_args()
     llm = lg.LLM(given.model)
     blocks = {
-        name: lg.cut(llm, given.out / name, method=method, sparsity=sparsity, samples=given.samples)
-        for name, method, sparsity in (
-            ("quarter", "structured", 0.25),
-            ("half", "structured", 0.5),
-            ("three-quarters", "structured", 0.75),
-            ("mask", "wanda", 0.5),
+        name: lg.cut(llm, given.out / name, method=method, sparsity=sparsity, samples=given.samples, recover=steps)
+        for name, method, sparsity, steps in (
+            ("quarter", "structured", 0.25, given.recover),
+            ("half", "structured", 0.5, given.recover),
+            ("three-quarters", "structured", 0.75, given.recover),
+            ("mask", "wanda", 0.5, 0),
         )
     }
     models = [given.model, *(str(block.path) for block in blocks.values())]
@@ -84,8 +86,10 @@ def write(name: str, file: Path, asked: int) -> Measured:
     """The model in q8_0, and how llama.cpp's distributions differ from the checkpoint's, on the same tokens."""
     with open_source(name, None, file) as source:
         layout, vocabulary = described(source)
-        reference = Reference.of(source.load(), source.tokenizer, *spans(layout, asked))
-        write_gguf(source.path, file, layout, vocabulary, "q8_0", name)
+        model = source.load()
+        reference = Reference.of(model, source.tokenizer, *spans(layout, asked))
+        balance = balance_of(model, source.tokenizer, layout)
+        write_gguf(source.path, file, layout, vocabulary, "q8_0", name, balance)
         return verify(source, file, reference, "q8_0", vocabulary)
 
 

@@ -21,6 +21,7 @@ from legolm.data import DATE
 from legolm.errors import LegolmError
 from legolm.export import export, gguf_layout
 from legolm.export import gguf as target
+from legolm.export.gguf_balance import Balance
 from legolm.export.gguf_layout import layout_of
 from legolm.export.gguf_tokens import DIGIT, GPT2, NAMES, vocabulary_of
 from legolm.export.gguf_write import write_gguf
@@ -62,7 +63,7 @@ def test_blocks_of_every_family_compute_the_same_in_llama_cpp(
     assert [one.name for one in tmp_path.iterdir()] == ["b.gguf"]
 
 
-OWN = {"name", "size_label", "architecture", "vocab_size", "add_bos_token", "add_eos_token", "merges"}
+OWN = {"name", "balanced", "size_label", "architecture", "vocab_size", "add_bos_token", "add_eos_token", "merges"}
 """Named after folders, or written by one of the two only: of a tokenizer without merges, and where all is usual."""
 ALIKE: dict[str, tuple[Any, Any]] = {
     "attention.head_count_kv": (4, None),
@@ -127,7 +128,7 @@ def test_files_are_those_of_llama_cpps_own_converter(
 ) -> None:
     path, config = block(variant).path, load_config(block(variant).path)
     vocabulary = vocabulary_of(load_tokenizer(path), config.vocab_size, None)
-    write_gguf(path, tmp_path / "b.gguf", layout_of(config, "b"), vocabulary, "f16", "b")
+    write_gguf(path, tmp_path / "b.gguf", layout_of(config, "b"), vocabulary, "f16", "b", Balance())
     (ours, our_tensors), (its, its_tensors) = read(tmp_path / "b.gguf"), read(converted[variant])
 
     def told(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -313,7 +314,7 @@ def test_llama_cpp_splits_texts_as_the_tokenizer_does(
     tokenizer, config = trained(*key, corpus), load_config(wide)
     vocabulary = vocabulary_of(tokenizer, 640, None)
     assert vocabulary.pre == NAMES[key] and len(vocabulary.merges) > 100
-    write_gguf(wide, tmp_path / "m.gguf", layout_of(config, "m"), vocabulary, "f16", "m")
+    write_gguf(wide, tmp_path / "m.gguf", layout_of(config, "m"), vocabulary, "f16", "m", Balance())
     with llama_cpp(tmp_path / "m.gguf", 64) as runtime:
         for text in (*target.TEXTS, corpus.read_text()[:300]):
             assert runtime.tokenize(text) == tokenizer.encode(text, add_special_tokens=False)

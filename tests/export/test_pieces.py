@@ -89,7 +89,7 @@ def test_llama_cpp_makes_the_same_tokens(
     assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0]) - 10  # merges count
     # The export compares the tokens of texts, of chats, and how a text begins.
     found = export(str(saved(tokenizer, tiny, tmp_path / "m")), "gguf", tmp_path / "m.gguf", settings={"quant": "f16"})
-    assert [line.removeprefix("llama.cpp ") for line in found.lines[:-1]] == [note] * bool(note)
+    assert [line.removeprefix("llama.cpp ") for line in found.lines[:-2]] == [note] * bool(note)
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
     assert fields["tokenizer.ggml.model"].contents() == "llama"
     assert fields["tokenizer.ggml.add_space_prefix"].contents() == prefix

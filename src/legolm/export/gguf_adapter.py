@@ -7,9 +7,11 @@ from pathlib import Path
 from legolm.adapter import factor_key, parse_key
 from legolm.export.adapter import check_unmasked, merged_reference
 from legolm.export.gguf import EXACT_ASKED, PACKAGES, described, spans, verify
+from legolm.export.gguf_balance import balance_of
 from legolm.export.gguf_write import write_gguf, write_lora
 from legolm.export.source import Source
 from legolm.export.target import exporter
+from legolm.models import load_model
 
 
 @exporter("gguf-adapter", packages=PACKAGES, extra="gguf")
@@ -23,9 +25,10 @@ def gguf_adapter(source: Source, out: Path) -> list[str]:
         if side == "A":
             a, b = (source.factors[factor_key(layer, module, one)] for one in "AB")
             factors[f"{prefix}.{place[layer]}.{module}.weight"] = a, b
-    write_lora(factors, layout, out, source.block.name)
+    balance = balance_of(load_model(source.bare), source.tokenizer, layout)
+    write_lora(factors, layout, out, source.block.name, balance)
     base = source.scratch / "base.gguf"
-    write_gguf(source.bare, base, layout, vocabulary, "f16", source.block.name)
+    write_gguf(source.bare, base, layout, vocabulary, "f16", source.block.name, balance)
     reference = merged_reference(source, *spans(layout, EXACT_ASKED))
     found = verify(source, base, reference, "f16", vocabulary, adapters=[(out, 1.0)])
     return [f"for the block {source.bare}, as --to gguf writes it", f"llama.cpp, f16, with it: {found.said()}"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from legolm.errors import LegolmError
+from legolm.export.gguf_balance import Balance
 from legolm.export.gguf_layout import Layout
 from legolm.export.gguf_tokens import Vocabulary
 from legolm.models import LayeredModel
@@ -29,6 +30,8 @@ OUTER = ("token_embd.weight", "output.weight")
 POSITIONS = "position_embd.weight"
 HEADS = ("lm_head.weight", "embed_out.weight")
 LARGEST_F16 = 65504.0
+BALANCED = "legolm.balanced"
+"""Metadata, of a model and of an adapter: each fits only one of its kind."""
 
 
 @dataclass
@@ -57,6 +60,7 @@ def write_gguf(
     vocabulary: Vocabulary,
     quant: Quant,
     name: str,
+    balance: Balance,
     embeddings: Quant | None = None,
 ) -> Written:
     """Write the checkpoint at `path`. Raises `LegolmError` for a weight that float16 cannot hold.
@@ -71,6 +75,7 @@ def write_gguf(
     writer.add_name(_named(name, vocabulary.strips))
     writer.add_file_type(FILE_TYPES[quant])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_bool(BALANCED, bool(balance.scales))
     for key, value in layout.metadata.items():
         kinds_of_value: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
         add = kinds_of_value[type(value)]
@@ -90,7 +95,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor_name, tensor in _tensors(model, layout, weights=True):
-        kind, whole = kinds[tensor_name], tensor.float().contiguous()
+        kind, whole = kinds[tensor_name], balance.weight(tensor_name, tensor.float()).contiguous()
         if kind is not gguf.GGMLQuantizationType.F32 and float(whole.abs().max()) > LARGEST_F16:
             raise LegolmError(
                 f"{name}: {tensor_name} has weights beyond {LARGEST_F16:.0f}, the largest of f16; take --quant f32"
@@ -100,8 +105,13 @@ def write_gguf(
     return written
 
 
-def write_lora(factors: dict[str, tuple[Tensor, Tensor]], layout: Layout, out: Path, name: str) -> None:
-    """Write an adapter: (A, B) by the name of the weight as a checkpoint has it, the scale in B."""
+def write_lora(
+    factors: dict[str, tuple[Tensor, Tensor]], layout: Layout, out: Path, name: str, balance: Balance
+) -> None:
+    """Write an adapter: (A, B) by the name of the weight as a checkpoint has it, the scale in B.
+
+    `balance` is that of the block that it is for.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(out, layout.arch)
@@ -110,12 +120,13 @@ def write_lora(factors: dict[str, tuple[Tensor, Tensor]], layout: Layout, out: P
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     ranks = {len(a) for a, _ in factors.values()}
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(max(ranks)))
+    writer.add_bool(BALANCED, bool(balance.scales))
     for weight, (a, b) in factors.items():
         for part, rows in layout.tensors(weight, b):
             # llama.cpp multiplies by alpha over the rank of each.
-            scaled = rows * (len(a) / max(ranks))
-            writer.add_tensor(f"{part}.lora_a", a.float().contiguous().numpy())
-            writer.add_tensor(f"{part}.lora_b", scaled.float().contiguous().numpy())
+            scaled = balance.rows(part, rows.float()) * (len(a) / max(ranks))
+            writer.add_tensor(f"{part}.lora_a", balance.columns(part, a.float()).contiguous().numpy())
+            writer.add_tensor(f"{part}.lora_b", scaled.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

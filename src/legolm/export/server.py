@@ -10,6 +10,7 @@ from typing import Any
 
 from legolm.config import EXPORTERS
 from legolm.errors import LegolmError, brief
+from legolm.export.gguf_write import BALANCED
 from legolm.export.llama_cpp import LlamaCpp, llama_cpp
 from legolm.export.write import export
 from legolm.system import scratch_folder
@@ -33,15 +34,22 @@ def serving(
     if len(named) < len(adapters):
         raise LegolmError(f"--adapter: {adapters[-1]}: a name is given twice; call them NAME=DIR")
     with scratch_folder(folder / "legolm-serve") as scratch:
-        file, context = _file(model, quant, scratch)
+        file, context, balanced = _file(model, quant, scratch)
         files = []
         for name, path in named.items():
             if path.suffix != ".gguf":
                 made = scratch / f"{name}.gguf"
                 export(model, "gguf-adapter", made, path)
                 path = made
-            elif _fields(path, f"--adapter {path}").get("general.type") != "adapter":
-                raise LegolmError(f"--adapter {path}: is no LoRA file; give one, or a PEFT adapter's folder")
+            else:
+                fields = _fields(path, f"--adapter {path}")
+                if fields.get("general.type") != "adapter":
+                    raise LegolmError(f"--adapter {path}: is no LoRA file; give one, or a PEFT adapter's folder")
+                if bool(fields.get(BALANCED)) != balanced:
+                    raise LegolmError(
+                        f"--adapter {path}: is for a file of {model} whose channels are{' not' * balanced} balanced; "
+                        "export the model and the adapter alike, by legolm export --to gguf and --to gguf-adapter"
+                    )
             files.append((path, 0.0))  # until a request asks for it
         with llama_cpp(file, context * parallel, files, parallel, host, port, Path(model).name) as server:
             yield server, {name: number for number, name in enumerate(named)}
@@ -63,8 +71,8 @@ def _named(given: str) -> tuple[str, Path]:
     return (name if equals else Path(path).stem), Path(path)
 
 
-def _file(model: str, quant: str, scratch: Path) -> tuple[Path, int]:
-    """A GGUF file of the model, and the context to serve."""
+def _file(model: str, quant: str, scratch: Path) -> tuple[Path, int, bool]:
+    """A GGUF file of the model, the context to serve, and whether its channels are balanced."""
     path = Path(model)
     if path.suffix != ".gguf":
         path = scratch / "model.gguf"
@@ -75,7 +83,7 @@ def _file(model: str, quant: str, scratch: Path) -> tuple[Path, int]:
     trained = fields.get(f"{fields.get('general.architecture')}.context_length")
     if not isinstance(trained, int):
         raise LegolmError(f"{model}: is no GGUF file of a model")
-    return path, min(trained, MOST_CONTEXT)
+    return path, min(trained, MOST_CONTEXT), bool(fields.get(BALANCED))
 
 
 def _fields(path: Path, where: str) -> dict[str, Any]:

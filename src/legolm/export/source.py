@@ -65,6 +65,11 @@ class Source:
         """Whether it holds less than the LLM."""
         return self.coverage.hash != Coverage.full(self.coverage.shape).hash
 
+    @property
+    def learned(self) -> bool:
+        """Whether an adapter is merged, here or by the run that wrote it."""
+        return self.adapter is not None or (self.folder / FACTORS).is_file()
+
     @cached_property
     def path(self) -> Path:
         """Checkpoint with everything merged."""
