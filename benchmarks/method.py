@@ -30,7 +30,6 @@ BENCHES: dict[str, tuple[str, ...]] = {
     "dates": (),
     "languages": (
         "data.train=starter-languages",
-        "federation.public=starter-languages",
         *(f"clients.{place}.data={language}" for place, language in enumerate(("fr", "de", "es", "it"))),
     ),
 }

@@ -21,16 +21,25 @@ def asked(*ids: int) -> Tokens:
 OWN, PUBLIC = [asked(1, 2), asked(1, 3, 3)], [asked(4, 2), asked(4, 5), asked(4, 2), asked(4, 3)]
 
 
+def gram(*ids: int) -> int:
+    return sum((id + 1) << 21 * place for place, id in enumerate(ids))
+
+
 def test_the_ratio_by_hand() -> None:
     """Token 1 is in both own prompts and no public one, of which there are four: ln 1 - ln 1/8."""
     seen = Seen.of(PUBLIC)
-    assert (seen.prompts, seen.tokens.tolist(), seen.counts.tolist()) == (4, [2, 3, 4, 5], [2, 1, 4, 1])
+    wanted = {(2,): 2, (3,): 1, (4,): 4, (5,): 1, (4, 2): 2, (4, 5): 1, (4, 3): 1}
+    assert seen.prompts == 4
+    assert dict(zip(seen.grams.tolist(), seen.counts.tolist(), strict=True)) == {gram(*k): n for k, n in wanted.items()}
     found = Familiar.of(OWN, seen)
-    wanted = {1: math.log(8), 2: 0, 3: math.log(2), 4: -math.log(8), 5: -math.log(2)}
-    assert found.gains == pytest.approx(wanted)  # an answer's tokens have no say
-    assert found.score(asked(1, 1, 3, 7)) == pytest.approx(math.log(16))
-    # By the other one alone: 1 is in all of it, and what is in this one only is in none, half of a public prompt.
-    assert found.least == pytest.approx(min(math.log(8) + math.log(1 / 8 / (1 / 2)), math.log(8) + math.log(1 / 2)))
+    gains = {(1,): 8, (2,): 1, (3,): 2, (4,): 1 / 8, (5,): 1 / 2, (4, 2): 1 / 4, (4, 5): 1 / 2, (4, 3): 1 / 2}
+    gains |= dict.fromkeys([(1, 2), (1, 3), (3, 3), (1, 3, 3)], 4.0)
+    assert found.gains == pytest.approx({gram(*k): math.log(gain) for k, gain in gains.items()})
+    # An answer's tokens have no say, nor has what neither has seen; what is there twice counts once.
+    assert found.score(asked(1, 7, 1)) == pytest.approx(math.log(8))
+    assert found.score(asked(1, 3, 3)) == pytest.approx(math.log(8 * 2 * 4 * 4 * 4))
+    # By the other one alone 1 is in all, 2 and 3 in none: 8 x (1/8) / (2/4) for the first, 8 x (1/8) / (1/4) else.
+    assert found.least == pytest.approx(math.log(2))
     assert found.knows(asked(1, 7)) and not found.knows(asked(5, 2)) and not found.knows(asked(1, 4))
 
 
@@ -40,9 +49,10 @@ def test_the_line_is_where_the_others_alone_would_draw_it(own: list[list[int]]) 
     rows, seen = [asked(*ids) for ids in own], Seen.of(PUBLIC)
     unseen, theirs = 1 / (2 * max(len(rows), 4)), seen.shares()
     scores = []
-    for place in range(len(rows)):
-        others = [set(ids) for at, ids in enumerate(own) if at != place]
-        shares = {id: sum(id in one for one in others) / len(others) for id in set(own[place])}
+    each = [{gram(*ids[at : at + n]) for n in (1, 2, 3) for at in range(len(ids) - n + 1)} for ids in own]
+    for place, mine in enumerate(each):
+        others = [one for at, one in enumerate(each) if at != place]
+        shares = {id: sum(id in one for one in others) / len(others) for id in mine}
         scores.append(sum(math.log(max(s, unseen)) - math.log(theirs.get(id, unseen)) for id, s in shares.items()))
     found = Familiar.of(rows, seen)
     assert found.least == pytest.approx(sorted(scores)[math.floor((1 - KEPT) * (len(rows) - 1))])
@@ -50,10 +60,16 @@ def test_the_line_is_where_the_others_alone_would_draw_it(own: list[list[int]]) 
 
 
 def test_it_is_kept_as_it_was() -> None:
-    found = Familiar.of(OWN, Seen.of(PUBLIC))
+    seen = Seen.of(PUBLIC)
+    again = Seen.unpacked(4, seen.packed())
+    assert torch.equal(again.grams, seen.grams) and torch.equal(again.counts, seen.counts)
+    for broken in (torch.zeros(16, dtype=torch.uint8), torch.zeros(15, dtype=torch.uint8), torch.zeros(16)):
+        with pytest.raises(ValueError, match=r"no grams|below 1"):
+            Seen.unpacked(1, broken)
+    found = Familiar.of(OWN, seen)
     assert Familiar.read(found.tensors()) == found
     with pytest.raises(ValueError, match="no record"):
-        Familiar.read({"tokens": torch.zeros(2), "gains": torch.zeros(3), "least": torch.zeros(1)})
+        Familiar.read({"grams": torch.zeros(2), "gains": torch.zeros(3), "least": torch.zeros(1)})
     for own, public in ((OWN[:1], PUBLIC), (OWN, [])):
         with pytest.raises(ValueError, match="too few"):
             Familiar.of(own, Seen.of(public))

@@ -131,8 +131,8 @@ class FederationConfig(Section):
     personal: Literal["last", "mixture", "by_input"] = Field(
         "last",
         description="what a client ends with: what it had last, or the mixture of the global update, its own steps "
-        "after it and what it learned alone (evaluate.local_only) that its validation data choose; by_input: that "
-        "for questions like its own, and the global update for others",
+        "after it and what it learned alone (evaluate.local_only) that its validation data choose; by_input: the "
+        "best of these for questions like its own, and the global update for others",
     )
     public: str = Field(
         "starter",

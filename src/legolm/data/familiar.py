@@ -1,7 +1,8 @@
-"""Which questions are like a client's own, told by the tokens of their prompts.
+"""Which questions are like a client's own, told by what stands in their prompts.
 
 A likelihood ratio against public text, as in Ren et al., "Likelihood Ratios for Out-of-Distribution Detection" (2019,
-arXiv 1906.02845), of a model that a few hundred prompts suffice for: each token is in a prompt or not.
+arXiv 1906.02845), of a model that a few hundred prompts suffice for: each token, and each two and three in a row, is in
+a prompt or not.
 """
 
 from __future__ import annotations
@@ -16,34 +17,54 @@ from torch import Tensor
 
 from legolm.data.render import Tokens
 
-KEPT = 0.97
+KEPT = 0.99
 """Share of a client's own questions that it is to know as its own."""
+LONGEST = 3
+BITS = 21
+"""Of a token's id in a gram's: no vocabulary has two million tokens."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """In how many of so many `prompts` each token is: ids ascending (n,) int64, counts (n,) int64."""
+    """In how many of so many `prompts` each gram is, one to `LONGEST` tokens in a row: grams ascending (n,) int64,
+    counts (n,) int64."""
 
     prompts: int
-    tokens: Tensor
+    grams: Tensor
     counts: Tensor
 
     @staticmethod
     def of(rows: Iterable[Tokens]) -> Seen:
         """Of these examples' prompts."""
-        each = [np.unique(one.ids[: one.answer]) for one in rows]
-        tokens, counts = np.unique(np.concatenate(each or [np.zeros(0, np.int64)]), return_counts=True)
-        return Seen(len(each), torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(counts.astype(np.int64)))
+        each = [_grams(one) for one in rows]
+        grams, counts = np.unique(np.concatenate(each or [np.zeros(0, np.int64)]), return_counts=True)
+        return Seen(len(each), torch.from_numpy(grams), torch.from_numpy(counts.astype(np.int64)))
+
+    def packed(self) -> Tensor:
+        """Grams and counts as bytes: (16 n,) uint8."""
+        return torch.cat([self.grams, self.counts]).view(torch.uint8)
+
+    @staticmethod
+    def unpacked(prompts: int, packed: Tensor) -> Seen:
+        """What `packed` gave. Raises `ValueError` for what is none."""
+        if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) % 16:
+            raise ValueError(f"{packed.dtype} of shape {tuple(packed.shape)} are no grams and counts")
+        grams, counts = packed.clone().view(torch.int64).chunk(2)
+        if bool((counts < 1).any()):
+            raise ValueError("a gram that is seen has a count below 1")
+        return Seen(prompts, grams, counts)
 
     def shares(self) -> dict[int, float]:
-        """What part of the prompts has each token."""
-        return {id: count / self.prompts for id, count in zip(self.tokens.tolist(), self.counts.tolist(), strict=True)}
+        """What part of the prompts has each gram."""
+        return {
+            gram: count / self.prompts for gram, count in zip(self.grams.tolist(), self.counts.tolist(), strict=True)
+        }
 
 
 @dataclass(frozen=True)
 class Familiar:
-    """What tells a client's own questions: of each token log p_own − log p_public (nats), and the `least` sum over the
-    tokens of a prompt with which it counts as known. A token that neither has seen says nothing.
+    """What tells a client's own questions: of each gram log p_own − log p_public (nats), and the `least` sum over the
+    grams of a prompt with which it counts as known. A gram that neither has seen says nothing.
     """
 
     gains: Mapping[int, float]
@@ -64,10 +85,10 @@ class Familiar:
         gains = {
             id: math.log(ours.get(id, unseen)) - math.log(theirs.get(id, unseen)) for id in ours.keys() | theirs.keys()
         }
-        # Without one of n prompts a token's share is (c - 1) / (n - 1), not c / n.
+        # Without one of n prompts a gram's share is (c - 1) / (n - 1), not c / n.
         less = {
             id: math.log(max((count - 1) / (seen.prompts - 1), unseen)) - math.log(count / seen.prompts)
-            for id, count in zip(seen.tokens.tolist(), seen.counts.tolist(), strict=True)
+            for id, count in zip(seen.grams.tolist(), seen.counts.tolist(), strict=True)
         }
         without = Familiar({id: gain + less.get(id, 0.0) for id, gain in gains.items()}, 0.0)
         scores = [without.score(one) for one in own]
@@ -75,7 +96,7 @@ class Familiar:
 
     def score(self, example: Tokens) -> float:
         """Log-likelihood ratio of its prompt, nats."""
-        return math.fsum(self.gains.get(int(id), 0.0) for id in np.unique(example.ids[: example.answer]))
+        return math.fsum(self.gains.get(gram, 0.0) for gram in _grams(example).tolist())
 
     def knows(self, example: Tokens) -> bool:
         """Whether the question is like the client's own."""
@@ -83,14 +104,21 @@ class Familiar:
 
     def tensors(self) -> dict[str, Tensor]:
         """As `read` takes them."""
-        ids = sorted(self.gains)
-        gains = torch.tensor([self.gains[id] for id in ids], dtype=torch.float64)
-        return {"tokens": torch.tensor(ids), "gains": gains, "least": torch.tensor([self.least], dtype=torch.float64)}
+        grams = sorted(self.gains)
+        gains = torch.tensor([self.gains[gram] for gram in grams], dtype=torch.float64)
+        return {"grams": torch.tensor(grams), "gains": gains, "least": torch.tensor([self.least], dtype=torch.float64)}
 
     @staticmethod
     def read(tensors: Mapping[str, Tensor]) -> Familiar:
         """What `tensors` gave. Raises `ValueError` for what is none."""
-        tokens, gains, least = (tensors.get(name) for name in ("tokens", "gains", "least"))
-        if tokens is None or gains is None or least is None or tokens.shape != gains.shape or least.shape != (1,):
+        grams, gains, least = (tensors.get(name) for name in ("grams", "gains", "least"))
+        if grams is None or gains is None or least is None or grams.shape != gains.shape or least.shape != (1,):
             raise ValueError("it is no record of what a client's own questions are")
-        return Familiar(dict(zip(tokens.tolist(), gains.tolist(), strict=True)), float(least))
+        return Familiar(dict(zip(grams.tolist(), gains.tolist(), strict=True)), float(least))
+
+
+def _grams(example: Tokens) -> np.ndarray:
+    """Of the prompt, each once, ascending: tokens in a row as the digits of a number, int64."""
+    ids = np.asarray(example.ids[: example.answer], dtype=np.int64)
+    found = [sum((ids[at : len(ids) - n + at] + 1) << BITS * at for at in range(n + 1)) for n in range(LONGEST)]
+    return np.unique(np.concatenate(found))

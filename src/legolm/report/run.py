@@ -201,9 +201,12 @@ def _mixtures(summary: Summary) -> Raw:
         rows.append(tag("tr", tag("th", client.id, scope="row"), block, *cells, class_=f"c{i}"))
     names = (", ".join(f"{_share(weight)}{_PARTS[part]}" for part, weight in one.items()) for one in points)
     note = "Loss in nats/token on the client’s own validation data, of means in weight space of what it has; from left "
-    note += "to right they are less and less everyone’s. Bold: its final model, the first that is no worse than alone."
+    note += "to right they are less and less everyone’s. Bold: its final model, "
     if summary.by_input:
-        note += " That is for questions like its own; others, and so most of the others’ data, have the global update."
+        note += "alone unless another is better by more than chance; questions that are not like its own ones, and so "
+        note += "most of the others’ data, have the global update."
+    else:
+        note += "the first nearly as good as the best."
     caption = "Loss of each client’s block by what it is a mixture of"
     return section("Personal models", table(caption, ("client", "block", *names), rows, 2), soft(note))
 

@@ -19,7 +19,7 @@ from legolm.config import RunConfig
 from legolm.data import Familiar, client_data, tokens_of
 from legolm.evaluation import Answers, score_each
 from legolm.federate.server import familiar_of
-from legolm.federate.server.mixture import choose
+from legolm.federate.server.mixture import for_own
 from legolm.models import load_model, load_tokenizer
 from legolm.runs import clients_of, read_stages
 
@@ -47,13 +47,13 @@ def test_each_question_is_scored_and_answered_by_the_model_that_fits(
     raw["aggregate"] = {"form": form}
     config, out = configs.validate(RunConfig, raw, "test"), tmp_path / "out"
     summary = pipeline.run(config, out)
-    assert summary.by_input and "others, and so most of the others’ data, have" in (out / "report.html").read_text()
+    assert summary.by_input and "most of the others’ data, have the global update" in (out / "report.html").read_text()
     data = client_data(config)
     shared = load_file(out / "rounds" / f"{summary.best_round:04}" / "adapter.safetensors")
     met = set()
     for record in clients_of(read_stages(out / "metrics.jsonl"), "personal"):
         id = record.client
-        assert record.weights == choose(record.mixtures).weights
+        assert record.weights == for_own(record.mixtures).weights
         block = read_block(out / "blocks" / {"fr": "dense", "de": "half", "es": "sparse"}[id])
         tokenizer, model = load_tokenizer(block.path), load_model(block.path)
         knows = familiar_of(config, block)[id].knows

@@ -20,7 +20,7 @@ from legolm.block import read_block
 from legolm.config import RunConfig
 from legolm.data import client_data, render
 from legolm.evaluation import score
-from legolm.federate.server.mixture import POINTS, choose, points
+from legolm.federate.server.mixture import POINTS, choose, for_own, points
 from legolm.models import load_model, load_tokenizer
 from legolm.report import print_summary
 from legolm.runs import Mixture, Part, clients_of, read_stages
@@ -72,22 +72,28 @@ def test_points_are_means_of_what_a_client_has() -> None:
 
 
 def test_the_choice_by_hand() -> None:
-    # The demo's own losses, with 3.48 for the thirds: a quarter of what alone has, 3.65, is as good as that.
+    # The demo's own losses, with 3.48 for the thirds: 3.36 is the best, and 0.1 or 0.16 more may be chance.
     losses = (3.83, 3.58, 3.51, 3.45, 3.48, 3.55, 3.36, 3.65)
-    for stderr in (0.5, None):  # whatever chance makes of it
-        assert choose(curve(*losses, stderr=stderr)).weights == {"global": 0.75, "local": 0.25}
-    assert choose(curve(3.65, *losses[1:], stderr=0.1)).weights == {"global": 1}
-    assert choose(curve(1.04, 1.03, 1.02, 1.01, 1.01, 1.02, 1.01, 1.0, stderr=0.5)).weights == {"local": 1}
-    # Nobody trained alone: 1.0 is the best, and 0.05 more may be chance.
-    own: tuple[Part, ...] = ("personal",)
-    assert choose(curve(1.04, 1.2, 1.0, stderr=0.05, own=own)).weights == {"global": 1}
-    assert choose(curve(1.06, 1.04, 1.0, stderr=0.05, own=own)).weights == {"global": 0.5, "personal": 0.5}
+    assert choose(curve(*losses, stderr=0.1)).weights == {"global": 0.5, "local": 0.5}
+    assert choose(curve(*losses, stderr=0.16)).weights == {"global": 0.5, "personal": 0.5}
+    assert choose(curve(*losses, stderr=0.5)).weights == {"global": 1}
     # One row says nothing of chance; nor do rows that are all answered alike: what is best is taken.
-    for unknown in (None, 0.0):
-        assert choose(curve(1.04, 1.2, 1.0, stderr=unknown, own=own)).weights == {"personal": 1}
+    assert choose(curve(*losses, stderr=None)).weights == {"personal": 0.5, "local": 0.5}
+    assert choose(curve(1.04, 1.03, 1.02, 1.01, 1.01, 1.02, 1.01, 1.0, stderr=0.0)).weights == {"local": 1}
+    assert choose(curve(*[1.0] * 8, stderr=0.0)).weights == {"global": 1}
+    assert choose(curve(1.04, 1.2, 1.0, stderr=0.05, own=("personal",))).weights == {"global": 1}
     # The best one's standard error counts, not that of the one that is taken.
-    found = curve(1.5, 1.2, 1.0, stderr=0.1, own=own)
+    found = curve(1.5, 1.2, 1.0, stderr=0.1, own=("personal",))
     assert choose([found[0].model_copy(update={"stderr": 9.0}), *found[1:]]).weights == {"personal": 1}
+
+
+def test_the_choice_for_own_questions_by_hand() -> None:
+    """3.36 is the best, and 3.65 what the client has alone."""
+    losses = (3.83, 3.58, 3.51, 3.45, 3.48, 3.55, 3.36, 3.65)
+    assert for_own(curve(*losses, stderr=0.28)).weights == {"personal": 0.5, "local": 0.5}
+    assert for_own(curve(*losses, stderr=0.3)).weights == {"local": 1}
+    assert for_own(curve(*losses[:7], 3.3, stderr=None)).weights == {"local": 1}
+    assert for_own(curve(1.04, 1.2, 1.0, stderr=0.5, own=("personal",))).weights == {"personal": 1}
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from legolm.federate.wire import (
     Envelope,
     EvaluateRequest,
     KeysRequest,
-    Otherwise,
     ScoreReply,
     SumsReply,
     TrainRequest,
@@ -150,10 +149,12 @@ class ClientRuntime:
         asked = [(own, adapter_layout(block.coverage, keys, request.rank, request.ranks))]
         if (other := request.otherwise) is not None:
             layout = adapter_layout(block.coverage, keys, other.rank, other.ranks)
-            asked.append((under_prefix("otherwise", content), layout))
+            others = under_prefix("otherwise", content)
+            seen = others.pop("seen", torch.zeros(0))
+            asked.append((others, layout))
         parts = [dict(decode(tensors, "none", layout)) for tensors, layout in asked]
         sets = [self._scored(request, client, split) for client, split in request.sets]
-        knows = None if other is None else self._familiar(request, other).knows
+        knows = None if other is None else self._familiar(request, other.prompts, seen).knows
         answers = []
         for place, factors in enumerate(parts):
             with merged(self._model, block.coverage, factors, request.scale) as model:
@@ -167,12 +168,10 @@ class ClientRuntime:
         site = self._site_of(client, request.block)
         return self._examples(client, site, split, request.max_length, request.long_examples == "refuse")
 
-    def _familiar(self, request: EvaluateRequest, other: Otherwise) -> Familiar:
+    def _familiar(self, request: EvaluateRequest, prompts: int, seen: torch.Tensor) -> Familiar:
         """What tells the client's own questions, by its training data."""
-        own = self._scored(request, request.client, "train")
-        seen = Seen(other.prompts, torch.tensor(other.tokens), torch.tensor(other.counts))
         try:
-            return Familiar.of(own, seen)
+            return Familiar.of(self._scored(request, request.client, "train"), Seen.unpacked(prompts, seen))
         except ValueError as error:
             raise LegolmError(f"client {request.client}: own questions cannot be told from others: {error}") from None
 

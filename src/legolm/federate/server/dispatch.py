@@ -220,9 +220,8 @@ class Dispatch:
         if job.otherwise is not None:
             other, seen = job.otherwise[0](), job.otherwise[1]
             its, single = _ranks(other)
-            tokens, counts = seen.tokens.tolist(), seen.counts.tolist()
-            otherwise = Otherwise(rank=its, ranks=single, prompts=seen.prompts, tokens=tokens, counts=counts)
-            content |= with_prefix("otherwise", encode(other, "none"))
+            otherwise = Otherwise(rank=its, ranks=single, prompts=seen.prompts)
+            content |= with_prefix("otherwise", encode(other, "none") | {"seen": seen.packed()})
         header = EvaluateRequest(
             **self._envelope(job.client, job.block, rank),
             sets=list(job.sets),

@@ -25,12 +25,18 @@ def points(own: Collection[str]) -> list[Weights]:
 
 
 def choose(found: Sequence[Mixture]) -> Mixture:
-    """The first, and so the best on the others' data, that is no worse on the client's own than what it learned alone.
+    """The first, and so the best on the others' data, that is within one standard error of the best one.
 
-    Without training alone: the first within one standard error of the best one (Breiman et al., "Classification and
-    Regression Trees", 1984, section 3.4.3). What a few validation rows cannot tell apart is decided for the others.
+    The one-standard-error rule (Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3): what the
+    client's few validation rows cannot tell apart is decided in favour of the others.
     """
     best = min(found, key=lambda one: one.validation)
-    alone = [one.validation for one in found if one.weights == {"local": 1}]
-    most = alone[0] if alone else best.validation + (best.stderr or 0.0)
-    return next(one for one in found if one.validation <= most)
+    return next(one for one in found if one.validation <= best.validation + (best.stderr or 0.0))
+
+
+def for_own(found: Sequence[Mixture]) -> Mixture:
+    """What answers the client's own questions only: what it learned alone, unless the best one is better than that by
+    more than its standard error; the best one where nobody trained alone."""
+    best = min(found, key=lambda one: one.validation)
+    alone = next((one for one in found if one.weights == {"local": 1}), best)
+    return best if best.validation + (best.stderr or 0.0) < alone.validation else alone

@@ -30,8 +30,6 @@ MAX_HEADER = 16 << 20
 MAX_REPLY_HEADER = 64 << 10
 MAX_TENSORS, MAX_DIMENSIONS = 16, 4
 MAX_EXAMPLES = 10**9
-MAX_TOKENS = 1 << 20
-"""Of a vocabulary."""
 MAX_PERIODS = 100_000
 """Folded in one message: as many as a run has rounds."""
 MAX_METRIC = 1e15
@@ -134,21 +132,13 @@ class TrainRequest(Envelope):
 class Otherwise(BaseModel):
     """Another adapter, its tensors under `otherwise.`, for questions that are not like the client's own ones.
 
-    They are told from public ones, of whose `prompts` so many (`counts`) have each of these `tokens`, ascending.
+    They are told from so many public `prompts`, whose grams and counts are the tensor `otherwise.seen`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     rank: Annotated[int, Field(ge=1)]
     ranks: dict[str, int]
     prompts: Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]
-    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=MAX_TOKENS)]
-    counts: Annotated[list[Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]], Field(max_length=MAX_TOKENS)]
-
-    @model_validator(mode="after")
-    def _one_count_each(self) -> Self:
-        if len(self.tokens) != len(self.counts):
-            raise ValueError(f"{len(self.counts)} counts of {len(self.tokens)} tokens")
-        return self
 
 
 class EvaluateRequest(Envelope):
