@@ -17,7 +17,7 @@ from torch import Tensor
 
 from legolm.data.render import Tokens
 
-KEPT = 0.99
+KEPT = 0.995
 """Share of a client's own questions that it is to know as its own."""
 LONGEST = 3
 BITS = 21

@@ -90,8 +90,8 @@ def test_the_choice_by_hand() -> None:
 def test_the_choice_for_own_questions_by_hand() -> None:
     """3.36 is the best, and 3.65 what the client has alone."""
     losses = (3.83, 3.58, 3.51, 3.45, 3.48, 3.55, 3.36, 3.65)
-    assert for_own(curve(*losses, stderr=0.28)).weights == {"personal": 0.5, "local": 0.5}
-    assert for_own(curve(*losses, stderr=0.3)).weights == {"local": 1}
+    assert for_own(curve(*losses, stderr=0.20)).weights == {"personal": 0.5, "local": 0.5}  # √2 · 0.20 < 0.29
+    assert for_own(curve(*losses, stderr=0.21)).weights == {"local": 1}
     assert for_own(curve(*losses[:7], 3.3, stderr=None)).weights == {"local": 1}
     assert for_own(curve(1.04, 1.2, 1.0, stderr=0.5, own=("personal",))).weights == {"personal": 1}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 from legolm.runs import Mixture, Weights
@@ -36,7 +37,7 @@ def choose(found: Sequence[Mixture]) -> Mixture:
 
 def for_own(found: Sequence[Mixture]) -> Mixture:
     """What answers the client's own questions only: what it learned alone, unless the best one is better than that by
-    more than its standard error; the best one where nobody trained alone."""
+    more than the standard error of their difference; the best one where nobody trained alone."""
     best = min(found, key=lambda one: one.validation)
     alone = next((one for one in found if one.weights == {"local": 1}), best)
-    return best if best.validation + (best.stderr or 0.0) < alone.validation else alone
+    return best if best.validation + math.hypot(best.stderr or 0.0, alone.stderr or 0.0) < alone.validation else alone
