@@ -88,16 +88,18 @@ def hub_parts(source: str) -> tuple[str, str | None, str]:
     return name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
 
 
-def check_apart(train: str | Sequence[str], other: str | Sequence[str], field: str) -> None:
-    """Raise `LegolmError` where training data and that of another field share a file or hub data set."""
+def check_apart(
+    train: str | Sequence[str],
+    other: str | Sequence[str],
+    field: str,
+    why: str = "what was learned would be tested",
+) -> None:
+    """Raise `LegolmError`, with what would come of it, where training data and another field's share a source."""
     trained = {_whole(part) for part in parts_of(train, "data.train")}
     for part in parts_of(other, field):
         if _whole(part) in trained:
             share = ", or a share such as 0.1 to hold out" if field.startswith("data.") else ""
-            raise LegolmError(
-                f"{field}: {part} is also in data.train, so that what was learned would be tested; take other rows"
-                f"{share}"
-            )
+            raise LegolmError(f"{field}: {part} is also in data.train, so that {why}; take other rows{share}")
 
 
 def _same(part: Path | str) -> str:

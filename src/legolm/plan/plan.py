@@ -201,6 +201,11 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     parts = parts or read_parts(config)
     check_texts(config, parts.tokenizer)
     lengths = parts.lengths
+    if few := [id for id, rows in lengths.items() if len(rows) < 2 and config.federation.personal == "by_input"]:
+        raise LegolmError(
+            f"federation.personal: by_input: client {few[0]} has one training example, and its questions are told from "
+            "others by each other; give it two, or take mixture"
+        )
     batches = {client: worst_batch(found.tolist(), config.train.batch_size) for client, found in lengths.items()}
     longest = max(batches.values(), key=sum)
 

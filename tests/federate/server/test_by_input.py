@@ -96,6 +96,10 @@ def test_what_cannot_be_chosen_by_input_is_one_line(raw: dict[str, Any], tmp_pat
         ({"evaluate": {"local_only": False}}, "federation.personal: by_input chooses between the global update and"),
         ({"federation": raw["federation"] | {"public": "none.jsonl"}}, "federation.public: no file none.jsonl"),
         (
+            {"federation": raw["federation"] | {"public": f"{tmp_path}/data/fr.jsonl"}},
+            "so that nobody's own questions could be told from it",
+        ),
+        (
             {
                 "federation": raw["federation"] | {"engine": "deployment", "superlink": {"address": "127.0.0.1:1"}},
                 "data": {"limit_test": 4},
@@ -106,3 +110,8 @@ def test_what_cannot_be_chosen_by_input_is_one_line(raw: dict[str, Any], tmp_pat
     ):
         path.write_text(json.dumps(raw | changes))
         assert_one_line(legolm("run", path, "--out", tmp_path / "out", "--dry-run"), why)
+    rows = "".join(json.dumps({"instruction": f"aab {i}", "output": "f"}) + "\n" for i in range(3))
+    (tmp_path / "data" / "fr.jsonl").write_text(rows)
+    path.write_text(json.dumps(raw | {"data": raw["data"] | {"limit_test": 1, "limit_validation": 1}}))
+    done = legolm("run", path, "--out", tmp_path / "out", "--dry-run")
+    assert_one_line(done, "by_input: client fr has one training example")

@@ -8,6 +8,7 @@ from legolm.data import (
     Examples,
     Familiar,
     Seen,
+    check_apart,
     client_data,
     is_starter,
     public_starter_text,
@@ -26,6 +27,8 @@ def public_examples(config: RunConfig, notes: list[str] | None = None) -> Exampl
     """
     source = config.federation.public
     starter = public_starter_text(source) if is_starter(source) else ()
+    if not starter and not is_starter(config.data.train):
+        check_apart(config.data.train, source, "federation.public", "nobody's own questions could be told from it")
     rows = starter or read_examples(source, config.data, "federation.public", notes)
     found = Examples.of(with_system(example, config.data.system) for example in rows)
     if not found:
