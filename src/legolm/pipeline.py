@@ -423,7 +423,7 @@ def _write_final(
         )
         write_block(manifest, block.coverage, partial)
 
-    familiar = familiar_of(config, blocks["llm"]) if config.federation.personal == "by_input" else {}
+    familiar = familiar_of(config, blocks["llm"]) if config.federation.personal == "by_input" else None
     with progress.stage("write final models", len(left)) as advance:
         for id in left:
             client = None if id == "llm" else id
@@ -431,9 +431,9 @@ def _write_final(
             begun = tensors_hash(factors) if client in apart else start[best if client else llm_best]
             with atomic_folder(folder.final(id)) as partial:
                 write_one(partial, client, factors, begun, config.federation.personal_steps if client else 0)
-                if client in familiar:
+                if client and familiar:
                     (partial / OTHERWISE).mkdir()
-                    write_one(partial / OTHERWISE, client, rounds.adapter(id, best), start[best], 0)
-                    save_familiar(familiar[id], partial)
+                    write_one(partial / OTHERWISE, client, rounds.adapter(client, best), start[best], 0)
+                    save_familiar(familiar(client), partial)
                 seal(partial)
             advance(1)

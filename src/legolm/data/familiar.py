@@ -102,6 +102,13 @@ class Familiar:
         """Whether the question is like the client's own."""
         return self.score(example) >= self.least
 
+    def parted(self, examples: Sequence[Tokens]) -> tuple[list[Tokens], list[Tokens]]:
+        """Those that it knows, and the others, each in their order."""
+        found: tuple[list[Tokens], list[Tokens]] = [], []
+        for one in examples:
+            found[not self.knows(one)].append(one)
+        return found
+
     def tensors(self) -> dict[str, Tensor]:
         """As `read` takes them."""
         grams = sorted(self.gains)

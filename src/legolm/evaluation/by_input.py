@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from legolm.data import Familiar, Tokens
-from legolm.errors import LegolmError
+from legolm.system import open_tensors
 
 OTHERWISE, FAMILIAR = "otherwise", "familiar.safetensors"
 """In a model's folder: the model for other questions, and what tells them."""
@@ -28,10 +28,8 @@ def load_familiar(folder: Path) -> Familiar | None:
     path = folder / FAMILIAR
     if not path.is_file():
         return None
-    try:
-        return Familiar.read(load_file(path))
-    except Exception as error:  # safetensors names none of its own
-        raise LegolmError(f"{path}: {error}; remove it to take this model for all questions") from None
+    with open_tensors(path, "", "remove it to take this model for all questions") as handle:
+        return Familiar.read({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118 (not a dict)
 
 
 def by_input(folder: Path, examples: Sequence[Tokens]) -> dict[Path, list[int]]:

@@ -56,7 +56,7 @@ def test_each_question_is_scored_and_answered_by_the_model_that_fits(
         assert record.weights == for_own(record.mixtures).weights
         block = read_block(out / "blocks" / {"fr": "dense", "de": "half", "es": "sparse"}[id])
         tokenizer, model = load_tokenizer(block.path), load_model(block.path)
-        knows = familiar_of(config, block)[id].knows
+        knows = familiar_of(config, block)(id).knows
         own = load_file(out / "personal" / id / "adapter.safetensors")
         other = slice_factors(block.coverage, {k: t for k, t in shared.items() if k.startswith("layers")}, 4)
         for whose, score in record.scores.root.items():
@@ -71,7 +71,7 @@ def test_each_question_is_scored_and_answered_by_the_model_that_fits(
             assert (score.exact_match, score.examples) == (wanted.exact_match, 4)
         # Both are plain checkpoints, and `generate` says how many questions each answers.
         final = out / "final" / id
-        assert Familiar.read(load_file(final / "familiar.safetensors")) == familiar_of(config, block)[id]
+        assert Familiar.read(load_file(final / "familiar.safetensors")) == familiar_of(config, block)(id)
         for folder in (final, final / "otherwise"):
             assert load_model(folder).num_parameters() == model.num_parameters()
     assert {("fr", "de", 4), ("de", "fr", 4)} <= met and met & {("fr", "fr", 4), ("fr", "fr", 3)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from legolm.adapter import Tensors, adapter_keys, adapter_layout, concatenated, merged, under_prefix, with_prefix
 from legolm.block import Block
 from legolm.config import CalibrationConfig, DpConfig, Precision, TrainConfig
-from legolm.data import Familiar, Seen, TokenRows, Turns, check_whole, own_tokens, tokens_of
+from legolm.data import Familiar, Seen, TokenRows, Tokens, Turns, check_whole, own_tokens, tokens_of
 from legolm.errors import LegolmError
 from legolm.evaluation import Answers, score_each
 from legolm.federate.client.secure import LATER, keys, masked
@@ -154,13 +154,14 @@ class ClientRuntime:
             asked.append((others, layout))
         parts = [dict(decode(tensors, "none", layout)) for tensors, layout in asked]
         sets = [self._scored(request, client, split) for client, split in request.sets]
-        knows = None if other is None else self._familiar(request, other.prompts, seen).knows
+        shares: Sequence[Sequence[Sequence[Tokens]]] = [sets]
+        if other is not None:
+            familiar = self._familiar(request, other.prompts, seen)
+            shares = list(zip(*map(familiar.parted, sets), strict=True))
         answers = []
-        for place, factors in enumerate(parts):
+        for factors, share in zip(parts, shares, strict=True):
             with merged(self._model, block.coverage, factors, request.scale) as model:
-                for rows in sets:
-                    chosen = rows if knows is None else [one for one in rows if knows(one) == (place == 0)]
-                    answers.append(score_each(model, chosen, request.batch_size, request.precision))
+                answers += [score_each(model, rows, request.batch_size, request.precision) for rows in share]
         each = [Answers.joined(answers[at :: len(sets)]) for at in range(len(sets))]
         return pack(ScoreReply(scores=[one.score for one in each]), {})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from legolm.block import Block
 from legolm.config import RunConfig
 from legolm.data import (
@@ -42,7 +44,7 @@ def seen_in_public(config: RunConfig, llm: Block) -> Seen:
     return Seen.of(tokens_of(public_examples(config), tokenizer, config.train.max_length))
 
 
-def familiar_of(config: RunConfig, llm: Block) -> dict[str, Familiar]:
-    """What tells each client's own questions; only who has clients' rows, a simulation, can make it."""
-    tokenizer, seen, most = load_tokenizer(llm.path, config.data), seen_in_public(config, llm), config.train.max_length
-    return {id: Familiar.of(tokens_of(rows.train, tokenizer, most), seen) for id, rows in client_data(config).items()}
+def familiar_of(config: RunConfig, llm: Block) -> Callable[[str], Familiar]:
+    """What tells a client's own questions, by its id; only who has clients' rows, a simulation, can make it."""
+    tokenizer, seen, data = load_tokenizer(llm.path, config.data), seen_in_public(config, llm), client_data(config)
+    return lambda id: Familiar.of(tokens_of(data[id].train, tokenizer, config.train.max_length), seen)
