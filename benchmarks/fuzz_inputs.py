@@ -374,12 +374,13 @@ def _offers() -> tuple[list[bytes], wire.DeviceReply, wire.OfferRequest]:
 
 def _calibration(model: Path) -> tuple[list[bytes], wire.CalibrateRequest, Shape]:
     tokens = torch.arange(32).reshape(2, 16)
-    found = collect(model, "f", tokens, "diagonal", "fp32", Progress())
+    found = collect(model, "f", tokens, "full", "fp32", Progress())
     asked = wire.CalibrateRequest(
-        run="r", client="fr", block="llm", base_fingerprint="f", samples=2, length=16, needs="diagonal",
-        precision="fp32", seed=3,
+        run="r", client="fr", block="llm", base_fingerprint="f", samples=2, length=16, needs="full",
+        sketch=4, precision="fp32", seed=3,
     )  # fmt: skip
-    sent = wire.pack(wire.SumsReply(tokens=32), {wire.SUMS: found.flat()})
+    squares, sketches = found.sketches(4, asked.sketch_seed)
+    sent = wire.pack(wire.SumsReply(tokens=32), {wire.SUMS: squares, wire.SKETCHES: sketches})
     return [wire.pack(asked, {}), sent, sent], asked, found.shape
 
 

@@ -31,9 +31,10 @@ from legolm.federate.wire import SUMS, CalibrateRequest, SumsReply, kind_of, pac
 from legolm.models import fingerprint, load_config, load_tokenizer, shape_of
 from legolm.plan import checks, make_plan
 from legolm.prune import Statistics, collect, cut_blocks, flat_size, save_statistics
+from legolm.prune.statistics import load_statistics
 from legolm.runs import RunDir, read_stages, rounds_of
 from legolm.runs.kept import HASH_BYTES
-from legolm.system import Progress
+from legolm.system import Progress, derive_seed
 from residents import Residents
 
 NAMES = ("fr", "de", "es")
@@ -113,6 +114,31 @@ def test_devices_sums_cut_the_block_that_simulated_clients_sums_cut(raw: dict[st
     assert (out.block("sparse") / "model.safetensors").read_bytes() == was and not any(map(again.said.get, NAMES))
 
 
+def test_devices_send_sketches_of_all_second_moments(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Eight columns for inputs of 64 and 96: the same sums from devices and here."""
+    raw["blocks"][0] |= {"method": "structured", "sparsity": None, "intermediate_size": 64}
+    raw["blocks"][0]["calibration"] = ASKED | {"sketch": 8}
+    local, out = RunDir(tmp_path / "local"), RunDir(tmp_path / "out")
+    pipeline.run(configs.validate(RunConfig, raw, "test"), local.path, models=False)
+    pipeline.run(deployed(raw), out.path, engine=Residents(tmp_path, NAMES), models=False)
+    assert local.sums.read_bytes() == out.sums.read_bytes()
+    sent = rounds_of(read_stages(local.path / "metrics.jsonl"))[0].bytes
+    least = 2 * (3 * 64 + 96) * (4 + 2 * 8)  # of two layers' q, o, gate and down: squares and eight columns
+    assert sent.keys() == set(NAMES) and all(least < one.up < least + 2000 for one in sent.values())
+    # They are what each client's own second moments are by its sketches, each with another random side.
+    config, base = configs.validate(RunConfig, raw, "test"), Path(raw["model"])
+    shape, model = shape_of(load_config(base)), fingerprint(base)
+    wanted: list[Statistics] = []
+    for name, one in client_data(config).items():
+        tokens = own_tokens(one.train, config.blocks[0].calibration, load_tokenizer(base), config.seed)
+        seed = derive_seed(config.seed, "sketch", name)
+        squares, sketches = collect(base, model, tokens, "full", "fp32", Progress()).sketches(8, seed)
+        wanted.append(Statistics.restored(squares, sketches, tokens.numel(), shape, model, 8, seed))
+    for other in wanted[1:]:
+        wanted[0].absorb(other)
+    torch.testing.assert_close(load_statistics([out.sums], shape, model).flat(), wanted[0].flat())
+
+
 def test_few_tokens_are_not_summed(raw: dict[str, Any], tmp_path: Path) -> None:
     """Fewer than the hidden size, 64: by whose config this is, the dry run; by whose rows, the client."""
     raw["blocks"][0]["calibration"] = ASKED | {"samples": 1}
@@ -187,7 +213,8 @@ def test_whose_sums_are_none_is_named_and_left_out(raw: dict[str, Any]) -> None:
     [
         ({"privacy": {"secure": {}}}, "in the open, without noise; take privacy.secure and privacy.dp out"),
         ({"privacy": {"dp": {"level": "client", "noise_multiplier": 1, "clip": 1}}}, "take privacy.secure and"),
-        ({"more": {"samples": 5}}, "asks once for all blocks; give them the same samples and length"),
+        ({"more": {"samples": 5}}, "asks once for all blocks; give them the same samples, length and sketch"),
+        ({"more": {"sketch": 5}}, "asks once for all blocks; give them the same samples, length and sketch"),
     ],
 )
 def test_what_clients_cannot_be_asked_for_is_refused(raw: dict[str, Any], changes: dict[str, Any], says: str) -> None:
@@ -212,8 +239,18 @@ def test_the_dry_run_says_what_is_asked_and_refuses_what_cannot_travel(
     whole = 2 * (3 * 64 * 65 + 96 * 97) // 2
     assert disk[1] - disk[0] == 4 * (whole - squares) * (1 + 3 * 3)
     monkeypatch.setattr(checks, "MAX_SUMS_BYTES", 10_000)
-    with pytest.raises(LegolmError, match="all second moments of this LLM are 0 MB, a message holds 0; take a"):
+    raw["blocks"][0]["calibration"] = ASKED | {"sketch": None}
+    with pytest.raises(
+        LegolmError, match="all second moments of this LLM are 0 MB, a message holds 0; set calibration"
+    ):
         make_plan(configs.validate(RunConfig, raw, "test"))
+    raw["blocks"][0]["calibration"] = ASKED | {"sketch": 16}
+    with pytest.raises(
+        LegolmError, match=r"in sketches of 16 columns of this LLM are 0 MB, .*; lower calibration.sketch"
+    ):
+        make_plan(configs.validate(RunConfig, raw, "test"))
+    raw["blocks"][0]["calibration"] = ASKED | {"sketch": 4}
+    assert any("in sketches of 4 columns (whole: 0 MB)" in one for one in make_plan(deployed(raw)).notes)
     raw["blocks"][0]["method"] = "wanda"
     make_plan(configs.validate(RunConfig, raw, "test"))
 

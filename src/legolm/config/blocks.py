@@ -30,6 +30,12 @@ class CalibrationConfig(RowsConfig):
         None, description="files of `legolm calibrate`, which are added up; or `clients`: a run asks them"
     )
 
+    sketch: int | None = Field(
+        128,
+        ge=1,
+        description="columns of the sketches in which clients that a run asks send second moments; null: whole",
+    )
+
     @field_validator("statistics", mode="before")
     @classmethod
     def _clients_or_files(cls, value: object) -> object:

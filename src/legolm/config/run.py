@@ -286,8 +286,12 @@ class RunConfig(Section):
             why = "sends each client's sums in the open, without noise; take privacy.secure and privacy.dp out, or text"
         elif any(client.relay for client in self.clients):
             why = "asks devices, and a relay has no text of its own; take `relay` out, or text"
-        elif any((one.calibration.samples, one.calibration.length) != (first.samples, first.length) for one in asking):
-            why = "asks once for all blocks; give them the same samples and length"
+        elif any(
+            (one.calibration.samples, one.calibration.length, one.calibration.sketch)
+            != (first.samples, first.length, first.sketch)
+            for one in asking
+        ):
+            why = "asks once for all blocks; give them the same samples, length and sketch"
         if why:
             raise ValueError(f"blocks: {asking[0].name!r}: calibration.statistics {CLIENTS!r} {why}")
 

@@ -15,7 +15,7 @@ from legolm.data import check_text, check_tokens, is_starter, paths_of, read_tex
 from legolm.errors import LegolmError
 from legolm.federate.wire import MAX_SUMS_BYTES
 from legolm.models import Shape, check_weights, fingerprint
-from legolm.prune import clients_needs, flat_size
+from legolm.prune import clients_needs, clients_sketch, sent_bytes
 from legolm.system import stored_tensors
 from legolm.trust import server_files
 
@@ -82,13 +82,20 @@ def check_sums(config: RunConfig, shape: Shape, llm_bytes: int) -> tuple[str, ..
             f"calibration.statistics {CLIENTS!r}: sums over {asked.samples} x {asked.length} tokens, fewer than the "
             f"hidden size, {shape.hidden}, would tell them; ask for more samples"
         )
-    size = 4 * flat_size(shape, needs)
+    columns = clients_sketch(config.cuts, shape)
+    size, whole = (sent_bytes(shape, needs, one) for one in (columns, None))
     if size > MAX_SUMS_BYTES:
+        what, out = "all second moments", "set calibration.sketch"
+        if columns is not None:
+            what, out = f"second moments in sketches of {columns} columns", "lower calibration.sketch"
         raise LegolmError(
-            f"calibration.statistics {CLIENTS!r}: all second moments of this LLM are {size / 1e6:,.0f} MB, a message "
-            f"holds {MAX_SUMS_BYTES / 1e6:,.0f}; take a criterion that reads squares only, or files of legolm calibrate"
+            f"calibration.statistics {CLIENTS!r}: {what} of this LLM are {size / 1e6:,.0f} MB, a message "
+            f"holds {MAX_SUMS_BYTES / 1e6:,.0f}; {out}, or take a criterion that reads squares only, or files of "
+            "legolm calibrate"
         )
     said = f"Blocks are cut by sums of the clients' own text: {size / 1e6:,.1f} MB of each"
+    if columns is not None:
+        said += f", in sketches of {columns} columns (whole: {whole / 1e6:,.0f} MB)"
     if config.federation.engine == "deployment":
         said += f", for which a device fetches the LLM, {llm_bytes / 1e6:,.0f} MB"
     return (f"{said}. The server sees each client's: they are its text in aggregate, without noise.",)

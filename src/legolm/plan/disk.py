@@ -9,7 +9,7 @@ from legolm.aggregate import make_scheme
 from legolm.block import Coverage
 from legolm.config import RunConfig
 from legolm.models import Shape
-from legolm.prune import clients_needs, flat_size
+from legolm.prune import clients_needs, clients_sketch, sent_bytes
 
 MOMENTS = {"none": 0, "fedavgm": 1, "fedadam": 2, "fedyogi": 2}
 """Copies of the factors that a server optimizer keeps."""
@@ -53,7 +53,8 @@ def sums_bytes(config: RunConfig, shape: Shape) -> int:
     if needs == "nothing":
         return 0
     replies = 3 * len(config.clients) if config.federation.engine == "deployment" else 0
-    return 4 * flat_size(shape, needs) * (1 + replies)
+    reply = sent_bytes(shape, needs, clients_sketch(config.cuts, shape))
+    return sent_bytes(shape, needs, None) + replies * reply
 
 
 def mixed_parts(config: RunConfig) -> int:

@@ -2,9 +2,9 @@
 
 from legolm.prune.build import cut_blocks, kept_block
 from legolm.prune.calibrate import Moments, Needs
-from legolm.prune.cuts import clients_needs
+from legolm.prune.cuts import clients_needs, clients_sketch
 from legolm.prune.registry import Criterion, Pattern, criterion, criterion_of
-from legolm.prune.statistics import Statistics, collect, flat_size, save_statistics
+from legolm.prune.statistics import Statistics, collect, flat_size, save_statistics, sent_bytes
 from legolm.prune.target import planned_coverage, target_pattern
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Pattern",
     "Statistics",
     "clients_needs",
+    "clients_sketch",
     "collect",
     "criterion",
     "criterion_of",
@@ -22,5 +23,6 @@ __all__ = [
     "kept_block",
     "planned_coverage",
     "save_statistics",
+    "sent_bytes",
     "target_pattern",
 ]

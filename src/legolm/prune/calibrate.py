@@ -85,6 +85,13 @@ class Moments:
             raise ValueError(f"a sum of squares is {float(found.mean_square.min()):g}")
         return found
 
+    @staticmethod
+    def of(sums: Tensor, tokens: int) -> Moments:
+        """With these sums of x xᵀ (features, features), float32, over so many tokens."""
+        found = Moments(len(sums), "full", sums.device)
+        found.tokens, found._sum = tokens, sums
+        return found
+
     @property
     def sum(self) -> Tensor:
         """Σ x² (features,) or Σ x xᵀ (features, features)."""

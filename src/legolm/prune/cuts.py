@@ -127,6 +127,18 @@ def clients_needs(specs: Sequence[BlockConfig]) -> Needs:
     return next((needs for needs in asked if needs in found), "nothing")
 
 
+def clients_sketch(specs: Sequence[BlockConfig], shape: Shape) -> int | None:
+    """Columns of the sketches in which a run's clients send their sums; None where these go whole.
+
+    They do where squares are enough, and where a sketch would be no smaller.
+    """
+    asked = next((spec.calibration.sketch for spec in specs if spec.calibration.statistics == CLIENTS), None)
+    if asked is None or clients_needs(specs) != "full":
+        return None
+    widest = max(shape.matrix(name)[1] for name in shape.modules)
+    return asked if asked < widest else None
+
+
 class _Text:
     """Calibration text, and what several blocks share of it."""
 

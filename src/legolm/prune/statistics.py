@@ -20,7 +20,8 @@ from legolm.config import CLIENTS, CalibrationConfig, Precision
 from legolm.errors import LegolmError
 from legolm.models import LayeredModel, Shape, choose_device, shape_of
 from legolm.prune.calibrate import Moments, Needs, PruneGroup, Regression, Stream, inputs_of
-from legolm.system import Progress, atomic_write, open_tensors, strict_json
+from legolm.prune.sketch import restore, sketch
+from legolm.system import Progress, atomic_write, derive_seed, open_tensors, strict_json
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,32 @@ class Statistics:
             for (name, one), part in zip(features.items(), parts, strict=True)
         }
         return Statistics(shape, fingerprint, needs, found)
+
+    def sketches(self, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Instead of `flat`, of sums that are `full`: all squares, float32, and all sketches of at most so many
+        columns, bfloat16, each in one dimension.
+        """
+        parts = [
+            sketch(moments, min(columns, len(moments.sum)), derive_seed(seed, name))
+            for name, moments in self.sums.items()
+        ]
+        return torch.cat([squares for squares, _ in parts]), torch.cat([product.flatten() for _, product in parts])
+
+    @staticmethod
+    def restored(
+        squares: Tensor, sketches: Tensor, tokens: int, shape: Shape, fingerprint: str, columns: int, seed: int
+    ) -> Statistics:
+        """What `sketches` were of, about. Raises `ValueError` when they do not fit, or are no sums of squares."""
+        features = _features(shape)
+        sizes = [one * min(columns, one) for one in features.values()]
+        if (squares.shape, sketches.shape) != ((sum(features.values()),), (sum(sizes),)):
+            raise ValueError(f"squares of shape {tuple(squares.shape)}, sketches of shape {tuple(sketches.shape)}")
+        parts = zip(torch.split(squares, list(features.values())), torch.split(sketches, sizes), strict=True)
+        found = {
+            name: restore(known, product.view(one, -1), tokens, derive_seed(seed, name))
+            for (name, one), (known, product) in zip(features.items(), parts, strict=True)
+        }
+        return Statistics(shape, fingerprint, "full", found)
 
     def absorb(self, other: Statistics) -> None:
         """Add another's sums, of the same model and needs."""
@@ -154,6 +181,13 @@ def _size(features: int, needs: Needs) -> int:
 def flat_size(shape: Shape, needs: Needs) -> int:
     """Numbers in all sums of a model of this shape."""
     return sum(_size(features, needs) for features in _features(shape).values())
+
+
+def sent_bytes(shape: Shape, needs: Needs, columns: int | None) -> int:
+    """Of all sums of a model of this shape: whole, or as squares and sketches of at most so many columns."""
+    if columns is None:
+        return 4 * flat_size(shape, needs)
+    return sum(4 * features + 2 * features * min(columns, features) for features in _features(shape).values())
 
 
 def statistics_files(calibration: CalibrationConfig, sums: Path | None) -> list[Path]:

@@ -20,6 +20,7 @@ from legolm.federate.client.secure import LATER, keys, masked
 from legolm.federate.client.site import Site, SiteOf, Split
 from legolm.federate.client.state import keep_state, read_state
 from legolm.federate.wire import (
+    SKETCHES,
     SUMS,
     CalibrateRequest,
     Envelope,
@@ -133,7 +134,12 @@ class ClientRuntime:
             )
         model, where, quiet = block.base_fingerprint, choose_device(profile.device), Progress(Console(quiet=True))
         found = collect(block.path, model, tokens, request.needs, request.precision, quiet, where)
-        return pack(SumsReply(tokens=tokens.numel()), {SUMS: found.flat().cpu()})
+        if request.sketch is None:
+            sums = {SUMS: found.flat().cpu()}
+        else:
+            squares, sketches = found.sketches(request.sketch, request.sketch_seed)
+            sums = {SUMS: squares.cpu(), SKETCHES: sketches.cpu()}
+        return pack(SumsReply(tokens=tokens.numel()), sums)
 
     def _keys(self, request: KeysRequest) -> bytes:
         site = self._site_of(request.client, request.block)

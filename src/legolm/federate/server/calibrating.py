@@ -11,9 +11,9 @@ from legolm.config import CLIENTS, RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.members import LLM
 from legolm.federate.transport import Exchange, Request
-from legolm.federate.wire import SUMS, CalibrateRequest, SumsReply, pack, plain, unpack
+from legolm.federate.wire import SKETCHES, SUMS, CalibrateRequest, SumsReply, pack, plain, unpack
 from legolm.models import Shape, choose_precision, load_config, load_tokenizer, shape_of
-from legolm.prune import Statistics, clients_needs, save_statistics
+from legolm.prune import Statistics, clients_needs, clients_sketch, save_statistics
 from legolm.runs import Identity, RunDir, Traffic, Traffics, dump_sealed
 from legolm.system import Progress, atomic_folder, atomic_write
 
@@ -31,6 +31,7 @@ def calibrate(
     asking = next(spec.calibration for spec in config.cuts if spec.calibration.statistics == CLIENTS)
     needs = clients_needs(config.cuts)
     assert needs != "nothing"
+    shape = shape_of(load_config(base))
     request = CalibrateRequest(
         run=identity.run,
         client="",
@@ -39,6 +40,7 @@ def calibrate(
         samples=asking.samples,
         length=asking.length,
         needs=needs,
+        sketch=clients_sketch(config.cuts, shape),
         precision=choose_precision(config.precision, config.device),
         seed=config.seed,
     )
@@ -48,7 +50,7 @@ def calibrate(
             write_llm(base, identity.base_fingerprint, load_tokenizer(base, config.data), partial)
     there = [client.id for client in config.clients if client.there(1)]
     sent: dict[str, Traffic] = {}
-    found = summed(request, there, shape_of(load_config(base)), exchange, progress, sent)
+    found = summed(request, there, shape, exchange, progress, sent)
     shutil.rmtree(lent, ignore_errors=True)
     atomic_write(folder.sums_traffic, dump_sealed(Traffics(bytes=sent)))
     save_statistics(found, folder.sums)
@@ -71,9 +73,12 @@ def summed(
     total: Statistics | None = None
     added = 0
 
+    def of(id: str) -> CalibrateRequest:
+        return request.model_copy(update={"client": id})
+
     def requests() -> Iterator[Request]:
         for id in clients:
-            content = pack(request.model_copy(update={"client": id}), {})
+            content = pack(of(id), {})
             sent[id] = Traffic(up=0, down=len(content))
             yield Request(id, content)
 
@@ -81,15 +86,15 @@ def summed(
         for reply in exchange(requests()):
             if not added <= reply.index < len(clients) or reply.index in ready:
                 continue  # one more of somebody
-            asked = sent[clients[reply.index]]
-            sent[clients[reply.index]] = asked.model_copy(update={"up": len(reply.content)})
+            id = clients[reply.index]
+            sent[id] = sent[id].model_copy(update={"up": len(reply.content)})
             try:
                 if reply.error:
                     raise LegolmError(reply.error)
-                ready[reply.index] = read_sums(reply.content, request, shape)
+                ready[reply.index] = read_sums(reply.content, of(id), shape)
             except LegolmError as error:
                 ready[reply.index] = None
-                progress.note(f"client {clients[reply.index]}: blocks are cut without its text ({plain(error)})")
+                progress.note(f"client {id}: blocks are cut without its text ({plain(error)})")
             while added in ready:
                 found = ready.pop(added)
                 if total is None:
@@ -106,11 +111,16 @@ def summed(
 def read_sums(content: bytes, request: CalibrateRequest, shape: Shape) -> Statistics:
     """A client's answer. Raises `LegolmError` for what was not asked for."""
     header, tensors = unpack(content, SumsReply)
-    if header.tokens > request.samples * request.length or tensors.keys() != {SUMS}:
+    wanted = {SUMS} if request.sketch is None else {SUMS, SKETCHES}
+    if header.tokens > request.samples * request.length or tensors.keys() != wanted:
         raise LegolmError(
             f"its sums are of {header.tokens} tokens; {request.samples} x {request.length} were asked for"
         )
+    base, tokens = request.base_fingerprint, header.tokens
     try:
-        return Statistics.unflat(tensors[SUMS], header.tokens, shape, request.base_fingerprint, request.needs)
+        if request.sketch is None:
+            return Statistics.unflat(tensors[SUMS], tokens, shape, base, request.needs)
+        squares, sketches = tensors[SUMS], tensors[SKETCHES]
+        return Statistics.restored(squares, sketches, tokens, shape, base, request.sketch, request.sketch_seed)
     except ValueError as error:
         raise LegolmError(f"its sums do not fit: {error}") from None

@@ -1,7 +1,7 @@
 """What travels: messages, the codec of factors, the broadcast."""
 
 from legolm.federate.wire.broadcast import Broadcast, Opened, Update, accept, answer, arrived, open_, passed_on, write
-from legolm.federate.wire.calibration import MAX_SUMS_BYTES, SUMS, CalibrateRequest, SumsReply
+from legolm.federate.wire.calibration import MAX_SUMS_BYTES, SKETCHES, SUMS, CalibrateRequest, SumsReply
 from legolm.federate.wire.codec import decode, encode, encoded_bytes
 from legolm.federate.wire.messages import (
     Envelope,
@@ -51,6 +51,7 @@ __all__ = [
     "SEALED",
     "SHARES",
     "SIGNATURES",
+    "SKETCHES",
     "SUMS",
     "BlockFile",
     "Broadcast",
