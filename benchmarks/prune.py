@@ -29,6 +29,7 @@ BLOCKS: list[dict[str, Any]] = [
     {"method": "magnitude", "sparsity": 0.5},
     {"method": "wanda", "sparsity": 0.5},
     {"method": "sparsegpt", "sparsity": 0.5},
+    {"method": "sparsegpt", "sparsity": 0.5, "refit": 0},
     {"method": "magnitude", "pattern": "2:4"},
     {"method": "wanda", "pattern": "2:4"},
     {"method": "sparsegpt", "pattern": "2:4"},
@@ -41,7 +42,11 @@ BLOCKS: list[dict[str, Any]] = [
     {"method": "structured", "num_hidden_layers": 22},
     {"method": "structured", "speedup": 1.5},
 ]
-PEERS = [target for target in BLOCKS if target["method"] in ("wanda", "sparsegpt") and target.get("sparsity") == 0.5]
+PEERS = [
+    target
+    for target in BLOCKS
+    if target["method"] in ("wanda", "sparsegpt") and target.get("sparsity") == 0.5 and "refit" not in target
+]
 WINDOWS, WINDOW, PROMPT, NEW, PAIRS = 10, 1024, 512, 32, 5
 
 
@@ -64,6 +69,7 @@ def cut(options: argparse.Namespace, target: dict[str, Any], out: Path) -> dict[
     shape = block.coverage.block_shape
     whole = "unstructured" if block.method != "structured" else "structured"
     found = {"method": block.method, "pattern": target.get("pattern", whole)}
+    found |= {name: value for name, value in target.items() if name == "refit"}
     if block.method == "structured":
         found |= {"layers": shape.layers, "kv_groups": shape.kv_groups, "neurons": shape.neurons}
     speeds = speed(block.path, base)

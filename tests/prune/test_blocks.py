@@ -103,7 +103,9 @@ def test_unstructured_blocks_have_their_zeros_where_the_mask_says(
     assert block.sparsity == pytest.approx(target.get("sparsity", 0.5), abs=0.01)
 
 
-@pytest.mark.parametrize("target", [LINEARS["sparsegpt"], SHAPES["all"]], ids=["sparsegpt", "structured"])
+@pytest.mark.parametrize(
+    "target", [LINEARS["sparsegpt"] | {"refit": 0}, SHAPES["all"]], ids=["sparsegpt", "structured"]
+)
 def test_recovery_brings_the_block_nearer_to_the_llm_and_keeps_its_sparsity(
     target: dict, cut: Callable[..., Block], tiny: Callable[[str], Path], corpus: Path
 ) -> None:
@@ -202,9 +204,10 @@ def test_chunks_give_the_block_of_one_pass(
     family: str, cut: Callable[..., Block], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also: each matrix is cut on what those before it in its layer send, in whatever order the family runs them."""
-    whole = cut(family, out="whole", **LINEARS["sparsegpt"])
+    target = LINEARS["sparsegpt"] | {"refit": 0}  # fitted anew, rounding in one layer decides near ties in the next
+    whole = cut(family, out="whole", **target)
     monkeypatch.setattr("legolm.prune.calibrate.total_bytes", lambda: 0)
-    chunks = cut(family, out="chunks", **LINEARS["sparsegpt"])
+    chunks = cut(family, out="chunks", **target)
     tokens = torch.arange(20)[None]
     one, two = (AutoModelForCausalLM.from_pretrained(block.path)(tokens).logits for block in (whole, chunks))
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
