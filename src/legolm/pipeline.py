@@ -26,6 +26,7 @@ from legolm.federate.server import (
     calibrate,
     familiar_of,
     place,
+    protect,
     server_examples,
     steps_of,
 )
@@ -158,6 +159,8 @@ def _run(
         with clock.stage("blocks", recorded=False):
             if exchange is not None:
                 calibrate(folder, config, identity, plan.base, exchange, progress)
+            if config.federation.protect and not folder.protection.exists():
+                protect(folder, config, plan.base, identity.base_fingerprint, progress)
             blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
         rounds = begin()
         rounds.write_lines()

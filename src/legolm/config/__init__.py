@@ -8,7 +8,7 @@ from legolm.config.aggregation import (
     ServerConfig,
     SuperLinkConfig,
 )
-from legolm.config.blocks import CLIENTS, BlockConfig, CalibrationConfig, RecoverConfig
+from legolm.config.blocks import CLIENTS, BlockConfig, CalibrationConfig, RecoverConfig, TextConfig
 from legolm.config.dp import DpConfig
 from legolm.config.file import dump, load, read, validate
 from legolm.config.privacy import PrivacyConfig, SecureConfig
@@ -79,6 +79,7 @@ __all__ = [
     "SiteConfig",
     "Split",
     "SuperLinkConfig",
+    "TextConfig",
     "TrainConfig",
     "Variant",
     "dump",

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from legolm.config.blocks import TextConfig
 from legolm.config.registry import SCHEMES, Registry
 from legolm.config.section import LocalPath, OpenSection, Section
 
@@ -137,4 +138,7 @@ class FederationConfig(Section):
     public: str = Field(
         "starter",
         description="questions that by_input tells a client's own from: a starter set's public part, or files of rows",
+    )
+    protect: TextConfig | None = Field(
+        None, description="public text on which the LLM is to stay what it was; needs the clients' sums"
     )

@@ -15,17 +15,21 @@ CLIENTS = "clients"
 """In the place of files of sums: a run asks its clients for theirs."""
 
 
-class CalibrationConfig(RowsConfig):
-    """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`), or that a
-    run asks them for (`statistics: clients`): each over `samples` of its own training rows, or as many as it has.
-
-    `text` is a starter set, `pydoc` (Python's help topics), a text file, or a file of rows (JSON, JSONL, CSV, Parquet),
-    which is read as `data` is and rendered as in training.
+class TextConfig(RowsConfig):
+    """Windows of a text: a starter set, `pydoc` (Python's help topics), a text file, or a file of rows (JSON, JSONL,
+    CSV, Parquet), which is read as `data` is and rendered as in training.
     """
 
     text: str = "starter"
     samples: int = Field(32, ge=1)
     length: int = Field(256, ge=8, description="tokens a sample")
+
+
+class CalibrationConfig(TextConfig):
+    """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`), or that a
+    run asks them for (`statistics: clients`): each over `samples` of its own training rows, or as many as it has.
+    """
+
     statistics: Literal["clients"] | tuple[LocalPath, ...] | None = Field(
         None, description="files of `legolm calibrate`, which are added up; or `clients`: a run asks them"
     )

@@ -279,6 +279,11 @@ class RunConfig(Section):
     def _check_calibration(self) -> None:
         """Raise `ValueError` where clients are asked for sums of their text, and cannot be, or are to hide such."""
         asking = [block for block in self.blocks if block.calibration.statistics == CLIENTS]
+        protect = self.federation.protect
+        if protect is not None and (not asking or self.federation.mode == "alone"):
+            why = "needs the clients' sums: give blocks calibration.statistics: clients"
+            why = why if not asking else "is for the LLM, which learns nothing in mode alone; take it out"
+            raise ValueError(f"federation.protect: {protect.text!r} {why}")
         if not asking:
             return
         why, first = "", asking[0].calibration

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from legolm.config import CalibrationConfig, RowsConfig
+from legolm.config import RowsConfig, TextConfig
 from legolm.data.examples import Example
 from legolm.data.layouts import read_examples
 from legolm.data.prose import PIECE, check_prose, read_prose, text_tokens
@@ -30,7 +30,7 @@ LONG = 64
 
 
 def calibration_tokens(
-    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int, fewer: bool = False
+    config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int, fewer: bool = False
 ) -> Tensor:
     """Windows of the text that do not overlap, drawn by `seed`: (samples, length) int64; or, if `fewer`, as are there.
 
@@ -54,7 +54,7 @@ def calibration_tokens(
 
 
 def own_tokens(
-    examples: Sequence[Example], config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    examples: Sequence[Example], config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Tensor:
     """The same of a client's own conversations: as many windows as there are, up to `config.samples`.
 
@@ -65,7 +65,7 @@ def own_tokens(
 
 def _drawn(
     streams: Sequence[Tensor],
-    config: CalibrationConfig,
+    config: TextConfig,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     text: str,
@@ -102,7 +102,7 @@ def _shuffled(found: Tensor, seed: int) -> Tensor:
 
 
 def _conversations(
-    examples: Sequence[Example], config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    examples: Sequence[Example], config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Tensor:
     """Shuffled, so that a window mixes kinds, and no more than `config` needs: rendering takes time."""
     order = random.Random(f"{seed} conversations").sample(range(len(examples)), len(examples))

@@ -54,6 +54,8 @@ def check_files(config: RunConfig) -> tuple[str, ...]:
                 if (text, rows) not in read:
                     said += check_text(text, rows, f"{where}{field}")
                     read.add((text, rows))
+    if config.federation.protect is not None:
+        said += check_text(config.federation.protect.text, config.federation.protect, "federation.protect.text")
     for name, asked in config.report:
         if asked and importlib.util.find_spec(name) is None:
             raise LegolmError(f"report.{name}: needs {name}; run: pip install 'legolm[{name}]', or set it to false")
@@ -74,6 +76,11 @@ def check_sums(config: RunConfig, shape: Shape, llm_bytes: int) -> tuple[str, ..
     `llm_bytes` are those of the LLM, which devices fetch for it.
     """
     needs = clients_needs(config.cuts)
+    if config.federation.protect is not None and needs != "full":
+        raise LegolmError(
+            f"federation.protect: {config.federation.protect.text!r} needs all second moments, and blocks here ask "
+            "clients for squares; give a block of sparsegpt, or structured by widths, calibration.statistics: clients"
+        )
     if needs == "nothing":
         return ()
     asked = next(spec.calibration for spec in config.cuts if spec.calibration.statistics == CLIENTS)

@@ -47,14 +47,16 @@ def stages_bytes(config: RunConfig, shape: Shape, ranks: Sequence[int]) -> int:
 def sums_bytes(config: RunConfig, shape: Shape) -> int:
     """Bytes of what clients sum of their text for the blocks: all of it together, and of each device the reply.
 
-    That is also in Flower's database, and in the database's log.
+    That is also in Flower's database, and in the database's log. What `federation.protect` makes of them is twice as
+    large as they are: whole squares.
     """
     needs = clients_needs(config.cuts)
     if needs == "nothing":
         return 0
     replies = 3 * len(config.clients) if config.federation.engine == "deployment" else 0
     reply = sent_bytes(shape, needs, clients_sketch(config.cuts, shape))
-    return sent_bytes(shape, needs, None) + replies * reply
+    protection = 0 if config.federation.protect is None else 2 * sent_bytes(shape, needs, None)
+    return sent_bytes(shape, needs, None) + protection + replies * reply
 
 
 def mixed_parts(config: RunConfig) -> int:

@@ -1,10 +1,10 @@
 """Cut blocks from the LLM: calibrate, choose a shape, prune, recover, write."""
 
 from legolm.prune.build import cut_blocks, kept_block
-from legolm.prune.calibrate import Moments, Needs
+from legolm.prune.calibrate import Moments, Needs, inputs_of
 from legolm.prune.cuts import clients_needs, clients_sketch
 from legolm.prune.registry import Criterion, Pattern, criterion, criterion_of
-from legolm.prune.statistics import Statistics, collect, flat_size, save_statistics, sent_bytes
+from legolm.prune.statistics import Statistics, collect, flat_size, load_statistics, save_statistics, sent_bytes
 from legolm.prune.target import planned_coverage, target_pattern
 
 __all__ = [
@@ -20,7 +20,9 @@ __all__ = [
     "criterion_of",
     "cut_blocks",
     "flat_size",
+    "inputs_of",
     "kept_block",
+    "load_statistics",
     "planned_coverage",
     "save_statistics",
     "sent_bytes",

@@ -188,6 +188,11 @@ class RunDir:
         """File of the bytes that these took, by client; round 0's record has them."""
         return self.path / "calibration.json"
 
+    @property
+    def protection(self) -> Path:
+        """File of what keeps the LLM's update off public text (`federation.protect`)."""
+        return self.path / "protection.safetensors"
+
     def round(self, number: int) -> Path:
         """Folder of a finished round; 0 is the start."""
         return self.path / "rounds" / f"{number:04d}"

@@ -22,7 +22,7 @@ from legolm.data import client_data, data_fingerprint
 from legolm.errors import LegolmError
 from legolm.evaluation import TEXT, Figure, Questions, check_finite, compare, digest
 from legolm.evaluation import measure as measure_all
-from legolm.federate.server import Rounds, server_examples
+from legolm.federate.server import Rounds, known_of, server_examples
 from legolm.federate.transport import Exchange, run_local
 from legolm.models import choose_device, choose_precision, dtype_of, fingerprint, load_model, load_tokenizer, resolve
 from legolm.report import write_ablation
@@ -65,7 +65,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     known = _earlier(out / "ablation.json", identity.run, last, asked)
     blocks = _blocks(run, config, identity.base_fingerprint)
     rounds = Rounds(run, config, identity.run, blocks, block_of, progress)
-    figures_of = _figures_of(config, blocks["llm"], questions)
+    figures_of = _figures_of(run, config, blocks["llm"], questions)
     # The same data in every stage: its own and the others' that a client's block is asked.
     data = {id: [id, *others] for id, others in others_of(config).items()}
 
@@ -196,17 +196,16 @@ def _paired(figure: Figure, other: Figure) -> Paired | None:
     return None if comparison is None else Paired(**asdict(comparison))
 
 
-def _figures_of(config: RunConfig, llm: Block, questions: Questions | None) -> Measure:
+def _figures_of(run: RunDir, config: RunConfig, llm: Block, questions: Questions | None) -> Measure:
     """A function that gives the LLM's figures with a scheme's global adapter."""
     if questions is None:
         return lambda scheme: {}
     precision = choose_precision(config.precision, config.device)
-    tokenizer = load_tokenizer(llm.path, config.data)
+    tokenizer, known = load_tokenizer(llm.path, config.data), known_of(run, config, llm)
     model = load_model(llm.path, dtype_of(precision)).to(choose_device(config.device))
 
     def measure(scheme: Scheme) -> dict[str, Figure]:
-        factors = scheme.whole(llm.coverage, config.lora.rank)
-        with merged(model, llm.coverage, factors, config.lora.scaling) as whole:
+        with merged(model, llm.coverage, known(scheme), config.lora.scaling) as whole:
             figures = measure_all(whole, tokenizer, questions, precision)
         check_finite(figures, "the LLM with the global update")
         found = ((task, name, figure) for task, of_task in figures.items() for name, figure in of_task.items())

@@ -6,7 +6,7 @@ own data only, each scores its own model, and the LLM is scored by the server on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
@@ -28,10 +28,12 @@ Set = tuple[str, Split]
 
 
 class Scoring:
-    """The jury of one run."""
+    """The jury of one run; `known` is what the LLM has after a scheme's rounds."""
 
-    def __init__(self, config: RunConfig, members: Members, dispatch: Dispatch) -> None:
-        self._config, self._members, self._dispatch = config, members, dispatch
+    def __init__(
+        self, config: RunConfig, members: Members, dispatch: Dispatch, known: Callable[[Scheme], Tensors]
+    ) -> None:
+        self._config, self._members, self._dispatch, self._known = config, members, dispatch, known
 
     def of_global(self, scheme: Scheme, exchange: Exchange, label: str) -> Global:
         """The LLM and the clients' blocks with the global update."""
@@ -53,7 +55,7 @@ class Scoring:
         clients, members, llm = self._members.clients, self._members, self._members.llm
         tests: tuple[Set, ...] = tuple((id, "test") for id in clients)
         rank = self._config.lora.rank
-        whole = partial(scheme.whole, llm.coverage, rank)
+        whole = partial(self._known, scheme)
         # Who holds the whole LLM has its model, unless the server knows more than it sends.
         same = tensors_hash(whole()) == tensors_hash(scheme.adapter(llm.coverage, rank))
         alike: dict[tuple[str, int], list[str]] = {(LLM, rank if same else 0): []}
@@ -119,7 +121,7 @@ class Scoring:
         ]
         found: Sequence[Score] = ()
         if self._config.evaluate.server_data is not None:
-            adapter = partial(scheme.whole, members.llm.coverage, self._config.lora.rank)
+            adapter = partial(self._known, scheme)
             job = Job(LLM, members.llm, adapter, ((LLM, "test"),))
             try:
                 found = checked_scores(self._here.answer(self._dispatch.question(job)), job.sets)

@@ -1,0 +1,112 @@
+"""The LLM's update, kept off public text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from legolm import config as configs
+from legolm import pipeline
+from legolm.adapter import load_factors, parse_key
+from legolm.config import RunConfig, TextConfig
+from legolm.data import Tokens, calibration_tokens, client_data, tokens_of
+from legolm.errors import LegolmError
+from legolm.federate.server.protecting import OFF_DIAGONAL, WEIGHT
+from legolm.models import fingerprint, load_config, load_model, load_tokenizer, shape_of
+from legolm.plan import make_plan
+from legolm.prune import collect, load_statistics
+from legolm.runs import RunDir
+from legolm.system import Progress
+
+ASKED = {"statistics": "clients", "samples": 8, "length": 32}
+
+
+@pytest.fixture
+def raw(three_clients: Callable[..., dict[str, Any]], tmp_path: Path, corpus: Path) -> dict[str, Any]:
+    found = three_clients(tmp_path, ("dense", "wide", "wide"), evaluate={"local_only": False})
+    found["blocks"][1]["calibration"] = dict(ASKED)
+    found["federation"] |= {"protect": {"text": str(corpus), "samples": 16, "length": 64}}
+    return found
+
+
+def test_the_update_is_the_nearest_that_public_text_hardly_sees(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Against V that minimises own error and public change, found by float64 least squares over stacked roots."""
+    run = RunDir(tmp_path / "out")
+    raw["train"] |= {"steps": 8}
+    summary = pipeline.run(configs.validate(RunConfig, raw, "test"), run.path)
+    number, found = summary.llm.best_round, load_factors(run.final("llm"))[0]
+    assert number > 0
+    scale = configs.validate(RunConfig, raw, "test").lora.scaling
+    plain = load_file(run.round(number) / "adapter.safetensors")
+    plain = {key: tensor * (scale if parse_key(key)[2] == "B" else 1) for key, tensor in plain.items()}
+    base = Path(raw["model"])
+    text = configs.validate(TextConfig, raw["federation"]["protect"], "test")
+    tokens = calibration_tokens(text, load_tokenizer(base), 0)
+    public = collect(base, fingerprint(base), tokens, "full", "fp32", Progress())
+    own = load_statistics([run.sums], shape_of(load_config(base)), fingerprint(base))
+    seen = [0.0, 0.0]
+    for key in [key for key in plain if parse_key(key)[2] == "A"]:
+        other = key.removesuffix("A") + "B"
+        assert torch.equal(plain[other], found[other])  # one side only, so that the rank stays
+        layer, module, _ = parse_key(key)
+        first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+        part, _, last = module.rpartition(".")
+        name = f"layers.{layer}.{part}.{first.get(last, last)}"
+        c, p = (one.sums[name].sum.double() / one.sums[name].tokens for one in (own, public))
+        before, after = (one[other].double() @ one[key].double() for one in (plain, found))
+        c, p = (OFF_DIAGONAL * one + (1 - OFF_DIAGONAL) * torch.diag(one.diagonal()) for one in (c, p))
+        roots = [torch.linalg.cholesky(one).T for one in (c, p)]
+        wanted = torch.cat([roots[0] @ before.T, torch.zeros(len(c), len(before), dtype=torch.float64)])
+        exact = torch.linalg.lstsq(torch.cat([roots[0], WEIGHT**0.5 * roots[1]]), wanted).solution.T
+        torch.testing.assert_close(after, exact, rtol=0, atol=float(2e-3 * before.abs().max()))
+        for place, change in enumerate((before, after)):
+            seen[place] += float((change @ p * change).sum())
+    assert seen[1] < 0.98 * seen[0]
+
+    # The run scored the LLM that it wrote: the loss of its record is that of the final model.
+    config = configs.validate(RunConfig, raw, "test")
+    data, tokenizer = client_data(config), load_tokenizer(base, config.data)
+    model, losses = load_model(run.final("llm")).eval(), list[float]()
+    for one in data.values():
+        parts = [one_row(model, row) for row in tokens_of(one.test, tokenizer, config.train.max_length, "last")]
+        losses.append(sum(total for total, _ in parts) / sum(count for _, count in parts))
+    assert summary.llm.loss_after == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def one_row(model: Any, row: Tokens) -> tuple[float, int]:
+    """Summed loss of the answer's tokens, and how many they are."""
+    with torch.no_grad():
+        found = torch.log_softmax(model(input_ids=torch.tensor(row.ids)[None]).logits[0, row.answer - 1 : -1], -1)
+    wanted = torch.tensor(row.ids[row.answer :])
+    return -float(found.gather(1, wanted[:, None]).sum()), len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"blocks.1.calibration.statistics": None},
+            "needs the clients' sums: give blocks calibration.statistics: clients",
+        ),
+        (
+            {"blocks.1": {"name": "wide", "method": "wanda", "sparsity": 0.5, "calibration": ASKED}},
+            "needs all second moments",
+        ),
+        ({"federation.protect": {"text": "nowhere.txt"}}, r"federation\.protect\.text: .*nowhere.txt"),
+        ({"federation.mode": "alone", "evaluate.local_only": True}, "learns nothing in mode alone; take it out"),
+    ],
+)
+def test_what_cannot_be_protected_is_refused(raw: dict[str, Any], changes: dict[str, Any], says: str) -> None:
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        place: Any = raw
+        for one in path:
+            place = place[int(one)] if isinstance(place, list) else place[one]
+        place[int(last) if isinstance(place, list) else last] = value
+    with pytest.raises(LegolmError, match=says):
+        make_plan(configs.validate(RunConfig, raw, "test"))
