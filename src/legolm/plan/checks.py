@@ -79,7 +79,7 @@ def check_sums(config: RunConfig, shape: Shape, llm_bytes: int) -> tuple[str, ..
     if config.federation.protect is not None and needs != "full":
         raise LegolmError(
             f"federation.protect: {config.federation.protect.text!r} needs all second moments, and blocks here ask "
-            "clients for squares; give a block of sparsegpt, or structured by widths, calibration.statistics: clients"
+            "clients for squares; give calibration.statistics: clients to one whose cut reads them all"
         )
     if needs == "nothing":
         return ()
