@@ -426,12 +426,14 @@ def _write_final(
         )
         write_block(manifest, block.coverage, partial)
 
+    changes_llm = config.federation.protect is not None or config.federation.quorum
     familiar = familiar_of(config, blocks["llm"]) if config.federation.personal == "by_input" else None
     with progress.stage("write final models", len(left)) as advance:
         for id in left:
             client = None if id == "llm" else id
             factors = rounds.final_factors(client)
-            begun = tensors_hash(factors) if client in apart else start[best if client else llm_best]
+            alone = client in apart or (client is None and changes_llm)  # no others have its frozen side, or its units
+            begun = tensors_hash(factors) if alone else start[best if client else llm_best]
             with atomic_folder(folder.final(id)) as partial:
                 write_one(partial, client, factors, begun, config.federation.personal_steps if client else 0)
                 if client and familiar:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from devices import Devices
+from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
 from tap import found, secrets
@@ -171,6 +172,7 @@ def test_whose_sums_are_none_is_named_and_left_out(raw: dict[str, Any]) -> None:
         "short": pack(SumsReply(tokens=16), {SUMS: one[1:]}),
         "negative": pack(SumsReply(tokens=16), {SUMS: -one}),
         "infinite": pack(SumsReply(tokens=16), {SUMS: one / 0}),
+        "huge": pack(SumsReply(tokens=16), {SUMS: torch.full_like(one, 3e38)}),
         "other": pack(SumsReply(tokens=16), {"a": one}),
         "broken": b"hello",
         "late": b"",
@@ -198,14 +200,17 @@ def test_whose_sums_are_none_is_named_and_left_out(raw: dict[str, Any]) -> None:
         ("short", "its sums do not fit: sums of shape"),
         ("negative", "its sums do not fit: a sum of squares is -"),
         ("infinite", "its sums do not fit: sums of shape"),
+        ("huge", "its sums do not fit: a mean square is 1.875e+37, over 1e+24"),
         ("other", "its sums are of 16 tokens"),
         ("broken", "message is broken"),
         ("late", "late: not online"),
     ):
         assert f"client {id}: blocks are cut without its text ({says}" in said
-    assert said.count("without its text") == 7
+    assert said.count("without its text") == 8
     with pytest.raises(LegolmError, match="no client has sent any"):
         asked(["late", "short"])
+    with pytest.raises(ValidationError, match="a sketch is of all second moments"):
+        CalibrateRequest.model_validate(request.model_dump() | {"sketch": 4})
 
 
 @pytest.mark.parametrize(

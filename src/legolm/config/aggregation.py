@@ -139,6 +139,11 @@ class FederationConfig(Section):
         "starter",
         description="questions that by_input tells a client's own from: a starter set's public part, or files of rows",
     )
+    quorum: bool = Field(
+        False,
+        description="of the global update the LLM takes what as many clients hold as its validation loss chooses: any, "
+        "half, three quarters or all of them",
+    )
     protect: TextConfig | None = Field(
         None, description="public text on which the LLM is to stay what it was; needs the clients' sums"
     )

@@ -148,6 +148,7 @@ class RunConfig(Section):
         self._check_secure()
         self._check_relays()
         self._check_calibration()
+        self._check_quorum()
         self._check_by_input()
         for name in ("min_replies", "buffer"):
             if (getattr(self.federation, name) or 0) > len(self.clients):
@@ -299,6 +300,20 @@ class RunConfig(Section):
             why = "asks once for all blocks; give them the same samples, length and sketch"
         if why:
             raise ValueError(f"blocks: {asking[0].name!r}: calibration.statistics {CLIENTS!r} {why}")
+
+    def _check_quorum(self) -> None:
+        """Raise `ValueError` where the LLM's validation loss cannot choose of what clients hold."""
+        if not self.federation.quorum:
+            return
+        why = ""
+        if self.federation.mode == "alone":
+            why = "is for the LLM, which learns nothing in mode alone"
+        elif self.evaluate.scores == "own":
+            why = "needs all clients' validation data, and evaluate.scores is own"
+        elif any(client.blocks for client in self.clients):
+            why = "counts who holds what, and clients here change their blocks"
+        if why:
+            raise ValueError(f"federation.quorum {why}; set it to false")
 
     def _check_secure(self) -> None:
         """Raise `ValueError` for what needs single changes, which a secure sum hides, or shows them."""

@@ -30,10 +30,11 @@ LONG = 64
 
 
 def calibration_tokens(
-    config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int, fewer: bool = False
+    config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int, fewer: bool = False, field: str = "calibration"
 ) -> Tensor:
     """Windows of the text that do not overlap, drawn by `seed`: (samples, length) int64; or, if `fewer`, as are there.
 
+    `field` is the section's name.
     Each begins as the tokenizer begins a text.
     Conversations are rendered with the chat template and packed together; a starter set alternates between
     some and the prose of Python's help topics. Raises `LegolmError` if the text is missing or too short.
@@ -44,13 +45,13 @@ def calibration_tokens(
         if is_starter(config.text):
             streams.insert(0, _conversations(public_starter_text(config.text), config, tokenizer, seed))
     elif is_rows(config.text):
-        rows = Examples.of(read_examples(config.text, config, "calibration.text"))
+        rows = Examples.of(read_examples(config.text, config, f"{field}.text"))
         streams = [_conversations(rows, config, tokenizer, seed)]
     else:
-        paths = paths_of(config.text, "calibration.text")
-        text = read_prose(paths, "calibration.text", max(PIECE, LONG * needed), seed)
+        paths = paths_of(config.text, f"{field}.text")
+        text = read_prose(paths, f"{field}.text", max(PIECE, LONG * needed), seed)
         streams = [text_tokens(text, tokenizer)]
-    return _drawn(streams, config, tokenizer, seed, repr(config.text), 1 if fewer else config.samples)
+    return _drawn(streams, config, tokenizer, seed, repr(config.text), 1 if fewer else config.samples, field)
 
 
 def own_tokens(
@@ -70,13 +71,14 @@ def _drawn(
     seed: int,
     text: str,
     least: int,
+    field: str = "calibration",
 ) -> Tensor:
     """Windows of these streams in turn. Raises `LegolmError` for less than `least` of them; `text` says of what."""
     pools = [_shuffled(windows(stream.numpy(), config.length, begin(tokenizer)), seed) for stream in streams]
     available = min(len(pool) * len(pools) + place for place, pool in enumerate(pools))
     if available < least:
         raise LegolmError(
-            f"calibration.samples = {config.samples}: {text} has {available} samples of "
+            f"{field}.samples = {config.samples}: {text} has {available} samples of "
             f"{config.length} tokens; ask for fewer or shorter ones, or give a longer text"
         )
     count = min(available, config.samples)

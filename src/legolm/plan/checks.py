@@ -11,7 +11,7 @@ from legolm.adapter import FACTORS
 from legolm.aggregate import make_scheme
 from legolm.block import Block, read_block
 from legolm.config import AUTO, CLIENTS, SCHEMES, RowsConfig, RunConfig
-from legolm.data import check_text, check_tokens, is_starter, paths_of, read_text
+from legolm.data import calibration_tokens, check_text, check_tokens, is_starter, paths_of, read_text
 from legolm.errors import LegolmError
 from legolm.federate.wire import MAX_SUMS_BYTES
 from legolm.models import Shape, check_weights, fingerprint
@@ -109,17 +109,27 @@ def check_sums(config: RunConfig, shape: Shape, llm_bytes: int) -> tuple[str, ..
 
 
 def check_texts(config: RunConfig, tokenizer: Any) -> None:
-    """Raise `LegolmError` when a text to calibrate or recover on names a token that the model has no embedding for."""
+    """Raise `LegolmError` when a text to calibrate or recover on names a token that the model has no embedding for.
+
+    Text to protect is drawn, too: it is needed after clients were asked.
+    """
+    found: dict[str, str] = {}
     for spec in config.cuts:
         texts = {"calibration": spec.calibration.text}
         if spec.recover.text and spec.recover.most_steps:
             texts["recover"] = spec.recover.text
-        for section, text in texts.items():
-            if spec.method in ("dense", "given") or is_starter(text) or text == "pydoc" or text.startswith("hub:"):
-                continue
-            field = f"block {spec.name}: {section}.text"
-            files = (path for path in paths_of(text, field) if path.suffix.lower() not in (".parquet", ".gz"))
-            check_tokens((read_text(path, field) for path in files), tokenizer, field)
+        if spec.method not in ("dense", "given"):
+            found |= {f"block {spec.name}: {section}.text": text for section, text in texts.items()}
+    protect = config.federation.protect
+    if protect is not None:
+        found["federation.protect.text"] = protect.text
+    for field, text in found.items():
+        if is_starter(text) or text == "pydoc" or text.startswith("hub:"):
+            continue
+        files = (path for path in paths_of(text, field) if path.suffix.lower() not in (".parquet", ".gz"))
+        check_tokens((read_text(path, field) for path in files), tokenizer, field)
+    if protect is not None:
+        calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
 
 
 def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collection[str]) -> None:

@@ -24,6 +24,8 @@ WHOLE_SHARE = 16
 LIVE = 4
 """Tensors as wide as a layer's widest that are alive at once in it, about."""
 STRIP = 256
+LARGEST = 1e24
+"""Mean square of an input that a message or a file may say: sums of many stay far from float32's end."""
 SPILL_SHARE = 8
 """Hidden states that take more than this part of the free memory go to disk."""
 
@@ -83,6 +85,8 @@ class Moments:
             found._sum[_lower(features)] = sums
         if bool((found.mean_square < 0).any()):
             raise ValueError(f"a sum of squares is {float(found.mean_square.min()):g}")
+        if bool((found.mean_square > LARGEST).any()):
+            raise ValueError(f"a mean square is {float(found.mean_square.max()):g}, over {LARGEST:g}")
         return found
 
     @staticmethod

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from legolm.errors import LegolmError
+from legolm.models import autocast
 from legolm.prune.calibrate import Moments
 from legolm.prune.registry import Pattern, criterion
 
@@ -39,6 +40,11 @@ def sparsegpt(
     weights (`_refit`); 0, as in the paper.
     """
     assert moments is not None
+    with autocast("fp32", weight.device.type):  # wherever in a forward pass it is called
+        return _sparsegpt(weight, moments, pattern, damp, refit)
+
+
+def _sparsegpt(weight: Tensor, moments: Moments, pattern: Pattern, damp: float, refit: int) -> tuple[Tensor, Tensor]:
     inverse, dead = _inverse_factor(moments, damp)
     dense, weight = weight, weight.clone()
     weight[:, dead] = 0

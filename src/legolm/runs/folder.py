@@ -190,8 +190,8 @@ class RunDir:
 
     @property
     def protection(self) -> Path:
-        """File of what keeps the LLM's update off public text (`federation.protect`)."""
-        return self.path / "protection.safetensors"
+        """Folder of what keeps the LLM's update off public text (`federation.protect`)."""
+        return self.path / "protection"
 
     def round(self, number: int) -> Path:
         """Folder of a finished round; 0 is the start."""

@@ -133,6 +133,7 @@ class Global(Record):
 
     `validation` is the mean loss of the clients' blocks on their own validation data, `llm_validation` the LLM's on all
     clients', or on the server's own. `unscored` are the clients whose scores were refused, and are in none of these.
+    `quorum` is the share of the clients that must hold what the LLM has of the update (`federation.quorum`).
     Nothing is there where nobody was asked (`evaluate.every`).
     """
 
@@ -142,6 +143,7 @@ class Global(Record):
     unscored: list[Refusal] = []
     validation: float | None
     llm_validation: float | None
+    quorum: float = 0.0
 
     def by_client(self) -> dict[str, Scores]:
         """Each client's block's scores, by client."""

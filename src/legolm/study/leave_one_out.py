@@ -22,7 +22,7 @@ from legolm.data import client_data, data_fingerprint
 from legolm.errors import LegolmError
 from legolm.evaluation import TEXT, Figure, Questions, check_finite, compare, digest
 from legolm.evaluation import measure as measure_all
-from legolm.federate.server import Rounds, known_of, server_examples
+from legolm.federate.server import Rounds, server_examples
 from legolm.federate.transport import Exchange, run_local
 from legolm.models import choose_device, choose_precision, dtype_of, fingerprint, load_model, load_tokenizer, resolve
 from legolm.report import write_ablation
@@ -44,7 +44,7 @@ from legolm.runs import (
 from legolm.system import Progress, atomic_write
 
 Kind = Literal["block", "client"]
-Measure = Callable[[Scheme], dict[str, Figure]]
+Measure = Callable[[Scheme, float], dict[str, Figure]]
 
 
 def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progress) -> Ablation:
@@ -65,13 +65,13 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     known = _earlier(out / "ablation.json", identity.run, last, asked)
     blocks = _blocks(run, config, identity.base_fingerprint)
     rounds = Rounds(run, config, identity.run, blocks, block_of, progress)
-    figures_of = _figures_of(run, config, blocks["llm"], questions)
+    figures_of = _figures_of(rounds, config, blocks["llm"], questions)
     # The same data in every stage: its own and the others' that a client's block is asked.
     data = {id: [id, *others] for id, others in others_of(config).items()}
 
     @cache
     def with_all() -> dict[str, Figure]:
-        return figures_of(rounds.scheme(last))
+        return figures_of(rounds.scheme(last), rounds.quorum(last))
 
     records = rounds.records()
     by_round = {one.round: one for one in rounds_of(records)}
@@ -81,7 +81,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
         record = by_round[number]
         return _losses(record.by_client(), data, record.llm, figures)
 
-    before = known.before if known else losses(0, figures_of(rounds.scheme(0)))
+    before = known.before if known else losses(0, figures_of(rounds.scheme(0), 0.0))
     shared = known.all if known else losses(last, with_all())
     local = _losses(alone, data, None, {}) if alone else None
     done = {tuple(one.clients): one for one in known.without} if known else {}
@@ -109,7 +109,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
             if tuple(clients) not in done:
                 scheme = rounds.replay(last, clients)
                 record = rounds.score_global(scheme, exchange, f"without {name}: evaluate")
-                figures = figures_of(scheme)
+                figures = figures_of(scheme, record.quorum)
                 paired = {name: _paired(figure, with_all()[name]) for name, figure in figures.items()}
                 one = _losses(record.by_client(), data, record.llm, figures)
                 done[tuple(clients)] = LeftOut(**one.model_dump(), kind=kind, name=name, clients=clients, paired=paired)
@@ -196,16 +196,16 @@ def _paired(figure: Figure, other: Figure) -> Paired | None:
     return None if comparison is None else Paired(**asdict(comparison))
 
 
-def _figures_of(run: RunDir, config: RunConfig, llm: Block, questions: Questions | None) -> Measure:
+def _figures_of(rounds: Rounds, config: RunConfig, llm: Block, questions: Questions | None) -> Measure:
     """A function that gives the LLM's figures with a scheme's global adapter."""
     if questions is None:
-        return lambda scheme: {}
+        return lambda scheme, quorum: {}
     precision = choose_precision(config.precision, config.device)
-    tokenizer, known = load_tokenizer(llm.path, config.data), known_of(run, config, llm)
+    tokenizer = load_tokenizer(llm.path, config.data)
     model = load_model(llm.path, dtype_of(precision)).to(choose_device(config.device))
 
-    def measure(scheme: Scheme) -> dict[str, Figure]:
-        with merged(model, llm.coverage, known(scheme), config.lora.scaling) as whole:
+    def measure(scheme: Scheme, quorum: float) -> dict[str, Figure]:
+        with merged(model, llm.coverage, rounds.known(scheme, quorum), config.lora.scaling) as whole:
             figures = measure_all(whole, tokenizer, questions, precision)
         check_finite(figures, "the LLM with the global update")
         found = ((task, name, figure) for task, of_task in figures.items() for name, figure in of_task.items())

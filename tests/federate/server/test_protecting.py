@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ def test_the_update_is_the_nearest_that_public_text_hardly_sees(raw: dict[str, A
             seen[place] += float((change @ p * change).sum())
     assert seen[1] < 0.98 * seen[0]
 
+    # What it was protected by is not to be changed.
+    matrices = run.protection / "matrices.safetensors"
+    was = matrices.read_bytes()
+    matrices.write_bytes(was[:-8] + bytes(8))
+    shutil.rmtree(run.final("llm"))
+    with pytest.raises(LegolmError, match=r"matrices\.safetensors: is not what the run wrote"):
+        pipeline.run(configs.validate(RunConfig, raw, "test"), run.path, resume=True)
+    matrices.write_bytes(was)
+    pipeline.run(configs.validate(RunConfig, raw, "test"), run.path, resume=True)
+
     # The run scored the LLM that it wrote: the loss of its record is that of the final model.
     config = configs.validate(RunConfig, raw, "test")
     data, tokenizer = client_data(config), load_tokenizer(base, config.data)
@@ -98,6 +109,7 @@ def one_row(model: Any, row: Tokens) -> tuple[float, int]:
             "needs all second moments",
         ),
         ({"federation.protect": {"text": "nowhere.txt"}}, r"federation\.protect\.text: .*nowhere.txt"),
+        ({"federation.protect.samples": 100_000}, r"federation\.protect\.samples = 100000: .* has \d+ samples of 64"),
         ({"federation.mode": "alone", "evaluate.local_only": True}, "learns nothing in mode alone; take it out"),
     ],
 )

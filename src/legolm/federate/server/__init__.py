@@ -7,13 +7,14 @@ from legolm.federate.server.dispatch import checked_scores, steps_of
 from legolm.federate.server.loop import Rounds
 from legolm.federate.server.members import LLM, Members, drawn, is_dense
 from legolm.federate.server.placing import place
-from legolm.federate.server.protecting import known_of, protect
+from legolm.federate.server.protecting import Known, protect
 from legolm.federate.server.public import familiar_of, public_examples, seen_in_public
 from legolm.federate.server.scoring import server_examples
 from legolm.federate.server.secure import check_withheld, roster_of
 
 __all__ = [
     "LLM",
+    "Known",
     "Members",
     "Rounds",
     "ask",
@@ -25,7 +26,6 @@ __all__ = [
     "drawn",
     "familiar_of",
     "is_dense",
-    "known_of",
     "place",
     "protect",
     "public_examples",

@@ -10,7 +10,7 @@ from legolm.block import write_llm
 from legolm.config import CLIENTS, RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.members import LLM
-from legolm.federate.transport import Exchange, Request
+from legolm.federate.transport import Exchange, Reply, Request
 from legolm.federate.wire import SKETCHES, SUMS, CalibrateRequest, SumsReply, pack, plain, unpack
 from legolm.models import Shape, choose_precision, load_config, load_tokenizer, shape_of
 from legolm.prune import Statistics, clients_needs, clients_sketch, save_statistics
@@ -66,10 +66,11 @@ def summed(
 ) -> Statistics:
     """Ask each of `clients` with this request, and add their sums up in this order, whatever order they come in.
 
+    Who is before his turn waits as the message that he sent: sketches become square matrices of all layers.
     The bytes of each one's messages are added to `sent`. One that is given up, or whose sums are not what was asked
     for, is named and left out. Raises `LegolmError` where nobody is left.
     """
-    ready: dict[int, Statistics | None] = {}
+    ready: dict[int, Reply] = {}
     total: Statistics | None = None
     added = 0
 
@@ -88,19 +89,19 @@ def summed(
                 continue  # one more of somebody
             id = clients[reply.index]
             sent[id] = sent[id].model_copy(update={"up": len(reply.content)})
-            try:
-                if reply.error:
-                    raise LegolmError(reply.error)
-                ready[reply.index] = read_sums(reply.content, of(id), shape)
-            except LegolmError as error:
-                ready[reply.index] = None
-                progress.note(f"client {id}: blocks are cut without its text ({plain(error)})")
+            ready[reply.index] = reply
             while added in ready:
-                found = ready.pop(added)
-                if total is None:
-                    total = found
-                elif found is not None:
-                    total.absorb(found)
+                reply, id = ready.pop(added), clients[added]
+                try:
+                    if reply.error:
+                        raise LegolmError(reply.error)
+                    found = read_sums(reply.content, of(id), shape)
+                    if total is None:
+                        total = found
+                    else:
+                        total.absorb(found)
+                except LegolmError as error:
+                    progress.note(f"client {id}: blocks are cut without its text ({plain(error)})")
                 added += 1
             advance(1)
     if total is None:

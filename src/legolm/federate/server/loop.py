@@ -26,7 +26,7 @@ from legolm.federate.server.dispatch import Dispatch, Order, Trained
 from legolm.federate.server.members import LLM, Members
 from legolm.federate.server.pace import Ages, first_to_end
 from legolm.federate.server.pace import asked as tags
-from legolm.federate.server.protecting import known_of
+from legolm.federate.server.protecting import Known
 from legolm.federate.server.replay import last_accepted, replay, updates
 from legolm.federate.server.scoring import Scoring
 from legolm.federate.server.secure import SecureRounds, check_withheld, moved, roster_of
@@ -95,8 +95,8 @@ class Rounds:
         self._clock = clock or Clock()
         self._members = Members.of(config, blocks, block_of)
         self._dispatch = Dispatch(config, run, self._members, progress, train or {})
-        self._known = known_of(folder, config, self._members.llm)
-        self._scoring = Scoring(config, self._members, self._dispatch, self._known)
+        self.known = Known(folder, config, self._members)
+        self._scoring = Scoring(config, self._members, self._dispatch, self.known)
         self._stages = Stages(folder, config)
         self._alone = Alone(
             folder,
@@ -164,10 +164,15 @@ class Rounds:
         """The finished round that is the best by this."""
         return self._stages.best(by)
 
+    def quorum(self, number: int) -> float:
+        """The share of the clients that must hold what the LLM has of a finished round's update."""
+        return next(one.quorum for one in rounds_of(self.records()) if one.round == number)
+
     def final_factors(self, id: str | None) -> Tensors:
         """What a client (None: the LLM) ends with: its own last adapter if any, else its slice of its best round's."""
         if id is None:
-            return self._known(self.scheme(self.best("llm_validation")))
+            best = self.best("llm_validation")
+            return self.known(self.scheme(best), self.quorum(best))
         if self._config.own_parts or not self._stages.rounds:
             stage = "personal" if self._config.own_parts else "local"
             found = self._stages.state(self._folder.client_stage(stage, id))

@@ -6,7 +6,7 @@ own data only, each scores its own model, and the LLM is scored by the server on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +21,7 @@ from legolm.federate.client import ClientRuntime, Keeping, Profile, only
 from legolm.federate.client import Split as AnySplit
 from legolm.federate.server.dispatch import Dispatch, Job, Split, checked_scores
 from legolm.federate.server.members import LLM, Members, is_dense
+from legolm.federate.server.protecting import Known
 from legolm.federate.transport import Exchange
 from legolm.runs import Global, Held, Refusal, Score, Scores, others_of
 
@@ -30,9 +31,7 @@ Set = tuple[str, Split]
 class Scoring:
     """The jury of one run; `known` is what the LLM has after a scheme's rounds."""
 
-    def __init__(
-        self, config: RunConfig, members: Members, dispatch: Dispatch, known: Callable[[Scheme], Tensors]
-    ) -> None:
+    def __init__(self, config: RunConfig, members: Members, dispatch: Dispatch, known: Known) -> None:
         self._config, self._members, self._dispatch, self._known = config, members, dispatch, known
 
     def of_global(self, scheme: Scheme, exchange: Exchange, label: str) -> Global:
@@ -55,7 +54,8 @@ class Scoring:
         clients, members, llm = self._members.clients, self._members, self._members.llm
         tests: tuple[Set, ...] = tuple((id, "test") for id in clients)
         rank = self._config.lora.rank
-        whole = partial(self._known, scheme)
+        quorum = self._quorum(scheme, exchange, label)
+        whole = partial(self._known, scheme, quorum)
         # Who holds the whole LLM has its model, unless the server knows more than it sends.
         same = tensors_hash(whole()) == tensors_hash(scheme.adapter(llm.coverage, rank))
         alike: dict[tuple[str, int], list[str]] = {(LLM, rank if same else 0): []}
@@ -91,7 +91,24 @@ class Scoring:
             held=held,
             validation=fmean(own),
             llm_validation=fmean(losses[0].values()),
+            quorum=quorum,
         )
+
+    def _quorum(self, scheme: Scheme, exchange: Exchange, label: str) -> float:
+        """The one with which the LLM's loss on all clients' validation data is the lowest, the smaller of equals."""
+        tried: dict[str, float] = {}
+        for quorum in self._known.quorums:
+            tried.setdefault(tensors_hash(self._known(scheme, quorum)), quorum)
+        if len(tried) == 1:
+            return next(iter(tried.values()))
+        clients = self._members.clients
+        sets: tuple[Set, ...] = tuple((id, "validation") for id in clients)
+        jobs = [Job(clients[0], self._members.llm, partial(self._known, scheme, one), sets) for one in tried.values()]
+        results, refused = self._scores(jobs, exchange, f"{label}: quorum")
+        if refused:
+            raise LegolmError(f"{label}: client {clients[0]}, the LLM: {next(iter(refused.values()))}")
+        losses = {one: fmean(score.loss for score in results[index]) for index, one in enumerate(tried.values())}
+        return min(losses, key=lambda one: (losses[one], one))
 
     def _own(self, scheme: Scheme, exchange: Exchange, label: str) -> Global:
         """Each client its own block on its own data; the LLM on the server's rows, where it has some.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from legolm.config import Precision
 from legolm.federate.wire.messages import Name
@@ -36,6 +36,12 @@ class CalibrateRequest(BaseModel):
     sketch: Annotated[int, Field(ge=1)] | None = None
     precision: Precision
     seed: int
+
+    @model_validator(mode="after")
+    def _full(self) -> CalibrateRequest:
+        if self.sketch is not None and self.needs != "full":
+            raise ValueError("a sketch is of all second moments")
+        return self
 
     @property
     def sketch_seed(self) -> int:
