@@ -1,6 +1,6 @@
-"""What the LLM learned of the clients, without what it would forget of public text.
+"""What the LLM takes of the global update: what enough clients hold, and what public text hardly sees.
 
-Of an update ΔW the change V that is nearest to it on the clients' inputs, and to nothing on public ones:
+The second: of an update ΔW the change V that is nearest to it on the clients' inputs, and to nothing on public ones:
 
     argmin over V of E_own ‖(V − ΔW) x‖² + λ E_public ‖V x‖²  =  ΔW C (C + λ P)⁻¹
 
@@ -59,7 +59,7 @@ def protect(folder: RunDir, config: RunConfig, base: Path, fingerprint: str, pro
 
 def _shrunk(moments: Moments) -> Tensor:
     """E[x xᵀ], float64, with less off the diagonal."""
-    found = moments.sum.double().cpu() / moments.tokens
+    found = moments.sum.cpu().double() / moments.tokens  # not every device has float64
     return OFF_DIAGONAL * found + (1 - OFF_DIAGONAL) * torch.diag(found.diagonal())
 
 
@@ -79,7 +79,7 @@ class Known:
         """Of the global update what at least this share of the clients hold; then what `protect` leaves of it."""
         factors = dict(scheme.whole(self._llm, self._config.lora.rank))
         if quorum:
-            rank = max(min(tensor.shape) for tensor in factors.values())
+            rank = max(len(tensor) for key, tensor in factors.items() if parse_key(key)[2] == "A")
             shapes = {key: (tensor.shape[0], tensor.shape[1]) for key, tensor in factors.items()}
             for key, held in held_by(shapes, [(coverage, rank) for coverage in self._held]).items():
                 factors[key] = factors[key].where(held >= quorum * len(self._held), 0)
