@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from legolm import config as configs
@@ -18,6 +20,7 @@ from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.server import protecting
 from legolm.runs import RunDir, read_stages, rounds_of
+from legolm.system import Progress
 
 
 @pytest.fixture
@@ -33,8 +36,10 @@ def test_units_that_too_few_hold_stay_the_llms(
 ) -> None:
     """`dense` holds all, `wide` 64 of 96 neurons, `half` one layer and one KV group: counted here unit by unit."""
     monkeypatch.setattr(protecting, "QUORUMS", (quorum,) * 2)
-    run = RunDir(tmp_path / "out")
-    summary = pipeline.run(configs.validate(RunConfig, raw, "test"), run.path)
+    run, said = RunDir(tmp_path / "out"), StringIO()
+    progress = Progress(Console(file=said, width=300))
+    summary = pipeline.run(configs.validate(RunConfig, raw, "test"), run.path, progress=progress)
+    assert f" with what {quorum:.0%} of the clients hold, blocks " in said.getvalue()
     scale = configs.validate(RunConfig, raw, "test").lora.scaling
     whole = load_file(run.round(summary.llm.best_round) / "adapter.safetensors")
     found = load_factors(run.final("llm"))[0]

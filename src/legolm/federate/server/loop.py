@@ -298,7 +298,8 @@ class Rounds:
         self._latest = number, scheme
         if record.validation is None:
             return
-        llm = "" if record.llm_validation is None else f"LLM {record.llm_validation:.3f}, "
+        part = f" with what {record.quorum:.0%} of the clients hold" if record.quorum else ""
+        llm = "" if record.llm_validation is None else f"LLM {record.llm_validation:.3f}{part}, "
         cost = f"; epsilon {record.privacy.epsilon:.3g} so far" if record.privacy else ""
         self._progress.say(f"round {number}: loss on validation data: {llm}blocks {record.validation:.3f}{cost}")
 
