@@ -33,7 +33,6 @@ class CalibrationConfig(TextConfig):
     statistics: Literal["clients"] | tuple[LocalPath, ...] | None = Field(
         None, description="files of `legolm calibrate`, which are added up; or `clients`: a run asks them"
     )
-
     sketch: int | None = Field(
         128,
         ge=1,

@@ -96,18 +96,23 @@ class Scoring:
 
     def _quorum(self, scheme: Scheme, exchange: Exchange, label: str) -> float:
         """The one with which the LLM's loss on all clients' validation data is the lowest, the smaller of equals."""
-        tried: dict[str, float] = {}
+        first, *others = self._known.quorums
+        if not others:
+            return first
+        found: dict[str, tuple[float, Tensors]] = {}
         for quorum in self._known.quorums:
-            tried.setdefault(tensors_hash(self._known(scheme, quorum)), quorum)
+            factors = self._known(scheme, quorum)
+            found.setdefault(tensors_hash(factors), (quorum, factors))
+        tried = dict(found.values())
         if len(tried) == 1:
-            return next(iter(tried.values()))
+            return first
         clients = self._members.clients
         sets: tuple[Set, ...] = tuple((id, "validation") for id in clients)
-        jobs = [Job(clients[0], self._members.llm, partial(self._known, scheme, one), sets) for one in tried.values()]
+        jobs = [Job(clients[0], self._members.llm, partial(tried.__getitem__, one), sets) for one in tried]
         results, refused = self._scores(jobs, exchange, f"{label}: quorum")
         if refused:
             raise LegolmError(f"{label}: client {clients[0]}, the LLM: {next(iter(refused.values()))}")
-        losses = {one: fmean(score.loss for score in results[index]) for index, one in enumerate(tried.values())}
+        losses = {one: fmean(score.loss for score in results[index]) for index, one in enumerate(tried)}
         return min(losses, key=lambda one: (losses[one], one))
 
     def _own(self, scheme: Scheme, exchange: Exchange, label: str) -> Global:
