@@ -35,7 +35,7 @@ from legolm.models import (
     load_tokenizer,
     shape_of,
 )
-from legolm.prune import collect, save_statistics
+from legolm.prune import collect, collected, save_statistics, sketched
 from legolm.prune.statistics import load_statistics
 from legolm.system import Progress
 
@@ -374,14 +374,13 @@ def _offers() -> tuple[list[bytes], wire.DeviceReply, wire.OfferRequest]:
 
 def _calibration(model: Path) -> tuple[list[bytes], wire.CalibrateRequest, Shape]:
     tokens = torch.arange(32).reshape(2, 16)
-    found = collect(model, "f", tokens, "full", "fp32", Progress())
     asked = wire.CalibrateRequest(
         run="r", client="fr", block="llm", base_fingerprint="f", samples=2, length=16, needs="full",
         sketch=4, precision="fp32", seed=3,
     )  # fmt: skip
-    squares, sketches = found.sketches(4, asked.sketch_seed)
+    squares, sketches = sketched(collected(model, tokens, "full", "fp32", Progress()), 4, asked.sketch_seed)
     sent = wire.pack(wire.SumsReply(tokens=32), {wire.SUMS: squares, wire.SKETCHES: sketches})
-    return [wire.pack(asked, {}), sent, sent], asked, found.shape
+    return [wire.pack(asked, {}), sent, sent], asked, shape_of(load_config(model))
 
 
 def _welcome(home: Path) -> bytes:

@@ -25,7 +25,7 @@ from legolm import config as configs
 from legolm.config import BlockConfig, CalibrationConfig
 from legolm.data import client_data, own_tokens, tokens_of
 from legolm.models import fingerprint, load_config, load_model, load_tokenizer, resolve, shape_of
-from legolm.prune import Statistics, collect, cut_blocks, save_statistics, sent_bytes
+from legolm.prune import Statistics, collect, cut_blocks, flat, save_statistics, sent_bytes, sketched
 from legolm.system import Progress, derive_seed
 
 CONFIG = Path(__file__).parent.parent / "examples" / "dates.yaml"
@@ -60,10 +60,10 @@ def main() -> None:
         each = []
         for id, (tokens, found) in own.items():
             if count is None:
-                each.append(Statistics.unflat(found.flat(), tokens, shape, print_, "full"))
+                each.append(Statistics.unflat(flat(found.sums.items()), tokens, shape, print_, "full"))
             else:
                 seed = derive_seed(config.seed, "sketch", id)
-                sent = found.sketches(count, seed)
+                sent = sketched(found.sums.items(), count, seed)
                 each.append(Statistics.restored(*sent, tokens, shape, print_, count, seed))
         for other in each[1:]:
             each[0].absorb(other)

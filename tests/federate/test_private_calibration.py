@@ -31,7 +31,7 @@ from legolm.federate.transport import Body, Exchange, Reply, Request, engine_for
 from legolm.federate.wire import SUMS, CalibrateRequest, SumsReply, kind_of, pack, unpack
 from legolm.models import fingerprint, load_config, load_tokenizer, shape_of
 from legolm.plan import checks, make_plan
-from legolm.prune import Statistics, collect, cut_blocks, flat_size, save_statistics
+from legolm.prune import Statistics, collect, collected, cut_blocks, flat, flat_size, save_statistics, sketched
 from legolm.prune.statistics import load_statistics
 from legolm.runs import RunDir, read_stages, rounds_of
 from legolm.runs.kept import HASH_BYTES
@@ -133,11 +133,12 @@ def test_devices_send_sketches_of_all_second_moments(raw: dict[str, Any], tmp_pa
     for name, one in client_data(config).items():
         tokens = own_tokens(one.train, config.blocks[0].calibration, load_tokenizer(base), config.seed)
         seed = derive_seed(config.seed, "sketch", name)
-        squares, sketches = collect(base, model, tokens, "full", "fp32", Progress()).sketches(8, seed)
+        squares, sketches = sketched(collected(base, tokens, "full", "fp32", Progress()), 8, seed)
         wanted.append(Statistics.restored(squares, sketches, tokens.numel(), shape, model, 8, seed))
     for other in wanted[1:]:
         wanted[0].absorb(other)
-    torch.testing.assert_close(load_statistics([out.sums], shape, model).flat(), wanted[0].flat())
+    kept = load_statistics([out.sums], shape, model)
+    torch.testing.assert_close(flat(kept.sums.items()), flat(wanted[0].sums.items()))
 
 
 def test_few_tokens_are_not_summed(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_whose_sums_are_none_is_named_and_left_out(raw: dict[str, Any]) -> None:
         run="", client="", block="llm", base_fingerprint=print_, samples=2, length=8, needs="diagonal",
         precision="fp32", seed=0,
     )  # fmt: skip
-    one = collect(base, print_, torch.arange(16).view(2, 8), "diagonal", "fp32", Progress()).flat()
+    one = flat(collected(base, torch.arange(16).view(2, 8), "diagonal", "fp32", Progress()))
     sums = {
         "good": pack(SumsReply(tokens=16), {SUMS: one}),
         "half": pack(SumsReply(tokens=8), {SUMS: one / 2}),
@@ -193,7 +194,7 @@ def test_whose_sums_are_none_is_named_and_left_out(raw: dict[str, Any]) -> None:
         return summed(request, ids, shape, exchange, progress, {}), said.getvalue()
 
     total, said = asked(list(sums))
-    torch.testing.assert_close(total.flat(), 1.5 * one)
+    torch.testing.assert_close(flat(total.sums.items()), 1.5 * one)
     assert {moments.tokens for moments in total.sums.values()} == {24}
     for id, says in (
         ("much", "its sums are of 17 tokens; 2 x 8 were asked for"),

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from legolm import config as configs
 from legolm import pipeline
 from legolm.config import RunConfig
+from legolm.models import load_config, shape_of
 from legolm.plan import make_plan
+from legolm.plan.disk import sums_memory
 
 UNIT = 2 * (64 + 64) * 4
 """Bytes of one direction of q_proj: two layers, A (1, 64) and B (64, 1), float32."""
@@ -67,3 +69,28 @@ def test_who_takes_no_part_in_rounds_adds_nothing(three_clients: Callable[..., d
     # One client of rank 4: the start's and both rounds' factors, folds of 4 and 8, and the first fold at this client.
     assert plan.disk_bytes - plan.models_bytes - blocks == (3 * 4 + 4 + 8 + 4) * UNIT
     assert [client.bytes_down for client in plan.clients] == [0, 0, 4 * UNIT]
+
+
+@pytest.mark.parametrize(
+    ("cut", "protect", "squares"),
+    [
+        ({"method": "wanda", "sparsity": 0.5}, False, 2 * 4 * 2 * (3 * 64 + 96)),
+        ({"method": "sparsegpt", "sparsity": 0.5}, False, 2 * 4 * 2 * (3 * 64 * 65 + 96 * 97)),
+        ({"method": "sparsegpt", "sparsity": 0.5}, True, 3 * 4 * 2 * (3 * 64 * 65 + 96 * 97)),
+    ],
+)
+def test_sums_of_all_layers_are_in_the_memory(
+    cut: dict[str, Any],
+    protect: bool,
+    squares: int,
+    three_clients: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Two layers, whose linear layers read 64, 64, 64 and 96 numbers; at the server what is added up and what comes."""
+    raw = three_clients(tmp_path, ("dense", "dense", "dense"), rows=10)
+    asked = {"statistics": "clients", "samples": 4, "length": 32}
+    raw["blocks"] = [{"name": "dense", "method": "dense"}, {"name": "cut", **cut, "calibration": asked}]
+    if protect:
+        raw["federation"] |= {"protect": {"text": "pydoc", "samples": 4, "length": 32}}
+    config = configs.validate(RunConfig, raw, "test")
+    assert sums_memory(config, shape_of(load_config(Path(raw["model"])))) == squares

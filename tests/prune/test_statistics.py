@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from legolm.config import BlockConfig, CalibrationConfig
 from legolm.errors import LegolmError
 from legolm.models import fingerprint, load_config, shape_of
-from legolm.prune import collect, cut_blocks, save_statistics
+from legolm.prune import Moments, collect, collected, cut_blocks, flat, save_statistics, sketched
 from legolm.prune.statistics import Statistics, load_statistics
 from legolm.system import Progress
 
@@ -46,6 +47,24 @@ def test_the_sums_of_three_clients_are_those_of_their_pooled_text(base: Path, st
     for name, moments in pooled.sums.items():
         assert added.sums[name].tokens == moments.tokens == 11 * 32
         torch.testing.assert_close(added.sums[name].sum, moments.sum, rtol=1e-4, atol=1e-4)
+
+
+def test_who_sends_sums_never_holds_more_than_a_layer(base: Path) -> None:
+    """Second moments of all layers are 5 GB for a model of a billion parameters; a weak device only sketches them."""
+    alive, most = list[weakref.ref[Moments]](), list[int]()
+
+    def seen() -> Iterator[tuple[str, Moments]]:
+        tokens = torch.randint(250, (2, 32), generator=torch.Generator().manual_seed(0))
+        for name, moments in collected(base, tokens, "full", "fp32", Progress()):
+            alive.append(weakref.ref(moments))
+            most.append(sum(one() is not None for one in alive))
+            yield name, moments
+
+    sketched(seen(), 4, 0)
+    assert len(most) == 2 * 4 and max(most) <= 4 + 1, most  # the last of the layer before is let go with the next
+    alive.clear(), most.clear()
+    flat(seen())
+    assert max(most) <= 4 + 1, most
 
 
 @pytest.mark.parametrize(

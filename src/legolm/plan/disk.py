@@ -1,4 +1,4 @@
-"""What the stages of a run keep on the disk, beside blocks and final models."""
+"""What the stages of a run keep on the disk, beside blocks and final models; and the sums in memory."""
 
 from __future__ import annotations
 
@@ -57,6 +57,18 @@ def sums_bytes(config: RunConfig, shape: Shape) -> int:
     reply = sent_bytes(shape, needs, clients_sketch(config.cuts, shape))
     protection = 0 if config.federation.protect is None else 2 * sent_bytes(shape, needs, None)
     return sent_bytes(shape, needs, None) + protection + replies * reply
+
+
+def sums_memory(config: RunConfig, shape: Shape) -> int:
+    """Peak bytes at the server of the sums of all layers, as squares: beside those added up the next client's.
+
+    `federation.protect` has its own squares, and writes them, beside the clients'. Clients hold a layer's only.
+    """
+    needs = clients_needs(config.cuts)
+    if needs == "nothing":
+        return 0
+    squares = sent_bytes(shape, needs, None) * (2 if needs == "full" else 1)
+    return squares * (2 if config.federation.protect is None else 3)
 
 
 def mixed_parts(config: RunConfig) -> int:

@@ -39,7 +39,7 @@ from legolm.models import (
 )
 from legolm.plan.assign import assign
 from legolm.plan.checks import check_clients, check_files, check_sums, check_texts, given_blocks
-from legolm.plan.disk import mixed_parts, stages_bytes, sums_bytes
+from legolm.plan.disk import mixed_parts, stages_bytes, sums_bytes, sums_memory
 from legolm.plan.needs import leaner, settings_of, training_bytes, worst_batch
 from legolm.plan.notes import notes, prompt_notes
 from legolm.plan.privacy import promised
@@ -296,7 +296,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     disk = models + sum(size_of.values()) + stages_bytes(config, shape, ranks) + sums_bytes(config, shape)
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
-    memory = SPARE_BYTES + actors * actor
+    memory = SPARE_BYTES + max(actors * actor, sums_memory(config, shape))
     found = data_fingerprint(parts.data, parts.server)
     members = [(trains[one.id], rank) for one, rank in zip(taking, ranks, strict=True)]
     counts = {one.id: len(lengths[one.id]) for one in taking} if parts.data else {}

@@ -4,7 +4,17 @@ from legolm.prune.build import cut_blocks, kept_block
 from legolm.prune.calibrate import Moments, Needs, inputs_of
 from legolm.prune.cuts import clients_needs, clients_sketch
 from legolm.prune.registry import Criterion, Pattern, criterion, criterion_of
-from legolm.prune.statistics import Statistics, collect, flat_size, load_statistics, save_statistics, sent_bytes
+from legolm.prune.statistics import (
+    Statistics,
+    collect,
+    collected,
+    flat,
+    flat_size,
+    load_statistics,
+    save_statistics,
+    sent_bytes,
+    sketched,
+)
 from legolm.prune.target import planned_coverage, target_pattern
 
 __all__ = [
@@ -16,9 +26,11 @@ __all__ = [
     "clients_needs",
     "clients_sketch",
     "collect",
+    "collected",
     "criterion",
     "criterion_of",
     "cut_blocks",
+    "flat",
     "flat_size",
     "inputs_of",
     "kept_block",
@@ -26,5 +38,6 @@ __all__ = [
     "planned_coverage",
     "save_statistics",
     "sent_bytes",
+    "sketched",
     "target_pattern",
 ]

@@ -19,7 +19,7 @@ FLOOR = 1e-4
 def sketch(moments: Moments, columns: int, seed: int) -> tuple[Tensor, Tensor]:
     """The squares Σx² (d,) float32, and RΩ (d, `columns`) bfloat16 of x's correlations R, with the Ω of this seed."""
     whole = moments.sum.cpu()  # not every device has float64
-    squares = whole.diagonal()
+    squares = whole.diagonal().clone()  # a view would keep all of it
     root = squares.double().sqrt().where(squares > 0, 1)  # an input that was always zero has no correlations
     omega = _directions(len(root), columns, seed)
     return squares, (whole.double() @ (omega / root[:, None]) / root[:, None]).bfloat16()

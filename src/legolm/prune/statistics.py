@@ -7,7 +7,7 @@ linear layer reads. Only these sums leave it. They add up: the sums of several c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from legolm.config import CLIENTS, CalibrationConfig, Precision
 from legolm.errors import LegolmError
-from legolm.models import LayeredModel, Shape, choose_device, shape_of
+from legolm.models import LayeredModel, Shape, choose_device, load_config, shape_of
 from legolm.prune.calibrate import Moments, Needs, PruneGroup, Regression, Stream, inputs_of
 from legolm.prune.sketch import restore, sketch
 from legolm.system import Progress, atomic_write, derive_seed, open_tensors, strict_json
@@ -51,10 +51,6 @@ class Statistics:
     def advance(self, index: int, layer: nn.Module) -> None:
         """Nothing to do: the sums are the dense model's, whatever was cut below."""
 
-    def flat(self) -> Tensor:
-        """All sums, one after the other in the order of the layers: (`flat_size`,) float32."""
-        return torch.cat([moments.packed() for moments in self.sums.values()])
-
     @staticmethod
     def unflat(sums: Tensor, tokens: int, shape: Shape, fingerprint: str, needs: Needs) -> Statistics:
         """What `flat` gave, over so many tokens. Raises `ValueError` when it does not fit, or is no sum of squares."""
@@ -68,21 +64,11 @@ class Statistics:
         }
         return Statistics(shape, fingerprint, needs, found)
 
-    def sketches(self, columns: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Instead of `flat`, of sums that are `full`: all squares, float32, and all sketches of at most so many
-        columns, bfloat16, each in one dimension.
-        """
-        parts = [
-            sketch(moments, min(columns, len(moments.sum)), derive_seed(seed, name))
-            for name, moments in self.sums.items()
-        ]
-        return torch.cat([squares for squares, _ in parts]), torch.cat([product.flatten() for _, product in parts])
-
     @staticmethod
     def restored(
         squares: Tensor, sketches: Tensor, tokens: int, shape: Shape, fingerprint: str, columns: int, seed: int
     ) -> Statistics:
-        """What `sketches` were of, about. Raises `ValueError` when they do not fit, or are no sums of squares."""
+        """What `sketched` was of, about. Raises `ValueError` when they do not fit, or are no sums of squares."""
         features = _features(shape)
         sizes = [one * min(columns, one) for one in features.values()]
         if (squares.shape, sketches.shape) != ((sum(features.values()),), (sum(sizes),)):
@@ -108,6 +94,31 @@ class Statistics:
         return self.sums[f"layers.{index}.{first}"]
 
 
+def collected(
+    base: Path,
+    tokens: Tensor,
+    needs: Needs,
+    precision: Precision,
+    progress: Progress,
+    device: torch.device | None = None,
+) -> Iterator[tuple[str, Moments]]:
+    """The sums over token ids (samples, length) in the dense model, on `device`, the machine's best if not given.
+
+    Layer by layer: who keeps none of them holds those of one layer.
+    """
+    model = LayeredModel(base, device or choose_device("auto"))
+    shape = shape_of(model.config)
+    stream = Stream.start(model, tokens, precision)
+    with progress.stage("collect statistics", shape.layers) as advance:
+        for index in range(shape.layers):
+            with model.layer(index) as layer:
+                found = stream.moments(index, layer, needs)
+                stream.advance(index, layer)
+            for group in inputs_of(shape.modules):
+                yield f"layers.{index}.{group[0]}", found[group[0]]
+            advance(1)
+
+
 def collect(
     base: Path,
     fingerprint: str,
@@ -117,19 +128,25 @@ def collect(
     progress: Progress,
     device: torch.device | None = None,
 ) -> Statistics:
-    """The sums over token ids (samples, length) in the dense model, on `device`, the machine's best if not given."""
-    model = LayeredModel(base, device or choose_device("auto"))
-    shape = shape_of(model.config)
-    stream = Stream.start(model, tokens, precision)
-    sums: dict[str, Moments] = {}
-    with progress.stage("collect statistics", shape.layers) as advance:
-        for index in range(shape.layers):
-            with model.layer(index) as layer:
-                found = stream.moments(index, layer, needs)
-                sums |= {f"layers.{index}.{group[0]}": found[group[0]] for group in inputs_of(shape.modules)}
-                stream.advance(index, layer)
-            advance(1)
-    return Statistics(shape, fingerprint, needs, sums)
+    """All that `collected` gives."""
+    sums = dict(collected(base, tokens, needs, precision, progress, device))
+    return Statistics(shape_of(load_config(base)), fingerprint, needs, sums)
+
+
+def flat(sums: Iterable[tuple[str, Moments]]) -> Tensor:
+    """All sums, one after the other in their order: (`flat_size`,) float32."""
+    return torch.cat([moments.packed().cpu() for _, moments in sums])
+
+
+def sketched(sums: Iterable[tuple[str, Moments]], columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Instead of `flat`, of sums that are `full`: all squares, float32, and all sketches of at most so many
+    columns, bfloat16, each in one dimension. Takes one sum at a time.
+    """
+    squares, products = zip(
+        *(sketch(moments, min(columns, len(moments.sum)), derive_seed(seed, name)) for name, moments in sums),
+        strict=True,
+    )
+    return torch.cat(squares), torch.cat([one.flatten() for one in products])
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:

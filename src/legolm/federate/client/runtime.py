@@ -39,7 +39,7 @@ from legolm.federate.wire import (
 from legolm.finetune import Task, train
 from legolm.models import choose_device, dtype_of, load_model, load_tokenizer
 from legolm.privacy import clipped, deviation, with_share
-from legolm.prune import collect
+from legolm.prune import collected, flat, sketched
 from legolm.system import Progress, atomic_write, keep_freed_memory, release_memory, trim
 
 
@@ -132,13 +132,13 @@ class ClientRuntime:
                 f"its text has {tokens.numel()} tokens in whole samples, fewer than the hidden size, {least}, and "
                 "their sums would tell them; it needs more rows, or shorter calibration.length"
             )
-        model, where, quiet = block.base_fingerprint, choose_device(profile.device), Progress(Console(quiet=True))
-        found = collect(block.path, model, tokens, request.needs, request.precision, quiet, where)
+        where, quiet = choose_device(profile.device), Progress(Console(quiet=True))
+        found = collected(block.path, tokens, request.needs, request.precision, quiet, where)
         if request.sketch is None:
-            sums = {SUMS: found.flat().cpu()}
+            sums = {SUMS: flat(found)}
         else:
-            squares, sketches = found.sketches(request.sketch, request.sketch_seed)
-            sums = {SUMS: squares.cpu(), SKETCHES: sketches.cpu()}
+            squares, sketches = sketched(found, request.sketch, request.sketch_seed)
+            sums = {SUMS: squares, SKETCHES: sketches}
         return pack(SumsReply(tokens=tokens.numel()), sums)
 
     def _keys(self, request: KeysRequest) -> bytes:

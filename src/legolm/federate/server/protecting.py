@@ -22,8 +22,8 @@ from legolm.aggregate import Scheme, held_by
 from legolm.config import RunConfig
 from legolm.data import calibration_tokens
 from legolm.federate.server.members import Members
-from legolm.models import choose_device, choose_precision, load_tokenizer
-from legolm.prune import Moments, collect, inputs_of, load_statistics
+from legolm.models import choose_device, choose_precision, load_config, load_tokenizer, shape_of
+from legolm.prune import Moments, collected, inputs_of, load_statistics
 from legolm.runs import RunDir, check_sealed, seal
 from legolm.system import Progress, atomic_folder, atomic_write, open_tensors
 
@@ -42,16 +42,13 @@ def protect(folder: RunDir, config: RunConfig, base: Path, fingerprint: str, pro
     tokenizer = load_tokenizer(base, config.data)
     tokens = calibration_tokens(config.federation.protect, tokenizer, config.seed, field="federation.protect")
     precision, device = choose_precision(config.precision, config.device), choose_device(config.device)
-    public = collect(base, fingerprint, tokens, "full", precision, progress, device)
-    own = load_statistics([folder.sums], public.shape, fingerprint)
+    own = load_statistics([folder.sums], shape_of(load_config(base)), fingerprint)
     found: Tensors = {}
-    with progress.stage("protect public text", len(own.sums)) as advance:
-        for name, moments in own.sums.items():
-            c, p = (_shrunk(one) for one in (moments, public.sums[name]))
-            both = c + WEIGHT * p
-            both.diagonal()[both.diagonal() == 0] = 1  # an input that is always zero
-            found[name] = torch.linalg.solve(both, c).T.float().contiguous()
-            advance(1)
+    for name, public in collected(base, tokens, "full", precision, progress, device):
+        c, p = _shrunk(own.sums[name]), _shrunk(public)
+        both = c + WEIGHT * p
+        both.diagonal()[both.diagonal() == 0] = 1  # an input that is always zero
+        found[name] = torch.linalg.solve(both, c).T.float().contiguous()
     with atomic_folder(folder.protection) as partial:
         atomic_write(partial / MATRICES, save(found))
         seal(partial)
