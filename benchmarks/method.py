@@ -137,8 +137,8 @@ def show(bench: str, found: dict[str, dict[str, float]]) -> None:
 
 
 def summary(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
-    """Of the new default: ratios of means over benches and seeds. Bytes are all that a client sent and got, both here with
-    one codec, sums of its text for the cut among them."""
+    """Of the new default: ratios of means over benches and seeds. Bytes are all that a client sent and got,
+    both here with one codec, sums of its text for the cut among them."""
     if not all({NEW, FEDIT} <= set(bench) for bench in found.values()):
         return {}
 
