@@ -25,8 +25,8 @@ from legolm.federate.server import (
     asks_clients,
     calibrate,
     familiar_of,
+    fit,
     place,
-    protect,
     server_examples,
     steps_of,
 )
@@ -79,8 +79,6 @@ from legolm.system import (
 
 NAMES = {"local": "training alone", "personal": "the personal models", "final": "the final models"}
 """Of stages, as people read them."""
-STEPS = ("federation.rounds", "federation.personal_steps")
-"""Fields that change how many steps a client makes in all."""
 
 
 def run(
@@ -146,22 +144,24 @@ def _run(
     name, blocks = out.resolve().name, dict[str, Block]()
     rounds: Rounds
 
+    def block_of() -> dict[str, str]:
+        """What is decided now."""
+        return {client.id: client.block for client in plan.clients}
+
     def begin() -> Rounds:
-        """The rounds of what is decided now."""
-        block_of = {client.id: client.block for client in plan.clients}
         train = {client.id: config.train.model_copy(update=_settings(client)) for client in plan.clients}
         shared = store / "before" if store else None
-        return Rounds(folder, config, identity.run, blocks, block_of, progress, shared, clock, train)
+        return Rounds(folder, config, identity.run, blocks, block_of(), progress, shared, clock, train)
 
     def cut(exchange: Exchange | None = None) -> None:
         """The blocks, where clients are asked by sums of their own text; and the rounds of them."""
         nonlocal blocks, rounds
         with clock.stage("blocks", recorded=False):
             if exchange is not None:
-                calibrate(folder, config, identity, plan.base, exchange, progress)
-            if config.federation.protect and not folder.protection.exists():
-                protect(folder, config, plan.base, identity.base_fingerprint, progress)
+                calibrate(folder, config, identity, plan.base, block_of(), exchange, progress)
             blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
+            if config.federation.fitted and not folder.protection.exists():
+                fit(folder, config, plan.base, blocks, progress)
         rounds = begin()
         rounds.write_lines()
 
@@ -171,9 +171,8 @@ def _run(
     track = Trackers(folder, config, progress.note)
 
     def so_far() -> Summary:
-        block_of = {client.id: client.block for client in plan.clients}
         found = rounds.records()
-        return summarize(config, blocks, block_of, found, identity, name, clock.wall, clock.seconds("blocks"))
+        return summarize(config, blocks, block_of(), found, identity, name, clock.wall, clock.seconds("blocks"))
 
     def after_round() -> None:
         if config.federation.engine == "deployment":  # whose rounds take as long as devices do
@@ -197,12 +196,11 @@ def _run(
             progress.note(line)
         engine(folder, config, plan.actors, work)
     track(rounds.records, finished=True)
-    block_of = {client.id: client.block for client in plan.clients}
     if models:
         with clock.stage("final", recorded=False):
-            _write_final(folder, config, plan, blocks, block_of, rounds, progress)
+            _write_final(folder, config, plan, blocks, block_of(), rounds, progress)
         point_adapters(folder)
-    samples = ask(folder, config, blocks, block_of, rounds, progress) if models else []
+    samples = ask(folder, config, blocks, block_of(), rounds, progress) if models else []
 
     summary = so_far().model_copy(update={"samples": samples})
     summary.write(out)
@@ -248,7 +246,11 @@ def changed(folder: RunDir, config: RunConfig, changes: Sequence[Difference]) ->
         line += f"; round{'s 1 to' if done > 1 else ''} {done} stay{'s' if done == 1 else ''}" if done else ""
         line += f"; made again: {', '.join(there)}" if there else ""
         lines.append(line)
-    if done and any(one.field in STEPS for one in changes) and _rates_differ(folder.known(), config, done):
+    if (
+        done
+        and any(one.field == "federation.rounds" for one in changes)
+        and _rates_differ(folder.known(), config, done)
+    ):
         lines.append(
             f"train.schedule {config.train.schedule} follows the steps of the whole run: the rounds to come have the "
             "rates of this longer or shorter run, those that are done keep theirs, so that a run begun with these "

@@ -144,6 +144,16 @@ class FederationConfig(Section):
         description="of the global update the LLM takes what as many clients hold as its validation loss chooses: any, "
         "half, three quarters or all of them",
     )
+    regmean: bool = Field(
+        False,
+        description="fit what the LLM takes of the global update to the clients' sums: each client's text is to see no "
+        "change of units that its block lacks",
+    )
     protect: TextConfig | None = Field(
         None, description="public text on which the LLM is to stay what it was; needs the clients' sums"
     )
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the LLM takes of the global update what the clients' sums leave of it."""
+        return self.regmean or self.protect is not None

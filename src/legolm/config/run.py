@@ -280,11 +280,16 @@ class RunConfig(Section):
     def _check_calibration(self) -> None:
         """Raise `ValueError` where clients are asked for sums of their text, and cannot be, or are to hide such."""
         asking = [block for block in self.blocks if block.calibration.statistics == CLIENTS]
-        protect = self.federation.protect
-        if protect is not None and (not asking or self.federation.mode == "alone"):
-            why = "needs the clients' sums: give blocks calibration.statistics: clients"
-            why = why if not asking else "is for the LLM, which learns nothing in mode alone; take it out"
-            raise ValueError(f"federation.protect: {protect.text!r} {why}")
+        federation, why = self.federation, ""
+        if federation.fitted:
+            if not asking:
+                why = "needs the clients' sums: give blocks calibration.statistics: clients"
+            elif federation.mode == "alone":
+                why = "is for the LLM, which learns nothing in mode alone; take it out"
+            elif federation.regmean and any(one.block == AUTO or one.blocks or one.layers for one in self.clients):
+                why = "needs to know what each client holds from the start on, and trains; give each one `block`, whole"
+            if why:
+                raise ValueError(f"federation.{'regmean' if federation.regmean else 'protect'}: {why}")
         if not asking:
             return
         why, first = "", asking[0].calibration

@@ -76,10 +76,11 @@ def check_sums(config: RunConfig, shape: Shape, llm_bytes: int) -> tuple[str, ..
     `llm_bytes` are those of the LLM, which devices fetch for it.
     """
     needs = clients_needs(config.cuts)
-    if config.federation.protect is not None and needs != "full":
+    if config.federation.fitted and needs != "full":
+        field = "regmean" if config.federation.regmean else "protect"
         raise LegolmError(
-            f"federation.protect: {config.federation.protect.text!r} needs all second moments, and blocks here ask "
-            "clients for squares; give calibration.statistics: clients to one whose cut reads them all"
+            f"federation.{field}: needs all second moments, and blocks here ask clients for squares; give "
+            "calibration.statistics: clients to one whose cut reads them all"
         )
     if needs == "nothing":
         return ()

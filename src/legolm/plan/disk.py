@@ -47,28 +47,30 @@ def stages_bytes(config: RunConfig, shape: Shape, ranks: Sequence[int]) -> int:
 def sums_bytes(config: RunConfig, shape: Shape) -> int:
     """Bytes of what clients sum of their text for the blocks: all of it together, and of each device the reply.
 
-    That is also in Flower's database, and in the database's log. What `federation.protect` makes of them is twice as
-    large as they are: whole squares.
+    That is also in Flower's database, and in the database's log. `federation.regmean` keeps those of each block, too,
+    and what the LLM is fitted with is twice as large as they are: whole squares.
     """
     needs = clients_needs(config.cuts)
     if needs == "nothing":
         return 0
     replies = 3 * len(config.clients) if config.federation.engine == "deployment" else 0
     reply = sent_bytes(shape, needs, clients_sketch(config.cuts, shape))
-    protection = 0 if config.federation.protect is None else 2 * sent_bytes(shape, needs, None)
-    return sent_bytes(shape, needs, None) + protection + replies * reply
+    kept = 1 + 2 * config.federation.fitted + (len(config.blocks) if config.federation.regmean else 0)
+    return kept * sent_bytes(shape, needs, None) + replies * reply
 
 
 def sums_memory(config: RunConfig, shape: Shape) -> int:
     """Peak bytes at the server of the sums of all layers, as squares: beside those added up the next client's.
 
-    `federation.protect` has its own squares, and writes them, beside the clients'. Clients hold a layer's only.
+    `federation.regmean` adds up each block's apart. To fit the LLM takes a block's, all, and what is held of all.
+    Clients hold a layer's only.
     """
     needs = clients_needs(config.cuts)
     if needs == "nothing":
         return 0
     squares = sent_bytes(shape, needs, None) * (2 if needs == "full" else 1)
-    return squares * (2 if config.federation.protect is None else 3)
+    apart = len(config.blocks) if config.federation.regmean else 1
+    return squares * max(3 if config.federation.fitted else 0, apart + 1)
 
 
 def mixed_parts(config: RunConfig) -> int:

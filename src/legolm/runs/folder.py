@@ -183,6 +183,10 @@ class RunDir:
         """File of what clients collected of their own text for the blocks (`calibration.statistics: clients`)."""
         return self.path / "calibration.safetensors"
 
+    def block_sums(self, block: str) -> Path:
+        """File of the same of those who hold a block (`federation.regmean`)."""
+        return self.path / "calibration" / f"{block}.safetensors"
+
     @property
     def sums_traffic(self) -> Path:
         """File of the bytes that these took, by client; round 0's record has them."""
@@ -190,7 +194,7 @@ class RunDir:
 
     @property
     def protection(self) -> Path:
-        """Folder of what keeps the LLM's update off public text (`federation.protect`)."""
+        """Folder of what fits the LLM's update to the sums (`federation.regmean`, `federation.protect`)."""
         return self.path / "protection"
 
     def round(self, number: int) -> Path:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from legolm import config as configs
 from legolm import pipeline
 from legolm.adapter import load_factors, parse_key
+from legolm.block import read_block
 from legolm.config import RunConfig, TextConfig
 from legolm.data import Tokens, calibration_tokens, client_data, tokens_of
 from legolm.errors import LegolmError
@@ -89,6 +90,63 @@ def test_the_update_is_the_nearest_that_public_text_hardly_sees(raw: dict[str, A
     assert summary.llm.loss_after == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
+def test_each_client_gets_what_its_own_slice_gave(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Against V that is the nearest to each client's slice on its own text, by float64 least squares of all at once.
+
+    `dense` holds all, `wide` 64 of 96 neurons, `half` one layer and one KV group.
+    """
+    raw["blocks"].append({"name": "half", "method": "structured", "num_hidden_layers": 1, "num_key_value_heads": 1})
+    raw["clients"][2]["block"] = "half"
+    raw["federation"] |= {"regmean": True, "protect": None}
+    raw["train"] |= {"steps": 8}
+    config, run = configs.validate(RunConfig, raw, "test"), RunDir(tmp_path / "out")
+    summary = pipeline.run(config, run.path)
+    number, found = summary.llm.best_round, load_factors(run.final("llm"))[0]
+    assert number > 0
+    plain = load_file(run.round(number) / "adapter.safetensors")
+    base, names = Path(raw["model"]), [client["block"] for client in raw["clients"]]
+    shape = shape_of(load_config(base))
+    own = {name: load_statistics([run.block_sums(name)], shape, fingerprint(base)) for name in names}
+    coverages = {name: read_block(run.block(name)).coverage for name in names}
+    moved = 0
+    for key in [key for key in plain if parse_key(key)[2] == "A"]:
+        other = key.removesuffix("A") + "B"
+        layer, module, _ = parse_key(key)
+        before, after = (config.lora.scaling * plain[other].double()) @ plain[key].double(), 0.0
+        after = found[other].double() @ found[key].double()
+        if module not in ("self_attn.o_proj", "mlp.down_proj"):  # they read the hidden state, which every block has
+            torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-7)
+            continue
+        roots, wanted = [], []
+        for name in names:
+            c = own[name].sums[f"layers.{layer}.{module}"].sum.double()
+            c = OFF_DIAGONAL * c + (1 - OFF_DIAGONAL) * torch.diag(c.diagonal())
+            roots.append(torch.linalg.cholesky(c).T)
+            units, coverage = torch.zeros(len(c), dtype=torch.float64), coverages[name]
+            if layer in coverage.layers:
+                kept = coverage.cols(layer, module)
+                units[slice(None) if kept is None else kept] = 1
+            wanted.append(roots[-1] @ (before * units).T)
+        exact = torch.linalg.lstsq(torch.cat(roots), torch.cat(wanted)).solution.T
+        torch.testing.assert_close(after, exact, rtol=0, atol=float(2e-3 * before.abs().max()))
+        moved += int(not torch.allclose(after, before, rtol=1e-2, atol=0))
+    assert moved == 4
+
+
+def test_where_all_hold_everything_nothing_changes(raw: dict[str, Any], tmp_path: Path) -> None:
+    """A wide block of all neurons: the LLM is that of a run without."""
+    raw["blocks"][1] |= {"intermediate_size": 96}
+    raw["federation"] |= {"protect": None}
+    finals = []
+    for regmean in (False, True):
+        raw["federation"]["regmean"] = regmean
+        run = RunDir(tmp_path / str(regmean))
+        pipeline.run(configs.validate(RunConfig, raw, "test"), run.path)
+        finals.append(load_factors(run.final("llm"))[0])
+    assert not load_file(run.protection / "matrices.safetensors")
+    assert all(torch.equal(tensor, finals[1][key]) for key, tensor in finals[0].items())
+
+
 def one_row(model: Any, row: Tokens) -> tuple[float, int]:
     """Summed loss of the answer's tokens, and how many they are."""
     with torch.no_grad():
@@ -111,6 +169,11 @@ def one_row(model: Any, row: Tokens) -> tuple[float, int]:
         ({"federation.protect": {"text": "nowhere.txt"}}, r"federation\.protect\.text: .*nowhere.txt"),
         ({"federation.protect.samples": 100_000}, r"federation\.protect\.samples = 100000: .* has \d+ samples of 64"),
         ({"federation.mode": "alone", "evaluate.local_only": True}, "learns nothing in mode alone; take it out"),
+        (
+            {"federation.regmean": True, "clients.0": {"id": "fr", "blocks": ["dense", "wide"]}},
+            "what each client holds",
+        ),
+        ({"federation.regmean": True, "clients.0.layers": [1]}, "what each client holds"),
     ],
 )
 def test_what_cannot_be_protected_is_refused(raw: dict[str, Any], changes: dict[str, Any], says: str) -> None:

@@ -7,7 +7,7 @@ from legolm.federate.server.dispatch import checked_scores, steps_of
 from legolm.federate.server.loop import Rounds
 from legolm.federate.server.members import LLM, Members, drawn, is_dense
 from legolm.federate.server.placing import place
-from legolm.federate.server.protecting import Known, protect
+from legolm.federate.server.protecting import Known, fit
 from legolm.federate.server.public import familiar_of, public_examples, seen_in_public
 from legolm.federate.server.scoring import server_examples
 from legolm.federate.server.secure import check_withheld, roster_of
@@ -25,9 +25,9 @@ __all__ = [
     "checked_scores",
     "drawn",
     "familiar_of",
+    "fit",
     "is_dense",
     "place",
-    "protect",
     "public_examples",
     "roster_of",
     "seen_in_public",

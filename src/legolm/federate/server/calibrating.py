@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from legolm.block import write_llm
@@ -25,9 +25,18 @@ def asks_clients(folder: RunDir, config: RunConfig) -> bool:
 
 
 def calibrate(
-    folder: RunDir, config: RunConfig, identity: Identity, base: Path, exchange: Exchange, progress: Progress
+    folder: RunDir,
+    config: RunConfig,
+    identity: Identity,
+    base: Path,
+    block_of: Mapping[str, str],
+    exchange: Exchange,
+    progress: Progress,
 ) -> None:
-    """Ask those who are there from the first round on, and keep their sums in the run. Devices get the LLM for it."""
+    """Ask those who are there from the first round on, and keep their sums in the run. Devices get the LLM for it.
+
+    With `federation.regmean` also those of all who hold one block, by themselves.
+    """
     asking = next(spec.calibration for spec in config.cuts if spec.calibration.statistics == CLIENTS)
     needs = clients_needs(config.cuts)
     assert needs != "nothing"
@@ -48,31 +57,40 @@ def calibrate(
     if config.federation.engine == "deployment" and not lent.exists():
         with atomic_folder(lent) as partial:
             write_llm(base, identity.base_fingerprint, load_tokenizer(base, config.data), partial)
-    there = [client.id for client in config.clients if client.there(1)]
+    apart = config.federation.regmean
+    there = {client.id: block_of[client.id] if apart else "" for client in config.clients if client.there(1)}
     sent: dict[str, Traffic] = {}
     found = summed(request, there, shape, exchange, progress, sent)
     shutil.rmtree(lent, ignore_errors=True)
     atomic_write(folder.sums_traffic, dump_sealed(Traffics(bytes=sent)))
-    save_statistics(found, folder.sums)
+    for name, one in found.items():
+        if apart:
+            save_statistics(one, folder.block_sums(name))
+    total, *others = found.values()
+    for one in others:
+        total.absorb(one)
+    save_statistics(total, folder.sums)
 
 
 def summed(
     request: CalibrateRequest,
-    clients: Sequence[str],
+    clients: Mapping[str, str],
     shape: Shape,
     exchange: Exchange,
     progress: Progress,
     sent: dict[str, Traffic],
-) -> Statistics:
-    """Ask each of `clients` with this request, and add their sums up in this order, whatever order they come in.
+) -> dict[str, Statistics]:
+    """Ask each of `clients` with this request, and add up the sums of each of the groups that they are said to be in.
+
+    They are added in the clients' order, whatever order they come in.
 
     Who is before his turn waits as the message that he sent: sketches become square matrices of all layers.
     The bytes of each one's messages are added to `sent`. One that is given up, or whose sums are not what was asked
     for, is named and left out. Raises `LegolmError` where nobody is left.
     """
     ready: dict[int, Reply] = {}
-    total: Statistics | None = None
-    added = 0
+    found: dict[str, Statistics] = {}
+    order, added = list(clients), 0
 
     def of(id: str) -> CalibrateRequest:
         return request.model_copy(update={"client": id})
@@ -85,28 +103,28 @@ def summed(
 
     with progress.stage("calibrate on clients' own text", len(clients)) as advance:
         for reply in exchange(requests()):
-            if not added <= reply.index < len(clients) or reply.index in ready:
+            if not added <= reply.index < len(order) or reply.index in ready:
                 continue  # one more of somebody
-            id = clients[reply.index]
+            id = order[reply.index]
             sent[id] = sent[id].model_copy(update={"up": len(reply.content)})
             ready[reply.index] = reply
             while added in ready:
-                reply, id = ready.pop(added), clients[added]
+                reply, id = ready.pop(added), order[added]
                 try:
                     if reply.error:
                         raise LegolmError(reply.error)
-                    found = read_sums(reply.content, of(id), shape)
-                    if total is None:
-                        total = found
+                    own = read_sums(reply.content, of(id), shape)
+                    if (group := clients[id]) in found:
+                        found[group].absorb(own)
                     else:
-                        total.absorb(found)
+                        found[group] = own
                 except LegolmError as error:
                     progress.note(f"client {id}: blocks are cut without its text ({plain(error)})")
                 added += 1
             advance(1)
-    if total is None:
+    if not found:
         raise LegolmError("calibration.statistics: no client has sent any; the lines above say why")
-    return total
+    return found
 
 
 def read_sums(content: bytes, request: CalibrateRequest, shape: Shape) -> Statistics:

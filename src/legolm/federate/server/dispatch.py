@@ -343,12 +343,15 @@ def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]]) -> Sequenc
 
 
 def steps_of(config: RunConfig, phase: Phase, number: int) -> tuple[int, int, int]:
-    """(steps to make now, steps made before, steps in all) of a client."""
-    each, rounds = config.train.steps, config.federation.rounds
-    total = rounds * each + config.federation.personal_steps
+    """(steps to make now, steps made before, steps in all) of a client.
+
+    The rounds' learning rate falls with the rounds, whatever each client does after them: what is shared is not left
+    at half of its way. Own steps go on at the end of the longer way that training alone goes.
+    """
+    rounds, own = config.federation.rounds * config.train.steps, config.federation.personal_steps
     if phase == "round":
-        return each, (number - 1) * each, total
-    return (total, 0, total) if phase == "local" else (total - rounds * each, rounds * each, total)
+        return config.train.steps, (number - 1) * config.train.steps, rounds
+    return (rounds + own, 0, rounds + own) if phase == "local" else (own, rounds, rounds + own)
 
 
 def _decided(config: RunConfig) -> Literal["fp32", "bf16"]:

@@ -1,16 +1,19 @@
-"""What the LLM takes of the global update: what enough clients hold, and what public text hardly sees.
+"""What the LLM takes of the global update, fitted to the sums of the clients' text.
 
-The second: of an update ΔW the change V that is nearest to it on the clients' inputs, and to nothing on public ones:
+A client trains in a block that lacks units of the LLM; in the LLM others' changes of these units come on top. So of an
+update ΔW of a layer that reads units the LLM gets the change V that gives each client what its own slice gave it:
 
-    argmin over V of E_own ‖(V − ΔW) x‖² + λ E_public ‖V x‖²  =  ΔW C (C + λ P)⁻¹
+    argmin over V of Σ_i E_i ‖V x − ΔW (m_i ∘ x)‖² + λ E_public ‖V x‖²  =  ΔW (Σ_i diag(m_i) C_i) (Σ_i C_i + λ P)⁻¹
 
-with C and P the second moments of what the linear layer reads: RegMean (Jin et al., arXiv 2212.09849) of the LLM before
-and after, with its smaller correlations, for a client's text shows few directions. With ΔW = B A only A changes, so
-that the rank stays. Nothing is trained, and no client does anything.
+with m_i the units that client i holds, C_i and P the second moments of what the layer reads on its and on public text:
+RegMean (Jin et al., arXiv 2212.09849) of models that hold parts, with its smaller correlations, for a client's text
+shows few directions. Public text is of one more who holds nothing. With ΔW = B A only A changes, so that the rank
+stays. Nothing is trained, and no client does anything.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,16 +22,17 @@ from torch import Tensor
 
 from legolm.adapter import Tensors, parse_key
 from legolm.aggregate import Scheme, held_by
+from legolm.block import Block, Coverage
 from legolm.config import RunConfig
 from legolm.data import calibration_tokens
-from legolm.federate.server.members import Members
-from legolm.models import choose_device, choose_precision, load_config, load_tokenizer, shape_of
+from legolm.federate.server.members import LLM, Members
+from legolm.models import choose_device, choose_precision, load_tokenizer
 from legolm.prune import Moments, collected, inputs_of, load_statistics
 from legolm.runs import RunDir, check_sealed, seal
 from legolm.system import Progress, atomic_folder, atomic_write, open_tensors
 
 WEIGHT = 0.1
-"""λ."""
+"""λ, for as many tokens of public text as the clients summed."""
 MATRICES = "matrices.safetensors"
 QUORUMS = (0.0, 0.5, 0.75, 1.0)
 """Shares of the clients that must hold what the LLM takes."""
@@ -36,27 +40,68 @@ OFF_DIAGONAL = 0.9
 """What is left of correlations, as in RegMean."""
 
 
-def protect(folder: RunDir, config: RunConfig, base: Path, fingerprint: str, progress: Progress) -> None:
-    """Write C (C + λ P)⁻¹ of every tensor that linear layers read, from the clients' sums and public text."""
-    assert config.federation.protect is not None
-    tokenizer = load_tokenizer(base, config.data)
-    tokens = calibration_tokens(config.federation.protect, tokenizer, config.seed, field="federation.protect")
-    precision, device = choose_precision(config.precision, config.device), choose_device(config.device)
-    own = load_statistics([folder.sums], shape_of(load_config(base)), fingerprint)
+def fit(folder: RunDir, config: RunConfig, base: Path, blocks: Mapping[str, Block], progress: Progress) -> None:
+    """Write (Σ diag(m) C) (Σ C + λ P)⁻¹ of each tensor that linear layers read, where it is not the identity."""
+    llm = blocks[LLM]
+    shape, held, summed, tokens = llm.coverage.shape, Tensors(), Tensors(), 0
+    changed = set[str]()
+    for path, coverage in _sums(folder, config, blocks, progress):
+        own = load_statistics([path], shape, llm.base_fingerprint)
+        tokens += next(iter(own.sums.values())).tokens
+        for name, moments in own.sums.items():
+            units, c = _units(coverage, name), _shrunk(moments)
+            changed |= set() if bool(units.all()) else {name}
+            summed[name] = summed[name].add_(c) if name in summed else c.clone()
+            held[name] = held[name].add_(c.mul_(units[:, None])) if name in held else c.mul_(units[:, None])
+    if (protect := config.federation.protect) is not None:
+        tokenizer, precision = load_tokenizer(base, config.data), choose_precision(config.precision, config.device)
+        text = calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
+        public = collected(base, text, "full", precision, progress, choose_device(config.device))
+        for name, moments in public:
+            summed[name].add_(_shrunk(moments), alpha=WEIGHT * tokens / moments.tokens)
+            changed.add(name)
     found: Tensors = {}
-    for name, public in collected(base, tokens, "full", precision, progress, device):
-        c, p = _shrunk(own.sums[name]), _shrunk(public)
-        both = c + WEIGHT * p
-        both.diagonal()[both.diagonal() == 0] = 1  # an input that is always zero
-        found[name] = torch.linalg.solve(both, c).T.float().contiguous()
+    with progress.stage("fit what the LLM takes", len(changed)) as advance:
+        for name in sorted(changed):
+            both = summed.pop(name).double()
+            both.diagonal()[both.diagonal() == 0] = 1  # an input that is always zero
+            found[name] = torch.linalg.solve(both, held.pop(name).double().T).T.float().contiguous()
+            advance(1)
     with atomic_folder(folder.protection) as partial:
         atomic_write(partial / MATRICES, save(found))
         seal(partial)
 
 
+def _sums(
+    folder: RunDir, config: RunConfig, blocks: Mapping[str, Block], progress: Progress
+) -> Iterator[tuple[Path, Coverage]]:
+    """Files of clients' sums, each with what of the LLM these clients hold."""
+    if not config.federation.regmean:
+        yield folder.sums, blocks[LLM].coverage
+        return
+    for spec in config.blocks:
+        if (path := folder.block_sums(spec.name)).exists():
+            yield path, blocks[spec.name].coverage
+
+
+def _units(coverage: Coverage, name: str) -> Tensor:
+    """Which numbers of a tensor that is read a block holds, (features,) bool; the hidden state whole."""
+    _, number, module = name.split(".", 2)
+    layer, shape = int(number), coverage.shape
+    count, unit = shape.matrix(module)[1], shape.module(module).cols
+    if unit == "hidden":
+        return torch.ones(count, dtype=torch.bool)
+    if layer not in coverage.layers:
+        return torch.zeros(count, dtype=torch.bool)
+    kept = coverage.cols(layer, module)
+    if kept is None:
+        return torch.ones(count, dtype=torch.bool)
+    return torch.zeros(count, dtype=torch.bool).index_fill_(0, kept, True)
+
+
 def _shrunk(moments: Moments) -> Tensor:
-    """E[x xᵀ], float64, with less off the diagonal."""
-    found = moments.sum.cpu().double() / moments.tokens  # not every device has float64
+    """Σ x xᵀ (features, features), float32, with less off the diagonal."""
+    found = moments.sum.cpu()
     return OFF_DIAGONAL * found + (1 - OFF_DIAGONAL) * torch.diag(found.diagonal())
 
 
@@ -73,23 +118,25 @@ class Known:
         self._checked = False
 
     def __call__(self, scheme: Scheme, quorum: float = 0.0) -> Tensors:
-        """Of the global update what at least this share of the clients hold; then what `protect` leaves of it."""
+        """Of the global update what at least this share of the clients hold; then what `fit` leaves of it."""
         factors = dict(scheme.whole(self._llm, self._config.lora.rank))
         if quorum:
             rank = max(len(tensor) for key, tensor in factors.items() if parse_key(key)[2] == "A")
             shapes = {key: (tensor.shape[0], tensor.shape[1]) for key, tensor in factors.items()}
             for key, held in held_by(shapes, [(coverage, rank) for coverage in self._held]).items():
                 factors[key] = factors[key].where(held >= quorum * len(self._held), 0)
-        if self._config.federation.protect is None:
+        if not self._config.federation.fitted:
             return factors
         if not self._checked:
             check_sealed(self._folder.protection)
             self._checked = True
-        read, matrix = "", torch.zeros(0)
-        for key in sorted(key for key in factors if parse_key(key)[2] == "A"):
-            layer, module, _ = parse_key(key)
-            if (name := f"layers.{layer}.{self._first[module]}") != read:
-                with open_tensors(self._folder.protection / MATRICES, "federation.protect: ", "remove it") as handle:
-                    read, matrix = name, handle.get_tensor(name)
-            factors[key] = factors[key] @ matrix
+        read: dict[str, list[str]] = {}
+        for key in sorted(factors):
+            layer, module, side = parse_key(key)
+            if side == "A":
+                read.setdefault(f"layers.{layer}.{self._first[module]}", []).append(key)
+        with open_tensors(self._folder.protection / MATRICES, "what fits the LLM's update: ", "remove it") as handle:
+            for name in sorted(read.keys() & set(handle.keys())):
+                matrix = handle.get_tensor(name)
+                factors |= {key: factors[key] @ matrix for key in read[name]}
         return factors
