@@ -417,7 +417,7 @@ def _write_final(
             base_fingerprint=block.base_fingerprint,
             coverage_hash=block.coverage.hash,
             parameters=block.parameters,
-            sparsity=block.sparsity,
+            sparsity=block.coverage.sparsity,  # a plain adapter leaves no zeros
             details={
                 "client": client,
                 "round": number,

@@ -72,6 +72,10 @@ class Coverage:
             {key: mask for key, mask in self.masks.items() if int(key.split(".", 2)[1]) in layers},
         )
 
+    def unmasked(self) -> Coverage:
+        """The same without bit masks: what an adapter covers that stands beside the zeros."""
+        return replace(self, masks={})
+
     @property
     def block_shape(self) -> Shape:
         """The block's own shape: one number of KV groups and neurons serves all its layers."""

@@ -96,6 +96,11 @@ class BlockConfig(OpenSection):
         None, min_length=1, description="window: LLM layers kept; all if not given"
     )
     offset: int | None = Field(None, ge=0, description="window: the first unit kept, counted around; 0 if not given")
+    adapter: Literal["plain"] | None = Field(
+        None,
+        description="plain: LoRA stands beside the zeros of a criterion's block, not under its mask: fewer operations, "
+        "and what is learned fits the LLM better; merged, the zeros are gone",
+    )
     calibration: CalibrationConfig = CalibrationConfig()
     recover: RecoverConfig = RecoverConfig()
 
@@ -128,6 +133,10 @@ class BlockConfig(OpenSection):
             takes = f"one of {', '.join(allowed)}" if allowed else "no target: it is the whole LLM, or a block as it is"
             raise ValueError(f"{self.method} takes {takes}; here is {' and '.join(given) or 'none'}")
         self._check_window()
+        if self.adapter and self.method in self.others:
+            raise ValueError(
+                f"`adapter: {self.adapter}` is for a criterion's block, and {self.method} has no bit masks"
+            )
         if self.pattern and int(self.pattern.split(":")[0]) >= int(self.pattern.split(":")[1]):
             raise ValueError(f"pattern {self.pattern}: N must be less than M")
         by_width = given == ["a shape"] and self.num_hidden_layers is None

@@ -1,7 +1,7 @@
 """Which questions are like a client's own, told by what stands in their prompts.
 
 A likelihood ratio against public text, as in Ren et al., "Likelihood Ratios for Out-of-Distribution Detection" (2019,
-arXiv 1906.02845), of a model that a few hundred prompts suffice for: each token, and each two and three in a row, is in
+arXiv 1906.02845), of a model that a few hundred prompts suffice for: each token, and each two to five in a row, is in
 a prompt or not.
 """
 
@@ -19,9 +19,10 @@ from legolm.data.render import Tokens
 
 KEPT = 0.995
 """Share of a client's own questions that it is to know as its own."""
-LONGEST = 3
-BITS = 21
-"""Of a token's id in a gram's: no vocabulary has two million tokens."""
+LONGEST = 5
+"""The months of one task are told by what stands on both sides of them."""
+FACTOR = np.uint64(0x9E3779B97F4A7C15)
+"""Odd, near 2⁶⁴ over the golden ratio: of some thousand grams hardly two get one number."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,11 @@ class Familiar:
 
 
 def _grams(example: Tokens) -> np.ndarray:
-    """Of the prompt, each once, ascending: tokens in a row as the digits of a number, int64."""
-    ids = np.asarray(example.ids[: example.answer], dtype=np.int64)
-    found = [sum((ids[at : len(ids) - n + at] + 1) << BITS * at for at in range(n + 1)) for n in range(LONGEST)]
-    return np.unique(np.concatenate(found))
+    """Of the prompt, each once, ascending: tokens in a row as the digits of a number, hashed to int64, not negative."""
+    ids = np.asarray(example.ids[: example.answer], dtype=np.uint64) + np.uint64(1)
+    found, longer = list[np.ndarray](), np.zeros(len(ids) + 1, dtype=np.uint64)
+    for n in range(min(LONGEST, len(ids))):
+        longer = longer[:-1] * FACTOR + ids[n:]  # modulo 2⁶⁴
+        mixed = (longer ^ longer >> np.uint64(32)) * FACTOR
+        found.append((mixed >> np.uint64(1)).astype(np.int64))
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))

@@ -18,6 +18,7 @@ def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: 
         return ()
     scheme = make_scheme(config.aggregate)
     said = (
+        _plain(config),
         _turns(config),
         _waits(config),
         _robust(config, scheme, members),
@@ -25,6 +26,16 @@ def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: 
         _capped(config, scheme, examples),
     )
     return tuple(note for note in said if note)
+
+
+def _plain(config: RunConfig) -> str:
+    names = [block.name for block in config.blocks if block.adapter]
+    if not names:
+        return ""
+    return (
+        f"LoRA stands beside the zeros of {', '.join(names)} (adapter: plain): final models of it, merged, have none; "
+        "final/CLIENT/adapter is what fits the block with zeros."
+    )
 
 
 def prompt_notes(tokenizer: Any, learned: Sequence[TokenRows], chats: bool, tools: int) -> tuple[str, ...]:

@@ -217,10 +217,11 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
         coverage = coverages[spec.name] = there.coverage if there else planned_coverage(spec, base)
         parameters[spec.name] = there.parameters if there else base.parameters_of(coverage.kept_weights)
         criterion = criterion_of(spec)
-        masked[spec.name] = target_pattern(spec, shape).sparsity if criterion else coverage.mask_sparsity
+        cut = target_pattern(spec, shape).sparsity if criterion else coverage.mask_sparsity
+        masked[spec.name] = 0.0 if spec.adapter else cut
         if criterion is not None:
             criterion.rehearse(target_pattern(spec, shape))
-        if criterion or coverage.masks:
+        if (criterion or coverage.masks) and not spec.adapter:
             patterned.add(spec.name)
     trainees = Trainees(config, base, coverages, patterned)
     precision, fits = assign(config, batches, parameters, trainees)

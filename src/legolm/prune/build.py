@@ -191,13 +191,14 @@ def _finish(
         save_model(model.to(CPU), tokenizer, folder, base.dtype)
     carry(base.path, folder)
     details["seconds"] = seconds + time.perf_counter() - began
+    sparsity, coverage = coverage.sparsity, coverage.unmasked() if spec.adapter == "plain" else coverage
     manifest = Manifest(
         name=spec.name,
         method=spec.method,
         base_fingerprint=base.fingerprint,
         coverage_hash=coverage.hash,
         parameters=count_parameters(folder),
-        sparsity=coverage.sparsity,
+        sparsity=sparsity,
         details=details,
     )
     write_block(manifest, coverage, folder)

@@ -152,7 +152,7 @@ def _block(block: Block, block_of: Mapping[str, str], rounds: Sequence[RoundReco
             layers=len(coverage.layers),
             kv_groups=len(coverage.groups[0]),
             neurons=len(coverage.neurons[0]),
-            weights=1 - coverage.sparsity,
+            weights=1 - block.sparsity,
             hash=coverage.hash,
         ),
         clients=clients,

@@ -76,4 +76,5 @@ def drawn(config: RunConfig, number: int, able: Collection[str]) -> list[str]:
 
 def is_dense(block: Block) -> bool:
     """Whether the block is the whole LLM."""
-    return block.coverage.kept_weights == block.coverage.shape.layers * block.coverage.shape.layer_weights
+    whole = block.coverage.shape.layers * block.coverage.shape.layer_weights
+    return not block.sparsity and block.coverage.kept_weights == whole
