@@ -27,9 +27,10 @@ from legolm.system import Progress, atomic_write
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BENCHES: dict[str, tuple[str, ...]] = {
-    "dates": (),
+    "dates": ("federation.public=starter-dates",),
     "languages": (
         "data.train=starter-languages",
+        "federation.public=starter-languages",
         *(f"clients.{place}.data={language}" for place, language in enumerate(("fr", "de", "es", "it"))),
     ),
 }
