@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Sequence
+from statistics import fmean
 
 import pytest
 import torch
@@ -22,7 +25,10 @@ OWN, PUBLIC = [asked(1, 2), asked(1, 3, 3)], [asked(4, 2), asked(4, 5), asked(4,
 
 
 def gram(*ids: int) -> int:
-    return sum((id + 1) << 21 * place for place, id in enumerate(ids))
+    """The digits of a number in a base of 64 bits, mixed once; whole numbers, of which the last 64 bits count."""
+    base, bits = 0x9E3779B97F4A7C15, 1 << 64
+    number = sum((id + 1) * base ** (len(ids) - 1 - place) for place, id in enumerate(ids)) % bits
+    return (number ^ number >> 32) * base % bits >> 1
 
 
 def test_the_ratio_by_hand() -> None:
@@ -49,7 +55,7 @@ def test_the_line_is_where_the_others_alone_would_draw_it(own: list[list[int]]) 
     rows, seen = [asked(*ids) for ids in own], Seen.of(PUBLIC)
     unseen, theirs = 1 / (2 * max(len(rows), 4)), seen.shares()
     scores = []
-    each = [{gram(*ids[at : at + n]) for n in (1, 2, 3) for at in range(len(ids) - n + 1)} for ids in own]
+    each = [{gram(*ids[at : at + n]) for n in (1, 2, 3, 4, 5) for at in range(len(ids) - n + 1)} for ids in own]
     for place, mine in enumerate(each):
         others = [one for at, one in enumerate(each) if at != place]
         shares = {id: sum(id in one for one in others) / len(others) for id in mine}
@@ -73,3 +79,17 @@ def test_it_is_kept_as_it_was() -> None:
     for own, public in ((OWN[:1], PUBLIC), (OWN, [])):
         with pytest.raises(ValueError, match="too few"):
             Familiar.of(own, Seen.of(public))
+
+
+def test_months_of_one_task_are_told_by_both_of_their_sides() -> None:
+    """Dates of digits, 10 to 15 between bars (20): an own month may be a year's or a day's end elsewhere."""
+    rng = random.Random(0)
+
+    def date(months: Sequence[int]) -> Tokens:
+        year, day = [rng.randrange(10) for _ in range(4)], [rng.randrange(3), rng.randrange(10)]
+        return asked(*year, 20, 0, rng.choice(months), 20, *day)
+
+    own, public = [date((1, 2, 3)) for _ in range(200)], [date(range(1, 7)) for _ in range(200)]
+    found = Familiar.of(own, Seen.of(public))
+    assert fmean(found.knows(date((1, 2, 3))) for _ in range(200)) > 0.95
+    assert fmean(found.knows(date((4, 5, 6))) for _ in range(200)) < 0.15

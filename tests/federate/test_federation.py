@@ -23,12 +23,13 @@ from legolm.data import client_data, render
 from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.federate import wire
+from legolm.federate.server import is_dense, steps_of
 from legolm.federate.server.gate import usual_size
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.models import load_model, load_tokenizer
 from legolm.plan import make_plan
-from legolm.runs import RoundRecord, RunDir, Summary, dump_sealed, read_stage
+from legolm.runs import RoundRecord, RunDir, Summary, dump_sealed, read_stage, read_stages, rounds_of
 from legolm.study import compare, plans
 from legolm.system import Progress
 
@@ -642,3 +643,49 @@ def test_a_window_that_rolls_trains_what_it_covers_in_the_round(
 def test_blocks_that_cannot_take_turns(raw: dict[str, Any], tmp_path: Path, change: dict, says: str) -> None:
     with pytest.raises(LegolmError, match=says):
         make_plan(load(raw, tmp_path, *(f"{key}={json.dumps(value)}" for key, value in change.items())))
+
+
+def test_rounds_do_not_depend_on_what_clients_do_after_them(
+    raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    """The rate falls to zero with the rounds: own steps begin where those of training alone are by then."""
+    for name, steps in (("none", 0), ("own", 5)):
+        run(load(raw, tmp_path, f"federation.personal_steps={steps}"), name)
+    one, two = (load_file(tmp_path / name / "rounds" / "0002" / "adapter.safetensors") for name in ("none", "own"))
+    assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
+    config = load(raw, tmp_path, "train.steps=4", "federation.personal_steps=5")
+    assert [steps_of(config, "round", number) for number in (1, 2)] == [(4, 0, 8), (4, 4, 8)]
+    assert steps_of(config, "local", 0) == (13, 0, 13) and steps_of(config, "personal", 0) == (5, 8, 13)
+
+
+def test_lora_beside_the_zeros(
+    three_clients: Callable[..., dict[str, Any]], run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    """A plain adapter of a sparse block: the block has its zeros, PEFT computes the final model, which has none."""
+    raw = three_clients(tmp_path, ("dense", "sparse", "sparse"), evaluate={"local_only": False})
+    raw["blocks"][1]["adapter"] = "plain"
+    config = load(raw, tmp_path)
+    plan = make_plan(config)
+    assert any("LoRA stands beside the zeros of sparse (adapter: plain)" in note for note in plan.notes)
+    summary = run(config, models=True)
+    block = read_block(tmp_path / "out" / "blocks" / "sparse")
+    assert not block.coverage.masks and block.sparsity == pytest.approx(0.5, abs=0.01) and not is_dense(block)
+    assert next(one.sparsity for one in summary.blocks if one.name == "sparse") == block.sparsity
+    bare, final = load_model(block.path), load_model(tmp_path / "out" / "final" / "de")
+    weight = bare.model.layers[0].mlp.up_proj.weight
+    assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert float((final.model.layers[0].mlp.up_proj.weight == 0).float().mean()) < 0.01
+    assert read_block(tmp_path / "out" / "final" / "de").sparsity == 0
+    adapted = PeftModel.from_pretrained(bare, tmp_path / "out" / "final" / "de" / "adapter")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, final(ids).logits, rtol=1e-3, atol=1e-3)
+    # It is scored as itself, not as the LLM that has the same entries.
+    records = rounds_of(read_stages(tmp_path / "out" / "metrics.jsonl"))
+    assert [one.clients for one in records[-1].held] == [["fr"], ["de", "es"]]
+
+
+def test_only_bit_masks_have_zeros_to_stand_beside(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["blocks"][1]["adapter"] = "plain"
+    with pytest.raises(LegolmError, match=r"`adapter: plain` is for a criterion's block, and structured has no bit"):
+        load(raw, tmp_path)
