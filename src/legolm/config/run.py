@@ -286,6 +286,8 @@ class RunConfig(Section):
                 why = "needs the clients' sums: give blocks calibration.statistics: clients"
             elif federation.mode == "alone":
                 why = "is for the LLM, which learns nothing in mode alone; take it out"
+            elif federation.regmean and (federation.mode == "pooled" or federation.capable):
+                why = "is of what each client's block lacks, and not all of them train; set it to false"
             elif federation.regmean and any(one.block == AUTO or one.blocks or one.layers for one in self.clients):
                 why = "needs to know what each client holds from the start on, and trains; give each one `block`, whole"
             if why:

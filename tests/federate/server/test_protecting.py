@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from legolm import config as configs
@@ -132,6 +134,16 @@ def test_each_client_gets_what_its_own_slice_gave(raw: dict[str, Any], tmp_path:
         moved += int(not torch.allclose(after, before, rtol=1e-2, atol=0))
     assert moved == 4
 
+    # Without some sums it says so, without any it does not go on as if there was nothing to fit.
+    shutil.rmtree(run.protection)
+    run.block_sums("half").unlink()
+    said = StringIO()
+    pipeline.run(config, run.path, resume=True, progress=Progress(Console(file=said, width=300)))
+    assert "block half: no client with it has sent sums" in said.getvalue()
+    shutil.rmtree(run.protection), shutil.rmtree(run.block_sums("wide").parent)
+    with pytest.raises(LegolmError, match=r"federation\.regmean: no sums in .*calibration"):
+        pipeline.run(config, run.path, resume=True)
+
 
 def test_where_all_hold_everything_nothing_changes(raw: dict[str, Any], tmp_path: Path) -> None:
     """A wide block of all neurons: the LLM is that of a run without."""
@@ -173,6 +185,8 @@ def one_row(model: Any, row: Tokens) -> tuple[float, int]:
             {"federation.regmean": True, "clients.0": {"id": "fr", "blocks": ["dense", "wide"]}},
             "what each client holds",
         ),
+        ({"federation.regmean": True, "federation.mode": "pooled"}, "not all of them train; set it to false"),
+        ({"federation.regmean": True, "federation.capable": True}, "not all of them train; set it to false"),
         ({"federation.regmean": True, "clients.0.layers": [1]}, "what each client holds"),
     ],
 )

@@ -13,7 +13,7 @@ stays. Nothing is trained, and no client does anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from legolm.aggregate import Scheme, held_by
 from legolm.block import Block, Coverage
 from legolm.config import RunConfig
 from legolm.data import calibration_tokens
+from legolm.errors import LegolmError
 from legolm.federate.server.members import LLM, Members
 from legolm.models import choose_device, choose_precision, load_tokenizer
 from legolm.prune import Moments, collected, inputs_of, load_statistics
@@ -40,12 +41,22 @@ OFF_DIAGONAL = 0.9
 """What is left of correlations, as in RegMean."""
 
 
-def fit(folder: RunDir, config: RunConfig, base: Path, blocks: Mapping[str, Block], progress: Progress) -> None:
-    """Write (Σ diag(m) C) (Σ C + λ P)⁻¹ of each tensor that linear layers read, where it is not the identity."""
+def fit(
+    folder: RunDir,
+    config: RunConfig,
+    base: Path,
+    blocks: Mapping[str, Block],
+    block_of: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """Write (Σ diag(m) C) (Σ C + λ P)⁻¹ of each tensor that linear layers read, where it is not the identity.
+
+    `block_of` is each client's block. Raises `LegolmError` where the run has no sums of any.
+    """
     llm = blocks[LLM]
     shape, held, summed, tokens = llm.coverage.shape, Tensors(), Tensors(), 0
     changed = set[str]()
-    for path, coverage in _sums(folder, config, blocks, progress):
+    for path, coverage in _sums(folder, config, blocks, block_of, progress):
         own = load_statistics([path], shape, llm.base_fingerprint)
         tokens += next(iter(own.sums.values())).tokens
         for name, moments in own.sums.items():
@@ -73,15 +84,18 @@ def fit(folder: RunDir, config: RunConfig, base: Path, blocks: Mapping[str, Bloc
 
 
 def _sums(
-    folder: RunDir, config: RunConfig, blocks: Mapping[str, Block], progress: Progress
-) -> Iterator[tuple[Path, Coverage]]:
+    folder: RunDir, config: RunConfig, blocks: Mapping[str, Block], block_of: Mapping[str, str], progress: Progress
+) -> list[tuple[Path, Coverage]]:
     """Files of clients' sums, each with what of the LLM these clients hold."""
     if not config.federation.regmean:
-        yield folder.sums, blocks[LLM].coverage
-        return
-    for spec in config.blocks:
-        if (path := folder.block_sums(spec.name)).exists():
-            yield path, blocks[spec.name].coverage
+        return [(folder.sums, blocks[LLM].coverage)]
+    names = dict.fromkeys(block_of.values())
+    lacking = [name for name in names if not folder.block_sums(name).exists()]
+    if len(lacking) == len(names):
+        raise LegolmError(f"federation.regmean: no sums in {folder.block_sums(lacking[0]).parent}; give another --out")
+    for name in lacking:
+        progress.note(f"block {name}: no client with it has sent sums; what the LLM takes is not fitted to their text")
+    return [(folder.block_sums(name), blocks[name].coverage) for name in names if name not in lacking]
 
 
 def _units(coverage: Coverage, name: str) -> Tensor:
