@@ -20,7 +20,7 @@ from legolm.block import read_block
 from legolm.config import RunConfig
 from legolm.data import client_data, render
 from legolm.evaluation import score
-from legolm.federate.server.mixture import POINTS, choose, for_own, points
+from legolm.federate.server.mixture import POINTS, choose, points
 from legolm.models import load_model, load_tokenizer
 from legolm.report import print_summary
 from legolm.runs import Mixture, Part, clients_of, read_stages
@@ -85,15 +85,6 @@ def test_the_choice_by_hand() -> None:
     # The best one's standard error counts, not that of the one that is taken.
     found = curve(1.5, 1.2, 1.0, stderr=0.1, own=("personal",))
     assert choose([found[0].model_copy(update={"stderr": 9.0}), *found[1:]]).weights == {"personal": 1}
-
-
-def test_the_choice_for_own_questions_by_hand() -> None:
-    """3.36 is the best, and 3.65 what the client has alone."""
-    losses = (3.83, 3.58, 3.51, 3.45, 3.48, 3.55, 3.36, 3.65)
-    assert for_own(curve(*losses, stderr=0.20)).weights == {"personal": 0.5, "local": 0.5}  # √2 · 0.20 < 0.29
-    assert for_own(curve(*losses, stderr=0.21)).weights == {"local": 1}
-    assert for_own(curve(*losses[:7], 3.3, stderr=None)).weights == {"local": 1}
-    assert for_own(curve(1.04, 1.2, 1.0, stderr=0.5, own=("personal",))).weights == {"personal": 1}
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.dispatch import Dispatch, Job, Order
 from legolm.federate.server.members import Members
-from legolm.federate.server.mixture import choose, for_own, points
+from legolm.federate.server.mixture import choose, points
 from legolm.federate.server.public import seen_in_public
 from legolm.federate.server.scoring import Scoring, by_client
 from legolm.federate.transport import Exchange
@@ -113,7 +113,7 @@ class Alone:
                     scores=by_client(job.sets, scores),
                     train=training.get(job.client),
                     mixtures=(found := mixtures.get(job.client, [])),
-                    weights=self._chosen(found).weights if found else {},
+                    weights=choose(found).weights if found else {},
                     validation=scores[-1].loss,
                     seconds=self.clock.seconds(stage),
                 )
@@ -155,11 +155,8 @@ class Alone:
             if id in found:
                 found[id].append(Mixture(weights=at, validation=losses[index].loss, stderr=losses[index].stderr))
         for id, curve in found.items():
-            save_adapter_state(own / id, self._mixture(number, id, self._chosen(curve).weights, own))
+            save_adapter_state(own / id, self._mixture(number, id, choose(curve).weights, own))
         return found
-
-    def _chosen(self, found: Sequence[Mixture]) -> Mixture:
-        return (for_own if self.config.federation.personal == "by_input" else choose)(found)
 
     def _mixture(self, number: int, id: str, weights: Weights, own: Path) -> Tensors:
         """What a client has after round `number`, in `own` and alone, with these weights."""

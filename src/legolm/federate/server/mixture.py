@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 
 from legolm.runs import Mixture, Weights
@@ -33,11 +32,3 @@ def choose(found: Sequence[Mixture]) -> Mixture:
     """
     best = min(found, key=lambda one: one.validation)
     return next(one for one in found if one.validation <= best.validation + (best.stderr or 0.0))
-
-
-def for_own(found: Sequence[Mixture]) -> Mixture:
-    """What answers the client's own questions only: what it learned alone, unless the best one is better than that by
-    more than the standard error of their difference; the best one where nobody trained alone."""
-    best = min(found, key=lambda one: one.validation)
-    alone = next((one for one in found if one.weights == {"local": 1}), best)
-    return best if best.validation + math.hypot(best.stderr or 0.0, alone.stderr or 0.0) < alone.validation else alone
