@@ -428,7 +428,7 @@ def _write_final(
         )
         write_block(manifest, block.coverage, partial)
 
-    changes_llm = config.federation.protect is not None or config.federation.quorum
+    changes_llm = config.federation.fitted or config.federation.quorum
     familiar = familiar_of(config, blocks["llm"]) if config.federation.personal == "by_input" else None
     with progress.stage("write final models", len(left)) as advance:
         for id in left:

@@ -75,7 +75,7 @@ def test_it_is_kept_as_it_was() -> None:
     found = Familiar.of(OWN, seen)
     assert Familiar.read(found.tensors()) == found
     with pytest.raises(ValueError, match="no record"):
-        Familiar.read({"grams": torch.zeros(2), "gains": torch.zeros(3), "least": torch.zeros(1)})
+        Familiar.read({"hashes": torch.zeros(2), "gains": torch.zeros(3), "least": torch.zeros(1)})
     for own, public in ((OWN[:1], PUBLIC), (OWN, [])):
         with pytest.raises(ValueError, match="too few"):
             Familiar.of(own, Seen.of(public))

@@ -687,5 +687,5 @@ def test_lora_beside_the_zeros(
 
 def test_only_bit_masks_have_zeros_to_stand_beside(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["blocks"][1]["adapter"] = "plain"
-    with pytest.raises(LegolmError, match=r"`adapter: plain` is for a criterion's block, and structured has no bit"):
+    with pytest.raises(LegolmError, match=r"`adapter: plain` is for a criterion's cut, and structured has no bit"):
         load(raw, tmp_path)

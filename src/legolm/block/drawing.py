@@ -12,10 +12,10 @@ COLUMNS = {"groups": 16, "neurons": 28}
 """At most, of KV groups and of neurons: then each column stands for several."""
 
 
-def picture(coverage: Coverage) -> str:
+def picture(coverage: Coverage, sparsity: float) -> str:
     """Of each LLM layer its KV groups and neurons, dark where kept, and a bar for the kept share of each matrix.
 
-    At most 80 signs wide.
+    At most 80 signs wide. A block's `sparsity` is above its coverage's where its adapter stands beside zeros.
     """
     shape = coverage.shape
     rows = [("layer", f"KV groups ({shape.kv_groups})", f"neurons ({shape.neurons:,})", "kept of each matrix")]
@@ -30,7 +30,7 @@ def picture(coverage: Coverage) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows]
     modules = ", ".join(module.rpartition(".")[2] for module in shape.modules)
-    lines += [f"bars: {modules}", f"{1 - coverage.sparsity:.1%} of the decoder's linear weights are kept"]
+    lines += [f"bars: {modules}", f"{1 - sparsity:.1%} of the decoder's linear weights are kept"]
     return "\n".join(lines)
 
 

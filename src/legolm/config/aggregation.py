@@ -146,8 +146,8 @@ class FederationConfig(Section):
     )
     regmean: bool = Field(
         False,
-        description="fit what the LLM takes of the global update to the clients' sums: each client's text is to see no "
-        "change of units that its block lacks",
+        description="fit what the LLM takes of the global update to the clients' sums: each one's text is to get what "
+        "its own block's slice gives it, not others' changes of units that it lacks",
     )
     protect: TextConfig | None = Field(
         None, description="public text on which the LLM is to stay what it was; needs the clients' sums"

@@ -134,9 +134,8 @@ class BlockConfig(OpenSection):
             raise ValueError(f"{self.method} takes {takes}; here is {' and '.join(given) or 'none'}")
         self._check_window()
         if self.adapter and self.method in self.others:
-            raise ValueError(
-                f"`adapter: {self.adapter}` is for a criterion's block, and {self.method} has no bit masks"
-            )
+            why = "a block is taken as it was cut" if self.path else f"{self.method} has no bit masks"
+            raise ValueError(f"`adapter: {self.adapter}` is for a criterion's cut, and {why}")
         if self.pattern and int(self.pattern.split(":")[0]) >= int(self.pattern.split(":")[1]):
             raise ValueError(f"pattern {self.pattern}: N must be less than M")
         by_width = given == ["a shape"] and self.num_hidden_layers is None

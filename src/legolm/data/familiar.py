@@ -114,12 +114,12 @@ class Familiar:
         """As `read` takes them."""
         grams = sorted(self.gains)
         gains = torch.tensor([self.gains[gram] for gram in grams], dtype=torch.float64)
-        return {"grams": torch.tensor(grams), "gains": gains, "least": torch.tensor([self.least], dtype=torch.float64)}
+        return {"hashes": torch.tensor(grams), "gains": gains, "least": torch.tensor([self.least], dtype=torch.float64)}
 
     @staticmethod
     def read(tensors: Mapping[str, Tensor]) -> Familiar:
         """What `tensors` gave. Raises `ValueError` for what is none."""
-        grams, gains, least = (tensors.get(name) for name in ("grams", "gains", "least"))
+        grams, gains, least = (tensors.get(name) for name in ("hashes", "gains", "least"))
         if grams is None or gains is None or least is None or grams.shape != gains.shape or least.shape != (1,):
             raise ValueError("it is no record of what a client's own questions are")
         return Familiar(dict(zip(grams.tolist(), gains.tolist(), strict=True)), float(least))

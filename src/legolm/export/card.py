@@ -38,7 +38,7 @@ def model_card(source: Source, model: Any) -> str:
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained(FOLDER)\ntokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```",
         "## What it holds",
-        f"```\n{picture(coverage)}\n```",
+        f"```\n{picture(coverage, block.sparsity)}\n```",
         "## Size and speed",
         f"{count_parameters(source.path) / 1e6:,.1f} M parameters, {folder_bytes(source.path) / 1e6:,.1f} MB; "
         f"{tokens_per_second(model, 'fp32'):,.1f} tokens a second (transformers, float32, one answer at a time) on "

@@ -16,7 +16,7 @@ from legolm.adapter import FACTORS, Tensors, adapter_config, check_factors, load
 from legolm.block import Block, Coverage, llm_block, read_block
 from legolm.errors import LegolmError
 from legolm.models import find_fingerprint, fingerprint, load_config, load_model, load_tokenizer, resolve, save_model
-from legolm.runs import RunDir, check_sealed
+from legolm.runs import RunDir, check_sealed, run_of
 from legolm.system import read_bounded, scratch_folder
 
 SIDE_FILES = ("manifest.json", "coverage.safetensors")
@@ -62,8 +62,9 @@ class Source:
 
     @property
     def is_cut(self) -> bool:
-        """Whether it holds less than the LLM."""
-        return self.coverage.hash != Coverage.full(self.coverage.shape).hash
+        """Whether it was cut: what it learned goes on other weights than the LLM's."""
+        part = self.coverage.hash != Coverage.full(self.coverage.shape).hash
+        return part or self.block.method not in ("dense", "composed")  # a plain adapter covers all, beside zeros
 
     @property
     def learned(self) -> bool:
@@ -115,7 +116,7 @@ class Source:
         """Checkpoint that `factors` go on. Raises `LegolmError` when it is not here any more."""
         if self.adapter is not None:
             return self.folder
-        run = RunDir(self.folder.resolve().parent.parent)
+        run = run_of(self.folder) or RunDir(self.folder.resolve().parent.parent)
         if (run.block(self.block.name) / "manifest.json").is_file():
             bare = read_block(run.block(self.block.name))
             if bare.coverage.hash == self.coverage.hash:

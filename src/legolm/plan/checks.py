@@ -79,8 +79,14 @@ def check_sums(config: RunConfig, shape: Shape, llm_bytes: int) -> tuple[str, ..
     if config.federation.fitted and needs != "full":
         field = "regmean" if config.federation.regmean else "protect"
         raise LegolmError(
-            f"federation.{field}: needs all second moments, and blocks here ask clients for squares; give "
+            f"federation.{field}: needs all second moments, and no block here asks clients for more than squares; give "
             "calibration.statistics: clients to one whose cut reads them all"
+        )
+    readers = {name.rpartition(".")[2] for name, module in shape.modules.items() if module.cols != "hidden"}
+    if config.federation.regmean and not readers & set(config.lora.targets or readers):
+        raise LegolmError(
+            f"federation.regmean: fits what reads units, {' and '.join(sorted(readers))}, and lora.targets has none; "
+            "add one, or set it to false"
         )
     if needs == "nothing":
         return ()

@@ -19,6 +19,7 @@ def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: 
     scheme = make_scheme(config.aggregate)
     said = (
         _plain(config),
+        _unfitted(config),
         _turns(config),
         _waits(config),
         _robust(config, scheme, members),
@@ -36,6 +37,13 @@ def _plain(config: RunConfig) -> str:
         f"LoRA stands beside the zeros of {', '.join(names)} (adapter: plain): final models of it, merged, have none; "
         "final/CLIENT/adapter is what fits the block with zeros."
     )
+
+
+def _unfitted(config: RunConfig) -> str:
+    late = [client.id for client in config.clients if not client.there(1)]
+    if not (config.federation.regmean and late):
+        return ""
+    return f"What the LLM takes is fitted to the text of those who are there in round 1, not of {', '.join(late)}."
 
 
 def prompt_notes(tokenizer: Any, learned: Sequence[TokenRows], chats: bool, tools: int) -> tuple[str, ...]:

@@ -227,7 +227,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     precision, fits = assign(config, batches, parameters, trainees)
     blocks = []
     for spec in config.cuts:
-        coverage, criterion = coverages[spec.name], criterion_of(spec)
+        coverage, criterion, there = coverages[spec.name], criterion_of(spec), given.get(spec.name)
         usual, *others = (
             training_bytes(trainees.of(spec.name), longest, one, precision) for one in leaner(config.train, longest)
         )
@@ -235,7 +235,11 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
             PlannedBlock(
                 name=spec.name,
                 method=spec.method,
-                sparsity=target_pattern(spec, shape).sparsity if criterion else coverage.sparsity,
+                sparsity=target_pattern(spec, shape).sparsity
+                if criterion
+                else there.sparsity
+                if there
+                else coverage.sparsity,
                 parameters=parameters[spec.name],
                 file_bytes=parameters[spec.name] * width,
                 training_bytes=usual,
@@ -297,7 +301,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     disk = models + sum(size_of.values()) + stages_bytes(config, shape, ranks) + sums_bytes(config, shape)
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
-    memory = SPARE_BYTES + max(actors * actor, sums_memory(config, shape))
+    memory = SPARE_BYTES + actors * actor + sums_memory(config, shape)
     found = data_fingerprint(parts.data, parts.server)
     members = [(trains[one.id], rank) for one, rank in zip(taking, ranks, strict=True)]
     counts = {one.id: len(lengths[one.id]) for one in taking} if parts.data else {}

@@ -116,6 +116,7 @@ def collected(
                 stream.advance(index, layer)
             for group in inputs_of(shape.modules):
                 yield f"layers.{index}.{group[0]}", found[group[0]]
+            found.clear()
             advance(1)
 
 

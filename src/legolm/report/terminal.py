@@ -78,10 +78,10 @@ def print_coverage(block: Block) -> None:
     """What a block kept of the LLM, drawn, and layer by layer in figures."""
     coverage, shape = block.coverage, block.coverage.shape
     print_blocks([block])
-    Console().print(f"\n{picture(coverage)}\n", highlight=False, markup=False)
+    Console().print(f"\n{picture(coverage, block.sparsity)}\n", highlight=False, markup=False)
     rows = []
     for j, layer in enumerate(coverage.layers):
-        kept = coverage.kept_in(layer) / shape.layer_weights
+        kept = coverage.kept_in(layer) / shape.layer_weights if coverage.sparsity else 1 - block.sparsity
         groups = ", ".join(map(str, coverage.groups[j]))
         rows.append((str(j), str(layer), groups, f"{len(coverage.neurons[j]):,}", f"{kept:.1%}"))
     names = (f"KV groups of {shape.kv_groups}", f">neurons of {shape.neurons}", ">weights kept")

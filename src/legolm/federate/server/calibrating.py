@@ -58,6 +58,7 @@ def calibrate(
         with atomic_folder(lent) as partial:
             write_llm(base, identity.base_fingerprint, load_tokenizer(base, config.data), partial)
     apart = config.federation.regmean
+    shutil.rmtree(folder.block_sums("").parent, ignore_errors=True)  # of an earlier try
     there = {client.id: block_of[client.id] if apart else "" for client in config.clients if client.there(1)}
     sent: dict[str, Traffic] = {}
     found = summed(request, there, shape, exchange, progress, sent)
@@ -118,6 +119,7 @@ def summed(
                         found[group].absorb(own)
                     else:
                         found[group] = own
+                    del own  # all layers' squares: not beside the next one's
                 except LegolmError as error:
                     progress.note(f"client {id}: blocks are cut without its text ({plain(error)})")
                 added += 1

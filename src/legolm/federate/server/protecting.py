@@ -1,7 +1,8 @@
 """What the LLM takes of the global update, fitted to the sums of the clients' text.
 
-A client trains in a block that lacks units of the LLM; in the LLM others' changes of these units come on top. So of an
-update ΔW of a layer that reads units the LLM gets the change V that gives each client what its own slice gave it:
+A client trains in a block that lacks units of the LLM; in the LLM others' changes of these units come on top. So of
+the update ΔW of a layer that reads units (o_proj, down_proj) the LLM gets the V that gives each client what its slice
+gave it:
 
     argmin over V of Σ_i E_i ‖V x − ΔW (m_i ∘ x)‖² + λ E_public ‖V x‖²  =  ΔW (Σ_i diag(m_i) C_i) (Σ_i C_i + λ P)⁻¹
 
@@ -64,6 +65,7 @@ def fit(
             changed |= set() if bool(units.all()) else {name}
             summed[name] = summed[name].add_(c) if name in summed else c.clone()
             held[name] = held[name].add_(c.mul_(units[:, None])) if name in held else c.mul_(units[:, None])
+        del own
     if (protect := config.federation.protect) is not None:
         tokenizer, precision = load_tokenizer(base, config.data), choose_precision(config.precision, config.device)
         text = calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
