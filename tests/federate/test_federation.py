@@ -15,9 +15,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from helpers import assert_one_line, legolm
 from legolm import composition, pipeline
 from legolm import config as configs
-from legolm.block import read_block
+from legolm.block import picture, read_block
 from legolm.config import RunConfig, load_study
 from legolm.data import client_data, render
 from legolm.errors import LegolmError
@@ -27,7 +28,7 @@ from legolm.federate.server import is_dense, steps_of
 from legolm.federate.server.gate import usual_size
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
-from legolm.models import load_model, load_tokenizer
+from legolm.models import fingerprint, load_model, load_tokenizer
 from legolm.plan import make_plan
 from legolm.runs import RoundRecord, RunDir, Summary, dump_sealed, read_stage, read_stages, rounds_of
 from legolm.study import compare, plans
@@ -680,7 +681,20 @@ def test_lora_beside_the_zeros(
     ids = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(adapted(ids).logits, final(ids).logits, rtol=1e-3, atol=1e-3)
-    # It is scored as itself, not as the LLM that has the same entries.
+    # Exported, it is for that block, wherever final models are, and never for the LLM that has the same entries.
+    elsewhere = tmp_path / "elsewhere"
+    run(load(raw, tmp_path, f"final={elsewhere}"), "apart", models=True)
+    for number, name in enumerate((f"{tmp_path}/out:de", elsewhere / "de")):
+        done = legolm("export", name, "--to", "adapter", "--out", tmp_path / f"adapter-{number}")
+        assert done.returncode == 0, done.stderr
+        base = json.loads((tmp_path / f"adapter-{number}" / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+        assert fingerprint(Path(base)) == fingerprint(block.path)
+    shutil.rmtree(tmp_path / "apart" / "blocks")
+    assert_one_line(legolm("export", elsewhere / "de", "--to", "adapter", "--out", tmp_path / "gone"), "any more")
+    assert "50.0% of the decoder's linear weights are kept" in picture(block.coverage, block.sparsity)
+    # It is scored as itself, too.
     records = rounds_of(read_stages(tmp_path / "out" / "metrics.jsonl"))
     assert [one.clients for one in records[-1].held] == [["fr"], ["de", "es"]]
 

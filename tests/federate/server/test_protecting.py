@@ -133,6 +133,9 @@ def test_each_client_gets_what_its_own_slice_gave(raw: dict[str, Any], tmp_path:
         torch.testing.assert_close(after, exact, rtol=0, atol=float(2e-3 * before.abs().max()))
         moved += int(not torch.allclose(after, before, rtol=1e-2, atol=0))
     assert moved == 4
+    # Its A is nobody else's, and a composition of factors is not to take it for theirs.
+    begun = {id: load_factors(run.final(id))[1] for id in ("llm", "fr", "de")}
+    assert begun["fr"] == begun["de"] != begun["llm"]
 
     # Without some sums it says so, without any it does not go on as if there was nothing to fit.
     shutil.rmtree(run.protection)
@@ -143,6 +146,13 @@ def test_each_client_gets_what_its_own_slice_gave(raw: dict[str, Any], tmp_path:
     shutil.rmtree(run.protection), shutil.rmtree(run.block_sums("wide").parent)
     with pytest.raises(LegolmError, match=r"federation\.regmean: no sums in .*calibration"):
         pipeline.run(config, run.path, resume=True)
+
+
+def test_who_comes_later_is_not_fitted_and_that_is_said(raw: dict[str, Any]) -> None:
+    raw["clients"][2]["joins"] = 2
+    raw["federation"] |= {"regmean": True, "protect": None}
+    notes = make_plan(configs.validate(RunConfig, raw, "test")).notes
+    assert any("fitted to the text of those who are there in round 1, not of es." in note for note in notes)
 
 
 def test_where_all_hold_everything_nothing_changes(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -184,6 +194,10 @@ def one_row(model: Any, row: Tokens) -> tuple[float, int]:
         (
             {"federation.regmean": True, "clients.0": {"id": "fr", "blocks": ["dense", "wide"]}},
             "what each client holds",
+        ),
+        (
+            {"federation.regmean": True, "lora.targets": ["q_proj", "v_proj"]},
+            "and lora.targets has none",
         ),
         ({"federation.regmean": True, "federation.mode": "pooled"}, "not all of them train; set it to false"),
         ({"federation.regmean": True, "federation.capable": True}, "not all of them train; set it to false"),
