@@ -13,7 +13,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from legolm.runs import Data, Stage
-from results_read import BENCHES, DEFAULT, FEDIT, PERSONAL, Evaluation, Run
+from results_read import BENCHES, DEFAULT, FEDIT, Evaluation, Run
 from results_study import UNABLE, Stat, Study, personal, personal_ratios
 
 SHOWN = ("centralized", FEDIT, "fedit-heterogeneous", DEFAULT, BENCHES["paper"], "fedit_capable")
@@ -104,9 +104,9 @@ def client_table(study: Study) -> str:
     """Each client's block by stage, means over seeds."""
     name = study.default
     alone = study.local if study.local in study.runs else name
-    of: dict[Stage, str] = {"before": name, "local": alone, "global": name, "personal": PERSONAL}
+    of: dict[Stage, str] = {"before": name, "local": alone, "global": name, "personal": study.ends or name}
     found = {stage: study.clients(variant) for stage, variant in of.items()}
-    ratios = personal_ratios(study, personal(study)["alone"]) if PERSONAL in study.runs else {}
+    ratios = personal_ratios(study, study.ends, personal(study, study.ends)["alone"]) if study.ends else {}
 
     def cell(id: str, data: Data, stage: Stage) -> str:
         values = [one.loss(data)[stage] for one in found[stage].get(id, ()) if stage in one.loss(data)]

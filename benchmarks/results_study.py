@@ -103,6 +103,17 @@ class Study:
         return sorted(self.runs, key=lambda name: self.over(name, lambda run: run.loss).mean)
 
     @property
+    def ends(self) -> str | None:
+        """The variant whose clients' ends count: the default, or that which is like it but for them."""
+        ended = (name for name in (self.default, PERSONAL) if name in self.runs and self.has(name, "personal"))
+        return next(ended, None)
+
+    def has(self, name: str, stage: Stage) -> bool:
+        """Whether every client of a variant has this stage."""
+        clients = [one for run in self.runs[name].values() for one in run.clients]
+        return bool(clients) and all(stage in one.own for one in clients)
+
+    @property
     def peers(self) -> list[str]:
         """Variants that the same devices can run."""
         return [name for name in self.order if not name.startswith("heteagg") and name not in UNABLE]
@@ -142,8 +153,8 @@ def figures(study: Study) -> dict[str, Any]:
     for name in study.order:
         if name != study.default and (pair := study.paired(name)) is not None:
             found["paired"][name] = {"difference": round(pair.mean, 4), "se": pair.named("")["_se"]}
-    if PERSONAL in study.runs:
-        found["personal"] = personal(study)
+    if study.ends:
+        found["personal"] = personal(study, study.ends)
     if omitted := omission(study):
         found["omission"] = omitted
     return found
@@ -157,20 +168,21 @@ def floor(study: Study) -> dict[str, Any]:
     return {"tasks": study.labels, **loss.named("loss"), **most.named("accuracy")}
 
 
-def personal(study: Study) -> dict[str, Any]:
-    """What clients end with (mixtures of the global update and own steps), means over clients.
+def personal(study: Study, ends: str) -> dict[str, Any]:
+    """What clients end with in a variant, means over clients.
 
     Beside it the global update, and trained alone: in the same run, or `local` with its own rate, whichever is better.
     """
-    shared, own = study.stage(PERSONAL, "others", "global"), study.stage(PERSONAL, "own", "personal")
-    alone = {name: study.stage(name, "own", "local") for name in (PERSONAL, LOCAL) if name in study.runs}
+    shared, own = study.stage(ends, "others", "global"), study.stage(ends, "own", "personal")
+    told = [name for name in (ends, LOCAL) if name in study.runs and study.has(name, "local")]
+    alone = {name: study.stage(name, "own", "local") for name in told}
     best = min(alone, key=lambda name: alone[name].mean)
-    ratios = personal_ratios(study, best)
+    ratios = personal_ratios(study, ends, best)
     worst = max(ratios, key=lambda id: ratios[id])
     return {
         **own.named("own"),
         **alone[best].named("own_alone"),
-        **study.stage(PERSONAL, "others", "personal").named("others"),
+        **study.stage(ends, "others", "personal").named("others"),
         **shared.named("others_global"),
         "worst_client_ratio": round(ratios[worst], 4),
         "worst_client": worst,
@@ -178,21 +190,24 @@ def personal(study: Study) -> dict[str, Any]:
     }
 
 
-def personal_ratios(study: Study, alone: str) -> dict[str, float]:
-    """Each client's personal loss on its own data over that of training alone in a variant, both means over seeds."""
+def personal_ratios(study: Study, ends: str, alone: str) -> dict[str, float]:
+    """Each client's personal loss on its own data in a variant over that of training alone in another, both means over
+    seeds."""
 
     def mean(name: str, id: str, stage: Stage) -> float:
         return fmean(one.own[stage] for one in study.clients(name)[id])
 
-    return {id: mean(PERSONAL, id, "personal") / mean(alone, id, "local") for id in study.clients(PERSONAL)}
+    return {id: mean(ends, id, "personal") / mean(alone, id, "local") for id in study.clients(ends)}
 
 
 def omission(study: Study) -> dict[str, Any] | None:
     """What leaving out each block costs the blocks, beside what the global update brings over training alone."""
-    runs = [run for run in study.runs.get(study.default, {}).values() if run.left_out]
+    runs: list[Run] = []
+    for of in (study.default, DEFAULT):
+        runs = runs or [run for run in study.runs.get(of, {}).values() if run.left_out]
     if not runs:
         return None
-    found: dict[str, Any] = {"seeds": [run.seed for run in runs], "gain": None}
+    found: dict[str, Any] = {"of": runs[0].name, "seeds": [run.seed for run in runs], "gain": None}
     alone = {run.seed: run for name in (PERSONAL, LOCAL) for run in study.runs.get(name, {}).values()}
     if all(run.seed in alone for run in runs):
         gains = [on_all_data(alone[run.seed].clients) - run.left_out.blocks for run in runs if run.left_out]
@@ -245,8 +260,8 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
         text = ", ".join([f"than {len(pairs) - len(worse)} of {len(pairs)}", *worse])
         sure = all(pair.beyond() is not False for pair in pairs.values())
         found["better than every peer that the same devices can run"] = Claim(text, not worse, sure)
-    if PERSONAL in study.runs:
-        one = personal(study)
+    if study.ends:
+        one = personal(study, study.ends)
         share, apart = one["own"] / one["own_alone"], one["others"] / one["others_global"]
         text = f"{one['own']:.3f} / {one['own_alone']:.3f} = {share:.2f}"
         found["personal models are at or below trained alone on their own data, in the mean"] = Claim(text, share <= 1)
@@ -258,7 +273,8 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
         name = max(omitted["cost"], key=lambda one: float(omitted["cost"][one]))
         cost, gain = omitted["cost"][name], omitted["gain"]
         found["leaving out any block costs less than half of the gain over trained alone"] = Claim(
-            f"{name} {cost:+.3f} of {gain:.3f}", cost < gain / 2
+            f"{name} {cost:+.3f} of {gain:.3f}" + ("" if omitted["of"] == study.default else f" ({omitted['of']})"),
+            cost < gain / 2,
         )
     if robust and (change := robust.figures.get("wikitext")):
         rise, difference = change.after / change.before - 1, Stat(change.difference, change.stderr)
