@@ -235,11 +235,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
             PlannedBlock(
                 name=spec.name,
                 method=spec.method,
-                sparsity=target_pattern(spec, shape).sparsity
-                if criterion
-                else there.sparsity
-                if there
-                else coverage.sparsity,
+                sparsity=target_pattern(spec, shape).sparsity if criterion else (there or coverage).sparsity,
                 parameters=parameters[spec.name],
                 file_bytes=parameters[spec.name] * width,
                 training_bytes=usual,
