@@ -283,7 +283,8 @@ def test_a_target_of_ones_own(shipped: None, run: Path, tmp_path: Path) -> None:
 
 def test_a_picture_by_hand() -> None:
     shape = Shape("llama", layers=2, hidden=8, neurons=4, kv_groups=2, queries_per_group=1, head_dim=4)
-    assert picture(one := Coverage(shape, (1,), ((0,),), ((0, 1, 3),)), one.sparsity).splitlines() == [
+    block = Coverage(shape, (1,), ((0,),), ((0, 1, 3),))
+    assert picture(block, block.sparsity).splitlines() == [
         "layer  KV groups (2)  neurons (4)  kept of each matrix",
         "0      cut",
         "1      █              ██ █         ▄▄▄▄▆▆▆",
