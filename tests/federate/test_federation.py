@@ -667,7 +667,9 @@ def test_lora_beside_the_zeros(
     raw["blocks"][1]["adapter"] = "plain"
     config = load(raw, tmp_path)
     plan = make_plan(config)
-    assert any("LoRA stands beside the zeros of sparse (adapter: plain)" in note for note in plan.notes)
+    alone = load(raw, tmp_path, "federation.mode=alone", "evaluate.local_only=true")
+    for one in (plan, make_plan(alone)):  # which writes merged models, too
+        assert any("LoRA stands beside the zeros of sparse (adapter: plain)" in note for note in one.notes)
     summary = run(config, models=True)
     block = read_block(tmp_path / "out" / "blocks" / "sparse")
     assert not block.coverage.masks and block.sparsity == pytest.approx(0.5, abs=0.01) and not is_dense(block)

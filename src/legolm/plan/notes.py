@@ -13,19 +13,18 @@ from legolm.data import DATE, TokenRows, begin, left_out, unused_tools
 
 
 def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: Mapping[str, int]) -> tuple[str, ...]:
-    """Of a run whose rounds have these clients (coverage, rank), each with so many examples, if anybody knows."""
-    if config.federation.mode != "federated":
-        return ()
-    scheme = make_scheme(config.aggregate)
-    said = (
-        _plain(config),
-        _unfitted(config),
-        _turns(config),
-        _waits(config),
-        _robust(config, scheme, members),
-        _without_feedback(config, scheme),
-        _capped(config, scheme, examples),
-    )
+    """Of a run whose rounds, if any, have these clients (coverage, rank), with so many examples, if anybody knows."""
+    said = [_plain(config)]
+    if config.federation.mode == "federated":
+        scheme = make_scheme(config.aggregate)
+        said += [
+            _unfitted(config),
+            _turns(config),
+            _waits(config),
+            _robust(config, scheme, members),
+            _without_feedback(config, scheme),
+            _capped(config, scheme, examples),
+        ]
     return tuple(note for note in said if note)
 
 
