@@ -154,7 +154,7 @@ def _run(
                 calibrate(folder, config, identity, plan.base, block_of(), exchange, progress)
             blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
             if config.federation.fitted and not folder.protection.exists():
-                fit(folder, config, plan.base, blocks, block_of(), progress)
+                fit(folder, config, blocks, block_of(), progress)
         rounds = begin()
         rounds.write_lines()
 

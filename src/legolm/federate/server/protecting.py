@@ -45,7 +45,6 @@ OFF_DIAGONAL = 0.9
 def fit(
     folder: RunDir,
     config: RunConfig,
-    base: Path,
     blocks: Mapping[str, Block],
     block_of: Mapping[str, str],
     progress: Progress,
@@ -63,13 +62,13 @@ def fit(
         for name, moments in own.sums.items():
             units, c = _units(coverage, name), _shrunk(moments)
             changed |= set() if bool(units.all()) else {name}
-            summed[name] = summed[name].add_(c) if name in summed else c.clone()
-            held[name] = held[name].add_(c.mul_(units[:, None])) if name in held else c.mul_(units[:, None])
+            for sums, part in ((summed, c), (held, c * units[:, None])):
+                sums[name] = sums[name].add_(part) if name in sums else part
         del own
     if (protect := config.federation.protect) is not None:
-        tokenizer, precision = load_tokenizer(base, config.data), choose_precision(config.precision, config.device)
+        tokenizer, precision = load_tokenizer(llm.path, config.data), choose_precision(config.precision, config.device)
         text = calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
-        public = collected(base, text, "full", precision, progress, choose_device(config.device))
+        public = collected(llm.path, text, "full", precision, progress, choose_device(config.device))
         for name, moments in public:
             summed[name].add_(_shrunk(moments), alpha=WEIGHT * tokens / moments.tokens)
             changed.add(name)
