@@ -17,8 +17,9 @@ from torch import Tensor
 
 from legolm.data.render import Tokens
 
-KEPT = 0.995
-"""Share of a client's own questions that it is to know as its own."""
+KEPT = 0.98
+"""Share of a client's own questions that it is to know as its own: those of which it is not sure go to the global
+update, which knows them nearly as well, where a question of another's would get a model that does not."""
 LONGEST = 5
 """The months of one task are told by what stands on both sides of them."""
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
