@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from legolm.aggregate import make_scheme
 from legolm.block import Block, llm_block, read_block, rename_block
 from legolm.config import AUTO, CLIENTS, RunConfig
 from legolm.data import DATE, client_data, data_fingerprint, prompt_look
@@ -26,6 +27,7 @@ from legolm.federate.server import (
     place,
     server_examples,
     steps_of,
+    whiten,
 )
 from legolm.federate.transport import Engine, Exchange, engine_for
 from legolm.federate.wire import Offer, OfferRequest, block_files, block_id
@@ -155,6 +157,8 @@ def _run(
             blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
             if config.federation.fitted and not folder.protection.exists():
                 fit(folder, config, blocks, block_of(), progress)
+            if make_scheme(config.aggregate).whitened is not None and not folder.frozen.exists():
+                whiten(folder, config, blocks["llm"], progress)
         rounds = begin()
         rounds.write_lines()
 

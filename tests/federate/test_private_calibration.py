@@ -117,7 +117,8 @@ def test_devices_sums_cut_the_block_that_simulated_clients_sums_cut(raw: dict[st
 
 def test_devices_send_sketches_of_all_second_moments(raw: dict[str, Any], tmp_path: Path) -> None:
     """Eight columns for inputs of 64 and 96: the same sums from devices and here, and the same of each block's."""
-    raw["federation"]["regmean"] = True
+    raw["federation"] |= {"regmean": True, "rounds": 2}
+    raw["aggregate"] = {"scheme": "heteagg", "whiten": "starter"}
     raw["blocks"].append({"name": "dense", "method": "dense"})
     raw["clients"][2]["block"] = "dense"
     raw["blocks"][0] |= {"method": "structured", "sparsity": None, "intermediate_size": 64}
@@ -129,6 +130,8 @@ def test_devices_send_sketches_of_all_second_moments(raw: dict[str, Any], tmp_pa
     for name in ("sparse", "dense"):
         assert local.block_sums(name).read_bytes() == out.block_sums(name).read_bytes()
     fitted, same = (load_file(one.protection / "matrices.safetensors") for one in (local, out))
+    ends = [(one.round(2) / "adapter.safetensors").read_bytes() for one in (local, out)]
+    assert ends[0] == ends[1] and local.frozen.read_bytes() == out.frozen.read_bytes()
     assert len(fitted) == 2 and all(torch.equal(tensor, same[name]) for name, tensor in fitted.items())
     sent = rounds_of(read_stages(local.path / "metrics.jsonl"))[0].bytes
     least = 2 * (3 * 64 + 96) * (4 + 2 * 8)  # of two layers' q, o, gate and down: squares and eight columns

@@ -88,6 +88,11 @@ def is_frozen(key: str, shape: Shape) -> bool:
     return side == frozen_side_of(shape, module)
 
 
+def is_whitened(key: str, shape: Shape) -> bool:
+    """Whether a factor is a frozen one that reads the hidden state, and so may be made of what it reads."""
+    return key.endswith(".A") and is_frozen(key, shape)
+
+
 def adapter_parameters(coverage: Coverage, targets: list[str] | None, rank: int) -> int:
     """Entries of A and B over all modules that a block holds."""
     modules = modules_of(coverage.shape, targets)

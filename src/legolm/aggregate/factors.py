@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from legolm.adapter import Change, Flat, Tensors, is_frozen, slice_factors
+from legolm.adapter import Change, Flat, Tensors, is_frozen, is_whitened, slice_factors
 from legolm.aggregate.interface import Scheme, Start, factors_in
 from legolm.aggregate.optimizer import ServerOptimizer
 from legolm.aggregate.weight import EntryWeight, Placement
@@ -47,8 +47,9 @@ class FactorSum(Scheme):
         salient: bool = False,
         unequal: Literal["no", "rank", "block"] = "block",
         proximal: float = 0.0,
+        whitened: str | None = None,
     ) -> None:
-        self._denominator, self._salient = denominator, salient
+        self._denominator, self._salient, self.whitened = denominator, salient, whitened
         self.frozen_side, self.unequal, self.proximal = frozen_side, unequal, proximal
         self.learning_rate = 3e-3 if frozen_side else 2e-3
 
@@ -73,6 +74,11 @@ class FactorSum(Scheme):
     def payload(self, coverage: Coverage, rank: int) -> Tensors:
         """The block's slice of the factors that train."""
         return slice_factors(coverage, {key: self._factors[key] for key in self._trained}, rank)
+
+    def side(self, coverage: Coverage, rank: int) -> Tensors:
+        """The block's slice of what was made of public text."""
+        made = {key: self._factors[key] for key in self._factors if is_whitened(key, self._start.shape)}
+        return slice_factors(coverage, made, rank) if self.whitened else {}
 
     def adapter(self, coverage: Coverage, rank: int) -> Tensors:
         """The block's slice of all factors."""

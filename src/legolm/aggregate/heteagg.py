@@ -26,11 +26,15 @@ def heteagg(
     residual: Residual = "feedback",
     residual_rank: Annotated[int, Field(ge=1)] = RESIDUAL_RANK,
     redraw: Annotated[int, Field(ge=0)] = 0,
+    whiten: str | None = None,
 ) -> Scheme:
     """`denominator`: mean over those who hold an entry, or over all. `residual`, `residual_rank`: the exact form's.
 
     `redraw`: rounds after which the frozen side is made anew, and what was learned beside it folded; 0: never.
+    `whiten`: public text (a starter set, files, hub:...) that frozen factors which read the hidden state see evenly.
     """
+    if whiten and (redraw or form != "frozen_side"):
+        raise ValueError("whiten is of a frozen side that stays; take form frozen_side and redraw 0, or leave it out")
     if redraw and form != "frozen_side":
         raise ValueError(f"redraw {redraw} is of form 'frozen_side'; form {form!r} freezes no side")
     if form == "exact":
@@ -42,4 +46,4 @@ def heteagg(
             raise ValueError(f"{name} {value!r} is of form 'exact'; form {form!r} has none")
     if redraw:
         return RedrawnSide(denominator, mask == "saliency", redraw)
-    return FactorSum(denominator, frozen_side=form == "frozen_side", salient=mask == "saliency")
+    return FactorSum(denominator, form == "frozen_side", mask == "saliency", whitened=whiten)

@@ -63,6 +63,8 @@ class Scheme(ABC):
     one. Not where each round makes other factors, by an SVD or afresh."""
     frozen_side: bool = False
     """Only the factor on the side that blocks cut trains and travels; the other is made from the seed."""
+    whitened: str | None = None
+    """Of the frozen ones those that read the hidden state are made of this public text (`side`), not from the seed."""
     fresh: bool = False
     """In each round a client trains an adapter of its own, made anew from the seed and its name: none is sent."""
     module_ranks: bool = False
@@ -88,6 +90,10 @@ class Scheme(ABC):
     @abstractmethod
     def payload(self, coverage: Coverage, rank: int) -> Tensors:
         """The factors that a client of this coverage and rank receives, in its block's slice."""
+
+    def side(self, coverage: Coverage, rank: int) -> Tensors:
+        """The frozen factors that a client cannot make, in the block's slice; each is sent them once."""
+        return {}
 
     def fold(self, coverage: Coverage, since: int) -> Tensors:
         """The change of the base (factors A and B of any rank) that rounds after `since` made, in the block's slice."""

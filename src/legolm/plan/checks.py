@@ -13,6 +13,7 @@ from legolm.block import Block, read_block
 from legolm.config import AUTO, CLIENTS, SCHEMES, RowsConfig, RunConfig
 from legolm.data import calibration_tokens, check_text, check_tokens, is_starter, paths_of, read_text
 from legolm.errors import LegolmError
+from legolm.federate.server import whitening_text
 from legolm.federate.wire import MAX_SUMS_BYTES
 from legolm.models import Shape, check_weights, fingerprint
 from legolm.prune import clients_needs, clients_sketch, sent_bytes
@@ -118,7 +119,7 @@ def check_sums(config: RunConfig, shape: Shape, llm_bytes: int) -> tuple[str, ..
 def check_texts(config: RunConfig, tokenizer: Any) -> None:
     """Raise `LegolmError` when a text to calibrate or recover on names a token that the model has no embedding for.
 
-    Text to protect is drawn, too: it is needed after clients were asked.
+    Text to protect and to whiten by is drawn, too: it is needed after clients were asked.
     """
     found: dict[str, str] = {}
     for spec in config.cuts:
@@ -127,9 +128,11 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
             texts["recover"] = spec.recover.text
         if spec.method not in ("dense", "given"):
             found |= {f"block {spec.name}: {section}.text": text for section, text in texts.items()}
-    protect = config.federation.protect
+    protect, whitened = config.federation.protect, make_scheme(config.aggregate).whitened
     if protect is not None:
         found["federation.protect.text"] = protect.text
+    if whitened is not None:
+        found["aggregate.whiten"] = whitened
     for field, text in found.items():
         if is_starter(text) or text == "pydoc" or text.startswith("hub:"):
             continue
@@ -137,6 +140,8 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
         check_tokens((read_text(path, field) for path in files), tokenizer, field)
     if protect is not None:
         calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
+    if whitened is not None:
+        calibration_tokens(whitening_text(whitened), tokenizer, config.seed, field="aggregate.whiten")
 
 
 def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collection[str]) -> None:

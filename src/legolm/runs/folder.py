@@ -197,6 +197,11 @@ class RunDir:
         """Folder of what fits the LLM's update to the sums (`federation.regmean`, `federation.protect`)."""
         return self.path / "protection"
 
+    @property
+    def frozen(self) -> Path:
+        """File of the frozen factors that are made of public text (`aggregate.whiten`)."""
+        return self.path / "frozen.safetensors"
+
     def round(self, number: int) -> Path:
         """Folder of a finished round; 0 is the start."""
         return self.path / "rounds" / f"{number:04d}"

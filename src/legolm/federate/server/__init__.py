@@ -11,6 +11,7 @@ from legolm.federate.server.protecting import Known, fit
 from legolm.federate.server.public import familiar_of, public_examples, seen_in_public
 from legolm.federate.server.scoring import server_examples
 from legolm.federate.server.secure import check_withheld, roster_of
+from legolm.federate.server.whitening import whiten, whitening_text
 
 __all__ = [
     "LLM",
@@ -35,4 +36,6 @@ __all__ = [
     "start_factors",
     "steps_of",
     "summed",
+    "whiten",
+    "whitening_text",
 ]

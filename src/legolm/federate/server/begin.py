@@ -14,15 +14,15 @@ from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.wire import arrived
 from legolm.runs import RunDir, best_round, checked_state, read_stages
-from legolm.system import derive_seed
+from legolm.system import derive_seed, open_tensors
 
 
-def begin(config: RunConfig, llm: Block, state: Tensors | None = None) -> Scheme:
-    """The run's scheme at its start, or at a state that it kept."""
+def begin(config: RunConfig, llm: Block, folder: RunDir, state: Tensors | None = None) -> Scheme:
+    """The run's scheme at its start, or at a state that it kept in `folder`."""
     scheme = make_scheme(config.aggregate)
     start = Start(
         llm.coverage.shape,
-        lambda: start_factors(config, llm),
+        lambda: start_factors(config, llm) | (_frozen(folder) if scheme.whitened is not None else {}),
         config.lora.rank,
         derive_seed(config.seed, "adapter"),
         config.aggregate,
@@ -30,6 +30,12 @@ def begin(config: RunConfig, llm: Block, state: Tensors | None = None) -> Scheme
     )
     scheme.begin(start, state)
     return scheme
+
+
+def _frozen(folder: RunDir) -> Tensors:
+    """Those that are made of public text."""
+    with open_tensors(folder.frozen, "the frozen factors: ", "remove it") as handle:
+        return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
 
 
 def start_factors(config: RunConfig, llm: Block) -> Tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ Split = Literal["validation", "test"]
 class Order:
     """Who trains, from what, in which phase; `accepted` is each client's last round whose update was added.
 
-    `noise` is the multiplier of noise distributed.
+    `noise` is the multiplier of noise distributed. `lost` were refused since, perhaps for want of what is sent once.
     """
 
     clients: Sequence[str]
@@ -51,6 +51,7 @@ class Order:
     number: int
     accepted: Mapping[str, int]
     noise: float | None = None
+    lost: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,10 @@ class Dispatch:
             since = max(order.accepted.get(id, 0) - 1, 0) if order.scheme.folds else 0
             train = self._train.get(id, self._config.train)
             own = train.micro_batch_tokens, train.gradient_checkpointing
-            key = (coverage.hash, members.trains[id].layers, rank, since, own)
+            # Who has had a round of this block has its frozen side.
+            had = id in order.accepted and id not in members.turns and id not in order.lost
+            known = order.scheme.whitened is not None and had
+            key = (coverage.hash, members.trains[id].layers, rank, since, own, known)
             if key not in sent:
                 scheme, settings = order.scheme, self._settings(order, members, id, since)
                 sent[key] = write(
@@ -153,6 +157,8 @@ class Dispatch:
                     scheme.payload(coverage, rank),
                     scheme.fold(coverage, since),
                     slice_factors(coverage, holders, rank),
+                    scheme.side(coverage, rank),
+                    known,
                 )
             return sent[key]
 
@@ -262,6 +268,7 @@ class Dispatch:
             precision=_decided(config),
             frozen_side=scheme.frozen_side,
             derived_seed=scheme.derived_seed,
+            whitened=scheme.whitened is not None,
             fold_seeds=scheme.fold_seeds(since),
             proximal=scheme.proximal if travels else 0.0,
             codec=config.federation.codec if travels else "none",

@@ -207,7 +207,7 @@ class Rounds:
         """The scheme as it was after a finished round. The one used last is in memory already."""
         if self._latest is None or self._latest[0] != number:
             state = self._stages.state(self._folder.round(number))
-            self._latest = number, begin(self._config, self._members.llm, state)
+            self._latest = number, begin(self._config, self._members.llm, self._folder, state)
         return self._latest[1]
 
     def replay(self, last: int, without: Collection[str]) -> Scheme:
@@ -226,7 +226,7 @@ class Rounds:
         if self._stages.has(path):
             return
         with self._clock.stage("before"):
-            scheme = begin(self._config, self._members.llm)
+            scheme = begin(self._config, self._members.llm, self._folder)
             known = self._shared_scores()
             if known and known.exists():
                 scored = read_sealed(known, Global, "delete it")
@@ -374,7 +374,7 @@ class Rounds:
         def after(round: int) -> Scheme:
             if round == number - 1:
                 return scheme
-            return begin(self._config, self._members.llm, self._stages.state(self._folder.round(round)))
+            return begin(self._config, self._members.llm, self._folder, self._stages.state(self._folder.round(round)))
 
         while True:
             now = {id: asked[id] for id in left}

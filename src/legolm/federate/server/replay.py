@@ -36,8 +36,8 @@ def updates(
     usual = usual_size(before)
     orders = []
     for tag in sorted(set(asked.values())):
-        clients, then = [id for id in asked if asked[id] == tag], (one for one in before if one.round < tag)
-        orders.append(Order(clients, after(tag - 1), "round", tag, last_accepted(then), noise))
+        clients, then = [id for id in asked if asked[id] == tag], [one for one in before if one.round < tag]
+        orders.append(Order(clients, after(tag - 1), "round", tag, last_accepted(then), noise, refused_since(then)))
     for one in dispatch.train(orders, exchange, f"round {number}: train"):
         yield passed(one, usual, config)
 
@@ -60,7 +60,7 @@ def replay(
     ages = Ages(config, members, rounds.values())
 
     def after(number: int) -> Scheme:
-        return begin(config, members.llm, checked_state(folder.round(number), rounds[number]))
+        return begin(config, members.llm, folder, checked_state(folder.round(number), rounds[number]))
 
     scheme = after(0)
     for number in range(1, last + 1):
@@ -95,3 +95,11 @@ def _kept(folder: RunDir, record: RoundRecord) -> Exchange:
             yield Reply(index, content) if same else Reply(index, error=f"{path} is not what the client sent")
 
     return exchange
+
+
+def refused_since(rounds: Iterable[RoundRecord]) -> set[str]:
+    """Who was refused after the last update of its that was added."""
+    found = set[str]()
+    for record in rounds:
+        found = (found | {one.client for one in record.refused}) - set(record.accepted)
+    return found

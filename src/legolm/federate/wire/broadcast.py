@@ -26,6 +26,7 @@ from legolm.adapter import (
     concatenated,
     initial_factors,
     is_frozen,
+    is_whitened,
     parse_key,
     slice_factors,
     tensors_hash,
@@ -49,7 +50,7 @@ from legolm.federate.wire.messages import (
 from legolm.runs import Training
 from legolm.system import derive_seed
 
-HOLDERS = "holders"
+HOLDERS, SIDE = "holders", "side"
 """Tensor of a broadcast (uint8): how many of the round's clients, up to 255, hold each entry that trains."""
 MAX_CHANGE = 1e4
 """Of one entry of a factor in one training, absolute: young adapters move by 1e-3 to 1."""
@@ -81,13 +82,15 @@ class Broadcast:
 class Opened:
     """What a client makes of a broadcast: what it trains from, without those in `frozen`, and what its base gets.
 
-    `holders` are how many hold each entry, where the client needs it.
+    `holders` are how many hold each entry, where the client needs it; `side` is what it keeps of the frozen ones, as
+    they come once.
     """
 
     start: Tensors
     frozen: set[str]
     fold: Tensors
     holders: Tensors
+    side: Tensors
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,13 @@ def write(
     payload: Tensors,
     fold: Tensors,
     holders: Tensors | None = None,
+    side: Tensors | None = None,
+    known: bool = False,
 ) -> Broadcast:
     """The broadcast of a scheme's `payload` and `fold` for this coverage and rank.
 
-    `holders`, in the block's slice, are for clients that add noise themselves.
+    `holders`, in the block's slice, are for clients that add noise themselves. `side` are frozen factors that clients
+    do not make, and are not sent to who has them (`known`).
     """
     fold_rank = max((t.shape[0] for key, t in fold.items() if key.endswith(".A")), default=0)
     if settings.fold_seeds:
@@ -122,8 +128,11 @@ def write(
     content = plain | with_prefix("fold", codec.encode(fold, settings.codec))
     start: Tensors = {}
     held: Tensors = {}
+    side = side or {}
+    if not known:
+        content |= with_prefix(SIDE, codec.encode(side, "none"))
     if not settings.fresh:
-        made = _made(settings, coverage, rank)
+        made = _made(settings, coverage, rank) | side
         layout = _sent(settings, coverage, rank) if sent else Layout({})
         start = made | dict(_decoded(plain, settings, layout))
         held = made | payload if settings.codec != "none" else {}
@@ -140,23 +149,30 @@ def passed_on(request: TrainRequest, coverage: Coverage, content: Tensors) -> Br
     Raises `LegolmError` as `open_`, and for one of which each client makes its own.
     """
     settings = request.settings
-    if settings.fresh or settings.fold_rank or settings.fold_seeds:
-        raise LegolmError("a relay adds up changes of the same factors, and these are each client's own, or fold")
+    if settings.fresh or settings.fold_rank or settings.fold_seeds or settings.whitened:
+        raise LegolmError(
+            "a relay adds up changes of factors that it is sent, and these are made or kept by each client"
+        )
     start, trained = open_(request, coverage, content).start, _sent(settings, coverage, request.rank, settings.layers)
     return Broadcast(settings, coverage, request.rank, content, start, {}, trained, tensors_hash(content))
 
 
-def open_(request: TrainRequest, coverage: Coverage, content: Tensors) -> Opened:
-    """What training starts from, in this block's slice. Raises `LegolmError` for tensors that do not fit it."""
+def open_(request: TrainRequest, coverage: Coverage, content: Tensors, side: Tensors | None = None) -> Opened:
+    """What training starts from, in this block's slice. `side` is what the client kept of an earlier one.
+
+    Raises `LegolmError` for tensors that do not fit it.
+    """
     settings = request.settings
     trained = _sent(settings, coverage, request.rank, settings.layers)
     sent = _sent(settings, coverage, request.rank) if settings.sent else Layout({})
-    plain = {name: tensor for name, tensor in content.items() if name != HOLDERS and not name.startswith("fold.")}
-    start = _made(settings, coverage, request.rank, request.client) | dict(_decoded(plain, settings, sent))
+    apart = (HOLDERS, "fold.", f"{SIDE}.")
+    plain = {name: tensor for name, tensor in content.items() if not name.startswith(apart)}
+    side = _side(settings, coverage, request.rank, under_prefix(SIDE, content), side or {})
+    start = _made(settings, coverage, request.rank, request.client) | side | dict(_decoded(plain, settings, sent))
     fold = _fold(settings, coverage, under_prefix("fold", content))
     # In a secure sum a client knows by itself who holds what.
     held = {} if request.secure is not None else _holders(settings, content, trained)
-    return Opened(start, set(start) - set(trained.shapes), fold, held)
+    return Opened(start, set(start) - set(trained.shapes), fold, held, side)
 
 
 def answer(
@@ -239,6 +255,21 @@ def _made(settings: TrainSettings, coverage: Coverage, rank: int, client: str = 
         settings.ranks,
     )
     return slice_factors(coverage, factors, rank)
+
+
+def _side(settings: TrainSettings, coverage: Coverage, rank: int, content: Tensors, kept: Tensors) -> Tensors:
+    """The frozen factors that are not made from a seed: as they came, or as they were kept."""
+    keys = [key for key in adapter_keys(coverage, settings.targets) if is_whitened(key, coverage.shape)]
+    layout = adapter_layout(coverage, keys if settings.whitened else [], rank, settings.ranks)
+    if not content and Layout.of(kept).shapes == layout.shapes:
+        return kept
+    if not content:
+        raise LegolmError(
+            "the frozen factors that it was sent are gone from its state; it gets them with the next round"
+        )
+    found = codec.decode(content, "none", layout)
+    check_finite(found)
+    return dict(found)
 
 
 def _fold(settings: TrainSettings, coverage: Coverage, content: Tensors) -> Tensors:

@@ -61,6 +61,7 @@ class TrainSettings(BaseModel):
     With `derived_seed` the client makes factors itself: those of the side that does not train if `frozen_side`, else
     all, and its own ones (`fresh`); they are slices of an adapter of rank `run_rank` (`ranks`: of single modules) on
     `targets`. What trains comes along if `sent`, and comes back, of `layers` (LLM layers) only if they are given.
+    If `whitened` the frozen ones that read the hidden state come along once (`side.`), and it keeps them.
     `fold.` tensors, of rank `fold_rank`, change its base from now on; with `fold_seeds` they are of the sides that
     trained, and the client makes the frozen ones. The reply comes in this `codec`, with the `keep` share of its
     entries. `dp` is the noise that the client adds itself.
@@ -76,6 +77,7 @@ class TrainSettings(BaseModel):
     precision: Precision
     frozen_side: bool
     derived_seed: int | None
+    whitened: bool = False
     sent: bool = True
     fold_rank: int = 0
     fold_seeds: Annotated[list[int], Field(max_length=MAX_PERIODS)] = []
