@@ -118,7 +118,7 @@ def test_devices_sums_cut_the_block_that_simulated_clients_sums_cut(raw: dict[st
 def test_devices_send_sketches_of_all_second_moments(raw: dict[str, Any], tmp_path: Path) -> None:
     """Eight columns for inputs of 64 and 96: the same sums from devices and here, and the same of each block's."""
     raw["federation"] |= {"regmean": True, "rounds": 2}
-    raw["aggregate"] = {"scheme": "heteagg", "whiten": "starter"}
+    raw["aggregate"] = {"scheme": "heteagg", "whiten": "clients"}
     raw["blocks"].append({"name": "dense", "method": "dense"})
     raw["clients"][2]["block"] = "dense"
     raw["blocks"][0] |= {"method": "structured", "sparsity": None, "intermediate_size": 64}

@@ -76,7 +76,7 @@ class FactorSum(Scheme):
         return slice_factors(coverage, {key: self._factors[key] for key in self._trained}, rank)
 
     def side(self, coverage: Coverage, rank: int) -> Tensors:
-        """The block's slice of what was made of public text."""
+        """The block's slice of what was made of text."""
         made = {key: self._factors[key] for key in self._factors if is_whitened(key, self._start.shape)}
         return slice_factors(coverage, made, rank) if self.whitened else {}
 

@@ -31,7 +31,8 @@ def heteagg(
     """`denominator`: mean over those who hold an entry, or over all. `residual`, `residual_rank`: the exact form's.
 
     `redraw`: rounds after which the frozen side is made anew, and what was learned beside it folded; 0: never.
-    `whiten`: public text (a starter set, files, hub:...) that frozen factors which read the hidden state see evenly.
+    `whiten`: text that frozen factors which read the hidden state see evenly: public (a starter set, files, hub:...),
+    or that of the clients, by their sums (`clients`).
     """
     if whiten and (redraw or form != "frozen_side"):
         raise ValueError("whiten is of a frozen side that stays; take form frozen_side and redraw 0, or leave it out")

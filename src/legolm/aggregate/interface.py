@@ -64,7 +64,7 @@ class Scheme(ABC):
     frozen_side: bool = False
     """Only the factor on the side that blocks cut trains and travels; the other is made from the seed."""
     whitened: str | None = None
-    """Of the frozen ones those that read the hidden state are made of this public text (`side`), not from the seed."""
+    """Of the frozen ones those that read the hidden state are made of this text (`side`), not from the seed alone."""
     fresh: bool = False
     """In each round a client trains an adapter of its own, made anew from the seed and its name: none is sent."""
     module_ranks: bool = False

@@ -295,6 +295,11 @@ class RunConfig(Section):
             if why:
                 raise ValueError(f"federation.{'regmean' if federation.regmean else 'protect'}: {why}")
         if not asking:
+            if SCHEMES.entry(self.aggregate.scheme).make(**self.aggregate.settings).whitened == CLIENTS:
+                raise ValueError(
+                    f"aggregate.whiten {CLIENTS!r}: needs their sums: give blocks calibration.statistics: {CLIENTS}, "
+                    "or name public text"
+                )
             return
         why, first = "", asking[0].calibration
         if self.privacy.secure is not None or self.privacy.dp.level != "none":

@@ -77,10 +77,11 @@ def check_sums(config: RunConfig, shape: Shape, llm_bytes: int) -> tuple[str, ..
     `llm_bytes` are those of the LLM, which devices fetch for it.
     """
     needs = clients_needs(config.cuts)
-    if config.federation.fitted and needs != "full":
-        field = "regmean" if config.federation.regmean else "protect"
+    field = f"federation.{'regmean' if config.federation.regmean else 'protect'}" if config.federation.fitted else ""
+    field = field or ("aggregate.whiten" if make_scheme(config.aggregate).whitened == CLIENTS else "")
+    if field and needs != "full":
         raise LegolmError(
-            f"federation.{field}: needs all second moments, and no block here asks clients for more than squares; give "
+            f"{field}: needs all second moments, and no block here asks clients for more than squares; give "
             "calibration.statistics: clients to one whose cut reads them all"
         )
     readers = {name.rpartition(".")[2] for name, module in shape.modules.items() if module.cols != "hidden"}
@@ -131,7 +132,7 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
     protect, whitened = config.federation.protect, make_scheme(config.aggregate).whitened
     if protect is not None:
         found["federation.protect.text"] = protect.text
-    if whitened is not None:
+    if whitened not in (None, CLIENTS):
         found["aggregate.whiten"] = whitened
     for field, text in found.items():
         if is_starter(text) or text == "pydoc" or text.startswith("hub:"):
@@ -140,7 +141,7 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
         check_tokens((read_text(path, field) for path in files), tokenizer, field)
     if protect is not None:
         calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
-    if whitened is not None:
+    if whitened not in (None, CLIENTS):
         calibration_tokens(whitening_text(whitened), tokenizer, config.seed, field="aggregate.whiten")
 
 

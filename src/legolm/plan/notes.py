@@ -8,7 +8,7 @@ from typing import Any
 from legolm.adapter import adapter_keys, adapter_layout, is_whitened
 from legolm.aggregate import Scheme, capped, holders, make_scheme
 from legolm.block import Coverage
-from legolm.config import RunConfig
+from legolm.config import CLIENTS, RunConfig
 from legolm.data import DATE, TokenRows, begin, left_out, unused_tools
 
 
@@ -47,7 +47,8 @@ def _whitened(config: RunConfig, scheme: Scheme, members: Sequence[tuple[Coverag
         keys = [key for key in adapter_keys(coverage, config.lora.targets) if is_whitened(key, coverage.shape)]
         sizes.append(4 * adapter_layout(coverage, keys, rank, config.lora.ranks).total)
     most = max(sizes) / 1e6
-    return f"The frozen factors that are made of {scheme.whitened} go to each client once, {most:,.1f} MB at most."
+    source = "the clients' sums" if scheme.whitened == CLIENTS else scheme.whitened
+    return f"The frozen factors that are made of {source} go to each client once, {most:,.1f} MB at most."
 
 
 def _unfitted(config: RunConfig) -> str:

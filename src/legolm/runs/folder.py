@@ -199,7 +199,7 @@ class RunDir:
 
     @property
     def frozen(self) -> Path:
-        """File of the frozen factors that are made of public text (`aggregate.whiten`)."""
+        """File of the frozen factors that are made of text (`aggregate.whiten`)."""
         return self.path / "frozen.safetensors"
 
     def round(self, number: int) -> Path:

@@ -22,7 +22,7 @@ from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.models import fingerprint, load_config, load_tokenizer, shape_of
 from legolm.plan import make_plan
-from legolm.prune import collect
+from legolm.prune import collect, load_statistics
 from legolm.runs import RunDir, read_stages, rounds_of
 from legolm.system import Progress, derive_seed
 
@@ -40,13 +40,21 @@ def validated(raw: dict[str, Any]) -> RunConfig:
     return configs.validate(RunConfig, raw, "test")
 
 
-def test_the_rows_see_text_evenly(raw: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["starter", "clients"])
+def test_the_rows_see_text_evenly(raw: dict[str, Any], tmp_path: Path, text: str) -> None:
     run = RunDir(tmp_path / "out")
+    raw["aggregate"]["whiten"] = text
+    if text == "clients":
+        raw["blocks"][1]["calibration"] = {"statistics": "clients", "samples": 8, "length": 32}
     pipeline.run(validated(raw), run.path, models=False)
     base = Path(raw["model"])
     config = validated(raw)
     tokens = calibration_tokens(TextConfig(text="starter", samples=32, length=128), load_tokenizer(base), config.seed)
-    sums = collect(base, fingerprint(base), tokens, "full", "fp32", Progress()).sums
+    whole = (
+        load_statistics([run.sums], shape_of(load_config(base)), fingerprint(base))
+        if text == "clients"
+        else collect(base, fingerprint(base), tokens, "full", "fp32", Progress())
+    )
     random = initial_factors(
         shape_of(load_config(base)), None, config.lora.rank, derive_seed(config.seed, "adapter"), True
     )
@@ -55,7 +63,7 @@ def test_the_rows_see_text_evenly(raw: dict[str, Any], tmp_path: Path) -> None:
     for key, tensor in made.items():
         layer, module, _ = parse_key(key)
         part, _, last = module.rpartition(".")
-        moments = sums[f"layers.{layer}.{part}.{READS.get(last, last)}"]
+        moments = whole.sums[f"layers.{layer}.{part}.{READS.get(last, last)}"]
         c = moments.sum.double() / moments.tokens
         a, r = tensor.double(), random[key].double()
         floor = FLOOR * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64)
@@ -152,9 +160,18 @@ def test_blocks_in_turn_each_get_their_own(raw: dict[str, Any], tmp_path: Path) 
         ({"form": "factor"}, "take form frozen_side and redraw 0, or leave it out"),
         ({"start": "earlier"}, "aggregate.start: another run's factors stand beside other frozen ones"),
         ({"whiten": "nowhere.txt"}, "aggregate.whiten.*nowhere.txt"),
+        ({"whiten": "clients"}, "aggregate.whiten 'clients': needs their sums"),
     ],
 )
 def test_what_it_cannot_be_is_refused(raw: dict[str, Any], change: dict[str, Any], says: str) -> None:
     raw["aggregate"] |= change
     with pytest.raises(LegolmError, match=says):
+        make_plan(validated(raw))
+
+
+def test_squares_do_not_suffice(raw: dict[str, Any]) -> None:
+    raw["aggregate"]["whiten"] = "clients"
+    asked = {"statistics": "clients", "samples": 8, "length": 32}
+    raw["blocks"][1] = {"name": "wide", "method": "wanda", "sparsity": 0.5, "calibration": asked}
+    with pytest.raises(LegolmError, match=r"aggregate\.whiten: needs all second moments"):
         make_plan(validated(raw))

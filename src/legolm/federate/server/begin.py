@@ -33,7 +33,7 @@ def begin(config: RunConfig, llm: Block, folder: RunDir, state: Tensors | None =
 
 
 def _frozen(folder: RunDir) -> Tensors:
-    """Those that are made of public text."""
+    """Those that are made of text."""
     with open_tensors(folder.frozen, "the frozen factors: ", "remove it") as handle:
         return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
 

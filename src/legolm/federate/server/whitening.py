@@ -6,12 +6,15 @@ from another. Here
 
     A = c R (C + ε I)^(-1/4)
 
-with R random orthonormal rows, C the mean of x xᵀ over public text, ε a hundredth of C's mean eigenvalue, and c such
-that E ‖A x‖² is what R has: half of the way, in the logarithm of each eigenvalue, to inputs that vary by the same in
-all directions. Clients hold no LLM to make C of: each is sent its A, once.
+with R random orthonormal rows, C the mean of x xᵀ over text, ε a hundredth of C's mean eigenvalue, and c such that
+E ‖A x‖² is what R has: half of the way, in the logarithm of each eigenvalue, to inputs that vary by the same in all
+directions. Text is the clients' own, by the sums by which blocks are cut, or public. Clients hold no LLM to make C of:
+each is sent its A, once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from safetensors.torch import save
@@ -20,11 +23,11 @@ from torch import Tensor
 from legolm.adapter import Tensors, is_whitened, parse_key
 from legolm.aggregate import make_scheme
 from legolm.block import Block
-from legolm.config import RunConfig, TextConfig
+from legolm.config import CLIENTS, RunConfig, TextConfig
 from legolm.data import calibration_tokens
 from legolm.federate.server.begin import start_factors
 from legolm.models import choose_device, choose_precision, load_tokenizer
-from legolm.prune import Moments, collected, inputs_of
+from legolm.prune import Moments, collected, inputs_of, load_statistics
 from legolm.runs import RunDir
 from legolm.system import Progress, atomic_write
 
@@ -46,15 +49,13 @@ def whiten(folder: RunDir, config: RunConfig, llm: Block, progress: Progress) ->
     shape, text = llm.coverage.shape, make_scheme(config.aggregate).whitened
     assert text is not None
     first = {name: group[0] for group in inputs_of(shape.modules) for name in group}
-    tokenizer, precision = load_tokenizer(llm.path, config.data), choose_precision(config.precision, config.device)
-    tokens = calibration_tokens(whitening_text(text), tokenizer, config.seed, field="aggregate.whiten")
     reads: dict[str, list[str]] = {}
     random = {key: tensor for key, tensor in start_factors(config, llm).items() if is_whitened(key, shape)}
     for key in random:
         layer, module, _ = parse_key(key)
         reads.setdefault(f"layers.{layer}.{first[module]}", []).append(key)
     found: Tensors = {}
-    for name, moments in collected(llm.path, tokens, "full", precision, progress, choose_device(config.device)):
+    for name, moments in _sums(folder, config, llm, text, progress):
         if name not in reads:
             continue
         mean, root = _root(moments)
@@ -64,6 +65,17 @@ def whiten(folder: RunDir, config: RunConfig, llm: Block, progress: Progress) ->
             size = ((rows @ mean) * rows).sum() / ((seen @ mean) * seen).sum()
             found[key] = (size.sqrt() * seen).float().contiguous()
     atomic_write(folder.frozen, save(found))
+
+
+def _sums(
+    folder: RunDir, config: RunConfig, llm: Block, text: str, progress: Progress
+) -> Iterable[tuple[str, Moments]]:
+    """Second moments of what the LLM's linear layers read, by name."""
+    if text == CLIENTS:
+        return load_statistics([folder.sums], llm.coverage.shape, llm.base_fingerprint).sums.items()
+    tokenizer, precision = load_tokenizer(llm.path, config.data), choose_precision(config.precision, config.device)
+    tokens = calibration_tokens(whitening_text(text), tokenizer, config.seed, field="aggregate.whiten")
+    return collected(llm.path, tokens, "full", precision, progress, choose_device(config.device))
 
 
 def _root(moments: Moments) -> tuple[Tensor, Tensor]:
