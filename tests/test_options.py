@@ -100,6 +100,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "block": {name: {ONE + "block": name} for name in BLOCKS if name not in MASKED[1:]},
     "rank": {"4": {}, "2": {ONE + "rank": 2}},
     "layers": {"all": {}, "1": {ONE + "layers": [1]}},
+    "whiten": {"-": {}, "starter": {"aggregate.whiten": "starter"}},
     "optimizer": {n: {"aggregate.server_optimizer": n} for n in ("none", "fedavgm", "fedadam", "fedyogi")},
     "ranks": {"-": {}, "q 2": {"lora.ranks": {"q_proj": 2}}},
     "targets": {"all": {}, "q, v": {"lora.targets": ["q_proj", "v_proj"]}, "down": {"lora.targets": ["down_proj"]}},
@@ -154,7 +155,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
 Row = dict[str, str]
 Home = Callable[[Row], tuple[RunConfig, Path]]
 USUAL: Row = {name: next(iter(values)) for name, values in PARAMETERS.items()} | {"scheme": "heteagg"}
-HETEAGG = {"form": "-", "residual": "-", "redraw": "-", "denominator": "-", "mask": "-"}
+HETEAGG = {"form": "-", "residual": "-", "redraw": "-", "denominator": "-", "mask": "-", "whiten": "-"}
 
 
 def traits(row: Row) -> Any:
@@ -176,12 +177,16 @@ def refusal(row: Row) -> str | None:
         if row[name] != usual and name not in SCHEMES.entry(row["scheme"]).settings.model_fields:
             return f"unknown key `aggregate.{name}` of scheme"
     scheme, exact = traits(row), row["form"] == "exact"
+    if row["whiten"] != "-" and (row["redraw"] != "-" or row["form"] not in ("-", "frozen_side")):
+        return "is of a frozen side that stays"
     if exact and row["mask"] == "saliency":
         return "mask 'saliency' is on factors"
     if row["redraw"] != "-" and row["form"] not in ("-", "frozen_side"):
         return "is of form 'frozen_side'"
     if not exact and row["residual"] != "-":
         return "is of form 'exact'"
+    if row["whiten"] != "-" and row["mode"] == "pooled":
+        return "its factors come with blocks"
     if row["ranks"] != "-" and row["targets"] == "down":
         return "'q_proj' is not among the targets"
     if row["scores"] != "everyone" and row["others"] != "-":
@@ -212,6 +217,8 @@ def refusal(row: Row) -> str | None:
         return "trains some layers, and it averages equal adapters"
     if row["mode"] == "federated" and scheme.unequal == "no" and row["rank"] != "4" and takes_part:
         return "it averages equal ranks"
+    if row["whiten"] != "-" and row["targets"] == "down":
+        return "makes factors that read the hidden state"
     if row["layers"] == "1" and row["block"] == "structured":
         return "keeps is chosen when it is cut"
     return None

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from legolm.adapter import FROZEN
 from legolm.aggregate import make_scheme
 from legolm.block import Block, llm_block, read_block, rename_block
 from legolm.config import AUTO, CLIENTS, RunConfig
@@ -25,6 +26,7 @@ from legolm.federate.server import (
     calibrate,
     fit,
     place,
+    place_frozen,
     server_examples,
     steps_of,
     whiten,
@@ -154,11 +156,11 @@ def _run(
         with clock.stage("blocks", recorded=False):
             if exchange is not None:
                 calibrate(folder, config, identity, plan.base, block_of(), exchange, progress)
+            if make_scheme(config.aggregate).whitened is not None and not folder.frozen.exists():
+                whiten(folder, config, llm_block(plan.base, identity.base_fingerprint), progress)
             blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
             if config.federation.fitted and not folder.protection.exists():
                 fit(folder, config, blocks, block_of(), progress)
-            if make_scheme(config.aggregate).whitened is not None and not folder.frozen.exists():
-                whiten(folder, config, blocks["llm"], progress)
         rounds = begin()
         rounds.write_lines()
 
@@ -341,6 +343,7 @@ def _cut_blocks(
             cut_blocks(base, base_fingerprint, wanted, config.seed, precision, progress, model, device, tokenizer, sums)
     for spec in left:
         if made[spec.name] == folder.block(spec.name):
+            place_frozen(folder, folder.block(spec.name))
             seal(folder.block(spec.name))
             continue
         with atomic_folder(folder.block(spec.name)) as partial:
@@ -350,6 +353,7 @@ def _cut_blocks(
                 if prompt_look(load_tokenizer(partial)) != prompt_look(tokenizer):
                     progress.note(f"block {spec.name}: was cut with another chat template or date; it gets this run's")
                     _replace_tokenizer(tokenizer, partial)
+            place_frozen(folder, partial)
             seal(partial)
     for name, was in again.items():
         check_same(folder.block(name), was)
@@ -371,4 +375,4 @@ def _replace_tokenizer(tokenizer: Any, folder: Path) -> None:
     new.rmdir()
 
 
-_unsealed = shutil.ignore_patterns(HASHES)
+_unsealed = shutil.ignore_patterns(HASHES, FROZEN)  # another run's

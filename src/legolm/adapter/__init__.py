@@ -4,13 +4,16 @@ from legolm.adapter.change import Change
 from legolm.adapter.files import (
     CONFIG,
     FACTORS,
+    FROZEN,
     WEIGHTS,
     adapter_config,
     load_adapter,
     load_factors,
+    load_frozen,
     read_adapter,
     save_adapter,
     save_factors,
+    save_frozen,
     weights_file,
 )
 from legolm.adapter.flat import Flat, Layout, adapter_layout, check_finite
@@ -35,6 +38,7 @@ from legolm.adapter.start import init_factors, initial_factors
 __all__ = [
     "CONFIG",
     "FACTORS",
+    "FROZEN",
     "WEIGHTS",
     "Change",
     "Flat",
@@ -56,6 +60,7 @@ __all__ = [
     "linears",
     "load_adapter",
     "load_factors",
+    "load_frozen",
     "masked_",
     "merge",
     "merged",
@@ -66,6 +71,7 @@ __all__ = [
     "read_adapter",
     "save_adapter",
     "save_factors",
+    "save_frozen",
     "slice_factors",
     "tensors_hash",
     "under_prefix",

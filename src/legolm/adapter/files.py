@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from legolm.adapter.flat import Layout
 from legolm.adapter.keys import Tensors, factor_key, parse_key
 from legolm.adapter.plain import Plain, check_base, check_patterns
 from legolm.block import Coverage
@@ -19,7 +21,7 @@ from legolm.system import open_tensors, read_bounded, strict_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-FACTORS = "factors.safetensors"
+FACTORS, FROZEN = "factors.safetensors", "frozen.safetensors"
 OUTER = "base_model.model."
 """What PEFT puts before the names of a model."""
 MAX_CONFIG = 1 << 20
@@ -61,6 +63,27 @@ def save_adapter(coverage: Coverage, factors: Tensors, scale: float, base: str, 
         name = f"{_prefix(coverage.shape)}{place[layer]}.{module}.lora_{side}.weight"
         tensors[name] = tensor.contiguous()
     save_file(tensors, path / WEIGHTS)
+
+
+def save_frozen(factors: Tensors, folder: Path) -> None:
+    """The frozen factors of a run that are made of text, in a block's slice, beside its weights."""
+    save_file({key: tensor.contiguous() for key, tensor in factors.items()}, folder / FROZEN)
+
+
+def load_frozen(folder: Path, layout: Layout) -> Tensors:
+    """What `save_frozen` wrote, the first rank rows of this layout. Raises `LegolmError` for anything else."""
+    found: Tensors = {}
+    with open_tensors(folder / FROZEN, "", "take the block that the run made") as handle:
+        if set(handle.keys()) != set(layout.shapes):
+            raise LegolmError(f"{folder / FROZEN}: has other factors than this run; take the block that the run made")
+        for key, (rank, columns) in layout.shapes.items():
+            tensor = handle.get_tensor(key)
+            if tensor.dtype != torch.float32 or tensor.dim() != 2 or len(tensor) < rank or tensor.shape[1] != columns:
+                raise LegolmError(f"{folder / FROZEN}: {key} is {tuple(tensor.shape)} {tensor.dtype}, not this block's")
+            if not bool(tensor.isfinite().all()):
+                raise LegolmError(f"{folder / FROZEN}: {key} is not finite")
+            found[key] = tensor[:rank].contiguous()
+    return found
 
 
 def load_adapter(path: Path, into: Tensors, shape: Shape, scale: float) -> Tensors:

@@ -32,10 +32,10 @@ class FactorSum(Scheme):
     """The global adapter θ (float32) and one round's sums.
 
     With `frozen_side` only one factor of each module trains and travels: the one on the side that blocks cut. The other
-    is random orthonormal and stays (FFA-LoRA, arXiv 2403.12313, made heterogeneous), so that the mean of the trained
-    factor is the mean of the product. One factor that trains alone needs, and bears, a higher rate than two. With
-    `salient` clients send as large a share of their entries as their block's bit masks keep of weights: what the
-    structure cuts is not in a client's slice, and is not cut a second time.
+    is random orthonormal, or `whitened`, and stays (FFA-LoRA, arXiv 2403.12313, made heterogeneous), so that the mean
+    of the trained factor is the mean of the product. One factor that trains alone needs, and bears, a higher rate than
+    two. With `salient` clients send as large a share of their entries as their block's bit masks keep of weights: what
+    the structure cuts is not in a client's slice, and is not cut a second time.
     """
 
     sums = module_ranks = optimizers = True
@@ -78,7 +78,7 @@ class FactorSum(Scheme):
     def side(self, coverage: Coverage, rank: int) -> Tensors:
         """The block's slice of what was made of text."""
         made = {key: self._factors[key] for key in self._factors if is_whitened(key, self._start.shape)}
-        return slice_factors(coverage, made, rank) if self.whitened else {}
+        return slice_factors(coverage, made, rank) if self.whitened is not None else {}
 
     def adapter(self, coverage: Coverage, rank: int) -> Tensors:
         """The block's slice of all factors."""

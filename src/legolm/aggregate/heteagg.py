@@ -26,7 +26,7 @@ def heteagg(
     residual: Residual = "feedback",
     residual_rank: Annotated[int, Field(ge=1)] = RESIDUAL_RANK,
     redraw: Annotated[int, Field(ge=0)] = 0,
-    whiten: str | None = None,
+    whiten: Annotated[str, Field(min_length=1)] | None = None,
 ) -> Scheme:
     """`denominator`: mean over those who hold an entry, or over all. `residual`, `residual_rank`: the exact form's.
 
@@ -34,7 +34,7 @@ def heteagg(
     `whiten`: text that frozen factors which read the hidden state see evenly: public (a starter set, files, hub:...),
     or that of the clients, by their sums (`clients`).
     """
-    if whiten and (redraw or form != "frozen_side"):
+    if whiten is not None and (redraw or form != "frozen_side"):
         raise ValueError("whiten is of a frozen side that stays; take form frozen_side and redraw 0, or leave it out")
     if redraw and form != "frozen_side":
         raise ValueError(f"redraw {redraw} is of form 'frozen_side'; form {form!r} freezes no side")

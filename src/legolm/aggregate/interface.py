@@ -92,7 +92,7 @@ class Scheme(ABC):
         """The factors that a client of this coverage and rank receives, in its block's slice."""
 
     def side(self, coverage: Coverage, rank: int) -> Tensors:
-        """The frozen factors that a client cannot make, in the block's slice; each is sent them once."""
+        """The frozen factors that a client cannot make, in the block's slice: it has them with its block."""
         return {}
 
     def fold(self, coverage: Coverage, since: int) -> Tensors:

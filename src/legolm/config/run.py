@@ -260,8 +260,6 @@ class RunConfig(Section):
             why = f"is a process of its own, and federation.engine {federation.engine!r} has none; take `relay` out"
         elif any(client.block in (None, AUTO) for client in relays):
             why = "stands for devices with one block; give it a `block` by name"
-        elif scheme.whitened is not None:
-            why = "passes on what it is sent in each round, and frozen factors are sent once; take aggregate.whiten out"
         elif not scheme.takes_late or scheme.keep(0.5) < 1:
             why = (
                 f"adds up changes, and aggregate.scheme {aggregate.scheme!r} with these settings needs each by itself; "
@@ -396,6 +394,8 @@ class RunConfig(Section):
             )
         starts = {"lora.start": self.lora.start, "aggregate.start": self.aggregate.start}
         start = next((field for field, value in starts.items() if value is not None), None)
+        if scheme.whitened is not None and self.federation.mode == "pooled":
+            raise ValueError("aggregate.whiten: its factors come with blocks, and mode pooled has none; take it out")
         if start is not None and scheme.whitened is not None:
             raise ValueError(
                 f"{start}: another run's factors stand beside other frozen ones; take aggregate.whiten out"

@@ -90,6 +90,12 @@ def check_sums(config: RunConfig, shape: Shape, llm_bytes: int) -> tuple[str, ..
             f"federation.regmean: fits what reads units, {' and '.join(sorted(readers))}, and lora.targets has none; "
             "add one, or set it to false"
         )
+    hidden = {name.rpartition(".")[2] for name, module in shape.modules.items() if module.cols == "hidden"}
+    if make_scheme(config.aggregate).whitened is not None and not hidden & set(config.lora.targets or hidden):
+        raise LegolmError(
+            f"aggregate.whiten: makes factors that read the hidden state, of {', '.join(sorted(hidden))}, and "
+            "lora.targets has none; add one, or take it out"
+        )
     if needs == "nothing":
         return ()
     asked = next(spec.calibration for spec in config.cuts if spec.calibration.statistics == CLIENTS)

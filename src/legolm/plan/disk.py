@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from legolm.adapter import adapter_parameters, modules_of
+from legolm.adapter import adapter_keys, adapter_layout, adapter_parameters, is_whitened, modules_of
 from legolm.aggregate import make_scheme
 from legolm.block import Coverage
 from legolm.config import RunConfig
@@ -23,7 +23,8 @@ def stages_bytes(config: RunConfig, shape: Shape, ranks: Sequence[int]) -> int:
     """
     federation, lora, clients = config.federation, config.lora, len(config.clients)
     adapter = 4 * adapter_parameters(Coverage.full(shape), lora.targets, lora.rank)
-    alone = adapter * clients * (config.evaluate.local_only + (mixed_parts(config) if config.own_parts else 0))
+    frozen = frozen_bytes(config, Coverage.full(shape))
+    alone = frozen + adapter * clients * (config.evaluate.local_only + (mixed_parts(config) if config.own_parts else 0))
     if federation.mode == "alone":
         return adapter + alone
     scheme = make_scheme(config.aggregate)
@@ -42,6 +43,14 @@ def stages_bytes(config: RunConfig, shape: Shape, ranks: Sequence[int]) -> int:
     if federation.error_feedback and scheme.basis_stays and (federation.codec != "none" or scheme.keep(0.5) < 1):
         carried += 2 * adapter
     return server + alone + len(ranks) * carried
+
+
+def frozen_bytes(config: RunConfig, coverage: Coverage) -> int:
+    """Bytes of the frozen factors that are made of text, in a block's folder."""
+    if make_scheme(config.aggregate).whitened is None:
+        return 0
+    keys = [key for key in adapter_keys(coverage, config.lora.targets) if is_whitened(key, coverage.shape)]
+    return 4 * adapter_layout(coverage, keys, config.lora.rank, config.lora.ranks).total
 
 
 def sums_bytes(config: RunConfig, shape: Shape) -> int:

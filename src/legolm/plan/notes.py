@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from legolm.adapter import adapter_keys, adapter_layout, is_whitened
+from legolm.adapter import adapter_keys
 from legolm.aggregate import Scheme, capped, holders, make_scheme
 from legolm.block import Coverage
-from legolm.config import CLIENTS, RunConfig
+from legolm.config import RunConfig
 from legolm.data import DATE, TokenRows, begin, left_out, unused_tools
 
 
@@ -23,7 +23,6 @@ def notes(config: RunConfig, members: Sequence[tuple[Coverage, int]], examples: 
             _waits(config),
             _robust(config, scheme, members),
             _without_feedback(config, scheme),
-            _whitened(config, scheme, members),
             _capped(config, scheme, examples),
         ]
     return tuple(note for note in said if note)
@@ -37,18 +36,6 @@ def _plain(config: RunConfig) -> str:
         f"LoRA stands beside the zeros of {', '.join(names)} (adapter: plain): final models of it, merged, have none; "
         "final/CLIENT/adapter is what fits the block with zeros."
     )
-
-
-def _whitened(config: RunConfig, scheme: Scheme, members: Sequence[tuple[Coverage, int]]) -> str:
-    if scheme.whitened is None:
-        return ""
-    sizes = []
-    for (_, rank), coverage in {(coverage.hash, rank): coverage for coverage, rank in members}.items():
-        keys = [key for key in adapter_keys(coverage, config.lora.targets) if is_whitened(key, coverage.shape)]
-        sizes.append(4 * adapter_layout(coverage, keys, rank, config.lora.ranks).total)
-    most = max(sizes) / 1e6
-    source = "the clients' sums" if scheme.whitened == CLIENTS else scheme.whitened
-    return f"The frozen factors that are made of {source} go to each client once, {most:,.1f} MB at most."
 
 
 def _unfitted(config: RunConfig) -> str:

@@ -39,7 +39,7 @@ from legolm.models import (
 )
 from legolm.plan.assign import assign
 from legolm.plan.checks import check_clients, check_files, check_sums, check_texts, given_blocks
-from legolm.plan.disk import mixed_parts, stages_bytes, sums_bytes, sums_memory
+from legolm.plan.disk import frozen_bytes, mixed_parts, stages_bytes, sums_bytes, sums_memory
 from legolm.plan.needs import leaner, settings_of, training_bytes, worst_batch
 from legolm.plan.notes import notes, prompt_notes
 from legolm.plan.privacy import promised
@@ -237,7 +237,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
                 method=spec.method,
                 sparsity=target_pattern(spec, shape).sparsity if criterion else (there or coverage).sparsity,
                 parameters=parameters[spec.name],
-                file_bytes=parameters[spec.name] * width,
+                file_bytes=parameters[spec.name] * width + frozen_bytes(config, coverage),
                 training_bytes=usual,
                 least_bytes=min(usual, *others),
                 token_flops=(6 if spec.name in patterned else 4) * coverage.kept_weights,

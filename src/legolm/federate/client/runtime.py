@@ -34,6 +34,7 @@ from legolm.federate.wire import (
     kind_of,
     open_,
     pack,
+    side_of,
     unpack,
 )
 from legolm.finetune import Task, train
@@ -79,8 +80,8 @@ class ClientRuntime:
         site, settings = self._site_of(request.client, request.block), request.settings
         block = self._load(site, request, settings.precision)
         plain = {name: tensor for name, tensor in content.items() if not name.startswith("secure.")}
+        opened = open_(request, block.coverage, plain, side_of(request, block))
         state = read_state(site.state(), request)
-        opened = open_(request, block.coverage, plain, under_prefix("side", state))
         fold = concatenated(under_prefix("fold", state), opened.fold)
         # Of a side that is not trained beside any more what was lost fits nothing.
         lost = {} if settings.fold_seeds else under_prefix("residual", state)
@@ -108,8 +109,9 @@ class ClientRuntime:
             delta, metrics = train(task)
 
         def keep(lost: Tensors) -> str:
-            state = with_prefix("fold", fold) | with_prefix("residual", lost) | with_prefix("side", opened.side)
-            return keep_state(self._write, site.state(), request, state)
+            return keep_state(
+                self._write, site.state(), request, with_prefix("fold", fold) | with_prefix("residual", lost)
+            )
 
         if request.secure is not None:
             return masked(request, content, site.keeping(), block.coverage, opened.start, delta, lost, keep)

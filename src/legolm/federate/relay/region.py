@@ -34,6 +34,7 @@ from legolm.federate.wire import (
     kind_of,
     pack,
     passed_on,
+    side_of,
     unpack,
 )
 from legolm.runs import Score, Training
@@ -122,7 +123,7 @@ class Relay(Answering):
         folder = self._folder(told.run)
         members = _read(folder).stood(request.accepted)
         asked = {id: _for(id, request, members) for id in devices}
-        broadcast = passed_on(request, block.coverage, content)
+        broadcast = passed_on(request, block.coverage, content, side_of(request, block))
 
         def requests() -> Iterator[Request]:
             for id, own in asked.items():

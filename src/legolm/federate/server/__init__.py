@@ -11,7 +11,7 @@ from legolm.federate.server.protecting import Known, fit
 from legolm.federate.server.public import familiar_of, public_examples, seen_in_public
 from legolm.federate.server.scoring import server_examples
 from legolm.federate.server.secure import check_withheld, roster_of
-from legolm.federate.server.whitening import whiten, whitening_text
+from legolm.federate.server.whitening import place_frozen, whiten, whitening_text
 
 __all__ = [
     "LLM",
@@ -29,6 +29,7 @@ __all__ = [
     "fit",
     "is_dense",
     "place",
+    "place_frozen",
     "public_examples",
     "roster_of",
     "seen_in_public",

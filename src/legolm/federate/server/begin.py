@@ -22,7 +22,7 @@ def begin(config: RunConfig, llm: Block, folder: RunDir, state: Tensors | None =
     scheme = make_scheme(config.aggregate)
     start = Start(
         llm.coverage.shape,
-        lambda: start_factors(config, llm) | (_frozen(folder) if scheme.whitened is not None else {}),
+        lambda: start_factors(config, llm) | (frozen_factors(folder) if scheme.whitened is not None else {}),
         config.lora.rank,
         derive_seed(config.seed, "adapter"),
         config.aggregate,
@@ -32,8 +32,8 @@ def begin(config: RunConfig, llm: Block, folder: RunDir, state: Tensors | None =
     return scheme
 
 
-def _frozen(folder: RunDir) -> Tensors:
-    """Those that are made of text."""
+def frozen_factors(folder: RunDir) -> Tensors:
+    """Those that are made of text (`whitening.whiten`), in the LLM's coordinates."""
     with open_tensors(folder.frozen, "the frozen factors: ", "remove it") as handle:
         return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ Split = Literal["validation", "test"]
 class Order:
     """Who trains, from what, in which phase; `accepted` is each client's last round whose update was added.
 
-    `noise` is the multiplier of noise distributed. `lost` were refused since, perhaps for want of what is sent once.
+    `noise` is the multiplier of noise distributed.
     """
 
     clients: Sequence[str]
@@ -51,7 +51,6 @@ class Order:
     number: int
     accepted: Mapping[str, int]
     noise: float | None = None
-    lost: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -144,10 +143,7 @@ class Dispatch:
             since = max(order.accepted.get(id, 0) - 1, 0) if order.scheme.folds else 0
             train = self._train.get(id, self._config.train)
             own = train.micro_batch_tokens, train.gradient_checkpointing
-            # Who has had a round of this block has its frozen side.
-            had = id in order.accepted and id not in members.turns and id not in order.lost
-            known = order.scheme.whitened is not None and had
-            key = (coverage.hash, members.trains[id].layers, rank, since, own, known)
+            key = (coverage.hash, members.trains[id].layers, rank, since, own)
             if key not in sent:
                 scheme, settings = order.scheme, self._settings(order, members, id, since)
                 sent[key] = write(
@@ -158,7 +154,6 @@ class Dispatch:
                     scheme.fold(coverage, since),
                     slice_factors(coverage, holders, rank),
                     scheme.side(coverage, rank),
-                    known,
                 )
             return sent[key]
 

@@ -36,8 +36,8 @@ def updates(
     usual = usual_size(before)
     orders = []
     for tag in sorted(set(asked.values())):
-        clients, then = [id for id in asked if asked[id] == tag], [one for one in before if one.round < tag]
-        orders.append(Order(clients, after(tag - 1), "round", tag, last_accepted(then), noise, refused_since(then)))
+        clients, then = [id for id in asked if asked[id] == tag], (one for one in before if one.round < tag)
+        orders.append(Order(clients, after(tag - 1), "round", tag, last_accepted(then), noise))
     for one in dispatch.train(orders, exchange, f"round {number}: train"):
         yield passed(one, usual, config)
 
@@ -95,11 +95,3 @@ def _kept(folder: RunDir, record: RoundRecord) -> Exchange:
             yield Reply(index, content) if same else Reply(index, error=f"{path} is not what the client sent")
 
     return exchange
-
-
-def refused_since(rounds: Iterable[RoundRecord]) -> set[str]:
-    """Who was refused after the last update of its that was added."""
-    found = set[str]()
-    for record in rounds:
-        found = (found | {one.client for one in record.refused}) - set(record.accepted)
-    return found

@@ -9,23 +9,24 @@ from another. Here
 with R random orthonormal rows, C the mean of x xᵀ over text, ε a hundredth of C's mean eigenvalue, and c such that
 E ‖A x‖² is what R has: half of the way, in the logarithm of each eigenvalue, to inputs that vary by the same in all
 directions. Text is the clients' own, by the sums by which blocks are cut, or public. Clients hold no LLM to make C of:
-each is sent its A, once.
+each has its A with its block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from legolm.adapter import Tensors, is_whitened, parse_key
+from legolm.adapter import Tensors, is_whitened, parse_key, save_frozen, slice_factors
 from legolm.aggregate import make_scheme
-from legolm.block import Block
+from legolm.block import Block, read_block
 from legolm.config import CLIENTS, RunConfig, TextConfig
 from legolm.data import calibration_tokens
-from legolm.federate.server.begin import start_factors
+from legolm.federate.server.begin import frozen_factors, start_factors
 from legolm.models import choose_device, choose_precision, load_tokenizer
 from legolm.prune import Moments, collected, inputs_of, load_statistics
 from legolm.runs import RunDir
@@ -65,6 +66,14 @@ def whiten(folder: RunDir, config: RunConfig, llm: Block, progress: Progress) ->
             size = ((rows @ mean) * rows).sum() / ((seen @ mean) * seen).sum()
             found[key] = (size.sqrt() * seen).float().contiguous()
     atomic_write(folder.frozen, save(found))
+
+
+def place_frozen(folder: RunDir, block: Path) -> None:
+    """Put a block's slice of what `whiten` wrote, if anything, into its folder."""
+    if folder.frozen.exists():
+        factors = frozen_factors(folder)
+        rank = max(map(len, factors.values()), default=0)
+        save_frozen(slice_factors(read_block(block).coverage, factors, rank), block)
 
 
 def _sums(

@@ -1,6 +1,17 @@
 """What travels: messages, the codec of factors, the broadcast."""
 
-from legolm.federate.wire.broadcast import Broadcast, Opened, Update, accept, answer, arrived, open_, passed_on, write
+from legolm.federate.wire.broadcast import (
+    Broadcast,
+    Opened,
+    Update,
+    accept,
+    answer,
+    arrived,
+    open_,
+    passed_on,
+    side_of,
+    write,
+)
 from legolm.federate.wire.calibration import MAX_SUMS_BYTES, SKETCHES, SUMS, CalibrateRequest, SumsReply
 from legolm.federate.wire.codec import decode, encode, encoded_bytes
 from legolm.federate.wire.messages import (
@@ -103,6 +114,7 @@ __all__ = [
     "reply_header",
     "row_bounds",
     "scale",
+    "side_of",
     "to_tensor",
     "told",
     "unpack",

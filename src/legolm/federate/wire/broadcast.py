@@ -27,13 +27,14 @@ from legolm.adapter import (
     initial_factors,
     is_frozen,
     is_whitened,
+    load_frozen,
     parse_key,
     slice_factors,
     tensors_hash,
     under_prefix,
     with_prefix,
 )
-from legolm.block import Coverage
+from legolm.block import Block, Coverage
 from legolm.config import Codec
 from legolm.errors import LegolmError
 from legolm.federate.wire import codec
@@ -50,7 +51,7 @@ from legolm.federate.wire.messages import (
 from legolm.runs import Training
 from legolm.system import derive_seed
 
-HOLDERS, SIDE = "holders", "side"
+HOLDERS = "holders"
 """Tensor of a broadcast (uint8): how many of the round's clients, up to 255, hold each entry that trains."""
 MAX_CHANGE = 1e4
 """Of one entry of a factor in one training, absolute: young adapters move by 1e-3 to 1."""
@@ -82,15 +83,13 @@ class Broadcast:
 class Opened:
     """What a client makes of a broadcast: what it trains from, without those in `frozen`, and what its base gets.
 
-    `holders` are how many hold each entry, where the client needs it; `side` is what it keeps of the frozen ones, as
-    they come once.
+    `holders` are how many hold each entry, where the client needs it.
     """
 
     start: Tensors
     frozen: set[str]
     fold: Tensors
     holders: Tensors
-    side: Tensors
 
 
 @dataclass(frozen=True)
@@ -110,12 +109,11 @@ def write(
     fold: Tensors,
     holders: Tensors | None = None,
     side: Tensors | None = None,
-    known: bool = False,
 ) -> Broadcast:
     """The broadcast of a scheme's `payload` and `fold` for this coverage and rank.
 
-    `holders`, in the block's slice, are for clients that add noise themselves. `side` are frozen factors that clients
-    do not make, and are not sent to who has them (`known`).
+    `holders`, in the block's slice, are for clients that add noise themselves; `side` are the frozen factors that
+    clients have with their block.
     """
     fold_rank = max((t.shape[0] for key, t in fold.items() if key.endswith(".A")), default=0)
     if settings.fold_seeds:
@@ -128,11 +126,8 @@ def write(
     content = plain | with_prefix("fold", codec.encode(fold, settings.codec))
     start: Tensors = {}
     held: Tensors = {}
-    side = side or {}
-    if not known:
-        content |= with_prefix(SIDE, codec.encode(side, "none"))
     if not settings.fresh:
-        made = _made(settings, coverage, rank) | side
+        made = _made(settings, coverage, rank) | (side or {})
         layout = _sent(settings, coverage, rank) if sent else Layout({})
         start = made | dict(_decoded(plain, settings, layout))
         held = made | payload if settings.codec != "none" else {}
@@ -143,36 +138,45 @@ def write(
     return Broadcast(settings, coverage, rank, content, start, held, trained, tensors_hash(content))
 
 
-def passed_on(request: TrainRequest, coverage: Coverage, content: Tensors) -> Broadcast:
+def passed_on(request: TrainRequest, coverage: Coverage, content: Tensors, side: Tensors) -> Broadcast:
     """A broadcast that came, for who asks others the same and accepts what they answer.
 
     Raises `LegolmError` as `open_`, and for one of which each client makes its own.
     """
     settings = request.settings
-    if settings.fresh or settings.fold_rank or settings.fold_seeds or settings.whitened:
-        raise LegolmError(
-            "a relay adds up changes of factors that it is sent, and these are made or kept by each client"
-        )
-    start, trained = open_(request, coverage, content).start, _sent(settings, coverage, request.rank, settings.layers)
+    if settings.fresh or settings.fold_rank or settings.fold_seeds:
+        raise LegolmError("a relay adds up changes of the same factors, and these are each client's own, or fold")
+    start, trained = (
+        open_(request, coverage, content, side).start,
+        _sent(settings, coverage, request.rank, settings.layers),
+    )
     return Broadcast(settings, coverage, request.rank, content, start, {}, trained, tensors_hash(content))
 
 
 def open_(request: TrainRequest, coverage: Coverage, content: Tensors, side: Tensors | None = None) -> Opened:
-    """What training starts from, in this block's slice. `side` is what the client kept of an earlier one.
+    """What training starts from, in this block's slice, beside the frozen `side` that came with the block.
 
     Raises `LegolmError` for tensors that do not fit it.
     """
     settings = request.settings
     trained = _sent(settings, coverage, request.rank, settings.layers)
     sent = _sent(settings, coverage, request.rank) if settings.sent else Layout({})
-    apart = (HOLDERS, "fold.", f"{SIDE}.")
-    plain = {name: tensor for name, tensor in content.items() if not name.startswith(apart)}
-    side = _side(settings, coverage, request.rank, under_prefix(SIDE, content), side or {})
-    start = _made(settings, coverage, request.rank, request.client) | side | dict(_decoded(plain, settings, sent))
+    plain = {name: tensor for name, tensor in content.items() if name != HOLDERS and not name.startswith("fold.")}
+    start = _made(settings, coverage, request.rank, request.client) | (side or {})
+    start |= dict(_decoded(plain, settings, sent))
     fold = _fold(settings, coverage, under_prefix("fold", content))
     # In a secure sum a client knows by itself who holds what.
     held = {} if request.secure is not None else _holders(settings, content, trained)
-    return Opened(start, set(start) - set(trained.shapes), fold, held, side)
+    return Opened(start, set(start) - set(trained.shapes), fold, held)
+
+
+def side_of(request: TrainRequest, block: Block) -> Tensors:
+    """The frozen factors that came with the block; none where the client makes all. Raises `LegolmError`."""
+    settings, coverage = request.settings, block.coverage
+    if not settings.whitened:
+        return {}
+    keys = [key for key in adapter_keys(coverage, settings.targets) if is_whitened(key, coverage.shape)]
+    return load_frozen(block.path, adapter_layout(coverage, keys, request.rank, settings.ranks))
 
 
 def answer(
@@ -255,21 +259,6 @@ def _made(settings: TrainSettings, coverage: Coverage, rank: int, client: str = 
         settings.ranks,
     )
     return slice_factors(coverage, factors, rank)
-
-
-def _side(settings: TrainSettings, coverage: Coverage, rank: int, content: Tensors, kept: Tensors) -> Tensors:
-    """The frozen factors that are not made from a seed: as they came, or as they were kept."""
-    keys = [key for key in adapter_keys(coverage, settings.targets) if is_whitened(key, coverage.shape)]
-    layout = adapter_layout(coverage, keys if settings.whitened else [], rank, settings.ranks)
-    if not content and Layout.of(kept).shapes == layout.shapes:
-        return kept
-    if not content:
-        raise LegolmError(
-            "the frozen factors that it was sent are gone from its state; it gets them with the next round"
-        )
-    found = codec.decode(content, "none", layout)
-    check_finite(found)
-    return dict(found)
 
 
 def _fold(settings: TrainSettings, coverage: Coverage, content: Tensors) -> Tensors:

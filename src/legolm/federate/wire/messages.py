@@ -61,7 +61,7 @@ class TrainSettings(BaseModel):
     With `derived_seed` the client makes factors itself: those of the side that does not train if `frozen_side`, else
     all, and its own ones (`fresh`); they are slices of an adapter of rank `run_rank` (`ranks`: of single modules) on
     `targets`. What trains comes along if `sent`, and comes back, of `layers` (LLM layers) only if they are given.
-    If `whitened` the frozen ones that read the hidden state come along once (`side.`), and it keeps them.
+    If `whitened` the frozen ones that read the hidden state are in the block's folder (`adapter.load_frozen`).
     `fold.` tensors, of rank `fold_rank`, change its base from now on; with `fold_seeds` they are of the sides that
     trained, and the client makes the frozen ones. The reply comes in this `codec`, with the `keep` share of its
     entries. `dp` is the noise that the client adds itself.
