@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Callable
@@ -84,6 +85,21 @@ def test_a_block_comes_once_and_goes_on_after_a_cut(files: Path, tmp_path: Path)
     third = Server(files, pieces=0)
     assert find_block(welcome, tmp_path, [], third.piece, said.append) == found
     assert find_block(welcome, tmp_path / "other", [tmp_path, files], third.piece, said.append) == files
+
+
+def test_what_another_block_here_has_does_not_come_again(files: Path, tmp_path: Path) -> None:
+    """As with the same weights beside other frozen factors, in a folder that was given or from an earlier run."""
+    other, said = tmp_path / "other", list[str]()
+    shutil.copytree(files, other)
+    (other / "sub" / "config.json").write_text("[]")
+    server = Server(other)
+    found = find_block(welcome_of(other), tmp_path / "home", [files], server.piece, said.append)
+    assert [name for name, _ in server.asked] == ["a/sub/config.json"] and "0.0 MB to fetch" in said[-1]
+    assert block_files(found) == block_files(other)
+    (other / "sub" / "config.json").write_text("{1}")
+    server = Server(other)
+    find_block(welcome_of(other), tmp_path / "home", [], server.piece, said.append)
+    assert [name for name, _ in server.asked] == ["a/sub/config.json"]
 
 
 def test_wrong_pieces_are_not_kept(files: Path, tmp_path: Path) -> None:

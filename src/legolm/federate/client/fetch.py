@@ -28,8 +28,8 @@ def find_block(
 ) -> Path:
     """The block's folder: in `home`, among `folders`, or fetched into `home`, where it stays.
 
-    What came before a cut is not fetched again. Raises `LegolmError` for what is not what the server told, and
-    `UnreachableError` when the server goes away.
+    What came before a cut is not fetched again, nor a file that another block here has. Raises `LegolmError` for what
+    is not what the server told, and `UnreachableError` when the server goes away.
     """
     if not welcome.files:
         raise LegolmError(f"block {welcome.block}: the server told no files of it; is it of another version of legolm?")
@@ -41,6 +41,12 @@ def find_block(
             note(f"block {welcome.block}: is the one in {folder}")
             return folder
     partial = path.with_name(f".{path.name}.partial")
+    others = [*folders, *sorted(path.parent.glob("[!.]*"))]
+    for one in welcome.files:
+        there = next((place for place in others if _is(place / one.name, one)), None)
+        if there is not None and not (partial / one.name).exists():
+            (partial / one.name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(there / one.name, partial / one.name)
     left = welcome.bytes - sum(one.stat().st_size for one in partial.rglob("*") if one.is_file())
     check_room(home, max(left, 0))
     note(f"block {welcome.block}: {left / 1e6:.1f} MB to fetch")
