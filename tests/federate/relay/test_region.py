@@ -62,6 +62,7 @@ def relayed(raw: dict[str, Any], folder: Path) -> tuple[Summary, list[str]]:
 
 def test_a_region_is_its_devices(three_clients: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = setting(three_clients, tmp_path)
+    raw["aggregate"]["whiten"] = "starter"  # the frozen side comes with the block, to the relay and from it
     config = configs.validate(RunConfig, raw, "test")
     flat = pipeline.run(config, tmp_path / "flat", models=False)
     seeds = {derive_seed(config.seed, "round", number, "north"): number for number in (1, 2)}

@@ -14,7 +14,7 @@ each has its A with its block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -78,13 +78,18 @@ def place_frozen(folder: RunDir, block: Path) -> None:
 
 def _sums(
     folder: RunDir, config: RunConfig, llm: Block, text: str, progress: Progress
-) -> Iterable[tuple[str, Moments]]:
+) -> Iterator[tuple[str, Moments]]:
     """Second moments of what the LLM's linear layers read, by name."""
     if text == CLIENTS:
-        return load_statistics([folder.sums], llm.coverage.shape, llm.base_fingerprint).sums.items()
+        sums = load_statistics([folder.sums], llm.coverage.shape, llm.base_fingerprint).sums
+        with progress.stage("whiten the frozen factors", len(sums)) as advance:
+            for named in sums.items():
+                yield named
+                advance(1)
+        return
     tokenizer, precision = load_tokenizer(llm.path, config.data), choose_precision(config.precision, config.device)
     tokens = calibration_tokens(whitening_text(text), tokenizer, config.seed, field="aggregate.whiten")
-    return collected(llm.path, tokens, "full", precision, progress, choose_device(config.device))
+    yield from collected(llm.path, tokens, "full", precision, progress, choose_device(config.device))
 
 
 def _root(moments: Moments) -> tuple[Tensor, Tensor]:
