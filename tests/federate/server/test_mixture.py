@@ -77,6 +77,9 @@ def test_the_choice_by_hand() -> None:
     assert choose(curve(*losses, stderr=0.1)).weights == {"global": 0.5, "local": 0.5}
     assert choose(curve(*losses, stderr=0.16)).weights == {"global": 0.5, "personal": 0.5}
     assert choose(curve(*losses, stderr=0.5)).weights == {"global": 1}
+    # Where the others' questions get another model, chance is nobody's to win.
+    assert choose(curve(*losses, stderr=0.5), own_only=True).weights == {"personal": 0.5, "local": 0.5}
+    assert choose(curve(*[1.0] * 8, stderr=0.0), own_only=True).weights == {"global": 1}
     # One row says nothing of chance; nor do rows that are all answered alike: what is best is taken.
     assert choose(curve(*losses, stderr=None)).weights == {"personal": 0.5, "local": 0.5}
     assert choose(curve(1.04, 1.03, 1.02, 1.01, 1.01, 1.02, 1.01, 1.0, stderr=0.0)).weights == {"local": 1}

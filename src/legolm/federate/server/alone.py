@@ -113,7 +113,7 @@ class Alone:
                     scores=by_client(job.sets, scores),
                     train=training.get(job.client),
                     mixtures=(found := mixtures.get(job.client, [])),
-                    weights=choose(found).weights if found else {},
+                    weights=self._chosen(found) if found else {},
                     validation=scores[-1].loss,
                     seconds=self.clock.seconds(stage),
                 )
@@ -155,8 +155,11 @@ class Alone:
             if id in found:
                 found[id].append(Mixture(weights=at, validation=losses[index].loss, stderr=losses[index].stderr))
         for id, curve in found.items():
-            save_adapter_state(own / id, self._mixture(number, id, choose(curve).weights, own))
+            save_adapter_state(own / id, self._mixture(number, id, self._chosen(curve), own))
         return found
+
+    def _chosen(self, found: Sequence[Mixture]) -> Weights:
+        return choose(found, self.config.federation.personal == "by_input").weights
 
     def _mixture(self, number: int, id: str, weights: Weights, own: Path) -> Tensors:
         """What a client has after round `number`, in `own` and alone, with these weights."""

@@ -24,11 +24,13 @@ def points(own: Collection[str]) -> list[Weights]:
     return [weights for weights in POINTS if set(weights) <= {"global", *own}]
 
 
-def choose(found: Sequence[Mixture]) -> Mixture:
+def choose(found: Sequence[Mixture], own_only: bool = False) -> Mixture:
     """The first, and so the best on the others' data, that is within one standard error of the best one.
 
     The one-standard-error rule (Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3): what the
-    client's few validation rows cannot tell apart is decided in favour of the others.
+    client's few validation rows cannot tell apart is decided in favour of the others. Where these get another model
+    (`own_only`) there is nothing to decide for them, and it is the best one.
     """
     best = min(found, key=lambda one: one.validation)
-    return next(one for one in found if one.validation <= best.validation + (best.stderr or 0.0))
+    most = best.validation + (0.0 if own_only else best.stderr or 0.0)
+    return next(one for one in found if one.validation <= most)
