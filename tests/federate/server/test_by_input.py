@@ -19,7 +19,7 @@ from legolm.config import RunConfig
 from legolm.data import Familiar, client_data, tokens_of
 from legolm.evaluation import Answers, score_each
 from legolm.federate.server import familiar_of
-from legolm.federate.server.mixture import choose
+from legolm.federate.server.mixture import choose_own
 from legolm.models import load_model, load_tokenizer
 from legolm.runs import clients_of, read_stages
 
@@ -53,7 +53,7 @@ def test_each_question_is_scored_and_answered_by_the_model_that_fits(
     met = set()
     for record in clients_of(read_stages(out / "metrics.jsonl"), "personal"):
         id = record.client
-        assert record.weights == choose(record.mixtures, own_only=True).weights
+        assert record.weights == choose_own(record.mixtures).weights
         block = read_block(out / "blocks" / {"fr": "dense", "de": "half", "es": "sparse"}[id])
         tokenizer, model = load_tokenizer(block.path), load_model(block.path)
         knows = familiar_of(config, block)(id).knows

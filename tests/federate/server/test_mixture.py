@@ -20,7 +20,7 @@ from legolm.block import read_block
 from legolm.config import RunConfig
 from legolm.data import client_data, render
 from legolm.evaluation import score
-from legolm.federate.server.mixture import POINTS, choose, points
+from legolm.federate.server.mixture import POINTS, choose, choose_own, points
 from legolm.models import load_model, load_tokenizer
 from legolm.report import print_summary
 from legolm.runs import Mixture, Part, clients_of, read_stages
@@ -77,9 +77,6 @@ def test_the_choice_by_hand() -> None:
     assert choose(curve(*losses, stderr=0.1)).weights == {"global": 0.5, "local": 0.5}
     assert choose(curve(*losses, stderr=0.16)).weights == {"global": 0.5, "personal": 0.5}
     assert choose(curve(*losses, stderr=0.5)).weights == {"global": 1}
-    # Where the others' questions get another model, chance is nobody's to win.
-    assert choose(curve(*losses, stderr=0.5), own_only=True).weights == {"personal": 0.5, "local": 0.5}
-    assert choose(curve(*[1.0] * 8, stderr=0.0), own_only=True).weights == {"global": 1}
     # One row says nothing of chance; nor do rows that are all answered alike: what is best is taken.
     assert choose(curve(*losses, stderr=None)).weights == {"personal": 0.5, "local": 0.5}
     assert choose(curve(1.04, 1.03, 1.02, 1.01, 1.01, 1.02, 1.01, 1.0, stderr=0.0)).weights == {"local": 1}
@@ -88,6 +85,15 @@ def test_the_choice_by_hand() -> None:
     # The best one's standard error counts, not that of the one that is taken.
     found = curve(1.5, 1.2, 1.0, stderr=0.1, own=("personal",))
     assert choose([found[0].model_copy(update={"stderr": 9.0}), *found[1:]]).weights == {"personal": 1}
+
+
+def test_the_choice_of_a_model_for_own_questions_by_hand() -> None:
+    # Alone 3.65, the best 3.36: 0.29 better, and the difference of two that are each ± 0.2 is ± 0.28.
+    losses = (3.83, 3.58, 3.51, 3.45, 3.48, 3.55, 3.36, 3.65)
+    assert choose_own(curve(*losses, stderr=0.2)).weights == {"personal": 0.5, "local": 0.5}
+    assert choose_own(curve(*losses, stderr=0.21)).weights == {"local": 1}
+    assert choose_own(curve(*[1.0] * 8, stderr=0.0)).weights == {"local": 1}
+    assert choose_own(curve(1.04, 1.2, 1.0, stderr=0.5, own=("personal",))).weights == {"personal": 1}
 
 
 @pytest.fixture

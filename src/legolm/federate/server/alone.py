@@ -16,7 +16,7 @@ from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.dispatch import Dispatch, Job, Order
 from legolm.federate.server.members import Members
-from legolm.federate.server.mixture import choose, points
+from legolm.federate.server.mixture import choose, choose_own, points
 from legolm.federate.server.public import seen_in_public
 from legolm.federate.server.scoring import Scoring, by_client
 from legolm.federate.transport import Exchange
@@ -159,7 +159,8 @@ class Alone:
         return found
 
     def _chosen(self, found: Sequence[Mixture]) -> Weights:
-        return choose(found, self.config.federation.personal == "by_input").weights
+        by_input = self.config.federation.personal == "by_input"
+        return (choose_own if by_input else choose)(found).weights
 
     def _mixture(self, number: int, id: str, weights: Weights, own: Path) -> Tensors:
         """What a client has after round `number`, in `own` and alone, with these weights."""

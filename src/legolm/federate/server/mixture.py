@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 from legolm.runs import Mixture, Weights
@@ -24,13 +25,20 @@ def points(own: Collection[str]) -> list[Weights]:
     return [weights for weights in POINTS if set(weights) <= {"global", *own}]
 
 
-def choose(found: Sequence[Mixture], own_only: bool = False) -> Mixture:
+def choose(found: Sequence[Mixture]) -> Mixture:
     """The first, and so the best on the others' data, that is within one standard error of the best one.
 
     The one-standard-error rule (Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3): what the
-    client's few validation rows cannot tell apart is decided in favour of the others. Where these get another model
-    (`own_only`) there is nothing to decide for them, and it is the best one.
+    client's few validation rows cannot tell apart is decided in favour of the others.
     """
     best = min(found, key=lambda one: one.validation)
-    most = best.validation + (0.0 if own_only else best.stderr or 0.0)
-    return next(one for one in found if one.validation <= most)
+    return next(one for one in found if one.validation <= best.validation + (best.stderr or 0.0))
+
+
+def choose_own(found: Sequence[Mixture]) -> Mixture:
+    """For a model that the others' questions do not get: the best one, unless chance may have made it better than what
+    the client learned alone, by no more than the standard error of the difference."""
+    best = min(found, key=lambda one: one.validation)
+    alone = next((one for one in found if one.weights == {"local": 1.0}), best)
+    chance = math.hypot(best.stderr or 0.0, alone.stderr or 0.0)
+    return best if best.validation < alone.validation - chance else alone
