@@ -16,7 +16,7 @@ from legolm.adapter.files import (
     save_frozen,
     weights_file,
 )
-from legolm.adapter.flat import Flat, Layout, adapter_layout, check_finite
+from legolm.adapter.flat import Flat, Layout, adapter_layout, check_finite, whitened_layout
 from legolm.adapter.keys import (
     Tensors,
     adapter_keys,
@@ -76,5 +76,6 @@ __all__ = [
     "tensors_hash",
     "under_prefix",
     "weights_file",
+    "whitened_layout",
     "with_prefix",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from legolm.adapter.keys import factor_shape, parse_key
+from legolm.adapter.keys import adapter_keys, factor_shape, is_whitened, parse_key
 from legolm.block import Coverage
 from legolm.errors import LegolmError
 
@@ -55,6 +55,14 @@ def adapter_layout(
         module = parse_key(key)[1].rpartition(".")[2]
         found[key] = factor_shape(coverage, key, min(rank, own.get(module, rank)))
     return Layout(found)
+
+
+def whitened_layout(
+    coverage: Coverage, targets: Iterable[str] | None, rank: int, ranks: Mapping[str, int] | None = None
+) -> Layout:
+    """The same of those factors alone that come with the block (`is_whitened`)."""
+    keys = [key for key in adapter_keys(coverage, targets) if is_whitened(key, coverage.shape)]
+    return adapter_layout(coverage, keys, rank, ranks)
 
 
 def check_finite(factors: Flat) -> None:

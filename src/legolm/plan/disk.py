@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from legolm.adapter import adapter_keys, adapter_layout, adapter_parameters, is_whitened, modules_of
+from legolm.adapter import adapter_parameters, modules_of, whitened_layout
 from legolm.aggregate import make_scheme
 from legolm.block import Coverage
 from legolm.config import RunConfig
@@ -49,8 +49,7 @@ def frozen_bytes(config: RunConfig, coverage: Coverage) -> int:
     """Bytes of the frozen factors that are made of text, in a block's folder."""
     if make_scheme(config.aggregate).whitened is None:
         return 0
-    keys = [key for key in adapter_keys(coverage, config.lora.targets) if is_whitened(key, coverage.shape)]
-    return 4 * adapter_layout(coverage, keys, config.lora.rank, config.lora.ranks).total
+    return 4 * whitened_layout(coverage, config.lora.targets, config.lora.rank, config.lora.ranks).total
 
 
 def sums_bytes(config: RunConfig, shape: Shape) -> int:

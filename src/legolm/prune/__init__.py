@@ -1,7 +1,7 @@
 """Cut blocks from the LLM: calibrate, choose a shape, prune, recover, write."""
 
 from legolm.prune.build import cut_blocks, kept_block
-from legolm.prune.calibrate import Moments, Needs, inputs_of
+from legolm.prune.calibrate import Moments, Needs, first_readers
 from legolm.prune.cuts import clients_needs, clients_sketch
 from legolm.prune.registry import Criterion, Pattern, criterion, criterion_of
 from legolm.prune.statistics import (
@@ -30,9 +30,9 @@ __all__ = [
     "criterion",
     "criterion_of",
     "cut_blocks",
+    "first_readers",
     "flat",
     "flat_size",
-    "inputs_of",
     "kept_block",
     "load_statistics",
     "planned_coverage",

@@ -336,6 +336,11 @@ def inputs_of(modules: Mapping[str, Module]) -> list[list[str]]:
     return list(groups.values())
 
 
+def first_readers(modules: Mapping[str, Module]) -> dict[str, str]:
+    """Of each module the first one that reads the same tensor, after which its sums are named."""
+    return {name: group[0] for group in inputs_of(modules) for name in group}
+
+
 def _parts(samples: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
 

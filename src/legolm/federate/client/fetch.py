@@ -42,9 +42,9 @@ def find_block(
             return folder
     partial = path.with_name(f".{path.name}.partial")
     others = [*folders, *sorted(path.parent.glob("[!.]*"))]
-    for one in welcome.files:
+    for one in [one for one in welcome.files if not (partial / one.name).exists()]:
         there = next((place for place in others if _is(place / one.name, one)), None)
-        if there is not None and not (partial / one.name).exists():
+        if there is not None:
             (partial / one.name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(there / one.name, partial / one.name)
     left = welcome.bytes - sum(one.stat().st_size for one in partial.rglob("*") if one.is_file())

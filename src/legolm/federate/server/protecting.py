@@ -29,7 +29,7 @@ from legolm.data import calibration_tokens
 from legolm.errors import LegolmError
 from legolm.federate.server.members import LLM, Members
 from legolm.models import choose_device, choose_precision, load_tokenizer
-from legolm.prune import Moments, collected, inputs_of, load_statistics
+from legolm.prune import Moments, collected, first_readers, load_statistics
 from legolm.runs import RunDir, check_sealed, seal
 from legolm.system import Progress, atomic_folder, atomic_write, open_tensors
 
@@ -125,7 +125,7 @@ class Known:
 
     def __init__(self, folder: RunDir, config: RunConfig, members: Members) -> None:
         self._folder, self._config, self._llm = folder, config, members.llm.coverage
-        self._first = {name: group[0] for group in inputs_of(self._llm.shape.modules) for name in group}
+        self._first = first_readers(self._llm.shape.modules)
         self._held = [members.trains[id] for id in members.clients]
         some = config.federation.quorum and len({one.hash for one in self._held}) > 1
         self.quorums = QUORUMS if some else QUORUMS[:1]

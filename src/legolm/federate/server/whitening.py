@@ -28,7 +28,7 @@ from legolm.config import CLIENTS, RunConfig, TextConfig
 from legolm.data import calibration_tokens
 from legolm.federate.server.begin import frozen_factors, start_factors
 from legolm.models import choose_device, choose_precision, load_tokenizer
-from legolm.prune import Moments, collected, inputs_of, load_statistics
+from legolm.prune import Moments, collected, first_readers, load_statistics
 from legolm.runs import RunDir
 from legolm.system import Progress, atomic_write
 
@@ -49,7 +49,7 @@ def whiten(folder: RunDir, config: RunConfig, llm: Block, progress: Progress) ->
     """
     shape, text = llm.coverage.shape, make_scheme(config.aggregate).whitened
     assert text is not None
-    first = {name: group[0] for group in inputs_of(shape.modules) for name in group}
+    first = first_readers(shape.modules)
     reads: dict[str, list[str]] = {}
     random = {key: tensor for key, tensor in start_factors(config, llm).items() if is_whitened(key, shape)}
     for key in random:

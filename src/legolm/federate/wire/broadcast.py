@@ -26,12 +26,12 @@ from legolm.adapter import (
     concatenated,
     initial_factors,
     is_frozen,
-    is_whitened,
     load_frozen,
     parse_key,
     slice_factors,
     tensors_hash,
     under_prefix,
+    whitened_layout,
     with_prefix,
 )
 from legolm.block import Block, Coverage
@@ -172,11 +172,10 @@ def open_(request: TrainRequest, coverage: Coverage, content: Tensors, side: Ten
 
 def side_of(request: TrainRequest, block: Block) -> Tensors:
     """The frozen factors that came with the block; none where the client makes all. Raises `LegolmError`."""
-    settings, coverage = request.settings, block.coverage
+    settings = request.settings
     if not settings.whitened:
         return {}
-    keys = [key for key in adapter_keys(coverage, settings.targets) if is_whitened(key, coverage.shape)]
-    return load_frozen(block.path, adapter_layout(coverage, keys, request.rank, settings.ranks))
+    return load_frozen(block.path, whitened_layout(block.coverage, settings.targets, request.rank, settings.ranks))
 
 
 def answer(
