@@ -549,7 +549,7 @@ def test_an_interrupted_run_says_how_to_go_on(number: signal.Signals, config_fil
 
     def run() -> None:
         signal.signal(number, signal.default_int_handler)  # of a shell's background job SIGINT is ignored
-        command("run", config_file, "--out", out)
+        command("run", config_file, "--set", "federation.rounds=200", "--out", out)  # never over before the signal
 
     pid = forked(run, errors)
     while not (out / "rounds" / "0000").exists():
