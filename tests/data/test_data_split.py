@@ -116,6 +116,18 @@ class TestByColumn:
         write(test, 1, "x")  # with it in one row, those without are bad
         assert "no field `topic`" in error_of(config, ["x", "y"])
 
+    def test_rows_of_no_client_are_said(self, tmp_path: Path) -> None:
+        for number, topic in enumerate("abcdefgh", 4):
+            write(tmp_path / "train.jsonl", number, topic)
+        split = {"by": "column", "column": "topic"}
+        config = DataConfig.model_validate({"train": str(tmp_path / "train.jsonl"), "split": split, "test": 0.25})
+        notes: list[str] = []
+        load_parts(config, ["g", "h"], 0, notes)
+        assert notes[-1] == "data.train: 39 rows are of no client: 'a', 'b', 'c', 'd', 'e' and 1 more."
+        notes.clear()
+        load_parts(config, list("abcdefgh"), 0, notes)
+        assert not any("of no client" in note for note in notes)
+
     def test_values_are_parts_in_every_split(self, tmp_path: Path) -> None:
         for topic in ("x", "y"):
             write(tmp_path / "train.jsonl", 4, topic)

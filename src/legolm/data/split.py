@@ -19,7 +19,7 @@ from legolm.data.layouts import Reading, unread, with_system
 from legolm.data.sources import Row, check_apart, names_of, parts_of, read_records
 from legolm.data.starter import SplitName, is_starter, starter_parts
 from legolm.data.store import ClientData, Examples, Store
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, brief
 from legolm.system import file_state
 
 Groups = dict[str, np.ndarray]
@@ -27,6 +27,7 @@ Groups = dict[str, np.ndarray]
 
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 _DRAWS = 100
+_SHOWN = 5
 _REMEDY = {
     "file": "put more rows in a file named after it",
     "folder": "put more rows in a folder named after it",
@@ -64,7 +65,8 @@ def load_parts(
         groups = _deal(groups, names, config, seed)
     _check_known(clients, groups["train"])
     if notes is not None:
-        notes += [*said, *unread("data", unused)]
+        nobodys = [line for split, parts in groups.items() for line in _left_out(split, parts, clients)]
+        notes += [*said, *nobodys, *unread("data", unused)]
     return {client: _finish(_hold_out(client, groups, config, seed, store), config) for client in clients}
 
 
@@ -128,6 +130,16 @@ def _group(
     unused += reading.unused
     found = {label: np.frombuffer(places, dtype=np.int64) for label, places in groups.items()}
     return dict.fromkeys(clients, found[""]) if by in ("file", "folder", "column") and "" in found else found
+
+
+def _left_out(split: SplitName, parts: Groups, clients: Sequence[str]) -> list[str]:
+    """What there is to say of parts that no client asks for."""
+    left = sorted(parts.keys() - set(clients))
+    if not left:
+        return []
+    rows, shown = sum(len(parts[name]) for name in left), ", ".join(map(repr, left[:_SHOWN]))
+    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+    return [f"data.{split}: {rows:,} rows are of no client: {brief(shown)}{more}."]
 
 
 def _by_place(
