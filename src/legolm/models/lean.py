@@ -57,7 +57,7 @@ def hidden_states(model: Any, packing: Pack) -> Tensor:
     output = model.get_decoder()(
         input_ids=packing.ids, position_ids=packing.positions, use_cache=False, packing=packing
     )
-    states: Tensor = output.last_hidden_state[0]
+    states: Tensor = output.last_hidden_state.squeeze(0)
     return states.float()
 
 
