@@ -22,7 +22,7 @@ from legolm.models import fingerprint, load_tokenizer, resolve
 from legolm.system import machine
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-FLAN = "data/FedDPA/data/dataset2/8/local_training_*.json"
+FLAN = "data/FedDPA/data/dataset2/8/local_training_[01234].json"
 
 
 def main() -> None:

@@ -55,16 +55,22 @@ def config(tiny: Callable[[str], Path], corpus: Path, tmp_path: Path) -> Callabl
 @pytest.fixture
 def public_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins, in the current folder, for the public data that the FLAN examples say how to get."""
-    tasks = ["cola", "definite_pronoun_resolution", "fix_punct", "glue_qqp", "snli", "trec", "web_nlg_en", "wic"]
-    rows = [{"instruction": "Is it?", "output": "yes", "task": task} for task in tasks for _ in range(3)]
-    flan = tmp_path / "data" / "FedDPA" / "data" / "dataset1"
-    (flan / "8").mkdir(parents=True)
-    public = flan.with_name("dataset2") / "8"
-    public.mkdir(parents=True)
-    for folder in (flan / "8", public):
-        (folder / "local_training_0.json").write_text(json.dumps(rows))
-    test = flan / "flan_test_200_selected_nstrict_1.jsonl"
-    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    private = ["cola", "definite_pronoun_resolution", "fix_punct", "glue_qqp", "snli", "trec", "web_nlg_en", "wic"]
+    other = {0: "qnli", 5: "sentiment140", 6: "gigaword", 7: "word_segment"}
+
+    def rows(*tasks: str) -> list[dict[str, str]]:
+        return [{"instruction": "Is it?", "output": "yes", "task": task} for task in tasks for _ in range(3)]
+
+    for folder, files in {
+        "dataset1": {0: rows(*private)},
+        "dataset2": {n: rows(one) for n, one in other.items()},
+    }.items():
+        there = tmp_path / "data" / "FedDPA" / "data" / folder
+        (there / "8").mkdir(parents=True)
+        for number, found in files.items():
+            (there / "8" / f"local_training_{number}.json").write_text(json.dumps(found))
+        test = "".join(json.dumps(row) + "\n" for found in files.values() for row in found)
+        (there / "flan_test_200_selected_nstrict_1.jsonl").write_text(test)
     monkeypatch.chdir(tmp_path)
 
 
