@@ -174,11 +174,11 @@ def packed_attention(
     """
     query, key = query.to(value.dtype), key.to(value.dtype)
     window = sliding_window if sliding_window and sliding_window < packing.lengths[0] else None
-    one = [side.squeeze(0) for side in (query, key, value)]  # [0] would make zeros to put its gradient into
+    q, k, v = (side.squeeze(0) for side in (query, key, value))  # [0] would make zeros to put its gradient into
     if softcap is None and query.is_cuda:
-        return _fused_attention(*one, packing, scaling, window).transpose(0, 1)[None], None
+        return _fused_attention(q, k, v, packing, scaling, window).transpose(0, 1)[None], None
     if softcap is None and packing.lengths[0] <= LONG:
-        out = _PackedAttention.apply(*one, packing, scaling, window)  # type: ignore[no-untyped-call]
+        out = _PackedAttention.apply(q, k, v, packing, scaling, window)  # type: ignore[no-untyped-call]
         return out.transpose(0, 1)[None], None
     parts = []
     split = [torch.split(part, list(packing.lengths), dim=2) for part in (query, key, value)]
