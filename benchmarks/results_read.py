@@ -36,11 +36,11 @@ from legolm.runs import (
 )
 from legolm.system import atomic_write, read_json
 
-DEFAULT, PERSONAL, LOCAL, FEDIT = "heteagg_frozen_side", "heteagg_personal", "local", "fedit_everyone"
-NEAR = "heteagg_near"
-BENCHES = {"flan": DEFAULT, "warm": "heteagg_factor_warm", "languages": NEAR, "paper": "sparsegpt-heterogeneous"}
+DEFAULT, PLAIN, PERSONAL = "heteagg_near", "heteagg_frozen_side", "heteagg_personal"
+LOCAL, FEDIT = "local", "fedit_everyone"
+BENCHES = {"flan": DEFAULT, "warm": "heteagg_factor_warm", "languages": DEFAULT, "paper": "sparsegpt-heterogeneous"}
 """Each study's folder below RUNS, and the variant whose clients, data and settings stand for all."""
-WHOLE = {DEFAULT, NEAR, PERSONAL, LOCAL, "alone", BENCHES["paper"], "wanda-heterogeneous"}
+WHOLE = {DEFAULT, PLAIN, PERSONAL, LOCAL, "alone", BENCHES["paper"], "wanda-heterogeneous"}
 """Variants of which tables and plots show clients one by one."""
 PLACES = ("*/summary.json", "rates/*/*/summary.json", "seeds/*/*/summary.json")
 FEW = 10

@@ -13,7 +13,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from legolm.runs import Data, Stage
-from results_read import BENCHES, DEFAULT, FEDIT, Evaluation, Run
+from results_read import BENCHES, DEFAULT, FEDIT, PLAIN, Evaluation, Run
 from results_study import UNABLE, Stat, Study, personal, personal_ratios
 
 SHOWN = ("centralized", FEDIT, "fedit-heterogeneous", DEFAULT, BENCHES["paper"], "fedit_capable")
@@ -91,9 +91,9 @@ def bytes_table(study: Study) -> str:
     whole = study.bytes(FEDIT)
     dense = {name: study.runs[name][min(study.runs[name])].block_bytes for name in study.runs}
     rows = [("neither: FedIT, everyone dense", whole)]
-    if "dense" in dense.get(DEFAULT, {}):
-        rows.append(("the form: frozen side, a dense client", dense[DEFAULT]["dense"] / 1e6))
-    for name, form in (("heteagg_factor", "pruning"), (DEFAULT, "both"), ("heteagg_int8", "both, and int8")):
+    if "dense" in dense.get(PLAIN, {}):
+        rows.append(("the form: frozen side, a dense client", dense[PLAIN]["dense"] / 1e6))
+    for name, form in (("heteagg_factor", "pruning"), (PLAIN, "both")):
         if name in study.runs:
             rows.append((f"{form}: {name}", study.bytes(name)))
     shown = [(name, f"{count:.2f}", f"{count / whole:.0%}") for name, count in rows]

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from legolm.runs import Data, Stage
-from results_read import DEFAULT, FEDIT, LOCAL, PERSONAL, Bench, Client, Cost, Evaluation, Run
+from results_read import DEFAULT, FEDIT, LOCAL, PERSONAL, PLAIN, Bench, Client, Cost, Evaluation, Run
 
 UNABLE = (FEDIT, "fedit_seconds", LOCAL, "centralized")
 """What weak devices cannot run, or no federation; all others but HeteAgg's are its peers."""
@@ -203,7 +203,7 @@ def personal_ratios(study: Study, ends: str, alone: str) -> dict[str, float]:
 def omission(study: Study) -> dict[str, Any] | None:
     """What leaving out each block costs the blocks, beside what the global update brings over training alone."""
     runs: list[Run] = []
-    for of in (study.default, DEFAULT):
+    for of in (study.default, PLAIN):
         runs = runs or [run for run in study.runs.get(of, {}).values() if run.left_out]
     if not runs:
         return None

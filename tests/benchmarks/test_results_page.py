@@ -56,7 +56,7 @@ def made(
     raw = three_clients(folder, ("dense", "wide", "dense"), rows=12, data=data, federation=federation)
     raw["train"] |= {"steps": 1}
     variants = [
-        {"name": "heteagg_frozen_side", "rates": [1e-6, 0.02]},
+        {"name": "heteagg_near", "rates": [1e-6, 0.02]},
         {"name": "fedit_everyone", "block": "dense", "set": {"aggregate.scheme": "fedavg"}},
         {"name": "local", "set": {"federation.mode": "alone", "aggregate.form": "factor"}},
         {"name": "centralized", "set": {"federation.mode": "pooled", "aggregate.form": "factor"}},
@@ -73,7 +73,7 @@ def made(
         assert done.returncode == 0, done.stderr
         rows = read_record(runs / "flan" / "compare.json", Comparison).rows
         places = {(row.name, row.seed): runs / "flan" / str(row.folder) for row in rows}
-        assert legolm("ablate", places["heteagg_frozen_side", 0]).returncode == 0
+        assert legolm("ablate", places["heteagg_near", 0]).returncode == 0
     for path in runs.rglob("*"):  # what comes back from a machine that is lent
         if path.is_file() and path.name not in (
             "compare.json", "config.yaml", "run.json", "metrics.jsonl", "summary.json", "ablation.json"
@@ -121,8 +121,8 @@ def by_hand(modules: Modules) -> Any:
         )  # fmt: skip
 
     costs = [{"name": "x", "kind": "block", "blocks": 0.2, "llm": 0.1}]
-    runs = [run("heteagg_frozen_side", seed, loss, 400) for seed, loss in ((1, 1.2), (2, 1.1))]
-    runs.append(run("heteagg_frozen_side", 0, 1.0, 400, left_out={"blocks": 1.5, "costs": costs}))
+    runs = [run("heteagg_near", seed, loss, 400) for seed, loss in ((1, 1.2), (2, 1.1))]
+    runs.append(run("heteagg_near", 0, 1.0, 400, left_out={"blocks": 1.5, "costs": costs}))
     runs += [run("fedit_everyone", seed, 1.1, 1000) for seed in (0, 1, 2)]
     runs += [run("fedit_capable", seed, loss, 1000) for seed, loss in ((0, 1.2), (1, 1.4))]
     runs.append(run("fedit_capable", 2, 1.3, 1000, data="other"))
@@ -138,7 +138,7 @@ def by_hand(modules: Modules) -> Any:
 def test_figures_are_means_over_seeds_and_differences_are_paired(modules: Modules, by_hand: Any) -> None:
     found = modules["results_study"].figures(by_hand)
     # 1.0, 1.2 and 1.1: a spread of 0.1, over √3.
-    assert found["main"]["heteagg_frozen_side"] == {
+    assert found["main"]["heteagg_near"] == {
         "loss": 1.1, "loss_se": 0.0577, "accuracy": 0.5, "accuracy_se": 0, "bytes": 400, "seeds": [0, 1, 2],
         "label_loss": 0.6, "label_loss_se": 0.0577, "label_accuracy": 0.75, "label_accuracy_se": 0,
     }  # fmt: skip
@@ -166,7 +166,7 @@ def test_claims_hold_as_their_figures_say(modules: Modules, by_hand: Any) -> Non
 def test_the_floor_is_of_the_runs_own_data(made: Made) -> None:
     """Three answers a client: −Σ ln p over its test answers, and as many tokens as the run counted."""
     assert made.found["floor"]["tasks"] == ["fr", "de", "es"]
-    path, nats = made.rows["heteagg_frozen_side", 0], []
+    path, nats = made.rows["heteagg_near", 0], []
     scores = rounds_of(read_stages(path / "metrics.jsonl"))[0].llm
     assert scores is not None
     for id, held in client_data(RunDir(path).known()).items():
@@ -188,7 +188,7 @@ def test_bytes_personal_omission_and_robustness(made: Made) -> None:
         assert main[name]["bytes"] == pytest.approx(row.bytes_down + row.bytes_up, rel=1e-3)
     assert found["personal"]["worst_client_ratio"] >= found["personal"]["own"] / found["personal"]["own_alone"] - 1e-3
     assert found["omission"]["cost"].keys() == {"dense", "wide"}
-    alone, shared = rows["local", 0], rows["heteagg_frozen_side", 0]
+    alone, shared = rows["local", 0], rows["heteagg_near", 0]
     assert alone.others is not None and shared.others is not None
     gain = (alone.own + 2 * alone.others) / 3 - (shared.own + 2 * shared.others) / 3
     assert found["omission"]["gain"] == pytest.approx(gain, abs=1e-3)
@@ -199,16 +199,18 @@ def test_bytes_personal_omission_and_robustness(made: Made) -> None:
     says = {one["claim"]: one["holds"] for one in found["claims"]}
     assert says["the LLM's WikiText perplexity is at most 3 % worse"] is False
     assert says["for under half of its bytes, same codec"] == (
-        main["heteagg_frozen_side"]["bytes"] < main["fedit_everyone"]["bytes"] / 2
+        main["heteagg_near"]["bytes"] < main["fedit_everyone"]["bytes"] / 2
     )
 
 
 def test_the_page_says_what_is_missing_and_what_was_searched(made: Made) -> None:
     assert "## What is missing" in made.page
     assert "compare/languages.yaml: no run of it" in made.page
-    assert re.search(r"compare/flan.yaml, by seeds: heteagg_factor \[0\], .*heterofl \[0\]", made.page)
-    assert re.search(r"\| heteagg_frozen_side \| \S+ \| \*\*\S+\*\* \|", made.page)
-    assert "compare/flan.yaml, learning rates: heteagg_frozen_side 2 of 3, fedit_everyone 1 of 3" in made.page
+    assert re.search(
+        r"compare/flan.yaml, by seeds: heteagg_frozen_side \[0\], heteagg_factor \[0\], .*heterofl \[0\]", made.page
+    )
+    assert re.search(r"\| heteagg_near \| \S+ \| \*\*\S+\*\* \|", made.page)
+    assert "compare/flan.yaml, learning rates: heteagg_near 2 of 3, fedit_everyone 1 of 3" in made.page
     assert "with a GPU" in made.page
     assert made.page.index("It is so.") < made.page.index("# The rest") < made.page.index("The end.")
     assert "## What surprised" not in made.page
@@ -236,5 +238,5 @@ def test_runs_of_another_version_and_lost_data_are_one_line(modules: Modules, ma
             modules["results"].write(runs, tmp_path / "docs", "", tmp_path / "none.md")
     finally:
         data.with_name("away").rename(data)
-    with pytest.raises(LegolmError, match="no finished run of heteagg_frozen_side"):
+    with pytest.raises(LegolmError, match="no finished run of heteagg_near"):
         modules["results"].write(tmp_path / "absent", tmp_path / "docs", "", tmp_path / "none.md")
