@@ -54,7 +54,7 @@ STUDIES = {
     "languages": "compare/languages.yaml",
     "paper": "paper/compare.yaml",
 }
-TITLES = {"flan": "FLAN, a task a client", "languages": "dates, a language a client", "paper": "the paper's setting"}
+TITLES = {"languages": "dates, a language a client", "flan": "FLAN, a task a client", "paper": "the paper's setting"}
 EVALUATED = {"robustness": "what nobody trained", "sentences": "tasks whose answers are sentences"}
 
 
