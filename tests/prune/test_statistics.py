@@ -50,6 +50,20 @@ def test_the_sums_of_three_clients_are_those_of_their_pooled_text(base: Path, st
         torch.testing.assert_close(added.sums[name].sum, moments.sum, rtol=1e-4, atol=1e-4)
 
 
+def test_each_layer_runs_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+    run, ran = Qwen3DecoderLayer.forward, list[int]()
+
+    def counted(self: Any, *given: Any, **named: Any) -> Any:
+        ran.append(self.self_attn.layer_idx)
+        return run(self, *given, **named)
+
+    monkeypatch.setattr(Qwen3DecoderLayer, "forward", counted)
+    collect(base, fingerprint(base), torch.arange(64).view(2, 32), "full", "fp32", Progress())
+    assert ran == [0, 1]
+
+
 def test_who_sends_sums_never_holds_more_than_a_layer(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Second moments of all layers are 5 GB for a model of a billion parameters; a weak device only sketches them."""
     alive, most, made = list[weakref.ref[Moments]](), list[int](), Moments.__init__

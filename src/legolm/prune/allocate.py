@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from legolm.models import LayeredModel, Shape, Unit
-from legolm.prune.calibrate import Regression, Stream
+from legolm.prune.calibrate import Moments, Regression, Stream
 from legolm.prune.select import eliminate
 
 SAMPLES, STEP = 8, 12
@@ -60,9 +60,11 @@ def measure_costs(
     layers: list[float] = []
     for index in range(shape.layers):
         with model.layer(index) as layer:
-            moments = stream.moments(index, layer, "full") if units else {}
-            before = stream.hidden.clone()
-            stream.advance(index, layer)
+            before, moments = stream.hidden.clone(), dict[str, Moments]()
+            if units:
+                moments = stream.moments(index, layer, "full")
+            else:
+                stream.advance(index, layer)
             energy = stream.hidden.square().sum(-1)
             layers.append(float(((stream.hidden - before).square().sum(-1) / energy).mean()))
             for unit in units:

@@ -277,7 +277,7 @@ class Stream:
         return found
 
     def moments(self, index: int, layer: nn.Module, needs: Needs) -> dict[str, Moments]:
-        """Moments of the inputs of all the layer's linear layers; those that share an input share the object."""
+        """Go on through the layer, and give moments of what its linear layers read; who shares an input shares them."""
         shared: dict[str, Moments] = {}
         hooks = []
         for group in inputs_of(self._shape.modules):
@@ -285,8 +285,7 @@ class Stream:
             shared |= dict.fromkeys(group, found)
             hooks.append(layer.get_submodule(group[0]).register_forward_pre_hook(_adder(found)))
         try:
-            for _ in self.run(index, layer):
-                pass
+            self.advance(index, layer)
         finally:
             for hook in hooks:
                 hook.remove()

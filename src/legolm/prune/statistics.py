@@ -113,7 +113,6 @@ def collected(
         for index in range(shape.layers):
             with model.layer(index) as layer:
                 found = stream.moments(index, layer, needs)
-                stream.advance(index, layer)
             for group in inputs_of(shape.modules):
                 yield f"layers.{index}.{group[0]}", found[group[0]]
             found.clear()
