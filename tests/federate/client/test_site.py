@@ -15,15 +15,16 @@ import torch
 from helpers import ended, forked
 from legolm import config as configs
 from legolm import pipeline
-from legolm.adapter import init_factors, slice_factors
+from legolm.adapter import Tensors, init_factors, slice_factors
 from legolm.block import Block, read_block
 from legolm.config import RowsConfig, TrainConfig
 from legolm.data import Examples, client_data, read_examples, tokens
 from legolm.errors import LegolmError
+from legolm.evaluation import score_each
 from legolm.federate import wire
-from legolm.federate.client import ClientRuntime, HeldSite, Profile, only, simulated
+from legolm.federate.client import ClientRuntime, HeldSite, Profile, only, runtime, simulated
 from legolm.federate.client.resident import SPLITS
-from legolm.runs import RunDir
+from legolm.runs import RunDir, Score
 
 
 def site(home: Path) -> HeldSite:
@@ -100,15 +101,15 @@ def test_a_client_trains_where_nothing_but_its_folder_is(run: RunDir, home: Path
 
 
 def test_a_device_answers_for_itself_only(run: RunDir, home: Path) -> None:
-    runtime, block = ClientRuntime(only("fr", site(home))), read_block(home / "block")
+    device, block = ClientRuntime(only("fr", site(home))), read_block(home / "block")
     with pytest.raises(LegolmError, match="client fr: has its own data only, and was asked for those of 'de'"):
-        runtime.answer(request(block, client="de"))
+        device.answer(request(block, client="de"))
     header = {"run": "r", "client": "fr", "block": "wide", "rank": 1, "scale": 2.0}
     header |= {"base_fingerprint": block.base_fingerprint, "coverage_hash": block.coverage.hash}
     header |= {"targets": None, "ranks": {}, "max_length": 99, "long_examples": "truncate", "precision": "fp32"}
     asked = wire.EvaluateRequest(**header, sets=[("fr", "test"), ("es", "test")], batch_size=4)
     with pytest.raises(LegolmError, match="asked for those of 'es'"):
-        runtime.answer(
+        device.answer(
             wire.pack(
                 asked,
                 wire.encode(slice_factors(block.coverage, init_factors(block.coverage.shape, None, 1, 0), 1), "none"),
@@ -138,6 +139,37 @@ def test_what_is_kept_of_many_clients_is_bounded(run: RunDir, monkeypatch: pytes
     assert [key[0] for key in kept] == [held[id].test.digest for id in ("es", "fr")] and kept.count < size
 
 
+def test_the_same_answers_are_not_made_twice(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[int]()
+
+    def counted(model: Any, rows: Any, *how: Any) -> Any:
+        made.append(len(rows))
+        return score_each(model, rows, *how)
+
+    monkeypatch.setattr(runtime, "score_each", counted)
+    block = read_block(run.block("wide"))
+    header = {"run": "r", "client": "fr", "block": "wide", "rank": 1, "scale": 2.0, "batch_size": 4}
+    header |= {"base_fingerprint": block.base_fingerprint, "coverage_hash": block.coverage.hash}
+    header |= {"targets": None, "ranks": {}, "max_length": 99, "long_examples": "truncate", "precision": "fp32"}
+    start = slice_factors(block.coverage, init_factors(block.coverage.shape, None, 1, 0), 1)
+    other = {key: tensor + 0.1 for key, tensor in start.items()}
+    answers = ClientRuntime(simulated(run))
+
+    def score(factors: Tensors, *clients: str) -> list[Score]:
+        asked = wire.EvaluateRequest.model_validate(header | {"sets": [(id, "test") for id in clients]})
+        return wire.unpack(answers.answer(wire.pack(asked, wire.encode(factors, "none"))), wire.ScoreReply)[0].scores
+
+    first = score(start, "fr", "de")
+    assert len(made) == 2
+    assert score(start, "es", "de", "fr")[1:] == first[::-1]
+    assert len(made) == 3
+    assert score(other, "de") != first[1:]
+    assert len(made) == 4
+    monkeypatch.setattr(runtime, "SCORED", 1)
+    assert score(start, "fr", "de") == first and len(made) == 4
+    assert score(start, "fr", "de") == first and len(made) == 5  # of the two only the last was kept
+
+
 def test_a_client_can_refuse_long_examples(home: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "x" * 9 * place}, {"role": "assistant", "content": "y"}]}
             for place in range(1, 12)]  # fmt: skip
@@ -145,9 +177,9 @@ def test_a_client_can_refuse_long_examples(home: Path) -> None:
     block = read_block(home / "block")
 
     def answer(name: str) -> wire.UpdateReply:
-        runtime = ClientRuntime(only("fr", site(home)))
+        device = ClientRuntime(only("fr", site(home)))
         asked = request(block, max_length=80, long_examples=name, epochs=1.0)
-        return wire.unpack(runtime.answer(asked), wire.UpdateReply)[0]
+        return wire.unpack(device.answer(asked), wire.UpdateReply)[0]
 
     assert 0 < answer("truncate").metrics["truncated"] < 11
     with pytest.raises(LegolmError, match=r"example \d+ of 'fr' is longer than 80 tokens"):

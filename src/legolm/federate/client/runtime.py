@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,10 @@ from legolm.privacy import clipped, deviation, with_share
 from legolm.prune import collected, flat, sketched
 from legolm.system import Progress, atomic_write, keep_freed_memory, release_memory, trim
 
+SCORED = 256
+"""Sets of rows whose answers stay in memory: a round's global update is scored again as the model for questions that
+are not like a client's own."""
+
 
 class ClientRuntime:
     """Answers for the sites that `site_of` gives: a device's one, or all of a simulation. Keeps one model in memory.
@@ -55,6 +61,7 @@ class ClientRuntime:
         self._held: tuple[Block, Precision] | None = None
         self._model: Any = None
         self._tokenizers: dict[Path, Any] = {}
+        self._answers: OrderedDict[str, Answers] = OrderedDict()
 
     def answer(self, content: bytes, until: float | None = None) -> bytes:
         """Reply to a request. Raises `LegolmError` when the request does not fit the client's block.
@@ -167,10 +174,36 @@ class ClientRuntime:
             shares = list(zip(*map(familiar.parted, sets), strict=True))
         answers = []
         for factors, share in zip(parts, shares, strict=True):
-            with merged(self._model, block.coverage, factors, request.scale) as model:
-                answers += [score_each(model, rows, request.batch_size, request.precision) for rows in share]
+            answers += self._answered(block, factors, share, request)
         each = [Answers.joined(answers[at :: len(sets)]) for at in range(len(sets))]
         return pack(ScoreReply(scores=[one.score for one in each]), {})
+
+    def _answered(
+        self, block: Block, factors: Tensors, sets: Sequence[Sequence[Tokens]], request: EvaluateRequest
+    ) -> list[Answers]:
+        """The block's answers with these factors to each set; the same of a set as a whole are not made twice."""
+        asked = hashlib.sha256(repr((_asked(request), request.scale, request.precision, request.batch_size)).encode())
+        for key, tensor in sorted(factors.items()):
+            asked.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            asked.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        keys = []
+        for rows in sets:
+            one = asked.copy()
+            for row in rows:
+                one.update(repr((row.ids, row.answer)).encode())
+            keys.append(one.hexdigest())
+        found = {key: self._answers[key] for key in keys if key in self._answers}
+        if len(found) < len(set(keys)):
+            with merged(self._model, block.coverage, factors, request.scale) as model:
+                for key, rows in zip(keys, sets, strict=True):
+                    if key not in found:
+                        found[key] = score_each(model, rows, request.batch_size, request.precision)
+        for key in keys:
+            self._answers[key] = found[key]
+            self._answers.move_to_end(key)
+        while len(self._answers) > SCORED:
+            self._answers.popitem(last=False)
+        return [found[key] for key in keys]
 
     def _scored(self, request: EvaluateRequest, client: str, split: Split) -> TokenRows:
         site = self._site_of(client, request.block)
@@ -225,8 +258,11 @@ def _another_cut(request: Envelope | CalibrateRequest) -> LegolmError:
 
 
 def _is_for(request: Envelope, block: Block) -> bool:
-    asked = request.block, request.base_fingerprint, request.coverage_hash
-    return asked == (block.name, block.base_fingerprint, block.coverage.hash)
+    return _asked(request) == (block.name, block.base_fingerprint, block.coverage.hash)
+
+
+def _asked(request: Envelope) -> tuple[str, str, str]:
+    return request.block, request.base_fingerprint, request.coverage_hash
 
 
 def _hidden(delta: Tensors, dp: DpConfig, holders: Tensors) -> Tensors:
