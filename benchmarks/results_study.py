@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from legolm.runs import Data, Stage
 from results_read import DEFAULT, FEDIT, LOCAL, PERSONAL, PLAIN, Bench, Client, Cost, Evaluation, Run
 
-UNABLE = (FEDIT, "fedit_seconds", LOCAL, "centralized")
+UNABLE = (FEDIT, "fedit_seconds", "heteagg_dense", LOCAL, "centralized")
 """What weak devices cannot run, or no federation; all others but HeteAgg's are its peers."""
 
 
