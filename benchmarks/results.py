@@ -91,7 +91,7 @@ def about(study: Study) -> str:
     machines = {f"{run.machine.cpu}, {run.machine.cores} cores, {run.machine.memory_gb:.0f} GB" for run in runs}
     where = " and ".join(sorted(machines)) + (f" with {study.bench.gpu}" if study.bench.gpu else "")
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
-    codecs = " and ".join(sorted({run.codec for run in runs if run.name != "heteagg_int8"}))
+    codecs = " and ".join(sorted({run.codec for run in runs}))
     return (
         f"{one.rounds} rounds of {one.steps} steps of {one.batch_size} examples, rank {one.rank}, {one.test} test rows "
         f"a client, seeds {seeds}, codec {codecs}; {where}. The LLM has {fmean(run.llm_before for run in runs):.3f} "

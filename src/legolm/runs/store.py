@@ -24,6 +24,7 @@ from legolm.runs.records import (
     dump_record,
     dump_sealed,
     read_sealed,
+    rounds_of,
 )
 from legolm.system import atomic_folder, atomic_write, file_hash, open_tensors
 
@@ -63,6 +64,10 @@ class Stages:
     def records(self) -> list[StageRecord]:
         """Of every finished stage, in order."""
         return [self._records[path] for path in self._paths if path in self._records]
+
+    def before(self, number: int) -> list[RoundRecord]:
+        """The records of the finished rounds before this one, from the first on."""
+        return [one for one in rounds_of(self.records()) if 0 < one.round < number]
 
     def round(self, number: int) -> RoundRecord:
         """The record of a finished round."""

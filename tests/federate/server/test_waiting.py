@@ -14,7 +14,7 @@ from legolm import config as configs
 from legolm import pipeline
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
-from legolm.federate.server import loop
+from legolm.federate.server import gathering
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.federate.wire import kind_of
@@ -51,7 +51,7 @@ def with_absent(asked: list[list[str]], raw: dict[str, Any], out: Path, engine: 
 def test_devices_are_asked_again(
     three_clients: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "AGAIN_S", 0.0)
+    monkeypatch.setattr(gathering, "AGAIN_S", 0.0)
     raw = three_clients(tmp_path, ("wide",) * 3, evaluate={"scores": "own", "local_only": False})
     asked: list[list[str]] = []
     summary, said = with_absent(asked, raw, tmp_path / "out", "deployment")

@@ -7,33 +7,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from legolm.adapter import Tensors, tensors_hash
-from legolm.aggregate import Scheme, Weighing, make_scheme
+from legolm.aggregate import Scheme, make_scheme
 from legolm.block import Block
 from legolm.config import RunConfig, TrainConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.account import Account
 from legolm.federate.server.alone import Alone
 from legolm.federate.server.begin import begin
-from legolm.federate.server.dispatch import Dispatch, Order, Trained
+from legolm.federate.server.dispatch import Dispatch
+from legolm.federate.server.gathering import Gathering
 from legolm.federate.server.members import LLM, Members
-from legolm.federate.server.pace import Ages, first_to_end
 from legolm.federate.server.pace import asked as tags
 from legolm.federate.server.protecting import Known
-from legolm.federate.server.replay import last_accepted, replay, updates
+from legolm.federate.server.replay import replay
 from legolm.federate.server.scoring import Scoring
-from legolm.federate.server.secure import SecureRounds, check_withheld, moved, roster_of
+from legolm.federate.server.secure import SecureRounds, check_withheld, roster_of
 from legolm.federate.transport import Exchange
 from legolm.runs import (
     UNSCORED,
-    UPDATES,
     Clock,
     Global,
     Refusal,
@@ -41,35 +37,13 @@ from legolm.runs import (
     RunDir,
     StageRecord,
     Stages,
-    Traffic,
     Traffics,
-    Training,
     clients_of,
     dump_sealed,
     read_sealed,
     rounds_of,
 )
 from legolm.system import Progress, atomic_folder, atomic_write
-
-AGAIN_S = 10.0
-"""Before devices are asked again for want of updates."""
-
-
-@dataclass
-class _Came:
-    """What a round's clients sent: who was added, what they say of it, why others were not, bytes, kept updates.
-
-    `closed` is the share of the entries that a secure sum did not open; it `stands`, with whatever it opened, where
-    devices would not open another one of this round.
-    """
-
-    train: dict[str, Training] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    traffic: dict[str, Traffic] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
-    added: set[str] = field(default_factory=set)
-    closed: float | None = None
-    stands: bool = False
 
 
 class Rounds:
@@ -112,10 +86,13 @@ class Rounds:
         )
         self._account = Account(config, self._members)
         self._limit()
-        self._secure = None
+        secure = None
         if config.privacy.secure is not None:
             self._check_withheld()
-            self._secure = SecureRounds(config, run, self._members, self._dispatch, roster_of(config, run), progress)
+            secure = SecureRounds(config, run, self._members, self._dispatch, roster_of(config, run), progress)
+        self._gathering = Gathering(
+            folder, config, self._members, self._dispatch, self._stages, self._account, secure, progress
+        )
         self._latest: tuple[int, Scheme] | None = None
         self.after_round: Callable[[], None] = lambda: None
         """Called after each round that this process finishes."""
@@ -254,21 +231,14 @@ class Rounds:
         scheme, drawn = self.scheme(number - 1), self._members.draw(self._config, number)
         # From here on it is no finished round's.
         self._latest = None
-        done = self._done(number)
+        done = self._stages.before(number)
         asked = tags(self._config, done, number, drawn)
         with atomic_folder(path) as folder:
-            if self._secure is None:
-                weighing = Weighing(self._config.aggregate, scheme)
-                came = self._single(number, asked, scheme, weighing, exchange, folder)
-            else:
-                # Clients have weighed their changes themselves.
-                weighing = Weighing(self._config.aggregate.model_copy(update={"weight": "examples"}), scheme)
-                came = self._sums(number, drawn, scheme, weighing, exchange)
+            weighing = self._gathering.weighing(scheme)
+            came = self._gathering.round(number, asked, drawn, scheme, weighing, exchange, folder)
             # Replies came in any order; the record does not depend on it.
             accepted = [id for id in asked if id in came.added]
             train, refused, traffic, kept = came.train, came.refused, came.traffic, came.kept
-            if not came.stands:
-                self._check_enough(number, list(asked), accepted, refused)
             shares: dict[str, float] = {}
             if accepted:
                 self._account.disturb(done, scheme, weighing, [id for id in asked if id not in came.added])
@@ -311,100 +281,11 @@ class Rounds:
         rounds = ([(trains[id], members.rank[id]) for id in drawn] for drawn, trains in there)
         check_withheld(self._config, frozen_side, rounds)
 
-    def _single(
-        self, number: int, asked: dict[str, int], scheme: Scheme, weighing: Weighing, exchange: Exchange, folder: Path
-    ) -> _Came:
-        """Each client's update by itself, added as it comes."""
-        # Data at one place gives nobody's update.
-        keeps = self._config.federation.keep_updates and list(asked) != [LLM]
-        came, ages = _Came(), Ages(self._config, self._members, self._done(number))
-        for one in self._updates(number, asked, came.train, scheme, exchange):
-            came.traffic[one.client] = Traffic(up=one.bytes_up, down=one.bytes_down)
-            if one.update is None:
-                came.refused[one.client] = one.reason
-                continue
-            change = ages.discounted(one.client, one.asked, number, one.update.change)
-            weighing.add(one.client, change, ages.coverage(one.client, one.asked))
-            came.train[one.client] = one.update.training
-            came.added.add(one.client)
-            came.refused.pop(one.client, None)
-            if keeps:
-                (folder / UPDATES).mkdir(exist_ok=True)
-                (folder / UPDATES / f"{one.client}.safetensors").write_bytes(one.reply)
-                came.kept[one.client] = hashlib.sha256(one.reply).hexdigest()
-        return came
-
-    def _sums(self, number: int, drawn: Sequence[str], scheme: Scheme, weighing: Weighing, exchange: Exchange) -> _Came:
-        """What the clients' updates add up to, and nothing of one of them."""
-        assert self._secure is not None
-        last, done = None, self._done(number)
-        if number > 1:
-            before, after = (self._stages.state(self._folder.round(at)) for at in (number - 2, number - 1))
-            last = moved(before, after, self._config.aggregate)
-        order = Order(drawn, scheme, "round", number, last_accepted(done), self._account.multiplier(done))
-        summed, trains = self._secure.round(order, last, exchange), self._members.at(number).trains
-        for id, change in summed.changes.items():
-            weighing.add(id, change, trains[id])
-        stands = summed.asked and self._config.federation.engine == "deployment"
-        return _Came({}, dict(summed.refused), dict(summed.traffic), {}, set(summed.changes), summed.closed, stands)
-
-    def _done(self, number: int) -> list[RoundRecord]:
-        """The records of the rounds before this one, from the first on."""
-        return [one for one in rounds_of(self.records()) if 0 < one.round < number]
-
     def _limit(self) -> None:
         """Stop before the round that would pass the budget of `privacy.dp`."""
         rounds = self._config.federation.rounds
         if self._config.privacy.dp.level != "none":
-            self._stages.limit(self._account.most(self._done(rounds + 1)))
-
-    def _updates(
-        self, number: int, asked: dict[str, int], train: Mapping[str, Training], scheme: Scheme, exchange: Exchange
-    ) -> Iterator[Trained]:
-        """What the clients return that were asked, as many as the buffer takes; `train` has those that were added.
-
-        Devices of their own come back: while too few updates are there, the others are asked again.
-        """
-        federation, records = self._config.federation, self.records()
-        (least, why), noise = self._least(list(asked)), self._account.multiplier(self._done(number))
-        own, left = federation.engine == "deployment", list(asked)
-        if federation.buffer is not None and not own:
-            left = first_to_end(self._config, rounds_of(records), asked)
-
-        def after(round: int) -> Scheme:
-            if round == number - 1:
-                return scheme
-            return begin(self._config, self._members.llm, self._folder, self._stages.state(self._folder.round(round)))
-
-        while True:
-            now = {id: asked[id] for id in left}
-            came = updates(self._config, self._dispatch, records, number, now, after, exchange, noise)
-            with closing(came):
-                for one in came:
-                    yield one
-                    if federation.buffer is not None and len(train) >= federation.buffer:
-                        return
-            if not own or len(train) >= least:
-                return
-            left = [id for id in asked if id not in train]
-            self._progress.note(f"round {number}: {len(train)} updates accepted, {why}; asked again: {', '.join(left)}")
-            time.sleep(AGAIN_S)
-
-    def _check_enough(
-        self, number: int, drawn: Sequence[str], accepted: Sequence[str], refused: Mapping[str, str]
-    ) -> None:
-        least, why = self._least(drawn)
-        if len(accepted) < least:
-            reasons = "; ".join(f"{id}: {refused[id]}" for id in drawn if id in refused)
-            raise LegolmError(f"round {number}: {len(accepted)} updates accepted, {why} ({reasons})")
-
-    def _least(self, drawn: Sequence[str]) -> tuple[int, str]:
-        """How many updates a round needs, and why: with fewer, parts of the noise may be missing. Secure sums see to
-        that themselves, entry by entry."""
-        replies, dp = self._config.federation.min_replies, self._config.privacy.dp
-        if self._secure is None and dp.noise == "distributed" and (least := len(drawn) - dp.dropouts) > replies:
-            return least, f"privacy.dp.dropouts is {dp.dropouts} of {len(drawn)}"
-        return min(replies, len(drawn)), f"federation.min_replies is {replies}"
+            self._stages.limit(self._account.most(self._stages.before(rounds + 1)))
 
     def _check_global(self, number: int, scheme: Scheme, accepted: Sequence[str]) -> None:
         """Raise `LegolmError` when the new global adapter is not finite, before anybody is asked about it."""

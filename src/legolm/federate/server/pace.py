@@ -33,7 +33,7 @@ def asked(config: RunConfig, rounds: Sequence[RoundRecord], number: int, drawn: 
     return {id: now[id] for id in order or drawn}
 
 
-def first_to_end(config: RunConfig, rounds: Iterable[RoundRecord], asked: dict[str, int]) -> list[str]:
+def first_to_end(config: RunConfig, rounds: Iterable[RoundRecord], asked: Mapping[str, int]) -> list[str]:
     """Of a simulation: the clients of `asked` that end first, as many as the buffer takes."""
     ends = [0.0]  # of each round, in the time of the simulation
     for one in rounds:
