@@ -125,6 +125,7 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "dropout": {"0": {}, "0.2": {"lora.dropout": 0.2}},
     "trainer": {name: {"train.trainer": name} for name in shipped(TRAINERS)},
     "schedule": {name: {"train.schedule": name} for name in ("constant_linear", "cosine")},
+    "width": {"no": {}, "yes": {"train.by_width": True}},
     "warmup": {"0": {}, "2": {"train.warmup_steps": 2}},
     "checkpointing": {"off": {}, "on": {"train.gradient_checkpointing": True}},
     "long": {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from legolm.adapter import Tensors, init_factors
+from legolm.adapter import Tensors, init_factors, slice_factors, tensors_hash
 from legolm.block import Coverage
 from legolm.config import TrainConfig
 from legolm.data import Tokens
@@ -107,6 +109,29 @@ def test_it_stops_at_the_first_limit(model: Any) -> None:
     lengths = [len(example.ids) for example in EXAMPLES]
     assert train(model, steps=50, tokens=sum(lengths))[1]["steps"] == 3  # one epoch has them all
     assert train(model, steps=50, seconds=1e-9)[1]["steps"] == 1
+
+
+def test_a_narrow_block_learns_at_a_higher_rate_in_its_mlp(model: Any) -> None:
+    # Adam's first step is the rate, whatever the gradient: by hand 0.01, and twice that with half of the neurons.
+    whole = Coverage.full(shape_of(model.config))
+    half = replace(whole, neurons=tuple(one[::2] for one in whole.neurons))
+    with torch.random.fork_rng():
+        narrow = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **_half(model)))
+    start = slice_factors(half, init_factors(half.shape, None, 4, seed=1), 4)
+    task = Task(narrow, half, start, 2.0, EXAMPLES, TrainConfig(learning_rate=0.01), "fp32", 1, 3)
+    plain, wide = fit(task)[0], fit(task, by_width=True)[0]
+    for key, moved in wide.items():
+        step = 0.02 if "mlp." in key else 0.01
+        assert float(moved.abs().max()) == pytest.approx(step if moved.any() else 0, rel=1e-2), key
+        assert float(plain[key].abs().max()) == pytest.approx(0.01 if moved.any() else 0, rel=1e-2), key
+    dense = Task(model, whole, init_factors(whole.shape, None, 4, seed=1), 2.0, EXAMPLES, task.config, "fp32", 3, 3)
+    assert tensors_hash(fit(dense)[0]) == tensors_hash(fit(dense, by_width=True)[0])
+
+
+def _half(model: Any) -> dict[str, Any]:
+    found: dict[str, Any] = model.config.to_dict() | {"intermediate_size": model.config.intermediate_size // 2}
+    del found["model_type"]
+    return found
 
 
 def test_learning_rates_by_hand() -> None:

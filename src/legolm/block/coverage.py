@@ -82,6 +82,11 @@ class Coverage:
         groups, neurons = len(self.groups[0]), len(self.neurons[0])
         return replace(self.shape, layers=len(self.layers), kv_groups=groups, neurons=neurons)
 
+    @property
+    def width(self) -> float:
+        """Neurons of a layer of the LLM for one of the block's, at least 1."""
+        return self.shape.neurons / self.block_shape.neurons
+
     def rows(self, layer: int, module: str) -> Tensor | None:
         """Kept output rows (int64, ascending) of a module of an LLM layer; None when all are kept."""
         units = self.shape.module(module).rows

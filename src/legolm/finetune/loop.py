@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from legolm.adapter import Tensors
+from legolm.adapter import Tensors, parse_key
+from legolm.block import Coverage
 from legolm.config import TrainConfig
 from legolm.data import Tokens
 from legolm.errors import LegolmError
@@ -35,11 +36,12 @@ class Diverged(LegolmError):
         self.delta, self.metrics = delta, metrics
 
 
-def fit(task: Task) -> tuple[Tensors, dict[str, float]]:
+def fit(task: Task, *, by_width: bool = False) -> tuple[Tensors, dict[str, float]]:
     """Train the adapter for at most the task's steps; return (change of each factor that trains, metrics).
 
-    The optimizer is new. The learning rate follows `config.schedule` over `total` steps. The seed decides the order of
-    examples. `proximal` is FedProx's µ (Li et al., arXiv 1812.06127): µ/2 · ‖θ − start‖² is added to the loss.
+    The optimizer is new. The learning rate follows `config.schedule` over `total` steps; `by_width` raises it where the
+    block is narrower than the LLM (`widened`). The seed decides the order of examples. `proximal` is FedProx's µ (Li et
+    al., arXiv 1812.06127): µ/2 · ‖θ − start‖² is added to the loss.
 
     Metrics: `loss_first` and `loss_last` (nats per answer token, over up to eight steps), `steps`, `tokens`, `seconds`,
     `truncated` (examples that were cut to length), and `micro_batch_tokens` where memory forced a smaller one.
@@ -68,7 +70,11 @@ def fit(task: Task) -> tuple[Tensors, dict[str, float]]:
         theta = list(parameters.values())
         received = {key: task.start[key].to(parameter.device) for key, parameter in parameters.items()}
         good = {key: parameter.detach().clone() for key, parameter in parameters.items()}
-        optimizer = torch.optim.AdamW(theta, lr=config.learning_rate, weight_decay=0.0, fused=True)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for key, parameter in parameters.items():
+            groups.setdefault(widened(task.coverage, key) if by_width else 1.0, []).append(parameter)
+        rates = [{"params": one, "lr": config.learning_rate * factor} for factor, one in groups.items()]
+        optimizer = torch.optim.AdamW(rates, weight_decay=0.0, fused=True)
         rate = learning_rate(config, task.total or task.steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(task.done + step))
         seen: set[int] = set()
@@ -146,6 +152,16 @@ def learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:
         )
 
     return factor
+
+
+def widened(coverage: Coverage, key: str) -> float:
+    """The factor on the learning rate of a factor of the MLP: neurons of the LLM for one of the block; 1 elsewhere.
+
+    A step of Adam moves each neuron's part by as much whatever their number is, so that a block of few neurons learns
+    slowly at the LLM's rate (Yang et al., "Tensor Programs V", arXiv 2203.03466: rates fall as widths grow).
+    """
+    module = coverage.shape.module(parse_key(key)[1])
+    return coverage.width if "neuron" in (*module.rows, module.cols) else 1.0
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,20 @@ def test_three_blocks_end_as_without_and_after_a_kill(raw: dict[str, Any], tmp_p
     assert all(torch.equal(tensor, ended[key]) for key, tensor in states("secure", 2).items())
 
 
+def test_sums_have_room_for_the_rates_of_narrow_blocks(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["blocks"] = [raw["blocks"][1] | {"intermediate_size": 16}]  # of 96: six times the rate
+    raw["clients"] = [client | {"block": "wide"} for client in raw["clients"]]
+    found = {}
+    for name, secure in (("plain", None), ("secure", {"withheld_limit": 0})):
+        config = load(raw, secure, train={"by_width": True}, federation={"rounds": 1})
+        pipeline.run(config, tmp_path / name, store=tmp_path / "store", models=False)
+        found[name] = load_file(tmp_path / name / "rounds/0001/adapter.safetensors")
+    before = load_file(tmp_path / "plain/rounds/0000/adapter.safetensors")
+    assert max(float((tensor - before[key]).abs().max()) for key, tensor in found["plain"].items()) > 0.1
+    for key, tensor in found["plain"].items():
+        assert torch.allclose(tensor, found["secure"][key], atol=6 * 3 / 2 * 0.04 / 10922), key
+
+
 def test_who_goes_in_mid_round_is_named_and_the_rest_opens(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["clients"] = [{"id": id, "data": "fr", "block": "wide"} for id in ("a", "b", "c", "d")]
     raw["blocks"] = raw["blocks"][1:2]

@@ -185,7 +185,9 @@ class SecureRound:
     def _prepare(self, id: str) -> None:
         """What everyone is told alike: the bounds, and what was sent."""
         grid, config, scheme = self._server.cohort.grid, self._config, self._order.scheme
-        moved = MOVES * config.train.learning_rate * config.train.steps
+        narrow = config.train.settings.get("by_width", False)
+        widest = max(one.coverage.width for one in self._members.block.values()) if narrow else 1.0
+        moved = MOVES * config.train.learning_rate * widest * config.train.steps
         self._bounds = row_bounds(grid, self._last, len(self._server.there), moved)
         self._prepared = self._dispatch.prepared(self._order)
         request = self._prepared(id)[0]
