@@ -76,9 +76,14 @@ class Study:
 
     def paired(self, name: str) -> Stat | None:
         """The LLM's loss with the default minus that with a variant, by seed; None without a seed of the same data."""
+        both = self.both(name)
+        return Stat.of(ours.loss - theirs.loss for ours, theirs in both) if both else None
+
+    def both(self, name: str) -> list[tuple[Run, Run]]:
+        """Runs of the default, each with the variant's of its seed and data."""
         ours, theirs = self.runs.get(self.default, {}), self.runs[name]
-        both = [seed for seed in sorted(ours.keys() & theirs.keys()) if ours[seed].data == theirs[seed].data]
-        return Stat.of(ours[seed].loss - theirs[seed].loss for seed in both) if both else None
+        seeds = sorted(ours.keys() & theirs.keys())
+        return [(ours[seed], theirs[seed]) for seed in seeds if ours[seed].data == theirs[seed].data]
 
     def labelled(self, name: str) -> bool:
         """Whether some of the data that a variant's LLM answers are tasks with labels, the default's."""
@@ -232,12 +237,17 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
     found: dict[str, Claim] = {}
     if study.default not in study.runs:
         return found
-    ours, omitted = study.over(study.default, lambda run: run.loss).mean, omission(study)
+    omitted = omission(study)
 
     def below(claim: str, name: str) -> None:
-        theirs, pair = study.over(name, lambda run: run.loss).mean, study.paired(name)
-        text = f"{ours:.3f} / {theirs:.3f} = {ours / theirs:.2f}" + (f" ({pair.shown(sign='+')})" if pair else "")
-        found[claim] = Claim(text, ours <= theirs, pair.beyond() if pair else None)
+        if not (both := study.both(name)):
+            return
+        ours, theirs = (fmean(run.loss for run in runs) for runs in zip(*both, strict=True))
+        pair, seeds = study.paired(name), ", ".join(str(run.seed) for run, _ in both)
+        assert pair is not None
+        few = f"; seed{'s' * (len(both) > 1)} {seeds}" if len(both) < len(study.runs[study.default]) else ""
+        text = f"{ours:.3f} / {theirs:.3f} = {ours / theirs:.2f} ({pair.shown(sign='+')}{few})"
+        found[claim] = Claim(text, ours <= theirs, pair.beyond())
 
     if FEDIT in study.runs:
         below("the LLM's loss is at or below FedIT's with everyone dense, at equal tokens", FEDIT)
@@ -287,17 +297,22 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
 def paper_claims(study: Study) -> dict[str, Claim]:
     """What LEGO's paper says, at this size."""
     found: dict[str, Claim] = {}
-    loss = {name: study.over(name, lambda run: run.loss).mean for name in study.runs}
+
+    def losses(*names: str) -> list[float] | None:
+        """The LLM's, mean over the seeds that all of these variants have; None without any."""
+        seeds = set.intersection(*(set(study.runs.get(name, {})) for name in names))
+        return [fmean(study.runs[name][seed].loss for seed in seeds) for name in names] if seeds else None
+
     for method in ("sparsegpt", "wanda"):
         mixed, iid, fedit, fedit_iid = f"{method}-heterogeneous", f"{method}-iid", "fedit-heterogeneous", "fedit-iid"
         for ours, theirs in ((mixed, fedit), (iid, fedit_iid)):
-            if {ours, theirs} <= loss.keys():
-                share = loss[ours] / loss[theirs]
+            if both := losses(ours, theirs):
+                share = both[0] / both[1]
                 found[f"models may differ: the LLM of {ours} is within 10 % of FedIT's with everyone dense"] = Claim(
-                    f"{loss[ours]:.3f} / {loss[theirs]:.3f} = {share:.2f}", share <= 1.1
+                    f"{both[0]:.3f} / {both[1]:.3f} = {share:.2f}", share <= 1.1
                 )
-        if {mixed, iid, fedit, fedit_iid} <= loss.keys():
-            apart, theirs_apart = loss[mixed] - loss[iid], loss[fedit] - loss[fedit_iid]
+        if four := losses(mixed, iid, fedit, fedit_iid):
+            apart, theirs_apart = four[0] - four[1], four[2] - four[3]
             found[f"data may differ: one task a client costs {method} blocks no more than FedIT"] = Claim(
                 f"{apart:+.3f} and {theirs_apart:+.3f}", apart <= theirs_apart
             )
@@ -307,7 +322,7 @@ def paper_claims(study: Study) -> dict[str, Claim]:
             found[f"every {method} block is better on the others' data after the global update (figure 3)"] = Claim(
                 f"{better} of {len(rises)}", better == len(rises)
             )
-        if mixed in loss and "alone" in loss:
+        if mixed in study.runs and "alone" in study.runs:
             after, alone = study.stage(mixed, "others", "global").mean, study.stage("alone", "others", "local").mean
             found[f"and {method} blocks are better there than whole LLMs that trained alone"] = Claim(
                 f"{after:.3f} and {alone:.3f}", after < alone

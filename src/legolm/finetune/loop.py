@@ -73,8 +73,8 @@ def fit(task: Task, *, by_width: bool = False) -> tuple[Tensors, dict[str, float
         groups: dict[float, list[nn.Parameter]] = {}
         for key, parameter in parameters.items():
             groups.setdefault(widened(task.coverage, key) if by_width else 1.0, []).append(parameter)
-        rates = [{"params": one, "lr": config.learning_rate * factor} for factor, one in groups.items()]
-        optimizer = torch.optim.AdamW(rates, weight_decay=0.0, fused=True)
+        rated = [{"params": one, "lr": config.learning_rate * factor} for factor, one in groups.items()]
+        optimizer = torch.optim.AdamW(rated, weight_decay=0.0, fused=True)
         rate = learning_rate(config, task.total or task.steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(task.done + step))
         seen: set[int] = set()
