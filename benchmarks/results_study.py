@@ -240,11 +240,11 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
     omitted = omission(study)
 
     def below(claim: str, name: str) -> None:
-        if not (both := study.both(name)):
+        if (pair := study.paired(name)) is None:
             return
+        both = study.both(name)
         ours, theirs = (fmean(run.loss for run in runs) for runs in zip(*both, strict=True))
-        pair, seeds = study.paired(name), ", ".join(str(run.seed) for run, _ in both)
-        assert pair is not None
+        seeds = ", ".join(str(run.seed) for run, _ in both)
         few = f"; seed{'s' * (len(both) > 1)} {seeds}" if len(both) < len(study.runs[study.default]) else ""
         text = f"{ours:.3f} / {theirs:.3f} = {ours / theirs:.2f} ({pair.shown(sign='+')}{few})"
         found[claim] = Claim(text, ours <= theirs, pair.beyond())
