@@ -86,9 +86,10 @@ class Study:
         return [(ours[seed], theirs[seed]) for seed in seeds if ours[seed].data == theirs[seed].data]
 
     def labelled(self, name: str) -> bool:
-        """Whether some of the data that a variant's LLM answers are tasks with labels, the default's."""
-        ours = {run.data for run in self.runs.get(self.default, {}).values()}
-        return bool(self.labels) and all(run.data in ours for run in self.runs[name].values())
+        """Whether a variant's LLM answers the tasks with labels, on the default's data where both have a seed."""
+        ours, theirs = self.runs.get(self.default, {}), self.runs[name].values()
+        there = all(set(self.labels) <= run.llm.keys() for run in theirs)
+        return bool(self.labels) and there and all(run.data == ours.get(run.seed, run).data for run in theirs)
 
     def label_loss(self, run: Run) -> float:
         """The LLM's on tasks with labels."""
