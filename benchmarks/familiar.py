@@ -1,7 +1,8 @@
 """Whether a client's questions are told from others' by their tokens: `python benchmarks/familiar.py`, some minutes.
 
-`data.Familiar` on test questions: what part of its own each client knows, and of the others' sends away. In the folder
-that holds the data (`examples/flan/mixed.yaml`) with FLAN, else without. The last line is one JSON object.
+`data.Familiar` on test questions: what part of its own each client knows, and of the others' sends away, where so many
+of its own may go to the global update, and where none should. In the folder that holds the data
+(`examples/flan/mixed.yaml`) with FLAN, else without. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from legolm.block import llm_block
 from legolm.config import RunConfig
 from legolm.data import Familiar, client_data, tokens_of
 from legolm.federate.server import seen_in_public
+from legolm.federate.server.mixture import AWAY
 from legolm.models import fingerprint, load_tokenizer, resolve
 from legolm.system import machine
 
@@ -42,19 +44,20 @@ def main() -> None:
             if isinstance(given, Path)
             else configs.validate(RunConfig, given | {"federation": given["federation"] | {"public": public}}, name)
         )
-        rows.append({"bench": name, "public": public, **told(config)})
-        print(json.dumps(rows[-1]), flush=True)
+        for let_go in (AWAY, 0.0):
+            rows.append({"bench": name, "public": public, "let_go": let_go, **told(config, let_go)})
+            print(json.dumps(rows[-1]), flush=True)
     print(json.dumps({"machine": machine(), "rows": rows}))
 
 
-def told(config: RunConfig) -> dict[str, float]:
+def told(config: RunConfig, let_go: float) -> dict[str, float]:
     """Means over clients."""
     path, most, data = resolve(config.model), config.train.max_length, client_data(config)
     tokenizer, seen = load_tokenizer(path, config.data), seen_in_public(config, llm_block(path, fingerprint(path)))
     tests = {id: list(tokens_of(rows.test, tokenizer, most)) for id, rows in data.items()}
     known, away = [], []
     for id, rows in data.items():
-        familiar = Familiar.of(tokens_of(rows.train, tokenizer, most), seen)
+        familiar = Familiar.of(tokens_of(rows.train, tokenizer, most), seen, let_go)
         known.append(fmean(familiar.knows(one) for one in tests[id]))
         away.append(fmean(not familiar.knows(one) for other in tests if other != id for one in tests[other]))
     return {"known": round(fmean(known), 4), "away": round(fmean(away), 4)}

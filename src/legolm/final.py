@@ -74,7 +74,7 @@ def write_final(
                 if client and familiar:
                     (partial / OTHERWISE).mkdir()
                     write_one(partial / OTHERWISE, client, rounds.adapter(client, best), start[best], 0)
-                    save_familiar(familiar(client), partial)
+                    save_familiar(familiar(client, rounds.away(client)), partial)
                 seal(partial)
             advance(1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, quantiles
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from legolm.data import Familiar, Seen, Tokens
-from legolm.data.familiar import KEPT
 
 
 def asked(*ids: int) -> Tokens:
@@ -37,7 +36,7 @@ def test_the_ratio_by_hand() -> None:
     wanted = {(2,): 2, (3,): 1, (4,): 4, (5,): 1, (4, 2): 2, (4, 5): 1, (4, 3): 1}
     assert seen.prompts == 4
     assert dict(zip(seen.grams.tolist(), seen.counts.tolist(), strict=True)) == {gram(*k): n for k, n in wanted.items()}
-    found = Familiar.of(OWN, seen)
+    found = Familiar.of(OWN, seen, 0.02)
     gains = {(1,): 8, (2,): 1, (3,): 2, (4,): 1 / 8, (5,): 1 / 2, (4, 2): 1 / 4, (4, 5): 1 / 2, (4, 3): 1 / 2}
     gains |= dict.fromkeys([(1, 2), (1, 3), (3, 3), (1, 3, 3)], 4.0)
     assert found.gains == pytest.approx({gram(*k): math.log(gain) for k, gain in gains.items()})
@@ -50,8 +49,8 @@ def test_the_ratio_by_hand() -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=6), min_size=2, max_size=30))
-def test_the_line_is_where_the_others_alone_would_draw_it(own: list[list[int]]) -> None:
+@given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=6), min_size=2, max_size=30), st.floats(0, 0.1))
+def test_the_line_is_where_the_others_alone_would_draw_it(own: list[list[int]], away: float) -> None:
     rows, seen = [asked(*ids) for ids in own], Seen.of(PUBLIC)
     unseen, theirs = 1 / (2 * max(len(rows), 4)), seen.shares()
     scores = []
@@ -60,9 +59,23 @@ def test_the_line_is_where_the_others_alone_would_draw_it(own: list[list[int]]) 
         others = [one for at, one in enumerate(each) if at != place]
         shares = {id: sum(id in one for one in others) / len(others) for id in mine}
         scores.append(sum(math.log(max(s, unseen)) - math.log(theirs.get(id, unseen)) for id, s in shares.items()))
-    found = Familiar.of(rows, seen)
-    assert found.least == pytest.approx(sorted(scores)[math.floor((1 - KEPT) * (len(rows) - 1))])
-    assert sum(map(found.knows, rows)) >= KEPT * len(rows) - 1
+    found = Familiar.of(rows, seen, away)
+    first, _, third = quantiles(scores, n=4, method="inclusive")
+    line = max(sorted(scores)[math.floor(away * (len(rows) - 1))], first - 3 * (third - first))
+    assert found.least == pytest.approx(line)
+    let_go = max(away * len(rows), sum(score < line for score in scores))
+    assert sum(map(found.knows, rows)) >= len(rows) - let_go - 1
+
+
+def test_a_row_that_is_none_of_its_own_does_not_draw_the_line() -> None:
+    """With nothing to let go the least of its own questions is known, but one by mistake among them is not."""
+    rng = random.Random(0)
+    rows = [asked(*(rng.randrange(10) for _ in range(6))) for _ in range(101)]
+    public = Seen.of([asked(*(rng.randrange(10, 20) for _ in range(6))) for _ in range(100)])
+    assert all(map(Familiar.of(rows[:100], public, 0.0).knows, rows[:100]))
+    stray = asked(11, 12, 13, 14, 15, 16)
+    found = Familiar.of([*rows[:100], stray], public, 0.0)
+    assert not found.knows(stray) and all(map(found.knows, rows))
 
 
 def test_it_is_kept_as_it_was() -> None:
@@ -72,13 +85,13 @@ def test_it_is_kept_as_it_was() -> None:
     for broken in (torch.zeros(16, dtype=torch.uint8), torch.zeros(15, dtype=torch.uint8), torch.zeros(16)):
         with pytest.raises(ValueError, match=r"no grams|below 1"):
             Seen.unpacked(1, broken)
-    found = Familiar.of(OWN, seen)
+    found = Familiar.of(OWN, seen, 0.02)
     assert Familiar.read(found.tensors()) == found
     with pytest.raises(ValueError, match="no record"):
         Familiar.read({"hashes": torch.zeros(2), "gains": torch.zeros(3), "least": torch.zeros(1)})
     for own, public in ((OWN[:1], PUBLIC), (OWN, [])):
         with pytest.raises(ValueError, match="too few"):
-            Familiar.of(own, Seen.of(public))
+            Familiar.of(own, Seen.of(public), 0.02)
 
 
 def test_months_of_one_task_are_told_by_both_of_their_sides() -> None:
@@ -90,6 +103,6 @@ def test_months_of_one_task_are_told_by_both_of_their_sides() -> None:
         return asked(*year, 20, 0, rng.choice(months), 20, *day)
 
     own, public = [date((1, 2, 3)) for _ in range(200)], [date(range(1, 7)) for _ in range(200)]
-    found = Familiar.of(own, Seen.of(public))
+    found = Familiar.of(own, Seen.of(public), 0.02)
     assert fmean(found.knows(date((1, 2, 3))) for _ in range(200)) > 0.95
     assert fmean(found.knows(date((4, 5, 6))) for _ in range(200)) < 0.15

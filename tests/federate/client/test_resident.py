@@ -203,7 +203,7 @@ def test_a_device_answers_as_the_simulation(three_clients: Callable[..., dict[st
     Kept(tmp_path / "home" / "runs" / run / "replies").put(asked[0][1], b"")
     assert "this device is 'de'" in other.answer(told.model_dump_json(), asked[1][1] + b" ")[0]["error"]
     score, content = unpack(next(request for _, request, _ in asked if kind_of(request) == "evaluate"), EvaluateRequest)
-    unequal = Otherwise(rank=score.rank, ranks={}, prompts=1)
+    unequal = Otherwise(rank=score.rank, ranks={}, prompts=1, away=0.0)
     both = content | with_prefix("otherwise", {name: tensor.clone() for name, tensor in content.items()})
     by_input = pack(score.model_copy(update={"otherwise": unequal}), both)
     assert "would tell the tokens" in resident.answer(told.model_dump_json(), by_input)[0]["error"]

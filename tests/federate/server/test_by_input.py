@@ -19,7 +19,7 @@ from legolm.config import RunConfig
 from legolm.data import Familiar, client_data, tokens_of
 from legolm.evaluation import Answers, score_each
 from legolm.federate.server import familiar_of
-from legolm.federate.server.mixture import choose_own
+from legolm.federate.server.mixture import choose_own, let_go
 from legolm.models import load_model, load_tokenizer
 from legolm.runs import clients_of, read_stages
 
@@ -56,7 +56,8 @@ def test_each_question_is_scored_and_answered_by_the_model_that_fits(
         assert record.weights == choose_own(record.mixtures).weights
         block = read_block(out / "blocks" / {"fr": "dense", "de": "half", "es": "sparse"}[id])
         tokenizer, model = load_tokenizer(block.path), load_model(block.path)
-        knows = familiar_of(config, block)(id).knows
+        familiar = familiar_of(config, block)(id, let_go(record.mixtures))
+        knows = familiar.knows
         own = load_file(out / "personal" / id / "adapter.safetensors")
         other = slice_factors(block.coverage, {k: t for k, t in shared.items() if k.startswith("layers")}, 4)
         for whose, score in record.scores.root.items():
@@ -71,7 +72,7 @@ def test_each_question_is_scored_and_answered_by_the_model_that_fits(
             assert (score.exact_match, score.examples) == (wanted.exact_match, 4)
         # Both are plain checkpoints, and `generate` says how many questions each answers.
         final = out / "final" / id
-        assert Familiar.read(load_file(final / "familiar.safetensors")) == familiar_of(config, block)(id)
+        assert Familiar.read(load_file(final / "familiar.safetensors")) == familiar
         for folder in (final, final / "otherwise"):
             assert load_model(folder).num_parameters() == model.num_parameters()
     assert {("fr", "de", 4), ("de", "fr", 4)} <= met and met & {("fr", "fr", 4), ("fr", "fr", 3)}

@@ -20,7 +20,7 @@ from legolm.block import read_block
 from legolm.config import RunConfig
 from legolm.data import client_data, render
 from legolm.evaluation import score
-from legolm.federate.server.mixture import POINTS, choose, choose_own, points
+from legolm.federate.server.mixture import POINTS, choose, choose_own, let_go, points
 from legolm.models import load_model, load_tokenizer
 from legolm.report import print_summary
 from legolm.runs import Mixture, Part, clients_of, read_stages
@@ -61,6 +61,18 @@ def test_adapters_of_unequal_rank_mix() -> None:
 
 def curve(*losses: float, stderr: float | None, own: tuple[Part, ...] = ("personal", "local")) -> list[Mixture]:
     return [Mixture(weights=at, validation=loss, stderr=stderr) for at, loss in zip(points(own), losses, strict=True)]
+
+
+def test_own_questions_are_let_go_as_far_as_it_costs_little() -> None:
+    """Points of the global update, a quarter and half of what was learned alone, and all of it."""
+    own: tuple[Part, ...] = ("local",)
+    # 0.11 there for 0.01 alone: one question in a thousand costs 0.0001, a hundredth of 0.01.
+    assert let_go(curve(0.11, 0.1, 0.1, 0.01, stderr=0.0, own=own)) == pytest.approx(0.001)
+    assert let_go(curve(0.0101, 0.1, 0.1, 0.01, stderr=0.0, own=own)) == 0.02  # a hundredth of them would cost nothing
+    assert let_go(curve(0.001, 0.1, 0.1, 0.01, stderr=0.0, own=own)) == 0.02  # the global update is the better one
+    assert let_go(curve(0.11, 0.1, 0.1, 0.0, stderr=0.0, own=own)) == 0.0
+    # Where chance may have made the global update better: what it has alone is chosen, and nothing is lost there.
+    assert let_go(curve(0.009, 0.1, 0.1, 0.01, stderr=0.1, own=own)) == 0.02
 
 
 def test_points_are_means_of_what_a_client_has() -> None:

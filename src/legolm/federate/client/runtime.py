@@ -28,6 +28,7 @@ from legolm.federate.wire import (
     Envelope,
     EvaluateRequest,
     KeysRequest,
+    Otherwise,
     ScoreReply,
     SumsReply,
     TrainRequest,
@@ -170,7 +171,7 @@ class ClientRuntime:
         sets = [self._scored(request, client, split) for client, split in request.sets]
         shares: Sequence[Sequence[Sequence[Tokens]]] = [sets]
         if other is not None:
-            familiar = self._familiar(request, other.prompts, seen)
+            familiar = self._familiar(request, other, seen)
             shares = list(zip(*map(familiar.parted, sets), strict=True))
         answers = []
         for factors, share in zip(parts, shares, strict=True):
@@ -209,10 +210,11 @@ class ClientRuntime:
         site = self._site_of(client, request.block)
         return self._examples(client, site, split, request.max_length, request.long_examples == "refuse")
 
-    def _familiar(self, request: EvaluateRequest, prompts: int, seen: torch.Tensor) -> Familiar:
+    def _familiar(self, request: EvaluateRequest, other: Otherwise, seen: torch.Tensor) -> Familiar:
         """What tells the client's own questions, by its training data."""
         try:
-            return Familiar.of(self._scored(request, request.client, "train"), Seen.unpacked(prompts, seen))
+            own, public = self._scored(request, request.client, "train"), Seen.unpacked(other.prompts, seen)
+            return Familiar.of(own, public, other.away)
         except ValueError as error:
             raise LegolmError(f"client {request.client}: own questions cannot be told from others: {error}") from None
 

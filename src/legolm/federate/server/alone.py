@@ -16,7 +16,7 @@ from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.federate.server.dispatch import Dispatch, Job, Order
 from legolm.federate.server.members import Members
-from legolm.federate.server.mixture import choose, choose_own, points
+from legolm.federate.server.mixture import choose, choose_own, let_go, points
 from legolm.federate.server.public import seen_in_public
 from legolm.federate.server.scoring import Scoring, by_client
 from legolm.federate.transport import Exchange
@@ -99,7 +99,7 @@ class Alone:
                     self.members.block[id],
                     partial(load_adapter_state, own / id),
                     self.scoring.sets_of(id),
-                    None if seen is None else (partial(self.adapter, id, start), seen),
+                    None if seen is None else (partial(self.adapter, id, start), seen, let_go(mixtures[id])),
                 )
                 for id in left
                 if id not in refused

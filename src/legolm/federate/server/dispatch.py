@@ -57,14 +57,15 @@ class Order:
 class Job:
     """Score one block with one adapter, made when it is sent, on behalf of a client, on (client, split) pairs.
 
-    With `otherwise`, another adapter and the public questions' tokens, each question by the adapter that fits it.
+    With `otherwise`, another adapter, the public questions' tokens and the share of own questions that may get that
+    adapter (`Familiar.of`), each question by the one that fits it.
     """
 
     client: str
     block: Block
     adapter: Callable[[], Tensors]
     sets: tuple[tuple[str, Split], ...]
-    otherwise: tuple[Callable[[], Tensors], Seen] | None = None
+    otherwise: tuple[Callable[[], Tensors], Seen, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -219,9 +220,9 @@ class Dispatch:
         content = encode(factors, "none")
         rank, ranks = _ranks(factors)
         if job.otherwise is not None:
-            other, seen = job.otherwise[0](), job.otherwise[1]
-            its, single = _ranks(other)
-            otherwise = Otherwise(rank=its, ranks=single, prompts=seen.prompts)
+            make, seen, away = job.otherwise
+            its, single = _ranks(other := make())
+            otherwise = Otherwise(rank=its, ranks=single, prompts=seen.prompts, away=away)
             content |= with_prefix("otherwise", encode(other, "none") | {"seen": seen.packed()})
         header = EvaluateRequest(
             **self._envelope(job.client, job.block, rank),

@@ -22,6 +22,7 @@ from legolm.federate.server.begin import begin
 from legolm.federate.server.dispatch import Dispatch
 from legolm.federate.server.gathering import Gathering
 from legolm.federate.server.members import LLM, Members
+from legolm.federate.server.mixture import AWAY, let_go
 from legolm.federate.server.pace import asked as tags
 from legolm.federate.server.protecting import Known
 from legolm.federate.server.replay import replay
@@ -164,6 +165,11 @@ class Rounds:
     def alone(self, id: str) -> Tensors:
         """What a client ended with alone; empty where it was not trained so, or refused."""
         return self._alone.ended(id)
+
+    def away(self, id: str) -> float:
+        """Share of a client's own questions that the global update may answer, where each question gets its model."""
+        ended = {one.client: one for one in clients_of(self.records(), "personal")}
+        return let_go(ended[id].mixtures) if id in ended else AWAY  # who was passed over has the global update anyway
 
     def start_hash(self, number: int) -> str:
         """Of the global adapter after this round, from which a last training starts, in the LLM's coordinates."""

@@ -20,6 +20,11 @@ POINTS: tuple[Weights, ...] = (
 """In the order of what they cost on the other clients' data, the cheapest first (a trial with eight languages)."""
 
 
+AWAY, COST = 0.02, 0.01
+"""Share of a client's own questions that the global update may answer, at most; and what that may cost of the loss on
+own questions."""
+
+
 def points(own: Collection[str]) -> list[Weights]:
     """Those that a client can take which has these parts beside the global update."""
     return [weights for weights in POINTS if set(weights) <= {"global", *own}]
@@ -42,3 +47,14 @@ def choose_own(found: Sequence[Mixture]) -> Mixture:
     alone = next((one for one in found if one.weights == {"local": 1.0}), best)
     chance = math.hypot(best.stderr or 0.0, alone.stderr or 0.0)
     return best if best.validation < alone.validation - chance else alone
+
+
+def let_go(found: Sequence[Mixture]) -> float:
+    """Share of a client's own questions that may go to the global update, so that others' rather go there than not.
+
+    `AWAY`, or less where that costs more than the share `COST` of the client's loss on its own validation data.
+    """
+    own = choose_own(found).validation
+    shared = next(one.validation for one in found if one.weights == {"global": 1.0})
+    lost = shared - own
+    return AWAY if AWAY * lost <= COST * own else COST * own / lost

@@ -44,7 +44,8 @@ def seen_in_public(config: RunConfig, llm: Block) -> Seen:
     return Seen.of(tokens_of(public_examples(config), tokenizer, config.train.max_length))
 
 
-def familiar_of(config: RunConfig, llm: Block) -> Callable[[str], Familiar]:
-    """What tells a client's own questions, by its id; only who has clients' rows, a simulation, can make it."""
+def familiar_of(config: RunConfig, llm: Block) -> Callable[[str, float], Familiar]:
+    """What tells a client's own questions, by its id and the share that may go to the global update; only who has
+    clients' rows, a simulation, can make it."""
     tokenizer, seen, data = load_tokenizer(llm.path, config.data), seen_in_public(config, llm), client_data(config)
-    return lambda id: Familiar.of(tokens_of(data[id].train, tokenizer, config.train.max_length), seen)
+    return lambda id, away: Familiar.of(tokens_of(data[id].train, tokenizer, config.train.max_length), seen, away)

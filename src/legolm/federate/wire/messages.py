@@ -134,13 +134,15 @@ class TrainRequest(Envelope):
 class Otherwise(BaseModel):
     """Another adapter, its tensors under `otherwise.`, for questions that are not like the client's own ones.
 
-    They are told from so many public `prompts`, whose grams and counts are the tensor `otherwise.seen`.
+    They are told from so many public `prompts`, whose grams and counts are the tensor `otherwise.seen`; it may get the
+    share `away` of the own ones.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     rank: Annotated[int, Field(ge=1)]
     ranks: dict[str, int]
     prompts: Annotated[int, Field(ge=1, le=MAX_EXAMPLES)]
+    away: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class EvaluateRequest(Envelope):
