@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from legolm.runs import Data, Stage
 from results_read import BENCHES, DEFAULT, FEDIT, PLAIN, Evaluation, Run
-from results_study import UNABLE, Stat, Study, personal, personal_ratios
+from results_study import UNABLE, Stat, Study, personal_ratios
 
 SHOWN = ("centralized", FEDIT, "fedit-heterogeneous", DEFAULT, BENCHES["paper"], "fedit_capable")
 """Of the tables by task."""
@@ -103,10 +103,9 @@ def bytes_table(study: Study) -> str:
 def client_table(study: Study) -> str:
     """Each client's block by stage, means over seeds."""
     name = study.default
-    alone = study.local if study.local in study.runs else name
-    of: dict[Stage, str] = {"before": name, "local": alone, "global": name, "personal": study.ends or name}
+    of: dict[Stage, str] = {"before": name, "local": study.alone, "global": name, "personal": study.ends or name}
     found = {stage: study.clients(variant) for stage, variant in of.items()}
-    ratios = personal_ratios(study, study.ends, personal(study, study.ends)["alone"]) if study.ends else {}
+    ratios = personal_ratios(study, study.ends, study.alone) if study.ends else {}
 
     def cell(id: str, data: Data, stage: Stage) -> str:
         values = [one.loss(data)[stage] for one in found[stage].get(id, ()) if stage in one.loss(data)]
@@ -155,7 +154,7 @@ def evaluation_table(found: Evaluation) -> str:
 def figure_3(study: Study, out: Path) -> None:
     """Each client's loss on its own and the others' data after each global update, and alone; means over seeds."""
     runs, blocks = study.runs[study.default].values(), study.clients(study.default)
-    alone = study.clients(study.local)
+    alone = study.clients(study.alone)
     figure, axes = plt.subplots(2, -(-len(blocks) // 2), figsize=(10, 4.6), sharex=True, squeeze=False)
     colours: dict[Data, str] = {"own": "#2f6fde", "others": "#c2410c"}
     for axis, (id, clients) in zip(axes.flat, blocks.items(), strict=False):

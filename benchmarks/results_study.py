@@ -61,7 +61,6 @@ class Study:
         for run in [*bench.runs, *more]:
             self.runs.setdefault(run.name, {})[run.seed] = run
         floors = bench.floors.values()
-        self.local = LOCAL if LOCAL in self.runs else "alone"
         self.labels = [id for id in next(iter(floors), {}) if all(one[id].loss is not None for one in floors)]
         """Tasks with few different answers."""
 
@@ -113,6 +112,13 @@ class Study:
         """The variant whose clients' ends count: the default, or that which is like it but for them."""
         ended = (name for name in (self.default, PERSONAL) if name in self.runs and self.has(name, "personal"))
         return next(ended, None)
+
+    @property
+    def alone(self) -> str:
+        """The variant whose clients trained alone best on their own data: that of their ends, or `local`, which has its
+        own rate; the paper's is called so."""
+        told = [name for name in (self.ends, LOCAL) if name in self.runs and self.has(name, "local")]
+        return min(told, key=lambda name: self.stage(name, "own", "local").mean, default="alone")
 
     def has(self, name: str, stage: Stage) -> bool:
         """Whether every client of a variant has this stage."""
@@ -180,19 +186,16 @@ def personal(study: Study, ends: str) -> dict[str, Any]:
     Beside it the global update, and trained alone: in the same run, or `local` with its own rate, whichever is better.
     """
     shared, own = study.stage(ends, "others", "global"), study.stage(ends, "own", "personal")
-    told = [name for name in (ends, LOCAL) if name in study.runs and study.has(name, "local")]
-    alone = {name: study.stage(name, "own", "local") for name in told}
-    best = min(alone, key=lambda name: alone[name].mean)
-    ratios = personal_ratios(study, ends, best)
+    ratios = personal_ratios(study, ends, study.alone)
     worst = max(ratios, key=lambda id: ratios[id])
     return {
         **own.named("own"),
-        **alone[best].named("own_alone"),
+        **study.stage(study.alone, "own", "local").named("own_alone"),
         **study.stage(ends, "others", "personal").named("others"),
         **shared.named("others_global"),
         "worst_client_ratio": round(ratios[worst], 4),
         "worst_client": worst,
-        "alone": best,
+        "alone": study.alone,
     }
 
 

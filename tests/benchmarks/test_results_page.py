@@ -40,7 +40,10 @@ class Made:
 def modules() -> Iterator[Modules]:
     with pytest.MonkeyPatch.context() as patched, matplotlib.rc_context():
         patched.syspath_prepend(str(BENCHMARKS))
-        yield {name: importlib.import_module(name) for name in ("results", "results_read", "results_study")}
+        yield {
+            name: importlib.import_module(name)
+            for name in ("results", "results_read", "results_shown", "results_study")
+        }
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +177,21 @@ def test_a_variant_with_a_seed_of_its_own_keeps_its_labels(modules: Modules, by_
     assert modules["results_study"].figures(by_hand)["main"]["fedit_everyone"]["label_loss"] == 0.6
     runs[5] = runs[5].model_copy(update={"llm": {"c": runs[0].llm["a"]}})
     assert "label_loss" not in modules["results_study"].figures(by_hand)["main"]["fedit_everyone"]
+
+
+@pytest.mark.parametrize(("local", "alone", "ratio"), [(2.0, "0.850", "0.94"), (0.5, "0.350", "2.29")])
+def test_clients_stand_beside_the_training_alone_that_their_ratio_is_of(
+    local: float, alone: str, ratio: str, modules: Modules, by_hand: Any
+) -> None:
+    """Client a ends with 0.80; alone it has 0.85 in the same run, and 0.15 less than the mean in `local`."""
+    by_hand.runs["heteagg_near"] = by_hand.runs["heteagg_personal"]
+    (run,) = by_hand.runs["local"].values()
+    clients = [one.model_copy(update={"own": {"local": one.own["local"] - 1 + local}}) for one in run.clients]
+    by_hand.runs["local"] = {0: run.model_copy(update={"clients": clients})}
+    head, _, first, *_ = modules["results_shown"].client_table(by_hand).splitlines()
+    row = dict(zip(head.split(" | "), first.split(" | "), strict=True))
+    assert (row["own, personal"], row["own, alone"]) == ("0.800", alone)
+    assert row["personal / alone, own |"] == f"{ratio} |"
 
 
 def test_the_floor_is_of_the_runs_own_data(made: Made) -> None:
