@@ -8,7 +8,15 @@ from legolm.config.aggregation import (
     ServerConfig,
     SuperLinkConfig,
 )
-from legolm.config.blocks import CLIENTS, BlockConfig, CalibrationConfig, RecoverConfig, TextConfig
+from legolm.config.blocks import (
+    CLIENTS,
+    GENERATED,
+    BlockConfig,
+    CalibrationConfig,
+    ProtectConfig,
+    RecoverConfig,
+    TextConfig,
+)
 from legolm.config.dp import DpConfig
 from legolm.config.file import dump, load, read, validate
 from legolm.config.privacy import PrivacyConfig, SecureConfig
@@ -46,6 +54,7 @@ __all__ = [
     "CLIENTS",
     "CRITERIA",
     "EXPORTERS",
+    "GENERATED",
     "LAYOUT_FIELDS",
     "SCHEMES",
     "TRAINERS",
@@ -69,6 +78,7 @@ __all__ = [
     "Precision",
     "PrivacyConfig",
     "Profile",
+    "ProtectConfig",
     "RecoverConfig",
     "Registry",
     "ReportConfig",

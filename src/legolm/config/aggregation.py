@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from legolm.config.blocks import TextConfig
+from legolm.config.blocks import ProtectConfig
 from legolm.config.registry import SCHEMES, Registry
 from legolm.config.section import LocalPath, OpenSection, Section
 
@@ -149,8 +149,8 @@ class FederationConfig(Section):
         description="fit what the LLM takes of the global update to the clients' sums: each one's text is to get what "
         "its own block's slice gives it, not others' changes of units that it lacks",
     )
-    protect: TextConfig | None = Field(
-        None, description="public text on which the LLM is to stay what it was; needs the clients' sums"
+    protect: ProtectConfig | None = Field(
+        None, description="text on which the LLM is to stay what it was; needs the clients' sums"
     )
 
     @property

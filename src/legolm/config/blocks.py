@@ -25,6 +25,17 @@ class TextConfig(RowsConfig):
     length: int = Field(256, ge=8, description="tokens a sample")
 
 
+GENERATED = "generated"
+"""In the place of a text: the LLM writes it."""
+
+
+class ProtectConfig(TextConfig):
+    """Public text on which the LLM is to stay what it was: what it writes by itself, or one that is given."""
+
+    text: str = Field(GENERATED, description="`generated`: the LLM writes it; else as of `calibration`")
+    weight: float = Field(0.1, gt=0, description="λ, for as many tokens of it as the clients summed")
+
+
 class CalibrationConfig(TextConfig):
     """What pruning and recovery see: text, or instead of it sums that clients collected (`legolm calibrate`), or that a
     run asks them for (`statistics: clients`): each over `samples` of its own training rows, or as many as it has.

@@ -29,6 +29,7 @@ from legolm.models.packing import LONG, pack
 from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of, product_speed
 from legolm.models.rotary import scales_by_length
 from legolm.models.rounding import rounded
+from legolm.models.writing import written
 
 __all__ = [
     "CHUNK",
@@ -83,4 +84,5 @@ __all__ = [
     "side_files",
     "tell",
     "weight_files",
+    "written",
 ]

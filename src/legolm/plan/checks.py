@@ -10,12 +10,12 @@ from typing import Any
 from legolm.adapter import FACTORS
 from legolm.aggregate import make_scheme
 from legolm.block import Block, read_block
-from legolm.config import AUTO, CLIENTS, SCHEMES, RowsConfig, RunConfig
+from legolm.config import AUTO, CLIENTS, GENERATED, SCHEMES, RowsConfig, RunConfig
 from legolm.data import calibration_tokens, check_text, check_tokens, is_starter, paths_of, read_text
 from legolm.errors import LegolmError
 from legolm.federate.server import whitening_text
 from legolm.federate.wire import MAX_SUMS_BYTES
-from legolm.models import Shape, check_weights, fingerprint
+from legolm.models import Shape, check_weights, fingerprint, load_config, resolve
 from legolm.prune import clients_needs, clients_sketch, sent_bytes
 from legolm.system import stored_tensors
 from legolm.trust import server_files
@@ -55,8 +55,9 @@ def check_files(config: RunConfig) -> tuple[str, ...]:
                 if (text, rows) not in read:
                     said += check_text(text, rows, f"{where}{field}")
                     read.add((text, rows))
-    if config.federation.protect is not None:
-        said += check_text(config.federation.protect.text, config.federation.protect, "federation.protect.text")
+    protect = config.federation.protect
+    if protect is not None and protect.text != GENERATED:
+        said += check_text(protect.text, protect, "federation.protect.text")
     for name, asked in config.report:
         if asked and importlib.util.find_spec(name) is None:
             raise LegolmError(f"report.{name}: needs {name}; run: pip install 'legolm[{name}]', or set it to false")
@@ -136,6 +137,14 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
         if spec.method not in ("dense", "given"):
             found |= {f"block {spec.name}: {section}.text": text for section, text in texts.items()}
     protect, whitened = config.federation.protect, make_scheme(config.aggregate).whitened
+    if protect is not None and protect.text == GENERATED:
+        most = load_config(resolve(config.model)).max_position_embeddings
+        if protect.length > most:
+            raise LegolmError(
+                f"federation.protect.length: {protect.length} tokens are more than the model takes at once, {most}; "
+                "ask for shorter samples"
+            )
+        protect = None
     if protect is not None:
         found["federation.protect.text"] = protect.text
     if whitened not in (None, CLIENTS):

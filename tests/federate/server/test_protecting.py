@@ -17,11 +17,11 @@ from legolm import config as configs
 from legolm import pipeline
 from legolm.adapter import load_factors, parse_key
 from legolm.block import read_block
-from legolm.config import RunConfig, TextConfig
-from legolm.data import Tokens, calibration_tokens, client_data, tokens_of
+from legolm.config import ProtectConfig, RunConfig
+from legolm.data import Tokens, begin, calibration_tokens, client_data, tokens_of
 from legolm.errors import LegolmError
-from legolm.federate.server.protecting import OFF_DIAGONAL, WEIGHT
-from legolm.models import fingerprint, load_config, load_model, load_tokenizer, shape_of
+from legolm.federate.server.protecting import OFF_DIAGONAL
+from legolm.models import fingerprint, load_config, load_model, load_tokenizer, shape_of, written
 from legolm.plan import make_plan
 from legolm.prune import collect, load_statistics
 from legolm.runs import RunDir
@@ -34,14 +34,20 @@ ASKED = {"statistics": "clients", "samples": 8, "length": 32}
 def raw(three_clients: Callable[..., dict[str, Any]], tmp_path: Path, corpus: Path) -> dict[str, Any]:
     found = three_clients(tmp_path, ("dense", "wide", "wide"), evaluate={"local_only": False})
     found["blocks"][1]["calibration"] = dict(ASKED)
-    found["federation"] |= {"protect": {"text": str(corpus), "samples": 16, "length": 64}}
+    found["federation"] |= {"protect": {"text": str(corpus), "samples": 16, "length": 64, "weight": 0.3}}
     return found
 
 
-def test_the_update_is_the_nearest_that_public_text_hardly_sees(raw: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("generated", [False, True])
+def test_the_update_is_the_nearest_that_public_text_hardly_sees(
+    generated: bool, raw: dict[str, Any], tmp_path: Path
+) -> None:
     """Against V that minimises own error and public change, found by float64 least squares over stacked roots."""
     run = RunDir(tmp_path / "out")
     raw["train"] |= {"steps": 8}
+    raw["precision"] = "fp32"
+    if generated:
+        raw["federation"]["protect"]["text"] = "generated"
     summary = pipeline.run(configs.validate(RunConfig, raw, "test"), run.path)
     number, found = summary.llm.best_round, load_factors(run.final("llm"))[0]
     assert number > 0
@@ -49,8 +55,12 @@ def test_the_update_is_the_nearest_that_public_text_hardly_sees(raw: dict[str, A
     plain = load_file(run.round(number) / "adapter.safetensors")
     plain = {key: tensor * (scale if parse_key(key)[2] == "B" else 1) for key, tensor in plain.items()}
     base = Path(raw["model"])
-    text = configs.validate(TextConfig, raw["federation"]["protect"], "test")
-    tokens = calibration_tokens(text, load_tokenizer(base), 0)
+    text = configs.validate(ProtectConfig, raw["federation"]["protect"], "test")
+    tokenizer = load_tokenizer(base)
+    if generated:
+        tokens = written(base, tokenizer, begin(tokenizer), (16, 64), 0, "fp32", torch.device("cpu"), Progress())
+    else:
+        tokens = calibration_tokens(text, tokenizer, 0)
     public = collect(base, fingerprint(base), tokens, "full", "fp32", Progress())
     own = load_statistics([run.sums], shape_of(load_config(base)), fingerprint(base))
     seen = [0.0, 0.0]
@@ -66,7 +76,7 @@ def test_the_update_is_the_nearest_that_public_text_hardly_sees(raw: dict[str, A
         c, p = (OFF_DIAGONAL * one + (1 - OFF_DIAGONAL) * torch.diag(one.diagonal()) for one in (c, p))
         roots = [torch.linalg.cholesky(one).T for one in (c, p)]
         wanted = torch.cat([roots[0] @ before.T, torch.zeros(len(c), len(before), dtype=torch.float64)])
-        exact = torch.linalg.lstsq(torch.cat([roots[0], WEIGHT**0.5 * roots[1]]), wanted).solution.T
+        exact = torch.linalg.lstsq(torch.cat([roots[0], 0.3**0.5 * roots[1]]), wanted).solution.T
         torch.testing.assert_close(after, exact, rtol=0, atol=float(2e-3 * before.abs().max()))
         for place, change in enumerate((before, after)):
             seen[place] += float((change @ p * change).sum())
@@ -189,6 +199,10 @@ def one_row(model: Any, row: Tokens) -> tuple[float, int]:
             "needs all second moments",
         ),
         ({"federation.protect": {"text": "nowhere.txt"}}, r"federation\.protect\.text: .*nowhere.txt"),
+        (
+            {"federation.protect": {"length": 4096}},
+            r"protect\.length: 4096 tokens are more than the model takes at once",
+        ),
         ({"federation.protect.samples": 100_000}, r"federation\.protect\.samples = 100000: .* has \d+ samples of 64"),
         ({"federation.mode": "alone", "evaluate.local_only": True}, "learns nothing in mode alone; take it out"),
         (

@@ -24,17 +24,15 @@ from torch import Tensor
 from legolm.adapter import Tensors, parse_key
 from legolm.aggregate import Scheme, held_by
 from legolm.block import Block, Coverage
-from legolm.config import RunConfig
-from legolm.data import calibration_tokens
+from legolm.config import GENERATED, RunConfig
+from legolm.data import begin, calibration_tokens
 from legolm.errors import LegolmError
 from legolm.federate.server.members import LLM, Members
-from legolm.models import choose_device, choose_precision, load_tokenizer
+from legolm.models import choose_device, choose_precision, load_tokenizer, written
 from legolm.prune import Moments, collected, first_readers, load_statistics
 from legolm.runs import RunDir, check_sealed, seal
 from legolm.system import Progress, atomic_folder, atomic_write, open_tensors
 
-WEIGHT = 0.1
-"""λ, for as many tokens of public text as the clients summed."""
 MATRICES = "matrices.safetensors"
 QUORUMS = (0.0, 0.5, 0.75, 1.0)
 """Shares of the clients that must hold what the LLM takes."""
@@ -67,10 +65,15 @@ def fit(
         del own
     if (protect := config.federation.protect) is not None:
         tokenizer, precision = load_tokenizer(llm.path, config.data), choose_precision(config.precision, config.device)
-        text = calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
-        public = collected(llm.path, text, "full", precision, progress, choose_device(config.device))
+        device, shape_of_text = choose_device(config.device), (protect.samples, protect.length)
+        text = (
+            written(llm.path, tokenizer, begin(tokenizer), shape_of_text, config.seed, precision, device, progress)
+            if protect.text == GENERATED
+            else calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
+        )
+        public = collected(llm.path, text, "full", precision, progress, device)
         for name, moments in public:
-            summed[name].add_(_shrunk(moments), alpha=WEIGHT * tokens / moments.tokens)
+            summed[name].add_(_shrunk(moments), alpha=protect.weight * tokens / moments.tokens)
             changed.add(name)
     found: Tensors = {}
     with progress.stage("fit what the LLM takes", len(changed)) as advance:
