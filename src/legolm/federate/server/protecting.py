@@ -24,7 +24,7 @@ from torch import Tensor
 from legolm.adapter import Tensors, parse_key
 from legolm.aggregate import Scheme, held_by
 from legolm.block import Block, Coverage
-from legolm.config import GENERATED, RunConfig
+from legolm.config import GENERATED, Precision, ProtectConfig, RunConfig
 from legolm.data import begin, calibration_tokens
 from legolm.errors import LegolmError
 from legolm.federate.server.members import LLM, Members
@@ -51,7 +51,10 @@ def fit(
 
     `block_of` is each client's block. Raises `LegolmError` where the run has no sums of any.
     """
-    llm = blocks[LLM]
+    llm, protect, public = blocks[LLM], config.federation.protect, None
+    precision, device = choose_precision(config.precision, config.device), choose_device(config.device)
+    if protect is not None:  # before the sums are in memory
+        public = _text(protect, llm, config, precision, device, progress)
     shape, held, summed, tokens = llm.coverage.shape, Tensors(), Tensors(), 0
     changed = set[str]()
     for path, coverage in _sums(folder, config, blocks, block_of, progress):
@@ -63,16 +66,8 @@ def fit(
             for sums, part in ((summed, c), (held, c * units[:, None])):
                 sums[name] = sums[name].add_(part) if name in sums else part
         del own
-    if (protect := config.federation.protect) is not None:
-        tokenizer, precision = load_tokenizer(llm.path, config.data), choose_precision(config.precision, config.device)
-        device, shape_of_text = choose_device(config.device), (protect.samples, protect.length)
-        text = (
-            written(llm.path, tokenizer, begin(tokenizer), shape_of_text, config.seed, precision, device, progress)
-            if protect.text == GENERATED
-            else calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
-        )
-        public = collected(llm.path, text, "full", precision, progress, device)
-        for name, moments in public:
+    if protect is not None and public is not None:
+        for name, moments in collected(llm.path, public, "full", precision, progress, device):
             summed[name].add_(_shrunk(moments), alpha=protect.weight * tokens / moments.tokens)
             changed.add(name)
     found: Tensors = {}
@@ -100,6 +95,22 @@ def _sums(
     for name in lacking:
         progress.note(f"block {name}: no client with it has sent sums; what the LLM takes is not fitted to their text")
     return [(folder.block_sums(name), blocks[name].coverage) for name in names if name not in lacking]
+
+
+def _text(
+    protect: ProtectConfig,
+    llm: Block,
+    config: RunConfig,
+    precision: Precision,
+    device: torch.device,
+    progress: Progress,
+) -> Tensor:
+    """Token ids (samples, length) of the text on which the LLM is to stay what it was."""
+    tokenizer = load_tokenizer(llm.path, config.data)
+    if protect.text != GENERATED:
+        return calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
+    shape = protect.samples, protect.length
+    return written(llm.path, tokenizer, begin(tokenizer), shape, config.seed, precision, device, progress)
 
 
 def _units(coverage: Coverage, name: str) -> Tensor:
