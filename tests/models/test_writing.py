@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from legolm.data import begin
 from legolm.models import load_model, load_tokenizer, save_model, written
 from legolm.system import Progress
 
@@ -41,3 +42,9 @@ def test_tokens_are_drawn_as_the_model_gives_them(tiny: Callable[[str], Path], t
     other = written(tmp_path / "sharp", tokenizer, [3, 4], (32, 66), 8, "fp32", CPU, Progress())
     assert torch.equal(found, again) and not torch.equal(found[:32], other)
     assert len(found[:, 2].unique()) > 100  # of 257 tokens that begin a text
+
+
+def test_every_family_writes(variant: str, tiny: Callable[[str], Path]) -> None:
+    base, tokenizer = tiny(variant), load_tokenizer(tiny(variant))
+    found = written(base, tokenizer, begin(tokenizer), (3, 40), 0, "bf16", CPU, Progress())
+    assert found.shape == (3, 40) and int(found.max()) < len(tokenizer)
