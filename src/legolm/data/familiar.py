@@ -17,9 +17,9 @@ from torch import Tensor
 
 from legolm.data.render import Tokens
 
-FAR_OUT = 3.0
-"""Quartile distances below the first quartile (Tukey, "Exploratory Data Analysis", 1977): a row that is none of the
-client's own by mistake must not draw the line where everything is."""
+FAR_OUT, STRAY = 3.0, 0.02
+"""Quartile distances below the first quartile (Tukey, "Exploratory Data Analysis", 1977), and the share of the rows
+that may be there: one that is none of the client's own by mistake must not draw the line where everything is."""
 LONGEST = 5
 """The months of one task are told by what stands on both sides of them."""
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -77,7 +77,8 @@ class Familiar:
         """By a client's training examples and the public ones.
 
         The line is drawn so that of the own ones, each scored by the others alone, it knows all but the share `away`
-        and what is `FAR_OUT`. Raises `ValueError` for fewer than two own examples, and where there are no public ones.
+        and, of a few, what is `FAR_OUT`. Raises `ValueError` for fewer than two own examples, and where there are no
+        public ones.
         """
         if len(own) < 2 or not public.prompts:
             raise ValueError(f"{len(own)} own questions and {public.prompts} public ones are too few")
@@ -95,8 +96,8 @@ class Familiar:
         without = Familiar({id: gain + less.get(id, 0.0) for id, gain in gains.items()}, 0.0)
         scores = [without.score(one) for one in own]
         first, third = np.quantile(scores, [0.25, 0.75])
-        least = np.quantile(scores, away, method="lower")
-        return Familiar(gains, float(max(least, first - FAR_OUT * (third - first))))
+        least, few = np.quantile(scores, [away, STRAY], method="lower")
+        return Familiar(gains, float(max(least, min(few, first - FAR_OUT * (third - first)))))
 
     def score(self, example: Tokens) -> float:
         """Log-likelihood ratio of its prompt, nats."""
