@@ -8,15 +8,7 @@ from legolm.config.aggregation import (
     ServerConfig,
     SuperLinkConfig,
 )
-from legolm.config.blocks import (
-    CLIENTS,
-    GENERATED,
-    BlockConfig,
-    CalibrationConfig,
-    ProtectConfig,
-    RecoverConfig,
-    TextConfig,
-)
+from legolm.config.blocks import CLIENTS, BlockConfig, CalibrationConfig, ProtectConfig, RecoverConfig, TextConfig
 from legolm.config.dp import DpConfig
 from legolm.config.file import dump, load, read, validate
 from legolm.config.privacy import PrivacyConfig, SecureConfig
@@ -54,7 +46,6 @@ __all__ = [
     "CLIENTS",
     "CRITERIA",
     "EXPORTERS",
-    "GENERATED",
     "LAYOUT_FIELDS",
     "SCHEMES",
     "TRAINERS",

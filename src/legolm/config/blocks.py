@@ -25,15 +25,16 @@ class TextConfig(RowsConfig):
     length: int = Field(256, ge=8, description="tokens a sample")
 
 
-GENERATED = "generated"
-"""In the place of a text: the LLM writes it."""
-
-
 class ProtectConfig(TextConfig):
     """Public text on which the LLM is to stay what it was: what it writes by itself, or one that is given."""
 
-    text: str = Field(GENERATED, description="`generated`: the LLM writes it; else as of `calibration`")
+    text: str = Field("generated", description="`generated`: the LLM writes it; else as of `calibration`")
     weight: float = Field(0.1, gt=0, description="λ, for as many tokens of it as the clients summed")
+
+    @property
+    def generated(self) -> bool:
+        """Whether the LLM writes it, and it is nowhere to be read."""
+        return self.text == "generated"
 
 
 class CalibrationConfig(TextConfig):

@@ -60,7 +60,7 @@ def written(
     )
     cards = [device] if device.type == "cuda" else []
     rows: list[Tensor] = []
-    with torch.random.fork_rng(cards), progress.stage("write text to protect", samples) as advance, torch.no_grad():
+    with torch.random.fork_rng(cards), progress.stage("write text", samples) as advance, torch.no_grad():
         torch.manual_seed(seed)
         for count in (min(AT_ONCE, samples - done) for done in range(0, samples, AT_ONCE)):
             drawn = plain[torch.randint(len(plain), (count, 1))]

@@ -10,7 +10,7 @@ from typing import Any
 from legolm.adapter import FACTORS
 from legolm.aggregate import make_scheme
 from legolm.block import Block, read_block
-from legolm.config import AUTO, CLIENTS, GENERATED, SCHEMES, RowsConfig, RunConfig
+from legolm.config import AUTO, CLIENTS, SCHEMES, RowsConfig, RunConfig
 from legolm.data import calibration_tokens, check_text, check_tokens, is_starter, paths_of, read_text
 from legolm.errors import LegolmError
 from legolm.federate.server import whitening_text
@@ -56,7 +56,7 @@ def check_files(config: RunConfig) -> tuple[str, ...]:
                     said += check_text(text, rows, f"{where}{field}")
                     read.add((text, rows))
     protect = config.federation.protect
-    if protect is not None and protect.text != GENERATED:
+    if protect is not None and not protect.generated:
         said += check_text(protect.text, protect, "federation.protect.text")
     for name, asked in config.report:
         if asked and importlib.util.find_spec(name) is None:
@@ -137,7 +137,7 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
         if spec.method not in ("dense", "given"):
             found |= {f"block {spec.name}: {section}.text": text for section, text in texts.items()}
     protect, whitened = config.federation.protect, make_scheme(config.aggregate).whitened
-    if protect is not None and protect.text == GENERATED:
+    if protect is not None and protect.generated:
         most = load_config(resolve(config.model)).max_position_embeddings
         if protect.length > most:
             raise LegolmError(

@@ -14,7 +14,7 @@ stays. Nothing is trained, and no client does anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from legolm.adapter import Tensors, parse_key
 from legolm.aggregate import Scheme, held_by
 from legolm.block import Block, Coverage
-from legolm.config import GENERATED, Precision, ProtectConfig, RunConfig
+from legolm.config import ProtectConfig, RunConfig
 from legolm.data import begin, calibration_tokens
 from legolm.errors import LegolmError
 from legolm.federate.server.members import LLM, Members
@@ -51,10 +51,8 @@ def fit(
 
     `block_of` is each client's block. Raises `LegolmError` where the run has no sums of any.
     """
-    llm, protect, public = blocks[LLM], config.federation.protect, None
-    precision, device = choose_precision(config.precision, config.device), choose_device(config.device)
-    if protect is not None:  # before the sums are in memory
-        public = _text(protect, llm, config, precision, device, progress)
+    llm, protect = blocks[LLM], config.federation.protect
+    public = _public(protect, llm, config, progress) if protect is not None else ()
     shape, held, summed, tokens = llm.coverage.shape, Tensors(), Tensors(), 0
     changed = set[str]()
     for path, coverage in _sums(folder, config, blocks, block_of, progress):
@@ -66,10 +64,9 @@ def fit(
             for sums, part in ((summed, c), (held, c * units[:, None])):
                 sums[name] = sums[name].add_(part) if name in sums else part
         del own
-    if protect is not None and public is not None:
-        for name, moments in collected(llm.path, public, "full", precision, progress, device):
-            summed[name].add_(_shrunk(moments), alpha=protect.weight * tokens / moments.tokens)
-            changed.add(name)
+    for name, moments, weight in public:
+        summed[name].add_(_shrunk(moments), alpha=weight * tokens / moments.tokens)
+        changed.add(name)
     found: Tensors = {}
     with progress.stage("fit what the LLM takes", len(changed)) as advance:
         for name in sorted(changed):
@@ -97,20 +94,22 @@ def _sums(
     return [(folder.block_sums(name), blocks[name].coverage) for name in names if name not in lacking]
 
 
-def _text(
-    protect: ProtectConfig,
-    llm: Block,
-    config: RunConfig,
-    precision: Precision,
-    device: torch.device,
-    progress: Progress,
-) -> Tensor:
-    """Token ids (samples, length) of the text on which the LLM is to stay what it was."""
-    tokenizer = load_tokenizer(llm.path, config.data)
-    if protect.text != GENERATED:
-        return calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
-    shape = protect.samples, protect.length
-    return written(llm.path, tokenizer, begin(tokenizer), shape, config.seed, precision, device, progress)
+def _public(
+    protect: ProtectConfig, llm: Block, config: RunConfig, progress: Progress
+) -> Iterable[tuple[str, Moments, float]]:
+    """The moments of each tensor on the text on which the LLM is to stay what it was, and λ.
+
+    The text is there when this returns, before any sums are in memory; each tensor's moments only when they are asked.
+    """
+    tokenizer, device = load_tokenizer(llm.path, config.data), choose_device(config.device)
+    precision = choose_precision(config.precision, config.device)
+    if protect.generated:
+        shape = protect.samples, protect.length
+        text = written(llm.path, tokenizer, begin(tokenizer), shape, config.seed, precision, device, progress)
+    else:
+        text = calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
+    found = collected(llm.path, text, "full", precision, progress, device)
+    return ((name, moments, protect.weight) for name, moments in found)
 
 
 def _units(coverage: Coverage, name: str) -> Tensor:
