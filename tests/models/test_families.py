@@ -12,13 +12,23 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from legolm.adapter import Tensors, factor_key, factor_shape, init_factors, merged, modules_of, slice_factors
-from legolm.block import Block, Coverage
+from legolm.block import Block, Coverage, slice_matrix
 from legolm.config import BlockConfig, CalibrationConfig
 from legolm.errors import LegolmError
 from legolm.finetune import lora
-from legolm.models import FAMILIES, LayeredModel, Shape, decoder_layers, fingerprint, load_config, load_model, shape_of
-from legolm.prune import cut_blocks
-from legolm.prune.calibrate import Stream
+from legolm.models import (
+    FAMILIES,
+    LayeredModel,
+    Shape,
+    decoder_layers,
+    fingerprint,
+    load_config,
+    load_model,
+    narrow,
+    shape_of,
+)
+from legolm.prune import calibrate, cut_blocks
+from legolm.prune.calibrate import Regression, Stream
 from legolm.prune.select import refit
 from legolm.system import Progress
 
@@ -69,6 +79,14 @@ def kept(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None else tensor[rows]
 
 
+def end_of(stream: Stream, layer: nn.Module, name: str) -> Regression:
+    """How the matrix that ends the MLP should answer for the first layer to give what it gives; nothing is cut."""
+    after, fits = stream.fork(), list[Regression]()
+    after.advance(0, layer)
+    stream.end(0, layer, name, after.hidden, fits.append)
+    return fits[0]
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Of the whole matrix: how far single entries are off depends on how the processor rounds."""
     return float((found - expected).norm() / expected.norm())
@@ -102,12 +120,47 @@ def test_fitting_to_what_the_layer_gives_changes_nothing(variant: str, unit: Any
     model = load_model(tiny(variant))
     layer, name = decoder_layers(model)[0], shape_of(model.config).reader(unit)
     stream = stream_of(tiny(variant))
-    after = stream.fork()
-    after.advance(0, layer)
-    given = after.hidden if unit == "neuron" else None
-    fit = stream.regression(0, layer, name, given)
+    fit = stream.regression(0, layer, name) if unit == "query" else end_of(stream, layer, name)
     weight = linear(model, 0, name).weight
     assert relative_error(refit(fit, weight, None), weight) < 1e-2
+
+
+def test_after_a_cut_the_stream_is_where_the_cut_layer_brings_it(variant: str, tiny: Callable[[str], Path]) -> None:
+    model = load_model(tiny(variant))
+    shape, layer = shape_of(model.config), decoder_layers(model)[0]
+    name = shape.reader("neuron")
+    stream = stream_of(tiny(variant))
+    again, before = stream.fork(), stream.fork()
+    stays = tuple(range(0, shape.neurons, 2))
+    half = Coverage(shape, (0,), (tuple(range(shape.kv_groups)),), (stays,))
+
+    def halve(_fit: Regression) -> Tensor | None:
+        for one, module in shape.modules.items():
+            if "neuron" in (*module.rows, module.cols):
+                cut = layer.get_submodule(one)
+                assert isinstance(cut, nn.Linear)
+                narrow(cut, slice_matrix(half, 0, one, cut.weight.data), half.rows(0, one))
+        return half.cols(0, name)
+
+    before.advance(0, layer)
+    stream.end(0, layer, name, None, halve)
+    again.advance(0, layer)
+    torch.testing.assert_close(stream.hidden, again.hidden)
+    assert not torch.allclose(stream.hidden, before.hidden)
+
+
+def test_in_chunks_the_fit_and_what_follows_are_the_same(
+    variant: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = decoder_layers(load_model(tiny(variant)))[0]
+    name = shape_of(load_config(tiny(variant))).reader("neuron")
+    whole = stream_of(tiny(variant))
+    monkeypatch.setattr(calibrate, "WHOLE_SHARE", 2**60)
+    chunks = stream_of(tiny(variant))
+    first, second = end_of(whole, layer, name), end_of(chunks, layer, name)
+    torch.testing.assert_close(first.moments.sum, second.moments.sum, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first.cross, second.cross, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole.hidden, chunks.hidden)
 
 
 @pytest.mark.parametrize(("variant", "nothing"), [("gemma3_text", -1.0), ("olmo2", 0.0)])
@@ -117,11 +170,8 @@ def test_a_norm_that_lets_nothing_of_a_channel_through(
     model = load_model(tiny(variant))
     layer = decoder_layers(model)[0]
     layer.get_submodule("post_feedforward_layernorm").weight.data[3] = nothing
-    stream = stream_of(tiny(variant))
-    after = stream.fork()
-    after.advance(0, layer)
     weight = linear(model, 0, "mlp.down_proj").weight
-    fitted = refit(stream.regression(0, layer, "mlp.down_proj", after.hidden), weight, None)
+    fitted = refit(end_of(stream_of(tiny(variant)), layer, "mlp.down_proj"), weight, None)
     assert relative_error(fitted, weight) < 1e-2
 
 

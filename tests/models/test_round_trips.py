@@ -36,7 +36,7 @@ from legolm.models import (
     pack,
 )
 from legolm.prune import cut_blocks
-from legolm.prune.calibrate import Stream
+from legolm.prune.calibrate import Regression, Stream
 from legolm.prune.select import refit
 from legolm.system import Progress
 
@@ -133,8 +133,9 @@ def test_what_a_part_of_the_answer_only_makes_up_for(tiny: Callable[[str], Path]
     after.advance(0, layer)
     whole = layer.mlp.down_proj.weight.data.clone()
     layer.mlp.down_proj.weight.data *= 0.5
-    fit = stream.regression(0, layer, "mlp.down_proj", after.hidden)
-    found = refit(fit, layer.mlp.down_proj.weight.data, None)
+    fits: list[Regression] = []
+    stream.end(0, layer, "mlp.down_proj", after.hidden, fits.append)
+    found = refit(fits[0], layer.mlp.down_proj.weight.data, None)
     assert float((found - whole).norm() / whole.norm()) < 0.02
 
 

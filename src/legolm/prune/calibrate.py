@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear as linear_function
 
 from legolm.config import Precision
 from legolm.errors import LegolmError
@@ -121,8 +122,38 @@ class Regression:
             self.cross.addmm_(outputs.flatten(0, -2).float().T, inputs.flatten(0, -2).float())
 
 
+class _Answers:
+    """Sums of how the matrix that ends attention or MLP should answer: as it does, or for the layer to err less.
+
+    Its bias stays. Where an RMS norm follows (Gemma 3, OLMo 2), errors count as they arrive in the residual
+    stream: each token by the size that the norm divides by, and corrected through the norm's gain. Where a part
+    only of the answer is `added` (Granite), the answer makes up for as much more.
+    """
+
+    def __init__(self, linear: nn.Linear, norm: nn.Module, added: float) -> None:
+        self.sums = Regression(linear)
+        self._bias, self._norm, self._added = linear.bias, norm, added
+        self._gain = norm(torch.ones(linear.out_features, device=linear.weight.device))
+        # A small gain would blow an error up, and the norm share it out over all channels: those take a part only.
+        self._through = self._gain / self._gain.square().clamp(min=self._gain.square().mean())
+
+    def add(self, inputs: Tensor, answer: Tensor, error: Tensor | None) -> None:
+        """Add inputs (..., in), answers (..., out), and what the layer's output lacks, of as many entries."""
+        answer = answer.float()
+        size = (answer * self._gain).norm(dim=-1, keepdim=True) / self._norm(answer).norm(dim=-1, keepdim=True)
+        size = size.nan_to_num(1.0)  # a token that answers nothing
+        if self._bias is not None:
+            answer = answer - self._bias
+        wanted = answer / size
+        if error is not None:
+            wanted = wanted + error.view_as(answer) / self._added * self._through
+        self.sums.add(inputs / size, wanted)
+
+
 PruneGroup = Callable[[Sequence[str], Moments], None]
 """Changes, in place, the linear layers of these names; they read the tensor with these moments."""
+CutEnd = Callable[[Regression], Tensor | None]
+"""Changes, in place, a linear layer that is to answer so, and those that feed it; which inputs stay (None: all)."""
 
 
 class Source(Protocol):
@@ -134,8 +165,14 @@ class Source(Protocol):
         They come in the order in which the layer runs them, each with the moments of what it reads.
         """
 
-    def regression(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None) -> Regression:
-        """What the linear layer `name` should answer: as it does, or for the layer to give `wanted`."""
+    def regression(self, index: int, layer: nn.Module, name: str) -> Regression:
+        """How the linear layer `name` answers."""
+
+    def end(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None, cut: CutEnd) -> None:
+        """Let `cut` change the linear layer `name`, which ends the MLP, and what feeds it, and go on to the next layer.
+
+        `cut` gets how it should answer for the layer to give `wanted`, where that is known.
+        """
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """Go on to the next layer with what this one sends."""
@@ -193,11 +230,12 @@ class Stream:
     def advance(self, index: int, layer: nn.Module) -> None:
         """Replace the hidden states by the layer's outputs. Raises `LegolmError` when they are not finite."""
         for part, _, output in self.run(index, layer):
-            if not bool(output.isfinite().all()):
-                raise LegolmError(
-                    f"calibration: layer {index} gives values that are not finite; check the model's weights"
-                )
-            self.hidden[part] = output
+            self._go_on(index, part, output)
+
+    def _go_on(self, index: int, part: slice, output: Tensor) -> None:
+        if not bool(output.isfinite().all()):
+            raise LegolmError(f"calibration: layer {index} gives values that are not finite; check the model's weights")
+        self.hidden[part] = output
 
     def prune(self, index: int, layer: nn.Module, needs: Needs, prune: PruneGroup) -> None:
         """Go on through the layer, whose matrices `prune` changes on the way.
@@ -244,37 +282,47 @@ class Stream:
         finally:
             hook.remove()
 
-    def regression(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None) -> Regression:
-        """How the matrix that ends attention or MLP should answer: as it does, or for the layer to give `wanted`.
-
-        Its bias stays. Where an RMS norm follows (Gemma 3, OLMo 2), errors count as they arrive in the residual
-        stream: each token by the size that the norm divides by, and corrected through the norm's gain. Where a part
-        only of the answer is added (Granite), the answer makes up for as much more.
-        """
-        after = self._layout.norms.get(name)
+    def regression(self, index: int, layer: nn.Module, name: str) -> Regression:
+        """How the matrix that ends attention answers. What comes after it does not run."""
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        norm = nn.Identity() if after is None else layer.get_submodule(after)
-        gain = norm(torch.ones(linear.out_features, device=self._device))
-        # A small gain would blow an error up, and the norm share it out over all channels: those take a part only.
-        through = gain / gain.square().clamp(min=gain.square().mean())
-        found = Regression(linear)
+        answers = _Answers(linear, self._norm(layer, name), self._layout.added)
+        for inputs in self._inputs(index, layer, name):
+            with torch.no_grad(), autocast(self._precision, self._device.type):
+                answers.add(inputs, linear_function(inputs, linear.weight, linear.bias), None)
+        return answers.sums
+
+    def end(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None, cut: CutEnd) -> None:
+        """Let `cut` change the matrix that ends the MLP, and those that feed it, and go on to the next layer.
+
+        It is to answer for the layer to give `wanted`. In one pass: what the layer gives changes only by what this
+        matrix answers otherwise. In chunks, whose answers would not all fit into memory, the layer runs again.
+        """
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        norm = self._norm(layer, name)
+        answers = _Answers(linear, norm, self._layout.added)
         seen: dict[str, Tensor] = {}
         hook = linear.register_forward_hook(lambda _module, inputs, output: seen.update(x=inputs[0], y=output))
         try:
             for part, _, output in self.run(index, layer):
-                inputs, answer = seen["x"], seen["y"].float()
-                added = norm(answer)
-                error = torch.zeros_like(output) if wanted is None else wanted[part].to(self._device) - output
-                error = error.view_as(answer) / self._layout.added
-                size = (answer * gain).norm(dim=-1, keepdim=True) / added.norm(dim=-1, keepdim=True)
-                size = size.nan_to_num(1.0)  # a token that answers nothing
-                if linear.bias is not None:
-                    answer = answer - linear.bias
-                found.add(inputs / size, answer / size + error * through)
+                error = None if wanted is None else wanted[part].to(self._device) - output
+                answers.add(seen["x"], seen["y"], error)
         finally:
             hook.remove()
-        return found
+        stay = cut(answers.sums)
+        if self._chunk < len(self.hidden):
+            self.advance(index, layer)
+            return
+        with torch.no_grad(), autocast(self._precision, self._device.type):
+            now = linear(seen["x"] if stay is None else seen["x"][..., stay])
+            change = norm(now.float()) - norm(seen["y"].float())
+            self._go_on(index, part, output + self._layout.added * change.view_as(output))
+
+    def _norm(self, layer: nn.Module, name: str) -> nn.Module:
+        """What stands between the answer of the matrix that ends attention or MLP and the residual stream."""
+        after = self._layout.norms.get(name)
+        return nn.Identity() if after is None else layer.get_submodule(after)
 
     def moments(self, index: int, layer: nn.Module, needs: Needs) -> dict[str, Moments]:
         """Go on through the layer, and give moments of what its linear layers read; who shares an input shares them."""

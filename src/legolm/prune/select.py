@@ -22,6 +22,8 @@ Calibration text is short: the fewer tokens an input was seen with, the less the
 that is fitted to its text alone does worse on other text, and what it learns fits the LLM less (docs/pruning.md).
 """
 STEP = 64
+COMPACT = 0.75
+"""What is gone stays in the matrices, as zeros, until no more than this share of their units is left."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +43,30 @@ def eliminate(fit: Regression, weight: Tensor, width: int, count: int, step: int
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(normal))
     matrix, inverse = (wanted @ inverse).float(), inverse.float()
     kept = torch.arange(weight.shape[1] // width, device=weight.device)
-    error = 0.0
-    errors = [(len(kept), error)]
-    while len(kept) > count:
-        costs = _costs(matrix, inverse, width)
-        drop = costs.topk(min(max(1, len(kept) // step), len(kept) - count), largest=False).indices
-        stays = torch.ones_like(kept, dtype=torch.bool)
+    stays = torch.ones_like(kept, dtype=torch.bool)
+    left, error = len(kept), 0.0
+    errors = [(left, error)]
+    while left > count:
+        costs = _costs(matrix, inverse, width).masked_fill(~stays, torch.inf)
+        drop = costs.topk(min(max(1, left // step), left - count), largest=False).indices
+        gone = (drop[:, None] * width + torch.arange(width, device=drop.device)).flatten()
+        rows, columns = inverse[gone], matrix[:, gone]
+        # float64 where it is small: the set's own block of H⁻¹, with which it is solved for both.
+        solved = torch.linalg.solve(rows[:, gone].double(), torch.cat([rows, columns.T], 1).double())
+        share, passed = solved[:, : len(inverse)].float(), solved[:, len(inverse) :].T
+        error += float((passed * columns).sum())
+        matrix.addmm_(columns, share, alpha=-1)
+        inverse.addmm_(rows.T, share, alpha=-1)
+        matrix[:, gone], inverse[gone], inverse[:, gone] = 0, 0, 0
+        inverse.diagonal()[gone] = 1  # solvable, for units of several inputs
         stays[drop] = False
-        gone, left = (~stays).repeat_interleave(width), stays.repeat_interleave(width)
-        # float64 where it is small: the set's own block of H⁻¹.
-        passed = torch.linalg.solve(inverse[gone][:, gone].double(), matrix[:, gone].double().T).T
-        error += float((passed * matrix[:, gone]).sum())
-        matrix = matrix[:, left] - passed.float() @ inverse[gone][:, left]
-        share = torch.linalg.solve(inverse[gone][:, gone].double(), inverse[gone][:, left].double())
-        inverse = inverse[left][:, left] - inverse[left][:, gone] @ share.float()
-        kept = kept[stays]
-        errors.append((len(kept), error))
-    return Elimination(tuple(kept.tolist()), tuple(errors))
+        left -= len(drop)
+        errors.append((left, error))
+        if left < COMPACT * len(kept):  # copying all at each step is most of the time, and more memory
+            units = stays.repeat_interleave(width)
+            matrix, inverse = matrix[:, units], inverse[units][:, units]
+            kept, stays = kept[stays], stays[stays]
+    return Elimination(tuple(kept[stays].tolist()), tuple(errors))
 
 
 def refit(fit: Regression, weight: Tensor, cols: Tensor | None) -> Tensor:

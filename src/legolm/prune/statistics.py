@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from legolm.config import CLIENTS, CalibrationConfig, Precision
 from legolm.errors import LegolmError
 from legolm.models import LayeredModel, Shape, choose_device, load_config, shape_of
-from legolm.prune.calibrate import Moments, Needs, PruneGroup, Regression, Stream, inputs_of
+from legolm.prune.calibrate import CutEnd, Moments, Needs, PruneGroup, Regression, Stream, inputs_of
 from legolm.prune.sketch import restore, sketch
 from legolm.system import Progress, atomic_write, derive_seed, open_tensors, strict_json
 
@@ -39,7 +39,7 @@ class Statistics:
             device = layer.get_parameter(f"{group[0]}.weight").device
             prune(group, self._moments(index, group[0], needs).on(device))
 
-    def regression(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None) -> Regression:
+    def regression(self, index: int, layer: nn.Module, name: str) -> Regression:
         """The linear layer should answer as it did: W x. Raises `LegolmError` when the moments are not enough."""
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -47,6 +47,10 @@ class Statistics:
         found.moments.absorb(self._moments(index, name, "full"))
         found.cross += linear.weight.data @ found.moments.sum
         return found
+
+    def end(self, index: int, layer: nn.Module, name: str, wanted: Tensor | None, cut: CutEnd) -> None:
+        """The same of the one that ends the MLP."""
+        cut(self.regression(index, layer, name))
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """Nothing to do: the sums are the dense model's, whatever was cut below."""

@@ -10,13 +10,14 @@ fits the calibration text and little else.)
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from legolm.block import Coverage, slice_matrix
 from legolm.models import Shape, Unit, config_changes, narrow, tell
-from legolm.prune.calibrate import Source, Stream
+from legolm.prune.calibrate import Regression, Source, Stream
 from legolm.prune.select import eliminate, refit
 
 
@@ -45,14 +46,17 @@ class StructuredCut:
             self._groups.append(tuple(range(shape.kv_groups)))
             self._neurons.append(tuple(range(shape.neurons)))
             if small.kv_groups < shape.kv_groups:
-                self._cut(self._layer, "query", small.kv_groups, None)
+                fit = self._source.regression(index, self._layer, shape.reader("query"))
+                self._cut(self._layer, "query", small.kv_groups, fit)
                 tell(self._layer, self._changes)
         if self._layer is None or not (index + 1 in self._kept or index + 1 == shape.layers):
             return None
-        if small.neurons < shape.neurons or index > self._at:
-            self._cut(self._layer, "neuron", small.neurons, None if dense is None else dense.hidden)
         finished, self._layer = self._layer, None
-        self._source.advance(self._at, finished)
+        if small.neurons < shape.neurons or index > self._at:
+            wanted, cut = None if dense is None else dense.hidden, partial(self._cut, finished, "neuron", small.neurons)
+            self._source.end(self._at, finished, shape.reader("neuron"), wanted, cut)
+        else:
+            self._source.advance(self._at, finished)
         return finished
 
     @property
@@ -61,22 +65,23 @@ class StructuredCut:
         kept = self._kept[: len(self._groups)]
         return Coverage(self._shape, kept, tuple(self._groups), tuple(self._neurons))
 
-    def _cut(self, layer: nn.Module, unit: Unit, count: int, wanted: Tensor | None) -> None:
-        """Cut, in place, the matrix that reads `unit` and those that feed it, and fit it anew."""
+    def _cut(self, layer: nn.Module, unit: Unit, count: int, fit: Regression) -> Tensor | None:
+        """Cut, in place, the matrix that reads `unit` and those that feed it, and fit it anew; its inputs that stay."""
         reader = self._shape.reader(unit)
         linear = layer.get_submodule(reader)
         assert isinstance(linear, nn.Linear)
-        fit = self._source.regression(self._at, layer, reader, wanted)
         kept = eliminate(fit, linear.weight.data, self._shape.per_group(unit), count).kept
         (self._groups if unit == "query" else self._neurons)[-1] = kept
         coverage = Coverage(self._shape, (self._at,), (self._groups[-1],), (self._neurons[-1],))
+        stay = coverage.cols(self._at, reader)
         for name, spec in self._shape.modules.items():
             if ("neuron" in (*spec.rows, spec.cols)) != (unit == "neuron"):
                 continue
             module = layer.get_submodule(name)
             assert isinstance(module, nn.Linear)
             if name == reader:
-                weight = refit(fit, module.weight.data, coverage.cols(self._at, name))
+                weight = refit(fit, module.weight.data, stay)
             else:
                 weight = slice_matrix(coverage, self._at, name, module.weight.data)
             narrow(module, weight, coverage.rows(self._at, name))
+        return stay
