@@ -15,7 +15,10 @@ import pytest
 from safetensors.torch import load_file
 
 from helpers import assert_one_line, legolm
-from legolm.block import read_block
+from legolm.block import Coverage, read_block
+from legolm.config import load
+from legolm.finetune import trainer_of
+from legolm.models import Shape
 
 HEAD = """
 from typing import Annotated, Any
@@ -161,6 +164,22 @@ def test_a_trainer(plugin: Callable[..., None], config: Callable[..., Path]) -> 
     assert {one["share"] for record in records if record.get("round") == 1 for one in record["train"].values()} == {
         0.25
     }
+
+
+def test_a_trainer_says_what_it_can_and_how_far_it_moves(
+    plugin: Callable[..., None], config: Callable[..., Path]
+) -> None:
+    plugin(TRAINER)
+    dp = {"dp": {"level": "example", "epsilon": 8, "delta": 1e-5}}
+    path = config(plugins=["mine:half_way"], train={"trainer": "half_way"}, privacy=dp)
+    done = legolm("run", str(path), "--dry-run")
+    assert done.returncode == 2
+    assert "is DP-SGD, which train.trainer 'half_way' does not do; take one of adamw" in done.stderr
+    full = Coverage.full(Shape("llama", layers=1, hidden=8, neurons=8, kv_groups=1, queries_per_group=1, head_dim=8))
+    key = "layers.0.mlp.down_proj.B"
+    plugin(TRAINER.replace('"half_way"', '"half_way", private=True, moves=lambda coverage, key, *, share: 2 * share'))
+    assert trainer_of(load(path).train).moves(full, key) == 1
+    assert trainer_of(load(path, ["train.trainer=adamw"]).train).moves(full, key) == 2
 
 
 def test_an_entry_point_is_a_plugin(

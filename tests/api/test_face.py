@@ -50,7 +50,7 @@ SIGNATURES = {
     "bad_rows='refuse', system=None)",
     "read_block": "(path)",
     "scheme": "(name)",
-    "trainer": "(name)",
+    "trainer": "(name, *, private=False, moves=None)",
 }
 
 

@@ -21,7 +21,6 @@ COMMON = {"median"}
 DEFAULTS = {
     ("config/aggregation.py", "heteagg"),
     ("config/sections.py", "adamw"),
-    ("config/run.py", "adamw"),
     ("api/federation.py", "heteagg"),
     ("api/federation.py", "adamw"),
 }

@@ -39,8 +39,9 @@ def test_rounding_is_right_on_average_and_limited() -> None:
 
 
 def test_bounds_follow_the_last_mean() -> None:
-    assert bounds(np.zeros(2), 4, 0.5).tolist() == [0.5, 0.5]  # nothing is known yet
-    assert bounds(np.array([0.25, 0.0]), 4, 0.5).tolist() == [2.0, 0.03125]  # 4 √4 0.25; a sixteenth
+    moved = np.array([0.5, 0.25])
+    assert bounds(np.zeros(2), 4, moved).tolist() == [0.5, 0.25]  # nothing is known yet
+    assert bounds(np.array([0.25, 0.0]), 4, moved).tolist() == [2.0, 0.015625]  # 4 √4 0.25; a sixteenth
 
 
 @settings(max_examples=30)

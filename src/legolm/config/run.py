@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from legolm.config.aggregation import AggregateConfig, FederationConfig
 from legolm.config.blocks import CLIENTS, BlockConfig
 from legolm.config.privacy import PrivacyConfig
-from legolm.config.registry import SCHEMES, load_plugins
+from legolm.config.registry import SCHEMES, TRAINERS, load_plugins
 from legolm.config.section import LocalPath, Section
 from legolm.config.sections import (
     AUTO,
@@ -220,8 +220,9 @@ class RunConfig(Section):
         elif federation.buffer is not None:
             why = "counts the rounds that a client is drawn for, and federation.buffer adds it to others; take it out"
         elif dp.level == "example":
-            if self.train.trainer != "adamw":
-                why = f"is DP-SGD in the trainer adamw, and train.trainer is {self.train.trainer!r}"
+            if not TRAINERS.entry(self.train.trainer).make(**self.train.settings).private:
+                why = f"is DP-SGD, which train.trainer {self.train.trainer!r} does not do; "
+                why += f"take one of {TRAINERS.having('private')}"
             elif self.evaluate.local_only or federation.personal_steps:
                 field = "evaluate.local_only" if self.evaluate.local_only else "federation.personal_steps"
                 why = f"does not cover what clients train alone, which the server scores; set {field} to "

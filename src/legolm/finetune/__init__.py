@@ -4,7 +4,7 @@ from legolm.finetune.kernels import LoraLinear
 from legolm.finetune.loop import Diverged, fit, learning_rate
 from legolm.finetune.lora import lora
 from legolm.finetune.masked import MaskedLinear
-from legolm.finetune.task import Task, train, trainer
+from legolm.finetune.task import Task, Trainer, train, trainer, trainer_of
 from legolm.finetune.whole import whole
 
 __all__ = [
@@ -12,10 +12,12 @@ __all__ = [
     "LoraLinear",
     "MaskedLinear",
     "Task",
+    "Trainer",
     "fit",
     "learning_rate",
     "lora",
     "train",
     "trainer",
+    "trainer_of",
     "whole",
 ]

@@ -20,7 +20,7 @@ from legolm.data import Tokens
 from legolm.errors import LegolmError
 from legolm.finetune.lora import lora
 from legolm.finetune.per_example import Private, apart
-from legolm.finetune.task import Task, trainer
+from legolm.finetune.task import Task, like_adam, trainer
 from legolm.models import Head, answer_losses, hidden_states, lean, pack
 from legolm.system import keep_freed_memory
 
@@ -132,7 +132,12 @@ def _diverged(task: Task, step: int, culprits: str) -> str:
     return f"train.learning_rate {task.config.learning_rate:g}: {said}; lower it"
 
 
-adamw = trainer("adamw")(fit)
+def moves(coverage: Coverage, key: str, *, by_width: bool = False) -> float:
+    """How far a step moves an entry at most, about, in learning rates."""
+    return like_adam(coverage, key) * (widened(coverage, key) if by_width else 1.0)
+
+
+adamw = trainer("adamw", private=True, moves=moves)(fit)
 
 
 def learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:

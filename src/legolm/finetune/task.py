@@ -45,28 +45,58 @@ class Task:
 
 Fitted = tuple[Tensors, dict[str, float]]
 """The change of each factor that trains, and metrics: `loss_first`, `loss_last`, `steps`, `tokens`, `seconds`, more."""
-Train = Callable[[Task], Fitted]
+Moves = Callable[..., float]
+"""How far a step moves an entry of a factor at most, about, in learning rates: `f(coverage, key, *, own settings)`."""
 
 
-def trainer(name: str) -> Callable[[Callable[..., Fitted]], Entry[Train]]:
+@dataclass(frozen=True)
+class Trainer:
+    """A trainer with its settings.
+
+    `private`: with a task's `dp` its steps are DP-SGD's. `moves` says what room secure sums of its changes need.
+    """
+
+    fit: Callable[[Task], Fitted]
+    private: bool
+    moves: Callable[[Coverage, str], float]
+
+
+def like_adam(_coverage: Coverage, _key: str, **_settings: Any) -> float:
+    """Of AdamW about 1, and more while gradients grow."""
+    return 2.0
+
+
+def trainer(
+    name: str, *, private: bool = False, moves: Moves | None = None
+) -> Callable[[Callable[..., Fitted]], Entry[Trainer]]:
     """Register a trainer under the name that configs use: `f(task, *, own settings)`; the model is left as it was.
 
+    `private` and `moves` are as in `Trainer`; one that says nothing of how far it moves moves as AdamW does.
     Raises `LegolmError` for a name that is taken and for another signature.
     """
 
-    def register(function: Callable[..., Fitted]) -> Entry[Train]:
-        def make(**settings: Any) -> Train:
-            return partial(guarded(f"trainer {name!r}", function), **settings)
+    def register(function: Callable[..., Fitted]) -> Entry[Trainer]:
+        def make(**settings: Any) -> Trainer:
+            where = f"trainer {name!r}"
+            return Trainer(
+                partial(guarded(where, function), **settings), private, partial(moves or like_adam, **settings)
+            )
 
         return TRAINERS.register(name, function, make, ("task",))
 
     return register
 
 
+def trainer_of(config: TrainConfig) -> Trainer:
+    """The configured trainer."""
+    found: Trainer = TRAINERS.entry(config.trainer).make(**config.settings)
+    return found
+
+
 def train(task: Task) -> Fitted:
     """Train with the task's configured trainer. Raises `LegolmError` for an answer that is no change of the factors."""
     where = f"trainer {task.config.trainer!r}"
-    answer: Any = TRAINERS.entry(task.config.trainer).make(**task.config.settings)(task)
+    answer: Any = trainer_of(task.config).fit(task)
     if not (isinstance(answer, tuple) and len(answer) == 2 and all(isinstance(part, Mapping) for part in answer)):
         raise LegolmError(f"{where}: gave {_said(answer)}; it must give (changes by factor, metrics by name)")
     delta, metrics = answer

@@ -93,10 +93,10 @@ def from_words(words: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def bounds(last: np.ndarray, holders: int, moved: float) -> np.ndarray:
+def bounds(last: np.ndarray, holders: int, moved: np.ndarray) -> np.ndarray:
     """b of each rank row, float32: from the largest entries `last` of the last mean there (0: none is known).
 
-    The mean of m entries of either sign is a √m-th of one. `moved` is what training can move an entry by.
+    The mean of m entries of either sign is a √m-th of one. `moved` is what training can move an entry of each by.
     """
     least = moved / (SHRINKS if last.any() else 1.0)
     found: np.ndarray = np.maximum(MARGIN * holders**0.5 * last, least).astype(np.float32)

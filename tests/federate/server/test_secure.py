@@ -126,7 +126,8 @@ def test_sums_have_room_for_the_rates_of_narrow_blocks(raw: dict[str, Any], tmp_
     before = load_file(tmp_path / "plain/rounds/0000/adapter.safetensors")
     assert max(float((tensor - before[key]).abs().max()) for key, tensor in found["plain"].items()) > 0.1
     for key, tensor in found["plain"].items():
-        assert torch.allclose(tensor, found["secure"][key], atol=6 * 3 / 2 * 0.04 / 10922), key
+        widest = 6 if ".mlp." in key else 1  # attention is as wide as the LLM's, and its numbers as fine as ever
+        assert torch.allclose(tensor, found["secure"][key], atol=widest * 3 / 2 * 0.04 / 10922), key
 
 
 def test_who_goes_in_mid_round_is_named_and_the_rest_opens(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -46,14 +46,13 @@ from legolm.federate.wire import (
     told,
     unpack,
 )
+from legolm.finetune import trainer_of
 from legolm.privacy import Opened, SecureServer, Session, Structure, grid_of, withheld
 from legolm.runs import Traffic
 from legolm.system import Progress
 from legolm.trust import roster
 
 SHARE_BYTES = 33
-MOVES = 2.0
-"""Of the learning rate, at most, that AdamW moves an entry by in a step: about 1, and more while gradients grow."""
 AGAIN_S = 10.0
 """Before devices are asked again for want of them."""
 
@@ -185,9 +184,9 @@ class SecureRound:
     def _prepare(self, id: str) -> None:
         """What everyone is told alike: the bounds, and what was sent."""
         grid, config, scheme = self._server.cohort.grid, self._config, self._order.scheme
-        narrow = config.train.settings.get("by_width", False)
-        widest = max(one.coverage.width for one in self._members.block.values()) if narrow else 1.0
-        moved = MOVES * config.train.learning_rate * widest * config.train.steps
+        trainer, far = trainer_of(config.train), config.train.learning_rate * config.train.steps
+        held = {block.coverage.hash: block.coverage for block in self._members.block.values()}.values()
+        moved = {key: far * max(trainer.moves(one, key) for one in held) for key in grid.layout.shapes}
         self._bounds = row_bounds(grid, self._last, len(self._server.there), moved)
         self._prepared = self._dispatch.prepared(self._order)
         request = self._prepared(id)[0]

@@ -189,11 +189,14 @@ def scale(
     return found
 
 
-def row_bounds(grid: Grid, last: Mapping[str, Tensor] | None, holders: int, moved: float) -> np.ndarray:
-    """The bound of each rank row of all factors, from the last aggregate's move `last` of them, if there is one."""
+def row_bounds(grid: Grid, last: Mapping[str, Tensor] | None, holders: int, moved: Mapping[str, float]) -> np.ndarray:
+    """The bound of each rank row of all factors, from the last aggregate's move `last` of them, if there is one.
+
+    `moved` is how far training can move an entry of each factor.
+    """
     found = np.zeros(grid.row_count, dtype=np.float32)
     for number, key in enumerate(grid.layout.shapes if last is not None else ()):
         assert last is not None
         largest = last[key].abs().amax(1 if key.endswith(".A") else 0).numpy()
         found[number * grid.rank : number * grid.rank + len(largest)] = largest
-    return bounds(found, holders, moved)
+    return bounds(found, holders, np.repeat([moved[key] for key in grid.layout.shapes], grid.rank))
