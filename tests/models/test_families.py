@@ -28,7 +28,8 @@ from legolm.models import (
     shape_of,
 )
 from legolm.prune import calibrate, cut_blocks
-from legolm.prune.calibrate import Regression, Stream
+from legolm.prune.calibrate import Stream
+from legolm.prune.moments import Regression
 from legolm.prune.select import refit
 from legolm.system import Progress
 

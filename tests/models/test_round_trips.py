@@ -36,7 +36,8 @@ from legolm.models import (
     pack,
 )
 from legolm.prune import cut_blocks
-from legolm.prune.calibrate import Regression, Stream
+from legolm.prune.calibrate import Stream
+from legolm.prune.moments import Regression
 from legolm.prune.select import refit
 from legolm.system import Progress
 

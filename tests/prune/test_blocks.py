@@ -18,7 +18,8 @@ from legolm.config import BlockConfig, CalibrationConfig, Precision, RecoverConf
 from legolm.errors import LegolmError
 from legolm.models import LLAMA, LayeredModel, fingerprint, load_config, load_model, load_tokenizer, shape_of
 from legolm.prune import cut_blocks, planned_coverage
-from legolm.prune.calibrate import Regression, Stream
+from legolm.prune.calibrate import Stream
+from legolm.prune.moments import Regression
 from legolm.prune.select import refit
 from legolm.prune.target import given_shape, shapes_within
 from legolm.system import Progress

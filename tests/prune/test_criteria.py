@@ -13,7 +13,7 @@ from torch import Tensor
 from legolm.config import CRITERIA
 from legolm.errors import LegolmError
 from legolm.prune import Pattern
-from legolm.prune.calibrate import Moments
+from legolm.prune.moments import Moments
 from legolm.prune.registry import keep_largest
 
 

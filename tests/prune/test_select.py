@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from legolm.prune.calibrate import Regression
+from legolm.prune.moments import Regression
 from legolm.prune.select import LEAST_RIDGE, RIDGE, eliminate, refit
 
 

@@ -1,8 +1,9 @@
 """Cut blocks from the LLM: calibrate, choose a shape, prune, recover, write."""
 
 from legolm.prune.build import cut_blocks, kept_block
-from legolm.prune.calibrate import Moments, Needs, first_readers
+from legolm.prune.calibrate import first_readers
 from legolm.prune.cuts import clients_needs, clients_sketch
+from legolm.prune.moments import Moments, Needs
 from legolm.prune.registry import Criterion, Pattern, criterion, criterion_of
 from legolm.prune.statistics import (
     Statistics,

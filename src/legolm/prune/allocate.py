@@ -15,7 +15,8 @@ import numpy as np
 from torch import nn
 
 from legolm.models import LayeredModel, Shape, Unit
-from legolm.prune.calibrate import Moments, Regression, Stream
+from legolm.prune.calibrate import Stream
+from legolm.prune.moments import Moments, Regression
 from legolm.prune.select import eliminate
 
 SAMPLES, STEP = 8, 12

@@ -14,7 +14,8 @@ from legolm.data import calibration_tokens
 from legolm.models import LayeredModel, Shape, Unit
 from legolm.prune import magnitude, sparsegpt, wanda  # noqa: F401 (they register themselves)
 from legolm.prune.allocate import SAMPLES, Costs, choose, measure_costs
-from legolm.prune.calibrate import Needs, Source, Stream
+from legolm.prune.calibrate import Source, Stream
+from legolm.prune.moments import Needs
 from legolm.prune.registry import criterion_of
 from legolm.prune.speed import shape_for
 from legolm.prune.statistics import load_statistics, statistics_files

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from legolm.config import CRITERIA, BlockConfig, Entry, guarded
 from legolm.errors import LegolmError
-from legolm.prune.calibrate import Moments, Needs
+from legolm.prune.moments import Moments, Needs
 
 
 @dataclass(frozen=True)

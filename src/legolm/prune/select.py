@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from legolm.prune.calibrate import Regression
+from legolm.prune.moments import Regression
 
 RIDGE, LEAST_RIDGE = 0.06, 1e-3
 """Of the mean diagonal of H, towards the dense weights, for as many tokens as inputs and, at least, for very many.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from legolm.prune.calibrate import Moments
+from legolm.prune.moments import Moments
 
 FLOOR = 1e-4
 """Of the largest eigenvalue of ΩᵀRΩ: smaller ones are bfloat16's rounding."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from legolm.errors import LegolmError
 from legolm.models import autocast
-from legolm.prune.calibrate import Moments
+from legolm.prune.moments import Moments
 from legolm.prune.registry import Pattern, criterion
 
 BLOCK = 128

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from legolm.config import CLIENTS, CalibrationConfig, Precision
 from legolm.errors import LegolmError
 from legolm.models import LayeredModel, Shape, choose_device, load_config, shape_of
-from legolm.prune.calibrate import CutEnd, Moments, Needs, PruneGroup, Regression, Stream, inputs_of
+from legolm.prune.calibrate import CutEnd, PruneGroup, Stream, inputs_of
+from legolm.prune.moments import Moments, Needs, Regression
 from legolm.prune.sketch import restore, sketch
 from legolm.system import Progress, atomic_write, derive_seed, open_tensors, strict_json
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from legolm.block import Coverage, slice_matrix
 from legolm.models import Shape, Unit, config_changes, narrow, tell
-from legolm.prune.calibrate import Regression, Source, Stream
+from legolm.prune.calibrate import Source, Stream
+from legolm.prune.moments import Regression
 from legolm.prune.select import eliminate, refit
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from legolm.block import Coverage, pack_mask, unpack_mask
 from legolm.models import Shape
-from legolm.prune.calibrate import Moments, Source, Stream
+from legolm.prune.calibrate import Source, Stream
+from legolm.prune.moments import Moments
 from legolm.prune.registry import Criterion, Pattern
 
 

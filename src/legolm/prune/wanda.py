@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from legolm.prune.calibrate import Moments
+from legolm.prune.moments import Moments
 from legolm.prune.registry import Pattern, criterion
 
 
