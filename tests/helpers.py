@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,12 @@ from unittest.mock import patch
 
 import torch
 
+from legolm import config as configs
 from legolm.cli import main
+from legolm.config import RunConfig
+from legolm.data import client_data, render
+from legolm.evaluation import score
+from legolm.models import load_model, load_tokenizer
 
 
 def no_figure(*_: object) -> str:
@@ -95,3 +101,17 @@ def without_clocks(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: without_clocks(v) for k, v in value.items() if k not in clocks}
     return [without_clocks(v) for v in value] if isinstance(value, list) else value
+
+
+def load(raw: dict[str, Any], tmp_path: Path, *overrides: str) -> RunConfig:
+    """The run that `raw` describes, written to a file and read."""
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(raw))
+    return configs.load(path, list(overrides))
+
+
+def validation_loss(model: Path, config: RunConfig, client: str) -> float:
+    """Of the finished model in this folder on a client's validation data."""
+    tokenizer = load_tokenizer(model)
+    rows = [render(row, tokenizer, 512) for row in client_data(config)[client].validation]
+    return score(load_model(model, torch.float32), rows, 8, "fp32").loss

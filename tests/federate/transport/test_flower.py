@@ -18,11 +18,12 @@ from rich.console import Console
 from legolm import config as configs
 from legolm import pipeline
 from legolm.config import RunConfig
+from legolm.errors import LegolmError
 from legolm.federate import wire
 from legolm.federate.client import ClientRuntime, simulated
 from legolm.federate.transport import Exchange, Reply, Request
 from legolm.federate.transport.engine import Body
-from legolm.federate.transport.flower import _exchange
+from legolm.federate.transport.flower import _exchange, _start_ray
 from legolm.runs import RunDir
 from legolm.system import Progress
 
@@ -165,3 +166,28 @@ def test_a_run_goes_on_and_names_them(three_clients: Callable[..., dict[str, Any
     last = summary.history[-1]
     assert last.accepted == ["fr", "de"] and last.refused[0].client == "es"
     assert last.refused[0].reason == " [2J" + "x" * 296
+
+
+class Busy:
+    """In Ray's place on a machine that is too busy for it, at first."""
+
+    def __init__(self, fails: int) -> None:
+        self.left, self.ended = fails, 0
+
+    def init(self, **_: object) -> None:
+        if self.left:
+            self.left -= 1
+            raise Exception("The current node timed out during startup. This could happen")  # Ray's own words and class
+
+    def shutdown(self) -> None:
+        self.ended += 1
+
+
+def test_ray_that_is_slow_to_start_is_started_again_and_then_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    once, twice = Busy(1), Busy(2)
+    monkeypatch.setattr("legolm.federate.transport.flower.ray", once)
+    _start_ray(2, "folder", "paths")
+    assert (once.left, once.ended) == (0, 1)
+    monkeypatch.setattr("legolm.federate.transport.flower.ray", twice)
+    with pytest.raises(LegolmError, match=r"Ray did not start \(The current node timed out .*\); run the same command"):
+        _start_ray(2, "folder", "paths")

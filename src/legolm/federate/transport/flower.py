@@ -29,7 +29,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from legolm.config import RunConfig
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, brief
 from legolm.federate.client import flower_app
 from legolm.federate.transport.engine import Body, Reply, Request, forgetting, late
 from legolm.runs import RunDir
@@ -121,6 +121,24 @@ def _ray(cores: int) -> Iterator[None]:
         handler = signal.getsignal(signal.SIGTERM)
         paths = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
         try:
+            _start_ray(cores, folder, paths)
+            # Ray put its own there, which ends the process without a word.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
+            yield
+        except SystemExit:  # by that one, while Ray started
+            raise KeyboardInterrupt from None
+        finally:
+            ray.shutdown()
+
+
+def _start_ray(cores: int, folder: str, paths: str) -> None:
+    """Start Ray, which waits for itself for half a minute only, less than a cold and busy machine may take.
+
+    Raises `LegolmError` where it does not start, twice.
+    """
+    for last in (False, True):
+        try:
             # Ray would start an actor for each core it finds and take a third of the memory for its store.
             ray.init(
                 num_cpus=cores,
@@ -133,14 +151,14 @@ def _ray(cores: int) -> Iterator[None]:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=folder,
             )
-            # Ray put its own there, which ends the process without a word.
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)
-            yield
-        except SystemExit:  # by that one, while Ray started
-            raise KeyboardInterrupt from None
-        finally:
+            return
+        except Exception as error:  # of the node's timeout Ray has no class of its own
             ray.shutdown()
+            if last:
+                raise LegolmError(
+                    f"federation.engine flower: Ray did not start ({brief(error)}); run the same command with "
+                    "--resume when the machine is less busy, or set federation.engine to local"
+                ) from None
 
 
 def _exchange(
