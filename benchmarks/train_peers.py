@@ -13,13 +13,14 @@ import torch
 
 from legolm.data import Tokens
 from legolm.finetune import Task, fit
+from legolm.models import pack
 
 Began = Callable[[int, int], None]
 """Called when a step begins, with its tokens (padding not counted) and those of them that are learned."""
 
 
-def ours(task: Task, began: Began) -> dict[str, float]:
-    """Metrics of a `fit` of the task."""
+def ours(task: Task, began: Began, read: Callable[[int], None] = lambda _tokens: None) -> dict[str, float]:
+    """Metrics of a `fit` of the task. `read` is called with the tokens that the model reads of what `began` named."""
     import legolm.finetune.loop as loop
 
     backward = loop._backward
@@ -28,7 +29,12 @@ def ours(task: Task, began: Began) -> dict[str, float]:
         began(sum(len(row.ids) for row in batch), sum(len(row.ids) - row.answer for row in batch))
         return backward(model, head, batch, size)
 
-    with patch.object(loop, "_backward", counted):
+    def packed(*args: Any) -> Any:
+        packing = pack(*args)
+        read(packing.ids.numel())
+        return packing
+
+    with patch.object(loop, "_backward", counted), patch.object(loop, "pack", packed):
         return fit(task)[1]
 
 

@@ -4,8 +4,9 @@
 
 Without `--data`: the starter data. Each variant trains on the same examples, 8 a step, in a process of its own with
 one thread; variants take turns, the median of the repeats counts. Speed is non-padding tokens per CPU second after the
-first step of the same training, which takes new memory. Work is counted as 4 N per token for the N weights of the
-frozen decoder (forward, and backward to activations only) and 4 times the head's per answer token;
+first step of the same training, which takes new memory. `ours` reads what all prompts of a batch begin with once, and
+`ours-apart` in each row. Work is counted as 4 N per token that is read for the N weights of the frozen decoder
+(forward, and backward to activations only) and 4 times the head's per answer token;
 `fraction_of_matmul_peak` divides it by the speed of the best of some bare products, in bf16 or fp32, measured in the
 same process before and after.
 
@@ -25,13 +26,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 BATCH, RANK, LEARNING_RATE, MAX_LENGTH, PACKED = 8, 8, 1e-3, 512, 1024
-OURS = ("ours", "ours-fp32", "ours-block", "ours-checkpointing")
+OURS = ("ours", "ours-apart", "ours-fp32", "ours-block", "ours-checkpointing")
 OTHERS = ("trl-fp32", "trl-bf16", "trl-bf16-packed", "trl-bf16-checkpointing", "hf-fp32", "hf-bf16")
 
 
@@ -55,6 +58,7 @@ def examples(options: argparse.Namespace) -> list[Any]:
 def ours(variant: str, rows: list[Any], options: argparse.Namespace) -> dict[str, float]:
     import torch
 
+    import legolm.finetune.loop as loop
     import train_peers
     from legolm.adapter import init_factors, slice_factors
     from legolm.block import Coverage, read_block
@@ -72,12 +76,12 @@ def ours(variant: str, rows: list[Any], options: argparse.Namespace) -> dict[str
     )
     clock = Clock()
     peak = matmul_peak(torch)
-    metrics = train_peers.ours(
-        Task(model, coverage, start, 2.0, rows, config, precision, options.steps + 1, 0), clock.began
-    )
+    task = Task(model, coverage, start, 2.0, rows, config, precision, options.steps + 1, 0)
+    with patch.object(loop, "shared_prompt", lambda *_: 0) if variant == "ours-apart" else nullcontext():
+        metrics = train_peers.ours(task, clock.began, clock.read)
     cpu = clock.seconds()
     head = model.get_output_embeddings().weight.numel()
-    work = 4 * (coverage.kept_weights * clock.tokens + head * clock.answers)
+    work = 4 * (coverage.kept_weights * clock.tokens_read + head * clock.answers)
     peak = (peak + matmul_peak(torch)) / 2
     return {
         "tokens_per_cpu_s": clock.tokens / cpu,
@@ -92,7 +96,7 @@ class Clock:
     """CPU seconds and tokens from the second step on: the first takes new memory."""
 
     def __init__(self) -> None:
-        self.tokens = self.answers = 0
+        self.tokens = self.answers = self.tokens_read = 0
         self._steps, self._began = 0, 0.0
 
     def began(self, tokens: int, answers: int) -> None:
@@ -103,6 +107,11 @@ class Clock:
         if self._steps >= 2:
             self.tokens += tokens
             self.answers += answers
+
+    def read(self, tokens: int) -> None:
+        """The model reads so many tokens of the step that began."""
+        if self._steps >= 2:
+            self.tokens_read += tokens
 
     def seconds(self) -> float:
         """Until now."""
@@ -224,6 +233,7 @@ def main() -> None:
                 "tokens_per_cpu_s": speed,
                 "ratio_vs_trl_fp32": ratio("ours", "trl-fp32", speed),
                 "ratio_vs_trl_bf16": ratio("ours", "trl-bf16", speed),
+                "ratio_vs_apart": ratio("ours", "ours-apart", speed),
                 "ratio_block_vs_llm": ratio("ours-block", "ours", speed),
                 "fraction_of_matmul_peak": middle("fraction_of_matmul_peak").get("ours"),
                 "matmul_peak_gflops": middle("matmul_peak_gflops").get("ours"),

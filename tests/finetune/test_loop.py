@@ -57,18 +57,34 @@ def test_what_saves_memory_changes_nothing(settings: dict, model: Any) -> None:
 
 @pytest.mark.parametrize("size", [1, 9, 17])
 def test_the_gradient_of_a_split_batch_is_that_of_the_whole(size: int, model: Any) -> None:
-    coverage, batch = Coverage.full(shape_of(model.config)), EXAMPLES[:5]
-    start = {key: 0.1 * torch.ones_like(one) for key, one in init_factors(coverage.shape, None, 4, seed=1).items()}
-
-    def gradient(size: int) -> tuple[float, Tensors]:
-        with lora(model, coverage, start, 2.0) as parameters, lean(model, "fp32"):
-            mean = _backward(model, Head.of(model, "fp32"), batch, size).mean
-            return mean, {key: one.grad.clone() for key, one in parameters.items() if one.grad is not None}
-
-    (whole, wanted), (split, found) = gradient(1000), gradient(size)
+    (whole, wanted), (split, found) = gradient(model, EXAMPLES[:5], 1000), gradient(model, EXAMPLES[:5], size)
     assert split == pytest.approx(whole, rel=1e-6)
-    assert len(found) == len(start)
     assert difference(found, wanted) < 1e-5
+
+
+def test_what_all_prompts_of_a_batch_begin_with_is_read_once(model: Any) -> None:
+    begin = range(100, 106)
+    batch = [Tokens((*begin, *one.ids), one.answer + 6) for one in EXAMPLES[:5]]
+    read: list[int] = []
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda _module, given, _out: read.append(given[0].numel())
+    )
+    (whole, found), (apart, wanted) = gradient(model, batch, 1000), gradient(model, batch, 1)
+    handle.remove()
+    rows = sum(len(one.ids) for one in batch)
+    assert read[0] == rows - 4 * 7  # token 10, which all rows have, predicts nothing
+    assert sum(read[1:]) == rows
+    assert whole == pytest.approx(apart, rel=1e-6)
+    assert difference(found, wanted) < 1e-5
+
+
+def gradient(model: Any, batch: list[Tokens], size: int) -> tuple[float, Tensors]:
+    """Mean loss of a batch and the gradient of each factor, in micro-batches of `size` tokens."""
+    coverage = Coverage.full(shape_of(model.config))
+    start = {key: 0.1 * torch.ones_like(one) for key, one in init_factors(coverage.shape, None, 4, seed=1).items()}
+    with lora(model, coverage, start, 2.0) as parameters, lean(model, "fp32"):
+        mean = _backward(model, Head.of(model, "fp32"), batch, size).mean
+        return mean, {key: one.grad.clone() for key, one in parameters.items() if one.grad is not None}
 
 
 def test_micro_batches_by_hand() -> None:

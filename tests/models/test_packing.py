@@ -18,7 +18,18 @@ from transformers import AutoModelForCausalLM
 from legolm.data import Tokens
 from legolm.evaluation.answers import score_each
 from legolm.finetune import LoraLinear
-from legolm.models import Head, answer_losses, divergences, hidden_states, lean, load_model, pack, packing
+from legolm.models import (
+    Head,
+    answer_losses,
+    decoder_layers,
+    divergences,
+    hidden_states,
+    lean,
+    load_model,
+    pack,
+    packing,
+    shared_prompt,
+)
 from legolm.models.norm import RmsNorm
 
 CPU = torch.device("cpu")
@@ -72,13 +83,30 @@ def test_the_fused_attention_of_a_gpu_is_the_cpus(
         found.append([out, *(side.grad for side in given_sides)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-    shared = pack(examples, CPU, shared=2)
-    sides = [side[:, : shared.ids.shape[1]] for side in sides]
-    own, fused = (
-        attention(*sides, shared, 0.3, window)
-        for attention in (packing._PackedAttention.apply, packing._fused_attention)
-    )
-    torch.testing.assert_close(own, fused, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("attention", [packing._PackedAttention.apply, packing._fused_attention])
+def test_what_all_begin_with_gets_the_gradient_of_all(window: int | None, attention: Any) -> None:
+    """Once in the pack, or in each example: the same output, and of what is shared the sum of all gradients."""
+    examples = some(9, 12, 12, 3, 11, 4, 10)
+    apart, once = pack(examples, CPU), pack(examples, CPU, shared=2)
+    places = torch.tensor([place for place, at in enumerate(apart.positions[0].tolist()) if at >= 2 or place < 2])
+    assert len(places) == once.ids.shape[1] == 61 - 6 * 2
+    first = torch.tensor([at if at < 2 else -1 for at in apart.positions[0].tolist()])
+    spread = torch.where(first < 0, torch.searchsorted(places, torch.arange(61)), first)  # each token's place in `once`
+    draw = torch.Generator().manual_seed(0)
+    sides = [torch.randn(heads, 49, 8, generator=draw, dtype=torch.float64) for heads in (6, 2, 2)]
+    wanted = torch.randn(6, 49, 8, generator=draw, dtype=torch.float64)
+    found = []
+    for packed, order in ((once, torch.arange(49)), (apart, spread)):
+        given_sides = [side.clone().requires_grad_() for side in sides]
+        out = attention(*(side[:, order] for side in given_sides), packed, 0.3, window)
+        out = out if packed is once else out[:, places]
+        out.backward(wanted)
+        found.append([out, *(side.grad for side in given_sides)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 LONG_FACTORS = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 128}
@@ -130,6 +158,30 @@ def test_gradients_are_those_of_one_by_one(tiny: Callable[[str], Path]) -> None:
         states = model.model(ids[None]).last_hidden_state[0, example.answer - 1 : -1]
         cross_entropy(states @ tied.T, ids[example.answer :], reduction="sum").backward()
     torch.testing.assert_close(found, weight.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gpt_neox", "opt-350m"])
+def test_a_shared_prompt_has_the_gradients_of_one_by_one(family: str, tiny: Callable[[str], Path]) -> None:
+    """Softcapped attention (gemma2) reads it in each example."""
+    model = load_model(tiny(family))
+    begin = (5, 6, 7, 8)
+    examples = [Tokens((*begin, *row.ids), row.answer + 4) for row in some(9, 3, 8, 8)]
+    assert shared_prompt(model, examples) == (0 if family == "gemma2" else 4)
+    found = []
+    for batches in ([examples], [[example] for example in examples]):
+        factor = torch.zeros(8, model.config.hidden_size, requires_grad=True)
+        with lean(model, "fp32"):
+            for batch in batches:
+                handle = decoder_layers(model)[0].register_forward_pre_hook(
+                    lambda _module, given, factor=factor: (given[0] + 0.1 * given[0] @ (factor.T @ factor), *given[1:])
+                )
+                factor.data.copy_(torch.linspace(-1, 1, factor.numel()).view_as(factor))
+                packed = pack(batch, CPU, shared_prompt(model, batch))
+                states = hidden_states(model, packed)[packed.predict]
+                answer_losses(states, Head.of(model, "fp32"), packed.labels).sum().backward()
+                handle.remove()
+        found.append(factor.grad)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
 def test_nothing_leaks_between_examples(tiny: Callable[[str], Path]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from legolm.config import Precision
 from legolm.data import Tokens
 from legolm.evaluation.figure import Array, ratio_figure
-from legolm.models import LONG, Head, autocast, hidden_states, judged, lean, pack, scales_by_length
+from legolm.models import Head, autocast, hidden_states, judged, lean, pack, shared_prompt
 from legolm.runs import Score
 
 
@@ -58,21 +57,12 @@ def score_each(model: Any, examples: Sequence[Tokens], batch_size: int, precisio
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             batch = [examples[place] for place in places]
-            packing = pack(batch, model.device, _shared(model, batch))
+            packing = pack(batch, model.device, shared_prompt(model, batch))
             each, right = judged(hidden_states(model, packing)[packing.predict], head, packing.labels)
             owners = places[packing.owner.cpu().numpy()]
             np.add.at(losses, owners, each.cpu().double().numpy())
             np.minimum.at(exact, owners, right.cpu().double().numpy())
     return Answers(losses, np.array([len(one.ids) - one.answer for one in examples], dtype=np.float64), exact)
-
-
-def _shared(model: Any, batch: Sequence[Tokens]) -> int:
-    """Tokens that all prompts begin with, a system message say, which the model is to read once; 0 where it cannot."""
-    capped = getattr(model.config, "attn_logit_softcapping", None)
-    if len(batch) == 1 or capped or scales_by_length(model) or max(len(one.ids) for one in batch) > LONG:
-        return 0
-    prompts = [one.ids[: one.answer - 1] for one in batch]  # the last token of each predicts
-    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
 
 
 def score(model: Any, examples: Sequence[Tokens], batch_size: int, precision: Precision) -> Score:

@@ -21,7 +21,7 @@ from legolm.errors import LegolmError
 from legolm.finetune.lora import lora
 from legolm.finetune.per_example import Private, apart
 from legolm.finetune.task import Task, like_adam, trainer
-from legolm.models import Head, answer_losses, hidden_states, lean, pack
+from legolm.models import Head, answer_losses, hidden_states, lean, pack, shared_prompt
 from legolm.system import keep_freed_memory
 
 WINDOW = 8
@@ -182,7 +182,8 @@ def _backward(model: Any, head: Head, batch: Sequence[Tokens], size: int) -> _Lo
     count = sum(len(example.ids) - example.answer for example in batch)
     total, broken = 0.0, []
     for places in _micro_batches([len(example.ids) for example in batch], size):
-        packing = pack([batch[place] for place in places], model.device)
+        some = [batch[place] for place in places]
+        packing = pack(some, model.device, shared_prompt(model, some))
         losses = answer_losses(hidden_states(model, packing)[packing.predict], head, packing.labels)
         (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
         total += float(losses.detach().cpu().double().sum())  # MPS has no float64

@@ -25,7 +25,7 @@ from legolm.models.load import (
     save_model,
     side_files,
 )
-from legolm.models.packing import LONG, pack
+from legolm.models.packing import LONG, pack, shared_prompt
 from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of, product_speed
 from legolm.models.rotary import scales_by_length
 from legolm.models.rounding import rounded
@@ -81,6 +81,7 @@ __all__ = [
     "save_model",
     "scales_by_length",
     "shape_of",
+    "shared_prompt",
     "side_files",
     "tell",
     "weight_files",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from legolm.data import Tokens
+from legolm.models.rotary import scales_by_length
 
 ATTENTION = "legolm_packed"
 """Name of the attention below in transformers' `AttentionInterface`."""
@@ -32,13 +34,14 @@ class Bucket:
 
     `rows` (count · length, int64) says which token of the pack stands where, `real` and `padding` which of these
     places are an example's own and which are behind it, or shared; all None where the examples are equally long and
-    share nothing.
+    share nothing. The pack's first `shared` tokens are the first of all examples, and the longest example's own.
     """
 
     start: int
     stop: int
     count: int
     length: int
+    shared: int = 0
     rows: Tensor | None = None
     real: Tensor | None = None
     padding: Tensor | None = None
@@ -66,6 +69,13 @@ class Bucket:
             apart = apart.flatten(1, 2).index_select(1, self.real)
         packed[:, self.start : self.stop] = apart.reshape(heads, self.stop - self.start, size)
 
+    def add_shared(self, taken: Tensor, packed: Tensor) -> None:
+        """Add to the pack's shared tokens, which `put` gave the longest example's gradient, that of all others."""
+        if self.shared:
+            heads, _, size = packed.shape
+            apart = taken.reshape(self.count, heads, self.length, size)[0 if self.start else 1 :]
+            packed[:, : self.shared] += apart[:, :, : self.shared].sum(0)
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -87,8 +97,8 @@ class Pack:
 def pack(examples: Sequence[Tokens], device: torch.device, shared: int = 0) -> Pack:
     """Put examples in one row.
 
-    The first `shared` tokens, the same in all and before any that predicts, stand there once, in the longest example;
-    all look at them there. That has no gradient, and takes examples of at most `LONG` tokens.
+    The first `shared` tokens, the same in all and before any that predicts (`shared_prompt`), stand there once, in the
+    longest example; all look at them there, and their gradient is the sum of what all ask of them.
     """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
     ids: list[int] = []
@@ -120,6 +130,15 @@ def pack(examples: Sequence[Tokens], device: torch.device, shared: int = 0) -> P
     )
 
 
+def shared_prompt(model: Any, batch: Sequence[Tokens]) -> int:
+    """Tokens that all prompts begin with, a system message say, which the model is to read once; 0 where it cannot."""
+    capped = getattr(model.config, "attn_logit_softcapping", None)
+    if len(batch) == 1 or capped or scales_by_length(model) or max(len(one.ids) for one in batch) > LONG:
+        return 0
+    prompts = [one.ids[: one.answer - 1] for one in batch]  # the last token of each predicts
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
+
+
 def _buckets(lengths: Sequence[int], device: torch.device, shared: int) -> list[Bucket]:
     """Cut a descending row of lengths where they fall below `SIMILAR` of the longest."""
     found: list[Bucket] = []
@@ -141,7 +160,7 @@ def _buckets(lengths: Sequence[int], device: torch.device, shared: int) -> list[
             rows = torch.where(offset < left_out, offset, ends - size + offset.minimum(size - 1))
             inside = (offset < size) & (offset >= left_out)
             places = (rows.flatten(), inside.flatten().nonzero()[:, 0], (~inside).flatten().nonzero()[:, 0])
-            found.append(Bucket(start, stop, len(own), longest, *(place.to(device) for place in places)))
+            found.append(Bucket(start, stop, len(own), longest, shared, *(place.to(device) for place in places)))
         start = stop
     return found
 
@@ -227,8 +246,12 @@ class _PackedAttention(torch.autograd.Function):
             g = bucket.take(grad, groups, blank=True)
             scores = torch._softmax_backward_data(g @ v.transpose(1, 2), weights, -1, weights.dtype)
             bucket.put((scores @ k).mul_(ctx.scaling), dq)
-            bucket.put((scores.transpose(1, 2) @ q).mul_(ctx.scaling), dk)
-            bucket.put(weights.transpose(1, 2) @ g, dv)
+            for part, packed in (
+                ((scores.transpose(1, 2) @ q).mul_(ctx.scaling), dk),
+                (weights.transpose(1, 2) @ g, dv),
+            ):
+                bucket.put(part, packed)
+                bucket.add_shared(part, packed)
         return dq, dk, dv, None, None, None
 
 
@@ -260,7 +283,10 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _together(ctx.packing, ctx.shape[1], grads), None
+        packed = _together(ctx.packing, ctx.shape[1], grads)
+        for bucket, part in zip(ctx.packing.buckets, grads, strict=True):
+            bucket.add_shared(part, packed)
+        return packed, None
 
 
 class _Together(torch.autograd.Function):
