@@ -42,7 +42,8 @@ LEGEND = (
     "Losses: nats per answer token on test data, of the LLM, and of the clients' blocks on their own and others' data, "
     "each after the round beside it (the LLM's best, the blocks' best; trained alone: 0, no round); exact %: answers "
     "right to the letter. valid.: losses on validation data, the LLM's on all, blocks' on their own. MB: a client and "
-    "round. Tokens, TFLOP: training of all clients. Memory: MB that training needs, mean of those who train."
+    "round. Tokens, TFLOP: training of all clients, each row read by itself. Memory: MB that training needs, mean of "
+    "those who train."
 )
 Runs = Sequence[CompareRow]
 """One variant's, a seed each."""

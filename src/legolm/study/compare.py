@@ -206,7 +206,7 @@ def plans(path: Path, changes: Sequence[str] = (), seeds: int = 1) -> dict[str, 
 def row(place: str, config: RunConfig, plan: Plan, summary: Summary, folder: Path) -> CompareRow:
     """A variant's figures, from its summary and what it recorded in `folder`, `place` below the comparison's.
 
-    Operations are `PlannedBlock.token_flops` for each token.
+    Operations are `PlannedBlock.token_flops` for each token, and those of prompts that rows share are in each of them.
     """
     alone = config.federation.mode == "alone"
     phase: Stage = "local" if alone else "global"
