@@ -67,10 +67,13 @@ class World:
         return self.folder / "base"
 
     def rows(self, count: int, longest: int) -> list[Tokens]:
-        """Random examples of about half a prompt, of eight tokens to `longest`, which comes once at least."""
+        """Random examples of about half a prompt, of eight tokens to `longest`, which comes once at least.
+
+        All begin alike, as conversations do in a template.
+        """
         draw = torch.Generator().manual_seed(0)
         lengths = [longest, *torch.randint(8, longest, (count - 1,), generator=draw).tolist()]
-        return [Tokens(tuple(torch.randint(1024, (n,), generator=draw).tolist()), n // 2) for n in lengths]
+        return [Tokens((5, 6, 7, *torch.randint(1024, (n - 3,), generator=draw).tolist()), n // 2) for n in lengths]
 
     def blocks(self, device: torch.device | None) -> dict[str, Block]:
         """One of each kind, cut on the device; where the product chooses to, without one."""
