@@ -29,7 +29,7 @@ class ProtectConfig(TextConfig):
     """Public text on which the LLM is to stay what it was: what it writes by itself, or one that is given."""
 
     text: str = Field("generated", description="`generated`: the LLM writes it; else as of `calibration`")
-    weight: float = Field(0.1, gt=0, description="λ, for as many tokens of it as the clients summed")
+    weight: float = Field(0.5, gt=0, description="λ, for as many tokens of it as the clients summed")
 
     @property
     def generated(self) -> bool:

@@ -8,8 +8,9 @@ gave it:
 
 with m_i the units that client i holds, C_i and P the second moments of what the layer reads on its and on public text:
 RegMean (Jin et al., arXiv 2212.09849) of models that hold parts, with its smaller correlations, for a client's text
-shows few directions. Public text is of one more who holds nothing. With ΔW = B A only A changes, so that the rank
-stays. Nothing is trained, and no client does anything.
+shows few directions. Public text is of one more who holds nothing, except in the matrices that feed neurons (gate, up):
+to keep these off it costs several times as much of what was learned as in all others (docs/aggregation.md). With
+ΔW = B A only A changes, so that the rank stays. Nothing is trained, and no client does anything.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ def fit(
                 sums[name] = sums[name].add_(part) if name in sums else part
         del own
     for name, moments, weight in public:
-        summed[name].add_(_shrunk(moments), alpha=weight * tokens / moments.tokens)
-        changed.add(name)
+        if "neuron" not in shape.module(name.split(".", 2)[2]).rows:
+            summed[name].add_(_shrunk(moments), alpha=weight * tokens / moments.tokens)
+            changed.add(name)
     found: Tensors = {}
     with progress.stage("fit what the LLM takes", len(changed)) as advance:
         for name in sorted(changed):
