@@ -6,7 +6,7 @@
     legolm compare examples/compare/flan_warm.yaml --seeds 3 --no-models --out RUNS/warm
         --set aggregate.start=RUNS/public
     legolm compare examples/paper/compare.yaml --no-models --out RUNS/paper
-    legolm ablate RUN                             # RUN: heteagg_near's of RUNS/flan, else of RUNS/languages
+    legolm ablate RUN                             # RUN: RUNS/languages' heteagg_masks, else heteagg_near
     legolm run RUN/config.yaml --out RUN --resume # its final models
     legolm eval starter RUN/final/llm --text TEST.txt --out RUNS/robustness.json    # TEST.txt: WikiText-2's
     legolm eval starter RUN/final/llm --data SENTENCES.jsonl --rouge --out RUNS/sentences.json

@@ -37,10 +37,10 @@ from legolm.runs import (
 from legolm.system import atomic_write, read_json
 
 DEFAULT, PLAIN, PERSONAL = "heteagg_near", "heteagg_frozen_side", "heteagg_personal"
-LOCAL, FEDIT = "local", "fedit_everyone"
-BENCHES = {"flan": DEFAULT, "warm": "heteagg_factor_warm", "languages": DEFAULT, "paper": "sparsegpt-heterogeneous"}
+LOCAL, FEDIT, MASKS = "local", "fedit_everyone", "heteagg_masks"
+BENCHES = {"flan": DEFAULT, "warm": "heteagg_factor_warm", "languages": MASKS, "paper": "sparsegpt-heterogeneous"}
 """Each study's folder below RUNS, and the variant whose clients, data and settings stand for all."""
-WHOLE = {DEFAULT, PLAIN, PERSONAL, LOCAL, "alone", BENCHES["paper"], "wanda-heterogeneous"}
+WHOLE = {DEFAULT, MASKS, PLAIN, PERSONAL, LOCAL, "alone", BENCHES["paper"], "wanda-heterogeneous"}
 """Variants of which tables and plots show clients one by one."""
 PLACES = ("*/summary.json", "rates/*/*/summary.json", "seeds/*/*/summary.json")
 FEW = 10

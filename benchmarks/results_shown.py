@@ -13,10 +13,10 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from legolm.runs import Data, Stage
-from results_read import BENCHES, DEFAULT, FEDIT, PLAIN, Evaluation, Run
+from results_read import BENCHES, DEFAULT, FEDIT, MASKS, PLAIN, Evaluation, Run
 from results_study import UNABLE, Stat, Study, personal_ratios
 
-SHOWN = ("centralized", FEDIT, "fedit-heterogeneous", DEFAULT, BENCHES["paper"], "fedit_capable")
+SHOWN = ("centralized", FEDIT, "fedit-heterogeneous", MASKS, DEFAULT, BENCHES["paper"], "fedit_capable")
 """Of the tables by task."""
 
 

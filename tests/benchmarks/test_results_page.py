@@ -170,6 +170,16 @@ def test_claims_hold_as_their_figures_say(modules: Modules, by_hand: Any) -> Non
     assert first.shown() == "1.050 / 1.100 = 0.95 (-0.050 ± 0.050; seeds 0, 2): yes, within the error"
 
 
+def test_masked_blocks_have_no_steps_for_free(modules: Modules, by_hand: Any) -> None:
+    """At equal client seconds FedIT has fewer steps beside narrow blocks, and as many beside masked ones."""
+    claim, runs = "and at equal client seconds", by_hand.runs
+    fewer = {seed: run.model_copy(update={"llm": runs["local"][0].llm}) for seed, run in runs["fedit_everyone"].items()}
+    runs["fedit_seconds"] = fewer
+    assert modules["results_study"].claims(by_hand, None)[claim].found.startswith("1.100 / 3.000")
+    by_hand.default, runs["heteagg_masks"] = "heteagg_masks", runs["heteagg_near"]
+    assert modules["results_study"].claims(by_hand, None)[claim].found.startswith("1.100 / 1.100")
+
+
 def test_a_variant_with_a_seed_of_its_own_keeps_its_labels(modules: Modules, by_hand: Any) -> None:
     """Its data are another seed's, which the default has not; 1.1 - 0.5 on the task with labels."""
     runs = by_hand.runs["fedit_everyone"]
