@@ -84,7 +84,9 @@ def gradient(model: Any, batch: list[Tokens], size: int) -> tuple[float, Tensors
     start = {key: 0.1 * torch.ones_like(one) for key, one in init_factors(coverage.shape, None, 4, seed=1).items()}
     with lora(model, coverage, start, 2.0) as parameters, lean(model, "fp32"):
         mean = _backward(model, Head.of(model, "fp32"), batch, size).mean
-        return mean, {key: one.grad.clone() for key, one in parameters.items() if one.grad is not None}
+        found = {key: one.grad.clone() for key, one in parameters.items() if one.grad is not None}
+    assert len(found) == len(start)
+    return mean, found
 
 
 def test_micro_batches_by_hand() -> None:
