@@ -67,9 +67,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def imports_stay() -> None:
-    """Runs collect garbage whenever they change models: all that is imported need not be looked at each time."""
+    """Runs collect garbage whenever they change models: all that was imported need not be looked at each time.
+
+    Before each test, for much is imported when it is first used.
+    """
     gc.collect()
     gc.freeze()
 

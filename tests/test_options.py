@@ -117,7 +117,11 @@ PARAMETERS: dict[str, dict[str, Options]] = {
     "codec": {name: {"federation.codec": name} for name in ("none", "bf16", "int8")},
     "feedback": {"on": {}, "off": {"federation.error_feedback": False}},
     "personal": {"0": {}, "1": {"federation.personal_steps": 1}},
-    "ends": {name: {"federation.personal": name} for name in ("last", "mixture", "by_input")},
+    "ends": {
+        "last": {},
+        "mixture": {"federation.personal": "mixture"},
+        "by_input": {"federation.personal": "by_input", "federation.public": "SERVER"},
+    },
     "fraction": {"1": {}, "0.5": {"federation.fraction": 0.5}},
     "buffer": {"-": {}, "1": {"federation.buffer": 1}},
     "updates": {"gone": {}, "kept": {"federation.keep_updates": True}},

@@ -11,7 +11,6 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -221,8 +220,7 @@ def unpack_mask(bits: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _check_index(name: str, kept: tuple[int, ...], size: int) -> None:
-    ascending = all(a < b for a, b in pairwise(kept))
-    if not kept or not ascending or kept[0] < 0 or kept[-1] >= size:
+    if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= size:
         raise LegolmError(f"coverage: {name} must be ascending indices from 0 to {size - 1}, at least one")
 
 

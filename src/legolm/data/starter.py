@@ -15,6 +15,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeGuard
 
 from legolm.data.examples import Example, Message
@@ -68,6 +69,7 @@ def starter_parts(name: str, seed: int) -> dict[str, ClientData]:
     return {part: _split(found.part(part), f"{seed} {part}") for part in found.parts}
 
 
+@cache
 def public_starter_text(name: str) -> tuple[Example, ...]:
     """Training questions in languages that no client has: public text to calibrate on and to distill with."""
     return tuple(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import nn
@@ -129,12 +130,12 @@ class Shape:
     def __post_init__(self) -> None:
         known_family(self.family)
 
-    @property
+    @cached_property
     def entry(self) -> Family:
         """Where its linear layers are."""
         return known_family(self.family)
 
-    @property
+    @cached_property
     def modules(self) -> Mapping[str, Module]:
         """The linear layers of a decoder layer, in the family's order."""
         return self.entry.modules

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,15 @@ def convert(
     where: dict[str, Any] = {"gguf_file": gguf.name}
     try:
         reader = GGUFReader(gguf)
-        with _parsed(reader):
+        with _once(reader):
             config = AutoConfig.from_pretrained(gguf.parent, **where)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        architecture = read_field(reader, "general.architecture")[0]
-        scaling = set(read_field(reader, f"{architecture}.rope.scaling.type"))
-        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-        places = get_gguf_hf_weights_map(model, processor)
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            architecture = read_field(reader, "general.architecture")[0]
+            scaling = set(read_field(reader, f"{architecture}.rope.scaling.type"))
+            processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+            places = get_gguf_hf_weights_map(model, processor)
     except Exception as error:  # transformers and gguf raise a dozen kinds
         raise LegolmError(
             f"model: {gguf}: transformers cannot read it ({brief(error)}); take the model's safetensors from the hub"
@@ -89,16 +90,17 @@ def convert(
 
 
 @contextmanager
-def _parsed(reader: Any) -> Iterator[None]:
-    """Let transformers have the file as it is parsed: it would parse every token again for the config, and again."""
+def _once(reader: Any) -> Iterator[None]:
+    """Let transformers have the file as it is parsed: it would parse every token again for the config, and again; and
+    let it make the table of names once, not for each part of the model."""
     import gguf
 
-    real = gguf.GGUFReader
-    gguf.GGUFReader = lambda *_: reader
+    real = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = lambda *_: reader, cache(gguf.get_tensor_name_map)
     try:
         yield
     finally:
-        gguf.GGUFReader = real
+        gguf.GGUFReader, gguf.get_tensor_name_map = real
 
 
 def _rope(gguf: Path, config: Any, factors: Tensor) -> Mapping[str, Any]:

@@ -30,15 +30,17 @@ class Trainees:
     def __call__(self, client: ClientConfig, block: str) -> Trainee:
         """The client's part of a block."""
         trains = check_layers(client, self._config, self._coverages[block]) if client.layers else self._coverages[block]
-        rank = client.rank or self._config.lora.rank
+        return self._once(block, trains, client.rank or self._config.lora.rank)
+
+    def of(self, block: str) -> Trainee:
+        """A block by itself, all of it trained."""
+        return self._once(block, self._coverages[block], self._config.lora.rank)
+
+    def _once(self, block: str, trains: Coverage, rank: int) -> Trainee:
         key = block, trains.layers, rank
         if key not in self._made:
             self._made[key] = self._of(self._coverages[block], trains, rank, block in self._masked)
         return self._made[key]
-
-    def of(self, block: str) -> Trainee:
-        """A block by itself, all of it trained."""
-        return self._of(self._coverages[block], self._coverages[block], self._config.lora.rank, block in self._masked)
 
     @property
     def whole(self) -> Trainee:
