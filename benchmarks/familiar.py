@@ -1,7 +1,7 @@
 """Whether a client's questions are told from others' by their tokens: `python benchmarks/familiar.py`, some minutes.
 
 `data.Familiar` on test questions: what part of its own each client knows, and of the others' sends away, where so many
-of its own may go to the global update, and where none should. In the folder that holds the data
+of its own may go to the global update, and where one in a thousand may. In the folder that holds the data
 (`examples/flan/mixed.yaml`) with FLAN, else without. The last line is one JSON object.
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
             if isinstance(given, Path)
             else configs.validate(RunConfig, given | {"federation": given["federation"] | {"public": public}}, name)
         )
-        for let_go in (AWAY, 0.0):
+        for let_go in (AWAY, 0.001):
             rows.append({"bench": name, "public": public, "let_go": let_go, **told(config, let_go)})
             print(json.dumps(rows[-1]), flush=True)
     print(json.dumps({"machine": machine(), "rows": rows}))

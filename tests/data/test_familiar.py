@@ -43,8 +43,9 @@ def test_the_ratio_by_hand() -> None:
     # An answer's tokens have no say, nor has what neither has seen; what is there twice counts once.
     assert found.score(asked(1, 7, 1)) == pytest.approx(math.log(8))
     assert found.score(asked(1, 3, 3)) == pytest.approx(math.log(8 * 2 * 4 * 4 * 4))
-    # By the other one alone 1 is in all, 2 and 3 in none: 8 x (1/8) / (2/4) for the first, 8 x (1/8) / (1/4) else.
-    assert found.least == pytest.approx(math.log(2))
+    # By the other one alone 1 is in all, 2 and 3 in none: 8 x (1/8) / (2/4) for the first, 8 x (1/8) / (1/4) else. Of
+    # two rows 2 % is a 25th of one: below ln 2 by the twentieth of (ln 4 - ln 2) for each half.
+    assert found.least == pytest.approx(math.log(2) * (1 - math.log2(25) / 20))
     assert found.knows(asked(1, 7)) and not found.knows(asked(5, 2)) and not found.knows(asked(1, 4))
 
 
@@ -62,10 +63,24 @@ def test_the_line_is_where_the_others_alone_would_draw_it(own: list[list[int]], 
     found = Familiar.of(rows, seen, away)
     first, _, third = quantiles(scores, n=4, method="inclusive")
     least, few = (sorted(scores)[math.floor(share * (len(rows) - 1))] for share in (away, 0.02))
+    if away < 1 / len(rows):
+        half = quantiles(scores, n=10, method="inclusive")[0] - quantiles(scores, n=20, method="inclusive")[0]
+        least -= half * math.log2(1 / (away * len(rows))) if away else math.inf
     line = max(least, min(few, first - 3 * (third - first)))
     assert found.least == pytest.approx(line)
     let_go = max(away * len(rows), sum(score < line for score in scores))
     assert sum(map(found.knows, rows)) >= len(rows) - let_go - 1
+
+
+def test_a_share_of_less_than_one_row_holds_for_rows_to_come() -> None:
+    """Of 100 rows the lowest is no line for one in a thousand: one in a hundred of those to come is below it."""
+    rng = random.Random(0)
+    public, let_go = Seen.of([asked(*(rng.randrange(30, 60) for _ in range(6))) for _ in range(100)]), []
+    for _ in range(20):
+        own = [asked(*(rng.choices(range(30), range(30, 0, -1), k=6))) for _ in range(1100)]
+        found = Familiar.of(own[:100], public, 0.001)
+        let_go.append(fmean(not found.knows(one) for one in own[100:]))
+    assert fmean(let_go) < 0.005
 
 
 def test_a_row_that_is_none_of_its_own_does_not_draw_the_line() -> None:

@@ -77,8 +77,8 @@ class Familiar:
         """By a client's training examples and the public ones.
 
         The line is drawn so that of the own ones, each scored by the others alone, it knows all but the share `away`
-        and, of a few, what is `FAR_OUT`. Raises `ValueError` for fewer than two own examples, and where there are no
-        public ones.
+        (of those to come, where that is less than one of these) and, of a few, what is `FAR_OUT`. Raises `ValueError`
+        for fewer than two own examples, and where there are no public ones.
         """
         if len(own) < 2 or not public.prompts:
             raise ValueError(f"{len(own)} own questions and {public.prompts} public ones are too few")
@@ -94,10 +94,7 @@ class Familiar:
             for id, count in zip(seen.grams.tolist(), seen.counts.tolist(), strict=True)
         }
         without = Familiar({id: gain + less.get(id, 0.0) for id, gain in gains.items()}, 0.0)
-        scores = [without.score(one) for one in own]
-        first, third = np.quantile(scores, [0.25, 0.75])
-        least, few = np.quantile(scores, [away, STRAY], method="lower")
-        return Familiar(gains, float(max(least, min(few, first - FAR_OUT * (third - first)))))
+        return Familiar(gains, _line([without.score(one) for one in own], away))
 
     def score(self, example: Tokens) -> float:
         """Log-likelihood ratio of its prompt, nats."""
@@ -127,6 +124,20 @@ class Familiar:
         if grams is None or gains is None or least is None or grams.shape != gains.shape or least.shape != (1,):
             raise ValueError("it is no record of what a client's own questions are")
         return Familiar(dict(zip(grams.tolist(), gains.tolist(), strict=True)), float(least))
+
+
+def _line(scores: Sequence[float], away: float) -> float:
+    """Below which the share `away` of what has these scores is.
+
+    One more has a chance of 1 / (n + 1) to be below all n of them. Where that is too much, the tail goes on as it is
+    within them, exponentially: as far down for half the share as from the tenth to the twentieth (Pickands,
+    "Statistical Inference Using Extreme Order Statistics", 1975).
+    """
+    first, third, tenth, twentieth = np.quantile(scores, [0.25, 0.75, 0.1, 0.05])
+    least, few = np.quantile(scores, [away, STRAY], method="lower")
+    if (part := away * len(scores)) < 1:
+        least = least + (tenth - twentieth) * math.log2(part) if part else -math.inf
+    return float(max(least, min(few, first - FAR_OUT * (third - first))))
 
 
 def _grams(example: Tokens) -> np.ndarray:
