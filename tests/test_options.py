@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import hashlib
 import json
 import math
@@ -294,8 +293,6 @@ def home(three_clients: Callable[..., Options], tmp_path_factory: pytest.TempPat
     raw["train"] = {"steps": 1, "batch_size": 2}
     pipeline.run(configs.validate(RunConfig, raw, "first"), folder / "first", store=folder / "store")
     raw["blocks"].append({"name": "given", "path": str(folder / "first" / "blocks" / "structured")})
-    gc.collect()
-    gc.freeze()
 
     def config(row: Row) -> tuple[RunConfig, Path]:
         own = copy.deepcopy(raw)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -193,3 +195,16 @@ def test_out_of_memory_halves_the_micro_batch() -> None:
         _with_less_memory(lambda size: torch.empty(1 << 60), 2, [])
     with pytest.raises(RuntimeError, match="shapes cannot"):
         _with_less_memory(lambda size: torch.ones(2, 3) @ torch.ones(2, 3), 2, [])
+
+
+def test_a_model_goes_with_its_last_user(variant: str, tiny: Callable[[str], Path]) -> None:
+    """For a client looks for no garbage when it changes models."""
+    model = load_model(tiny(variant))
+    gradient(model, [Tokens((3, 5, 7, 9), 2)] * 4, 8)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()

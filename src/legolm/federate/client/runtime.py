@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -221,8 +222,7 @@ class ClientRuntime:
     def _load(self, site: Site, request: TrainRequest | EvaluateRequest, precision: Precision) -> Block:
         """The site's block, its model in memory. Raises `LegolmError` when the request was made for another one."""
         if self._held is None or not _is_for(request, self._held[0]) or self._held[1] != precision:
-            self._held = self._model = None  # free the old one first
-            release_memory()
+            self._free()  # the old one first
             block, profile = site.block(), site.profile()
             if not _is_for(request, block):
                 raise _another_cut(request)
@@ -231,6 +231,16 @@ class ClientRuntime:
             trim()  # what reading took would stand under all that follows
             self._held = block, precision
         return self._held[0]
+
+    def _free(self) -> None:
+        """The model goes with its last user; garbage is looked for, a quarter of a second among all that was imported,
+        only where something else holds it, as a trainer from outside may."""
+        gone = None if self._model is None else weakref.ref(self._model)
+        self._held = self._model = None
+        if gone is None or gone() is None:
+            trim()
+        else:
+            release_memory()
 
     def _examples(
         self, client: str, site: Site, split: Split, length: int, refuse: bool, turns: Turns = "last"
