@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-STAGES = ("before", "local", "global", "personal")
+STAGES = ("before", "local", "global")
 KINDS = ("own_exact_match", "others_exact_match", "own", "others")
 CONFIG = Path(__file__).parent.parent / "examples" / "demo.yaml"
 
@@ -69,7 +69,7 @@ def figures(summary: dict[str, Any], wall_s: float, peak: list[int]) -> dict[str
         "llm_exact_after": round(summary["llm"]["exact_match_after"], 3),
         **{kind: {stage: mean(kind, stage) for stage in STAGES} for kind in KINDS},
         "others_better_than_alone": sum(
-            c["others_exact_match"]["personal"] > c["others_exact_match"]["local"] for c in clients
+            c["others_exact_match"]["global"] > c["others_exact_match"]["local"] for c in clients
         ),
         "bytes_up_per_round": round(summary["bytes_up_per_round"]),
         "bytes_down_per_round": round(summary["bytes_down_per_round"]),
