@@ -69,7 +69,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def imports_stay() -> None:
-    """Runs collect garbage whenever they change models: all that was imported need not be looked at each time.
+    """Runs collect garbage when they have cut blocks and asked models: what was imported need not be looked at again.
 
     Before each test, for much is imported when it is first used.
     """
