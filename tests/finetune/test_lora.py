@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,28 @@ def test_below_the_lowest_layer_that_trains_nothing_is_kept_for_backward(tiny: C
         model(TEXT).logits.square().mean().backward()
         assert [hidden.requires_grad for hidden in outputs] == [False, True]
         assert all("layers.1." in key and one.grad is not None for key, one in parameters.items())
+
+
+def test_layers_that_read_the_same_may_be_asked_alone_twice_and_of_another_input(tiny: Callable[[str], Path]) -> None:
+    """q, k and v are computed together; no answer depends on that, and none is held when all were asked."""
+    model = load_model(tiny("llama"))
+    coverage = Coverage.full(shape_of(model.config))
+    factors = factors_for(coverage)
+    attention = decoder_layers(model)[0].self_attn
+    x, other = (torch.randn(1, 5, model.config.hidden_size) for _ in range(2))
+
+    def wanted(module: str, given: torch.Tensor) -> torch.Tensor:
+        a, b = (factors[f"layers.0.self_attn.{module}.{side}"] for side in "AB")
+        return given @ (attention.get_submodule(module).weight + 2.0 * b @ a).T
+
+    with lora(model, coverage, factors, 2.0):
+        for module, given in (("q_proj", x), ("k_proj", other), ("k_proj", x), ("k_proj", x), ("v_proj", x)):
+            torch.testing.assert_close(attention.get_submodule(module)(given), wanted(module, given))
+        for module in ("v_proj", "q_proj", "k_proj"):
+            torch.testing.assert_close(attention.get_submodule(module)(other), wanted(module, other))
+        held = weakref.ref(other)
+        del other
+        assert held() is None
 
 
 def test_masked_gradients_against_autograd_in_float64() -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from legolm.data import Tokens
 from legolm.evaluation.answers import score_each
-from legolm.finetune import LoraLinear
+from legolm.finetune import Joint, LoraLinear
 from legolm.models import (
     Head,
     answer_losses,
@@ -207,9 +207,9 @@ def test_buckets_by_hand() -> None:
     found = pack(some(3, 10, 9, 3, 8), CPU).buckets
     # 10, 9 and 8 are at least 0.8 of 10; the two of 3 are equally long and need no padding.
     assert [(b.start, b.stop, b.count, b.length) for b in found] == [(0, 27, 3, 10), (27, 33, 2, 3)]
-    assert found[0].padding.tolist() == [19, 28, 29]
-    assert found[0].rows.tolist()[18:] == [18, 18, *range(19, 27), 26, 26]
-    assert found[1].rows is None
+    assert (~found[0].own).nonzero().tolist() == [[1, 9], [2, 8], [2, 9]]
+    assert found[0].rows.tolist()[1:] == [[*range(10, 19), 18], [*range(19, 27), 26, 26]]
+    assert found[1].rows.tolist() == [[27, 28, 29], [30, 31, 32]] and found[1].own.all()
 
 
 @settings(max_examples=30)
@@ -217,7 +217,7 @@ def test_buckets_by_hand() -> None:
 def test_putting_what_was_taken_gives_the_pack_back(lengths: list[int], groups: int) -> None:
     packed = pack(some(*lengths), CPU)
     values = torch.randn(2 * groups, sum(lengths), 3)
-    back = torch.full_like(values, torch.nan)
+    back = torch.full_like(values.transpose(0, 1), torch.nan).contiguous().transpose(0, 1)
     for bucket in packed.buckets:
         taken = bucket.take(values, groups)
         assert taken.shape == (bucket.count * groups, 2 * bucket.length, 3)
@@ -227,8 +227,8 @@ def test_putting_what_was_taken_gives_the_pack_back(lengths: list[int], groups: 
     assert packed.labels.tolist() == [packed.ids[0, place + 1] for place in packed.predict.tolist()]
 
 
-def joint_of(weight: torch.Tensor, rank: int) -> torch.Tensor:
-    return torch.nn.functional.pad(weight, (0, rank, 0, rank))
+def joint_of(weight: torch.Tensor, rank: int) -> Joint:
+    return Joint([weight], [rank], weight.dtype)
 
 
 def test_a_young_adapter_is_not_rounded_away() -> None:
@@ -237,29 +237,40 @@ def test_a_young_adapter_is_not_rounded_away() -> None:
     x, weight = torch.rand(64, 256), torch.rand(512, 256) / 256
     a, b = torch.ones(1, 256) / 128, torch.full((512, 1), 1 / 2048)
     y = [
-        LoraLinear.apply(x.bfloat16(), joint_of(weight.bfloat16(), 1), None, a, scale * b, 1.0, 0.0).float()
+        LoraLinear.apply(x.bfloat16(), joint_of(weight.bfloat16(), 1), None, 1.0, 0.0, a, scale * b)[0].float()
         for scale in (0, 1)
     ]
     moved = float((y[1] - y[0]).mean())
     assert moved == pytest.approx(float((x @ a.T @ b.T).mean()), rel=0.1)
 
 
-def test_lora_linear_against_autograd_in_float64() -> None:
+@pytest.mark.parametrize("sizes", [((4, 3),), ((4, 3), (2, 1), (5, 2))])
+def test_lora_linear_against_autograd_in_float64(sizes: tuple[tuple[int, int], ...]) -> None:
+    """Layers of these outputs and ranks that read the same."""
     torch.manual_seed(0)
-    x, a, b = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((2, 5, 6), (3, 6), (4, 3)))
-    weight, bias = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    y = LoraLinear.apply(x, joint_of(weight, 3), bias, a, b, 1.5, 0.0)
-    expected = x @ (weight + 1.5 * b @ a).T + bias
-    torch.testing.assert_close(y, expected)
-    wanted = torch.autograd.grad(expected.square().sum(), (x, a, b))
-    for found, exact in zip(torch.autograd.grad(y.square().sum(), (x, a, b)), wanted, strict=True):
-        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    x = torch.randn(2, 5, 6, dtype=torch.float64).requires_grad_()
+    weights = [torch.randn(rows, 6, dtype=torch.float64) for rows, _ in sizes]
+    biases = [torch.randn(rows, dtype=torch.float64) for rows, _ in sizes]
+    factors = [
+        torch.randn(shape, dtype=torch.float64).requires_grad_()
+        for rows, rank in sizes
+        for shape in ((rank, 6), (rows, rank))
+    ]
+    joint = Joint(weights, [rank for _, rank in sizes], torch.float64)
+    ys = LoraLinear.apply(x, joint, torch.cat(biases), 1.5, 0.0, *factors)
+    pairs = zip(weights, biases, factors[::2], factors[1::2], strict=True)
+    expected = [x @ (weight + 1.5 * b @ a).T + bias for weight, bias, a, b in pairs]
+    torch.testing.assert_close(list(ys), expected)
+    loss, exact = (sum(place * y.square().sum() for place, y in enumerate(some, 1)) for some in (ys, expected))
+    wanted = torch.autograd.grad(exact, (x, *factors))
+    for found, one in zip(torch.autograd.grad(loss, (x, *factors)), wanted, strict=True):
+        torch.testing.assert_close(found.double(), one, rtol=1e-5, atol=1e-5)
 
 
 def test_lora_dropout_is_on_the_adapters_input_only() -> None:
     x, a, b = torch.ones(1, 1000, 1).requires_grad_(), torch.ones(1, 1), torch.ones(1, 1)
     torch.manual_seed(0)
-    y = LoraLinear.apply(x, joint_of(torch.zeros(1, 1), 1), None, a, b, 1.0, 0.25)
+    (y,) = LoraLinear.apply(x, joint_of(torch.zeros(1, 1), 1), None, 1.0, 0.25, a, b)
     assert y.unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert float((y == 0).float().mean()) == pytest.approx(0.25, abs=0.05)
     y.sum().backward()

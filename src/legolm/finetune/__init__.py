@@ -1,6 +1,6 @@
 """LoRA on a block and the local training loop."""
 
-from legolm.finetune.kernels import LoraLinear
+from legolm.finetune.kernels import Joint, LoraLinear
 from legolm.finetune.loop import Diverged, fit, learning_rate
 from legolm.finetune.lora import lora
 from legolm.finetune.masked import MaskedLinear
@@ -9,6 +9,7 @@ from legolm.finetune.whole import whole
 
 __all__ = [
     "Diverged",
+    "Joint",
     "LoraLinear",
     "MaskedLinear",
     "Task",

@@ -6,6 +6,7 @@ for backward what is small and recomputes what is cheap.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,56 +16,83 @@ from torch.nn.functional import linear
 from legolm.finetune.per_example import splitting
 
 
+class Joint:
+    """Frozen weights W (out, in) of linear layers that read the same x, below one another, in `dtype`.
+
+    `matrix` (Σ out + Σ r, in + Σ r) has room for s·B beside each W and for all A below, so that both terms of each
+    layer are one product, [x, x Aᵀ] [W, s·B]ᵀ, and round once. Added to a bfloat16 x Wᵀ, a young adapter's term is less
+    than half of its last place and would round away: not noise, but a loss as if s were smaller.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], ranks: Sequence[int], dtype: torch.dtype) -> None:
+        self.sizes, self.ranks = [len(weight) for weight in weights], list(ranks)
+        self.rows, columns = sum(self.sizes), weights[0].shape[1]
+        size = self.rows + sum(ranks), columns + sum(ranks)
+        self.matrix = torch.empty(size, dtype=dtype, device=weights[0].device)
+        self.forward, self.backward = self.matrix[: self.rows], self.matrix[:, :columns]
+        self.weight, self.a = self.backward[: self.rows], self.backward[self.rows :]
+        self.weights, self.a_places = self.weight.split_with_sizes(self.sizes), self.a.split_with_sizes(self.ranks)
+        beside = self.forward[:, columns:].split_with_sizes(self.sizes)
+        self.b_places = [part.split_with_sizes(self.ranks, 1)[place] for place, part in enumerate(beside)]
+        self.matrix[:, columns:] = 0
+        for place, weight in zip(self.weights, weights, strict=True):
+            place.copy_(weight)
+
+
 class LoraLinear(torch.autograd.Function):
-    """y = x Wᵀ + bias + s·(x Aᵀ) Bᵀ with W (out, in) frozen; products in W's dtype, A (r, in) and B (out, r) float32.
+    """y = x Wᵀ + bias + s·(x Aᵀ) Bᵀ of each layer of a `Joint`: its A (r, in) and B (out, r), float32, come by turns.
 
-    `joint` (out + r, in + r) holds W in its corner and has room for s·B and A beside it, so that both terms are one
-    product, [x, x Aᵀ] [W, s·B]ᵀ, and round once. Added to a bfloat16 x Wᵀ, a young adapter's term is less than half
-    of its last place and would round away: not noise, but a loss as if s were smaller.
-
-    Saves x and x Aᵀ. No gradient is made for W, nor for x where nothing below it trains.
+    `bias` is theirs one after the other, or None. Saves x and x Aᵀ. No gradient is made for W, nor for x where nothing
+    below it trains. Dropout takes the same of x for all.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, joint: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float
-    ) -> Tensor:
-        rows, columns = len(b), a.shape[1]
-        torch.mul(b, scale, out=joint[:rows, columns:])
-        joint[rows:, :columns] = a
-        flat = x.flatten(0, -2).to(joint.dtype)
+        ctx: Any, x: Tensor, joint: Joint, bias: Tensor | None, scale: float, dropout: float, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        for place, a in zip(joint.a_places, factors[::2], strict=True):
+            place.copy_(a)
+        for place, b in zip(joint.b_places, factors[1::2], strict=True):
+            torch.mul(b, scale, out=place)
+        flat = x.flatten(0, -2).to(joint.matrix.dtype)
         dropped, kept = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
-        down = linear(dropped, joint[rows:, :columns])
-        y = linear(torch.cat([flat, down], 1), joint[:rows], bias)
+        down = linear(dropped, joint.a)
+        y = linear(torch.cat([flat, down], 1), joint.forward, bias)
         ctx.save_for_backward(dropped, down, kept)
-        ctx.joint, ctx.inner, ctx.factors = joint, (rows, columns), (id(a), id(b))
+        ctx.joint, ctx.factors = joint, [id(factor) for factor in factors]
         ctx.shape, ctx.dtype, ctx.scale, ctx.dropout = x.shape, x.dtype, scale, dropout
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], joint.rows).split_with_sizes(joint.sizes, -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, down, kept = ctx.saved_tensors
-        joint, (rows, columns) = ctx.joint, ctx.inner
-        g = grad.flatten(0, -2).to(joint.dtype)
-        up = g @ joint[:rows, columns:]
-        dx = da = db = None
+        joint, wanted = ctx.joint, ctx.needs_input_grad[5:]
+        gs = [grad.flatten(0, -2).to(joint.matrix.dtype) for grad in grads]
+        ups = [g @ b for g, b in zip(gs, joint.b_places, strict=True)]
+        both = torch.cat([*gs, *ups], 1)
+        up, dx = both[:, joint.rows :], None
         if ctx.needs_input_grad[0]:
             if kept is None:
-                dx = torch.cat([g, up], 1) @ joint[:, :columns]
+                dx = both @ joint.backward
             else:
-                dx = g @ joint[:rows, :columns] + (up @ joint[rows:, :columns]).mul_(kept).div_(1 - ctx.dropout)
+                dx = both[:, : joint.rows] @ joint.weight + (up @ joint.a).mul_(kept).div_(1 - ctx.dropout)
             dx = dx.to(ctx.dtype).view(ctx.shape)
+        downs = (ctx.scale * down).split_with_sizes(joint.ranks, 1)
+        found: list[Tensor | None] = [None] * len(wanted)
         if (parts := splitting()) is not None:
-            if ctx.needs_input_grad[3]:
-                pairs = parts.pairs(up, x)
-                parts.add(ctx.factors[0], [u.t() @ one for u, one in pairs])
-            if ctx.needs_input_grad[4]:
-                pairs = parts.pairs(down, g)
-                parts.add(ctx.factors[1], [ctx.scale * (d.t() @ one).t() for d, one in pairs])
-            return dx, None, None, None, None, None, None
-        if ctx.needs_input_grad[3]:
-            da = (up.t() @ x).float()
-        if ctx.needs_input_grad[4]:
             # The thin factor first: half the time of gᵀ down.
-            db = ctx.scale * (down.t() @ g).t().float()
-        return dx, None, None, da, db, None, None
+            for at in range(0, len(wanted), 2):
+                if wanted[at]:
+                    parts.add(ctx.factors[at], [u.t() @ one for u, one in parts.pairs(ups[at // 2], x)])
+                if wanted[at + 1]:
+                    pairs = parts.pairs(downs[at // 2], gs[at // 2])
+                    parts.add(ctx.factors[at + 1], [(d.t() @ one).t() for d, one in pairs])
+            return dx, None, None, None, None, *found
+        if any(wanted[::2]):
+            found[::2] = (up.t() @ x).float().split_with_sizes(joint.ranks)
+        for at in range(1, len(wanted), 2):
+            if wanted[at]:
+                found[at] = (
+                    (downs[at // 2].t() @ gs[at // 2]).t().to(torch.float32, memory_format=torch.contiguous_format)
+                )
+        return dx, None, None, None, None, *found

@@ -111,8 +111,7 @@ def fit(task: Task, *, by_width: bool = False) -> tuple[Tensors, dict[str, float
             if not math.isfinite(loss.mean + norm):
                 culprits = ", ".join(str(chosen[place]) for place in loss.not_finite) or "finite, their gradient not"
                 raise Diverged(_diverged(task, task.done + len(losses) + 1, culprits), *result())
-            for key, parameter in parameters.items():
-                good[key].copy_(parameter.detach())
+            torch._foreach_copy_(list(good.values()), [parameter.detach() for parameter in theta])
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

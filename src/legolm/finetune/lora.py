@@ -5,8 +5,9 @@ A block keeps its sparsity: it trains and merges M ∘ (W + s·B·A), M the bloc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from torch.nn.functional import linear as linear_function
 from legolm.adapter import Tensors, factor_key, linears
 from legolm.block import Coverage
 from legolm.config import Precision
-from legolm.finetune.kernels import LoraLinear
+from legolm.finetune.kernels import Joint, LoraLinear
 from legolm.finetune.masked import MaskedLinear
 from legolm.models import decoder_layers, dtype_of
 from legolm.system import trim
+
+_Layer = tuple[nn.Linear, Tensor, Tensor]
+"""With its A and B."""
 
 
 @contextmanager
@@ -47,13 +51,19 @@ def lora(
     try:
         for linear in patched:
             linear.forward = _Frozen(linear, dtype)  # type: ignore[assignment]
+        reading: dict[tuple[int, str, str], list[_Layer]] = {}
         for seed, (layer, module, linear) in enumerate(linears(model, coverage, factors)):
             a, b = (parameters[factor_key(layer, module, side)] for side in "AB")
             mask = coverage.mask(layer, module)
             if mask is None:
-                linear.forward = _Adapted(linear, dtype, a, b, scale, dropout)
+                part, _, _ = module.rpartition(".")
+                reading.setdefault((layer, part, coverage.shape.module(module).cols), []).append((linear, a, b))
             else:
                 linear.forward = _Masked(linear, dtype, a, b, scale, mask, seed)
+        for alike in reading.values():
+            adapted = _Adapted(alike, dtype, scale, dropout)
+            for place, (linear, _, _) in enumerate(alike):
+                linear.forward = partial(adapted, place)  # type: ignore[method-assign]
         trim()  # the weights moved into wider matrices: their old places lie scattered between these
         yield {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
     finally:
@@ -73,23 +83,32 @@ class _Frozen:
         return linear_function(x.to(self._weight.dtype), self._weight, self._bias)
 
 
-class _Adapted(_Frozen):
-    """The same with factors A and B."""
+class _Adapted:
+    """Layers that read the same x, with their factors A and B: whichever is asked first computes for all."""
 
-    def __init__(
-        self, linear: nn.Linear, dtype: torch.dtype, a: Tensor, b: Tensor, scale: float, dropout: float
-    ) -> None:
-        super().__init__(linear, dtype)
-        self._given = a, b, scale, dropout
-        rows, columns = linear.weight.shape
-        self._joint = torch.zeros(rows + len(a), columns + len(a), dtype=dtype, device=a.device)
-        self._joint[:rows, :columns] = self._weight
-        self._weight = self._joint[:rows, :columns]
-        if linear.weight.dtype == dtype:
-            linear.weight.data = self._weight  # one copy in memory
+    def __init__(self, alike: Sequence[_Layer], dtype: torch.dtype, scale: float, dropout: float) -> None:
+        layers = [linear for linear, _, _ in alike]
+        joint = Joint([linear.weight.detach() for linear in layers], [len(a) for _, a, _ in alike], dtype)
+        biases = [
+            linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias.detach()
+            for linear in layers
+        ]
+        bias = None if all(linear.bias is None for linear in layers) else torch.cat(biases).to(dtype)
+        for linear, weight in zip(layers, joint.weights, strict=True):
+            if linear.weight.dtype == dtype:
+                linear.weight.data = weight  # one copy in memory
+        self._given = joint, bias, scale, dropout
+        self._factors = [factor for _, a, b in alike for factor in (a, b)]
+        self._x: Tensor | None = None
+        self._left: dict[int, Tensor] = {}
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = LoraLinear.apply(x, self._joint, self._bias, *self._given)  # type: ignore[no-untyped-call]
+    def __call__(self, place: int, x: Tensor) -> Tensor:
+        if x is not self._x or place not in self._left:
+            found = LoraLinear.apply(x, *self._given, *self._factors)  # type: ignore[no-untyped-call]
+            self._x, self._left = x, dict(enumerate(found))
+        y = self._left.pop(place)
+        if not self._left:
+            self._x = None
         return y
 
 

@@ -7,11 +7,11 @@ examples apart (Krell et al., "Efficient sequence packing without cross-contamin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,23 +28,35 @@ SIMILAR = {"cpu": 0.8, "cuda": 0.25}
 """Examples at least this long, relative to the longest, share a bucket: padding costs a CPU, each kernel a GPU."""
 
 
+class _Places(NamedTuple):
+    """Of a bucket's examples with so many heads, counting each token's heads one after the other (int64).
+
+    `take`: which of the pack stands where in (examples, heads, length); `put`: where in that the bucket's own stand;
+    `blank`: what there is padding or shared.
+    """
+
+    take: Tensor
+    put: Tensor
+    blank: Tensor
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Examples of similar length, tokens `start` to `stop` of the pack, seen as `count` examples of `length` tokens.
 
-    `rows` (count · length, int64) says which token of the pack stands where, `real` and `padding` which of these
-    places are an example's own and which are behind it, or shared; all None where the examples are equally long and
-    share nothing. The pack's first `shared` tokens are the first of all examples, and the longest example's own.
+    `rows` (count, length; int64) says which token of the pack stands where, `own` (bool) which of these places are the
+    bucket's, not behind an example and not shared. The pack's first `shared` tokens are the first of all examples, and
+    the longest example's own.
     """
 
     start: int
     stop: int
     count: int
     length: int
-    shared: int = 0
-    rows: Tensor | None = None
-    real: Tensor | None = None
-    padding: Tensor | None = None
+    shared: int
+    rows: Tensor
+    own: Tensor
+    _places: dict[tuple[int, torch.device], _Places] = field(default_factory=dict, compare=False)
 
     def take(self, packed: Tensor, groups: int, blank: bool = False) -> Tensor:
         """(heads, tokens, head size) of the pack as (count · groups, heads / groups · length, head size).
@@ -52,22 +64,17 @@ class Bucket:
         Padding repeats the example's last token, or is zero if `blank`.
         """
         heads, _, size = packed.shape
-        if self.rows is None:
-            chosen = packed[:, self.start : self.stop]
-        else:
-            chosen = packed.index_select(1, self.rows)
-            if blank:
-                chosen.index_fill_(1, self.padding, 0)  # type: ignore[arg-type]
-        apart = chosen.reshape(heads, self.count, self.length, size).movedim(1, 0)
-        return apart.reshape(self.count * groups, heads // groups * self.length, size)
+        places = self._of(heads, packed.device)
+        chosen = packed.transpose(0, 1).reshape(-1, size).index_select(0, places.take)
+        if blank and len(places.blank):
+            chosen.index_fill_(0, places.blank, 0)
+        return chosen.view(self.count * groups, heads // groups * self.length, size)
 
     def put(self, taken: Tensor, packed: Tensor) -> None:
-        """Write what `take` would give into the pack, padding left out."""
+        """Write what `take` would give into the pack, whose heads lie together for each token; no padding."""
         heads, _, size = packed.shape
-        apart = taken.reshape(self.count, heads, self.length, size).movedim(0, 1)
-        if self.real is not None:
-            apart = apart.flatten(1, 2).index_select(1, self.real)
-        packed[:, self.start : self.stop] = apart.reshape(heads, self.stop - self.start, size)
+        into = packed.transpose(0, 1)[self.start : self.stop].view(-1, size)
+        torch.index_select(taken.reshape(-1, size), 0, self._of(heads, packed.device).put, out=into)
 
     def add_shared(self, taken: Tensor, packed: Tensor) -> None:
         """Add to the pack's shared tokens, which `put` gave the longest example's gradient, that of all others."""
@@ -75,6 +82,18 @@ class Bucket:
             heads, _, size = packed.shape
             apart = taken.reshape(self.count, heads, self.length, size)[0 if self.start else 1 :]
             packed[:, : self.shared] += apart[:, :, : self.shared].sum(0)
+
+    def _of(self, heads: int, device: torch.device) -> _Places:
+        if (heads, device) not in self._places:
+            head = torch.arange(heads)
+            example, position = self.own.nonzero(as_tuple=True)
+            found = (
+                self.rows[:, None] * heads + head[:, None],
+                (example[:, None] * heads + head) * self.length + position[:, None],
+                (~self.own)[:, None].expand(-1, heads, -1).flatten().nonzero(),
+            )
+            self._places[heads, device] = _Places(*(one.flatten().to(device) for one in found))
+        return self._places[heads, device]
 
 
 @dataclass(frozen=True)
@@ -126,7 +145,7 @@ def pack(examples: Sequence[Tokens], device: torch.device, shared: int = 0) -> P
         labels=place(labels),
         owner=place(owner),
         lengths=lengths,
-        buckets=tuple(_buckets(lengths, device, shared)),
+        buckets=tuple(_buckets(lengths, SIMILAR.get(device.type, SIMILAR["cpu"]), shared)),
     )
 
 
@@ -139,30 +158,20 @@ def shared_prompt(model: Any, batch: Sequence[Tokens]) -> int:
     return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
 
 
-def _buckets(lengths: Sequence[int], device: torch.device, shared: int) -> list[Bucket]:
-    """Cut a descending row of lengths where they fall below `SIMILAR` of the longest."""
-    found: list[Bucket] = []
+def _buckets(lengths: Sequence[int], similar: float, shared: int) -> Iterator[Bucket]:
+    """Cut a descending row of lengths where they fall below `similar` of the longest."""
     start = 0
-    similar = SIMILAR.get(device.type, SIMILAR["cpu"])
     while lengths:
         longest = lengths[0]
-        own = [length for length in lengths if length >= similar * longest]
-        lengths = lengths[len(own) :]
-        left_out = torch.full((len(own), 1), shared)
-        if not found:
+        size = torch.tensor([length for length in lengths if length >= similar * longest])[:, None]
+        left_out = torch.full_like(size, shared)
+        if not start:
             left_out[0] = 0
-        stop = start + sum(own) - int(left_out.sum())
-        if own[-1] == longest and not shared:
-            found.append(Bucket(start, stop, len(own), longest))
-        else:
-            size, offset = torch.tensor(own)[:, None], torch.arange(longest)
-            ends = start + (size - left_out).cumsum(0)
-            rows = torch.where(offset < left_out, offset, ends - size + offset.minimum(size - 1))
-            inside = (offset < size) & (offset >= left_out)
-            places = (rows.flatten(), inside.flatten().nonzero()[:, 0], (~inside).flatten().nonzero()[:, 0])
-            found.append(Bucket(start, stop, len(own), longest, shared, *(place.to(device) for place in places)))
-        start = stop
-    return found
+        offset, ends = torch.arange(longest), start + (size - left_out).cumsum(0)
+        rows = torch.where(offset < left_out, offset, ends - size + offset.minimum(size - 1))
+        stop = int(ends[-1])
+        yield Bucket(start, stop, len(size), longest, shared, rows, (offset < size) & (offset >= left_out))
+        lengths, start = lengths[len(size) :], stop
 
 
 def use_packed_attention(model: Any) -> None:
