@@ -37,8 +37,8 @@ PROCESSES = {
     "SuperLink": "bridge.guard",
     "SuperExec": "flower-superexec",
     "ServerApp": "flwr-serverapp",
-    "SuperNode": "bridge.child",
-    "ClientApp": "flwr-clientapp",
+    "SuperNode": "bridge.node",
+    "ClientApp": "multiprocessing.forkserver",
 }
 """What each is called in its command; those of a device are its client's children."""
 AT_DEVICE = ("SuperNode", "ClientApp", "legolm client")

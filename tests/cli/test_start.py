@@ -39,8 +39,8 @@ def test_its_end_looks_for_no_garbage() -> None:
 
 
 def test_flowers_processes_on_a_device_and_a_server_bring_no_model() -> None:
-    """A device has two small ones beside its resident process, whose memory is for training."""
-    apps = [f"legolm.federate.bridge.{name}" for name in ("client_app", "server_app", "guard")]
+    """A device has small ones beside its resident process, whose memory is for training."""
+    apps = [f"legolm.federate.bridge.{name}" for name in ("node", "client_app", "server_app", "guard")]
     assert brought(f"import {', '.join(apps)}") == {"flwr"}
 
 

@@ -41,7 +41,7 @@ from legolm.trust import CA, KEY, make_authority, revoke_device
 
 NAMES = ("fr", "de", "es")
 PATIENCE_S = 1500
-"""Of a busy machine: each message starts a process on the device."""
+"""Of a busy machine."""
 NOISE = {"level": "client", "noise": "distributed", "noise_multiplier": 1e-4, "clip": 10.0}
 """Little enough to see what it is on."""
 
@@ -232,6 +232,8 @@ def test_a_federation(
         assert len(re.findall("train: answered", devices.log(name))) == (1 if name == "es" else 2)
         assert len(re.findall("evaluate: answered", devices.log(name))) == 2
         assert len(set(re.findall("block .*: .* MB to fetch", devices.log(name)))) == 1
+        # Flower's own command, which imports all for each message.
+        assert "flwr-clientapp" not in (devices.device(name) / "flower" / "node.log").read_text()
     assert "block dense: is the largest that fits this device" in devices.log("es")  # which the config left open
     log = (out / "flower" / "superlink.log").read_text()
     for reason in ("its key is not registered", "'late' expired", "'gone' was revoked"):

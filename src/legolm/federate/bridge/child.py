@@ -20,15 +20,3 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def main() -> None:
-    """`python -m legolm.federate.bridge.child [options]`: a `flower-supernode` that does so."""
-    from flwr.supernode.cli.flower_supernode import flower_supernode
-
-    end_with_parent()
-    flower_supernode()
-
-
-if __name__ == "__main__":
-    main()

@@ -139,7 +139,6 @@ def _command(server: str, ca: Path, key: Path, socket: str) -> list[str]:
         "--root-certificates": str(ca.resolve()),
         "--auth-supernode-private-key": str(key.resolve()),
         "--node-config": f'socket="{socket}"',
-        "--host": "127.0.0.1",
-        "--port": str(free_port()),
     }
-    return [sys.executable, "-m", "legolm.federate.bridge.child", *(word for pair in options.items() for word in pair)]
+    command = [sys.executable, "-m", "legolm.federate.bridge.node", f"127.0.0.1:{free_port()}"]
+    return [*command, *(word for pair in options.items() for word in pair)]
