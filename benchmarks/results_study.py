@@ -218,6 +218,7 @@ def omission(study: Study) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = {"of": runs[0].name, "seeds": [run.seed for run in runs], "gain": None}
     alone = {run.seed: run for name in (PERSONAL, LOCAL) for run in study.runs.get(name, {}).values()}
+    alone |= {run.seed: run for run in runs if any("local" in one.own for one in run.clients)}  # the very blocks
     if all(run.seed in alone for run in runs):
         gains = [on_all_data(alone[run.seed].clients) - run.left_out.blocks for run in runs if run.left_out]
         found |= Stat.of(gains).named("gain")

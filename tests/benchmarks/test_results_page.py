@@ -159,6 +159,14 @@ def test_figures_are_means_over_seeds_and_differences_are_paired(modules: Module
     assert (found["omission"]["gain"], found["omission"]["cost"]) == (0.5, {"x": 0.2})
 
 
+def test_the_gain_is_over_the_very_blocks_trained_alone(modules: Modules, by_hand: Any) -> None:
+    """Where they did: alone 1 on their own and 4 on the others' data, so 2.5 on all; another variant's have 2."""
+    runs = by_hand.runs["heteagg_near"]
+    clients = [one.model_copy(update={"others": {"local": 4.0}}) for one in by_hand.runs["heteagg_personal"][0].clients]
+    runs[0] = runs[0].model_copy(update={"clients": clients})
+    assert modules["results_study"].omission(by_hand)["gain"] == 1.0
+
+
 def test_claims_hold_as_their_figures_say(modules: Modules, by_hand: Any) -> None:
     held = {claim: one.holds for claim, one in modules["results_study"].claims(by_hand, None).items()}
     assert list(held.values()) == [True] * 9
