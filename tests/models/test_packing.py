@@ -251,14 +251,11 @@ def test_lora_linear_against_autograd_in_float64(sizes: tuple[tuple[int, int], .
     x = torch.randn(2, 5, 6, dtype=torch.float64).requires_grad_()
     weights = [torch.randn(rows, 6, dtype=torch.float64) for rows, _ in sizes]
     biases = [torch.randn(rows, dtype=torch.float64) for rows, _ in sizes]
-    factors = [
-        torch.randn(shape, dtype=torch.float64).requires_grad_()
-        for rows, rank in sizes
-        for shape in ((rank, 6), (rows, rank))
-    ]
+    shapes = [*((rank, 6) for _, rank in sizes), *sizes]
+    factors = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
     joint = Joint(weights, [rank for _, rank in sizes], torch.float64)
     ys = LoraLinear.apply(x, joint, torch.cat(biases), 1.5, 0.0, *factors)
-    pairs = zip(weights, biases, factors[::2], factors[1::2], strict=True)
+    pairs = zip(weights, biases, factors[: len(sizes)], factors[len(sizes) :], strict=True)
     expected = [x @ (weight + 1.5 * b @ a).T + bias for weight, bias, a, b in pairs]
     torch.testing.assert_close(list(ys), expected)
     loss, exact = (sum(place * y.square().sum() for place, y in enumerate(some, 1)) for some in (ys, expected))

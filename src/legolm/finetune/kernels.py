@@ -40,7 +40,7 @@ class Joint:
 
 
 class LoraLinear(torch.autograd.Function):
-    """y = x Wᵀ + bias + s·(x Aᵀ) Bᵀ of each layer of a `Joint`: its A (r, in) and B (out, r), float32, come by turns.
+    """y = x Wᵀ + bias + s·(x Aᵀ) Bᵀ of each layer of a `Joint`; first come all A (r, in), then all B (out, r), float32.
 
     `bias` is theirs one after the other, or None. Saves x and x Aᵀ. No gradient is made for W, nor for x where nothing
     below it trains. Dropout takes the same of x for all.
@@ -50,9 +50,10 @@ class LoraLinear(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, joint: Joint, bias: Tensor | None, scale: float, dropout: float, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        for place, a in zip(joint.a_places, factors[::2], strict=True):
+        count = len(joint.ranks)
+        for place, a in zip(joint.a_places, factors[:count], strict=True):
             place.copy_(a)
-        for place, b in zip(joint.b_places, factors[1::2], strict=True):
+        for place, b in zip(joint.b_places, factors[count:], strict=True):
             torch.mul(b, scale, out=place)
         flat = x.flatten(0, -2).to(joint.matrix.dtype)
         dropped, kept = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
@@ -66,11 +67,11 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, down, kept = ctx.saved_tensors
-        joint, wanted = ctx.joint, ctx.needs_input_grad[5:]
+        joint, dx = ctx.joint, None
         gs = [grad.flatten(0, -2).to(joint.matrix.dtype) for grad in grads]
         ups = [g @ b for g, b in zip(gs, joint.b_places, strict=True)]
         both = torch.cat([*gs, *ups], 1)
-        up, dx = both[:, joint.rows :], None
+        up = both[:, joint.rows :]
         if ctx.needs_input_grad[0]:
             if kept is None:
                 dx = both @ joint.backward
@@ -78,21 +79,22 @@ class LoraLinear(torch.autograd.Function):
                 dx = both[:, : joint.rows] @ joint.weight + (up @ joint.a).mul_(kept).div_(1 - ctx.dropout)
             dx = dx.to(ctx.dtype).view(ctx.shape)
         downs = (ctx.scale * down).split_with_sizes(joint.ranks, 1)
-        found: list[Tensor | None] = [None] * len(wanted)
+        count = len(joint.ranks)
+        for_a, for_b = ctx.needs_input_grad[5 : 5 + count], ctx.needs_input_grad[5 + count :]
+        da: Sequence[Tensor | None] = [None] * count
+        db: list[Tensor | None] = [None] * count
+        # For B the thin factor comes first: half the time of gᵀ down.
         if (parts := splitting()) is not None:
-            # The thin factor first: half the time of gᵀ down.
-            for at in range(0, len(wanted), 2):
-                if wanted[at]:
-                    parts.add(ctx.factors[at], [u.t() @ one for u, one in parts.pairs(ups[at // 2], x)])
-                if wanted[at + 1]:
-                    pairs = parts.pairs(downs[at // 2], gs[at // 2])
-                    parts.add(ctx.factors[at + 1], [(d.t() @ one).t() for d, one in pairs])
-            return dx, None, None, None, None, *found
-        if any(wanted[::2]):
-            found[::2] = (up.t() @ x).float().split_with_sizes(joint.ranks)
-        for at in range(1, len(wanted), 2):
-            if wanted[at]:
-                found[at] = (
-                    (downs[at // 2].t() @ gs[at // 2]).t().to(torch.float32, memory_format=torch.contiguous_format)
-                )
-        return dx, None, None, None, None, *found
+            for place, (u, d, g) in enumerate(zip(ups, downs, gs, strict=True)):
+                if for_a[place]:
+                    parts.add(ctx.factors[place], [one.t() @ other for one, other in parts.pairs(u, x)])
+                if for_b[place]:
+                    parts.add(ctx.factors[count + place], [(one.t() @ other).t() for one, other in parts.pairs(d, g)])
+            return dx, None, None, None, None, *da, *db
+        if any(for_a):
+            da = (up.t() @ x).float().split_with_sizes(joint.ranks)
+        for place, (d, g) in enumerate(zip(downs, gs, strict=True)):
+            if for_b[place]:
+                # Laid out as the factor: a gradient that is not is copied once more.
+                db[place] = (d.t() @ g).t().to(torch.float32, memory_format=torch.contiguous_format)
+        return dx, None, None, None, None, *da, *db

@@ -98,7 +98,7 @@ class _Adapted:
             if linear.weight.dtype == dtype:
                 linear.weight.data = weight  # one copy in memory
         self._given = joint, bias, scale, dropout
-        self._factors = [factor for _, a, b in alike for factor in (a, b)]
+        self._factors = [*(a for _, a, _ in alike), *(b for _, _, b in alike)]
         self._x: Tensor | None = None
         self._left: dict[int, Tensor] = {}
 

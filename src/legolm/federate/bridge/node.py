@@ -56,7 +56,8 @@ def _start_apps(address: str) -> None:
         while True:
             found = node.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
             if found.HasField("task") and found.token:
-                forked.Process(target=_run_app, args=(address, found.token, os.getpid())).start()
+                # A daemon of `multiprocessing`: it ends with the node, which waits for any other.
+                forked.Process(target=_run_app, args=(address, found.token, os.getpid()), daemon=True).start()
             time.sleep(LOOK_S)
     finally:
         os.kill(os.getpid(), signal.SIGTERM)
