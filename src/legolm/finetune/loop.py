@@ -80,6 +80,9 @@ def fit(task: Task, *, by_width: bool = False) -> tuple[Tensors, dict[str, float
         seen: set[int] = set()
         private = None if task.dp is None else Private.of(task.dp, len(examples), config, task.total or task.steps)
 
+        def keep() -> None:
+            torch._foreach_copy_(list(good.values()), [parameter.detach() for parameter in theta])
+
         def result() -> tuple[Tensors, dict[str, float]]:
             window = min(WINDOW, len(losses)) or 1
             metrics = {
@@ -111,7 +114,7 @@ def fit(task: Task, *, by_width: bool = False) -> tuple[Tensors, dict[str, float
             if not math.isfinite(loss.mean + norm):
                 culprits = ", ".join(str(chosen[place]) for place in loss.not_finite) or "finite, their gradient not"
                 raise Diverged(_diverged(task, task.done + len(losses) + 1, culprits), *result())
-            torch._foreach_copy_(list(good.values()), [parameter.detach() for parameter in theta])
+            keep()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -119,8 +122,7 @@ def fit(task: Task, *, by_width: bool = False) -> tuple[Tensors, dict[str, float
             seen.update(chosen)
             if clock.over(len(losses), sum(len(example.ids) for example in batch)):
                 break
-        for key, parameter in parameters.items():
-            good[key].copy_(parameter.detach())
+        keep()
         return result()
 
 
