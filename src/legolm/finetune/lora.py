@@ -49,8 +49,6 @@ def lora(
     }
     patched = [one for layer in decoder_layers(model) for one in layer.modules() if isinstance(one, nn.Linear)]
     try:
-        for linear in patched:
-            linear.forward = _Frozen(linear, dtype)  # type: ignore[assignment]
         reading: dict[tuple[int, str, str], list[_Layer]] = {}
         for seed, (layer, module, linear) in enumerate(linears(model, coverage, factors)):
             a, b = (parameters[factor_key(layer, module, side)] for side in "AB")
@@ -64,6 +62,9 @@ def lora(
             adapted = _Adapted(alike, dtype, scale, dropout)
             for place, (linear, _, _) in enumerate(alike):
                 linear.forward = partial(adapted, place)  # type: ignore[method-assign]
+        for linear in patched:
+            if "forward" not in linear.__dict__:
+                linear.forward = _Frozen(linear, dtype)  # type: ignore[assignment]
         trim()  # the weights moved into wider matrices: their old places lie scattered between these
         yield {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
     finally:
