@@ -286,12 +286,13 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
         text = f"{one['others']:.3f} / {one['others_global']:.3f} = {apart:.2f}"
         found["and within 5 % of the global update on the others'"] = Claim(text, apart <= 1.05)
     if omitted and omitted["gain"] is not None:
-        name = max(omitted["cost"], key=lambda one: float(omitted["cost"][one]))
-        cost, gain = omitted["cost"][name], omitted["gain"]
-        found["leaving out any block costs less than half of the gain over trained alone"] = Claim(
-            f"{name} {cost:+.3f} of {gain:.3f}" + ("" if omitted["of"] == study.default else f" ({omitted['of']})"),
-            cost < gain / 2,
-        )
+        gain, of = omitted["gain"], "" if omitted["of"] == study.default else f" ({omitted['of']})"
+        for what, costs in (
+            ("leaving out any block costs less than half of the gain over trained alone", omitted["cost"]),
+            ("and leaving out any one client", omitted["cost_clients"]),
+        ):
+            name = max(costs, key=lambda one: float(costs[one]))
+            found[what] = Claim(f"{name} {costs[name]:+.3f} of {gain:.3f}{of}", costs[name] < gain / 2)
     if robust and (change := robust.figures.get("wikitext")):
         rise, difference = change.after / change.before - 1, Stat(change.difference, change.stderr)
         found["the LLM's WikiText perplexity is at most 3 % worse"] = Claim(
