@@ -51,8 +51,8 @@ class Source(Protocol):
         `cut` gets how it should answer for the layer to give `wanted`, where that is known.
         """
 
-    def advance(self, index: int, layer: nn.Module) -> None:
-        """Go on to the next layer with what this one sends."""
+    def advance(self, index: int, layer: nn.Module, same: Stream | None = None) -> None:
+        """Go on to the next layer with what this one sends; `same` is what has just gone through the same layers."""
 
 
 class Stream:
@@ -104,8 +104,14 @@ class Stream:
                 hidden = self.hidden[part].to(self._device)
                 yield part, hidden, self._calls[len(hidden)][index].again(layer, hidden)
 
-    def advance(self, index: int, layer: nn.Module) -> None:
-        """Replace the hidden states by the layer's outputs. Raises `LegolmError` when they are not finite."""
+    def advance(self, index: int, layer: nn.Module, same: Stream | None = None) -> None:
+        """Replace the hidden states by the layer's outputs, or by those of `same`, which has gone through the same.
+
+        Raises `LegolmError` when they are not finite.
+        """
+        if same is not None:
+            self.hidden.copy_(same.hidden)
+            return
         for part, _, output in self.run(index, layer):
             self._go_on(index, part, output)
 

@@ -57,9 +57,9 @@ def _sparsegpt(weight: Tensor, moments: Moments, pattern: Pattern, damp: float, 
         kept = pattern.keep(scores, over="matrix")
         columns, errors = _compensate(block, kept, factor)
         weight[:, start:stop] = columns * kept
-        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
+        weight[:, stop:].addmm_(errors, inverse[start:stop, stop:], alpha=-1)
         mask[:, start:stop] = kept
-    return _refit(weight, dense, mask, moments, damp, refit), mask
+    return (_refit(weight, dense, mask, moments, damp, refit) if refit else weight), mask
 
 
 def _refit(weight: Tensor, dense: Tensor, mask: Tensor, moments: Moments, damp: float, steps: int) -> Tensor:
@@ -69,48 +69,62 @@ def _refit(weight: Tensor, dense: Tensor, mask: Tensor, moments: Moments, damp: 
     that it approximates. Conjugate gradients on the inputs' correlations (Jacobi's preconditioner), all rows at once; a
     row that they leave no better stays as it was.
     """
-    hessian = moments.sum / max(moments.tokens, 1)
-    hessian.diagonal().add_(damp * hessian.diagonal().mean())
-    size = hessian.diagonal().sqrt()
-    hessian = hessian / size / size[:, None]
-    start, wanted = weight * size, dense * size
-    found, residual = start, (wanted - start) @ hessian * mask
-    direction, length = residual, residual.square().sum(1, keepdim=True)
+    hessian, size = _correlations(moments, damp)
+    wanted, found = dense * size, weight * size
+    slope = (wanted - found) @ hessian  # of pruned weights, too: the errors before and after take no more products
+
+    def error() -> Tensor:
+        return (slope * (wanted - found)).sum(1, keepdim=True)
+
+    before = error()
+    stays = mask.to(weight.dtype)  # one product of two dtypes is a copy more
+    direction = slope * stays
+    length = direction.square().sum(1, keepdim=True)
     for _ in range(steps):
-        curved = direction @ hessian * mask
+        curved = direction @ hessian
         step = length / (direction * curved).sum(1, keepdim=True).clamp(min=TINY)
-        found, residual = found + step * direction, residual - step * curved
-        before, length = length, residual.square().sum(1, keepdim=True)
-        direction = residual + length / before.clamp(min=TINY) * direction
-
-    def error(row: Tensor) -> Tensor:
-        return ((row - wanted) @ hessian * (row - wanted)).sum(1, keepdim=True)
-
-    return torch.where(error(found) < error(start), found / size, weight)
+        found.addcmul_(step, direction)
+        slope.addcmul_(step, curved, value=-1)
+        residual, last = torch.mul(slope, stays, out=curved), length
+        length = residual.square().sum(1, keepdim=True)
+        direction.mul_(length / last.clamp(min=TINY)).add_(residual)
+    return torch.where(error() < before, found / size, weight)
 
 
 def _compensate(block: Tensor, kept: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Go through a block's columns, each one's error passed on; (columns as the ones before left them, errors)."""
-    columns, pruned = block.T.contiguous(), ~kept.T  # transposed: a column is contiguous
-    errors = torch.empty_like(columns)
-    for i in range(len(columns)):
-        errors[i] = columns[i] * pruned[i] / factor[i, i]
-        columns[i:].addr_(factor[i, i:], errors[i], alpha=-1)
+    columns = block.T.contiguous()  # transposed: a column is contiguous
+    errors = ~kept.T.contiguous() / factor.diagonal()[:, None]
+    for i, (column, error, row) in enumerate(zip(columns.unbind(), errors.unbind(), factor.unbind(), strict=True), 1):
+        error.mul_(column)
+        columns[i:].addr_(row[i:], error, alpha=-1)
     return columns.T, errors.T
 
 
 @lru_cache(maxsize=1)  # modules that share an input come one after the other
+def _correlations(moments: Moments, damp: float) -> tuple[Tensor, Tensor]:
+    """The damped H, scaled to a diagonal of ones, and by what (its diagonal's root)."""
+    hessian = moments.sum / max(moments.tokens, 1)
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    size = hessian.diagonal().sqrt()
+    return hessian / size / size[:, None], size
+
+
+@lru_cache(maxsize=1)
 def _inverse_factor(moments: Moments, damp: float) -> tuple[Tensor, Tensor]:
-    """Upper Cholesky factor U of the damped inverse, H⁻¹ = Uᵀ U, solved in float64; and which inputs are dead."""
+    """Upper Cholesky factor U of the damped inverse, H⁻¹ = Uᵀ U, solved in float64; and which inputs are dead.
+
+    It is R⁻¹ of H = R Rᵀ with R upper triangular: Cholesky's factor of H in reverse order.
+    """
     damped = moments.sum.double() / max(moments.tokens, 1)
     dead = damped.diagonal() == 0
     damped.diagonal()[dead] = 1
     damped.diagonal().add_(damp * damped.diagonal().mean())
     try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        reverse = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     except RuntimeError:  # torch's LinAlgError is one
         raise LegolmError(
             "calibration: the inputs' second moments cannot be inverted; raise calibration.samples"
         ) from None
+    factor = torch.linalg.solve_triangular(reverse, torch.eye(len(damped)).to(damped), upper=True)
     return factor.float(), dead

@@ -53,7 +53,7 @@ class Statistics:
         """The same of the one that ends the MLP."""
         cut(self.regression(index, layer, name))
 
-    def advance(self, index: int, layer: nn.Module) -> None:
+    def advance(self, index: int, layer: nn.Module, same: Stream | None = None) -> None:
         """Nothing to do: the sums are the dense model's, whatever was cut below."""
 
     @staticmethod

@@ -57,7 +57,9 @@ class StructuredCut:
             wanted, cut = None if dense is None else dense.hidden, partial(self._cut, finished, "neuron", small.neurons)
             self._source.end(self._at, finished, shape.reader("neuron"), wanted, cut)
         else:
-            self._source.advance(self._at, finished)
+            # Up to its first dropped layer a block that only loses layers does what the dense model does.
+            same = small.kv_groups == shape.kv_groups and self._kept[: index + 1] == tuple(range(index + 1))
+            self._source.advance(self._at, finished, dense if same else None)
         return finished
 
     @property
