@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -21,3 +23,32 @@ def test_the_page_is_what_its_records_give(tmp_path: Path) -> None:
     assert {path: (docs / path).read_bytes() for path in again} == {
         path: (tmp_path / path).read_bytes() for path in again
     }
+
+
+SHOWN = {
+    "HeteAgg (frozen side, the default)": "heteagg_frozen_side",
+    "HeteAgg, blocks cut by the clients' own sums": "heteagg_sums",
+    "the same in sketches": "heteagg_near",
+    "the same with as many weights": "heteagg_masks",
+    "FedPruner": "fedpruner",
+    "FedRolex": "fedrolex",
+    "HeteroFL": "heterofl",
+    "Fed-HeLLo": "fedhello",
+    "FedIT with the clients that can hold the LLM": "fedit_capable",
+    "FedIT with everyone dense": "fedit_everyone",
+}
+"""How the README's table calls the schemes."""
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    main = json.loads((HERE / "docs/results.json").read_text())["main"]
+    page = (HERE / "docs/results.md").read_text().partition("## Every scheme\n")[2]
+    readme = (HERE / "README.md").read_text().partition("## What it brings\n")[2]
+    for called, scheme in SHOWN.items():
+        (row,) = re.findall(rf"^\| {re.escape(called)}.*$", readme, re.MULTILINE)
+        _, _, loss, exact, size, _, seeds, _ = (cell.strip() for cell in row.split("|"))
+        found = main[scheme]
+        # From the page, not from what is rounded to four digits: it would be rounded twice.
+        assert re.search(rf"^\| \W*{scheme}\W* \| {re.escape(loss)} \|", page, re.MULTILINE), called
+        assert (exact, seeds) == (f"{100 * found['accuracy']:.0f} %", str(len(found["seeds"]))), called
+        assert size.startswith(f"{found['bytes'] / 1e6:.1f} MB"), called
