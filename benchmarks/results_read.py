@@ -42,7 +42,7 @@ BENCHES = {"flan": DEFAULT, "warm": "heteagg_factor_warm", "languages": MASKS, "
 """Each study's folder below RUNS, and the variant whose clients, data and settings stand for all."""
 WHOLE = {DEFAULT, MASKS, PLAIN, PERSONAL, LOCAL, "alone", BENCHES["paper"], "wanda-heterogeneous"}
 """Variants of which tables and plots show clients one by one."""
-PLACES = ("*/summary.json", "rates/*/*/summary.json", "seeds/*/*/summary.json")
+PLACES = ("*/summary.json", "rates/*/*/summary.json", "seeds/*/*/summary.json", "seeds/*/*/*/summary.json")
 FEW = 10
 """A task with at most so many different answers has labels."""
 R = TypeVar("R", bound=BaseModel)

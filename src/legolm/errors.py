@@ -1,4 +1,4 @@
-"""The one error of the package."""
+"""The one error of the package, and its kinds."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ def printable(text: str) -> str:
 
 class MissingDataError(LegolmError):
     """Data that a config names and that are not there; who has the config adds how to get them (`data.fetch`)."""
+
+
+class UnusableRoundError(LegolmError):
+    """A round without updates or scores that anything can be made of: of other settings there may be."""
 
 
 MAX_SAID = 300

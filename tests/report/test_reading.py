@@ -82,7 +82,7 @@ def test_a_comparison_over_seeds_has_errors_rounds_rates_and_answers(study: Stud
 
 def test_a_variant_goes_on_with_the_rate_that_is_best_on_validation_data(study: Study) -> None:
     usual, faster, _, again = read_record(study.out / "compare.json", Comparison).rows
-    assert (usual.folder, faster.folder, again.folder) == ("usual", BEST, "seeds/1/faster")
+    assert (usual.folder, faster.folder, again.folder) == ("usual", BEST, "seeds/1/0.02/faster")
     assert faster.searched is not None and min(faster.searched, key=faster.searched.__getitem__) == "0.02"
     worse = Summary.read(study.out / "rates" / "1e-06" / "faster")
     assert faster.searched.keys() == {"1e-06", "0.02"} and faster.searched["0.02"] == faster.llm_validation
@@ -97,6 +97,8 @@ def test_a_variant_goes_on_with_the_rate_that_is_best_on_validation_data(study: 
         ({"rates": [0.01]}, "variants.0.rates"),
         ({"rates": [0.01, 0.01]}, "rates has 0.01 twice"),
         ({"rates": [0.01, 0.02], "set": {"train.learning_rate": 0.1}}, "give `rates` or train.learning_rate"),
+        ({"rates": [0.01, 0.02], "set": {"train": {"learning_rate": 0.1}}}, "give `rates` or train.learning_rate"),
+        ({"rates": [0.01, 1e200]}, "variants.0.rates.1"),
         ({"rates": [0.01, float("inf")]}, "variants.0.rates.1"),
     ],
 )

@@ -29,17 +29,19 @@ def compare(
     """Run several schemes on one config and put them in one table. Goes on where an earlier call stopped."""
     from legolm.system import uncollected
 
+    out = out or Path("runs") / config.stem
     if dry_run:
         with uncollected():
             from legolm.report import print_plan
-            from legolm.study import plans
+            from legolm.study import check_places, plans
 
-            for name, (settings, plan) in plans(config, set_ or (), seeds).items():
+            planned = plans(config, set_ or (), seeds)
+            check_places(planned, config, out, models, seeds, blocks)
+            for name, (settings, plan) in planned.items():
                 typer.echo(f"\n{name}")
                 print_plan(plan, settings)
         return
     from legolm.report import print_comparison
     from legolm.study import compare as run_all
 
-    out = out or Path("runs") / config.stem
     print_comparison(run_all(config, out, set_ or (), models, blocks, seeds, jobs), out)

@@ -78,22 +78,29 @@ def override(raw: dict[str, Any], change: str) -> None:
     path, equals, text = change.partition("=")
     if not equals or not path:
         raise LegolmError(f"--set {change!r}: write it as a.b=value, for instance --set train.steps=4")
-    keys = path.split(".")
-    at: Any = raw
-    for depth, key in enumerate(keys[:-1]):
-        child = _index(at, key, change) if isinstance(at, list) else at.setdefault(key, {})
-        if not isinstance(child, dict | list):
-            if isinstance(at, list):
-                raise LegolmError(f"--set {_shown(change)}: {'.'.join(keys[: depth + 1])} is a value and has no fields")
-            # `data: starter` is short for {train: starter}.
-            child = at[key] = {"train": child} if keys[: depth + 1] == ["data"] else {}
-        at = child
+    source = f"--set {_shown(change)}"
     try:
         value = _parse(text)
     except yaml.YAMLError as error:
-        raise LegolmError(f"--set {_shown(change)}: the value is not valid YAML ({_one_line(error)})") from None
+        raise LegolmError(f"{source}: the value is not valid YAML ({_one_line(error)})") from None
+    assign(raw, path, value, source)
+
+
+def assign(raw: dict[str, Any], path: str, value: Any, source: str) -> None:
+    """Set the field `a.b` in place, list items by index. Raises `LegolmError`; `source` names the change in it."""
+    keys = path.split(".")
+    at: Any = raw
+    for depth, key in enumerate(keys[:-1]):
+        child = _item(at, key, source) if isinstance(at, list) else at.get(key)
+        if not isinstance(child, dict | list):
+            here = ".".join(keys[: depth + 1])
+            if isinstance(at, list) or (child is not None and here != "data"):
+                raise LegolmError(f"{source}: {here} is a value and has no fields")
+            # `data: starter` is short for {train: starter}.
+            child = at[key] = {} if child is None else {"train": child}
+        at = child
     if isinstance(at, list):
-        _index(at, keys[-1], change)
+        _item(at, keys[-1], source)
         at[int(keys[-1])] = value
         return
     open_section = OPEN.get(keys[0])
@@ -190,9 +197,10 @@ def _one_line(error: yaml.YAMLError) -> str:
     return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
-def _index(items: list[Any], key: str, change: str) -> Any:
+def _item(items: list[Any], key: str, source: str) -> Any:
     if not key.isdecimal() or len(key) > 9 or int(key) >= len(items):
-        raise LegolmError(f"--set {_shown(change)}: {_shown(key)} must be an index from 0 to {len(items) - 1}")
+        allowed = f"an index from 0 to {len(items) - 1}" if items else "the name of a field; the list here is empty"
+        raise LegolmError(f"{source}: {_shown(key)} must be {allowed}")
     return items[int(key)]
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from legolm.config.file import override, read, validate
+from legolm.config.file import assign, override, read, validate
 from legolm.config.run import RunConfig
-from legolm.config.section import Name, Section
+from legolm.config.section import LARGEST, Name, Section
 from legolm.errors import LegolmError
 
 RESERVED = ("blocks", "rates", "seeds", "compare.json", "compare.csv", "compare.html")
@@ -30,7 +29,7 @@ class Variant(Section):
     set: dict[str, Any] = Field({})
     block: str | None = Field(None, description="every client's block; `dense`, the whole LLM, is always there")
     match_bytes: bool = False
-    rates: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+    rates: list[Annotated[float, Field(gt=0, le=LARGEST[1], allow_inf_nan=False)]] | None = Field(
         None, min_length=2, description="learning rates to choose from, instead of train.learning_rate"
     )
 
@@ -43,8 +42,6 @@ class Variant(Section):
         names = [f"{rate:g}" for rate in self.rates or ()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{self.name}: rates has {twice[0]} twice; they must differ (in six digits)")
-        if self.rates and "train.learning_rate" in self.set:
-            raise ValueError(f"{self.name}: give `rates` or train.learning_rate in `set`, not both")
         return self
 
 
@@ -58,24 +55,36 @@ class Study(Section):
 def load_study(path: Path, changes: Sequence[str] = ()) -> tuple[Study, dict[str, RunConfig]]:
     """The study and each variant's resolved config, by name; `changes` are `--set` of the run. Raises `LegolmError`.
 
-    A variant trains alone only if that is its mode, or if it sets evaluate.local_only: a table needs that once.
+    A variant trains alone only if that is its mode, or if it or a change sets evaluate.local_only: a table needs that
+    once, whatever the run says.
     """
     study = validate(Study, read(path), f"config {path}")
     raw = read(path.parent / study.run) if isinstance(study.run, str) else study.run
-    for change in changes:
-        override(raw, change)
     configs: dict[str, RunConfig] = {}
     for variant in study.variants:
+        source = f"config {path}: variant {variant.name}"
         if variant.name in configs:
             raise LegolmError(f"config {path}: variants: {variant.name!r} is there twice; names must differ")
-        if variant.rates and any(change.partition("=")[0] == "train.learning_rate" for change in changes):
-            raise LegolmError(f"--set train.learning_rate: variant {variant.name} chooses of its `rates`; take one out")
         changed = copy.deepcopy(raw)
+        # The run's own stand for none that is asked for here, whether as a field or with its whole section.
+        _section(changed, "evaluate").pop("local_only", None)
+        if variant.rates:
+            _section(changed, "train").pop("learning_rate", None)
+        for change in changes:
+            override(changed, change)
+        if variant.rates and "learning_rate" in _section(changed, "train"):
+            raise LegolmError(f"--set train.learning_rate: variant {variant.name} chooses of its `rates`; take one out")
         for key, value in variant.set.items():
-            override(changed, f"{key}={json.dumps(value, default=str)}")
-        federation = changed.get("federation")
-        alone = isinstance(federation, dict) and federation.get("mode") == "alone"
-        if "evaluate.local_only" not in variant.set:
-            override(changed, f"evaluate.local_only={json.dumps(alone)}")
-        configs[variant.name] = validate(RunConfig, changed, f"config {path}: variant {variant.name}")
+            assign(changed, key, copy.deepcopy(value), f"{source}: set {key!r}")
+        if variant.rates and "learning_rate" in _section(changed, "train"):
+            raise LegolmError(f"{source}: give `rates` or train.learning_rate in `set`, not both")
+        changed.setdefault("evaluate", {})
+        _section(changed, "evaluate").setdefault("local_only", _section(changed, "federation").get("mode") == "alone")
+        configs[variant.name] = validate(RunConfig, changed, source)
     return study, configs
+
+
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section's own mapping; an empty one where it has none."""
+    found = raw.get(name)
+    return found if isinstance(found, dict) else {}

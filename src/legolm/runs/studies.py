@@ -40,7 +40,8 @@ class CompareRow(Record):
     What is None was not scored. Costs are a client's in a round: `bytes_down`, `bytes_up`. `tokens` are all that
     clients trained on in the rounds, `flops` the decoder's operations for them, `memory` the mean of what the plan
     reckons that those who trained need (bytes); data at one place has no clients, and neither. `folder` is the run's,
-    below the comparison's; `searched` the validation losses of the learning rates that it was chosen from.
+    below the comparison's; `searched` the validation losses of the learning rates that it was chosen from, None of one
+    at which nothing could be learned.
     """
 
     name: str
@@ -52,7 +53,7 @@ class CompareRow(Record):
     codec: str
     clients: int
     learning_rate: float
-    searched: dict[str, float] | None = None
+    searched: dict[str, float | None] | None = None
     rounds: int
     best_round: int
     llm_best_round: int

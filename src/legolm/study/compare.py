@@ -7,9 +7,10 @@ budgets differ (fewer clients take part, more is sent) the table says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import product
 from math import inf, isnan
 from multiprocessing import active_children, get_context
@@ -22,7 +23,7 @@ from rich.console import Console
 from legolm.adapter import adapter_parameters
 from legolm.block import Base, Coverage
 from legolm.config import AggregateConfig, BlockConfig, RunConfig, Variant, load_plugins, load_study
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, UnusableRoundError
 from legolm.models import load_config, resolve
 from legolm.pipeline import run
 from legolm.plan import Parts, Plan, make_plan, read_parts
@@ -40,6 +41,7 @@ from legolm.runs import (
     best_round,
     clients_of,
     on_all_data,
+    read_record,
     read_stages,
     rounds_of,
     traffic_of,
@@ -65,45 +67,76 @@ def compare(
     `changes` (`a.b=value`) override the run that the variants vary. Without `models` no variant writes its final ones.
     Comparisons with the same `store` (`out`/blocks if not given) share blocks. With more `seeds` every variant runs
     with so many, its own and the next ones, those in `out`/seeds/<seed>/<name>. A variant with `rates` first runs with
-    each of them, in `out`/rates/<rate>/<name>; what counts, and goes on with other seeds, is the one with the least
-    loss on validation data. `jobs` run at once, each in a process of its own.
+    each of them, in `out`/rates/<rate>/<name>; what counts, and goes on with other seeds in
+    `out`/seeds/<seed>/<rate>/<name>, is the one with the least loss on validation data. A rate at which nothing can be
+    learned is out. `jobs` run at once, each in a process of its own.
     """
-    # All first: bad input should not wait for the first run's end, nor another's folder or a small disk for the last.
     planned = plans(path, changes, seeds)
-    blocks = [sum(block.file_bytes for block in plan.blocks) for _, plan in planned.values()]
-    needed = sum(plan.disk_bytes - (0 if models else plan.models_bytes) for _, plan in planned.values())
-    check_room(out, needed - sum(blocks) + seeds * max(blocks) - held_bytes(out))
+    check_places(planned, path, out, models, seeds, store)
     searches: dict[str, list[str]] = {}
     for place in planned:
         if place.startswith("rates/"):
             searches.setdefault(Path(place).name, []).append(place)
-    waits = {place for place in planned if place.startswith("seeds/") and Path(place).name in searches}
-    for place, (config, _) in planned.items():
-        if place not in waits:
-            there = RunDir(out / place)
-            there.check(there.settled(config), resume=True)
+
+    def waits(place: str) -> bool:
+        return place.startswith("seeds/") and Path(place).name in searches
 
     def go(todo: Planned) -> dict[str, CompareRow]:
         return _run_all(todo, out, jobs, store or out / "blocks", models, seeds)
 
-    rows = go({place: one for place, one in planned.items() if place not in waits})
+    rows = go({place: one for place, one in planned.items() if not waits(place)})
+    chosen: dict[str, str] = {}
     for name, places in searches.items():
-        tried = {place: _validation(rows[place]) for place in places}
-        best = min(places, key=lambda place: inf if isnan(tried[place]) else tried[place])
-        by_rate = {f"{rows[place].learning_rate:g}": loss for place, loss in tried.items()}
-        rows[best] = rows[best].model_copy(update={"searched": by_rate})
-        for place in waits:
-            if Path(place).name == name:
-                config, plan = planned[place]
-                train = config.train.model_copy(update={"learning_rate": rows[best].learning_rate})
-                planned[place] = config.model_copy(update={"train": train}), plan
-        for place in set(places) - {best}:
-            del planned[place]
-    rows |= go({place: one for place, one in planned.items() if place in waits})
-    result = Comparison(name=path.stem, rows=[rows[place] for place in planned])
+        tried = {place: _validation(rows[place]) for place in places if place in rows}
+        if not tried:
+            rates = ", ".join(Path(place).parts[1] for place in places)
+            raise LegolmError(
+                f"variant {name}: nothing could be learned at any of its rates ({rates}); give lower ones"
+            )
+        chosen[name] = best = min(tried, key=lambda place: inf if isnan(tried[place]) else tried[place])
+        searched = {Path(place).parts[1]: tried.get(place) for place in places}
+        rows[best] = rows[best].model_copy(update={"searched": searched})
+    settled: dict[str, tuple[RunConfig, Plan]] = {}
+    for place, (config, plan) in planned.items():
+        name = Path(place).name
+        if waits(place):
+            rate = rows[chosen[name]].learning_rate
+            seeded = Path(place).with_name(f"{rate:g}") / name
+            settled[seeded.as_posix()] = _at_rate(config, rate), plan
+        elif chosen.get(name, place) == place:
+            settled[place] = config, plan
+    rows |= go({place: one for place, one in settled.items() if place not in rows})
+    result = Comparison(name=path.stem, rows=[rows[place] for place in settled])
     result.write(out)
     write_comparison(result, out / "compare.html")
     return result
+
+
+def check_places(
+    planned: Planned, path: Path, out: Path, models: bool = True, seeds: int = 1, store: Path | None = None
+) -> None:
+    """Raise `LegolmError` unless all these runs have room in `out`, and what is there may go on with them.
+
+    All first: bad input should not wait for the first run's end, nor another's folder or a small disk for the last.
+    """
+    check_room(out)
+    if store is not None:
+        check_room(store, field="--blocks")
+    if RunDir(out).exists():
+        raise LegolmError(f"{out}: is the folder of a run; give another --out")
+    table = out / "compare.json"
+    if table.exists() and (there := read_record(table, Comparison).name) != path.stem:
+        raise LegolmError(f"{out}: holds the comparison {there!r}, and this is {path.stem!r}; give another --out")
+    blocks = [sum(block.file_bytes for block in plan.blocks) for _, plan in planned.values()]
+    needed = sum(plan.disk_bytes - (0 if models else plan.models_bytes) for _, plan in planned.values())
+    check_room(out, needed - sum(blocks) + seeds * max(blocks) - held_bytes(out))
+    for place, (config, _) in planned.items():
+        run_folder = RunDir(out / place)
+        run_folder.check(run_folder.settled(config), resume=True)
+
+
+def _at_rate(config: RunConfig, rate: float) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": rate})})
 
 
 def _validation(found: CompareRow) -> float:
@@ -112,11 +145,19 @@ def _validation(found: CompareRow) -> float:
 
 
 def _run_all(planned: Planned, out: Path, jobs: int, store: Path, models: bool, seeds: int) -> dict[str, CompareRow]:
-    """Each run's figures; `jobs` at once."""
+    """Each run's figures, without those of learning rates at which nothing can be learned; `jobs` at once."""
     rows: dict[str, CompareRow] = {}
 
-    def finished(place: str, found: CompareRow) -> None:
-        rows[place] = found
+    def finish(place: str, result: Callable[[], CompareRow]) -> None:
+        try:
+            rows[place] = found = result()
+        except UnusableRoundError as error:
+            if not place.startswith("rates/"):
+                raise LegolmError(f"{labels[place]}: {error}") from None
+            Progress().note(f"{labels[place]}: {error}; this rate is out")
+            return
+        except LegolmError as error:
+            raise LegolmError(f"{labels[place]}: {error}") from None
         llm = "" if found.llm is None else f"LLM {found.llm:.3f}, "
         others = "" if found.others is None else f", others' {found.others:.3f}"
         says = f"{labels[place]}: finished; loss on test data: {llm}blocks' own {found.own:.3f}{others}"
@@ -129,7 +170,7 @@ def _run_all(planned: Planned, out: Path, jobs: int, store: Path, models: bool, 
         labels[place] = f"{whose} ({number} of {len(planned)})"
     if jobs == 1:
         for place, (config, plan) in planned.items():
-            finished(place, _run_one(out, place, config, plan, store, models, Progress(of=labels[place])))
+            finish(place, partial(_run_one, out, place, config, plan, store, models, Progress(of=labels[place])))
         return rows
     with ProcessPoolExecutor(jobs, get_context("spawn"), end_with_parent) as pool:
         asked = {
@@ -138,7 +179,7 @@ def _run_all(planned: Planned, out: Path, jobs: int, store: Path, models: bool, 
         }
         try:
             for done in as_completed(asked):
-                finished(asked[done], done.result())
+                finish(asked[done], done.result)
         except BrokenProcessPool:
             raise LegolmError(
                 f"--jobs {jobs}: a run's process was ended from outside, for want of memory perhaps; finished runs "
@@ -189,17 +230,19 @@ def plans(path: Path, changes: Sequence[str] = (), seeds: int = 1) -> dict[str, 
         key = config.model_dump_json(
             include=shared | {"clients": {"__all__": {"id", "data"}}, "evaluate": {"server_data"}}
         )
-        if key not in read:
-            read[key] = read_parts(config)
-        parts = read[key]
-        config = _prepared(config, variant, parts)
-        plan = make_plan(config, parts)
+        try:
+            if key not in read:
+                read[key] = read_parts(config)
+            parts = read[key]
+            config = _prepared(config, variant, parts)
+            plan = make_plan(config, parts)
+        except LegolmError as error:
+            raise LegolmError(f"variant {variant.name}: {error}") from None
         if number or not variant.rates:
             found[f"seeds/{seed}/{variant.name}" if number else variant.name] = config, plan
             continue
         for rate in variant.rates:
-            train = config.train.model_copy(update={"learning_rate": rate})
-            found[f"rates/{rate:g}/{variant.name}"] = config.model_copy(update={"train": train}), plan
+            found[f"rates/{rate:g}/{variant.name}"] = _at_rate(config, rate), plan
     return found
 
 
@@ -283,7 +326,7 @@ def _prepared(config: RunConfig, variant: Variant, parts: Parts) -> RunConfig:
     if variant.block == "dense" and "dense" not in specs:
         specs["dense"] = BlockConfig(name="dense", method="dense")
     if variant.block not in specs:
-        raise LegolmError(f"variant {variant.name}: block {variant.block!r} is not one of {', '.join(specs)}")
+        raise LegolmError(f"block {variant.block!r} is not one of {', '.join(specs)}")
     path = resolve(config.model)
     base = Base.of(path, "", load_config(path))
     block_of = {client.id: client.block for client in _plan_of(config, parts).clients} if variant.match_bytes else {}

@@ -13,7 +13,7 @@ from typing import Literal
 from legolm.adapter import Tensors, concatenated, mixed
 from legolm.aggregate import Scheme
 from legolm.config import RunConfig
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, UnusableRoundError
 from legolm.federate.server.dispatch import Dispatch, Job, Order
 from legolm.federate.server.members import Members
 from legolm.federate.server.mixture import choose, choose_own, let_go, points
@@ -180,7 +180,7 @@ class Alone:
     ) -> None:
         """Record who was refused outside the rounds. Raises `LegolmError` where it is everybody."""
         if all_asked and len(clients) == len(self.members.clients):
-            raise LegolmError(
+            raise UnusableRoundError(
                 f"{stage}: every client was refused ({'; '.join(f'{id}: {reasons[id]}' for id in clients)})"
             )
         for id in clients:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from legolm.aggregate import Scheme, Weighing
 from legolm.config import RunConfig
-from legolm.errors import LegolmError
+from legolm.errors import UnusableRoundError
 from legolm.federate.server.account import Account
 from legolm.federate.server.begin import begin
 from legolm.federate.server.dispatch import Dispatch, Order, Trained
@@ -177,7 +177,7 @@ class Gathering:
         least, why = self._least(asked)
         if len(came.added) < least:
             reasons = "; ".join(f"{id}: {came.refused[id]}" for id in asked if id in came.refused)
-            raise LegolmError(f"round {number}: {len(came.added)} updates accepted, {why} ({reasons})")
+            raise UnusableRoundError(f"round {number}: {len(came.added)} updates accepted, {why} ({reasons})")
 
     def _least(self, asked: Mapping[str, int]) -> tuple[int, str]:
         """How many updates a round needs, and why: with fewer, parts of the noise may be missing. Secure sums see to

@@ -15,7 +15,7 @@ from legolm.adapter import Tensors, tensors_hash
 from legolm.aggregate import Scheme, make_scheme
 from legolm.block import Block
 from legolm.config import RunConfig, TrainConfig
-from legolm.errors import LegolmError
+from legolm.errors import UnusableRoundError
 from legolm.federate.server.account import Account
 from legolm.federate.server.alone import Alone
 from legolm.federate.server.begin import begin
@@ -294,10 +294,10 @@ class Rounds:
             self._stages.limit(self._account.most(self._stages.before(rounds + 1)))
 
     def _check_global(self, number: int, scheme: Scheme, accepted: Sequence[str]) -> None:
-        """Raise `LegolmError` when the new global adapter is not finite, before anybody is asked about it."""
+        """Raise `UnusableRoundError` when the new global adapter is not finite, before anybody is asked about it."""
         for key, tensor in scheme.state().items():
             if not bool(tensor.isfinite().all()):
-                raise LegolmError(
+                raise UnusableRoundError(
                     f"round {number}: the new global adapter is not finite in {key}, made of the updates of "
                     f"{', '.join(accepted)}; lower aggregate.server_learning_rate or train.learning_rate, or refuse "
                     "outliers (aggregate.outliers)"

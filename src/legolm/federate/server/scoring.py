@@ -16,7 +16,7 @@ from legolm.aggregate import Scheme
 from legolm.block import Block
 from legolm.config import DataConfig, RunConfig
 from legolm.data import Example, Examples, check_apart, is_starter, read_examples, with_system
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, UnusableRoundError
 from legolm.federate.client import ClientRuntime, Keeping, Profile, only
 from legolm.federate.client import Split as AnySplit
 from legolm.federate.server.dispatch import Dispatch, Job, Split, checked_scores
@@ -72,7 +72,7 @@ class Scoring:
         results, refused = self._scores(jobs, exchange, label)
         for index, reason in refused.items():
             job = jobs[index]
-            raise LegolmError(f"{label}: client {job.client}, block {job.block.name}: {reason}")
+            raise UnusableRoundError(f"{label}: client {job.client}, block {job.block.name}: {reason}")
 
         # Once for all who hold the same: with each client's own copy a record would grow with their square.
         held = [
@@ -111,7 +111,7 @@ class Scoring:
         jobs = [Job(clients[0], self._members.llm, partial(tried.__getitem__, one), sets) for one in tried]
         results, refused = self._scores(jobs, exchange, f"{label}: quorum")
         if refused:
-            raise LegolmError(f"{label}: client {clients[0]}, the LLM: {next(iter(refused.values()))}")
+            raise UnusableRoundError(f"{label}: client {clients[0]}, the LLM: {next(iter(refused.values()))}")
         losses = {one: fmean(score.loss for score in results[index]) for index, one in enumerate(tried)}
         return min(losses, key=lambda one: (losses[one], one))
 
@@ -132,7 +132,7 @@ class Scoring:
         unscored = [Refusal(client=jobs[index].client, reason=refused[index]) for index in sorted(refused)]
         if not results:
             said = "; ".join(f"{one.client}: {one.reason}" for one in unscored)
-            raise LegolmError(f"{label}: no client has scores ({said})")
+            raise UnusableRoundError(f"{label}: no client has scores ({said})")
         held = [
             Held(
                 clients=[jobs[index].client],

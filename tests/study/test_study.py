@@ -1,0 +1,133 @@
+"""What a study's YAML asks for is what its variants get; what cannot be is refused, with the variant's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from helpers import legolm
+from legolm.config import load_study
+from legolm.errors import LegolmError
+from legolm.runs import Comparison, RunDir, read_record
+from legolm.study import compare
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def raw(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
+    evaluate, federation = {"local_only": False}, {"engine": "local", "rounds": 1}
+    return three_clients(tmp_path, ("dense", "wide", "wide"), rows=10, evaluate=evaluate) | {"federation": federation}
+
+
+@pytest.fixture
+def study(raw: dict[str, Any], tmp_path: Path) -> Write:
+    def write(*variants: dict[str, Any], **run: Any) -> Path:
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump({"run": raw | run, "variants": list(variants)}, allow_unicode=True))
+        return path
+
+    return write
+
+
+def test_a_section_says_as_much_as_its_fields(study: Write) -> None:
+    path = study(
+        {"name": "plain"},
+        {"name": "field", "set": {"evaluate.local_only": True}},
+        {"name": "section", "set": {"evaluate": {"local_only": True}}},
+        evaluate={"local_only": True},  # the run's own does not count
+    )
+
+    def alone(*changes: str) -> list[bool]:
+        return [config.evaluate.local_only for config in load_study(path, changes)[1].values()]
+
+    assert alone() == [False, True, True]
+    assert alone("evaluate.local_only=true") == alone("evaluate={local_only: true}") == [True, True, True]
+    rates = {"name": "a", "rates": [0.1, 0.2]}
+    for changes in (["train.learning_rate=0.5"], ["train={learning_rate: 0.5}"]):
+        with pytest.raises(LegolmError, match=r"--set train.learning_rate: variant a chooses of its `rates`"):
+            load_study(study(rates), changes)
+    with pytest.raises(LegolmError, match=r"variant a: give `rates` or train.learning_rate in `set`, not both"):
+        load_study(study(rates | {"set": {"train": {"learning_rate": 0.5}}}))
+    load_study(study(rates, train={"learning_rate": 0.5}))  # the run's own is what `rates` stand for
+
+
+def test_a_value_comes_as_it_is_written(study: Write) -> None:
+    values = {"data.system": "hi 😀", "data.validation": 0.00001}
+    config = load_study(study({"name": "a", "set": values}))[1]["a"]
+    assert (config.data.system, config.data.validation) == ("hi 😀", 0.00001)
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "settings", "says"),
+    [
+        ({}, [], {"evaluate": "hello"}, "variant a: `evaluate` = 'hello'"),
+        ({}, [], {"evaluate": None}, "variant a: `evaluate` = None"),
+        ({"evaluate": "hello"}, ["evaluate.batch_size=2"], {}, "--set 'evaluate.batch_size=2': evaluate is a value"),
+        ({"aggregate": "fedavg"}, [], {"aggregate.scheme": "median"}, "set 'aggregate.scheme': aggregate is a value"),
+        ({}, [], {"blocks.7.name": "b"}, "variant a: set 'blocks.7.name': '7' must be an index from 0 to"),
+        ({}, [], {"evaluate": [], "evaluate.every": 2}, "'every' must be the name of a field; the list here is empty"),
+    ],
+)
+def test_no_value_vanishes(
+    study: Write, run: dict[str, Any], changes: list[str], settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(LegolmError) as found:
+        load_study(study({"name": "a", "set": settings}, **run), changes)
+    assert says in str(found.value)
+
+
+def test_a_plan_that_cannot_be_names_its_variant(study: Write, tmp_path: Path) -> None:
+    path = study(
+        {"name": "a"}, {"name": "b", "block": "dense", "set": {"aggregate.scheme": "nearest", "lora.rank": 4000}}
+    )
+    with pytest.raises(LegolmError, match=r"variant b: "):
+        compare(path, tmp_path / "out")
+
+
+def test_the_dry_run_looks_at_the_place(study: Write, tmp_path: Path) -> None:
+    path, out = study({"name": "a"}), tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "file").write_text("mine")
+
+    def refused(*options: object) -> str:
+        done = legolm("compare", path, "--dry-run", *options)
+        assert (done.returncode, done.stdout) == (2, "")
+        return done.stderr
+
+    assert f"{tmp_path / 'file'} is a file; give another --out" in refused("--out", tmp_path / "file")
+    assert f"{tmp_path / 'file'} is a file; give another --blocks" in refused(
+        "--out", out, "--blocks", tmp_path / "file"
+    )
+    Comparison(name="other", rows=[]).write(out)
+    assert "holds the comparison 'other', and this is 'study'; give another --out" in refused("--out", out)
+
+
+def test_a_rate_at_which_nothing_is_learned_is_out_and_one_more_is_tried(study: Write, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def rated(*rates: float) -> Path:
+        return study({"name": "a", "rates": [*rates]})
+
+    first, again = compare(rated(1e-6, 1e30), out, seeds=2, models=False).rows
+    assert first.searched is not None and first.searched.keys() == {"1e-06", "1e+30"}
+    assert first.searched["1e+30"] is None and first.searched["1e-06"] == first.llm_validation
+    assert (first.folder, again.folder) == ("rates/1e-06/a", "seeds/1/1e-06/a")
+    first, again = compare(rated(1e-6, 1e30, 0.01), out, seeds=2, models=False).rows
+    assert (first.folder, again.folder, again.learning_rate) == ("rates/0.01/a", "seeds/1/0.01/a", 0.01)
+    assert RunDir(out / "seeds" / "1" / "1e-06" / "a").rounds_done() == 1  # nothing is lost
+    assert [one.folder for one in read_record(out / "compare.json", Comparison).rows] == [first.folder, again.folder]
+    with pytest.raises(
+        LegolmError, match=r"variant a: nothing could be learned at any of its rates \(1e\+30, 1e\+31\)"
+    ):
+        compare(rated(1e30, 1e31), tmp_path / "none", models=False)
+
+
+def test_a_run_that_ends_names_its_variant(study: Write, tmp_path: Path) -> None:
+    path = study({"name": "a", "set": {"train.learning_rate": 1e30}})
+    with pytest.raises(LegolmError, match=r"^a \(1 of 1\): round 1: "):
+        compare(path, tmp_path / "out")
