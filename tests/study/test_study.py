@@ -131,3 +131,13 @@ def test_a_run_that_ends_names_its_variant(study: Write, tmp_path: Path) -> None
     path = study({"name": "a", "set": {"train.learning_rate": 1e30}})
     with pytest.raises(LegolmError, match=r"^a \(1 of 1\): round 1: "):
         compare(path, tmp_path / "out")
+
+
+def test_variants_of_another_precision_are_said(study: Write, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = legolm("compare", study({"name": "a", "set": {"precision": "bf16"}}), "--no-models", "--out", out)
+    assert (first.returncode, "precision" in first.stderr) == (0, False)
+    both = study({"name": "a", "set": {"precision": "auto"}}, {"name": "b"})
+    again = legolm("compare", both, "--no-models", "--out", out)
+    assert again.returncode == 0
+    assert "not all ran in one precision (a bf16, b fp32)" in " ".join(again.stderr.split())

@@ -82,7 +82,12 @@ def compare(
         return place.startswith("seeds/") and Path(place).name in searches
 
     def go(todo: Planned) -> dict[str, CompareRow]:
-        return _run_all(todo, out, jobs, store or out / "blocks", models, seeds)
+        # Measured here once: two processes might find another one faster.
+        decided = {
+            place: (config if RunDir(out / place).exists() else _with_precision(config, plan), plan)
+            for place, (config, plan) in todo.items()
+        }
+        return _run_all(decided, out, jobs, store or out / "blocks", models, seeds)
 
     rows = go({place: one for place, one in planned.items() if not waits(place)})
     chosen: dict[str, str] = {}
@@ -106,6 +111,10 @@ def compare(
         elif chosen.get(name, place) == place:
             settled[place] = config, plan
     rows |= go({place: one for place, one in settled.items() if place not in rows})
+    used = {place: RunDir(out / place).known().precision for place in settled}
+    if len(set(used.values())) > 1:
+        each = ", ".join(f"{place} {precision}" for place, precision in used.items())
+        Progress().note(f"not all ran in one precision ({each}); set `precision`, in another --out, to compare alike")
     result = Comparison(name=path.stem, rows=[rows[place] for place in settled])
     result.write(out)
     write_comparison(result, out / "compare.html")
@@ -133,6 +142,10 @@ def check_places(
     for place, (config, _) in planned.items():
         run_folder = RunDir(out / place)
         run_folder.check(run_folder.settled(config), resume=True)
+
+
+def _with_precision(config: RunConfig, plan: Plan) -> RunConfig:
+    return config.model_copy(update={"precision": plan.precision})
 
 
 def _at_rate(config: RunConfig, rate: float) -> RunConfig:
