@@ -27,8 +27,9 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print every plan and stop")] = False,
 ) -> None:
     """Run several schemes on one config and put them in one table. Goes on where an earlier call stopped."""
-    from legolm.system import uncollected
+    from legolm.system import check_room, uncollected
 
+    out = out or Path("runs") / config.stem
     if dry_run:
         with uncollected():
             from legolm.report import print_plan
@@ -37,9 +38,10 @@ def compare(
             for name, (settings, plan) in plans(config, set_ or (), seeds).items():
                 typer.echo(f"\n{name}")
                 print_plan(plan, settings)
+        check_room(out)
+        check_room(blocks or out / "blocks", field="--blocks")
         return
     from legolm.report import print_comparison
     from legolm.study import compare as run_all
 
-    out = out or Path("runs") / config.stem
     print_comparison(run_all(config, out, set_ or (), models, blocks, seeds, jobs), out)

@@ -73,6 +73,7 @@ def compare(
     blocks = [sum(block.file_bytes for block in plan.blocks) for _, plan in planned.values()]
     needed = sum(plan.disk_bytes - (0 if models else plan.models_bytes) for _, plan in planned.values())
     check_room(out, needed - sum(blocks) + seeds * max(blocks) - held_bytes(out))
+    check_room(store or out / "blocks", field="--blocks")
     searches: dict[str, list[str]] = {}
     for place in planned:
         if place.startswith("rates/"):
