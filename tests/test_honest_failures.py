@@ -97,8 +97,12 @@ def test_a_block_with_a_weight_that_is_no_number_is_named(config: Callable[..., 
     clients = [{"id": "fr", "block": "dense"}, {"id": "de", "block": "wide"}]
     given = config(blocks=blocks, clients=clients)
     assert_one_line(legolm("run", given, "--dry-run", "--out", tmp_path / "out"), *says)
+    nan = block.rename(tmp_path / "nan")
+    broken(tmp_path / "first" / "blocks" / "wide", block, name, 3.0)
+    says = (f"{block / 'model.safetensors'}: is not what the run wrote (its hash differs)",)
+    assert_one_line(legolm("run", given, "--dry-run", "--out", tmp_path / "out"), *says)
     own = tmp_path / "first" / "blocks" / "wide" / "model.safetensors"
-    (block / "model.safetensors").replace(own)
+    (nan / "model.safetensors").replace(own)
     shutil.rmtree(tmp_path / "first" / "rounds" / "0001")
     (tmp_path / "first" / "summary.json").unlink()
     done = legolm("run", config(), "--out", tmp_path / "first", "--set", "federation.rounds=1", "--resume")

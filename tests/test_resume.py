@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,13 +19,14 @@ from safetensors.torch import load_file
 from helpers import assert_one_line, legolm, without_clocks
 from legolm import config as configs
 from legolm import pipeline
+from legolm.block import Coverage, Manifest
 from legolm.cli.run import run as run_command
 from legolm.errors import LegolmError
 from legolm.export import find_model
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
-from legolm.runs import Clock, RunDir, Summary, dump_sealed, run_of
-from legolm.runs.repair import Hashes
+from legolm.prune import build
+from legolm.runs import Clock, RunDir, Summary, run_of
 from legolm.runs.resume import differences, settled
 from legolm.system import Progress
 
@@ -296,15 +298,69 @@ def test_rounds_after_one_that_is_gone_are_made_again(home: Path, tmp_path: Path
     assert_same(home / "out", out)
 
 
-def test_a_block_that_cannot_be_made_again_as_it_was_is_named(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [flip, lambda file: shutil.rmtree(file.parent)])
+def test_a_block_that_cannot_be_made_again_as_it_was_is_named_each_time(
+    damage: Callable[[Path], None], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = copy(home, tmp_path / "out"), build.write_block
+    damage(out / "blocks" / "wide" / "model.safetensors")
+
+    def otherwise(manifest: Manifest, coverage: Coverage, folder: Path) -> None:
+        """As where another machine cuts otherwise."""
+        flip(folder / "model.safetensors")
+        real(manifest, coverage, folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "write_block", otherwise)
+        for _ in range(2):
+            with pytest.raises(LegolmError, match=r"blocks/wide: cannot be made again as it was \(other weights"):
+                resume(home, out)
+            assert not (out / "blocks" / "wide").exists()
+    _, said = resume(home, out)
+    assert f"note: {out}/blocks/wide: is lost; {out}/blocks/wide is made again" in said
+    assert_same(home / "out", out)
+    shutil.copytree(out / "blocks" / "dense", out / "blocks" / "wide", dirs_exist_ok=True)  # whole, and another's
+    _, said = resume(home, out)
+    assert f"note: {out}/blocks/wide: is another block than the run's; {out}/blocks/wide is made again" in said
+    assert_same(home / "out", out)
+
+
+def test_the_dry_run_says_what_is_damaged(home: Path, tmp_path: Path) -> None:
     out = copy(home, tmp_path / "out")
-    hashes = json.loads((out / "blocks" / "wide" / "hashes.json").read_text())["files"]
-    # As where another machine cuts otherwise.
-    files = hashes | {"model.safetensors": "0"}
-    (out / "blocks" / "wide" / "hashes.json").write_text(dump_sealed(Hashes(files=files)))
-    with pytest.raises(LegolmError, match=r"blocks/wide: cannot be made again as it was"):
-        resume(home, out)
-    assert not (out / "blocks" / "wide").exists()
+    ask = ("run", home / "run.yaml", "--out", out, "--resume", "--dry-run")
+    for name in ("blocks/wide", "final/fr"):
+        flip(out / name / "model.safetensors")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    done = legolm(*ask)
+    assert done.returncode == 0, done.stderr
+    for name in ("blocks/wide", "final/fr"):
+        folder = out / name
+        says = f"{folder}/model.safetensors: is not what the run wrote (its hash differs); {folder} is made again\n"
+        assert says in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    flip(out / "rounds" / "0001" / "adapter.safetensors")
+    assert_one_line(legolm(*ask), f"{out}/rounds/0001/adapter.safetensors: is not what the run wrote")
+
+
+def test_a_damaged_block_that_runs_share_is_named_once_and_cut_again(home: Path, tmp_path: Path) -> None:
+    store, one, two = tmp_path / "store", tmp_path / "one", tmp_path / "two"
+    quick = ("federation.rounds=1", "federation.personal_steps=0", "evaluate.local_only=false")
+    resume(home, one, *quick, store=store)
+    (shared,), own = store.glob("wide-*"), one / "blocks" / "wide"
+    was = {name: (own / name).read_bytes() for name in ("model.safetensors", "coverage.safetensors")}
+    for name in (*was, "manifest.json", "hashes.json"):
+        assert name == "hashes.json" or (own / name).samefile(shared / name)
+        for file in {(folder / name).stat().st_ino: folder / name for folder in (own, shared)}.values():
+            os.truncate(file, file.stat().st_size // 2)  # one file with two names is broken once
+        _, said = resume(home, one, *quick, store=store)
+        assert said.count(f"{own} is made again") == said.count(f"{shared} is made again") == 1, name
+        assert was == {name: (own / name).read_bytes() for name in was}
+    _, said = resume(home, one, *quick, store=store)
+    assert "made again" not in said
+    flip(shared / "model.safetensors")
+    _, said = resume(home, two, *quick, store=store)
+    assert said.count(f"{shared} is made again") == 1
+    assert was == {name: (two / "blocks" / "wide" / name).read_bytes() for name in was}
 
 
 def test_work_before_an_interruption_counts(home: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ from legolm.runs import (
     Machine,
     RunDir,
     Summary,
-    check_same,
+    check_blocks,
+    drop_damaged,
     dump_sealed,
     mend,
     point_adapters,
@@ -136,7 +137,7 @@ def _run(
         _check_data(RunDir(out), config)
     folder = RunDir.open(out, config, resume, plan.data_fingerprint if came else None)
     identity = _identify(folder, config, plan)
-    again = mend(folder, config, progress.note)
+    mend(folder, config, progress.note)
 
     name, blocks = out.resolve().name, dict[str, Block]()
     rounds: Rounds
@@ -158,7 +159,7 @@ def _run(
                 calibrate(folder, config, identity, plan.base, block_of(), exchange, progress)
             if make_scheme(config.aggregate).whitened is not None and not folder.frozen.exists():
                 whiten(folder, config, llm_block(plan.base, identity.base_fingerprint), progress)
-            blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store, again)
+            blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store)
             if config.federation.fitted and not folder.protection.exists():
                 fit(folder, config, blocks, block_of(), progress)
         rounds = begin()
@@ -314,12 +315,8 @@ def _cut_blocks(
     base_fingerprint: str,
     progress: Progress,
     store: Path | None,
-    again: Mapping[str, dict[str, str]],
 ) -> dict[str, Block]:
-    """Every block of the config, by name, cut or found finished; and the LLM as `llm`.
-
-    `again` are those that were there before, with their files' hashes.
-    """
+    """Every block of the config, by name, cut or found finished; and the LLM as `llm`."""
     blocks = {"llm": llm_block(plan.base, base_fingerprint)}
     precision, device = choose_precision(config.precision, config.device), choose_device(config.device)
     tokenizer = load_tokenizer(plan.base, config.data)
@@ -335,16 +332,24 @@ def _cut_blocks(
         recipe += summed if spec.calibration.statistics == CLIENTS else ""
         name = f"{spec.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
         made[spec.name] = store / name if store else folder.block(spec.name)
+
+    def finish(block: Path) -> None:
+        """What is the run's own, and the hashes of all."""
+        place_frozen(folder, block)
+        seal(block)
+
     with ExitStack() as held:
         for place in sorted(place for place in made.values() if place.parent == store):
             held.enter_context(locked(place.parent / ".cut" / place.name, wait=True))  # another run may be cutting it
+            drop_damaged(place, progress.note)
         if wanted := [(spec, made[spec.name]) for spec in left if not made[spec.name].exists()]:
             model, base = lasting_name(config.model), plan.base
-            cut_blocks(base, base_fingerprint, wanted, config.seed, precision, progress, model, device, tokenizer, sums)
+            last = seal if store else finish
+            cut_blocks(
+                base, base_fingerprint, wanted, config.seed, precision, progress, model, device, tokenizer, sums, last
+            )
     for spec in left:
         if made[spec.name] == folder.block(spec.name):
-            place_frozen(folder, folder.block(spec.name))
-            seal(folder.block(spec.name))
             continue
         with atomic_folder(folder.block(spec.name)) as partial:
             shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=link, ignore=_unsealed)
@@ -353,10 +358,8 @@ def _cut_blocks(
                 if prompt_look(load_tokenizer(partial)) != prompt_look(tokenizer):
                     progress.note(f"block {spec.name}: was cut with another chat template or date; it gets this run's")
                     _replace_tokenizer(tokenizer, partial)
-            place_frozen(folder, partial)
-            seal(partial)
-    for name, was in again.items():
-        check_same(folder.block(name), was)
+            finish(partial)
+    check_blocks(folder, config)
     for spec in config.blocks:
         path = folder.block(spec.name)
         blocks[spec.name] = read_block(path)

@@ -195,6 +195,23 @@ def test_an_out_that_cannot_be_made_is_refused_before_the_work(
         assert_one_line(legolm(*command, *below), f"{file} is a file")
 
 
+def test_a_folder_of_shared_blocks_that_cannot_be_is_one_line(config: Callable[..., Path], tmp_path: Path) -> None:
+    study, file, cut = tmp_path / "study.yaml", tmp_path / "file", tmp_path / "store" / ".cut"
+    study.write_text(yaml.safe_dump({"run": str(config()), "variants": [{"name": "a"}]}))
+    file.write_text("")
+    compare = ("compare", study, "--out", tmp_path / "out")
+    for more in ((), ("--dry-run",)):
+        for blocks in (file, file / "below"):
+            assert_one_line(legolm(*compare, "--blocks", blocks, *more), f"{file} is a file; give another --blocks")
+    assert_one_line(legolm("compare", study, "--out", file, "--dry-run"), f"{file} is a file; give another --out")
+    assert not (tmp_path / "out").exists()
+    cut.parent.mkdir()
+    cut.write_text("")
+    assert_one_line(
+        legolm(*compare, "--blocks", cut.parent), f"{cut}/", ": cannot be worked in (", "give another place"
+    )
+
+
 def test_options_that_would_do_nothing_are_refused(
     config: Callable[..., Path], tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ def run(
         with uncollected():
             from legolm.plan import make_plan
             from legolm.report import print_plan
-            from legolm.runs import RunDir
+            from legolm.runs import RunDir, damages
 
             if not resume:
                 print_plan(make_plan(settings), settings)
@@ -40,6 +40,8 @@ def run(
             plan = make_plan(settings)
             settings = settings.model_copy(update={"precision": plan.precision})
             lines = changed(folder, settings, folder.check(settings, resume))
+            if folder.identity_file.exists():
+                damages(folder, settings, lines.append)
             print_plan(plan, settings)
             for line in lines:
                 typer.echo(line)

@@ -17,12 +17,16 @@ from legolm.federate.server import whitening_text
 from legolm.federate.wire import MAX_SUMS_BYTES
 from legolm.models import Shape, check_weights, fingerprint, load_config, resolve
 from legolm.prune import clients_needs, clients_sketch, sent_bytes
+from legolm.runs import HASHES, check_sealed
 from legolm.system import stored_tensors
 from legolm.trust import server_files
 
 
 def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
-    """Blocks that are there already, by name. Raises `LegolmError` for one of another LLM and one that learned."""
+    """Blocks that are there already, by name.
+
+    Raises `LegolmError` for one of another LLM, one that learned, and one that is not what a run wrote.
+    """
     found = {spec.name: read_block(Path(spec.path)) for spec in config.blocks if spec.path is not None}
     own = fingerprint(base) if found else ""
     for name, block in found.items():
@@ -31,6 +35,8 @@ def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
         if (block.path / FACTORS).is_file():
             raise LegolmError(f"block {name}: {block.path} has learned something already; give the block as it was cut")
         check_weights(block.path)
+        if (block.path / HASHES).is_file():  # of a run
+            check_sealed(block.path)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +60,13 @@ def cut_blocks(
     device: torch.device | None = None,
     tokenizer: Any = None,
     sums: Path | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> list[Block]:
     """Cut blocks from the checkpoint at `path` into their folders, each whole or not at all.
 
     They record `model_name`, or the path, as the LLM that they were cut from, and get `tokenizer`, or the LLM's. What
     is computed is computed on `device`, the machine's best if not given. `sums` is the file of what the run's clients
-    collected, where they are asked.
+    collected, where they are asked. `finish` adds to a block's folder before it appears.
 
     The LLM is read one decoder layer at a time. Blocks with the same calibration share its text and the hidden states
     of the dense model. Raises `LegolmError` for bad targets, text or disks before anything is written.
@@ -94,6 +95,8 @@ def cut_blocks(
             for job in jobs:
                 recipe = _recipe(job.spec, seed, precision, sums)
                 _finish(job, base, tokenizer, model_name, recipe, seconds, seed, precision, progress, teacher)
+                if finish is not None:
+                    finish(job.folder)
                 job.closing.close()
     return [read_block(out) for _, out in wanted]
 

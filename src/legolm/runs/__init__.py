@@ -47,7 +47,7 @@ from legolm.runs.records import (
     rounds_of,
     traffic_of,
 )
-from legolm.runs.repair import HASHES, check_same, check_sealed, mend, seal
+from legolm.runs.repair import HASHES, check_blocks, check_sealed, damages, drop_damaged, mend, seal
 from legolm.runs.resume import AGAIN, Difference
 from legolm.runs.sample import (
     others_of,
@@ -149,10 +149,12 @@ __all__ = [
     "Training",
     "Weights",
     "best_round",
-    "check_same",
+    "check_blocks",
     "check_sealed",
     "checked_state",
     "clients_of",
+    "damages",
+    "drop_damaged",
     "dump_record",
     "dump_sealed",
     "lasting_base",

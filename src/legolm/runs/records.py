@@ -255,7 +255,7 @@ class Identity(Record):
     """`run.json`: what a run stands on.
 
     `template` is the chat template where the config names one. `config` is what the run does now, for `config.yaml` is
-    for people to read and edit; `changes` led there.
+    for people to read and edit; `changes` led there. `blocks` has the hashes of each block's weights, by file.
     """
 
     schema_number: Literal[2] = 2
@@ -267,6 +267,7 @@ class Identity(Record):
     versions: dict[str, str]
     config: dict[str, Any] = {}
     changes: list[Change] = []
+    blocks: dict[str, dict[str, str]] = {}
 
 
 R = TypeVar("R", bound=BaseModel)

@@ -51,45 +51,62 @@ def check_sealed(folder: Path) -> dict[str, str]:
     return known
 
 
-def mend(run: RunDir, config: RunConfig, note: Callable[[str], None]) -> dict[str, dict[str, str]]:
-    """Take away damaged blocks, final models and clients' stages, which are made again, and say so.
+def mend(run: RunDir, config: RunConfig, note: Callable[[str], None]) -> None:
+    """Take away what `damages` finds, and say so. Raises `LegolmError` as it does."""
+    _keep_weights(run, config)  # while a damaged block of an earlier version still says what it was
+    for path in damages(run, config, note):
+        shutil.rmtree(path)
 
-    The hashes of each block's files that was taken away, by its name. Raises `LegolmError` for what cannot be made
-    again: a round, what clients keep for their next one, and what the run stands on.
+
+def damages(run: RunDir, config: RunConfig, note: Callable[[str], None]) -> list[Path]:
+    """Folders of damaged blocks, final models and clients' stages, which are made again; each is said, as lost blocks.
+
+    Raises `LegolmError` for what cannot be made again: a round, what clients keep for their next one, and what the run
+    stands on.
     """
-    done = run.rounds_done()
+    done, weights = run.rounds_done(), run.identity().blocks
     records = [_check_round(run.round(number), note) for number in range(done + 1) if run.round(number).exists()]
     if config.federation.engine != "deployment":  # else it is on the devices
         _check_clients(run, records)
-    for path in _after(run, done):
+    found = _after(run, done)
+    for path in found:
         note(f"{path}: is made again, for an earlier round is not there")
-        shutil.rmtree(path)
-    for stage in ("local", "personal"):
-        for client in config.clients:
-            path = run.client_stage(stage, client.id)
-            if path.exists() and _is_damaged(path, partial(_check_stage, path), note):
-                shutil.rmtree(path)
-    again: dict[str, dict[str, str]] = {}
+    stages = [run.client_stage(stage, client.id) for stage in ("local", "personal") for client in config.clients]
+    finals = [run.final(name) for name in ("llm", *(client.id for client in config.clients))]
+    checks: list[tuple[Path, Callable[[], object]]] = [
+        *((path, partial(_check_stage, path)) for path in stages if path.exists()),
+        *(
+            (path, partial(_check_block, path, weights.get(block.name)))
+            for block in config.blocks
+            if (path := run.block(block.name)).exists() or block.name in weights
+        ),
+        *((path, partial(check_sealed, path)) for path in finals if path.exists()),
+    ]
+    gone = set(found)
+    for path, check in checks:
+        if gone.isdisjoint((path, path.parent)) and _is_damaged(path, check, note) and path.exists():
+            found.append(path)
+    return found
+
+
+def drop_damaged(folder: Path, note: Callable[[str], None]) -> None:
+    """Take away a sealed folder, if it is there, that is not what was written, and say that it is made again."""
+    if folder.exists() and _is_damaged(folder, partial(check_sealed, folder), note):
+        shutil.rmtree(folder)
+
+
+def check_blocks(run: RunDir, config: RunConfig) -> None:
+    """Keep in `run.json` which weights blocks have, once for all: what rounds learn is for these.
+
+    Raises `LegolmError` for a block that was made again and came out otherwise; it is taken away.
+    """
+    known = _keep_weights(run, config)
     for block in config.blocks:
         path = run.block(block.name)
-        if path.exists() and not (path / HASHES).exists():
-            seal(path)  # the process was killed when the block was cut and others were not
-        if path.exists() and _is_damaged(path, partial(check_sealed, path), note):
-            again[block.name] = _known(path)
+        if _weights(path) != known.get(block.name):
             shutil.rmtree(path)
-    for name in ("llm", *(client.id for client in config.clients)):
-        path = run.final(name)
-        if path.exists() and _is_damaged(path, partial(check_sealed, path), note):
-            shutil.rmtree(path)
-    return again
-
-
-def check_same(folder: Path, was: dict[str, str]) -> None:
-    """Raise `LegolmError` where a block that was made again has other weights than the one that the rounds trained."""
-    now = check_sealed(folder)
-    if any(now.get(name) != wanted for name, wanted in was.items() if name.endswith(".safetensors")):
-        shutil.rmtree(folder)
-        raise LegolmError(f"{folder}: cannot be made again as it was (other weights came); restore it, or {ANEW}")
+            came = "other weights came" if block.path is None else f"{block.path} has other weights now"
+            raise LegolmError(f"{path}: cannot be made again as it was ({came}); restore it, or {ANEW}")
 
 
 def _check_round(path: Path, note: Callable[[str], None]) -> RoundRecord:
@@ -147,8 +164,31 @@ def _is_damaged(path: Path, check: Callable[[], object], note: Callable[[str], N
     return False
 
 
-def _known(folder: Path) -> dict[str, str]:
+def _check_block(path: Path, weights: dict[str, str] | None) -> None:
+    if not path.exists():
+        raise LegolmError(f"{path}: is lost")
+    check_sealed(path)
+    if weights is not None and _weights(path) != weights:
+        raise LegolmError(f"{path}: is another block than the run's")
+
+
+def _keep_weights(run: RunDir, config: RunConfig) -> dict[str, dict[str, str]]:
+    """Of each block that was ever there, the hashes of its weights, in `run.json` from now on.
+
+    They stand outside the block's folder, so that they outlast it.
+    """
+    identity = run.identity()
+    found = {block.name: _weights(run.block(block.name)) for block in config.blocks}
+    known = {name: weights for name, weights in found.items() if weights} | identity.blocks
+    if known != identity.blocks:
+        atomic_write(run.identity_file, dump_sealed(identity.model_copy(update={"blocks": known})))
+    return known
+
+
+def _weights(block: Path) -> dict[str, str]:
+    """Hashes of a block's weights as its seal has them; none where that cannot be read."""
     try:
-        return read_sealed(folder / HASHES, Hashes).files
+        files = read_sealed(block / HASHES, Hashes).files
     except LegolmError:
         return {}
+    return {name: value for name, value in files.items() if name.endswith(".safetensors")}

@@ -129,8 +129,7 @@ def check_places(
     All first: bad input should not wait for the first run's end, nor another's folder or a small disk for the last.
     """
     check_room(out)
-    if store is not None:
-        check_room(store, field="--blocks")
+    check_room(store or out / "blocks", field="--blocks")
     if RunDir(out).exists():
         raise LegolmError(f"{out}: is the folder of a run; give another --out")
     table = out / "compare.json"

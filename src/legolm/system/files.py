@@ -31,12 +31,17 @@ os.umask(_UMASK := os.umask(0))  # it can only be read by setting it
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder, made if need be, for this process alone.
 
-    Raises `LegolmError` when another one holds it, or waits for it.
+    Raises `LegolmError` when another one holds it, or waits for it; and when it cannot be made or written to.
 
     The lock goes with the process, however that ends.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        if disk_full(error):
+            raise
+        raise LegolmError(f"{folder}: cannot be worked in ({brief(error)}); give another place") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
