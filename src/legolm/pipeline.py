@@ -7,6 +7,7 @@ an undisturbed run ends.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from typing import Any
 from legolm.adapter import FROZEN
 from legolm.aggregate import make_scheme
 from legolm.block import Block, llm_block, read_block, rename_block
-from legolm.config import AUTO, CLIENTS, RunConfig
+from legolm.config import AUTO, RunConfig
 from legolm.data import DATE, client_data, data_fingerprint, prompt_look
 from legolm.errors import LegolmError
 from legolm.federate.server import (
@@ -43,7 +44,7 @@ from legolm.models import (
     load_tokenizer,
 )
 from legolm.plan import Plan, PlannedClient, make_plan
-from legolm.prune import cut_blocks
+from legolm.prune import cut_blocks, recipe_of
 from legolm.report import Trackers, need_matplotlib, summarize, write_report
 from legolm.runs import (
     AGAIN,
@@ -66,7 +67,6 @@ from legolm.system import (
     atomic_folder,
     atomic_write,
     check_room,
-    file_hash,
     held_bytes,
     link,
     locked,
@@ -323,13 +323,12 @@ def _cut_blocks(
     prompts = "".join(f"|{one}" for one in (plan.template, tokenizer.init_kwargs.get(DATE)) if one)
     left = [spec for spec in config.cuts if not folder.block(spec.name).exists()]
     sums = folder.sums if folder.sums.exists() else None
-    summed = f"|{file_hash(sums)}" if sums else ""
     made = {spec.name: Path(spec.path) for spec in left if spec.path is not None}
     for spec in left:
         if spec.path is not None:
             continue
-        recipe = f"{spec.model_dump_json()}|{base_fingerprint}|{config.seed}|{precision}{prompts}"
-        recipe += summed if spec.calibration.statistics == CLIENTS else ""
+        details = json.dumps(recipe_of(spec, config.seed, precision, sums))
+        recipe = f"{spec.method}|{details}|{base_fingerprint}{prompts}"
         name = f"{spec.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
         made[spec.name] = store / name if store else folder.block(spec.name)
 

@@ -141,3 +141,17 @@ def test_variants_of_another_precision_are_said(study: Write, tmp_path: Path) ->
     again = legolm("compare", both, "--no-models", "--out", out)
     assert again.returncode == 0
     assert "not all ran in one precision (a bf16, b fp32)" in " ".join(again.stderr.split())
+
+
+def test_a_shared_block_is_of_the_text_as_it_is_now(
+    study: Write, raw: dict[str, Any], corpus: Path, tmp_path: Path
+) -> None:
+    out, text = tmp_path / "out", tmp_path / "corpus.txt"
+    text.write_text(corpus.read_text())
+    raw["blocks"][1]["calibration"]["text"] = str(text)
+    compare(study({"name": "a"}), out, models=False)
+    text.write_text("".join(reversed(corpus.read_text())))
+    compare(study({"name": "b"}), out, models=False)
+    compare(study({"name": "c"}), out, models=False)
+    of_a, of_b, of_c = ((out / name / "blocks/wide/model.safetensors").read_bytes() for name in "abc")
+    assert of_a != of_b == of_c

@@ -1,6 +1,6 @@
 """Cut blocks from the LLM: calibrate, choose a shape, prune, recover, write."""
 
-from legolm.prune.build import cut_blocks, kept_block
+from legolm.prune.build import cut_blocks, kept_block, recipe_of
 from legolm.prune.calibrate import first_readers
 from legolm.prune.cuts import clients_needs, clients_sketch
 from legolm.prune.moments import Moments, Needs
@@ -37,6 +37,7 @@ __all__ = [
     "kept_block",
     "load_statistics",
     "planned_coverage",
+    "recipe_of",
     "save_statistics",
     "sent_bytes",
     "sketched",

@@ -93,7 +93,7 @@ def cut_blocks(
         recovering = sum(job.spec.recover.most_steps > 0 for job in jobs)
         with teacher_of(path, precision, device, recovering) as teacher:
             for job in jobs:
-                recipe = _recipe(job.spec, seed, precision, sums)
+                recipe = recipe_of(job.spec, seed, precision, sums)
                 _finish(job, base, tokenizer, model_name, recipe, seconds, seed, precision, progress, teacher)
                 if finish is not None:
                     finish(job.folder)
@@ -115,7 +115,7 @@ def kept_block(
     for field, value in {
         "fingerprint": fingerprint[:12],
         "method": spec.method,
-        **_recipe(spec, seed, precision),
+        **recipe_of(spec, seed, precision),
     }.items():
         if was.get(field) != value:
             raise LegolmError(
@@ -127,8 +127,11 @@ def kept_block(
     return found
 
 
-def _recipe(spec: BlockConfig, seed: int, precision: Precision, sums: Path | None = None) -> dict[str, Any]:
-    """All that a block follows from, beside its LLM: its target, and the hashes of files that it is calibrated on."""
+def recipe_of(spec: BlockConfig, seed: int, precision: Precision, sums: Path | None = None) -> dict[str, Any]:
+    """All that a block of this method follows from, beside its LLM: its target, and hashes of what it is calibrated on.
+
+    `sums` is the file of what a run's clients collected.
+    """
     given = spec.calibration.statistics
     read = [*(given or [spec.calibration.text]), spec.recover.text] if given != CLIENTS else [spec.recover.text]
     files = {file: Path(file) for file in read if file is not None}
