@@ -65,7 +65,7 @@ def test_a_comparison_over_seeds_has_errors_rounds_rates_and_answers(study: Stud
     found, shown = read_record(study.out / "compare.json", Comparison), study.done.stdout
     assert [(one.name, one.seed) for one in found.rows] == [("usual", 0), ("faster", 0), ("usual", 1), ("faster", 1)]
     assert [one.learning_rate for one in found.rows] == [0.01, 0.02] * 2
-    assert RunDir(study.out / "seeds" / "1" / "usual").config().seed == 1
+    assert RunDir(study.out / "seeds" / "1" / "usual").known().seed == 1
     tables = "\n".join(line for line in shown.splitlines() if not line.startswith("table"))
     assert max(map(len, tables.splitlines())) <= 80
     heads = " ".join(shown.split())
@@ -246,7 +246,7 @@ def greedy(folder: Path, question: str, most: int) -> str:
 def test_the_end_of_a_run_asks_five_questions_and_the_answers_are_the_models_own(asked: Study) -> None:
     summary = read_record(asked.out / "summary.json", Summary)
     assert [one.client for one in summary.samples] == ["fr", "fr", "de", "de", "es"]
-    config = RunDir(asked.out).config()
+    config = RunDir(asked.out).known()
     tests = {id: [(one.question, one.wanted) for one in data.test] for id, data in client_data(config).items()}
     folders = {"final": "final/{}", "llm": "final/llm"}
     for one in summary.samples:
