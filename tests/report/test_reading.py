@@ -18,6 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import legolm
+from legolm import config as configs
+from legolm import pipeline
 from legolm.config import load_study
 from legolm.data import client_data
 from legolm.errors import LegolmError
@@ -279,8 +281,11 @@ def test_questions_are_asked_once_and_again_where_the_models_are_others(asked: S
     before = kept.stat().st_mtime_ns
     again = legolm("run", asked.study, "--out", asked.out, "--resume")
     assert again.returncode == 0 and kept.stat().st_mtime_ns == before and "answer test questions" not in again.stderr
-    found = kept.read_text()
+    found, samples = kept.read_text(), Summary.read(asked.out).samples
+    config = configs.load(asked.study)  # as `legolm compare --no-models` does with a variant that is there
+    assert pipeline.run(config, asked.out, resume=True, models=False).samples == samples
     kept.write_text(found.replace('"of": "', '"of": "0'))
+    assert pipeline.run(config, asked.out, resume=True, models=False).samples == []  # others' answers are none
     assert "answer test questions" in legolm("run", asked.study, "--out", asked.out, "--resume").stderr
     assert kept.read_text() == found
     kept.write_text(found[:-20])

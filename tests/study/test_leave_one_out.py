@@ -336,6 +336,9 @@ def test_what_cannot_be_ablated_is_one_line(run: Path, other_run: Path, config_f
         wanted = rf"fr\.safetensors: the kept update of fr {says}.*; restore it, or remove {rounds / '0001'} and run"
         with pytest.raises(LegolmError, match=wanted):
             ablate(changed, new, None, QUIET)
+    (rounds / "0000" / "adapter.safetensors").unlink()
+    with pytest.raises(LegolmError, match=f"is not what the run wrote .*; restore it, or remove {rounds / '0000'}"):
+        ablate(changed, new, None, QUIET)
     for lost in ("0001", "0000"):
         shutil.rmtree(rounds / lost)
         with pytest.raises(LegolmError, match=f"{rounds / lost}: is not there; restore it, or let `legolm run"):

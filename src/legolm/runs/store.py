@@ -139,9 +139,8 @@ def check_state(path: Path, record: StageRecord) -> None:
 
 def checked_state(path: Path, record: StageRecord) -> Tensors:
     """The tensors of the stage at `path` with this record. Raises `LegolmError` when they are not what was written."""
-    found = load_adapter_state(path)
     check_state(path, record)
-    return found
+    return load_adapter_state(path)
 
 
 def load_adapter_state(path: Path) -> Tensors:

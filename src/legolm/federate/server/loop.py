@@ -39,6 +39,7 @@ from legolm.runs import (
     StageRecord,
     Stages,
     Traffics,
+    check_state,
     clients_of,
     dump_sealed,
     read_sealed,
@@ -197,9 +198,10 @@ class Rounds:
         """Raise `LegolmError` unless all stages are there, and each kept update up to round `last` is what came."""
         for path in self._stages.missing:
             raise LegolmError(
-                f"{path}: is not there; restore it, or let `legolm run --resume` make it again, and all rounds after it"
+                f"{path}: is not there; restore it, or let `legolm run --resume` make it again, and what came after it"
             )
         for record in rounds_of(self.records())[: last + 1]:
+            check_state(self._folder.round(record.round), record)
             for client in record.accepted:
                 read_kept(self._folder, record, client)
 
