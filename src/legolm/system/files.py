@@ -189,6 +189,21 @@ def check_room(out: Path, needed: int = 0, field: str = "--out") -> None:
         )
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raise `LegolmError` where the block cannot read what `what` names: a field and a file."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(what, error) from None
+
+
+def unreadable(what: str, error: OSError) -> LegolmError:
+    """What to raise for a file, named by `what` with its field, that the system does not let us read."""
+    why = error.strerror or brief(error)
+    return LegolmError(f"{what}: cannot be read ({why}); check its permissions and its disk")
+
+
 def read_bounded(path: Path, most: int = 1 << 28) -> bytes:
     """The whole file. Raises `OSError` for one that is missing, larger than `most` bytes, or a device or pipe, which
     may never end.
