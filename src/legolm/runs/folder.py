@@ -28,6 +28,8 @@ UPDATES = "updates"
 DATA = "data"
 """Folder of data that were given in memory: it is there before the run."""
 CLOCK = "clock.json"
+FILES = "config.yaml run.json metrics.jsonl summary.json hashes.json rounds.csv clients.csv report.html answers.json"
+"""What a run writes beside its folders."""
 FINAL, WHOSE = "final", "run.txt"
 """Folder of finished models; where it is elsewhere, the file in it with the run's path."""
 MAX_SHOWN = 80
@@ -76,6 +78,9 @@ class RunDir:
 
     def check(self, config: RunConfig, resume: bool) -> list[Difference]:
         """What a resumed run changes. Raises `LegolmError` unless the folder is new, empty, or may go on with this."""
+        for name in [*FILES.split(), CLOCK, LOCK, DEVICES]:
+            if (self.path / name).is_dir():
+                raise LegolmError(f"{self.path / name}: is a folder, and the run keeps a file there; move it away")
         if self.exists():
             known, done = self.known(), self.rounds_done()
             found = differences(known, config)
@@ -92,6 +97,7 @@ class RunDir:
                     f"run folder {self.path}: already there; add --resume to go on, or give another --out"
                 )
             return found
+        check_room(self.path)
         self._check_finals(config)
         if self.path.exists() and not (
             self.path.is_dir() and {one.name for one in self.path.iterdir()} <= {DATA, LOCK, CLOCK}
