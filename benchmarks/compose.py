@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     run = RunDir(options.run)
-    config = run.config()
+    config = run.known()
     ids = [client.id for client in config.clients]
     parts = load_parts(config.data, ids, config.seed)
     base, progress = resolve(config.model), Progress()

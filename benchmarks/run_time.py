@@ -36,7 +36,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def times(folder: Path) -> dict[str, float]:
     """Seconds of each part of a finished run, and of all of it (`wall`)."""
     summary, records = Summary.read(folder), read_stages(folder / "metrics.jsonl")
-    made = [read_block(RunDir(folder).block(spec.name)).details for spec in RunDir(folder).config().cuts]
+    made = [read_block(RunDir(folder).block(spec.name)).details for spec in RunDir(folder).known().cuts]
     recovered = sum(details.get("recover", {}).get("seconds", 0.0) for details in made)
     cut = summary.seconds["blocks"] - recovered
     before, *rounds = rounds_of(records)

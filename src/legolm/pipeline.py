@@ -92,7 +92,7 @@ def run(
 
     `engine` replaces the configured one, for tests and for other transports. Runs with the same `store` share blocks
     and their scores before training. Without `models` no final models are written and no sample
-    answers asked for; a resumed run would.
+    answers asked for, but those that are there stay; a resumed run would.
     """
     clock = Clock(RunDir(out).clock_file)
     need_matplotlib()
@@ -200,7 +200,7 @@ def _run(
         with clock.stage("final", recorded=False):
             write_final(folder, config, plan, blocks, block_of(), rounds, progress)
         point_adapters(folder)
-    samples = ask(folder, config, blocks, block_of(), rounds, progress) if models else []
+    samples = ask(folder, config, blocks, block_of(), rounds, progress, anew=models)
 
     summary = so_far().model_copy(update={"samples": samples})
     summary.write(out)

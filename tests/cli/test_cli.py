@@ -207,9 +207,7 @@ def test_a_folder_of_shared_blocks_that_cannot_be_is_one_line(config: Callable[.
     assert not (tmp_path / "out").exists()
     cut.parent.mkdir()
     cut.write_text("")
-    assert_one_line(
-        legolm(*compare, "--blocks", cut.parent), f"{cut}/", ": cannot be worked in (", "give another place"
-    )
+    assert_one_line(legolm(*compare, "--blocks", cut.parent), f"{cut}/", ": cannot be written (", "give another place")
 
 
 def test_options_that_would_do_nothing_are_refused(

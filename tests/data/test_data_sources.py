@@ -13,6 +13,7 @@ from pyarrow import parquet
 from legolm.config import Fields, RowsConfig
 from legolm.data import Example, files, read_rows, sources, to_example, with_system
 from legolm.data.examples import Message
+from legolm.data.prose import check_prose, read_text
 from legolm.data.sources import Row
 from legolm.errors import LegolmError
 
@@ -43,6 +44,19 @@ def example_error(values: dict[str, Any], config: RowsConfig | None = None) -> s
 
 
 class TestReading:
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.csv.gz", "a.txt"])
+    def test_what_the_system_does_not_let_us_read_is_one_line(self, tmp_path: Path, name: str) -> None:
+        path = tmp_path / name
+        path.symlink_to("/proc/self/mem")  # a file that opens, and gives an error to who reads it, root too
+        said = f": {path}: cannot be read (Input/output error); check its permissions and its disk"
+        if name != "a.txt":
+            assert error_of(str(path)) == f"data.train{said}"
+            return
+        for read in (read_text, check_prose):
+            with pytest.raises(LegolmError) as caught:
+                read(path, "calibration.text")
+            assert str(caught.value) == f"calibration.text{said}"
+
     def test_every_format_gives_the_same_examples(self, tmp_path: Path) -> None:
         table = pyarrow.table({key: [value] for key, value in QUESTION.items()})
         parquet.write_table(table, tmp_path / "a.parquet")

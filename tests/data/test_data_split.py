@@ -228,6 +228,16 @@ class TestErrors:
         message = error_of(DataConfig(train=str(tmp_path / "*.jsonl")), ["north", "nort"])
         assert message == "clients: the data has no part 'nort'; of its 2 the nearest is 'north'"
 
+    def test_a_part_of_which_every_row_was_skipped_is_not_only_unknown(self, tmp_path: Path) -> None:
+        write(tmp_path / "north.jsonl", 3)
+        (tmp_path / "south.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+        config = DataConfig.model_validate({"train": str(tmp_path / "*.jsonl"), "bad_rows": "skip"})
+        message = error_of(config, ["north", "south"])
+        assert message.startswith(
+            "clients: the data has no part 'south'; of its 1 the nearest is 'north'; data.train: "
+        )
+        assert f"2 of 5 rows skipped: {tmp_path / 'south.jsonl'}:1: " in message
+
     def test_no_rows(self) -> None:
         message = error_of(DataConfig(train=[]), ["a"])
         assert message == "data.train: [] has no rows; name files with examples"

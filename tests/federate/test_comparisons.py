@@ -51,7 +51,7 @@ def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str
     assert rows["alone"].own < (rows["alone"].llm_before or 0.0)
     # To choose alone's settings by: each client's own validation data, on the block that it ends with.
     alone = tmp_path / "out" / "alone"
-    config = RunDir(alone).config()
+    config = RunDir(alone).known()
     losses = [validation_loss(alone / "final" / client.id, config, client.id) for client in config.clients]
     assert rows["alone"].validation == pytest.approx(fmean(losses), rel=1e-3)
     # Both blocks are cut once; before training, what all hold scores once for every way of holding it.

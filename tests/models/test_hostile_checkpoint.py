@@ -27,6 +27,14 @@ def model(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
 
 
+@pytest.mark.parametrize("file", [WEIGHTS, "config.json", "generation_config.json"])
+def test_a_file_that_the_system_does_not_let_us_read_is_not_broken(model: Path, file: str) -> None:
+    (model / file).unlink(missing_ok=True)
+    (model / file).symlink_to("/proc/self/mem")  # a file that opens, and gives an error to who reads it, root too
+    with pytest.raises(LegolmError, match=rf"^model: {model / file}: cannot be read \(Input/output error\); check its"):
+        load_config(model)
+
+
 def raw(header: Any, data: bytes = b"", size: int | None = None) -> Change:
     content = header if isinstance(header, bytes) else json.dumps(header).encode()
     head = (len(content) if size is None else size).to_bytes(8, "little")

@@ -18,6 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import legolm
+from legolm import config as configs
+from legolm import pipeline
 from legolm.config import load_study
 from legolm.data import client_data
 from legolm.errors import LegolmError
@@ -65,7 +67,7 @@ def test_a_comparison_over_seeds_has_errors_rounds_rates_and_answers(study: Stud
     found, shown = read_record(study.out / "compare.json", Comparison), study.done.stdout
     assert [(one.name, one.seed) for one in found.rows] == [("usual", 0), ("faster", 0), ("usual", 1), ("faster", 1)]
     assert [one.learning_rate for one in found.rows] == [0.01, 0.02] * 2
-    assert RunDir(study.out / "seeds" / "1" / "usual").config().seed == 1
+    assert RunDir(study.out / "seeds" / "1" / "usual").known().seed == 1
     tables = "\n".join(line for line in shown.splitlines() if not line.startswith("table"))
     assert max(map(len, tables.splitlines())) <= 80
     heads = " ".join(shown.split())
@@ -248,7 +250,7 @@ def greedy(folder: Path, question: str, most: int) -> str:
 def test_the_end_of_a_run_asks_five_questions_and_the_answers_are_the_models_own(asked: Study) -> None:
     summary = read_record(asked.out / "summary.json", Summary)
     assert [one.client for one in summary.samples] == ["fr", "fr", "de", "de", "es"]
-    config = RunDir(asked.out).config()
+    config = RunDir(asked.out).known()
     tests = {id: [(one.question, one.wanted) for one in data.test] for id, data in client_data(config).items()}
     folders = {"final": "final/{}", "llm": "final/llm"}
     for one in summary.samples:
@@ -281,8 +283,11 @@ def test_questions_are_asked_once_and_again_where_the_models_are_others(asked: S
     before = kept.stat().st_mtime_ns
     again = legolm("run", asked.study, "--out", asked.out, "--resume")
     assert again.returncode == 0 and kept.stat().st_mtime_ns == before and "answer test questions" not in again.stderr
-    found = kept.read_text()
+    found, samples = kept.read_text(), Summary.read(asked.out).samples
+    config = configs.load(asked.study)  # as `legolm compare --no-models` does with a variant that is there
+    assert pipeline.run(config, asked.out, resume=True, models=False).samples == samples
     kept.write_text(found.replace('"of": "', '"of": "0'))
+    assert pipeline.run(config, asked.out, resume=True, models=False).samples == []  # others' answers are none
     assert "answer test questions" in legolm("run", asked.study, "--out", asked.out, "--resume").stderr
     assert kept.read_text() == found
     kept.write_text(found[:-20])

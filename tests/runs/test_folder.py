@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from legolm.errors import LegolmError
 from legolm.runs import load_adapter_state, save_adapter_state
-from legolm.system import atomic_folder, atomic_write, check_room, held_bytes, read_json, scratch_folder
+from legolm.system import LOCK, atomic_folder, atomic_write, check_room, held_bytes, locked, read_json, scratch_folder
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -69,3 +69,22 @@ def test_factors_that_are_one_in_memory_are_written_each(tmp_path: Path) -> None
     save_adapter_state(tmp_path, {"a": factor, "b": factor, "c": factor.T})
     found = load_adapter_state(tmp_path)
     assert all(torch.equal(found[key], wanted) for key, wanted in (("a", factor), ("b", factor), ("c", factor.T)))
+
+
+def test_a_folder_in_a_files_place_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json" / "b").mkdir(parents=True)
+    with pytest.raises(LegolmError, match=r"a\.json: cannot be written \(there is a folder\); move away what is there"):
+        atomic_write(tmp_path / "a.json", "{}")
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(LegolmError, match=r"\.lock: cannot be written \(there is a folder\)"), locked(tmp_path):
+        pass
+    for path in (Path("/proc/x/y"), tmp_path / "c" / "d"):
+        (tmp_path / "c").write_text("")
+        with pytest.raises(LegolmError, match=f"{path}: cannot be written"):
+            atomic_write(path, "")
+    assert sorted(one.name for one in tmp_path.iterdir()) == [LOCK, "a.json", "c"]
+
+
+def test_where_nothing_can_be_made_is_said_before_the_work() -> None:
+    with pytest.raises(LegolmError, match=r"^/proc/x: /proc cannot be written to \(.*\); give another --out"):
+        check_room(Path("/proc/x"))

@@ -115,3 +115,20 @@ def test_an_old_summary_is_written_anew_by_a_resume(run: tuple[Path, Path]) -> N
     assert legolm("run", config, "--out", folder, "--resume").returncode == 0
     assert legolm("report", folder).returncode == 0
     assert legolm("ablate", folder).returncode == 0
+
+
+def test_a_folder_where_the_run_keeps_a_file_is_refused_in_the_dry_run(run: tuple[Path, Path]) -> None:
+    config, folder = run
+    for name in ("clock.json", "config.yaml", "report.html"):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        for options in (("--dry-run",), ()):
+            done = legolm("run", config, "--out", folder, "--resume", *options)
+            assert_one_line(done, f"{folder / name}: is a folder, and the run keeps a file there; move it away")
+        (folder / name).rmdir()
+        (folder / name).write_text("{}")
+
+
+def test_a_file_as_the_runs_folder_is_named_as_such(finished: tuple[Path, Path]) -> None:
+    config, _ = finished
+    assert_one_line(legolm("run", config, "--out", config, "--dry-run"), f"{config} is a file; give another --out")

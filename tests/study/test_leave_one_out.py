@@ -76,7 +76,7 @@ def other_run(config_file: Path) -> Path:
 
 def replayed(folder: Path) -> Rounds:
     run, summary = RunDir(folder), json.loads((folder / "summary.json").read_text())
-    config = run.config()
+    config = run.known()
     base = Path(config.model)
     blocks = {block.name: read_block(run.block(block.name)) for block in config.blocks}
     blocks["llm"] = llm_block(base, fingerprint(base))
@@ -189,7 +189,7 @@ def test_the_figures_are_what_they_say(run: Path, corpus: Path, tmp_path: Path, 
 
 
 def perplexity_without(run: Path, clients: Sequence[str], corpus: Path) -> float:
-    rounds, config = replayed(run), RunDir(run).config()
+    rounds, config = replayed(run), RunDir(run).known()
     base = Path(config.model)
     coverage = llm_block(base, "").coverage
     factors = rounds.replay(json.loads((run / "summary.json").read_text())["best_round"], clients).adapter(coverage, 4)
@@ -328,6 +328,27 @@ def test_what_cannot_be_ablated_is_one_line(run: Path, other_run: Path, config_f
         if file.is_file() and "final" not in file.parts:
             (changed / file.relative_to(other_run)).parent.mkdir(parents=True, exist_ok=True)
             (changed / file.relative_to(other_run)).write_bytes(file.read_bytes())
-    (changed / "rounds" / "0001" / "updates" / "fr.safetensors").unlink()
-    with pytest.raises(LegolmError, match="round 1: the kept update of fr: "):
-        ablate(changed, tmp_path / "new", None, QUIET)
+    rounds, new = changed / "rounds", tmp_path / "new"
+    kept = rounds / "0001" / "updates" / "fr.safetensors"
+    content = kept.read_bytes()
+    for other, says in ((content[:-1], "is not what the client sent"), (None, "cannot be read")):
+        kept.unlink() if other is None else kept.write_bytes(other)
+        wanted = rf"fr\.safetensors: the kept update of fr {says}.*; restore it, or remove {rounds / '0001'} and run"
+        with pytest.raises(LegolmError, match=wanted):
+            ablate(changed, new, None, QUIET)
+    (rounds / "0000" / "adapter.safetensors").unlink()
+    with pytest.raises(LegolmError, match=f"is not what the run wrote .*; restore it, or remove {rounds / '0000'}"):
+        ablate(changed, new, None, QUIET)
+    for lost in ("0001", "0000"):
+        shutil.rmtree(rounds / lost)
+        with pytest.raises(LegolmError, match=f"{rounds / lost}: is not there; restore it, or let `legolm run"):
+            ablate(changed, new, None, QUIET)
+    assert not new.exists()
+
+
+def test_a_config_that_was_edited_since_changes_no_figure(run: Path, tmp_path: Path) -> None:
+    edited = shutil.copytree(run, tmp_path / "run")
+    sets = ["aggregate.denominator=global_fill", "federation.rounds=5", "data.limit_test=1", f"final={tmp_path}/other"]
+    (edited / "config.yaml").write_text(configs.dump(configs.load(run / "config.yaml", sets)))
+    assert ablate(edited, tmp_path / "edited", None, QUIET) == ablate(run, tmp_path / "whole", None, QUIET)
+    assert [one.name for one in RunDir(edited).models()] == [one.name for one in RunDir(run).models()]

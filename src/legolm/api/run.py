@@ -43,7 +43,7 @@ class Run:
     @cached_property
     def config(self) -> RunConfig:
         """The resolved config."""
-        return RunDir(self.folder).config()
+        return RunDir(self.folder).known()
 
     @property
     def records(self) -> list[StageRecord]:

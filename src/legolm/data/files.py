@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from legolm.errors import LegolmError, MissingDataError, brief
-from legolm.system import strict_decoder
+from legolm.system import reading, strict_decoder
 
 MAX_BYTES = 4 * 10**9
 """Of a file, unpacked."""
@@ -65,20 +65,23 @@ def records(path: Path, field: str) -> Iterator[Record]:
     check_file(path, field)
     if kind_of(path) not in READERS:
         raise LegolmError(f"{field}: {path} is of no known kind; known: {', '.join(READERS)}, and .gz of them")
-    try:
-        yield from READERS[kind_of(path)](path, field)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise LegolmError(f"{field}: {path} is not valid gzip ({first_line(error)})") from None
+    with reading(f"{field}: {path}"):
+        try:
+            yield from READERS[kind_of(path)](path, field)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise LegolmError(f"{field}: {path} is not valid gzip ({first_line(error)})") from None
 
 
 def check_file(path: Path, field: str) -> None:
-    """Raise `LegolmError` unless this is a file of bearable size."""
-    if path.is_dir():
-        raise LegolmError(f"{field}: {path} is a folder; name its files, for instance {path}/*.jsonl")
-    if not path.is_file():
-        raise MissingDataError(f"{field}: no file {path}")
-    if path.stat().st_size > MAX_BYTES:
-        raise _too_large(path, field)
+    """Raise `LegolmError` unless this is a file of bearable size that can be opened."""
+    with reading(f"{field}: {path}"):
+        if path.is_dir():
+            raise LegolmError(f"{field}: {path} is a folder; name its files, for instance {path}/*.jsonl")
+        if not path.is_file():
+            raise MissingDataError(f"{field}: no file {path}")
+        if path.stat().st_size > MAX_BYTES:
+            raise _too_large(path, field)
+        path.open("rb").close()
 
 
 NOT_UTF8 = "not UTF-8; save the file in UTF-8"

@@ -17,6 +17,7 @@ from torch import Tensor
 from legolm.data.files import NOT_UTF8, check_file
 from legolm.data.sequence import encode
 from legolm.errors import LegolmError
+from legolm.system import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase, most: int | None 
 def read_text(path: Path, field: str, most: int | None = None) -> str:
     """The UTF-8 file, or its first `most` bytes. Raises `LegolmError` if it is missing, too large or not UTF-8."""
     check_file(path, field)
-    with path.open("rb") as file:
+    with reading(f"{field}: {path}"), path.open("rb") as file:
         raw = file.read() if most is None else file.read(most)
     if raw.startswith(codecs.BOM_UTF8):
         raw = raw[len(codecs.BOM_UTF8) :]
@@ -61,14 +62,14 @@ def read_prose(paths: Sequence[Path], field: str, most: int, seed: int) -> str:
     span = most // SPANS
     places = [(path, start) for path, size in zip(paths, sizes, strict=True) for start in range(0, size, span)]
     drawn = random.Random(f"{seed} spans").sample(places, SPANS)
-    return "\n".join(_span(path, start, span) for path, start in drawn)
+    return "\n".join(_span(path, field, start, span) for path, start in drawn)
 
 
 def check_prose(path: Path, field: str) -> int:
     """The file's bytes. Raises `LegolmError` as `read_text` does; no more than a piece of it is in memory."""
     check_file(path, field)
     decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
-    with path.open("rb") as file:
+    with reading(f"{field}: {path}"), path.open("rb") as file:
         for raw in iter(lambda: file.read(PIECE), b""):
             try:
                 decoder.decode(raw)
@@ -83,8 +84,8 @@ def check_prose(path: Path, field: str) -> int:
     return path.stat().st_size
 
 
-def _span(path: Path, start: int, length: int) -> str:
+def _span(path: Path, field: str, start: int, length: int) -> str:
     """So many bytes, without half a character at either end."""
-    with path.open("rb") as file:
+    with reading(f"{field}: {path}"), path.open("rb") as file:
         file.seek(start)
         return file.read(length).decode("utf-8", errors="ignore").removeprefix("\ufeff")

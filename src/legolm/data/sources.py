@@ -10,7 +10,7 @@ from typing import Any
 
 from legolm.data.files import READERS, BadRow, first_line, kind_of, records, stem_of
 from legolm.errors import LegolmError, MissingDataError, brief
-from legolm.system import hub_answers, wants_offline
+from legolm.system import hub_answers, unreadable, wants_offline
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ def paths_of(pattern: str, field: str) -> list[Path]:
             return [path]
         root = Path(path.anchor)
         found = sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
+    except PermissionError as error:
+        raise unreadable(f"{field}: {pattern}", error) from None
     except (ValueError, RuntimeError, OSError) as error:  # a pattern like a**b, the home of nobody, a name too long
         raise LegolmError(f"{field}: {pattern!r} is no path or pattern ({first_line(error)})") from None
     if not found:

@@ -63,7 +63,7 @@ def load_parts(
     }
     if config.split.by in ("iid", "dirichlet"):
         groups = _deal(groups, names, config, seed)
-    _check_known(clients, groups["train"])
+    _check_known(clients, groups["train"], [line for line in said if " rows skipped: " in line])
     if notes is not None:
         nobodys = [line for split, parts in groups.items() for line in _left_out(split, parts, clients)]
         notes += [*said, *nobodys, *unread("data", unused)]
@@ -245,13 +245,13 @@ def _shuffled(places: np.ndarray, key: str) -> np.ndarray:
     return places[random.Random(key).sample(range(len(places)), len(places))]
 
 
-def _check_known(clients: Sequence[str], parts: Collection[str]) -> None:
+def _check_known(clients: Sequence[str], parts: Collection[str], skipped: Sequence[str] = ()) -> None:
+    """Raise `LegolmError` for a client without a part, which may have been `skipped` row by row."""
     for client in clients:
         if client not in parts:
             (nearest,) = difflib.get_close_matches(client, parts, n=1, cutoff=0)
-            raise LegolmError(
-                f"clients: the data has no part {client!r}; of its {len(parts)} the nearest is {nearest!r}"
-            )
+            fault = f"clients: the data has no part {client!r}; of its {len(parts)} the nearest is {nearest!r}"
+            raise LegolmError("; ".join([fault, *skipped]))
 
 
 def _with_system(data: ClientData, system: str | None) -> ClientData:

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from legolm.errors import LegolmError, brief
 from legolm.models.family import check_kind, known_family, quantized_error
 from legolm.models.layout import check_dense, empty_model, layout_of
-from legolm.system import Stored, file_state, open_tensors, read_bounded, stored_tensors, strict_json
+from legolm.system import Stored, file_state, open_tensors, read_bounded, reading, stored_tensors, strict_json
 
 SINGLE, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 SAVE_AGAIN = "save it again with save_pretrained"
@@ -67,9 +67,10 @@ def load_config(path: Path) -> Any:
     are not what the config says. No weights are read and no code of the checkpoint is run.
     """
     read = [path / name for name in ("config.json", GENERATION, ADAPTER, *QUANTIZED)]
-    config = copy.deepcopy(_dense_config(path, tuple(file_state(file) if file.exists() else "" for file in read)))
-    files = [path / "config.json", *weight_files(path)]
-    config.dtype = _check_weights(path, tuple(file_state(file) for file in files))
+    with reading(f"model: {path}"):
+        config = copy.deepcopy(_dense_config(path, tuple(file_state(file) if file.exists() else "" for file in read)))
+        files = [path / "config.json", *weight_files(path)]
+        config.dtype = _check_weights(path, tuple(file_state(file) for file in files))
     layout_of(config)
     return config
 
@@ -175,10 +176,12 @@ def _shards(path: Path) -> dict[str, str]:
 def read_object(path: Path, most: int) -> dict[str, Any]:
     """A JSON object from one of a checkpoint's files. Raises `LegolmError` when it is broken."""
     try:
-        if not path.is_file():
-            raise LegolmError(f"model: no file {path}; give the folder of a Hugging Face checkpoint")
-        value = strict_json(read_bounded(path, most).decode())
-    except (OSError, ValueError) as error:
+        with reading(f"model: {path}"):
+            if not path.is_file():
+                raise LegolmError(f"model: no file {path}; give the folder of a Hugging Face checkpoint")
+            content = read_bounded(path, most)
+        value = strict_json(content.decode())
+    except ValueError as error:
         raise LegolmError(f"model: {path}: is not valid JSON ({brief(error)})") from None
     if not isinstance(value, dict):
         raise LegolmError(f"model: {path}: must be a JSON object, not {type(value).__name__}")

@@ -34,7 +34,7 @@ from legolm.models.rotary import by_own_length
 from legolm.models.rounding import rounded
 from legolm.models.starter import starter_path
 from legolm.models.transposed import as_linears
-from legolm.system import hub_answers, open_tensors, wants_offline
+from legolm.system import hub_answers, open_tensors, reading, wants_offline
 
 transformers_logging.disable_progress_bar()
 
@@ -54,11 +54,13 @@ def resolve(model: str) -> Path:
     if model == "starter":
         return starter_path()
     path = Path(model)
-    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
-        raise LegolmError(f"model: {model} is a GGUF file; run: legolm import {model} --out DIR, and give DIR")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    with reading(f"model: {model}"):
+        folder, config = path.is_dir(), path / "config.json"
+        if path.suffix == ".gguf" or (folder and not config.exists() and any(path.glob("*.gguf"))):
+            raise LegolmError(f"model: {model} is a GGUF file; run: legolm import {model} --out DIR, and give DIR")
+        if folder and not config.is_file():
             raise LegolmError(f"model: folder {model} has no config.json; give a Hugging Face checkpoint")
+    if folder:
         return path
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise LegolmError(
@@ -139,6 +141,9 @@ def load_tokenizer(path: Path, data: DataConfig | None = None) -> Any:
     for file in path.glob("*token*"):
         if file.is_file() and file.stat().st_size > MAX_TOKENIZER:
             raise LegolmError(f"model: {file}: has {file.stat().st_size} bytes; at most {MAX_TOKENIZER} are read")
+        if file.is_file():
+            with reading(f"model: {file}"):  # transformers would say that it is broken, or do without
+                file.open("rb").close()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         ids = tokenizer.get_vocab()

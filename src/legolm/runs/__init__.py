@@ -52,7 +52,7 @@ from legolm.runs.resume import AGAIN, Difference
 from legolm.runs.sample import (
     others_of,
 )
-from legolm.runs.store import Stages, checked_state, load_adapter_state, read_stage, save_adapter_state
+from legolm.runs.store import Stages, check_state, checked_state, load_adapter_state, read_stage, save_adapter_state
 from legolm.runs.studies import (
     Ablation,
     CompareRow,
@@ -151,6 +151,7 @@ __all__ = [
     "best_round",
     "check_blocks",
     "check_sealed",
+    "check_state",
     "checked_state",
     "clients_of",
     "damages",

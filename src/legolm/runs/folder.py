@@ -28,6 +28,8 @@ UPDATES = "updates"
 DATA = "data"
 """Folder of data that were given in memory: it is there before the run."""
 CLOCK = "clock.json"
+FILES = "config.yaml run.json metrics.jsonl summary.json hashes.json rounds.csv clients.csv report.html answers.json"
+"""What a run writes beside its folders."""
 FINAL, WHOSE = "final", "run.txt"
 """Folder of finished models; where it is elsewhere, the file in it with the run's path."""
 MAX_SHOWN = 80
@@ -35,7 +37,7 @@ MAX_SHOWN = 80
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths in a run folder. `config.yaml` is its identity: another config is another run."""
+    """Paths in a run folder. Another config is another run."""
 
     path: Path
 
@@ -76,6 +78,9 @@ class RunDir:
 
     def check(self, config: RunConfig, resume: bool) -> list[Difference]:
         """What a resumed run changes. Raises `LegolmError` unless the folder is new, empty, or may go on with this."""
+        for name in [*FILES.split(), CLOCK, LOCK, DEVICES]:
+            if (self.path / name).is_dir():
+                raise LegolmError(f"{self.path / name}: is a folder, and the run keeps a file there; move it away")
         if self.exists():
             known, done = self.known(), self.rounds_done()
             found = differences(known, config)
@@ -92,6 +97,7 @@ class RunDir:
                     f"run folder {self.path}: already there; add --resume to go on, or give another --out"
                 )
             return found
+        check_room(self.path)
         self._check_finals(config)
         if self.path.exists() and not (
             self.path.is_dir() and {one.name for one in self.path.iterdir()} <= {DATA, LOCK, CLOCK}
@@ -149,24 +155,17 @@ class RunDir:
         """Raises `LegolmError` when it is missing, damaged or of another version."""
         return read_sealed(self.identity_file, Identity)
 
-    def config(self) -> RunConfig:
-        """The resolved config, validated again. Raises `LegolmError` when another version of legolm wrote it."""
-        self._check_version()
-        return placed(configs.load(self.config_file), self.devices())
-
     def site_config(self) -> SiteConfig:
         """What a simulated client reads of the config; its plug-ins are loaded."""
-        found = SiteConfig.model_validate(configs.read(self.config_file))
+        found = SiteConfig.model_validate(self.identity().config)
         configs.load_plugins(found.plugins)
         return found
 
-    def _check_version(self) -> None:
-        """Of what is there: a folder of before is too old, whatever else would be said of its config."""
-        if self.identity_file.exists():
-            self.identity()
-
     def known(self) -> RunConfig:
-        """As the run wrote it; `config.yaml`, which people edit, only where nothing else was written yet."""
+        """The config as the run wrote it; `config.yaml`, which people edit, only where nothing else was written yet.
+
+        Raises `LegolmError` when another version of legolm wrote it.
+        """
         if self.identity_file.exists() or (self.path / "blocks").exists():  # which come after it
             config = self.identity().config
             if isinstance(federation := config.get("federation"), dict):
@@ -226,7 +225,8 @@ class RunDir:
     @property
     def finals(self) -> Path:
         """Folder of the finished models: the config's `final`, or one of its own."""
-        named = _named_finals(self.config_file, file_state(self.config_file)) if self.config_file.exists() else None
+        file = self.identity_file if self.identity_file.exists() else self.config_file  # as in `known`
+        named = _named_finals(file, file_state(file)) if file.exists() else None
         return self.path / FINAL if named is None else Path(named)
 
     def final(self, name: str) -> Path:
@@ -261,6 +261,7 @@ def run_of(model: Path) -> RunDir | None:
 
 
 @lru_cache(maxsize=64)
-def _named_finals(config: Path, _state: str) -> str | None:
-    found = configs.read(config).get("final")
+def _named_finals(file: Path, _state: str) -> str | None:
+    config = configs.read(file) if file.suffix == ".yaml" else read_sealed(file, Identity).config
+    found = config.get("final")
     return found if isinstance(found, str) else None

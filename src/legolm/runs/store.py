@@ -55,7 +55,12 @@ class Stages:
     @property
     def finished(self) -> bool:
         """Nothing is left to do."""
-        return all(path in self._records for path in self._paths)
+        return not self.missing
+
+    @property
+    def missing(self) -> list[Path]:
+        """The folders of the stages that are not finished, in order."""
+        return [path for path in self._paths if path not in self._records]
 
     def has(self, path: Path) -> bool:
         """Whether a stage is finished."""
@@ -134,9 +139,8 @@ def check_state(path: Path, record: StageRecord) -> None:
 
 def checked_state(path: Path, record: StageRecord) -> Tensors:
     """The tensors of the stage at `path` with this record. Raises `LegolmError` when they are not what was written."""
-    found = load_adapter_state(path)
     check_state(path, record)
-    return found
+    return load_adapter_state(path)
 
 
 def load_adapter_state(path: Path) -> Tensors:

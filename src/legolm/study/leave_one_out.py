@@ -65,6 +65,7 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
     known = _earlier(out / "ablation.json", identity.run, last, asked)
     blocks = _blocks(run, config, identity.base_fingerprint)
     rounds = Rounds(run, config, identity.run, blocks, block_of, progress)
+    rounds.check_kept(last)
     figures_of = _figures_of(rounds, config, blocks["llm"], questions)
     # The same data in every stage: its own and the others' that a client's block is asked.
     data = {id: [id, *others] for id, others in others_of(config).items()}
@@ -126,7 +127,7 @@ def _config(run: RunDir) -> RunConfig:
     where = f"run folder {run.path}"
     if not run.config_file.is_file():
         raise LegolmError(f"{where}: no config.yaml; give the folder of a run")
-    config = run.config()
+    config = run.known()
     if config.federation.mode != "federated":
         raise LegolmError(f"{where}: mode {config.federation.mode!r} aggregates no updates; there is none to leave out")
     if not config.federation.keep_updates:

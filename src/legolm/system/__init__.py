@@ -15,7 +15,9 @@ from legolm.system.files import (
     locked,
     read_bounded,
     read_json,
+    reading,
     scratch_folder,
+    unreadable,
 )
 from legolm.system.hub import hub_answers, wants_offline
 from legolm.system.machine import machine, versions
@@ -52,6 +54,7 @@ __all__ = [
     "open_tensors",
     "read_bounded",
     "read_json",
+    "reading",
     "release_memory",
     "scratch_folder",
     "stored_tensors",
@@ -60,6 +63,7 @@ __all__ = [
     "total_bytes",
     "trim",
     "uncollected",
+    "unreadable",
     "versions",
     "wants_offline",
 ]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +42,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     except OSError as error:
         if disk_full(error):
             raise
-        raise LegolmError(f"{folder}: cannot be worked in ({brief(error)}); give another place") from None
+        raise _unwritable(folder / LOCK, error) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -137,19 +138,25 @@ def _sweep(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all. Raises `DiskFullError` when the disk is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all. Raises `LegolmError` when it cannot be, `DiskFullError` on a full disk."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         _sync(partial)
         partial.replace(path)
     except OSError as error:
         if disk_full(error):
             raise DiskFullError(f"{path}: the disk is full; free some space and run again with --resume") from None
-        raise
+        raise _unwritable(path, error) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder cannot be made
+            partial.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> LegolmError:
+    what = "there is a folder" if path.is_dir() else error.strerror or brief(error)
+    return LegolmError(f"{path}: cannot be written ({what}); move away what is there, or give another place")
 
 
 def link(source: str | Path, target: str | Path) -> None:
@@ -184,14 +191,33 @@ def check_room(out: Path, needed: int = 0, field: str = "--out") -> None:
         raise LegolmError(f"{out}: cannot be made ({brief(error)}); give another {field}") from None
     if not folder.is_dir():
         raise LegolmError(f"{out}: {folder} is a file; give another {field}")
-    if not os.access(folder, os.W_OK):
-        raise LegolmError(f"{out}: {folder} cannot be written to; give another {field}")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # what the permissions say is not all: /proc, a read-only disk
+    except OSError as error:
+        if disk_full(error):
+            raise DiskFullError(f"{out}: the disk is full; free some space or give another {field}") from None
+        raise LegolmError(f"{out}: {folder} cannot be written to ({error.strerror}); give another {field}") from None
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DiskFullError(
             f"{out}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
             f"free some space or give another {field}"
         )
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raise `LegolmError` where the block cannot read what `what` names: a field and a file."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(what, error) from None
+
+
+def unreadable(what: str, error: OSError) -> LegolmError:
+    """What to raise for a file, named by `what` with its field, that the system does not let us read."""
+    why = error.strerror or brief(error)
+    return LegolmError(f"{what}: cannot be read ({why}); check its permissions and its disk")
 
 
 def read_bounded(path: Path, most: int = 1 << 28) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from legolm.errors import LegolmError, brief
+from legolm.system.files import unreadable
 
 MAX_HEADER = 16 << 20
 """Bytes of a file's header: a hundred thousand tensors fit."""
@@ -32,7 +33,7 @@ def open_tensors(path: Path, what: str, way_out: str) -> Iterator[Any]:
     """The file as `safetensors.safe_open` gives it.
 
     Raises `LegolmError`, which begins with `what` and ends with `way_out`, for a file that is broken, and for what the
-    block makes of its content with a `KeyError`, `TypeError`, `ValueError` and such.
+    block makes of its content with a `KeyError`, `TypeError`, `ValueError` and such; and for one that cannot be read.
     """
     try:
         _header(path, file_state(path))
@@ -42,7 +43,9 @@ def open_tensors(path: Path, what: str, way_out: str) -> Iterator[Any]:
         raise LegolmError(f"{what}{path}: no such file; {way_out}") from None
     except KeyError as error:
         raise LegolmError(f"{what}{path}: is broken (it has no {brief(error)}); {way_out}") from None
-    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
+    except OSError as error:
+        raise unreadable(f"{what}{path}", error) from None
+    except (SafetensorError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         raise LegolmError(f"{what}{path}: is broken ({brief(error)}); {way_out}") from None
 
 

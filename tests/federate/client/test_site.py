@@ -52,7 +52,7 @@ def home(run: RunDir, tmp_path: Path) -> Path:
     home = tmp_path / "device"
     shutil.copytree(run.block("wide"), home / "block")
     (home / "data").mkdir()
-    held = client_data(run.config())["fr"]
+    held = client_data(run.known())["fr"]
     for split in ("train", "validation", "test"):
         rows = [{"messages": [message.turn for message in one.messages]} for one in getattr(held, split)]
         (home / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -118,7 +118,7 @@ def test_a_device_answers_for_itself_only(run: RunDir, home: Path) -> None:
 
 
 def test_what_is_kept_of_many_clients_is_bounded(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, held = tokens._Kept(), client_data(run.config())
+    kept, held = tokens._Kept(), client_data(run.known())
     monkeypatch.setattr(tokens, "_kept", kept)
     block = read_block(run.block("wide"))
     header = {"run": "r", "client": "fr", "block": "wide", "rank": 1, "scale": 2.0}

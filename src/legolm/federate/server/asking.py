@@ -32,10 +32,11 @@ def ask(
     block_of: Mapping[str, str],
     rounds: Rounds,
     progress: Progress,
+    anew: bool = True,
 ) -> list[Sample]:
     """Test questions of `ASKED` clients (of fewer, several each) with greedy answers, kept in `answers.json`.
 
-    Nothing where clients' data are their own (`evaluate.scores`).
+    Nothing where clients' data are their own (`evaluate.scores`), and, without `anew`, where nothing is kept.
     """
     if config.evaluate.scores == "own":
         return []
@@ -44,12 +45,14 @@ def ask(
     of = hashlib.sha256(" ".join(stood).encode()).hexdigest()
     if path.exists():
         try:
-            known = read_sealed(path, Samples, "it is made again")
+            known = read_sealed(path, Samples, "it is made again with the final models")
         except LegolmError as error:
             progress.note(str(error))
         else:
             if known.of == of:
                 return known.samples
+    if not anew:
+        return []
     samples = _asked(config, blocks, block_of, rounds, progress)
     atomic_write(path, dump_sealed(Samples(of=of, samples=samples)))
     return samples

@@ -65,7 +65,7 @@ def _warm_factors(path: Path, llm: Block, like: Tensors, config: RunConfig, froz
         raise LegolmError(f"{where}: is no run folder with a finished round ({error})") from None
     if known.base_fingerprint != llm.base_fingerprint:
         raise LegolmError(f"{where}: was run on another base model")
-    earlier = run.config()
+    earlier = run.known()
     if earlier.lora.scaling != config.lora.scaling:
         raise LegolmError(f"{where}: has lora.scale {earlier.lora.scaling}; this run has {config.lora.scaling}")
     if any(key.startswith("fold.") for key in state):

@@ -15,7 +15,7 @@ from legolm.adapter import Tensors, tensors_hash
 from legolm.aggregate import Scheme, make_scheme
 from legolm.block import Block
 from legolm.config import RunConfig, TrainConfig
-from legolm.errors import UnusableRoundError
+from legolm.errors import LegolmError, UnusableRoundError
 from legolm.federate.server.account import Account
 from legolm.federate.server.alone import Alone
 from legolm.federate.server.begin import begin
@@ -25,7 +25,7 @@ from legolm.federate.server.members import LLM, Members
 from legolm.federate.server.mixture import AWAY, let_go
 from legolm.federate.server.pace import asked as tags
 from legolm.federate.server.protecting import Known
-from legolm.federate.server.replay import replay
+from legolm.federate.server.replay import read_kept, replay
 from legolm.federate.server.scoring import Scoring
 from legolm.federate.server.secure import SecureRounds, check_withheld, roster_of
 from legolm.federate.transport import Exchange
@@ -39,6 +39,7 @@ from legolm.runs import (
     StageRecord,
     Stages,
     Traffics,
+    check_state,
     clients_of,
     dump_sealed,
     read_sealed,
@@ -192,6 +193,17 @@ class Rounds:
             state = self._stages.state(self._folder.round(number))
             self._latest = number, begin(self._config, self._members.llm, self._folder, state)
         return self._latest[1]
+
+    def check_kept(self, last: int) -> None:
+        """Raise `LegolmError` unless all stages are there, and each kept update up to round `last` is what came."""
+        for path in self._stages.missing:
+            raise LegolmError(
+                f"{path}: is not there; restore it, or let `legolm run --resume` make it again, and what came after it"
+            )
+        for record in rounds_of(self.records())[: last + 1]:
+            check_state(self._folder.round(record.round), record)
+            for client in record.accepted:
+                read_kept(self._folder, record, client)
 
     def replay(self, last: int, without: Collection[str]) -> Scheme:
         """The scheme after round `last` had these clients' kept updates not been added (`replay`)."""

@@ -85,13 +85,21 @@ def _kept(folder: RunDir, record: RoundRecord) -> Exchange:
 
     def exchange(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
         for index, request in enumerate(requests):
-            path = folder.update(record.round, request.client)
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                yield Reply(index, error=str(error))
-                continue
-            same = hashlib.sha256(content).hexdigest() == record.updates.get(request.client)
-            yield Reply(index, content) if same else Reply(index, error=f"{path} is not what the client sent")
+            yield Reply(index, read_kept(folder, record, request.client))
 
     return exchange
+
+
+def read_kept(folder: RunDir, record: RoundRecord, client: str) -> bytes:
+    """The kept update of a client. Raises `LegolmError` when it is lost or not what the client sent."""
+    path, fault = folder.update(record.round, client), "is not what the client sent"
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() == record.updates.get(client):
+            return content
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror})"
+    raise LegolmError(
+        f"{path}: the kept update of {client} {fault}; restore it, or remove {folder.round(record.round)} and run "
+        "again with --resume, which makes this round and all after it again"
+    )
