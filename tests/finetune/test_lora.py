@@ -94,6 +94,29 @@ def test_below_the_lowest_layer_that_trains_nothing_is_kept_for_backward(tiny: C
         assert all("layers.1." in key and one.grad is not None for key, one in parameters.items())
 
 
+def test_a_pass_that_failed_between_two_layers_keeps_nothing_from_the_next_one(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gate and up are computed together; where memory ran out between them, a smaller pass is to have all of it."""
+    model = load_model(tiny("llama"))
+    coverage = Coverage.full(shape_of(model.config))
+    last = decoder_layers(model)[-1].mlp
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def fails(_gate: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("can't allocate memory")
+
+    with lora(model, coverage, factors_for(coverage), 2.0):
+        last.register_forward_pre_hook(lambda _layer, given: seen.append(weakref.ref(given[0])))
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="allocate"):
+            patched.setattr(last.act_fn, "forward", fails)
+            model(TEXT)
+        alive: list[object] = []
+        decoder_layers(model)[0].register_forward_pre_hook(lambda *_: alive.append(seen[0]()))
+        model(TEXT)
+        assert len(seen) == 2 and alive == [None]
+
+
 def test_layers_that_read_the_same_may_be_asked_alone_twice_and_of_another_input(tiny: Callable[[str], Path]) -> None:
     """q, k and v are computed together; no answer depends on that, and none is held when all were asked."""
     model = load_model(tiny("llama"))

@@ -357,7 +357,7 @@ def test_a_write_that_fails_leaves_the_old_page(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="no"):
+        with pytest.raises(LegolmError, match=r"report.html: cannot be written \(no\); move away"):
             write_report(typed(raw | {"run": "other"}), path)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
     write_report(typed(raw | {"run": "other"}), path)

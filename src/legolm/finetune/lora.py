@@ -47,6 +47,9 @@ def lora(
         key: nn.Parameter(tensor.to(model.device, torch.float32, copy=True), requires_grad=key not in frozen)
         for key, tensor in sorted(factors.items())
     }
+    joined: list[_Adapted] = []
+    # What a forward pass that failed has left holds all that it had come to.
+    anew = model.get_decoder().register_forward_pre_hook(lambda *_: _forget(joined))
     patched = [one for layer in decoder_layers(model) for one in layer.modules() if isinstance(one, nn.Linear)]
     try:
         reading: dict[tuple[int, str, str], list[_Layer]] = {}
@@ -60,6 +63,7 @@ def lora(
                 linear.forward = _Masked(linear, dtype, a, b, scale, mask, seed)
         for alike in reading.values():
             adapted = _Adapted(alike, dtype, scale, dropout)
+            joined.append(adapted)
             for place, (linear, _, _) in enumerate(alike):
                 linear.forward = partial(adapted, place)  # type: ignore[method-assign]
         for linear in patched:
@@ -68,6 +72,7 @@ def lora(
         trim()  # the weights moved into wider matrices: their old places lie scattered between these
         yield {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
     finally:
+        anew.remove()
         for linear in patched:
             linear.__dict__.pop("forward", None)
             linear.weight.data = linear.weight.data.contiguous()
@@ -111,6 +116,15 @@ class _Adapted:
         if not self._left:
             self._x = None
         return y
+
+    def forget(self) -> None:
+        """Let go of what was computed and not asked for."""
+        self._x, self._left = None, {}
+
+
+def _forget(joined: Sequence[_Adapted]) -> None:
+    for one in joined:
+        one.forget()
 
 
 class _Masked(_Frozen):

@@ -31,6 +31,7 @@ from legolm.models import (
 from legolm.prune.calibrate import Stream
 from legolm.prune.cuts import Cut, start_cuts
 from legolm.prune.recover import Teacher, recover, teacher_of
+from legolm.prune.sparsegpt import forget
 from legolm.prune.target import planned_coverage
 from legolm.system import Progress, atomic_folder, check_room, file_hash, keep_freed_memory
 
@@ -89,6 +90,7 @@ def cut_blocks(
         _cut(model, jobs, dense, progress)
         seconds = (time.perf_counter() - began) / len(jobs)
         dense.clear()  # recovery needs the memory
+        forget()
         model_name = model_name or str(path.resolve())
         recovering = sum(job.spec.recover.most_steps > 0 for job in jobs)
         with teacher_of(path, precision, device, recovering) as teacher:

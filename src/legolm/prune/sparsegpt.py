@@ -33,7 +33,7 @@ def sparsegpt(
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of the paper: the mask of a block of columns is chosen when it is reached.
 
-    Blocks are of B = Bs = 128 columns, or of the M of an N:M pattern.
+    Blocks are of B = Bs = 128 columns, or of the M of an N:M pattern (B about 128, Bs = M).
 
     `damp` is the share of H's mean diagonal that is added to it. Inputs that were always zero ("dead columns") are
     pruned first and take no part in the update. `refit` is how many steps of conjugate gradients then fit the kept
@@ -50,15 +50,20 @@ def _sparsegpt(weight: Tensor, moments: Moments, pattern: Pattern, damp: float, 
     weight[:, dead] = 0
     mask = torch.ones_like(weight, dtype=torch.bool)
     width = pattern.group or BLOCK
-    for start in range(0, weight.shape[1], width):
-        stop = min(start + width, weight.shape[1])
-        block, factor = weight[:, start:stop], inverse[start:stop, start:stop]
-        scores = (block / factor.diagonal()).square()
-        kept = pattern.keep(scores, over="matrix")
-        columns, errors = _compensate(block, kept, factor)
-        weight[:, start:stop] = columns * kept
-        weight[:, stop:].addmm_(errors, inverse[start:stop, stop:], alpha=-1)
-        mask[:, start:stop] = kept
+    span = max(BLOCK // width, 1) * width  # columns of N:M patterns pass their errors on together
+    for start in range(0, weight.shape[1], span):
+        block, rest = weight[:, start : start + span], weight[:, start + span :]
+        rows = inverse[start : start + span]
+        factor, errors = rows[:, start : start + span], torch.empty_like(block)
+        for at in range(0, block.shape[1], width):
+            part, after = slice(at, at + width), slice(at + width, None)
+            own = factor[part, part]
+            kept = pattern.keep((block[:, part] / own.diagonal()).square(), over="matrix")
+            columns, errors[:, part] = _compensate(block[:, part], kept, own)
+            block[:, part] = columns * kept
+            block[:, after].addmm_(errors[:, part], factor[part, after], alpha=-1)
+            mask[:, start : start + span][:, part] = kept
+        rest.addmm_(errors, rows[:, start + span :], alpha=-1)
     return (_refit(weight, dense, mask, moments, damp, refit) if refit else weight), mask
 
 
@@ -116,15 +121,25 @@ def _inverse_factor(moments: Moments, damp: float) -> tuple[Tensor, Tensor]:
 
     It is R⁻¹ of H = R Rᵀ with R upper triangular: Cholesky's factor of H in reverse order.
     """
+    _correlations.cache_clear()  # of the inputs before
     damped = moments.sum.double() / max(moments.tokens, 1)
     dead = damped.diagonal() == 0
     damped.diagonal()[dead] = 1
     damped.diagonal().add_(damp * damped.diagonal().mean())
+    damped = damped.flip(0, 1)
     try:
-        reverse = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+        lower = torch.linalg.cholesky(damped)
     except RuntimeError:  # torch's LinAlgError is one
         raise LegolmError(
             "calibration: the inputs' second moments cannot be inverted; raise calibration.samples"
         ) from None
-    factor = torch.linalg.solve_triangular(reverse, torch.eye(len(damped)).to(damped), upper=True)
-    return factor.float(), dead
+    del damped
+    ones = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, ones, upper=False)
+    return inverse.float().flip(0, 1), dead
+
+
+def forget() -> None:
+    """Let go of what the last matrices needed, as large as they are."""
+    _correlations.cache_clear()
+    _inverse_factor.cache_clear()

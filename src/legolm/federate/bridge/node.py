@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from multiprocessing import forkserver
 
 from legolm.federate.bridge.child import end_with_parent
 
@@ -46,6 +47,7 @@ def _start_apps(address: str) -> None:
     forked = multiprocessing.get_context("forkserver")
     forked.set_forkserver_preload([APP])
     try:
+        forkserver.ensure_running()  # before a message is taken that it could not serve
         node = RuntimeHttpClient.from_server_address(
             server_address=address,
             insecure=True,
@@ -64,9 +66,18 @@ def _start_apps(address: str) -> None:
 
 
 def _run_app(address: str, token: str, parent: int) -> None:
+    threading.Thread(target=_end_with_node, daemon=True).start()
     from flwr.supernode.runtime.run_clientapp import run_clientapp
 
     run_clientapp(address, token, insecure=True, parent_pid=parent)
+
+
+def _end_with_node() -> None:
+    """Flower's own watch interrupts the main thread, which hears of it when the resident has answered."""
+    node = multiprocessing.parent_process()
+    assert node is not None
+    node.join()
+    os._exit(1)
 
 
 if __name__ == "__main__":
