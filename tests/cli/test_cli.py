@@ -115,6 +115,9 @@ def test_prune_eval_and_report(
     assert "80.0%" in done.stdout
     for path in (tmp_path, tmp_path / "b" / "config.json"):
         assert_one_line(legolm("inspect", path), "no manifest.json; give a folder that `legolm prune` wrote")
+    (tmp_path / "unread").mkdir()
+    (tmp_path / "unread" / "manifest.json").symlink_to("/proc/self/mem")  # opens, and gives an error to who reads it
+    assert_one_line(legolm("inspect", tmp_path / "unread"), "manifest.json: cannot be read (")
     path = config()
     asked = ("--data", tmp_path / "fr.jsonl", "--text", corpus, "--length", 128)
     done = legolm("eval", tmp_path / "b", *asked)  # its LLM is the one that it was cut from

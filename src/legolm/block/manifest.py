@@ -13,7 +13,7 @@ from legolm.block.block import Block
 from legolm.block.coverage import Coverage, load_coverage, save_coverage
 from legolm.errors import LegolmError
 from legolm.models import INDEX, carry, count_parameters, folder_bytes, load_config, shape_of, weight_files
-from legolm.system import link, read_bounded
+from legolm.system import link, read_bounded, unreadable
 
 
 class Manifest(BaseModel):
@@ -95,6 +95,8 @@ def _read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate_json(read_bounded(path / "manifest.json"))
     except (FileNotFoundError, NotADirectoryError):
         raise LegolmError(f"block {path}: no manifest.json; give a folder that `legolm prune` wrote") from None
+    except OSError as error:
+        raise unreadable(f"block {path}: manifest.json", error) from None
     except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise LegolmError(f"block {path}: manifest.json is broken ({reason}); cut the block again") from None

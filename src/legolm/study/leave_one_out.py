@@ -99,7 +99,8 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
             local=local,
             all=shared,
             without=without,
-            gain=local.blocks - shared.blocks if local else None,
+            # Of those that trained alone: one may have been passed over.
+            gain=fmean(loss - shared.by_client[id] for id, loss in local.by_client.items()) if local else None,
             cost=_costs(without, "block", shared, "blocks"),
             cost_clients=_costs(without, "client", shared, "blocks"),
             cost_llm=_costs(without, "block", shared, "llm"),
