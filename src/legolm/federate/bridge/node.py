@@ -45,7 +45,7 @@ def _start_apps(address: str) -> None:
     from flwr.supercore.runtime import RuntimeHttpClient
 
     forked = multiprocessing.get_context("forkserver")
-    forked.set_forkserver_preload([APP])
+    forked.set_forkserver_preload([APP, "legolm.system"])
     try:
         forkserver.ensure_running()  # before a message is taken that it could not serve
         node = RuntimeHttpClient.from_server_address(
@@ -66,18 +66,12 @@ def _start_apps(address: str) -> None:
 
 
 def _run_app(address: str, token: str, parent: int) -> None:
-    threading.Thread(target=_end_with_node, daemon=True).start()
     from flwr.supernode.runtime.run_clientapp import run_clientapp
 
+    from legolm.system import end_with_parent as end_with_node
+
+    end_with_node()  # Flower's own watch interrupts the main thread, which hears of it when the resident has answered
     run_clientapp(address, token, insecure=True, parent_pid=parent)
-
-
-def _end_with_node() -> None:
-    """Flower's own watch interrupts the main thread, which hears of it when the resident has answered."""
-    node = multiprocessing.parent_process()
-    assert node is not None
-    node.join()
-    os._exit(1)
 
 
 if __name__ == "__main__":
