@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import assert_one_line, legolm
+from legolm.errors import LegolmError
 
 
 @pytest.fixture
@@ -84,6 +88,20 @@ def test_a_weight_that_is_no_number_is_named_before_anything_runs(
     assert_one_line(legolm("prune", model, "--method", "structured", *cut, "--out", out), *says)
     assert_one_line(legolm("eval", model, "--data", tmp_path / "data" / "fr.jsonl"), *says)
     assert not out.exists()
+
+
+def test_a_weight_that_becomes_no_number_is_seen(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    from legolm.models.load import check_weights
+
+    model = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    file = model / "model.safetensors"
+    check_weights(model)
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-4:] = struct.pack("<f", math.nan)  # where it lies, as long as before and with its time
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(LegolmError, match=r"model.safetensors: tensor .* is not finite"):
+        check_weights(model)
 
 
 def test_a_block_with_a_weight_that_is_no_number_is_named(config: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import yaml
 
 from helpers import legolm
-from legolm.config import load_study
+from legolm.config import RunConfig, load_study
 from legolm.errors import LegolmError
+from legolm.plan import Parts, read_parts
 from legolm.runs import Comparison, RunDir, read_record
 from legolm.study import compare
+from legolm.study.compare import plans
 
 Write = Callable[..., Path]
 
@@ -87,6 +90,27 @@ def test_a_plan_that_cannot_be_names_its_variant(study: Write, tmp_path: Path) -
     )
     with pytest.raises(LegolmError, match=r"variant b: "):
         compare(path, tmp_path / "out")
+
+
+def test_variants_with_the_same_rows_read_them_once(study: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = study(
+        {"name": "a"},
+        {"name": "rate", "set": {"train.learning_rate": 0.5, "train.steps": 3}},
+        {"name": "short", "set": {"train.max_length": 20, "train.long_examples": "truncate"}},
+    )
+    read = []
+
+    def reading(config: RunConfig) -> Parts:
+        read.append(config.train.max_length)
+        return read_parts(config)
+
+    monkeypatch.setattr(sys.modules[compare.__module__], "read_parts", reading)
+    found = {name: plan for name, (_, plan) in plans(path).items()}
+    assert read == [512, 20]
+    a, rate, short = ([one.tokens_per_round for one in plan.clients] for plan in found.values())
+    assert rate == [round(tokens * 3 / 2) for tokens in a]  # three steps instead of two
+    assert max(short) == 20 * 4 * 2 < min(a)
+    assert len({plan.data_fingerprint for plan in found.values()}) == 1
 
 
 def test_the_dry_run_looks_at_the_place(study: Write, tmp_path: Path) -> None:

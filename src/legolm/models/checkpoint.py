@@ -66,18 +66,17 @@ def load_config(path: Path) -> Any:
     Raises `LegolmError` for one that is broken or absurd, for a family that is not known, and when the weights' headers
     are not what the config says. No weights are read and no code of the checkpoint is run.
     """
-    read = [path / name for name in ("config.json", GENERATION, ADAPTER, *QUANTIZED)]
+    read = [path / name for name in ("config.json", GENERATION, ADAPTER, *QUANTIZED, INDEX)]
+    read += sorted(path.glob("*.safetensors"))
     with reading(f"model: {path}"):
-        config = copy.deepcopy(_dense_config(path, tuple(file_state(file) if file.exists() else "" for file in read)))
-        files = [path / "config.json", *weight_files(path)]
-        config.dtype = _check_weights(path, tuple(file_state(file) for file in files))
+        config = copy.deepcopy(_checked(path, tuple(file_state(file) if file.exists() else "" for file in read)))
     layout_of(config)
     return config
 
 
 @lru_cache(maxsize=64)
-def _dense_config(path: Path, _states: tuple[str, ...]) -> Any:
-    """What `load_config` gives but for the weights, which a run asks for many times."""
+def _checked(path: Path, _states: tuple[str, ...]) -> Any:
+    """What `load_config` gives, which a run asks for many times."""
     config = read_config(path)
     check_kind(config)
     if any((path / name).exists() for name in QUANTIZED):
@@ -89,8 +88,10 @@ def _dense_config(path: Path, _states: tuple[str, ...]) -> Any:
         )
     if (path / GENERATION).exists():
         _check_generation(path / GENERATION)
-    check_dense(model_of(path, AutoConfig.from_pretrained(path, trust_remote_code=False)))
+    model = model_of(path, config)
+    check_dense(model)
     drop_code(config)
+    config.dtype = _check_weights(path, model)
     return config
 
 
@@ -250,14 +251,12 @@ def drop_sampling(generation: Any) -> None:
             setattr(generation, flag, None)
 
 
-@lru_cache(maxsize=64)
-def _check_weights(path: Path, _states: tuple[str, ...]) -> torch.dtype:
+def _check_weights(path: Path, model: Any) -> torch.dtype:
     """The dtype that most of the weights are stored in.
 
     Raises `LegolmError` unless the tensors are those of the config's model, which is made without memory. Only where a
     tied head is stored are two of them read.
     """
-    model = model_of(path, AutoConfig.from_pretrained(path, trust_remote_code=False))
     wanted = {_today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = stored_weights(path)
     named = full_names(model, weights)

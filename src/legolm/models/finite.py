@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from legolm.errors import LegolmError
 from legolm.models.checkpoint import SAVE_AGAIN
-from legolm.system import open_tensors
+from legolm.system import file_state, open_tensors
 
 
 def finite(tensor: Tensor) -> bool:
@@ -30,6 +31,12 @@ def check_finite(name: str, tensor: Tensor, file: Path) -> None:
 def check_files(files: Iterable[Path]) -> None:
     """Read weight files. Raises `LegolmError` as above, for the first such tensor."""
     for file in files:
-        with open_tensors(file, "model: ", SAVE_AGAIN) as handle:
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                check_finite(name, handle.get_tensor(name), file)
+        _check_file(file, file_state(file))
+
+
+@lru_cache(maxsize=64)
+def _check_file(file: Path, _state: str) -> None:
+    """Once as long as it is the same: each plan of a study asks."""
+    with open_tensors(file, "model: ", SAVE_AGAIN) as handle:
+        for name in handle.keys():  # noqa: SIM118 (not a dict)
+            check_finite(name, handle.get_tensor(name), file)

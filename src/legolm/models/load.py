@@ -107,11 +107,11 @@ def load_model(path: Path, linears: torch.dtype = torch.float32) -> Any:
     `linears` is the dtype that the decoder's linear weights are kept in: what bf16 autocast would make of them at each
     step anyway, at half the memory.
     """
-    load_config(path)
+    config = load_config(path)
     try:
         with as_transformers_reads(path) as folder:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+                folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
     except Exception as error:  # what the headers did not show: transformers and its libraries raise a dozen kinds
         raise LegolmError(f"model: {path} cannot be loaded ({brief(error)})") from None
@@ -144,8 +144,9 @@ def load_tokenizer(path: Path, data: DataConfig | None = None) -> Any:
         if file.is_file():
             with reading(f"model: {file}"):  # transformers would say that it is broken, or do without
                 file.open("rb").close()
+    config = load_config(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
         ids = tokenizer.get_vocab()
         tokenizer.encode("a", add_special_tokens=False)
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -157,7 +158,7 @@ def load_tokenizer(path: Path, data: DataConfig | None = None) -> Any:
         raise LegolmError(
             f"{where}: its tokenizer has no eos_token to end answers with; name one in tokenizer_config.json"
         )
-    rows = load_config(path).vocab_size
+    rows = config.vocab_size
     # A few text-only models keep special tokens of their multimodal kin (Gemma 3), which no text makes.
     beyond = [token for token, index in ids.items() if index >= rows and index not in special]
     if beyond or tokenizer.eos_token_id >= rows:

@@ -17,7 +17,6 @@ from legolm.block import Base, Coverage, llm_block
 from legolm.config import Precision, RunConfig
 from legolm.data import (
     ClientData,
-    Example,
     Examples,
     TokenRows,
     check_tokens,
@@ -120,7 +119,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Parts:
-    """Every client's data, the tokens of each of its training examples, and the server's own data.
+    """Every client's data, the tokens of each of its training examples, and the fingerprint of what all have.
 
     `tokenizer` has the run's chat template. `read` says how the rows were read: layouts, text that nothing uses, rows
     that were left out; `notes` how prompts look.
@@ -128,7 +127,7 @@ class Parts:
 
     data: dict[str, ClientData]
     lengths: dict[str, np.ndarray]
-    server: list[Example]
+    fingerprint: str
     tokenizer: Any
     read: tuple[str, ...]
     notes: tuple[str, ...]
@@ -142,6 +141,21 @@ def _naming_fetch(config: RunConfig) -> Iterator[None]:
     except MissingDataError as error:
         way = f"{error}; bring it: {config.data.fetch}" if config.data.fetch else str(error)
         raise LegolmError(way) from None
+
+
+def parts_key(config: RunConfig) -> str:
+    """All that `read_parts` reads of a config: configs with the same have the same parts."""
+    return config.model_dump_json(
+        include={
+            "model": True,
+            "seed": True,
+            "data": True,
+            "clients": {"__all__": {"id", "data"}},
+            "train": {"batch_size", "max_length", "long_examples", "turns"},
+            "federation": {"engine"},
+            "evaluate": {"server_data"},
+        }
+    )
 
 
 def read_parts(config: RunConfig) -> Parts:
@@ -158,7 +172,8 @@ def _read_parts(config: RunConfig) -> Parts:
     if config.federation.engine == "deployment":
         longest = np.full(config.train.batch_size, config.train.max_length)
         server, tokenizer = server_examples(config, said), load_tokenizer(path, config.data)
-        return Parts({}, {client.id: longest for client in config.clients}, server, tokenizer, tuple(said), ())
+        lengths = {client.id: longest for client in config.clients}
+        return Parts({}, lengths, data_fingerprint({}, server), tokenizer, tuple(said), ())
     data, tokenizer, most = client_data(config, said), load_tokenizer(path, config.data), config.train.max_length
     refuse, most = config.train.long_examples == "refuse", min(most, load_config(path).max_position_embeddings)
     lengths, learned, tools = {}, list[TokenRows](), 0
@@ -179,7 +194,8 @@ def _read_parts(config: RunConfig) -> Parts:
     if refuse:
         check_whole(tokens_of(Examples.of(server), tokenizer, most), most, "evaluate.server_data", "llm")
     chats = any(not row.raw for rows in data.values() for row in rows.train)
-    return Parts(data, lengths, server, tokenizer, tuple(said), prompt_notes(tokenizer, learned, chats, tools))
+    notes = prompt_notes(tokenizer, learned, chats, tools)
+    return Parts(data, lengths, data_fingerprint(data, server), tokenizer, tuple(said), notes)
 
 
 def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
@@ -298,7 +314,6 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     if config.federation.keep_updates:
         disk += config.federation.rounds * sum(client.bytes_up for client in clients)
     memory = SPARE_BYTES + actors * actor + sums_memory(config, shape)
-    found = data_fingerprint(parts.data, parts.server)
     members = [(trains[one.id], rank) for one, rank in zip(taking, ranks, strict=True)]
     counts = {one.id: len(lengths[one.id]) for one in taking} if parts.data else {}
     said = notes(config, members, counts)
@@ -308,7 +323,18 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     said += check_sums(config, shape, base.parameters * width)
     read, said = parts.read + of_texts, (*parts.notes, *said)
     return Plan(
-        path, precision, tuple(blocks), tuple(clients), found, actors, memory, disk, models, template, read, said
+        path,
+        precision,
+        tuple(blocks),
+        tuple(clients),
+        parts.fingerprint,
+        actors,
+        memory,
+        disk,
+        models,
+        template,
+        read,
+        said,
     )
 
 

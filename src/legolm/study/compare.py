@@ -16,7 +16,6 @@ from math import inf, isnan
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from rich.console import Console
 
@@ -26,7 +25,7 @@ from legolm.config import AggregateConfig, BlockConfig, RunConfig, Variant, load
 from legolm.errors import LegolmError, UnusableRoundError
 from legolm.models import load_config, resolve
 from legolm.pipeline import run
-from legolm.plan import Parts, Plan, make_plan, read_parts
+from legolm.plan import Parts, Plan, make_plan, parts_key, read_parts
 from legolm.prune import planned_coverage
 from legolm.report import write_comparison
 from legolm.runs import (
@@ -234,16 +233,12 @@ def plans(path: Path, changes: Sequence[str] = (), seeds: int = 1) -> dict[str, 
         if config.final is not None:
             raise LegolmError(f"final: is for one run, and {path} has several; take it out")
         seed = config.seed + number
-        # Variants mostly differ in the scheme: their data is read once.
-        shared: dict[str, Any] = dict.fromkeys(("model", "seed", "data", "train"), True)
         if seed > MAX_SEED:
             raise LegolmError(f"--seeds {seeds}: variant {variant.name} starts at seed {config.seed}; lower it")
         config = config.model_copy(update={"seed": seed})
-        key = config.model_dump_json(
-            include=shared | {"clients": {"__all__": {"id", "data"}}, "evaluate": {"server_data"}}
-        )
+        key = parts_key(config)
         try:
-            if key not in read:
+            if key not in read:  # variants mostly differ in the scheme
                 read[key] = read_parts(config)
             parts = read[key]
             config = _prepared(config, variant, parts)
