@@ -56,10 +56,11 @@ class Task(Record):
 
 
 class Floor(Record):
-    """What a constant guess has on a client's test answers.
+    """What the best constant guess has on a client's test answers.
 
-    `loss` (nats an answer token) is that of guessing each answer as often as it is among the training answers; None
-    where these are more than `FEW`, or lack a test answer. `exact_match` is that of the most frequent one.
+    `loss` (nats an answer token) is that of guessing each answer as often as it is among these very answers, which
+    nobody knows before; None where the training answers are more than `FEW`, or lack one of them. `exact_match` is that
+    of the most frequent of them; without labels that of the most frequent training answer.
     """
 
     loss: float | None
@@ -103,7 +104,9 @@ class LeftOut(Record):
 
 
 class Run(Record):
-    """One variant with one seed. `rates` are validation losses by learning rate, where several were tried.
+    """One variant with one seed; `rank` is the adapter's largest.
+
+    `rates` are validation losses by learning rate, where several were tried.
 
     The LLM's figures are those of the round that is best for it on validation data, the blocks' (`own`, `others`) those
     of the round that is best for them. Bytes are a client's in a round, both ways; `block_bytes` the same by block.
@@ -112,6 +115,7 @@ class Run(Record):
 
     name: str
     seed: int
+    rank: int
     rate: float
     rates: dict[str, float] = Field({})
     validation: float
@@ -150,7 +154,6 @@ class Setting(Record):
     rounds: int
     steps: int
     batch_size: int
-    rank: int
     test: int | None
 
 
@@ -186,12 +189,15 @@ class Evaluation(Record):
 
 
 def floor(train: Iterable[str], test: Sequence[str], tokens: float) -> Floor:
-    """Of constant guesses from training answers, on test answers with so many tokens together."""
-    counts = Counter(train)
-    labels = len(counts) <= FEW and set(test) <= set(counts)
-    nats = -sum(log(counts[answer] / counts.total()) for answer in test) if labels else None
-    most = counts.most_common(1)[0][0]
-    return Floor(loss=None if nats is None else nats / tokens, exact_match=test.count(most) / len(test))
+    """Of constant guesses on test answers with so many tokens together; training answers say whether there are labels.
+
+    Where training answers are as many of each label, which of them is the majority is chance.
+    """
+    counts, there = Counter(train), Counter(test)
+    if len(counts) <= FEW and there.keys() <= counts.keys():
+        nats = sum(count * log(len(test) / count) for count in there.values())
+        return Floor(loss=nats / tokens, exact_match=max(there.values()) / len(test))
+    return Floor(loss=None, exact_match=there[counts.most_common(1)[0][0]] / len(test))
 
 
 def read_bench(runs: Path, name: str, gpu: str = "") -> Bench | None:
@@ -224,7 +230,6 @@ def read_bench(runs: Path, name: str, gpu: str = "") -> Bench | None:
         rounds=config.federation.rounds,
         steps=config.train.steps,
         batch_size=config.train.batch_size,
-        rank=config.lora.rank,
         test=config.data.limit_test,
     )
     floors = {chosen[path].seed: floors_of(path) for path in standing}
@@ -254,6 +259,7 @@ def read_run(path: Path, flops: float | None) -> Run:
     return Run(
         name=path.name,
         seed=summary.seed,
+        rank=config.lora.rank,
         rate=config.train.learning_rate,
         validation=fmean(one.validation for one in alone) if mode == "alone" else best.llm_validation,
         data=RunDir(path).identity().data_fingerprint[:8],

@@ -47,16 +47,17 @@ def main_table(study: Study) -> str:
             f"{study.bytes(name):.2f}",
             f"{study.over(name, lambda run: run.tokens).mean / 1e3:,.0f}",
             f"{fmean(flops) / 1e12:,.0f}" if flops else "",
+            str(max(run.rank for run in runs.values())),
             f"{next(iter(runs.values())).rate:g}",
             str(len(runs)),
         ]
 
     head = ("scheme", "LLM's loss", "HeteAgg's minus it", "exact %", "loss, labels", "exact %, labels", "blocks, own",
-            "blocks, others'", "MB", "k tokens", "TFLOP", "rate", "seeds")  # fmt: skip
+            "blocks, others'", "MB", "k tokens", "TFLOP", "rank", "rate", "seeds")  # fmt: skip
     rows = [line(name) for name in study.order]
     if study.labels:
         loss, most = study.floor("loss", study.labels), study.floor("exact_match", study.labels)
-        rows.append(["*label prior, majority class*", "", "", "", loss.shown(), most.shown(1, scale=100), *[""] * 7])
+        rows.append(["*label prior, majority class*", "", "", "", loss.shown(), most.shown(1, scale=100), *[""] * 8])
     return table(head, rows)
 
 
@@ -72,10 +73,10 @@ def task_table(study: Study) -> str:
         cells += [Stat.of(most).shown(0, scale=100) if most else ""]
         cells += [study.over(name, exact_on(id)).shown(0, scale=100) for name in shown]
         rows.append((id, *cells))
-    return table(
-        ("task", "label prior", *(f"{name}, loss" for name in shown), "majority %", *(f"{name} %" for name in shown)),
-        rows,
-    )
+    seeds = {name: len(study.runs[name]) for name in shown}
+    few = {name: f" ({seeds[name]} seed{'s' * (seeds[name] > 1)})" * (seeds[name] < len(floors)) for name in shown}
+    losses_of, exact_of = [f"{name}, loss{few[name]}" for name in shown], [f"{name} %{few[name]}" for name in shown]
+    return table(("task", "label prior", *losses_of, "majority %", *exact_of), rows)
 
 
 def loss_on(id: str) -> Callable[[Run], float]:

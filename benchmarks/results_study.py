@@ -10,20 +10,25 @@ from legolm.runs import Data, Stage
 from results_read import DEFAULT, FEDIT, LOCAL, MASKS, PERSONAL, PLAIN, Bench, Client, Cost, Evaluation, Run
 
 UNABLE = (FEDIT, "fedit_seconds", "heteagg_dense", LOCAL, "centralized")
-"""What weak devices cannot run, or no federation; all others but HeteAgg's are its peers."""
+"""What devices with narrow blocks cannot run, or no federation; all others but HeteAgg's are its peers."""
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+"""Student's t: standard errors of a mean of so many values to each side of a 95 % interval."""
 
 
 class Stat(NamedTuple):
-    """A mean over seeds and its standard error; None with one seed."""
+    """A mean over seeds and its standard error, None with one seed; so many of these are a 95 % interval's half."""
 
     mean: float
     se: float | None
+    half: float = 2.0
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Stat:
         """Of one value a seed."""
         known = list(values)
-        return cls(fmean(known), stdev(known) / len(known) ** 0.5 if len(known) > 1 else None)
+        if (count := len(known)) == 1:
+            return cls(known[0], None)
+        return cls(fmean(known), stdev(known) / count**0.5, T95.get(count, T95[max(T95)]))
 
     def shown(self, digits: int = 3, sign: str = "", scale: float = 1) -> str:
         """`mean ± se`."""
@@ -32,8 +37,8 @@ class Stat(NamedTuple):
         return f"{mean:{sign}.{digits}f}{more}"
 
     def beyond(self, limit: float = 0) -> bool | None:
-        """Whether it is more than two standard errors from a limit; None with one seed."""
-        return None if self.se is None else abs(self.mean - limit) > 2 * self.se
+        """Whether a limit is outside of the 95 % interval; None with one seed."""
+        return None if self.se is None else abs(self.mean - limit) > self.half * self.se
 
     def named(self, name: str) -> dict[str, float | None]:
         """For JSON: `name` and `name_se`."""
@@ -41,15 +46,16 @@ class Stat(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What was found of a claim, and whether it holds; `sure` if by more than two standard errors, where known."""
+    """What was found of a claim, and whether it holds, if that can be told; `sure` if beyond the error, where known."""
 
     found: str
-    holds: bool
+    holds: bool | None
     sure: bool | None = None
 
     def shown(self) -> str:
         """A cell of the claims' table."""
-        return f"{self.found}: {'yes' if self.holds else '**no**'}{', within the error' * (self.sure is False)}"
+        told = {True: "yes", False: "**no**", None: "not to be told with one seed"}[self.holds]
+        return f"{self.found}: {told}{', within the error' * (self.sure is False)}"
 
 
 class Study:
@@ -102,6 +108,14 @@ class Study:
         """The label prior (`loss`) or the majority class (`exact_match`), mean over tasks."""
         return Stat.of(fmean(getattr(one[id], key) for id in tasks) for one in self.bench.floors.values())
 
+    def above_floor(self, key: str, of: Callable[[Run], float]) -> Stat:
+        """The default's figure on tasks with labels minus their floor, by seed."""
+        runs, floors = self.runs[self.default], self.bench.floors
+        return Stat.of(
+            of(runs[seed]) - fmean(getattr(floors[seed][id], key) for id in self.labels)
+            for seed in sorted(runs.keys() & floors.keys())
+        )
+
     @property
     def order(self) -> list[str]:
         """Variants, the LLM with the least loss first."""
@@ -127,8 +141,9 @@ class Study:
 
     @property
     def peers(self) -> list[str]:
-        """Variants that the same devices can run."""
-        return [name for name in self.order if not name.startswith("heteagg") and name not in UNABLE]
+        """Variants that the same devices can run: masked blocks take the LLM's memory and time in training."""
+        unable = [name for name in UNABLE if name != FEDIT or self.default != MASKS]
+        return [name for name in self.order if not name.startswith("heteagg") and name not in unable]
 
     def clients(self, name: str) -> dict[str, list[Client]]:
         """A variant's clients, one of each seed, by id."""
@@ -138,9 +153,14 @@ class Study:
                 found.setdefault(client.id, []).append(client)
         return found
 
+    def stages(self, name: str, data: Data, stage: Stage) -> dict[int, float]:
+        """Mean over clients' blocks of a variant, by seed."""
+        runs = self.runs[name].items()
+        return {seed: fmean(one.loss(data)[stage] for one in run.clients) for seed, run in runs}
+
     def stage(self, name: str, data: Data, stage: Stage) -> Stat:
-        """Mean over clients' blocks of a variant."""
-        return Stat.of(fmean(one.loss(data)[stage] for one in run.clients) for run in self.runs[name].values())
+        """The same over seeds."""
+        return Stat.of(self.stages(name, data, stage).values())
 
     def bytes(self, name: str) -> float:
         """MB a client and round, both ways."""
@@ -251,36 +271,54 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
         ours, theirs = (fmean(run.loss for run in runs) for runs in zip(*both, strict=True))
         seeds = ", ".join(str(run.seed) for run, _ in both)
         few = f"; seed{'s' * (len(both) > 1)} {seeds}" if len(both) < len(study.runs[study.default]) else ""
+        apart = {run.machine.cpu for run, _ in both} != {run.machine.cpu for _, run in both}
+        few += "; on other processors" * apart
         text = f"{ours:.3f} / {theirs:.3f} = {ours / theirs:.2f} ({pair.shown(sign='+')}{few})"
         found[claim] = Claim(text, ours <= theirs, pair.beyond())
 
     if FEDIT in study.runs:
         below("the LLM's loss is at or below FedIT's with everyone dense, at equal tokens", FEDIT)
         share = study.bytes(study.default) / study.bytes(FEDIT)
-        found["for under half of its bytes, same codec"] = Claim(f"{share:.0%}", share < 0.5)
-    # Zeros save no work: a masked block takes the time of a dense one for as many steps.
-    if (other := FEDIT if study.default == MASKS else "fedit_seconds") in study.runs:
-        below("and at equal client seconds", other)
+        rank, theirs = (max(run.rank for run in study.runs[name].values()) for name in (study.default, FEDIT))
+        text = f"{share:.0%} (rank {rank} beside {theirs})"
+        found["for under half of its bytes, same codec"] = Claim(text, share < 0.5)
+    # Zeros save no work: to masked blocks equal steps are equal time.
+    if "fedit_seconds" in study.runs and study.default != MASKS:
+        below("at or below FedIT's with three quarters of the steps (`fedit_seconds`)", "fedit_seconds")
     if study.labels:
-        loss, prior = study.over(study.default, study.label_loss), study.floor("loss", study.labels).mean
-        right, most = study.over(study.default, study.label_accuracy), study.floor("exact_match", study.labels).mean
+        loss, prior = study.over(study.default, study.label_loss), study.floor("loss", study.labels)
+        right, most = study.over(study.default, study.label_accuracy), study.floor("exact_match", study.labels)
+        above = study.above_floor("loss", study.label_loss)
         found["its loss is below the label prior (tasks with labels)"] = Claim(
-            f"{loss.shown()} and {prior:.3f}", loss.mean < prior, loss.beyond(prior)
+            f"{loss.shown()} and {prior.mean:.3f} ({above.shown(sign='+')})", above.mean < 0, above.beyond()
         )
+        above = study.above_floor("exact_match", study.label_accuracy)
         found["its accuracy is at least 5 points above the majority class (tasks with labels)"] = Claim(
-            f"{right.shown(1, scale=100)} % and {most:.1%}", right.mean >= most + 0.05, right.beyond(most + 0.05)
+            f"{right.shown(1, scale=100)} % and {most.mean:.1%} ({above.shown(1, '+', 100)})",
+            above.mean >= 0.05,
+            above.beyond(0.05),
         )
     pairs = {name: pair for name in study.peers if (pair := study.paired(name)) is not None}
     if pairs:
-        worse = [f"not {name} ({pair.shown(sign='+')})" for name, pair in pairs.items() if pair.mean >= 0]
-        text = ", ".join([f"than {len(pairs) - len(worse)} of {len(pairs)}", *worse])
-        sure = all(pair.beyond() is not False for pair in pairs.values())
-        found["better than every peer that the same devices can run"] = Claim(text, not worse, sure)
+        worse = {name: pair for name, pair in pairs.items() if pair.mean >= 0}
+        told = [f"than {len(pairs) - len(worse)} of {len(pairs)}"]
+        for name, pair in pairs.items():
+            if name in worse:
+                told.append(f"not {name} ({pair.shown(sign='+')})")
+            elif pair.beyond() is not True:
+                told.append(f"{name} {'within the error' if pair.se is not None else 'by one seed'}")
+        sure = all(pair.beyond() is not False for pair in (worse or pairs).values())
+        found["better than every peer that the same devices can run"] = Claim(", ".join(told), not worse, sure)
     if study.ends:
         one = personal(study, study.ends)
         share, apart = one["own"] / one["own_alone"], one["others"] / one["others_global"]
+        own, alone = study.stages(study.ends, "own", "personal"), study.stages(study.alone, "own", "local")
+        both = [own[seed] - alone[seed] for seed in sorted(own.keys() & alone.keys())]
+        apart_own = Stat.of(both) if both else None
         text = f"{one['own']:.3f} / {one['own_alone']:.3f} = {share:.2f}"
-        found["personal models are at or below trained alone on their own data, in the mean"] = Claim(text, share <= 1)
+        text += f" ({apart_own.shown(4, '+')})" if apart_own else ""
+        claim = "personal models are at or below trained alone on their own data, in the mean"
+        found[claim] = Claim(text, share <= 1, apart_own.beyond() if apart_own else None)
         most_of, text = one["worst_client_ratio"], f"{one['worst_client']} {one['worst_client_ratio']:.2f}"
         found["no client above 1.05 of it"] = Claim(text, most_of <= 1.05)
         text = f"{one['others']:.3f} / {one['others_global']:.3f} = {apart:.2f}"
@@ -291,6 +329,10 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
             ("leaving out any block costs less than half of the gain over trained alone", omitted["cost"]),
             ("and leaving out any one client", omitted["cost_clients"]),
         ):
+            blocks = {one.id: one.block for run in study.runs[omitted["of"]].values() for one in run.clients}
+            lacks = set(blocks.values()) - costs.keys() if costs is omitted["cost"] else blocks.keys() - costs.keys()
+            if lacks:
+                continue
             name = max(costs, key=lambda one: float(costs[one]))
             found[what] = Claim(f"{name} {costs[name]:+.3f} of {gain:.3f}{of}", costs[name] < gain / 2)
     if robust and (change := robust.figures.get("wikitext")):
@@ -321,7 +363,7 @@ def paper_claims(study: Study) -> dict[str, Claim]:
         if four := losses(mixed, iid, fedit, fedit_iid):
             apart, theirs_apart = four[0] - four[1], four[2] - four[3]
             found[f"data may differ: one task a client costs {method} blocks no more than FedIT"] = Claim(
-                f"{apart:+.3f} and {theirs_apart:+.3f}", apart <= theirs_apart
+                f"{apart:+.3f} and {theirs_apart:+.3f}", None if len(study.runs[mixed]) == 1 else apart <= theirs_apart
             )
         if clients := study.clients(mixed):
             rises = [fmean(one.others["global"] - one.others["before"] for one in same) for same in clients.values()]
