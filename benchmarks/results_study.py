@@ -7,9 +7,9 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from legolm.runs import Data, Stage
-from results_read import DEFAULT, FEDIT, LOCAL, MASKS, PERSONAL, PLAIN, Bench, Client, Cost, Evaluation, Run
+from results_read import DEFAULT, FEDIT, LOCAL, MASKS, PERSONAL, PLAIN, RANK_4, Bench, Client, Cost, Evaluation, Run
 
-UNABLE = (FEDIT, "fedit_seconds", "heteagg_dense", LOCAL, "centralized")
+UNABLE = (FEDIT, RANK_4, "fedit_seconds", "heteagg_dense", LOCAL, "centralized")
 """What devices with narrow blocks cannot run, or no federation; all others but HeteAgg's are its peers."""
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """Student's t: standard errors of a mean of so many values to each side of a 95 % interval."""
@@ -142,7 +142,7 @@ class Study:
     @property
     def peers(self) -> list[str]:
         """Variants that the same devices can run: masked blocks take the LLM's memory and time in training."""
-        unable = [name for name in UNABLE if name != FEDIT or self.default != MASKS]
+        unable = [name for name in UNABLE if name not in (FEDIT, RANK_4) or self.default != MASKS]
         return [name for name in self.order if not name.startswith("heteagg") and name not in unable]
 
     def clients(self, name: str) -> dict[str, list[Client]]:
@@ -264,7 +264,7 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
         return found
     omitted = omission(study)
 
-    def below(claim: str, name: str) -> None:
+    def below(claim: str, name: str, more: str = "") -> None:
         if (pair := study.paired(name)) is None:
             return
         both = study.both(name)
@@ -272,7 +272,7 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
         seeds = ", ".join(str(run.seed) for run, _ in both)
         few = f"; seed{'s' * (len(both) > 1)} {seeds}" if len(both) < len(study.runs[study.default]) else ""
         apart = {run.machine.cpu for run, _ in both} != {run.machine.cpu for _, run in both}
-        few += "; on other processors" * apart
+        few += "; on other processors" * apart + f"; {more}" * bool(more)
         text = f"{ours:.3f} / {theirs:.3f} = {ours / theirs:.2f} ({pair.shown(sign='+')}{few})"
         found[claim] = Claim(text, ours <= theirs, pair.beyond())
 
@@ -282,6 +282,9 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
         rank, theirs = (max(run.rank for run in study.runs[name].values()) for name in (study.default, FEDIT))
         text = f"{share:.0%} (rank {rank} beside {theirs})"
         found["for under half of its bytes, same codec"] = Claim(text, share < 0.5)
+    if RANK_4 in study.runs:
+        size = f"{study.bytes(study.default):.2f} MB beside {study.bytes(RANK_4):.2f}"
+        below(f"at or below FedIT's of rank 4, at about as many bytes (`{RANK_4}`)", RANK_4, size)
     # Zeros save no work: to masked blocks equal steps are equal time.
     if "fedit_seconds" in study.runs and study.default != MASKS:
         below("at or below FedIT's with three quarters of the steps (`fedit_seconds`)", "fedit_seconds")

@@ -189,13 +189,15 @@ def test_masked_blocks_spare_neither_time_nor_memory(modules: Modules, by_hand: 
     """Whose devices train them could train the LLM: FedIT with everyone dense is a peer, and has as many steps."""
     study, claims = modules["results_study"], modules["results_study"].claims
     fewer, peers = "at or below FedIT's with three quarters of the steps (`fedit_seconds`)", "better than every peer"
-    by_hand.runs["fedit_seconds"] = by_hand.runs["fedit_everyone"]
+    by_hand.runs["fedit_seconds"] = by_hand.runs["fedit_rank_4"] = by_hand.runs["fedit_everyone"]
 
     def told(one: Any) -> dict[str, Any]:
         return {claim.removesuffix(" that the same devices can run"): it for claim, it in claims(one, None).items()}
 
     assert told(by_hand)[fewer].found.startswith("1.100 / 1.100")
     assert told(by_hand)[peers].shown() == "than 1 of 1: yes"  # fedit_capable
+    as_many = told(by_hand)["at or below FedIT's of rank 4, at about as many bytes (`fedit_rank_4`)"]
+    assert as_many.found.endswith("; 0.00 MB beside 0.00)")  # 400 and 1,000 bytes
     runs = [run.model_copy(update={"name": "heteagg_masks"}) for run in by_hand.runs["heteagg_near"].values()]
     masks = study.Study(by_hand.bench, runs, default="heteagg_masks")
     assert fewer not in told(masks)
