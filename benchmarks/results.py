@@ -142,11 +142,12 @@ READING = (
     "Losses are nats an answer token on test data, clients counting the same, each LLM's after the scored round that "
     "is best for it on validation data; *exact* is the share of answers that are right to the letter. ± is the "
     'standard error over seeds; differences are paired by seed, and "within the error" is within the 95 % interval of '
-    "Student's t, 4.3 standard errors to each side with three seeds."
+    "Student's t: 4.3 standard errors to each side with three seeds, two over many questions."
 )
 COLUMNS = (
     "*Labels*: tasks with at most ten different answers. *Blocks*: mean loss of clients' blocks on their own and the "
-    "others' data. MB: a client and round, both ways. TFLOP: of all clients' training. Rank: the largest. †: no peer, "
+    "others' data. \\*: on another processor or in another precision. MB: a client and round, both ways. "
+    "TFLOP: of all clients' training. Rank: the largest. †: no peer, "
     "for devices with narrow blocks cannot run it, or it is no federation (`fedhello` has the whole LLM everywhere "
     "too, but trains few layers; `heteagg_masks` takes the LLM's memory in training too, and `fedit_everyone` is its "
     "peer). `capable` leaves out who does not hold the whole LLM; `local` has no LLM: its row is the untrained one."

@@ -122,6 +122,7 @@ class Run(Record):
     data: str
     codec: str
     machine: Machine
+    precision: str
     llm_before: float
     llm: dict[str, Task]
     own: float
@@ -265,6 +266,7 @@ def read_run(path: Path, flops: float | None) -> Run:
         data=RunDir(path).identity().data_fingerprint[:8],
         codec=config.federation.codec,
         machine=summary.machine,
+        precision=config.precision,
         llm_before=summary.llm.loss_before,
         llm={id: Task(loss=one.loss, exact_match=one.exact_match) for id, one in best.llm.root.items()},
         own=fmean(one.own[stage] for one in summary.clients if stage in one.own),

@@ -38,7 +38,7 @@ def main_table(study: Study) -> str:
         return [
             f"**{name}**" if name == study.default else name + " †" * (name in UNABLE),
             study.over(name, lambda run: run.loss).shown(),
-            "" if pair is None or name == study.default else pair.shown(sign="+"),
+            "" if pair is None or name == study.default else pair.shown(sign="+") + " \\*" * study.elsewhere(name),
             study.over(name, lambda run: run.exact_match).shown(1, scale=100),
             study.over(name, study.label_loss).shown() if study.labelled(name) else "",
             study.over(name, study.label_accuracy).shown(1, scale=100) if study.labelled(name) else "",
@@ -57,7 +57,9 @@ def main_table(study: Study) -> str:
     rows = [line(name) for name in study.order]
     if study.labels:
         loss, most = study.floor("loss", study.labels), study.floor("exact_match", study.labels)
-        rows.append(["*label prior, majority class*", "", "", "", loss.shown(), most.shown(1, scale=100), *[""] * 8])
+        rows.append(
+            ["*best constant guess, in hindsight*", "", "", "", loss.shown(), most.shown(1, scale=100), *[""] * 8]
+        )
     return table(head, rows)
 
 
@@ -76,7 +78,7 @@ def task_table(study: Study) -> str:
     seeds = {name: len(study.runs[name]) for name in shown}
     few = {name: f" ({seeds[name]} seed{'s' * (seeds[name] > 1)})" * (seeds[name] < len(floors)) for name in shown}
     losses_of, exact_of = [f"{name}, loss{few[name]}" for name in shown], [f"{name} %{few[name]}" for name in shown]
-    return table(("task", "label prior", *losses_of, "majority %", *exact_of), rows)
+    return table(("task", "constant guess, loss", *losses_of, "constant guess %", *exact_of), rows)
 
 
 def loss_on(id: str) -> Callable[[Run], float]:

@@ -35,6 +35,18 @@ def test_a_file_that_the_system_does_not_let_us_read_is_not_broken(model: Path, 
         load_config(model)
 
 
+def test_a_link_that_gets_another_name_is_seen(model: Path, tmp_path: Path) -> None:
+    """As in the hub's cache: what the links lead to does not change."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for file in model.iterdir():
+        (links / file.name).symlink_to(file)
+    load_config(links)
+    (links / WEIGHTS).rename(links / "weights.safetensors")
+    with pytest.raises(LegolmError, match="holds no safetensors weights"):
+        load_config(links)
+
+
 def raw(header: Any, data: bytes = b"", size: int | None = None) -> Change:
     content = header if isinstance(header, bytes) else json.dumps(header).encode()
     head = (len(content) if size is None else size).to_bytes(8, "little")
@@ -107,6 +119,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
         f"has {HEAD} be {EMBEDDING} (tie_word_embeddings), and they are stored with different values",
     ),
     "in two shards": (sharded({"x": "b.safetensors"}, "a.safetensors", "b.safetensors"), "and so has a.safetensors"),
+    "another config": (
+        changed("config.json", configuration_files=["config.4.0.0.json"]),
+        "names other configs (`configuration_files`); put the one that counts in its place",
+    ),
     "no map": (no_map, "has no `weight_map`"),
     "no weights": (lambda path: (path / WEIGHTS).unlink(), "holds no safetensors weights"),
     "config: not JSON": (written("config.json", "{"), "config.json: is not valid JSON"),

@@ -69,7 +69,8 @@ def load_config(path: Path) -> Any:
     read = [path / name for name in ("config.json", GENERATION, ADAPTER, *QUANTIZED, INDEX)]
     read += sorted(path.glob("*.safetensors"))
     with reading(f"model: {path}"):
-        config = copy.deepcopy(_checked(path, tuple(file_state(file) if file.exists() else "" for file in read)))
+        states = tuple(f"{file.name} {file_state(file) if file.exists() else ''}" for file in read)
+        config = copy.deepcopy(_checked(path, states))
     layout_of(config)
     return config
 
@@ -191,6 +192,8 @@ def read_object(path: Path, most: int) -> dict[str, Any]:
 
 def _check_sizes(raw: Mapping[str, Any], where: str) -> None:
     """Before transformers makes anything of them."""
+    if "configuration_files" in raw:  # transformers would read another file in the place of this one
+        raise LegolmError(f"{where}: names other configs (`configuration_files`); put the one that counts in its place")
     family = raw.get("model_type")
     if not isinstance(family, str):
         raise LegolmError(f"{where}: has no `model_type`; {SAVE_AGAIN}")
