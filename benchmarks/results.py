@@ -146,11 +146,11 @@ READING = (
 )
 COLUMNS = (
     "*Labels*: tasks with at most ten different answers. *Blocks*: mean loss of clients' blocks on their own and the "
-    "others' data. \\*: on another processor or in another precision. MB: a client and round, both ways. "
-    "TFLOP: of all clients' training. Rank: the largest. †: no peer, "
-    "for devices with narrow blocks cannot run it, or it is no federation (`fedhello` has the whole LLM everywhere "
-    "too, but trains few layers; `heteagg_masks` takes the LLM's memory in training too, and `fedit_everyone` is its "
-    "peer). `capable` leaves out who does not hold the whole LLM; `local` has no LLM: its row is the untrained one."
+    "others' data. \\*: on another processor or in another precision. MB: a client and round, both ways. TFLOP: of all "
+    "clients' training. Rank: the largest. †: no peer, for devices with narrow blocks cannot run it, or it is no "
+    "federation (`fedhello` has the whole LLM everywhere too, but trains few layers; `heteagg_masks` takes the LLM's "
+    "memory in training too, so that `fedit_everyone` and `fedit_rank_4` are its peers). `capable` leaves out who does "
+    "not hold the whole LLM; `local` has no LLM: its row is the untrained one."
 )
 
 

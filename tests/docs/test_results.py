@@ -36,6 +36,7 @@ SHOWN = {
     "Fed-HeLLo": "fedhello",
     "FedIT with the clients that can hold the LLM": "fedit_capable",
     "FedIT with everyone dense": "fedit_everyone",
+    "FedIT of rank 4": "fedit_rank_4",
     "HeteAgg with everyone dense": "heteagg_dense",
 }
 """How the README's table calls the schemes."""
