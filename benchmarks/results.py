@@ -31,6 +31,7 @@ from typing import Any
 import yaml
 
 from legolm.errors import LegolmError
+from results_claims import Claim, claims, paper_claims
 from results_read import BENCHES, DEFAULT, FEDIT, MASKS, Bench, Evaluation, keep, read_bench, read_evaluation
 from results_shown import (
     bytes_table,
@@ -45,7 +46,7 @@ from results_shown import (
     table,
     task_table,
 )
-from results_study import Claim, Study, claims, figures, omission, paper_claims
+from results_study import Study, figures, omission
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STUDIES = {
@@ -155,16 +156,16 @@ COLUMNS = (
 
 
 def write_page(
-    studies: Mapping[str, Study], evaluated: Mapping[str, Evaluation | None], page: Page, lacks: Sequence[str]
+    studies: Mapping[str, Study],
+    held: Mapping[str, Mapping[str, Mapping[str, Claim]]],
+    evaluated: Mapping[str, Evaluation | None],
+    page: Page,
+    lacks: Sequence[str],
 ) -> str:
-    """First what a reader takes in, then the rest."""
+    """First what a reader takes in, then the rest; `held` are claims by study and scheme."""
     first, study = next(iter(studies.items()))
     benches = {name: one for name, one in studies.items() if name != "paper"}
-    kept = {
-        f"{TITLES[name]}: {of.default}": claims(of, evaluated["robustness"] if of is study else None)
-        for name, one in benches.items()
-        for of in subjects(one)
-    }
+    kept = {f"{TITLES[name]}: {scheme}": found for name in benches for scheme, found in held[name].items()}
     page.parts.append(
         "Written by `python benchmarks/results.py RUNS`, whose first lines have the commands; what it used of the runs "
         f"is in [results/records](results/records), the figures in [results.json](results.json). {READING}\n"
@@ -177,8 +178,9 @@ def write_page(
     ]
     page.add("What should hold", table(("claim", *kept), rows))
     if "paper" in studies:
-        found = paper_claims(studies["paper"]).items()
-        page.add("The paper's claims", table(("claim", "found"), [(claim, one.shown()) for claim, one in found]))
+        (found,) = held["paper"].values()
+        told = [(claim, one.shown()) for claim, one in found.items()]
+        page.add("The paper's claims", table(("claim", "found"), told))
     page.add("Every scheme", main_table(study), f"{COLUMNS} {server_work(study)}\n", plot(first, "bytes"))
     page.add(
         "What the model can learn at all",
@@ -226,9 +228,9 @@ def write_page(
     return page.text()
 
 
-def listed(held: Mapping[str, Claim]) -> list[dict[str, Any]]:
+def listed(found: Mapping[str, Claim]) -> list[dict[str, Any]]:
     """Claims as JSON has them."""
-    return [{"claim": claim, **one._asdict()} for claim, one in held.items()]
+    return [{"claim": claim, **one._asdict()} for claim, one in found.items()]
 
 
 def plot(name: str, kind: str) -> str:
@@ -250,12 +252,17 @@ def write(runs: Path, out: Path, gpu: str, notes: Path) -> dict[str, Any]:
         raise LegolmError(f"{runs / 'flan'}: no finished run of {DEFAULT}; run examples/compare/flan.yaml to its end")
     (out / "results" / "records").mkdir(parents=True, exist_ok=True)
     parts: dict[str, dict[str, Any]] = {}
+    held: dict[str, dict[str, dict[str, Claim]]] = {}
     first = next(iter(studies))  # of whose run the evaluations are
     for name, study in studies.items():
         robust = evaluated["robustness"] if name == first else None
-        held = paper_claims(study) if name == "paper" else claims(study, robust)
-        parts[name] = figures(study) | {"claims": listed(held)}
-        parts[name] |= {f"claims_{of.default}": listed(claims(of, None)) for of in subjects(study)[1:]}
+        if name == "paper":
+            held[name] = {study.default: paper_claims(study)}
+        else:
+            held[name] = {of.default: claims(of, robust if of is study else None) for of in subjects(study)}
+        parts[name] = figures(study)
+        for scheme, found in held[name].items():
+            parts[name]["claims" if scheme == study.default else f"claims_{scheme}"] = listed(found)
         loss_against_bytes(study, out / "results" / f"{name}_bytes.svg")
         if study.default in study.runs:
             figure_3(study, out / "results" / f"{name}_clients.svg")
@@ -263,14 +270,14 @@ def write(runs: Path, out: Path, gpu: str, notes: Path) -> dict[str, Any]:
             figure_5(omitted, out / "results" / f"{name}_omission.svg")
         if robust and (change := robust.figures.get("wikitext")):
             parts[name]["robustness"] = {"wikitext_before": change.before, "wikitext_after": change.after}
-    found = {"bench": first} | parts.pop(first) | parts
+    result = {"bench": first} | parts.pop(first) | parts
     for name, record in {**benches, **evaluated}.items():
         if record:
             keep(record, out / "results" / "records" / f"{name}.json")
     page = Page(notes.read_text("utf-8") if notes.exists() else "")
-    (out / "results.md").write_text(write_page(studies, evaluated, page, missing(benches, evaluated)), "utf-8")
-    (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    return found
+    (out / "results.md").write_text(write_page(studies, held, evaluated, page, missing(benches, evaluated)), "utf-8")
+    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    return result
 
 
 def main() -> None:

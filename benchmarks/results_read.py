@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from math import log
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, TypeVar
@@ -17,6 +16,7 @@ from legolm.data import client_data, data_fingerprint
 from legolm.errors import LegolmError, MissingDataError
 from legolm.evaluation import compare
 from legolm.evaluation.figure import RatioFigure, ratio_figure
+from legolm.evaluation.floors import constant_guess
 from legolm.federate.server import server_examples
 from legolm.runs import (
     Ablation,
@@ -194,11 +194,11 @@ def floor(train: Iterable[str], test: Sequence[str], tokens: float) -> Floor:
 
     Where training answers are as many of each label, which of them is the majority is chance.
     """
-    counts, there = Counter(train), Counter(test)
-    if len(counts) <= FEW and there.keys() <= counts.keys():
-        nats = sum(count * log(len(test) / count) for count in there.values())
-        return Floor(loss=nats / tokens, exact_match=max(there.values()) / len(test))
-    return Floor(loss=None, exact_match=there[counts.most_common(1)[0][0]] / len(test))
+    counts = Counter(train)
+    if len(counts) <= FEW and set(test) <= counts.keys():
+        nats, exact = constant_guess(test)
+        return Floor(loss=nats / tokens, exact_match=exact)
+    return Floor(loss=None, exact_match=test.count(counts.most_common(1)[0][0]) / len(test))
 
 
 def read_bench(runs: Path, name: str, gpu: str = "") -> Bench | None:

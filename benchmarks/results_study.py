@@ -1,4 +1,4 @@
-"""What follows from a study's runs: figures by variant over seeds, paired differences, and whether claims hold."""
+"""What follows from a study's runs: figures by variant over seeds, and paired differences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from legolm.runs import Data, Stage
-from results_read import DEFAULT, FEDIT, LOCAL, MASKS, PERSONAL, PLAIN, RANK_4, Bench, Client, Cost, Evaluation, Run
+from results_read import DEFAULT, FEDIT, LOCAL, MASKS, PERSONAL, PLAIN, RANK_4, Bench, Client, Cost, Run
 
 UNABLE = (FEDIT, RANK_4, "fedit_seconds", "heteagg_dense", LOCAL, "centralized")
 """What devices with narrow blocks cannot run, or no federation; all others but HeteAgg's are its peers."""
@@ -43,25 +43,6 @@ class Stat(NamedTuple):
     def named(self, name: str) -> dict[str, float | None]:
         """For JSON: `name` and `name_se`."""
         return {name: round(self.mean, 4), f"{name}_se": None if self.se is None else round(self.se, 4)}
-
-
-class Claim(NamedTuple):
-    """What was found of a claim, and whether it holds, None where nobody measured it.
-
-    `sure`: whether by more than the error, where that is known. `single`: by one seed.
-    """
-
-    found: str
-    holds: bool | None = None
-    sure: bool | None = None
-    single: bool = False
-
-    def shown(self) -> str:
-        """A cell of the claims' table."""
-        if self.holds is None:
-            return self.found
-        more = ", within the error" * (self.sure is False) + ", by one seed" * self.single
-        return f"{self.found}: {'yes' if self.holds else '**no**'}{more}"
 
 
 class Study:
@@ -267,161 +248,3 @@ def on_all_data(clients: Sequence[Client]) -> float:
     """Mean loss of blocks that trained alone, on everyone's data."""
     count = len(clients)
     return fmean((one.own["local"] + (count - 1) * one.others["local"]) / count for one in clients)
-
-
-def any_of(pairs: Iterable[Stat]) -> bool | None:
-    """Whether some difference is beyond the error; None where none is and one has no error."""
-    found = [pair.beyond() for pair in pairs]
-    return True if True in found else None if None in found else False
-
-
-def all_of(pairs: Iterable[Stat]) -> bool | None:
-    """Whether all differences are; None where all that have an error are."""
-    found = [pair.beyond() for pair in pairs]
-    return False if False in found else None if None in found else True
-
-
-def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
-    """What should hold, as far as there are runs to tell."""
-    found: dict[str, Claim] = {}
-    if study.default not in study.runs:
-        return found
-    omitted = omission(study)
-
-    def below(claim: str, name: str, more: str = "") -> None:
-        if (pair := study.paired(name)) is None:
-            return
-        both = study.both(name)
-        ours, theirs = (fmean(run.loss for run in runs) for runs in zip(*both, strict=True))
-        seeds = ", ".join(str(run.seed) for run, _ in both)
-        few = f"; seed{'s' * (len(both) > 1)} {seeds}" if len(both) < len(study.runs[study.default]) else ""
-        few += "; on another processor" * study.elsewhere(name) + f"; {more}" * bool(more)
-        text = f"{ours:.3f} / {theirs:.3f} = {ours / theirs:.2f} ({pair.shown(sign='+')}{few})"
-        found[claim] = Claim(text, ours <= theirs, pair.beyond(), len(both) == 1)
-
-    if FEDIT in study.runs:
-        below("the LLM's loss is at or below FedIT's with everyone dense, at equal tokens", FEDIT)
-        share = study.bytes(study.default) / study.bytes(FEDIT)
-        rank, of_fedit = (max(run.rank for run in study.runs[name].values()) for name in (study.default, FEDIT))
-        codecs = {run.codec for name in (study.default, FEDIT) for run in study.runs[name].values()}
-        text = f"{share:.0%} (rank {rank} beside {of_fedit})"
-        if len(codecs) == 1:
-            found["for under half of its bytes, same codec"] = Claim(text, share < 0.5)
-    if RANK_4 in study.runs:
-        size = f"{study.bytes(study.default):.2f} MB beside {study.bytes(RANK_4):.2f}"
-        below(f"at or below FedIT's of rank 4, at about as many bytes (`{RANK_4}`)", RANK_4, size)
-    # Zeros save no work: to masked blocks equal steps are equal time.
-    if "fedit_seconds" in study.runs and study.default != MASKS:
-        below("at or below FedIT's with three quarters of the steps (`fedit_seconds`)", "fedit_seconds")
-    if study.labels:
-        loss, prior = study.over(study.default, study.label_loss), study.floor("loss", study.labels)
-        right, most = study.over(study.default, study.label_accuracy), study.floor("exact_match", study.labels)
-        above = study.above_floor("loss", study.label_loss)
-        found["its loss is below the label prior in hindsight (tasks with labels)"] = Claim(
-            f"{loss.shown()} and {prior.mean:.3f} ({above.shown(sign='+')})", above.mean < 0, above.beyond()
-        )
-        above = study.above_floor("exact_match", study.label_accuracy)
-        found["its accuracy is at least 5 points above the most frequent answer's (tasks with labels)"] = Claim(
-            f"{right.shown(1, scale=100)} % and {most.mean:.1%} ({above.shown(1, '+', 100)})",
-            above.mean >= 0.05,
-            above.beyond(0.05),
-        )
-    pairs = {name: pair for name in study.peers if (pair := study.paired(name)) is not None}
-    if pairs:
-        worse = {name: pair for name, pair in pairs.items() if pair.mean >= 0}
-        told = [f"than {len(pairs) - len(worse)} of {len(pairs)}"]
-        told += [f"not {name} ({pair.shown(sign='+')})" for name, pair in worse.items()]
-        for what, known in (("within the error", False), ("by one seed", None)):
-            if names := [name for name, pair in pairs.items() if name not in worse and pair.beyond() is known]:
-                told.append(f"{what}: {', '.join(names)}")
-        if elsewhere := sum(map(study.elsewhere, pairs)):
-            told.append(f"{elsewhere} on another processor")
-        # One that is surely better settles it; that all are worse is as sure as the least sure of them.
-        sure = any_of(worse.values()) if worse else all_of(pairs.values())
-        found["better than every peer that the same devices can run"] = Claim("; ".join(told), not worse, sure)
-    if study.ends:
-        one = personal(study, study.ends)
-        own, alone = study.stages(study.ends, "own", "personal"), study.stages(study.alone, "own", "local")
-        both = [(own[seed], alone[seed]) for seed in sorted(own.keys() & alone.keys())]
-        if both:
-            ours, theirs = (fmean(losses) for losses in zip(*both, strict=True))
-            above = Stat.of(mine - other for mine, other in both)
-            text = f"{ours:.3f} / {theirs:.3f} = {ours / theirs:.2f} ({above.shown(4, '+')})"
-            claim = "personal models are at or below trained alone on their own data, in the mean"
-            found[claim] = Claim(text, ours <= theirs, above.beyond(), len(both) == 1)
-        apart = one["others"] / one["others_global"]
-        most_of, text = one["worst_client_ratio"], f"{one['worst_client']} {one['worst_client_ratio']:.2f}"
-        found["no client above 1.05 of it"] = Claim(text, most_of <= 1.05)
-        text = f"{one['others']:.3f} / {one['others_global']:.3f} = {apart:.2f}"
-        found["and within 5 % of the global update on the others'"] = Claim(text, apart <= 1.05)
-    for what, key in (
-        ("leaving out any block costs less than half of the gain over trained alone", "cost"),
-        ("and leaving out any one client", "cost_clients"),
-    ):
-        if not omitted or omitted["gain"] is None:
-            found[what] = Claim("not measured")
-            continue
-        costs, gain, of = omitted[key], omitted["gain"], omitted["of"]
-        held = {one.id: one.block for run in study.runs[of].values() for one in run.clients}
-        lacks = (set(held.values()) if key == "cost" else held.keys()) - costs.keys()
-        name = max(costs, key=lambda one: float(costs[one]))
-        text = f"{name} {costs[name]:+.3f} of {gain:.3f}" + f" ({of})" * (of != study.default)
-        text += f"; not measured: {', '.join(sorted(lacks))}" if lacks else ""
-        known = None if lacks and costs[name] < gain / 2 else costs[name] < gain / 2
-        found[what] = Claim(text, known, single=len(omitted["seeds"]) == 1)
-    what = "the LLM's WikiText perplexity is at most 3 % worse"
-    found[what] = Claim("not measured")
-    if robust and (change := robust.figures.get("wikitext")):
-        rise, difference = change.after / change.before - 1, Stat(change.difference, change.stderr)
-        found[what] = Claim(f"{rise:+.1%}", rise <= 0.03, difference.beyond(0.03 * change.before), single=True)
-    return found
-
-
-def paper_claims(study: Study) -> dict[str, Claim]:
-    """What LEGO's paper says, at this size."""
-    found: dict[str, Claim] = {}
-
-    def seeds(*names: str) -> set[int]:
-        """Those that all of these variants have."""
-        return set.intersection(*(set(study.runs.get(name, {})) for name in names))
-
-    def losses(*names: str) -> list[float]:
-        """The LLM's, mean over these."""
-        return [fmean(study.runs[name][seed].loss for seed in seeds(*names)) for name in names]
-
-    for method in ("sparsegpt", "wanda"):
-        mixed, iid, fedit, fedit_iid = f"{method}-heterogeneous", f"{method}-iid", "fedit-heterogeneous", "fedit-iid"
-        for names in ((mixed, fedit), (iid, fedit_iid)):
-            if both := seeds(*names):
-                ours, theirs = losses(*names)
-                found[f"models may differ: the LLM of {names[0]} is within 10 % of FedIT's with everyone dense"] = (
-                    Claim(
-                        f"{ours:.3f} / {theirs:.3f} = {ours / theirs:.2f}", ours <= 1.1 * theirs, single=len(both) == 1
-                    )
-                )
-        if four := seeds(mixed, iid, fedit, fedit_iid):
-            mine, mine_iid, other, other_iid = losses(mixed, iid, fedit, fedit_iid)
-            found[f"data may differ: one task a client costs {method} blocks no more than FedIT"] = Claim(
-                f"{mine - mine_iid:+.3f} and {other - other_iid:+.3f}",
-                mine - mine_iid <= other - other_iid,
-                single=len(four) == 1,
-            )
-        if clients := study.clients(mixed):
-            rises = [fmean(one.others["global"] - one.others["before"] for one in same) for same in clients.values()]
-            better = sum(rise < 0 for rise in rises)
-            found[f"every {method} block is better on the others' data after the global update (figure 3)"] = Claim(
-                f"{better} of {len(rises)}", better == len(rises), single=len(study.runs[mixed]) == 1
-            )
-        if mixed in study.runs and "alone" in study.runs:
-            after, alone = study.stage(mixed, "others", "global").mean, study.stage("alone", "others", "local").mean
-            found[f"and {method} blocks are better there than whole LLMs that trained alone"] = Claim(
-                f"{after:.3f} and {alone:.3f}", after < alone, single=len(study.runs[mixed]) == 1
-            )
-    found["the LLM is worse without any one block (figure 5)"] = Claim("not measured")
-    if omitted := omission(study):
-        costs = omitted["cost_llm"]
-        worse = [f"{name} {cost:+.3f}" for name, cost in costs.items() if cost > 0]
-        found["the LLM is worse without any one block (figure 5)"] = Claim(
-            f"{len(worse)} of {len(costs)}: {', '.join(worse) or 'none'}", len(worse) == len(costs)
-        )
-    return found

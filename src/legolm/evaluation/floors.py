@@ -14,12 +14,18 @@ REPEATED = 2
 """Answers are labels where each is there this many times in the mean, and not all are one."""
 
 
-def warnings(found: Mapping[str, TaskFigures], answers: Sequence[str]) -> list[str]:
-    """By model's name its figures, and the wanted answers: a sentence for each figure that a blind guess would have.
+def constant_guess(answers: Sequence[str]) -> tuple[float, float]:
+    """What the best guess that reads no question has on these answers, which nobody knows before: (nats, exact).
 
-    The label prior guesses each answer as often as it is wanted, -ln p(answer) nats an answer over the answers'
-    tokens, and is right with the commonest.
+    The label prior guesses each answer as often as it is wanted, -ln p(answer) nats an answer, summed; the share of the
+    commonest is right.
     """
+    counts, total = Counter(answers), len(answers)
+    return sum(count * math.log(total / count) for count in counts.values()), max(counts.values()) / total
+
+
+def warnings(found: Mapping[str, TaskFigures], answers: Sequence[str]) -> list[str]:
+    """By model's name its figures, and the wanted answers: a sentence for each figure that a blind guess would have."""
     figures = {name: one[DATA] for name, one in found.items() if DATA in one}
     said = []
     if nothing := [name for name, one in figures.items() if one[EXACT].value == 0]:
@@ -30,8 +36,7 @@ def warnings(found: Mapping[str, TaskFigures], answers: Sequence[str]) -> list[s
     counts = Counter(answers)
     if not 1 < len(counts) <= len(answers) / REPEATED:
         return said
-    commonest = max(counts.values()) / len(answers)
-    nats = -sum(count * math.log(count / len(answers)) for count in counts.values())
+    nats, commonest = constant_guess(answers)
     for name, one in figures.items():
         loss, exact = one[LOSS], one[EXACT].value
         assert isinstance(loss, RatioFigure)
