@@ -203,6 +203,16 @@ def test_afterwards_the_model_is_as_it_was(tiny: Callable[[str], Path]) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_norm_that_changed_since_multiplies_by_what_it_is(family: str, tiny: Callable[[str], Path]) -> None:
+    model, (example,) = load_model(tiny(family)), some(9)
+    logits_of(model, [example])
+    model.model.norm.weight.data.mul_(2).add_(0.5)  # which torch does not count as a new version
+    (found,) = logits_of(model, [example])
+    wanted = model(torch.tensor(example.ids)[None]).logits[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_buckets_by_hand() -> None:
     found = pack(some(3, 10, 9, 3, 8), CPU).buckets
     # 10, 9 and 8 are at least 0.8 of 10; the two of 3 are equally long and need no padding.

@@ -70,9 +70,7 @@ def load_config(path: Path) -> Any:
     read += sorted(path.glob("*.safetensors"))
     with reading(f"model: {path}"):
         states = tuple(f"{file.name} {file_state(file) if file.exists() else ''}" for file in read)
-        config = copy.deepcopy(_checked(path, states))
-    layout_of(config)
-    return config
+        return copy.deepcopy(_checked(path, states))
 
 
 @lru_cache(maxsize=64)
@@ -93,6 +91,7 @@ def _checked(path: Path, _states: tuple[str, ...]) -> Any:
     check_dense(model)
     drop_code(config)
     config.dtype = _check_weights(path, model)
+    layout_of(config)
     return config
 
 

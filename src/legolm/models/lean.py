@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,17 @@ def _gain(module: nn.Module) -> Tensor | None:
     weight = getattr(module, "weight", None)
     if weight is None or weight.dim() != 1:
         return None
+    known = _GAINS.get(module)
+    if known is None or known[0].device != weight.device or not torch.equal(known[0], weight):
+        _GAINS[module] = known = weight.detach().clone(), _measured_gain(module, weight)
+    return known[1]
+
+
+_GAINS: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor | None]] = WeakKeyDictionary()
+"""Each norm's weight and gain: a model is made lean for each set of rows."""
+
+
+def _measured_gain(module: nn.Module, weight: Tensor) -> Tensor | None:
     eps = _eps(module)
     probe = torch.linspace(-1, 2, len(weight), device=weight.device)[None]
     with torch.no_grad():
