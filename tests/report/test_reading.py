@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -142,9 +143,23 @@ def test_progress_names_the_variant_and_gives_losses_as_they_come(study: Study) 
         assert f"{name}: finished; loss on test data: LLM " in said
 
 
-def test_more_seeds_go_on_from_fewer_and_the_dry_run_plans_them(study: Study) -> None:
-    again = legolm("compare", study.study, "--no-models", "--out", study.out, "--seeds", 2, "--jobs", 2)
+def test_jobs_are_for_runs_that_are_left_and_finish_what_others_began(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("compare", study.study, "--no-models", "--out", study.out, "--seeds", 2, "--jobs", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            sys.modules["legolm.study.compare"], "ProcessPoolExecutor", None
+        )  # for what is finished none is started
+        again = legolm(*command)
     assert again.returncode == 0 and again.stdout == study.done.stdout and "train" not in again.stderr
+    for place in ("usual", "0.02/faster"):
+        (study.out / "seeds" / "1" / place / "summary.json").unlink()
+    again = legolm(*command)
+    assert again.returncode == 0 and again.stdout == study.done.stdout and "train" not in again.stderr
+
+
+def test_more_seeds_go_on_from_fewer_and_the_dry_run_plans_them(study: Study) -> None:
     plan = legolm("compare", study.study, "--dry-run", "--seeds", 2)
     assert plan.stdout.count("Nothing was done.") == 5 and "\nseeds/1/faster\n" in plan.stdout
     both = legolm("compare", study.study, "--dry-run", "--set", "train.learning_rate=0.1")
