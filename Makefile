@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test tests lint bench clean
 
-demo: $(READY)  ## the main job on a real model: six minutes on two cores of a Xeon without AMX
+demo: $(READY)  ## the main job on a real model: five to eight minutes on two cores of a Xeon without AMX
 	$(BIN)/legolm run examples/demo.yaml --out runs/demo $(if $(wildcard runs/demo),--resume)
 
 test: $(READY)  ## style, types and tests, one beside the other
