@@ -148,9 +148,8 @@ def test_jobs_are_for_runs_that_are_left_and_finish_what_others_began(
 ) -> None:
     command = ("compare", study.study, "--no-models", "--out", study.out, "--seeds", 2, "--jobs", 2)
     with monkeypatch.context() as patched:
-        patched.setattr(
-            sys.modules["legolm.study.compare"], "ProcessPoolExecutor", None
-        )  # for what is finished none is started
+        # For what is finished no process is started.
+        patched.setattr(sys.modules["legolm.study.compare"], "ProcessPoolExecutor", None)
         again = legolm(*command)
     assert again.returncode == 0 and again.stdout == study.done.stdout and "train" not in again.stderr
     for place in ("usual", "0.02/faster"):
