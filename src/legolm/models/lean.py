@@ -22,6 +22,9 @@ from legolm.models.norm import RmsNorm
 from legolm.models.packing import Pack, use_packed_attention
 from legolm.models.precision import dtype_of
 
+_GAINS: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor | None]] = WeakKeyDictionary()
+"""Each norm's weight and gain: a model is made lean for each set of rows."""
+
 
 @contextmanager
 def lean(model: Any, precision: Precision, checkpointing: bool = False) -> Iterator[None]:
@@ -84,10 +87,6 @@ def _gain(module: nn.Module) -> Tensor | None:
     if known is None or known[0].device != weight.device or not torch.equal(known[0], weight):
         _GAINS[module] = known = weight.detach().clone(), _measured_gain(module, weight)
     return known[1]
-
-
-_GAINS: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor | None]] = WeakKeyDictionary()
-"""Each norm's weight and gain: a model is made lean for each set of rows."""
 
 
 def _measured_gain(module: nn.Module, weight: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from legolm.runs import RunDir, read_live, read_stages, rounds_of
+from legolm.runs import RunDir, finished, read_live, read_stages, rounds_of
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def read_status(folder: Path) -> dict[str, Any]:
         "run": run.identity().run if run.identity_file.exists() else None,
         "rounds_done": len(done),
         "rounds": config.federation.rounds,
-        "finished": (folder / "summary.json").exists(),
+        "finished": finished(folder),
         "validation": [r.validation for r in rounds],
         "privacy": next((r.privacy.model_dump() for r in reversed(done) if r.privacy), None),
         "seconds": [r.seconds for r in done],

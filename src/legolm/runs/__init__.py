@@ -80,6 +80,7 @@ from legolm.runs.summary import (
     Speaker,
     Stage,
     Summary,
+    finished,
 )
 from legolm.runs.tables import (
     Row,
@@ -158,6 +159,7 @@ __all__ = [
     "drop_damaged",
     "dump_record",
     "dump_sealed",
+    "finished",
     "lasting_base",
     "load_adapter_state",
     "mend",

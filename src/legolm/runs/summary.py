@@ -203,6 +203,11 @@ class Samples(Record):
     samples: list[Sample]
 
 
+def finished(folder: Path) -> bool:
+    """Whether the run in this folder has its summary, which it gets last."""
+    return (folder / SUMMARY).is_file()
+
+
 class Summary(Record):
     """What people look for in a run. `global` losses are those of `best_round`, the LLM's of `llm.best_round`.
 
@@ -253,7 +258,7 @@ class Summary(Record):
     @staticmethod
     def read(folder: Path) -> Summary:
         """That of a finished run. Raises `LegolmError` for a run that is not, and for a file that it did not write."""
-        if not (folder / SUMMARY).is_file():
+        if not finished(folder):
             raise LegolmError(
                 f"run folder {folder}: no {SUMMARY}; finish the run first (`legolm run --resume`, or resume=True)"
             )

@@ -39,6 +39,7 @@ from legolm.runs import (
     Summary,
     best_round,
     clients_of,
+    finished,
     on_all_data,
     read_record,
     read_stages,
@@ -179,7 +180,7 @@ def _run_all(planned: Planned, out: Path, jobs: int, store: Path, models: bool, 
         whose = Path(place).name if seeds == 1 else f"{Path(place).name}, seed {config.seed}"
         whose += f", rate {config.train.learning_rate:g}" if place.startswith("rates/") else ""
         labels[place] = f"{whose} ({number} of {len(planned)})"
-    left = sum(not (out / place / "summary.json").exists() for place in planned)
+    left = sum(not finished(out / place) for place in planned)
     if (jobs := min(jobs, left)) < 2:  # each process imports for seconds
         for place, (config, plan) in planned.items():
             finish(place, partial(_run_one, out, place, config, plan, store, models, Progress(of=labels[place])))

@@ -37,6 +37,7 @@ from legolm.runs import (
     check_sealed,
     clients_of,
     dump_record,
+    finished,
     others_of,
     read_record,
     rounds_of,
@@ -133,7 +134,7 @@ def _config(run: RunDir) -> RunConfig:
         raise LegolmError(f"{where}: mode {config.federation.mode!r} aggregates no updates; there is none to leave out")
     if not config.federation.keep_updates:
         raise LegolmError(f"{where}: its updates were not kept; run it anew with --set federation.keep_updates=true")
-    if not (run.path / "summary.json").is_file():
+    if not finished(run.path):
         raise LegolmError(f"{where}: no summary.json; finish the run first (legolm run CONFIG --resume)")
     return config
 
