@@ -97,3 +97,17 @@ def test_a_pattern_is_all_files_that_match_it(tokenizer: PreTrainedTokenizerFast
     check_text(pattern, RowsConfig(), "calibration.text")
     (tokens,) = calibration_tokens(CalibrationConfig(text=pattern, samples=1, length=8), tokenizer, seed=0)
     assert tokenizer.decode(tokens) == "aaa\nbbbb"
+
+
+def test_a_file_that_changed_since_is_looked_at_anew(tmp_path: Path) -> None:
+    path = tmp_path / "talks.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\n', encoding="utf-8")
+    for _ in range(2):
+        assert check_text(str(path), RowsConfig(), "calibration.text") == ["calibration.text: alpaca: 1 of 1 rows."]
+    path.write_text('{"instruction": "a", "output": ""}\n', encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(LegolmError, match=r"talks\.jsonl:1"):
+            check_text(str(path), RowsConfig(), "calibration.text")
+    path.unlink()
+    with pytest.raises(LegolmError, match=r"talks\.jsonl"):
+        check_text(str(path), RowsConfig(), "calibration.text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain, islice
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from legolm.data.layouts import read_examples
 from legolm.data.prose import PIECE, check_prose, read_prose, text_tokens
 from legolm.data.render import render
 from legolm.data.sequence import begin, begun, encode, windows
-from legolm.data.sources import is_rows, paths_of
+from legolm.data.sources import is_rows, parts_of, paths_of, state_of
 from legolm.data.starter import is_starter, public_starter_text
 from legolm.data.store import Examples
 from legolm.errors import LegolmError
@@ -89,14 +90,22 @@ def check_text(text: str, rows: RowsConfig, field: str) -> list[str]:
     """What there is to say of its rows. Raises `LegolmError` when `calibration_tokens` would not find the text, or no
     conversations in its rows. `field` names it.
     """
-    said: list[str] = []
     if is_rows(text):
-        for _ in read_examples(text, rows, field, said):
-            pass
-    elif not is_starter(text) and text != "pydoc":
+        states = tuple(state_of(part) for part in parts_of(text, field))
+        return [*(_said_of if all(states) else _said_of.__wrapped__)(text, rows, field, states)]
+    if not is_starter(text) and text != "pydoc":
         for path in paths_of(text, field):
             check_prose(path, field)
-    return said
+    return []
+
+
+@lru_cache(maxsize=16)
+def _said_of(text: str, rows: RowsConfig, field: str, _states: tuple[str | None, ...]) -> tuple[str, ...]:
+    """What there is to say of rows, read once as long as their files are the same: each plan of a study asks."""
+    said: list[str] = []
+    for _ in read_examples(text, rows, field, said):
+        pass
+    return tuple(said)
 
 
 def _shuffled(found: Tensor, seed: int) -> Tensor:

@@ -57,18 +57,31 @@ def layout_of(row: Row, config: RowsConfig) -> Found:
 
     Raises `BadRow` where there is nothing of any.
     """
-    tries = [Found(name, _columns(names, row.values)) for name, names in _candidates(config.layout, config.fields)]
-    # Rows of several layouts may have the fields of all of them, and those of the others are null.
-    for there in ({name for name, value in row.values.items() if value is not None}, row.values.keys()):
-        whole = [one for one in tries if all(name in there for role, name in one.columns.items() if role != MAY_LACK)]
-        alike = [one for one in whole if one.columns.keys() == whole[0].columns.keys()]
-        if alike:
-            return _by_turns(max(alike, key=lambda one: len(there & set(one.columns.values()))), row, config)
-    nearest = max(tries, key=lambda one: len(row.values.keys() & set(one.columns.values())))
-    if config.layout == "auto" and not config.fields.given and not row.values.keys() & set(nearest.columns.values()):
+    holds = tuple(value is not None for value in row.values.values())
+    found, whole = _of_fields(tuple(row.values), holds, config.layout, config.fields)
+    if whole:
+        return _by_turns(found, row, config)
+    if config.layout == "auto" and not config.fields.given and not row.values.keys() & set(found.columns.values()):
         known, way_out = brief(", ".join(map(str, row.values))), "name them (`fields`, or --instruction and --answer)"
         raise BadRow(row.place, f"fields {known} are of no known layout", way_out)
-    return nearest
+    return found
+
+
+@lru_cache(maxsize=64)  # asked for every row, and most rows have the same fields
+def _of_fields(names: tuple[str, ...], holds: tuple[bool, ...], layout: str, fields: Fields) -> tuple[Found, bool]:
+    """The layout of rows with fields of these `names`, and whether all that it needs is there, or it is the nearest.
+
+    `holds` tells which are not null: rows of several layouts may have the fields of all of them, and those of the
+    others are null.
+    """
+    tries = [Found(name, _columns(roles, names)) for name, roles in _candidates(layout, fields)]
+    there = set(names)
+    for known in ({name for name, one in zip(names, holds, strict=True) if one}, there):
+        whole = [one for one in tries if all(name in known for role, name in one.columns.items() if role != MAY_LACK)]
+        alike = [one for one in whole if one.columns.keys() == whole[0].columns.keys()]
+        if alike:
+            return max(alike, key=lambda one: len(known & set(one.columns.values()))), True
+    return max(tries, key=lambda one: len(there & set(one.columns.values()))), False
 
 
 def to_example(row: Row, config: RowsConfig) -> Example:
@@ -193,7 +206,6 @@ def unread(field: str, unused: Mapping[str, int]) -> list[str]:
     return [f"{field}: nothing uses field `{name}` ({count:,} rows)." for name, count in unused.items()]
 
 
-@lru_cache(maxsize=16)  # asked for every row
 def _candidates(layout: str, fields: Fields) -> list[tuple[str, Mapping[str, Sequence[str]]]]:
     """Layouts that rows may have, and the names that each of their fields may have: the one given, else all its own."""
     given = fields.given
@@ -204,9 +216,9 @@ def _candidates(layout: str, fields: Fields) -> list[tuple[str, Mapping[str, Seq
     ]
 
 
-def _columns(names: Mapping[str, Sequence[str]], values: Mapping[str, Any]) -> dict[str, str]:
-    """The names of a layout's fields in this row: those that are there, or the first."""
-    return {role: next((name for name in some if name in values), some[0]) for role, some in names.items()}
+def _columns(roles: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, str]:
+    """The names of a layout's fields among a row's: those that are there, or the first."""
+    return {role: next((name for name in some if name in names), some[0]) for role, some in roles.items()}
 
 
 def _by_turns(found: Found, row: Row, config: RowsConfig) -> Found:

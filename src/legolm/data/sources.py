@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from legolm.data.files import READERS, BadRow, first_line, kind_of, records, stem_of
 from legolm.errors import LegolmError, MissingDataError, brief
-from legolm.system import hub_answers, unreadable, wants_offline
+from legolm.system import file_state, hub_answers, unreadable, wants_offline
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,14 @@ def _same(part: Path | str) -> str:
         except (OSError, ValueError):  # none there, a NUL in it; who opens it says so
             return str(part)
     return repr(hub_parts(part))
+
+
+def state_of(part: Path | str) -> str | None:
+    """Of a file `file_state`; none of a hub data set, nor of what cannot be read."""
+    if isinstance(part, Path):
+        with suppress(OSError, ValueError):
+            return file_state(part)
+    return None
 
 
 def _whole(part: Path | str) -> str:

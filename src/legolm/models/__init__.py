@@ -26,7 +26,14 @@ from legolm.models.load import (
     side_files,
 )
 from legolm.models.packing import LONG, pack, shared_prompt
-from legolm.models.precision import autocast, choose_device, choose_precision, dtype_of, product_speed
+from legolm.models.precision import (
+    autocast,
+    choose_device,
+    choose_precision,
+    dtype_of,
+    free_bytes,
+    product_speed,
+)
 from legolm.models.rotary import scales_by_length
 from legolm.models.rounding import rounded
 from legolm.models.writing import written
@@ -62,6 +69,7 @@ __all__ = [
     "fingerprint",
     "finite",
     "folder_bytes",
+    "free_bytes",
     "hidden_states",
     "import_model",
     "judged",

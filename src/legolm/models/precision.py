@@ -11,6 +11,7 @@ import torch
 
 from legolm.config import Device, Precision
 from legolm.errors import LegolmError
+from legolm.system import available_bytes
 
 SIZE = 768
 """Rows and columns of the measured product, about those of a small model's layers; four times as many on an
@@ -44,6 +45,11 @@ def choose_device(wanted: Device) -> torch.device:
     if not there[wanted]:
         raise LegolmError(f"device = {wanted!r}: is not here, or this build of torch has no part for it; take auto")
     return torch.device(wanted)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a model there can have."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()
 
 
 def product_speed(precision: Precision, device: torch.device) -> float:

@@ -32,8 +32,8 @@ from legolm.federate.wire import (
     pack,
     unpack,
 )
-from legolm.models import choose_device, product_speed
-from legolm.system import atomic_write, available_bytes
+from legolm.models import choose_device, free_bytes, product_speed
+from legolm.system import atomic_write
 from legolm.trust import identity_key, read_roster
 
 IN_TIME = 0.9
@@ -132,7 +132,7 @@ class Resident(Answering):
         """What this device is now: another answer at another time."""
         held, where = self._held, choose_device(self._held.profile.device)
         torch.set_num_threads(held.profile.threads)
-        memory = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else available_bytes()
+        memory = free_bytes(where)
         if held.memory_mb is not None:
             memory = min(memory, int(held.memory_mb * 1e6))
         known = {path.name for path in (held.home / "blocks").glob("[!.]*")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 import weakref
 from collections import OrderedDict
@@ -42,26 +43,28 @@ from legolm.federate.wire import (
     unpack,
 )
 from legolm.finetune import Task, train
-from legolm.models import choose_device, dtype_of, load_model, load_tokenizer
+from legolm.models import choose_device, dtype_of, free_bytes, load_model, load_tokenizer
 from legolm.privacy import clipped, deviation, with_share
 from legolm.prune import collected, flat, sketched
 from legolm.system import Progress, atomic_write, keep_freed_memory, release_memory, trim
 
+BESIDE = 0.25
+"""Of a process's part of the free memory, for models that are not at work: reading one anew is a tenth of a round."""
 SCORED = 256
 """Sets of rows whose answers stay in memory: a round's global update is scored again as the model for questions that
 are not like a client's own."""
 
 
 class ClientRuntime:
-    """Answers for the sites that `site_of` gives: a device's one, or all of a simulation. Keeps one model in memory.
+    """Answers for the sites that `site_of` gives: a device's one, or all of a simulation.
 
-    `write` writes a file of theirs whole.
+    Keeps the model at work in memory, and others for which there is plenty of room. `write` writes a file of theirs
+    whole.
     """
 
     def __init__(self, site_of: SiteOf, write: Callable[[Path, bytes], None] = atomic_write) -> None:
         self._site_of, self._write = site_of, write
-        self._held: tuple[Block, Precision] | None = None
-        self._model: Any = None
+        self._held: OrderedDict[tuple[str, ...], tuple[Block, Any]] = OrderedDict()  # the model at work last
         self._tokenizers: dict[Path, Any] = {}
         self._answers: OrderedDict[str, Answers] = OrderedDict()
 
@@ -87,7 +90,7 @@ class ClientRuntime:
 
     def _train(self, request: TrainRequest, content: Tensors, until: float | None) -> bytes:
         site, settings = self._site_of(request.client, request.block), request.settings
-        block = self._load(site, request, settings.precision)
+        block, whole = self._load(site, request, settings.precision)
         plain = {name: tensor for name, tensor in content.items() if not name.startswith("secure.")}
         opened = open_(request, block.coverage, plain, side_of(request, block))
         state = read_state(site.state(), request)
@@ -97,7 +100,7 @@ class ClientRuntime:
         config = settings.train
         refuse = config.long_examples == "refuse"
         examples = self._examples(request.client, site, "train", config.max_length, refuse, config.turns)
-        with merged(self._model, block.coverage, fold, request.scale) as model:
+        with merged(whole, block.coverage, fold, request.scale) as model:
             task = Task(
                 model=model,
                 coverage=block.coverage,
@@ -159,7 +162,7 @@ class ClientRuntime:
         return keys(request, site.keeping(), block.coverage, sum(map(len, site.examples("train"))))
 
     def _evaluate(self, request: EvaluateRequest, content: Tensors) -> bytes:
-        block = self._load(self._site_of(request.client, request.block), request, request.precision)
+        block, whole = self._load(self._site_of(request.client, request.block), request, request.precision)
         keys = adapter_keys(block.coverage, request.targets)
         own = {name: tensor for name, tensor in content.items() if not name.startswith("otherwise.")}
         asked = [(own, adapter_layout(block.coverage, keys, request.rank, request.ranks))]
@@ -176,12 +179,17 @@ class ClientRuntime:
             shares = list(zip(*map(familiar.parted, sets), strict=True))
         answers = []
         for factors, share in zip(parts, shares, strict=True):
-            answers += self._answered(block, factors, share, request)
+            answers += self._answered(block, whole, factors, share, request)
         each = [Answers.joined(answers[at :: len(sets)]) for at in range(len(sets))]
         return pack(ScoreReply(scores=[one.score for one in each]), {})
 
     def _answered(
-        self, block: Block, factors: Tensors, sets: Sequence[Sequence[Tokens]], request: EvaluateRequest
+        self,
+        block: Block,
+        whole: Any,
+        factors: Tensors,
+        sets: Sequence[Sequence[Tokens]],
+        request: EvaluateRequest,
     ) -> list[Answers]:
         """The block's answers with these factors to each set; the same of a set as a whole are not made twice."""
         asked = hashlib.sha256(repr((_asked(request), request.scale, request.precision, request.batch_size)).encode())
@@ -196,7 +204,7 @@ class ClientRuntime:
             keys.append(one.hexdigest())
         found = {key: self._answers[key] for key in keys if key in self._answers}
         if len(found) < len(set(keys)):
-            with merged(self._model, block.coverage, factors, request.scale) as model:
+            with merged(whole, block.coverage, factors, request.scale) as model:
                 for key, rows in zip(keys, sets, strict=True):
                     if key not in found:
                         found[key] = score_each(model, rows, request.batch_size, request.precision)
@@ -219,35 +227,41 @@ class ClientRuntime:
         except ValueError as error:
             raise LegolmError(f"client {request.client}: own questions cannot be told from others: {error}") from None
 
-    def _load(self, site: Site, request: TrainRequest | EvaluateRequest, precision: Precision) -> Block:
-        """The site's block, its model in memory. Raises `LegolmError` when the request was made for another one."""
-        if self._held is None or not _is_for(request, self._held[0]) or self._held[1] != precision:
-            self._free()  # the old one first
+    def _load(self, site: Site, request: TrainRequest | EvaluateRequest, precision: Precision) -> tuple[Block, Any]:
+        """The site's block and its model. Raises `LegolmError` when the request was made for another one."""
+        key = *_asked(request), precision
+        if key not in self._held:
             block, profile = site.block(), site.profile()
             if not _is_for(request, block):
                 raise _another_cut(request)
             torch.set_num_threads(profile.threads)
-            self._model = load_model(block.path, dtype_of(precision)).to(choose_device(profile.device))
+            device = choose_device(profile.device)
+            self._make_room(device, profile.threads)  # the old ones first
+            model = load_model(block.path, dtype_of(precision)).to(device)
             trim()  # what reading took would stand under all that follows
-            self._held = block, precision
-        return self._held[0]
+            self._held[key] = block, model
+        self._held.move_to_end(key)
+        return self._held[key]
 
-    def _free(self) -> None:
-        """The model goes with its last user; garbage is looked for, a quarter of a second among all that was imported,
-        only where something else holds it, as a trainer from outside may."""
-        gone = None if self._model is None else weakref.ref(self._model)
-        self._held = self._model = None
-        if gone is None or gone() is None:
-            trim()
-        else:
-            release_memory()
+    def _make_room(self, device: torch.device, threads: int) -> None:
+        """Of models that are not at work only those stay that take little of this process's part of the memory.
+
+        One goes with its last user; garbage is looked for, a quarter of a second among all that was imported, only
+        where something else holds it, as a trainer from outside may.
+        """
+        room = BESIDE * free_bytes(device) * min(1.0, threads / (os.cpu_count() or 1))
+        while sum(_bytes(model) for _, model in self._held.values()) > room:
+            gone = weakref.ref(self._held.popitem(last=False)[1][1])
+            if gone() is None:
+                trim()
+            else:
+                release_memory()
 
     def _examples(
         self, client: str, site: Site, split: Split, length: int, refuse: bool, turns: Turns = "last"
     ) -> TokenRows:
-        assert self._held is not None
-        length = min(length, self._model.config.max_position_embeddings)
-        path = self._held[0].path
+        block, model = next(reversed(self._held.values()))
+        length, path = min(length, model.config.max_position_embeddings), block.path
         if path not in self._tokenizers:
             self._tokenizers[path] = load_tokenizer(path, site.prompts())
         parts = site.examples(split)
@@ -263,6 +277,10 @@ def _in_time(config: TrainConfig, until: float | None) -> TrainConfig:
         return config
     left = max(until - time.monotonic(), 1e-3)
     return config.model_copy(update={"seconds": min(left, config.seconds or left)})
+
+
+def _bytes(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _another_cut(request: Envelope | CalibrateRequest) -> LegolmError:
