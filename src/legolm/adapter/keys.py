@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ def factor_key(layer: int, module: str, side: str) -> str:
     return f"layers.{layer}.{module}.{side}"
 
 
+@lru_cache(maxsize=1 << 14)  # a model has some hundreds, asked for with every factor
 def parse_key(key: str) -> tuple[int, str, str]:
     """(LLM layer, module, side) of a factor key. Raises `LegolmError` when it is not one."""
     head, _, rest = key.partition(".")

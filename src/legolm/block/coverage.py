@@ -105,8 +105,11 @@ class Coverage:
 
     def matrix(self, layer: int, module: str) -> tuple[int, int]:
         """(rows, columns) of a module in the block's slice."""
-        spec = self.shape.module(module)
-        return sum(self._size(layer, unit) for unit in spec.rows), self._size(layer, spec.cols)
+        if (layer, module) not in self._matrices:
+            spec = self.shape.module(module)
+            rows = sum(self._size(layer, unit) for unit in spec.rows)
+            self._matrices[layer, module] = rows, self._size(layer, spec.cols)
+        return self._matrices[layer, module]
 
     def mask(self, layer: int, module: str) -> Tensor | None:
         """Bool mask of kept weights in the block's slice; None when all are kept."""
@@ -140,6 +143,10 @@ class Coverage:
         for name, tensor in sorted(_to_tensors(self).items()):
             digest.update(f"{name}|{tuple(tensor.shape)}|".encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def _matrices(self) -> dict[tuple[int, str], tuple[int, int]]:
+        return {}  # asked for with every factor
 
     @cached_property
     def _position(self) -> dict[int, int]:

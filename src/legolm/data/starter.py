@@ -13,9 +13,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 import random
+from calendar import monthrange
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, TypeGuard
 
 from legolm.data.examples import Example, Message
@@ -95,17 +96,19 @@ def _dates(language: str, months: tuple[int, ...]) -> Iterator[Question]:
     from babel.dates import format_date
 
     drawn = random.Random(f"{language} {months}")
-    days = [day for year in YEARS for month in months for day in _days(year, month)]
-    for day in drawn.sample(days, DATES):
+    for day in drawn.sample(_days(months), DATES):
         question = f"Write the date {day} in {spoken}."
         yield _split_of(str(day)), _asked(question, format_date(day, "long", locale))
 
 
-def _days(year: int, month: int) -> Iterator[datetime.date]:
-    day = datetime.date(year, month, 1)
-    while day.month == month:
-        yield day
-        day += datetime.timedelta(days=1)
+@lru_cache(maxsize=1)  # one language after the other
+def _days(months: tuple[int, ...]) -> list[datetime.date]:
+    return [
+        datetime.date(year, month, day)
+        for year in YEARS
+        for month in months
+        for day in range(1, monthrange(year, month)[1] + 1)
+    ]
 
 
 def _names(language: str) -> Iterator[Question]:
