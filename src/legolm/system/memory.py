@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 
@@ -16,13 +18,39 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def available_bytes() -> int:
-    """Memory that new processes can have."""
-    return int(psutil.virtual_memory().available)
+    """Memory that new processes can have: of the machine's, and of each control group's that this process is in."""
+    return max(0, min([int(psutil.virtual_memory().available), *(limit - used for limit, used in _limits())]))
 
 
 def total_bytes() -> int:
-    """The machine's memory."""
-    return int(psutil.virtual_memory().total)
+    """The machine's memory, or that of the smallest control group."""
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _limits())])
+
+
+def _limits(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, int]]:
+    """What each control group (version 1 or 2) with a limit may take, and what it has, bytes.
+
+    Containers and batch systems set them, the kernel kills what goes beyond, and the machine's memory says nothing of
+    them. Files that were read and can be dropped are in no need of it. The groups' paths are those of the machine,
+    where a container may see its own as the first: what is not there is passed over.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root = mounted / "memory" if controllers else mounted
+            names = ("limit_in_bytes", "usage_in_bytes", "total_") if controllers else ("max", "current", "")
+            own = root / path.lstrip("/")
+            for folder in (own, *(one for one in own.parents if one.is_relative_to(root))):
+                with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: none
+                    limit, used = (int((folder / f"memory.{name}").read_text()) for name in names[:2])
+                    droppable = re.search(
+                        rf"^{names[2]}inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE
+                    )
+                    found.append((limit, used - (int(droppable[1]) if droppable else 0)))
+    return found
 
 
 def release_memory() -> None:
