@@ -103,10 +103,10 @@ def about(study: Study) -> str:
 
 
 def subjects(study: Study) -> list[Study]:
-    """The study as seen from each scheme that claims are made of: the default, and beside masks narrow blocks, which
-    alone save memory and time."""
-    narrow = study.default == MASKS and DEFAULT in study.runs
-    return [study, Study(study.bench, default=DEFAULT)] if narrow else [study]
+    """The study as seen from each scheme that claims are made of: masks, and narrow blocks, which alone save memory and
+    time."""
+    beside = {MASKS: DEFAULT, DEFAULT: MASKS}.get(study.default)
+    return [study, Study(study.bench, default=beside)] if beside in study.runs else [study]
 
 
 def server_work(study: Study) -> str:
@@ -147,8 +147,8 @@ READING = (
 )
 COLUMNS = (
     "*Labels*: tasks with at most ten different answers. *Blocks*: mean loss of clients' blocks on their own and the "
-    "others' data. \\*: on another processor or in another precision. MB: a client and round, both ways. TFLOP: of all "
-    "clients' training. Rank: the largest. †: no peer, for devices with narrow blocks cannot run it, or it is no "
+    "others' data. \\*: on another processor or in another precision. MB: a client and round, both ways. Rank: the "
+    "largest. †: no peer, for devices with narrow blocks cannot run it, or it is no "
     "federation (`fedhello` has the whole LLM everywhere too, but trains few layers; `heteagg_masks` takes the LLM's "
     "memory in training too, so that `fedit_everyone` and `fedit_rank_4` are its peers). `capable` leaves out who does "
     "not hold the whole LLM; `local` has no LLM: its row is the untrained one."

@@ -115,7 +115,10 @@ def client_table(study: Study) -> str:
         return Stat.of(values).shown() if values else ""
 
     columns: list[tuple[Data, Stage]] = [(data, stage) for data in get_args(Data) for stage in of]
-    head = ["client", "block", *(f"{data}, {stage.replace('local', 'alone')}" for data, stage in columns)]
+    # Whose block is another one there: the paper's clients that train alone have the whole LLM.
+    other = any(one[0].block != found["global"][id][0].block for id, one in found["local"].items())
+    called = {"local": "whole LLM alone" if other else "alone"}
+    head = ["client", "block", *(f"{data}, {called.get(stage, stage)}" for data, stage in columns)]
     rows = [
         [id, same[0].block, *(cell(id, *one) for one in columns), f"{ratios[id]:.2f}" if id in ratios else ""]
         for id, same in found["global"].items()

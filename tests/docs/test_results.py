@@ -26,10 +26,10 @@ def test_the_page_is_what_its_records_give(tmp_path: Path) -> None:
 
 
 SHOWN = {
-    "HeteAgg (frozen side, the default)": "heteagg_frozen_side",
+    "HeteAgg (frozen side, the default": "heteagg_frozen_side",
     "HeteAgg, blocks cut by the clients' own sums": "heteagg_sums",
     "the same in sketches": "heteagg_near",
-    "the same with as many weights": "heteagg_masks",
+    "blocks with as many weights": "heteagg_masks",
     "FedPruner": "fedpruner",
     "FedRolex": "fedrolex",
     "HeteroFL": "heterofl",
