@@ -187,6 +187,8 @@ def test_whose_sums_are_none_is_named_and_left_out(raw: dict[str, Any]) -> None:
         "other": pack(SumsReply(tokens=16), {"a": one}),
         "broken": b"hello",
         "late": b"",
+        "gone": b"",
+        "last": pack(SumsReply(tokens=8), {SUMS: one}),
     }
 
     def asked(ids: list[str]) -> tuple[Statistics, str]:
@@ -196,6 +198,8 @@ def test_whose_sums_are_none_is_named_and_left_out(raw: dict[str, Any]) -> None:
             made = list(requests)
             assert [unpack(one.content, CalibrateRequest)[0].client for one in made] == ids
             for index, one in reversed(list(enumerate(made))):
+                if one.client == "gone":  # nobody answers for it, and others come after it
+                    continue
                 yield Reply(index, sums[one.client], "" if sums[one.client] else "late: not online")
                 yield Reply(index, sums["good"])  # once more
             yield Reply(-1, sums["good"])
@@ -204,8 +208,8 @@ def test_whose_sums_are_none_is_named_and_left_out(raw: dict[str, Any]) -> None:
         return summed(request, dict.fromkeys(ids, ""), shape, exchange, progress, {})[""], said.getvalue()
 
     total, said = asked(list(sums))
-    torch.testing.assert_close(flat(total.sums.items()), 1.5 * one)
-    assert {moments.tokens for moments in total.sums.values()} == {24}
+    torch.testing.assert_close(flat(total.sums.items()), 2.5 * one)
+    assert {moments.tokens for moments in total.sums.values()} == {32}
     for id, says in (
         ("much", "its sums are of 17 tokens; 2 x 8 were asked for"),
         ("short", "its sums do not fit: sums of shape"),
@@ -215,9 +219,10 @@ def test_whose_sums_are_none_is_named_and_left_out(raw: dict[str, Any]) -> None:
         ("other", "its sums are of 16 tokens"),
         ("broken", "message is broken"),
         ("late", "late: not online"),
+        ("gone", "no reply came"),
     ):
         assert f"client {id}: blocks are cut without its text ({says}" in said
-    assert said.count("without its text") == 8
+    assert said.count("without its text") == 9
     with pytest.raises(LegolmError, match="no client has sent any"):
         asked(["late", "short"])
     with pytest.raises(ValidationError, match="a sketch is of all second moments"):

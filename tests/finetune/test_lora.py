@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -195,3 +197,37 @@ def test_whole_weights_train_under_the_mask_and_stay_in_the_model(sparse: Block)
     moved = linear.weight[mask] - before["model.layers.0.mlp.up_proj.weight"][mask]
     torch.testing.assert_close(moved.abs().median(), torch.tensor(0.01), rtol=0.01, atol=0)  # Adam's first step
     assert torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("fails", ["while it merges", "while it goes on", "while it goes"])
+def test_afterwards_it_is_as_it_was_where_memory_ran_out(
+    fails: str, sparse: Block, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny("llama")
+    model, left = load_model(base), [5]
+    coverage = Coverage.full(shape_of(model.config))
+    before, wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(TEXT).logits
+
+    def short(of: Any, name: str, caller: str = "") -> None:
+        real = getattr(of, name)
+
+        def counted(*given: Any, **named: Any) -> Any:
+            left[0] -= not caller or sys._getframe(1).f_code.co_name == caller
+            if left[0] == 0:
+                raise MemoryError
+            return real(*given, **named)
+
+        monkeypatch.setattr(of, name, counted)
+
+    if fails == "while it merges":
+        short(sys.modules["legolm.adapter.merge"], "merged_weight")
+        with pytest.raises(MemoryError), merged(model, coverage, factors_for(coverage), 2.0):
+            pass
+    else:
+        where = sys.modules[lora.__module__], "_Adapted"
+        short(*((torch.Tensor, "contiguous", "lora") if fails == "while it goes" else where))
+        with pytest.raises(MemoryError), lora(model, coverage, factors_for(coverage), 2.0):
+            pass
+    monkeypatch.undo()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(TEXT).logits, wanted)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from legolm import config as configs
+from legolm.config import RunConfig
 from legolm.errors import LegolmError
-from legolm.runs import load_adapter_state, save_adapter_state
+from legolm.runs import RunDir, load_adapter_state, save_adapter_state
 from legolm.system import LOCK, atomic_folder, atomic_write, check_room, held_bytes, locked, read_json, scratch_folder
 
 
@@ -88,3 +92,17 @@ def test_a_folder_in_a_files_place_is_one_line(tmp_path: Path) -> None:
 def test_where_nothing_can_be_made_is_said_before_the_work() -> None:
     with pytest.raises(LegolmError, match=r"^/proc/x: /proc cannot be written to \(.*\); give another --out"):
         check_room(Path("/proc/x"))
+
+
+def test_a_run_that_was_killed_at_once_goes_on(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Between the making and the naming of its first file."""
+    config, out = (
+        configs.validate(RunConfig, three_clients(tmp_path, ("wide", "half", "wide")), "test"),
+        tmp_path / "out",
+    )
+    out.mkdir()
+    (out / ".config.yaml.0a1b2c3d.partial").write_text("model: ")
+    RunDir(out).check(config, resume=True)
+    (out / "config.old").write_text("")
+    with pytest.raises(LegolmError, match="is not empty and not a run"):
+        RunDir(out).check(config, resume=True)

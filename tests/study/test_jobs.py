@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
+import pytest
+
+from legolm.data.files import BadRow
+from legolm.errors import LegolmError, UnusableRoundError
+from legolm.finetune.loop import Diverged
+from legolm.study import compare
 
 SCRIPT = """
 import time
@@ -38,3 +47,19 @@ def test_a_killed_command_leaves_no_run_behind(tmp_path: Path) -> None:
     process.wait()
     _, alive = psutil.wait_procs(workers, 10)
     assert not alive
+
+
+def test_an_error_of_a_run_beside_comes_with_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its kind: one that is made of parts would come as the process's end."""
+    module = sys.modules[compare.__module__]
+    for error in (BadRow("rows.jsonl:3", "no answer", "mend it"), Diverged("lost", {}, {}), UnusableRoundError("none")):
+
+        def fails(*given: Any, raised: LegolmError = error) -> None:
+            raise raised
+
+        monkeypatch.setattr(module, "_run_one", fails)
+        with pytest.raises(LegolmError) as caught:
+            module._run_beside(Path("x"), "x", SimpleNamespace(plugins=[]), None, Path("x"), False, "")
+        there = pickle.loads(pickle.dumps(caught.value))
+        assert str(there) == str(error)
+        assert isinstance(there, UnusableRoundError) == isinstance(error, UnusableRoundError)

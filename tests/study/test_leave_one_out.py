@@ -42,6 +42,7 @@ from legolm.runs import (
     rounds_of,
     seal,
 )
+from legolm.study import leave_one_out
 from legolm.study.leave_one_out import ablate
 from legolm.system import Progress
 
@@ -298,7 +299,15 @@ def test_it_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pyt
     assert left == [0]
     assert len(found.without) == 5
     assert read_record(tmp_path / "ablation.json", Ablation) == found
+    written, write = list[int](), leave_one_out.atomic_write
+
+    def counted(path: Path, content: str) -> None:
+        written.append(len(json.loads(content)["without"]))
+        write(path, content)
+
+    monkeypatch.setattr(leave_one_out, "atomic_write", counted)
     assert ablate(run, tmp_path, None, QUIET) == found
+    assert written == [5]  # never less than is known
 
 
 def test_a_run_without_the_local_stage_has_no_such_line(other_run: Path, tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ def parse_key(key: str) -> tuple[int, str, str]:
     head, _, rest = key.partition(".")
     layer, _, rest = rest.partition(".")
     module, _, side = rest.rpartition(".")
-    if head != "layers" or not layer.isdecimal() or not module or side not in ("A", "B"):
+    number = layer.isascii() and layer.isdecimal() and len(layer) < 10
+    if head != "layers" or not number or not module or side not in ("A", "B"):
         raise LegolmError(f"adapter: {key!r} is not a key of the form layers.N.module.A or .B")
     return int(layer), module, side
 

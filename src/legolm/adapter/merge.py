@@ -28,8 +28,8 @@ def merge(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> Non
 def merged(model: Any, coverage: Coverage, factors: Tensors, scale: float) -> Iterator[Any]:
     """The block as it would be deployed with this adapter; afterwards it is as it was, bit for bit."""
     before = [(linear, linear.weight.data) for _, _, linear in linears(model, coverage, factors)]
-    merge(model, coverage, factors, scale)
     try:
+        merge(model, coverage, factors, scale)
         yield model
     finally:
         for linear, weight in before:

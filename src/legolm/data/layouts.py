@@ -57,8 +57,10 @@ def layout_of(row: Row, config: RowsConfig) -> Found:
 
     Raises `BadRow` where there is nothing of any.
     """
-    holds = tuple(value is not None for value in row.values.values())
-    found, whole = _of_fields(tuple(row.values), holds, config.layout, config.fields)
+    used = _used(config.layout, config.fields)
+    there = tuple(name for name in row.values if name in used)
+    filled = tuple(name for name in there if row.values[name] is not None)
+    found, whole = _of_fields(there, filled, config.layout, config.fields)
     if whole:
         return _by_turns(found, row, config)
     if config.layout == "auto" and not config.fields.given and not row.values.keys() & set(found.columns.values()):
@@ -67,16 +69,15 @@ def layout_of(row: Row, config: RowsConfig) -> Found:
     return found
 
 
-@lru_cache(maxsize=64)  # asked for every row, and most rows have the same fields
-def _of_fields(names: tuple[str, ...], holds: tuple[bool, ...], layout: str, fields: Fields) -> tuple[Found, bool]:
-    """The layout of rows with fields of these `names`, and whether all that it needs is there, or it is the nearest.
+@lru_cache(maxsize=256)  # asked for every row, and most rows have the same fields
+def _of_fields(names: tuple[str, ...], filled: tuple[str, ...], layout: str, fields: Fields) -> tuple[Found, bool]:
+    """The layout of rows with these fields, and whether all that it needs is there, or it is the nearest.
 
-    `holds` tells which are not null: rows of several layouts may have the fields of all of them, and those of the
-    others are null.
+    `names` are those that layouts know. Rows of several may have all fields, and of the others' none is `filled`.
     """
     tries = [Found(name, _columns(roles, names)) for name, roles in _candidates(layout, fields)]
     there = set(names)
-    for known in ({name for name, one in zip(names, holds, strict=True) if one}, there):
+    for known in (set(filled), there):
         whole = [one for one in tries if all(name in known for role, name in one.columns.items() if role != MAY_LACK)]
         alike = [one for one in whole if one.columns.keys() == whole[0].columns.keys()]
         if alike:
@@ -204,6 +205,12 @@ def _unused(row: Row, found: Found, example: Example) -> list[str]:
 def unread(field: str, unused: Mapping[str, int]) -> list[str]:
     """A sentence for each field of rows that holds something which nothing uses."""
     return [f"{field}: nothing uses field `{name}` ({count:,} rows)." for name, count in unused.items()]
+
+
+@lru_cache(maxsize=16)
+def _used(layout: str, fields: Fields) -> frozenset[str]:
+    """All names that the fields of these layouts may have."""
+    return frozenset(name for _, roles in _candidates(layout, fields) for some in roles.values() for name in some)
 
 
 def _candidates(layout: str, fields: Fields) -> list[tuple[str, Mapping[str, Sequence[str]]]]:

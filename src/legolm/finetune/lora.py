@@ -75,6 +75,7 @@ def lora(
         anew.remove()
         for linear in patched:
             linear.__dict__.pop("forward", None)
+        for linear in patched:  # only then, for it takes memory
             linear.weight.data = linear.weight.data.contiguous()
 
 

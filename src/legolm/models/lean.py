@@ -33,20 +33,22 @@ def lean(model: Any, precision: Precision, checkpointing: bool = False) -> Itera
     decoder = model.get_decoder()
     patched: list[nn.Module] = []
     hooks = []
-    for name, module in decoder.named_modules():
-        if type(module).__name__.endswith("RMSNorm") and (gain := _gain(module)) is not None:
-            # The last norm feeds the head, which takes what it needs.
-            module.forward = _Norm(gain, _eps(module), dtype if "." in name else torch.float32)
-            patched.append(module)
-        elif type(module).__name__.endswith("RotaryEmbedding"):
-            hooks.append(module.register_forward_hook(lambda _module, _inputs, out: tuple(t.to(dtype) for t in out)))
-    if checkpointing:
-        for layer in decoder_layers(model):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-            patched.append(layer)
     attention = model.config._attn_implementation
-    use_packed_attention(model)
     try:
+        for name, module in decoder.named_modules():
+            if type(module).__name__.endswith("RMSNorm") and (gain := _gain(module)) is not None:
+                # The last norm feeds the head, which takes what it needs.
+                module.forward = _Norm(gain, _eps(module), dtype if "." in name else torch.float32)
+                patched.append(module)
+            elif type(module).__name__.endswith("RotaryEmbedding"):
+                hooks.append(
+                    module.register_forward_hook(lambda _module, _inputs, out: tuple(t.to(dtype) for t in out))
+                )
+        if checkpointing:
+            for layer in decoder_layers(model):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+                patched.append(layer)
+        use_packed_attention(model)
         yield
     finally:
         model.set_attn_implementation(attention)

@@ -48,8 +48,11 @@ def choose_device(wanted: Device) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a model there can have."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()
+    """Memory that a model there can have; what torch holds of a card and does not use is free, too."""
+    if device.type != "cuda":
+        return available_bytes()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def product_speed(precision: Precision, device: torch.device) -> float:

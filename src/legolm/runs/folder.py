@@ -99,9 +99,7 @@ class RunDir:
             return found
         check_room(self.path)
         self._check_finals(config)
-        if self.path.exists() and not (
-            self.path.is_dir() and {one.name for one in self.path.iterdir()} <= {DATA, LOCK, CLOCK}
-        ):
+        if self.path.exists() and not (self.path.is_dir() and all(map(_before_a_run, self.path.iterdir()))):
             raise LegolmError(f"run folder {self.path}: is not empty and not a run; give another --out")
         return []
 
@@ -244,6 +242,11 @@ class RunDir:
             hint = nearest(name, known) if known else " the run has none yet"
             raise LegolmError(f"run folder {self.path}: no final model {name!r};{hint}")
         return self.final(name)
+
+
+def _before_a_run(path: Path) -> bool:
+    """Whether a run may begin beside this: it, or one that was killed at once, put it there."""
+    return path.name in (DATA, LOCK, CLOCK) or path.match(".*.partial")
 
 
 def _shown(value: object) -> str:

@@ -185,6 +185,7 @@ def _run_all(planned: Planned, out: Path, jobs: int, store: Path, models: bool, 
         for place, (config, plan) in planned.items():
             finish(place, partial(_run_one, out, place, config, plan, store, models, Progress(of=labels[place])))
         return rows
+    others = active_children()
     with ProcessPoolExecutor(jobs, get_context("spawn"), end_with_parent) as pool:
         asked = {
             pool.submit(_run_beside, out, place, config, plan, store, models, labels[place]): place
@@ -200,7 +201,8 @@ def _run_all(planned: Planned, out: Path, jobs: int, store: Path, models: bool, 
             ) from None
         except BaseException:  # another run's error, or an interrupt: what runs is resumed later
             for process in active_children():
-                process.terminate()
+                if process not in others:
+                    process.terminate()
             raise
     return rows
 
@@ -219,7 +221,12 @@ def _run_beside(
     """In a process of its own, whose stages are lines: bars of several would write over each other."""
     load_plugins(config.plugins)
     progress = Progress(Console(stderr=True, force_terminal=False), of=label)
-    return _run_one(out, place, config, plan, store, models, progress)
+    try:
+        return _run_one(out, place, config, plan, store, models, progress)
+    except UnusableRoundError:
+        raise
+    except LegolmError as error:  # a kind with more than its text might not come through to the other process
+        raise LegolmError(str(error)) from None
 
 
 def plans(path: Path, changes: Sequence[str] = (), seeds: int = 1) -> dict[str, tuple[RunConfig, Plan]]:

@@ -109,7 +109,8 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
 
     def body(exchange: Exchange) -> None:
         for kind, name, clients in _cases(block_of):
-            if tuple(clients) not in done:
+            new = tuple(clients) not in done
+            if new:
                 scheme = rounds.replay(last, clients)
                 record = rounds.score_global(scheme, exchange, f"without {name}: evaluate")
                 figures = figures_of(scheme, record.quorum)
@@ -117,10 +118,15 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
                 one = _losses(record.by_client(), data, record.llm, figures)
                 done[tuple(clients)] = LeftOut(**one.model_dump(), kind=kind, name=name, clients=clients, paired=paired)
             without.append(done[tuple(clients)].model_copy(update={"kind": kind, "name": name}))
-            atomic_write(out / "ablation.json", dump_record(found()))
-            write_ablation(found(), out / "ablation.html")
+            if new:
+                write()
+
+    def write() -> None:
+        atomic_write(out / "ablation.json", dump_record(found()))
+        write_ablation(found(), out / "ablation.html")
 
     run_local(run, config, 1, body)
+    write()
     return found()
 
 

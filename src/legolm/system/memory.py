@@ -46,11 +46,15 @@ def _limits(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys
             for folder in (own, *(one for one in own.parents if one.is_relative_to(root))):
                 with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: none
                     limit, used = (int((folder / f"memory.{name}").read_text()) for name in names[:2])
-                    droppable = re.search(
-                        rf"^{names[2]}inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE
-                    )
-                    found.append((limit, used - (int(droppable[1]) if droppable else 0)))
+                    found.append((limit, used - _droppable(folder / "memory.stat", names[2])))
     return found
+
+
+def _droppable(file: Path, prefix: str) -> int:
+    """Bytes of files in a control group's memory, those in use, too; nothing where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        return sum(map(int, re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", file.read_text(), re.MULTILINE)))
+    return 0
 
 
 def release_memory() -> None:

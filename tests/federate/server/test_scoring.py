@@ -308,3 +308,43 @@ def test_rounds_are_scored_as_often_as_asked_and_the_last_in_any_case(raw: dict[
     assert summary.history[1].clients == {} and often.history[1].clients
     assert "–" in (tmp_path / "rare" / "report.html").read_text()
     print_summary(summary, tmp_path / "rare")
+
+
+def test_a_round_that_was_not_to_be_the_last_is_scored_when_it_is(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Because a budget ends the run, or who goes on with it wants fewer rounds: else it would end as it began."""
+    raw["federation"] = {"engine": "local", "rounds": 4}
+    raw["evaluate"], raw["train"]["schedule"] = {"every": 3}, "constant"
+    dp = {"level": "example", "epsilon": 6.0, "noise_multiplier": 1.0, "clip": 1.0, "delta": 1e-5}
+    config = configs.validate(
+        RunConfig, raw | {"privacy": {"dp": dp}, "evaluate": {"every": 3, "local_only": False}}, "test"
+    )
+    pipeline.run(config, tmp_path / "budget", models=False)
+    records = rounds_of(read_stages(tmp_path / "budget" / "metrics.jsonl"))
+    assert len(records) < 4 and records[-1].validation is not None
+
+    def dies(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def stopped(exchange: Exchange) -> Exchange:
+            def until_round_3(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                def those() -> Iterator[Request]:
+                    for one in requests:
+                        if (
+                            wire.kind_of(one.content) == "train"
+                            and wire.unpack(one.content, wire.TrainRequest)[0].round == 3
+                        ):
+                            raise KeyboardInterrupt
+                        yield one
+
+                return exchange(those(), deadline_s)
+
+            return until_round_3
+
+        run_local(run, config, actors, lambda exchange: body(stopped(exchange)))
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(configs.validate(RunConfig, raw, "test"), tmp_path / "fewer", engine=dies, models=False)
+    raw["federation"]["rounds"] = 2
+    fewer = configs.validate(RunConfig, raw, "test")
+    summary = pipeline.run(fewer, tmp_path / "fewer", resume=True, models=False)
+    assert summary.best_round == 2
+    anew = pipeline.run(fewer, tmp_path / "anew", models=False)
+    assert [one.clients for one in summary.history] == [one.clients for one in anew.history]

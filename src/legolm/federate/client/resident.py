@@ -131,6 +131,8 @@ class Resident(Answering):
     def _describe(self, asked: OfferRequest) -> DeviceReply:
         """What this device is now: another answer at another time."""
         held, where = self._held, choose_device(self._held.profile.device)
+        if asked.run != self._run:
+            self._runtime = ClientRuntime(self._site, self._write)  # the last run's models are not in this one's way
         torch.set_num_threads(held.profile.threads)
         memory = free_bytes(where)
         if held.memory_mb is not None:

@@ -48,8 +48,9 @@ from legolm.privacy import clipped, deviation, with_share
 from legolm.prune import collected, flat, sketched
 from legolm.system import Progress, atomic_write, keep_freed_memory, release_memory, trim
 
-BESIDE = 0.25
-"""Of a process's part of the free memory, for models that are not at work: reading one anew is a tenth of a round."""
+BESIDE = 0.125
+"""Of a process's part of the free memory, for models that are not at work: reading one anew is a tenth of a round, but
+what is free now is for what training takes, which nobody may have taken yet."""
 SCORED = 256
 """Sets of rows whose answers stay in memory: a round's global update is scored again as the model for questions that
 are not like a client's own."""
@@ -73,20 +74,29 @@ class ClientRuntime:
 
         Training ends with the step in which `until` (of `time.monotonic`) is over.
         """
-        with keep_freed_memory():
-            kind = kind_of(content)
-            if kind == "train":
-                return self._train(*unpack(content, TrainRequest), until)
-            if kind == "calibrate":
-                return self._calibrate(unpack(content, CalibrateRequest)[0])
-            if kind == "keys":
-                return self._keys(unpack(content, KeysRequest)[0])
-            if kind in LATER:
-                request, phase = LATER[kind]
-                header = unpack(content, request)[0]
-                site = self._site_of(header.client, header.block)
-                return phase(content, site.keeping(), site.block().coverage)
-            return self._evaluate(*unpack(content, EvaluateRequest))
+        try:
+            with keep_freed_memory():
+                return self._answer(content, until)
+        except LegolmError:
+            raise
+        except BaseException:
+            self._held.clear()  # memory that ran out, a trainer from outside: who knows in what state a model is left
+            raise
+
+    def _answer(self, content: bytes, until: float | None) -> bytes:
+        kind = kind_of(content)
+        if kind == "train":
+            return self._train(*unpack(content, TrainRequest), until)
+        if kind == "calibrate":
+            return self._calibrate(unpack(content, CalibrateRequest)[0])
+        if kind == "keys":
+            return self._keys(unpack(content, KeysRequest)[0])
+        if kind in LATER:
+            request, phase = LATER[kind]
+            header = unpack(content, request)[0]
+            site = self._site_of(header.client, header.block)
+            return phase(content, site.keeping(), site.block().coverage)
+        return self._evaluate(*unpack(content, EvaluateRequest))
 
     def _train(self, request: TrainRequest, content: Tensors, until: float | None) -> bytes:
         site, settings = self._site_of(request.client, request.block), request.settings

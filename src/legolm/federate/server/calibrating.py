@@ -102,6 +102,18 @@ def summed(
             sent[id] = Traffic(up=0, down=len(content))
             yield Request(id, content)
 
+    def add(id: str, reply: Reply) -> None:
+        try:
+            if reply.error:
+                raise LegolmError(reply.error)
+            own = read_sums(reply.content, of(id), shape)
+            if (group := clients[id]) in found:
+                found[group].absorb(own)
+            else:
+                found[group] = own
+        except LegolmError as error:
+            progress.note(f"client {id}: blocks are cut without its text ({plain(error)})")
+
     with progress.stage("calibrate on clients' own text", len(clients)) as advance:
         for reply in exchange(requests()):
             if not added <= reply.index < len(order) or reply.index in ready:
@@ -110,20 +122,11 @@ def summed(
             sent[id] = sent[id].model_copy(update={"up": len(reply.content)})
             ready[reply.index] = reply
             while added in ready:
-                reply, id = ready.pop(added), order[added]
-                try:
-                    if reply.error:
-                        raise LegolmError(reply.error)
-                    own = read_sums(reply.content, of(id), shape)
-                    if (group := clients[id]) in found:
-                        found[group].absorb(own)
-                    else:
-                        found[group] = own
-                    del own  # all layers' squares: not beside the next one's
-                except LegolmError as error:
-                    progress.note(f"client {id}: blocks are cut without its text ({plain(error)})")
+                add(order[added], ready.pop(added))
                 added += 1
             advance(1)
+        for index in range(added, len(order)):
+            add(order[index], ready.pop(index, Reply(index, error="no reply came")))
     if not found:
         raise LegolmError("calibration.statistics: no client has sent any; the lines above say why")
     return found

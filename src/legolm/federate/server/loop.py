@@ -102,16 +102,13 @@ class Rounds:
     def run(self, exchange: Exchange) -> None:
         """All that needs clients. Stages that are finished are passed over."""
         self._before(exchange)
-        for number in self._unknowing():
-            label = f"round {number}: evaluate with those who came"
-            scored = self.score_global(self.scheme(number), exchange, label)
-            self._stages.score_again(self._folder.round(number), scored)
-        self._stages.write_lines()
+        self._score_again(exchange)
         if self._config.evaluate.local_only:
             self._alone.run("local", exchange)
         number = 0
         while (number := number + 1) <= self._stages.rounds:  # which a budget may end
             self._round(number, exchange)
+        self._score_again(exchange)  # what was not to be the last when it was made
         if self._config.own_parts:
             self._alone.run("personal", exchange)
 
@@ -124,14 +121,24 @@ class Rounds:
         """Nothing that needs clients is left to do."""
         return self._stages.finished and not self._unknowing()
 
+    def _score_again(self, exchange: Exchange) -> None:
+        for number in self._unknowing():
+            scored = self.score_global(self.scheme(number), exchange, f"round {number}: evaluate as it is now")
+            self._stages.score_again(self._folder.round(number), scored)
+        self._stages.write_lines()
+
     def _unknowing(self) -> list[int]:
-        """Finished rounds whose scores know nothing of clients that came later."""
+        """Finished rounds whose scores know nothing of clients that came later, and the last one without any.
+
+        That a round would be the last was not known where a budget ended the run, or who resumes it wants fewer.
+        """
         rounds = [number for number in range(self._stages.rounds + 1) if self._stages.has(self._folder.round(number))]
         scored = {number: self._stages.round(number) for number in rounds}
         found = []
         for number, record in scored.items():
             there = {id for one in record.held for id in one.clients} | {one.client for one in record.unscored}
-            if there and there != set(self._members.clients):
+            last = number == self._stages.rounds and record.validation is None
+            if last or (there and there != set(self._members.clients)):
                 found.append(number)
         return found
 
