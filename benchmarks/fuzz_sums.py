@@ -6,6 +6,8 @@ import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -30,12 +32,18 @@ REPLIES: Mapping[str, type[BaseModel]] = {
 }
 
 
+SCRATCH = TemporaryDirectory()
+
+
 class Device:
     """What a client keeps; `kept` are the secrets of its sum."""
 
     def __init__(self, id: str, roster: Mapping[str, str], kept: bytes = b"") -> None:
         self.kept = kept
-        self.keeping = Keeping(secret(id), roster, lambda: self.kept, lambda content: setattr(self, "kept", content))
+        opened = Path(SCRATCH.name) / uuid4().hex
+        self.keeping = Keeping(
+            secret(id), roster, lambda: self.kept, lambda content: setattr(self, "kept", content), opened
+        )
 
 
 def secret(id: str) -> bytes:

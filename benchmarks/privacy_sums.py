@@ -173,7 +173,7 @@ def watched(clients: int, timed: Timed) -> tuple[int, int]:
     }
     named, adverts = {one.hash(shape): one for one in structures.values()}, [every[id].kept.own for id in ids]
     cohort, counts = Cohort(session, shape, adverts, named), list[int]()
-    signatures = {id: sign(secrets[id], survivors_text(session, ids)) for id in ids}
+    signatures = {id: sign(secrets[id], survivors_text(cohort, ids, ids)) for id in ids}
     timed.seconds = {id: timed.seconds[id] for id in ids[: len(blocks)]}
     for id in timed.seconds:
         client = every[id]

@@ -61,9 +61,11 @@ def public_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(*tasks: str) -> list[dict[str, str]]:
         return [{"instruction": "Is it?", "output": "yes", "task": task} for task in tasks for _ in range(3)]
 
+    # Blocks are cut on 128 samples of 256 tokens.
+    long = [{"instruction": "Is it? " * 90, "output": "yes", "task": "qnli"}] * 128
     for folder, files in {
         "dataset1": {0: rows(*private)},
-        "dataset2": {n: rows(one) for n, one in other.items()},
+        "dataset2": {n: rows(one) for n, one in other.items()} | {1: long},
     }.items():
         there = tmp_path / "data" / "FedDPA" / "data" / folder
         (there / "8").mkdir(parents=True)

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from legolm.config import CalibrationConfig, Fields, RowsConfig
+from legolm import config as configs
+from legolm.config import CalibrationConfig, Fields, RowsConfig, RunConfig
 from legolm.data import calibration_tokens, check_text
 from legolm.errors import LegolmError
+from legolm.plan import make_plan
+from legolm.prune import collected
+from legolm.system import Progress
 
 
 def test_starter_alternates_conversations_and_prose(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -111,3 +118,27 @@ def test_a_file_that_changed_since_is_looked_at_anew(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(LegolmError, match=r"talks\.jsonl"):
         check_text(str(path), RowsConfig(), "calibration.text")
+
+
+def test_what_a_cut_would_refuse_the_plan_refuses(
+    tiny: Callable[[str], Path], three_clients: Any, tmp_path: Path
+) -> None:
+    raw = three_clients(tmp_path, ("wide", "half", "dense"))
+    for name, given, says in (
+        (
+            "length",
+            {"length": 1 << 20},
+            r"wide: calibration\.length: 1048576 tokens are more than the model takes at once, ",
+        ),
+        ("samples", {"samples": 10**6}, r"wide: calibration\.samples = 1000000: .* has \d+ samples"),
+    ):
+        asked = copy.deepcopy(raw)
+        for block in asked["blocks"]:
+            if block["name"] == "wide":
+                block["calibration"] = block["calibration"] | given
+        with pytest.raises(LegolmError, match=says):
+            make_plan(configs.validate(RunConfig, asked, "test"))
+        if name == "length":  # and who plans nothing
+            base, tokens = tiny("llama"), torch.zeros(1, 1 << 20, dtype=torch.int64)
+            with pytest.raises(LegolmError, match="are more than the model takes at once"):
+                list(collected(base, tokens, "diagonal", "fp32", Progress()))

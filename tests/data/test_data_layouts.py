@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from legolm.data import files as formats
 from legolm.data.layouts import Reading
 from legolm.data.store import Examples
 from legolm.errors import LegolmError
+from legolm.system import strict_json
 
 TOWNS = ("Lyon", "Porto", "Graz", "Turin")
 
@@ -348,3 +350,42 @@ def test_a_reading_says_what_a_system_message_cannot_be_put_before(tmp_path: Pat
     reading = Reading(RowsConfig(), "data.train", system=True)
     list(reading.examples(write(tmp_path / "a.jsonl", [{"text": "Lyon."}])))
     assert reading.notes[-1] == "data.train: data.system is for chats only; 1 rows are trained on as they stand."
+
+
+def test_arguments_of_calls_are_what_the_call_has(tmp_path: Path) -> None:
+    """Tables have null for each argument of other calls; JSON text of an object is that object, which a template would
+    quote again; rows in JSON keep their nulls."""
+
+    def rows(*arguments: Any) -> list[dict[str, Any]]:
+        call = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None}]
+        named = [[{"type": "function", "function": {"name": "f", "arguments": one}}] for one in arguments]
+        return [{"messages": [call[0], call[1] | {"tool_calls": one}]} for one in named]
+
+    def calls(path: Path) -> list[Any]:
+        found, _ = read(str(path))
+        return [json.loads(one.messages[-1].more)["tool_calls"][0]["function"]["arguments"] for one in found]
+
+    table = pyarrow.Table.from_pylist(rows({"city": "Bonn"}, {"a": 1}))
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert calls(tmp_path / "a.parquet") == [{"city": "Bonn"}, {"a": 1}]
+    write(tmp_path / "a.jsonl", rows({"city": None}, '{"city": "Bonn"}', "[1]", "{"))
+    assert calls(tmp_path / "a.jsonl") == [{"city": None}, {"city": "Bonn"}, "[1]", "{"]
+
+
+def test_what_is_nested_too_deep_is_one_bad_row(tmp_path: Path) -> None:
+    deep: Any = "x"
+    for _ in range(900):
+        deep = [deep]
+    rows = [{"instruction": "?", "output": "a"}, {"instruction": "?", "output": "b", "more": deep}]
+    write(tmp_path / "a.jsonl", rows)
+    found, notes = read(str(tmp_path / "a.jsonl"), bad_rows="skip")
+    assert found == [asked("?", "a")]
+    assert notes[-1].endswith(f"{tmp_path}/a.jsonl:2: is nested too deep.")
+
+
+def test_a_key_that_is_there_twice_is_found_at_once() -> None:
+    text = "{" + ", ".join(f'"k{i}": 0' for i in range(200_000)) + ', "k199999": 1}'
+    began = time.process_time()
+    with pytest.raises(ValueError, match="'k199999' is there twice"):
+        strict_json(text)
+    assert time.process_time() - began < 30  # by looking for each among all it was hours

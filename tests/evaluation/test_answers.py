@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from legolm.data import Example, Tokens, render
 from legolm.data.examples import Message
-from legolm.evaluation import Questions, measure, questions, score
+from legolm.evaluation import Questions, answer_ends, measure, questions, score
 from legolm.evaluation.answers import score_each
 from legolm.evaluation.greedy import generate
 from legolm.evaluation.rouge import rouge_l
+from legolm.evaluation.side_by_side import Subject, load_subject
 from legolm.models import load_model
 
 
@@ -128,3 +130,38 @@ def test_generation_is_argmax_token_by_token(tiny: Callable[[str], Path], tokeni
             if ids[-1] == tokenizer.eos_token_id:
                 break
         assert answer == tokenizer.decode(ids[example.answer :], skip_special_tokens=True)
+
+
+def turning(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """It ends a turn with a special token that has no name of its own, as Phi-3's and Gemma's do."""
+    found = copy.deepcopy(tokenizer)
+    found.add_tokens([AddedToken("<|turn|>", special=True)], special_tokens=True)
+    found.chat_template = str(found.chat_template).replace("<|im_end|>", "<|turn|>")
+    return found
+
+
+def test_an_answer_ends_where_the_template_or_the_model_says(
+    tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    turned = turning(tokenizer)
+    turn = turned.convert_tokens_to_ids("<|turn|>")
+    assert turn not in turned.all_special_ids
+    model = load_model(tiny("llama"))
+    model.generation_config.eos_token_id = [7, 8]
+    assert answer_ends(turned) == sorted({turn, turned.eos_token_id})
+    assert answer_ends(turned, model) == sorted({turn, turned.eos_token_id, 7, 8})
+
+
+def test_an_answer_stays_within_the_context(tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast) -> None:
+    model = load_model(tiny("gpt2"))
+    context = model.config.max_position_embeddings
+    rows = [Tokens((65,) * length + (66,), length) for length in (3, context - 2)]
+    for batch in (1, 2):
+        assert len(generate(model, rows, tokenizer, batch, "fp32", 2 * context)) == 2
+
+
+def test_a_model_in_memory_is_asked_in_float32_and_stays_as_it_is(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.bfloat16)
+    subject = Subject("it", tiny("llama"), model=whole)
+    assert {one.dtype for one in load_subject(subject).parameters()} == {torch.float32}
+    assert {one.dtype for one in whole.parameters()} == {torch.bfloat16}

@@ -15,7 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from helpers import assert_one_line, legolm
 from legolm.errors import LegolmError
-from legolm.models import count_parameters, fingerprint, load_config, load_model, load_tokenizer, save_model
+from legolm.models import (
+    carry,
+    count_parameters,
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_model,
+    side_files,
+)
 
 Change = Callable[[Path], None]
 WEIGHTS = "model.safetensors"
@@ -240,3 +249,18 @@ def test_every_command_says_so(fault: str, model: Path, tmp_path: Path, corpus: 
     assert_one_line(legolm("prune", model, "--out", out, *cut), says)
     assert_one_line(legolm("eval", model, "--data", tmp_path / "fr.jsonl"), says)
     assert not out.exists()
+
+
+def test_a_link_to_somebody_elses_file_is_not_copied(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """Nor are those of a folder of links, and of the hub's cache, refused."""
+    base, own = tmp_path / "base", tmp_path / "id_rsa"
+    shutil.copytree(tiny("llama"), base)
+    own.write_text("secret")
+    (base / "LICENSE").symlink_to(own)
+    for copies in (lambda: carry(base, tmp_path), lambda: side_files(base)):
+        with pytest.raises(LegolmError, match=r"LICENSE: is a link out of its folder, to .*id_rsa; put the file there"):
+            copies()
+    (base / "LICENSE").unlink()
+    (tmp_path / "LICENSE").write_text("terms")
+    (base / "LICENSE").symlink_to(tmp_path / "LICENSE")
+    assert base / "LICENSE" in side_files(base)

@@ -224,7 +224,7 @@ def test_what_is_passed_on_does_not_depend_on_who_came_first() -> None:
             server.shares(id, clients[id].shares(server.adverts, server.structures, one.identities))
         server._commitments = {id: [] for id in SIX}
         for id in list(SIX)[::order]:
-            server.confirm(id, sign(secret(id), survivors_text(one.session, server.survivors)))
+            server.confirm(id, sign(secret(id), survivors_text(server.cohort, server.there, server.survivors)))
         said.append([list(server.structures.values()), list(server.inbox("a")), list(server.signatures)])
     assert said[0] == said[1]
 
@@ -256,7 +256,7 @@ def test_nothing_opens_without_the_others_signatures() -> None:
     mine = server.signatures
     with pytest.raises(LegolmError, match="too few of the survivors signed"):
         client.unmask(server.cohort, {"a": mine["a"], "b": mine["b"]})
-    forged = sign(secret("z"), survivors_text(one.session, server.survivors))
+    forged = sign(secret("z"), survivors_text(server.cohort, server.there, server.survivors))
     with pytest.raises(LegolmError, match="too few of the survivors signed"):
         client.unmask(server.cohort, {"a": mine["a"], "b": mine["b"], "c": forged})
     assert len(client.unmask(server.cohort, mine)) == 4  # of four seeds, and no key
@@ -281,7 +281,7 @@ def test_a_server_with_two_lists_of_survivors_gets_no_key_and_seed_of_one_client
         clients[id].upload(server.cohort, server.inbox(id), opening, np.ones(len(opening.order), dtype=np.int32))
     lists = {few: list(one.clients), many: [id for id in one.clients if id != "b"]}
     signed = {group: {id: clients[id].confirm(there) for id in group} for group, there in lists.items()}
-    signed[many]["a"] = sign(secret("a"), survivors_text(one.session, lists[many]))
+    signed[many]["a"] = sign(secret("a"), survivors_text(server.cohort, server.there, lists[many]))
     assert len(clients["d"].unmask(server.cohort, signed[many])) == len(one.clients)  # b's key, and others' seeds
     with pytest.raises(LegolmError, match="too few of the survivors signed"):
         clients["c"].unmask(server.cohort, signed[few])
@@ -333,3 +333,26 @@ def test_messages_of_other_sizes() -> None:
         for id in "abcd":
             one.server.confirm(id, clients[id].confirm(one.server.survivors))
         one.server.unmask("a", [])
+
+
+def test_what_was_signed_of_other_keys_opens_nothing() -> None:
+    """A device may begin a session again: signatures of the sum before, of the same list, are not of this one."""
+    (before, first), (one, clients) = uploaded(), uploaded()
+    assert before.session == one.session
+    old = {id: first[id].confirm(list("abcd")) for id in "abcd"}
+    mine = {id: clients[id].confirm(list("abcd")) for id in "abcd"}
+    with pytest.raises(LegolmError, match="too few of the survivors signed"):
+        clients["a"].unmask(one.server.cohort, old | {"a": mine["a"]})
+    assert clients["a"].unmask(one.server.cohort, mine)
+
+
+@pytest.mark.parametrize("field", ["seal_key", "mask_key"])
+def test_a_key_that_agrees_with_everybody_stops_its_client_alone(field: str) -> None:
+    one = Sum(SIX)
+    clients = {id: SecureClient.begin(one.session, id, secret(id), SHAPE, one.structures[id], 7) for id in SIX}
+    weak = clients["a"].kept.own.model_copy(update={field: bytes(32).hex()}).signed(one.session, secret("a"))
+    with pytest.raises(LegolmError, match="a public key is none"):
+        one.server.advert("a", weak)
+    for id in set(SIX) - {"a"}:
+        one.server.advert(id, clients[id].kept.own)
+    one.server.close_keys()

@@ -129,3 +129,18 @@ def test_names_and_registers_that_are_none(tmp_path: Path) -> None:
     make_authority(tmp_path)
     with pytest.raises(LegolmError, match="is no host name"):
         make_server(tmp_path, ["http://x"])
+
+
+def test_what_was_stopped_between_two_files_is_completed(tmp_path: Path) -> None:
+    """With the key that is there: it may be the only one."""
+    for make, public, secret in ((make_key, "device.pub", "device.key"), (make_authority, "ca.pem", "ca.key")):
+        folder = tmp_path / public
+        make(folder)
+        key, shown = (folder / secret).read_bytes(), (folder / public).read_bytes()
+        (folder / public).unlink()
+        make(folder)
+        assert (folder / secret).read_bytes() == key
+        if make is make_key:
+            assert (folder / public).read_bytes() == shown
+        with pytest.raises(LegolmError, match="already"):
+            make(folder)

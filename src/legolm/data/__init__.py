@@ -1,12 +1,19 @@
 """From files, hub data sets and the starter data to clients' examples, tokens and calibration text."""
 
-from legolm.data.calibration import calibration_tokens, check_text, help_tokens, own_tokens
+from legolm.data.calibration import (
+    calibration_tokens,
+    check_length,
+    check_samples,
+    check_text,
+    help_tokens,
+    own_tokens,
+)
 from legolm.data.examples import Example, Message
 from legolm.data.familiar import Familiar, Seen
 from legolm.data.layouts import read_examples, to_example, unread, unused_fields, with_system
 from legolm.data.prose import read_text, text_tokens
 from legolm.data.render import Tokens, render, render_prompt, render_whole
-from legolm.data.sequence import begin, begun, check_tokens, encode, windows
+from legolm.data.sequence import begin, begun, check_tokens, encode, special_ids, windows
 from legolm.data.sources import check_apart, paths_of, read_rows
 from legolm.data.split import client_data, data_fingerprint, load_parts, own_part
 from legolm.data.starter import is_starter, public_starter_text
@@ -37,6 +44,8 @@ __all__ = [
     "begun",
     "calibration_tokens",
     "check_apart",
+    "check_length",
+    "check_samples",
     "check_text",
     "check_tokens",
     "check_whole",
@@ -61,6 +70,7 @@ __all__ = [
     "render_template",
     "render_whole",
     "set_template",
+    "special_ids",
     "take_look",
     "text_tokens",
     "to_example",

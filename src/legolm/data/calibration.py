@@ -55,6 +55,20 @@ def calibration_tokens(
     return _drawn(streams, config, tokenizer, seed, repr(config.text), 1 if fewer else config.samples, field)
 
 
+def check_samples(config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int, field: str) -> None:
+    """Raise `LegolmError` where `calibration_tokens` would. Once as long as its files are the same: each plan asks."""
+    read = not is_starter(config.text) and config.text != "pydoc"
+    states = tuple(state_of(part) for part in parts_of(config.text, f"{field}.text")) if read else ()
+    (_drawn_once if all(states) else _drawn_once.__wrapped__)(config, tokenizer, seed, field, states)
+
+
+@lru_cache(maxsize=32)
+def _drawn_once(
+    config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int, field: str, _states: tuple[str | None, ...]
+) -> None:
+    calibration_tokens(config, tokenizer, seed, field=field)
+
+
 def own_tokens(
     examples: Sequence[Example], config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Tensor:
@@ -84,6 +98,14 @@ def _drawn(
         )
     count = min(available, config.samples)
     return torch.stack([pools[sample % len(pools)][sample // len(pools)] for sample in range(count)])
+
+
+def check_length(length: int, context: int, field: str) -> None:
+    """Raise `LegolmError` for samples that are longer than what the model takes at once."""
+    if length > context:
+        raise LegolmError(
+            f"{field}.length: {length} tokens are more than the model takes at once, {context}; ask for shorter samples"
+        )
 
 
 def check_text(text: str, rows: RowsConfig, field: str) -> list[str]:

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -302,8 +303,8 @@ def _delimiter(header: str, usual: str) -> str:
 
 def _each_once(columns: list[str], place: str) -> list[str]:
     """The columns. Raises `LegolmError` for a name that two have; those without one are nobody's."""
-    for name in columns:
-        if name and columns.count(name) > 1:
+    for name, count in Counter(columns).items():
+        if name and count > 1:
             raise LegolmError(f"{place}: column {brief(name)} is there twice; rename one or take it out")
     return columns
 

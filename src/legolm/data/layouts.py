@@ -6,13 +6,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, get_args
 
 from legolm.config import LAYOUT_FIELDS, Fields, RowsConfig
 from legolm.data.examples import Example, Message, Role
-from legolm.data.files import BadRow, Written
+from legolm.data.files import BadRow, Written, kind_of
 from legolm.data.sources import Row, read_records
 from legolm.errors import LegolmError, brief
 from legolm.system import strict_json
@@ -114,6 +116,7 @@ class Reading:
         """Rows with their conversations. Raises `LegolmError` at the end for the bad ones, if they are not skipped."""
         for row in read_records(source, self._field):
             self._rows += 1
+            bad: BadRow | None = None
             try:
                 if isinstance(row, BadRow):
                     raise row
@@ -121,12 +124,17 @@ class Reading:
                     raise BadRow(row.place, f"`{self._label}` is empty, by which rows are split")
                 found = layout_of(row, self._config)
                 example = _example(row, found)
-            except BadRow as bad:
+                self._count(row, found, example)
+            except BadRow as error:
+                bad = error
+            except RecursionError:
+                bad = BadRow(getattr(row, "place", self._field), "is nested too deep", "take that field out")
+            if bad is not None:
                 self._skipped += 1
                 if len(self._bad) < NAMED:
                     self._bad.append(bad)
                 continue
-            self._count(row, found, example)
+            assert isinstance(row, Row)  # else it was raised
             yield row, example
         if self._bad and (self._config.bad_rows == "refuse" or self._skipped == self._rows):
             raise self._error()
@@ -292,12 +300,29 @@ def _message(turn: Any, field: str, row: Row) -> Message:
     if turn["role"] not in ROLES:
         raise BadRow(row.place, f"`{field}` has role {brief(repr(turn['role']))}; known: {', '.join(ROLES)}")
     more = {name: value for name, value in turn.items() if name not in ("role", "content") and value is not None}
+    if "tool_calls" in more:
+        # Tables have a column for each argument of any call, and null where a call has none.
+        in_table = row.source.startswith("hub:") or kind_of(Path(row.source)) == ".parquet"
+        more["tool_calls"] = _as_objects(_filled(more["tool_calls"]) if in_table else more["tool_calls"])
     content = turn.get("content")
     if _is_empty(content) and (_calls(turn) or turn["role"] == "tool"):
         return Message(turn["role"], "", json.dumps({"content": content} | more, default=str))
     if isinstance(content, list):
         content = "".join(_text(_part(part, field, row), f"{field}.content", row) for part in content)
     return Message(turn["role"], _text(content, f"{field}.content", row), json.dumps(more, default=str) if more else "")
+
+
+def _as_objects(calls: Any) -> Any:
+    """Calls with their arguments as objects, where they are the JSON text of one: templates would quote it again."""
+    if isinstance(calls, list):
+        return [_as_objects(one) for one in calls]
+    if not isinstance(calls, dict):
+        return calls
+    found = {name: _as_objects(value) if name == "function" else value for name, value in calls.items()}
+    if isinstance(text := found.get("arguments"), str):
+        with suppress(ValueError):
+            found |= {"arguments": value} if isinstance(value := strict_json(text), dict) else {}
+    return found
 
 
 def _calls(turn: Mapping[str, Any]) -> set[str]:

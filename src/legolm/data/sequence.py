@@ -82,6 +82,12 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]
     return found
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that no text makes: those that the tokenizer has a name for, and all that it lists as special."""
+    listed = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return {*tokenizer.all_special_ids, *listed}
+
+
 def check_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Raise the error of `encode` where a text names a token without an embedding; none is tokenized."""
     rows = getattr(tokenizer, "rows", math.inf)

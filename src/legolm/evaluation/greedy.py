@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,17 @@ from typing import Any
 import torch
 
 from legolm.config import DataConfig, Fields, Precision, RowsConfig
-from legolm.data import Tokens, read_rows, render_whole, to_example, unread, unused_fields
+from legolm.data import Tokens, read_rows, render_whole, special_ids, to_example, unread, unused_fields
 from legolm.evaluation.by_input import by_input
 from legolm.models import autocast, choose_device, load_config, load_model, load_tokenizer
+
+
+def ends_of(examples: Iterable[Tokens], tokenizer: Any, model: Any = None) -> list[int]:
+    """Tokens that end an answer: the end of text, the special one that each of these true answers ends with, and those
+    of the model's generation settings."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    said = {own} if isinstance(own, int) else {*(own or ())}
+    return sorted({one.ids[-1] for one in examples} & special_ids(tokenizer) | {tokenizer.eos_token_id} | said)
 
 
 def generate(
@@ -25,9 +33,9 @@ def generate(
     most: int,
     cut: str = "",
 ) -> list[str]:
-    """The answer to each prompt, at most `most` tokens; one that had not ended has `cut` after it."""
-    # An answer ends where the chat template ends it (the last token of a true answer) or with the end of text.
-    ends = {item.ids[-1] for item in examples} & set(tokenizer.all_special_ids) | {tokenizer.eos_token_id}
+    """The answer to each prompt, at most `most` tokens, as far as the context reaches; one that had not ended has
+    `cut` after it."""
+    ends, context = ends_of(examples, tokenizer, model), model.config.max_position_embeddings
     order = sorted(range(len(examples)), key=lambda place: examples[place].answer, reverse=True)
     texts = [""] * len(examples)
     for start in range(0, len(order), batch_size):
@@ -37,16 +45,16 @@ def generate(
         with torch.no_grad(), autocast(precision, model.device.type):
             output = model.generate(
                 **padded,
-                max_new_tokens=most,
+                max_new_tokens=max(1, min(most, context - padded["input_ids"].shape[1])),
                 do_sample=False,
                 num_beams=1,
                 use_cache=True,
-                eos_token_id=sorted(ends),
+                eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
             )
         for place, ids in zip(places, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
             texts[place] = tokenizer.decode(ids, skip_special_tokens=True)
-            if not ends & set(ids):
+            if not {*ends} & {*ids}:
                 texts[place] += cut
     return texts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -252,6 +253,8 @@ def load_subject(subject: Subject) -> Any:
     Raises `LegolmError` for an adapter that does not fit, and weights that are not finite.
     """
     model = load_model(subject.path) if subject.model is None else subject.model
+    if any(one.is_floating_point() and one.dtype != torch.float32 for one in model.parameters()):
+        model = copy.deepcopy(model).float()  # as one that is read, and the caller's stays as it is
     if subject.adapter is not None:
         model = _with_adapter(model, subject.adapter)
         if subject.block is not None and subject.block.coverage.masks:

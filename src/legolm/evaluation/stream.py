@@ -10,12 +10,14 @@ import torch
 
 from legolm.data import Example, Message, render, render_prompt
 from legolm.errors import LegolmError
+from legolm.evaluation.greedy import ends_of
 
 
-def answer_ends(tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the end of text, and what the chat template writes after an answer."""
+def answer_ends(tokenizer: Any, model: Any = None) -> list[int]:
+    """Tokens that end an answer: the end of text, what the chat template writes after an answer, and what the model's
+    own settings say."""
     rendered = render(Example((Message("user", "a"), Message("assistant", "b"))), tokenizer, 1 << 20)
-    return sorted({rendered.ids[-1]} & set(tokenizer.all_special_ids) | {tokenizer.eos_token_id})
+    return ends_of([rendered], tokenizer, model)
 
 
 def reply(model: Any, tokenizer: Any, messages: Sequence[Message], most: int, temperature: float) -> Iterator[str]:
@@ -45,7 +47,7 @@ def reply(model: Any, tokenizer: Any, messages: Sequence[Message], most: int, te
                     attention_mask=torch.ones_like(given),
                     max_new_tokens=min(most, room),
                     use_cache=True,
-                    eos_token_id=answer_ends(tokenizer),
+                    eos_token_id=answer_ends(tokenizer, model),
                     pad_token_id=tokenizer.pad_token_id,
                     streamer=streamer,
                     **sampling,

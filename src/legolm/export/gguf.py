@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from legolm.data import Example, Message, render, render_template
+from legolm.data import Example, Message, render, render_template, special_ids
 from legolm.errors import LegolmError
 from legolm.export.gguf_balance import balance_of
 from legolm.export.gguf_layout import Layout, layout_of
@@ -86,7 +86,7 @@ def described(source: Source) -> tuple[Layout, Vocabulary]:
     if tokenizer.chat_template:
         messages = (Message("user", "a"), Message("assistant", "b"))
         end = render(Example(messages), tokenizer, layout.context).ids[-1]
-        turn = end if end in tokenizer.all_special_ids and end != tokenizer.eos_token_id else None
+        turn = end if end in special_ids(tokenizer) and end != tokenizer.eos_token_id else None
     return layout, vocabulary_of(tokenizer, source.config.vocab_size, turn)
 
 

@@ -27,13 +27,15 @@ def ollama(source: Source, out: Path, *, quant: Quant = "q8_0") -> list[str]:
     lines = ["FROM ./model.gguf", f"PARAMETER num_ctx {min(layout.context, 4096)}"]
     lines += [f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}" for end in sorted(ends)]
     if source.tokenizer.chat_template:
-        lines.append(f'TEMPLATE """{_template(source)}"""')
+        begin = source.tokenizer.bos_token if vocabulary.begins else ""  # ollama puts it there by itself
+        lines.append(f'TEMPLATE """{_template(source, begin)}"""')
     (out / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return [*write_checked(source, out / GGUF, quant), f"ollama create NAME -f {out.name}/Modelfile"]
 
 
-def _template(source: Source) -> str:
-    """The chat template as Go's: what stands before, between and after the turns of conversations.
+def _template(source: Source, begin: str) -> str:
+    """The chat template as Go's, without what every text begins with: what stands before, between and after the turns
+    of conversations.
 
     Raises `LegolmError` for one that does more than put something there.
     """
@@ -48,8 +50,8 @@ def _template(source: Source) -> str:
     if (first, answer) != (start, answer_too) or (after_system and _pieces(tokenizer, 0, 6) != whole):
         raise LegolmError(f"--to ollama: the chat template of {source.name} is more than turns; --to gguf can hold it")
     turns = {
-        "system": (before_system, after_system),
-        "user": (f"{{{{ if eq $i 0 }}}}{_literal(first)}{{{{ end }}}}", answer),
+        "system": (before_system.removeprefix(begin), after_system),
+        "user": (f"{{{{ if eq $i 0 }}}}{_literal(first.removeprefix(begin))}{{{{ end }}}}", answer),
         "assistant": ("", after),
     }
     cases = "".join(

@@ -16,6 +16,18 @@ MAX_CARRIED = 64 << 20
 """Bytes of one of them."""
 
 
+def check_own(file: Path) -> None:
+    """Raise `LegolmError` for a link to a file of another name outside of its folder, which would be copied to whoever
+    gets a block. The hub's cache links to blobs, and folders of links to files of the same name.
+    """
+    if not file.is_symlink():
+        return
+    target, folder = file.resolve(), file.parent.resolve()
+    blobs = folder.parent.parent / "blobs"
+    if not target.is_relative_to(folder) and target.parent != blobs and target.name != file.name:
+        raise LegolmError(f"model: {file}: is a link out of its folder, to {target}; put the file there, or remove it")
+
+
 def carry(source: Path, folder: Path) -> None:
     """Copy a checkpoint's generation settings, tokenizer model and licence beside the weights of what was made of it.
 
@@ -23,6 +35,7 @@ def carry(source: Path, folder: Path) -> None:
     """
     for file in sorted(source.iterdir()):
         if CARRIED.fullmatch(file.name) and file.is_file():
+            check_own(file)
             try:
                 (folder / file.name).write_bytes(read_bounded(file, MAX_CARRIED))
             except OSError as error:

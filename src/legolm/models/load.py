@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from legolm.config import DataConfig
 from legolm.data import set_template
 from legolm.errors import LegolmError, brief
-from legolm.models.beside import CARRIED
+from legolm.models.beside import CARRIED, check_own
 from legolm.models.checkpoint import (
     SAVE_AGAIN,
     as_transformers_reads,
@@ -215,7 +215,10 @@ def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
 def side_files(path: Path) -> list[Path]:
     """What lies beside a checkpoint's weights and belongs to it: config, tokenizer, coverage, licence."""
     named = (file for file in path.iterdir() if any(one.fullmatch(file.name) for one in (SIDE_FILES, CARRIED)))
-    return sorted(file for file in named if file.is_file())
+    found = sorted(file for file in named if file.is_file())
+    for file in found:
+        check_own(file)
+    return found
 
 
 def count_parameters(path: Path) -> int:

@@ -68,6 +68,9 @@ def format_of(settings: Settings) -> Format:
         return SCALED
     if method == "bitsandbytes":
         return BNB8 if settings.get("load_in_8bit") or settings.get("_load_in_8bit") else BNB4
+    groups = settings.get("transform_config") or {}
+    if groups.get("config_groups") if isinstance(groups, Mapping) else groups:  # its weights are other ones
+        method, what = "", f"{what}, rotated"
     if method == "compressed-tensors" and layout in ("float-quantized", "int-quantized", "naive-quantized"):
         return SCALED
     if method == "compressed-tensors" and layout == "pack-quantized":

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from legolm.config import Precision
+from legolm.data import special_ids
 from legolm.models.load import load_model
 from legolm.models.precision import autocast, dtype_of
 from legolm.system import Progress
@@ -44,7 +45,7 @@ def written(
     samples, length = shape
     model = load_model(path, dtype_of(precision)).to(device)
     known = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
-    special = {*tokenizer.all_special_ids, *(id for id, one in tokenizer.added_tokens_decoder.items() if one.special)}
+    special = special_ids(tokenizer)
     plain = torch.tensor([id for id in range(known) if id not in special])
     more = length - len(first) - 1
     how = GenerationConfig(

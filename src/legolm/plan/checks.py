@@ -11,12 +11,21 @@ from legolm.adapter import FACTORS
 from legolm.aggregate import make_scheme
 from legolm.block import Block, read_block
 from legolm.config import AUTO, CLIENTS, SCHEMES, RowsConfig, RunConfig
-from legolm.data import calibration_tokens, check_text, check_tokens, is_starter, paths_of, read_text
+from legolm.data import (
+    calibration_tokens,
+    check_length,
+    check_samples,
+    check_text,
+    check_tokens,
+    is_starter,
+    paths_of,
+    read_text,
+)
 from legolm.errors import LegolmError
 from legolm.federate.server import whitening_text
 from legolm.federate.wire import MAX_SUMS_BYTES
 from legolm.models import Shape, check_weights, fingerprint, load_config, resolve
-from legolm.prune import clients_needs, clients_sketch, sent_bytes
+from legolm.prune import clients_needs, clients_sketch, needs_of, sent_bytes
 from legolm.runs import HASHES, check_sealed
 from legolm.system import stored_tensors
 from legolm.trust import server_files
@@ -131,9 +140,8 @@ def check_sums(config: RunConfig, shape: Shape, llm_bytes: int) -> tuple[str, ..
 
 
 def check_texts(config: RunConfig, tokenizer: Any) -> None:
-    """Raise `LegolmError` when a text to calibrate or recover on names a token that the model has no embedding for.
-
-    Text to protect and to whiten by is drawn, too: it is needed after clients were asked.
+    """Raise `LegolmError` when a text to calibrate or recover on names a token that the model has no embedding for, has
+    too few samples, or longer ones than the model takes.
     """
     found: dict[str, str] = {}
     for spec in config.cuts:
@@ -143,14 +151,13 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
         if spec.method not in ("dense", "given"):
             found |= {f"block {spec.name}: {section}.text": text for section, text in texts.items()}
     protect, whitened = config.federation.protect, make_scheme(config.aggregate).whitened
-    if protect is not None and protect.generated:
-        most = load_config(resolve(config.model)).max_position_embeddings
-        if protect.length > most:
-            raise LegolmError(
-                f"federation.protect.length: {protect.length} tokens are more than the model takes at once, {most}; "
-                "ask for shorter samples"
-            )
-        protect = None
+    most = load_config(resolve(config.model)).max_position_embeddings
+    if protect is not None:
+        check_length(protect.length, most, "federation.protect")
+        protect = None if protect.generated else protect
+    drawn = {spec.calibration: f"block {spec.name}: calibration" for spec in config.cuts if needs_of(spec) != "nothing"}
+    for calibration, field in drawn.items():
+        check_length(calibration.length, most, field)
     if protect is not None:
         found["federation.protect.text"] = protect.text
     if whitened not in (None, CLIENTS):
@@ -160,6 +167,9 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
             continue
         files = (path for path in paths_of(text, field) if path.suffix.lower() not in (".parquet", ".gz"))
         check_tokens((read_text(path, field) for path in files), tokenizer, field)
+    for calibration, field in drawn.items():
+        if not calibration.statistics:
+            check_samples(calibration, tokenizer, config.seed, field)
     if protect is not None:
         calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
     if whitened not in (None, CLIENTS):

@@ -164,7 +164,7 @@ class SecureClient:
             raise LegolmError(f"secure sum: {kept.client} is not among the survivors, or some of them sent no shares")
         self._step("confirm")
         kept.survivors = sorted(set(survivors))
-        return sign(self._identity, survivors_text(kept.session, kept.survivors))
+        return sign(self._identity, survivors_text(self.cohort(), kept.there, kept.survivors))
 
     def unmask(self, cohort: Cohort, signatures: Mapping[str, bytes]) -> list[bytes]:
         """Phase *unmask*: shares in the order of `asked`, where enough signed the survivors that this client signed.
@@ -172,7 +172,7 @@ class SecureClient:
         Of a survivor those of its seeds, of the dead that of the key; never both.
         """
         kept, client = self.kept, self.kept.client
-        text = survivors_text(kept.session, kept.survivors)
+        text = survivors_text(cohort, kept.there, kept.survivors)
         signers = {
             id
             for id, signature in signatures.items()

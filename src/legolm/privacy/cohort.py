@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -20,7 +21,7 @@ from legolm.models import Shape
 from legolm.privacy.atoms import Atom, atoms, threshold
 from legolm.privacy.neighbours import Ring, opens, ring
 from legolm.privacy.numbers import bits_for
-from legolm.privacy.primitives import is_signed, joined, sign
+from legolm.privacy.primitives import KEY_BYTES, Agreeing, is_signed, joined, sign
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
@@ -336,11 +337,18 @@ def check(advert: Advert, session: Session, identities: Mapping[str, str]) -> No
             f"secure sum: the signature of client {advert.client} does not fit its identity in the roster; take the "
             "roster of this federation"
         )
+    alone = Agreeing(secrets.token_bytes(KEY_BYTES))
+    for key in (advert.seal_key, advert.mask_key):  # one that agrees with everybody would stop all others
+        alone.with_(bytes.fromhex(key))
 
 
-def survivors_text(session: Session, survivors: Collection[str]) -> bytes:
-    """What a client signs when it agrees that these have sent their sums."""
-    return joined(b"legolm survivors", session.text, *(one.encode() for one in sorted(survivors)))
+def survivors_text(cohort: Cohort, there: Collection[str], survivors: Collection[str]) -> bytes:
+    """What a client signs when it agrees that of those who sent shares these have sent their sums.
+
+    With the keys of all: a session that is begun again has others, and what was signed in it before tells nothing.
+    """
+    named = (joined(*(one.encode() for one in sorted(ids))) for ids in (there, survivors))
+    return joined(b"legolm survivors", cohort.digest, *named)
 
 
 def _enough(group: Collection[str], agree: set[str], k: int) -> bool:

@@ -120,7 +120,7 @@ class SecureServer:
 
     def confirm(self, client: str, signature: bytes) -> None:
         """Take a survivor's signature of the survivors. Raises `LegolmError` for one that does not fit."""
-        text = survivors_text(self.session, self.survivors)
+        text = survivors_text(self.cohort, self.there, self.survivors)
         if client not in self._commitments or not is_signed(bytes.fromhex(self._identities[client]), signature, text):
             raise LegolmError(f"secure sum: {client} signed other survivors")
         self._signatures[client] = signature

@@ -2,7 +2,7 @@
 
 from legolm.prune.build import cut_blocks, kept_block, recipe_of
 from legolm.prune.calibrate import first_readers
-from legolm.prune.cuts import clients_needs, clients_sketch
+from legolm.prune.cuts import clients_needs, clients_sketch, needs_of
 from legolm.prune.moments import Moments, Needs
 from legolm.prune.registry import Criterion, Pattern, criterion, criterion_of
 from legolm.prune.statistics import (
@@ -36,6 +36,7 @@ __all__ = [
     "flat_size",
     "kept_block",
     "load_statistics",
+    "needs_of",
     "planned_coverage",
     "recipe_of",
     "save_statistics",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as linear_function
 
 from legolm.config import Precision
+from legolm.data import check_length
 from legolm.errors import LegolmError
 from legolm.models import Call, LayeredModel, Layout, Module, Shape, autocast, layout_of, recorded, shape_of
 from legolm.prune.moments import Answers, Moments, Needs, Regression
@@ -78,6 +79,7 @@ class Stream:
     @staticmethod
     def start(model: LayeredModel, tokens: Tensor, precision: Precision) -> Stream:
         """What the first decoder layer receives for token ids (samples, length)."""
+        check_length(tokens.shape[1], model.config.max_position_embeddings, "calibration")
         shape = shape_of(model.config)
         hidden = _buffer((*tokens.shape, shape.hidden))
         calls: dict[int, list[Call]] = {}

@@ -31,8 +31,10 @@ class Kept:
         atomic_write(self._path(request), hashlib.sha256(reply).digest() + reply)
         if self._most is None:
             return
-        files = [one for one in self._folder.iterdir() if not one.name.startswith(".")]
-        for old in sorted(files, key=lambda one: one.stat().st_mtime_ns)[: -self._most]:
+        # Not by time alone: after a clock was set back this would be the oldest.
+        others = [one for one in self._folder.iterdir() if one.name[0] != "." and one != self._path(request)]
+        others.sort(key=lambda one: one.stat().st_mtime_ns)
+        for old in others[: max(0, len(others) + 1 - self._most)]:
             old.unlink(missing_ok=True)
 
     def _path(self, request: bytes) -> Path:

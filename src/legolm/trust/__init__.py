@@ -11,6 +11,7 @@ from legolm.trust.authority import (
     make_key,
     make_server,
     server_files,
+    write_secret,
 )
 from legolm.trust.devices import (
     REGISTER,
@@ -44,4 +45,5 @@ __all__ = [
     "roster",
     "server_files",
     "write_roster",
+    "write_secret",
 ]

@@ -41,15 +41,16 @@ EARLIER = timedelta(hours=1)
 
 def make_authority(folder: Path) -> None:
     """`ca.pem` and `ca.key`. Raises `LegolmError` where there is an authority: what it signed would be nothing."""
-    if (folder / CA).exists() or (folder / CA_KEY).exists():
+    if (folder / CA).exists():
         raise LegolmError(f"{folder}: has a certificate authority already ({CA}); give another folder")
-    key, name = ec.generate_private_key(ec.SECP384R1()), _name(f"legolm federation {folder.resolve().name}")
+    if not (folder / CA_KEY).exists():
+        write_secret(folder / CA_KEY, _pem(ec.generate_private_key(ec.SECP384R1())))
+    key, name = _signing(folder), _name(f"legolm federation {folder.resolve().name}")
     certificate = (
         _certificate(key.public_key(), name, name, key.public_key(), AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs=True), critical=True)
     )
-    _write_secret(folder / CA_KEY, _pem(key))
     atomic_write(folder / CA, certificate.sign(key, hashes.SHA384()).public_bytes(Encoding.PEM))
 
 
@@ -67,7 +68,7 @@ def make_server(folder: Path, hosts: Sequence[str]) -> None:
         .add_extension(_usage(signs=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
     )
-    _write_secret(folder / SERVER_KEY, _pem(key))
+    write_secret(folder / SERVER_KEY, _pem(key))
     atomic_write(folder / SERVER_CERTIFICATE, certificate.sign(signing, hashes.SHA384()).public_bytes(Encoding.PEM))
 
 
@@ -93,11 +94,12 @@ def make_key(folder: Path) -> Path:
     `device.pub` has two public keys, a line each: by the first a device is let in, with the second it signs what it
     sends to secure sums (`identity_key`).
     """
-    if (folder / KEY).exists():
+    if (folder / PUBLIC).exists():
         raise LegolmError(f"{folder}: has a key already ({KEY}); remove it to make another, or give another folder")
-    key = ec.generate_private_key(ec.SECP384R1())
-    _write_secret(folder / KEY, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    if not (folder / KEY).exists():
+        key = ec.generate_private_key(ec.SECP384R1())
+        write_secret(folder / KEY, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    public = _device_key(folder).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     identity = Ed25519PrivateKey.from_private_bytes(identity_key(folder)).public_key()
     second = identity.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     atomic_write(folder / PUBLIC, public + b"\n" + second + b"\n")
@@ -109,6 +111,13 @@ def identity_key(folder: Path) -> bytes:
 
     Raises `LegolmError` where that is none.
     """
+    number = _device_key(folder).private_numbers().private_value
+    return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=b"legolm identity").derive(
+        number.to_bytes(66, "big")
+    )
+
+
+def _device_key(folder: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = load_ssh_private_key((folder / KEY).read_bytes(), None)
     except (OSError, ValueError) as error:
@@ -117,22 +126,23 @@ def identity_key(folder: Path) -> bytes:
         ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise LegolmError(f"{folder / KEY}: is no key on a NIST curve; make one: legolm certs client")
-    number = key.private_numbers().private_value
-    return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=b"legolm identity").derive(
-        number.to_bytes(66, "big")
-    )
+    return key
 
 
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     if not (folder / CA_KEY).is_file():
         raise LegolmError(f"{folder}: has no certificate authority ({CA_KEY}); run: legolm certs init {folder}")
+    return _read_certificate(folder / CA), _signing(folder)
+
+
+def _signing(folder: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = load_key((folder / CA_KEY).read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
         raise LegolmError(f"{folder / CA_KEY}: is no private key ({brief(error)}); restore it") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise LegolmError(f"{folder / CA_KEY}: is no key on an elliptic curve; restore it")
-    return _read_certificate(folder / CA), key
+    return key
 
 
 def _read_certificate(path: Path) -> x509.Certificate:
@@ -195,7 +205,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _write_secret(path: Path, content: bytes) -> None:
+def write_secret(path: Path, content: bytes) -> None:
     """Readable by its owner only, from the first moment on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +129,14 @@ def test_a_server_names_no_file_elsewhere(files: Path, name: str) -> None:
 
 def test_kept_replies(tmp_path: Path) -> None:
     kept = Kept(tmp_path / "replies", most=2)
+    for early in (b"x", b"y"):  # of a clock that was a day ahead
+        kept.put(early, early)
+    for file in (tmp_path / "replies").iterdir():
+        os.utime(file, (time.time() + 86400,) * 2)
+    kept.put(b"z", b"z")
+    assert kept.get(b"z") == b"z"
+    for file in (tmp_path / "replies").iterdir():
+        file.unlink()
     for number in range(4):
         kept.put(bytes([number]), b"reply" * number)
     assert [kept.get(bytes([number])) for number in range(4)] == [None, None, b"reply" * 2, b"reply" * 3]

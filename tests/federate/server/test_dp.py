@@ -29,7 +29,7 @@ from legolm.federate.transport.engine import Body
 from legolm.plan import make_plan
 from legolm.privacy import gaussian_epsilon, sampled_epsilon
 from legolm.report.status import read_status
-from legolm.runs import RunDir, Summary, read_stage
+from legolm.runs import RoundRecord, RunDir, Summary, read_stage
 
 
 @pytest.fixture
@@ -191,3 +191,33 @@ def test_the_dry_run_says_what_is_left_to_learn(raw: dict[str, Any], tmp_path: P
     assert "hopeless" not in make_plan(load(raw, tmp_path, noise_multiplier=0.01)).notes[-1]
     with pytest.raises(LegolmError, match=r"one round with noise_multiplier 0\.1 costs"):
         make_plan(load(raw, tmp_path, noise_multiplier=0.1, epsilon=2.0))
+
+
+def test_what_was_asked_stays_asked_whoever_is_drawn_now() -> None:
+    """With fewer replies at least fewer are drawn, in rounds to come."""
+    ids = [f"c{i}" for i in range(8)]
+
+    def drawing(least: int) -> RunConfig:
+        raw = {
+            "model": "starter",
+            "blocks": [{"name": "d", "method": "dense"}],
+            "clients": [{"id": id, "block": "d", "data": "fr"} for id in ids],
+            "federation": {"engine": "local", "rounds": 8, "fraction": 0.1, "min_replies": least},
+            "aggregate": {"weight": "equal"},
+            "evaluate": {"local_only": False},
+            "privacy": {"dp": {"level": "client", "noise_multiplier": 4.0, "epsilon": 4.0, "delta": 1e-5}},
+        }
+        return configs.validate(RunConfig, raw, "test")
+
+    members = Members(tuple(ids), {}, dict.fromkeys(ids, RANK), dict.fromkeys(ids, FULL), {})
+    done: list[RoundRecord] = []
+    for number in range(1, 6):
+        config = drawing(8 if number < 5 else 1)
+        drawn = list(members.draw(config, number))
+        record = RoundRecord(
+            round=number, accepted=drawn, seconds=0, llm=None, held=[], validation=None, llm_validation=None
+        )
+        done.append(Account(config, members).charged(done, record))
+    assert len(done[3].accepted) == 8 and len(done[4].accepted) == 1
+    assert done[4].privacy is not None
+    assert done[4].privacy.epsilon == pytest.approx(gaussian_epsilon([4.0] * 5, 1e-5))

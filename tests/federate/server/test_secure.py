@@ -231,6 +231,10 @@ def test_devices_that_begin_anew_in_any_phase_end_with_the_same_sums(
     own = {name: value for name, value in raw["data"].items() if name != "train"}
     config = load(raw | {"data": own}, {"withheld_limit": 1}, federation=federation, evaluate=evaluate)
     pipeline.run(config, tmp_path / "out", store=tmp_path / "store", models=False, engine=devices)
+    alone = raw | {"data": own, "federation": federation | {"rounds": 1}, "evaluate": evaluate}
+    with pytest.raises(LegolmError, match="asks for this device's change alone, and --roster is for sums of many"):
+        alone_config = configs.validate(RunConfig, alone, "test")
+        pipeline.run(alone_config, tmp_path / "alone", store=tmp_path / "store", models=False, engine=devices)
     local = load(raw, {"withheld_limit": 1}, federation={"rounds": 5}, evaluate=evaluate)
     pipeline.run(local, tmp_path / "local", store=tmp_path / "store", models=False)
 

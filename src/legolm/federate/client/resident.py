@@ -24,6 +24,7 @@ from legolm.federate.wire import (
     EvaluateRequest,
     OfferRequest,
     OwnData,
+    TrainRequest,
     Welcome,
     block_files,
     block_id,
@@ -107,7 +108,7 @@ class Resident(Answering):
         self._sites: dict[tuple[str, str], Site] = {}
         self._told: dict[tuple[str, str], str] = {}
         self._runtime = ClientRuntime(self._site, self._write)
-        self._secrets: dict[str, bytes] = {}
+        self._secrets: dict[tuple[str, str], bytes] = {}
 
     def _at_once(self, request: bytes) -> bytes | None:
         return pack(self._describe(unpack(request, OfferRequest)[0]), {}) if kind_of(request) == "offer" else None
@@ -115,9 +116,18 @@ class Resident(Answering):
     def _work(self, told: Welcome, welcome: str, request: bytes, until: float | None) -> bytes:
         if kind_of(request) == "evaluate" and unpack(request, EvaluateRequest)[0].otherwise is not None:
             raise LegolmError("it asks for a score by input, which would tell the tokens of this device's questions")
+        if self._held.roster is not None and kind_of(request) == "train":
+            self._check_summed(unpack(request, TrainRequest)[0])
         self._settle(told, welcome)
         now = time.monotonic()
         return self._runtime.answer(request, None if until is None else now + IN_TIME * (until - now))
+
+    def _check_summed(self, request: TrainRequest) -> None:
+        if request.secure is None:
+            raise LegolmError(
+                "it asks for this device's change alone, and --roster is for sums of many; start the device without it "
+                "to send changes alone"
+            )
 
     def _write(self, path: Path, content: bytes) -> None:
         self._with_room(lambda: atomic_write(path, content))
@@ -168,21 +178,22 @@ class Resident(Answering):
             if folder.parent == self._held.home / "blocks":
                 shutil.rmtree(folder)
             raise
-        rows, keeps = self._examples(told.data), self._keeping(told.client)
+        rows, keeps = self._examples(told.data), self._keeping(told)
         self._sites[key] = HeldSite(folder, self._folder(told.run), rows, self._held.profile, keeps)
         self._told[key] = text
 
-    def _keeping(self, client: str) -> Keeping | None:
+    def _keeping(self, told: Welcome) -> Keeping | None:
         """For secure sums, where there is a roster: this device's identity. Secrets are in this process's memory."""
         home, path = self._held.home, self._held.roster
         if path is None:
             return None
-        secrets = self._secrets
+        secrets, key = self._secrets, (told.run, told.client)
         return Keeping(
             identity_key(home),
             read_roster(path),
-            lambda: secrets.get(client, b""),
-            lambda content: secrets.update({client: content}),
+            lambda: secrets.get(key, b""),
+            lambda content: secrets.update({key: content}),
+            self._folder(told.run) / "opened",
             self._held.colluders,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from legolm.errors import LegolmError
 from legolm.federate.wire import (
     BOUNDS,
     MASKED,
+    OPENED,
     SEALED,
     SHARES,
     SIGNATURES,
@@ -39,25 +41,27 @@ from legolm.federate.wire import (
     unpack,
 )
 from legolm.privacy import Secrets, SecureClient, Structure, clipped, gaussian, quantize
+from legolm.system import atomic_write
 
 
 @dataclass(frozen=True)
 class Keeping:
     """What a client has for secure sums: its secret Ed25519 key (32 bytes), the roster of everyone's public ones
-    (hexadecimal), and where the secrets of a sum are between its phases. It takes part in no sum that would be open to
-    as many `colluders`.
+    (hexadecimal), where the secrets of a sum are between its phases, and the file with the last round that it helped to
+    open. It takes part in no sum that would be open to as many `colluders`.
     """
 
     identity: bytes
     roster: Mapping[str, str]
     read: Callable[[], bytes]
     write: Callable[[bytes], None]
+    opened: Path
     colluders: int = 1
 
 
 def keys(request: KeysRequest, keeping: Keeping, coverage: Coverage, examples: int) -> bytes:
-    """Begin a sum. Raises `LegolmError` for another one of a round that this client has opened already: the difference
-    of two sums is a client's change."""
+    """Begin a sum. Raises `LegolmError` for another one of a round that this client has opened already, and of those
+    before it: the difference of two sums is a client's change."""
     session, client = request.session, request.client
     if client not in keeping.roster:
         raise LegolmError(
@@ -68,9 +72,8 @@ def keys(request: KeysRequest, keeping: Keeping, coverage: Coverage, examples: i
             f"secure sum: entries open with {session.k} holders, and this device reckons with {keeping.colluders} "
             f"colluders, which takes {keeping.colluders + 2}; set privacy.secure.colluders, or --colluders here"
         )
-    before = _kept(keeping)
-    if before is not None and _of_one_round(before, request.session.run, session.round) and before.done == "unmask":
-        raise LegolmError(f"secure sum: {client} has opened round {session.round} already")
+    if session.round <= (opened := _opened(keeping)):
+        raise LegolmError(f"secure sum: {client} {OPENED} {opened} already")
     trained = coverage if request.layers is None else coverage.within(request.layers)
     structure = Structure.of(trained, request.rank)
     made = SecureClient.begin(session, client, keeping.identity, coverage.shape, structure, examples)
@@ -103,6 +106,7 @@ def unmask(content: bytes, keeping: Keeping, coverage: Coverage) -> bytes:
     signatures = from_tensor(tensors.get(SIGNATURES), [64] * len(request.signers))
     client = _client(request, keeping, coverage)
     found = client.unmask(client.cohort(), dict(zip(request.signers, signatures, strict=True)))
+    atomic_write(keeping.opened, str(max(_opened(keeping), client.kept.session.round)))
     _keep(keeping, client)
     return pack(UnmaskReply(), {SHARES: to_tensor(found)})
 
@@ -165,8 +169,13 @@ def _named(request: TrainRequest) -> dict[str, str]:
     return {"run": request.run, "client": request.client, "block": request.block}
 
 
-def _of_one_round(kept: Secrets, run: str, number: int) -> bool:
-    return (kept.session.run, kept.session.round) == (run, number)
+def _opened(keeping: Keeping) -> int:
+    try:
+        return int(keeping.opened.read_text())
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError):
+        raise LegolmError(f"secure sum: {keeping.opened} is broken; take part in another run") from None
 
 
 def _kept(keeping: Keeping) -> Secrets | None:

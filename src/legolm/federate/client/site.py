@@ -130,6 +130,7 @@ class SimulatedSite:
             simulated_roster(run, [one.id for one in self.config.clients]),
             lambda: path.read_bytes() if path.exists() else b"",
             write,
+            self.run.secrets / f"{self.client}.opened",
         )
 
 

@@ -61,7 +61,13 @@ class Account:
         return record.model_copy(update={"privacy": spent.model_copy(update={"epsilon": epsilon})})
 
     def _budget(self, rounds: Sequence[RoundRecord]) -> Budget:
-        return Budget(self._dp, self._asked, [one.privacy.noise_multiplier or 0.0 for one in rounds if one.privacy])
+        made = [one.privacy.noise_multiplier or 0.0 for one in rounds if one.privacy]
+        return Budget(self._dp, self._who(rounds), made)
+
+    def _who(self, rounds: Sequence[RoundRecord]) -> list[frozenset[str]]:
+        """Who is asked in each round; of those that are done whoever their records name too, whatever is drawn now."""
+        named = [{*one.accepted, *(refused.client for refused in one.refused)} for one in rounds]
+        return [asked | (named[at] if at < len(named) else set()) for at, asked in enumerate(self._asked)]
 
     def _examples(self, rounds: Sequence[RoundRecord], number: int) -> float:
         """ε after `number` rounds. One that a client was asked in counts whole, and as its last one whose update came.
@@ -70,7 +76,7 @@ class Account:
         """
         known = {id: one for record in rounds for id, one in record.train.items() if one.sampling_rate is not None}
         steps: dict[str, Counter[tuple[float, float]]] = {id: Counter() for id in known}
-        for place, asked in enumerate(self._asked[:number]):
+        for place, asked in enumerate(self._who(rounds)[:number]):
             there = rounds[place].train if place < len(rounds) else {}
             for id in asked & set(known):
                 one = there.get(id, known[id])

@@ -23,6 +23,7 @@ from legolm.federate.transport import Exchange
 from legolm.federate.wire import (
     BOUNDS,
     MASKED,
+    OPENED,
     SEALED,
     SHARES,
     SIGNATURES,
@@ -319,7 +320,9 @@ class SecureRounds:
             summed = one.run(least)
             for reason in summed.reasons:
                 self._progress.note(f"round {order.number}: stays closed: {reason}")
-            if summed.asked or federation.engine != "deployment":
+            # Who helped to open it gives nothing for it again: what came of it was lost with the server that asked.
+            spent = any(OPENED in reason for reason in summed.refused.values())
+            if summed.asked or spent or federation.engine != "deployment":
                 return summed
             attempt += 1
             gone = "; ".join(f"{id}: {reason}" for id, reason in summed.refused.items())

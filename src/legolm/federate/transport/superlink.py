@@ -25,7 +25,7 @@ from legolm.config import SuperLinkConfig
 from legolm.errors import LegolmError, brief
 from legolm.federate.bridge import APP, FOLDER, Link, listen
 from legolm.system import Helpers, atomic_write
-from legolm.trust import server_files
+from legolm.trust import server_files, write_secret
 
 LINK, EXEC, SUBMIT = "superlink", "superexec", "submit"
 CONNECTION = "legolm"
@@ -264,8 +264,7 @@ class Flower:
     def _secret(self) -> Path:
         path = self._folder / "superexec.secret"
         if not path.exists():
-            atomic_write(path, secrets.token_hex(32))
-            path.chmod(0o600)
+            write_secret(path, secrets.token_hex(32).encode())
         return path
 
     def _run_config(self) -> list[str]:

@@ -32,6 +32,7 @@ from legolm.federate.wire.offer import DeviceReply, Offer, OfferRequest, largest
 from legolm.federate.wire.secure import (
     BOUNDS,
     MASKED,
+    OPENED,
     SEALED,
     SHARES,
     SIGNATURES,
@@ -59,6 +60,7 @@ __all__ = [
     "BOUNDS",
     "MASKED",
     "MAX_SUMS_BYTES",
+    "OPENED",
     "SEALED",
     "SHARES",
     "SIGNATURES",

@@ -36,6 +36,8 @@ MAX_HEADER = 4 << 20
 """Bytes of a reply's header that names other clients."""
 BOUNDS, SEALED, SHARES, MASKED, SIGNATURES = "bounds", "sealed", "shares", "masked", "signatures"
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+OPENED = "has opened round"
+"""What a client says of a sum that it gives nothing for any more."""
 Names = Annotated[list[Name], Field(max_length=10_000)]
 
 
