@@ -18,6 +18,7 @@ from legolm.adapter.merge import linears
 from legolm.block import Coverage
 from legolm.config import DpConfig, TrainConfig
 from legolm.data import Tokens
+from legolm.errors import LegolmError
 from legolm.finetune import Task, fit, lora
 from legolm.finetune.loop import _backward_apart
 from legolm.finetune.per_example import Private
@@ -122,3 +123,12 @@ def test_batches_are_poisson_samples_and_a_step_is_over_their_expected_size() ->
     private.disturb([factor])  # an empty batch
     assert factor.grad is not None
     assert float(factor.grad.std()) == pytest.approx(2.0 * 0.5 / 40, rel=0.03)
+
+
+def test_a_round_that_alone_would_pass_the_budget_is_refused_where_it_trains() -> None:
+    config, both = TrainConfig(batch_size=4), DpConfig(level="example", epsilon=1.0, noise_multiplier=0.3)
+    assert Private.of(both, 50, config, 40).multiplier == 0.3
+    with pytest.raises(LegolmError, match=r"epsilon 1: 8 steps of 50 examples with noise_multiplier 0\.3 cost 5\d"):
+        Private.of(both, 50, config, 40, 8)
+    enough = both.model_copy(update={"noise_multiplier": 30.0})
+    assert Private.of(enough, 50, config, 40, 8).multiplier == 30.0

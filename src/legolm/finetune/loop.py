@@ -78,7 +78,8 @@ def fit(task: Task, *, by_width: bool = False) -> tuple[Tensors, dict[str, float
         rate = learning_rate(config, task.total or task.steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(task.done + step))
         seen: set[int] = set()
-        private = None if task.dp is None else Private.of(task.dp, len(examples), config, task.total or task.steps)
+        total = task.total or task.steps
+        private = None if task.dp is None else Private.of(task.dp, len(examples), config, total, task.steps)
 
         def keep() -> None:
             torch._foreach_copy_(list(good.values()), [parameter.detach() for parameter in theta])

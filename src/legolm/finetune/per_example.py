@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from legolm.config import DpConfig, TrainConfig
 from legolm.errors import LegolmError
-from legolm.privacy import BELOW, gaussian, sampled_noise
+from legolm.privacy import BELOW, gaussian, sampled_epsilon, sampled_noise
 
 
 class Parts:
@@ -80,13 +80,20 @@ class Private:
     multiplier: float
 
     @staticmethod
-    def of(dp: DpConfig, examples: int, config: TrainConfig, steps: int) -> Private:
+    def of(dp: DpConfig, examples: int, config: TrainConfig, steps: int, now: int = 0) -> Private:
         """Batches as large as configured on average; the noise is given, or what the budget asks for in all `steps`.
 
-        Raises `LegolmError` for a budget that no noise reaches.
+        Raises `LegolmError` for a budget that no noise reaches, or that the steps of `now` would pass by themselves: of
+        a client whose rate it does not know yet the server cannot say so.
         """
         rate = min(1.0, config.batch_size / examples)
         if dp.noise_multiplier is not None:
+            cost = sampled_epsilon([(dp.noise_multiplier, rate, now)] if now else [], dp.delta)
+            if dp.epsilon is not None and cost > dp.epsilon:
+                raise LegolmError(
+                    f"privacy.dp.epsilon {dp.epsilon:g}: {now} steps of {examples} examples with noise_multiplier "
+                    f"{dp.noise_multiplier:g} cost {cost:.3g}; raise the noise, or lower train.steps or batch_size"
+                )
             return Private(examples, rate, dp.clip, dp.noise_multiplier)
         if dp.epsilon is None:
             raise LegolmError("privacy.dp: level example needs noise_multiplier or epsilon")
