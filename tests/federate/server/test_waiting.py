@@ -57,7 +57,7 @@ def test_devices_are_asked_again(
     summary, said = with_absent(asked, raw, tmp_path / "out", "deployment")
     assert asked == [["de", "es", "fr"], ["de", "es"], ["de", "es"]]
     assert summary.history[-1].accepted == ["fr", "de", "es"] and not summary.history[-1].refused
-    assert "round 1: 1 updates accepted, federation.min_replies is 3; asked again: de, es" in said
+    assert "round 1: 1 updates accepted, federation.min_replies is 3; asked again: de (late), es (late)" in said
     assert (tmp_path / "out" / "report.html").exists()
     with pytest.raises(LegolmError, match="1 updates accepted"):
         with_absent([], raw, tmp_path / "local", "local")

@@ -160,17 +160,19 @@ class Gathering:
             return begin(self._config, self._members.llm, self._folder, self._stages.state(self._folder.round(round)))
 
         while True:
-            now = {id: asked[id] for id in left}
+            now, why_not = {id: asked[id] for id in left}, dict[str, str]()
             came = updates(self._config, self._dispatch, done, number, now, after, exchange, noise)
             with closing(came):
                 for one in came:
+                    why_not[one.client] = one.reason
                     yield one
                     if federation.buffer is not None and len(train) >= federation.buffer:
                         return
             if not own or len(train) >= least:
                 return
             left = [id for id in asked if id not in train]
-            self._progress.note(f"round {number}: {len(train)} updates accepted, {why}; asked again: {', '.join(left)}")
+            again = ", ".join(id + (f" ({why_not[id]})" if why_not.get(id) else "") for id in left)
+            self._progress.note(f"round {number}: {len(train)} updates accepted, {why}; asked again: {again}")
             time.sleep(AGAIN_S)
 
     def _check_enough(self, number: int, asked: Mapping[str, int], came: Came) -> None:
