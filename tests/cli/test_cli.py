@@ -171,7 +171,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(config: Callable[..., Path
     )
     fails("train example 0 of 'fr' is longer than 16", sets=("train.long_examples=refuse", "train.max_length=16"))
     fails("block a: recover.text: no file", sets=("blocks.0.recover={steps: 1, text: nowhere.txt}",))
-    fails("statistics: no file nowhere", sets=("blocks.0.calibration.statistics=[nowhere]",))
+    fails("statistics: no file nowhere", sets=("blocks.0.calibration={statistics: [nowhere]}",))
     if not torch.backends.mps.is_available():
         fails("device = 'mps'", "take auto", sets=("device=mps",))
     for kind, architecture, says in (
@@ -246,7 +246,8 @@ def test_several_blocks_at_once_and_private_calibration(
     tiny: Callable[[str], Path], corpus: Path, tmp_path: Path
 ) -> None:
     text = ("--samples", 4, "--length", 64)
-    cut = ("prune", tiny("llama"), "--method", "structured", "--calibration", corpus, *text)
+    bare = ("prune", tiny("llama"), "--method", "structured")
+    cut = (*bare, "--calibration", corpus, *text)
     done = legolm(*cut, "--sparsity", "0.25,0.5", "--out", tmp_path / "blocks")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "blocks").iterdir()) == ["structured-0.25", "structured-0.5"]
@@ -256,14 +257,37 @@ def test_several_blocks_at_once_and_private_calibration(
         assert done.returncode == 0, done.stderr
     given = ("--statistics", tmp_path / "sums" / "a", "--statistics", tmp_path / "sums" / "b")
     twice = (*given, "--statistics", tmp_path / "sums" / ".." / "sums" / "a")
-    assert_one_line(legolm(*cut, "--sparsity", 0.5, *twice, "--out", tmp_path / "x"), "a file is given twice")
-    done = legolm(*cut, "--intermediate-size", 40, *given, "--out", tmp_path / "private")
+    assert_one_line(legolm(*bare, "--sparsity", 0.5, *twice, "--out", tmp_path / "x"), "a file is given twice")
+    done = legolm(*bare, "--intermediate-size", 40, *given, "--out", tmp_path / "private")
     assert done.returncode == 0, done.stderr
-    assert_one_line(legolm(*cut, "--sparsity", 0.5, *given, "--out", tmp_path / "x"), "to choose a shape", "text")
+    width = ("--intermediate-size", 40, *given, "--out", tmp_path / "x")
+    assert_one_line(legolm(*cut, *width), "--calibration: only with --recover beside --statistics")
+    assert_one_line(legolm(*bare, *width, "--samples", 4), "--samples: only with --recover")
+    assert_one_line(legolm(*bare, "--sparsity", 0.5, *given, "--out", tmp_path / "x"), "to choose a shape", "text")
     assert_one_line(legolm(*cut, "--params", "many", "--out", tmp_path / "x"), "`params`", "70M")
     assert_one_line(legolm(*cut, "--params", 10, "--out", tmp_path / "x"), "wants params 10; this model gives")
     assert_one_line(legolm(*cut, "--sparsity", 0.5, "--out", tmp_path / "private"), "is already there")
     assert_one_line(legolm(*cut, "--sparsity", "0.5,0.5", "--out", tmp_path / "x"), "structured-0.5 is asked for twice")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("prune", "--method", "magnitude", "--sparsity", 0.5, "--calibration", "pydoc"), "magnitude reads no text"),
+        (("prune", "--method", "magnitude", "--sparsity", 0.5, "--statistics", "sums"), "as magnitude does not"),
+        (("chat", "--base", "starter"), "--base: only with --compare"),
+        (("bench", "--runtimes", "transformers", "--quant", "q4_0"), "--quant: only with llama.cpp among --runtimes"),
+        (("pick", "--data", "x.json", "--runtime", "transformers", "--quant", "f16"), "only with --runtime llama.cpp"),
+        (("eval", "--text", "x.txt", "--template", "chatml"), "--template: only with --data"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    command: tuple[str, ...], says: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    name, *options = command
+    out = ("--out", tmp_path / "x") if name == "prune" else ()
+    assert_one_line(legolm(name, tiny("llama"), *options, *out), says)
     assert not (tmp_path / "x").exists()
 
 

@@ -116,6 +116,27 @@ def test_blocks_recover_where_the_rounds_leave_time(tmp_path: Path) -> None:
         assert [block.recover.most_steps for block in found] == [expected, 3, 15, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        ({"calibration": {"statistics": "clients", "text": "pydoc"}}, "text pydoc: beside"),
+        ({"calibration": {"statistics": ["sums"], "text": "pydoc"}, "recover": {"steps": 0}}, "text pydoc: beside"),
+        (
+            {"calibration": {"statistics": "clients", "text": "pydoc"}, "recover": {"steps": 2, "text": "starter"}},
+            "text",
+        ),
+        ({"calibration": {"sketch": 96}}, "sketch 96: is for `statistics: clients`"),
+        ({"calibration": {"statistics": ["sums"], "sketch": None}}, "sketch None: is for"),
+    ],
+)
+def test_calibration_that_nothing_reads_is_refused(block: dict[str, object], says: str, tmp_path: Path) -> None:
+    cut = {"name": "a", "method": "sparsegpt", "sparsity": 0.5}
+    with pytest.raises(LegolmError, match=says):
+        configs.load(write(tmp_path / "c.yaml", MINIMAL | {"blocks": [cut | block]}))
+    read = {"calibration": {"statistics": "clients", "text": "pydoc"}, "recover": {"steps": 2}}
+    assert configs.load(write(tmp_path / "c.yaml", MINIMAL | {"blocks": [cut | read]})).cuts[0].recover.steps == 2
+
+
 def test_a_factor_that_trains_alone_has_a_higher_rate(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", MINIMAL | {"train": {"steps": 3}})
     for overrides, form, rate in (

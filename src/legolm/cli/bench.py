@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from legolm.cli.options import check_used
+
 
 def bench(
     models: Annotated[list[str], typer.Argument(help="RUN:CLIENT, folders, `starter` or hub ids")],
@@ -15,9 +17,11 @@ def bench(
     tokens: Annotated[int, typer.Option(min=2, help="tokens that are generated")] = 32,
 ) -> None:
     """Prefill, decode, first token, memory, bytes, and energy where the system tells it; all models take turns."""
+    wanted = [name.strip() for name in runtimes.split(",")]
+    check_used("llama.cpp" in wanted, "--quant", "llama.cpp among --runtimes")
+
     from legolm.export import bench as measure
     from legolm.export import checked_runtimes
     from legolm.report import print_speeds
 
-    wanted = [name.strip() for name in runtimes.split(",")]
     print_speeds(measure(models, checked_runtimes(wanted), quant, prompt, tokens))

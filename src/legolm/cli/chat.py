@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from legolm.cli.export import Model
-from legolm.cli.options import Template, prompts_of
+from legolm.cli.options import Template, check_used, prompts_of
 
 
 def chat(
@@ -23,6 +23,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, max=10, help="0: the likeliest token each time")] = 0.0,
 ) -> None:
     """Talk to a model: a line is a message, an empty one begins anew, Ctrl-D ends."""
+    check_used(compare, "--base", "--compare")
     from legolm.data import Message, prompt_look, take_look
     from legolm.evaluation import Subject, line_up, load_subject, reply
     from legolm.export import find_model

@@ -17,6 +17,7 @@ from legolm.cli.options import (
     Precision,
     Template,
     check_new,
+    check_used,
     prompts_of,
     rows_of,
     task_names,
@@ -49,6 +50,7 @@ def evaluate(
 
     With --out, a command that was killed goes on where it was.
     """
+    check_used(data is not None, "--template", "--data")
     if out is not None:
         check_new(out)
     from legolm.config import RowsConfig, validate

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import click
 import typer
+from click.core import ParameterSource
 
 from legolm.errors import LegolmError
 
@@ -63,6 +65,14 @@ def check_new(out: Path) -> None:
     if out.exists():
         raise LegolmError(f"--out {out}: is already there; give another one")
     check_room(out)
+
+
+def check_used(used: bool, options: str, wants: str) -> None:
+    """Raise `LegolmError` where one of `options` ("--a, --b") is given on the command line and is not `used`."""
+    given = click.get_current_context().get_parameter_source
+    for option in () if used else options.split(", "):
+        if given(option.strip("-").replace("-", "_")) is ParameterSource.COMMANDLINE:
+            raise LegolmError(f"{option}: only with {wants}; give that too, or leave it out")
 
 
 def task_names(listed: str | None) -> list[str]:

@@ -16,6 +16,7 @@ from legolm.cli.options import (
     Messages,
     Template,
     check_new,
+    check_used,
     prompts_of,
     rows_of,
 )
@@ -39,6 +40,7 @@ def pick(
     picture: Annotated[Path | None, typer.Option(help="SVG file of the trade-off")] = None,
 ) -> None:
     """Measure models on this device, and name the best of those that fit."""
+    check_used(runtime == "llama.cpp", "--quant", "--runtime llama.cpp")
     if picture is not None:
         check_new(picture)
     from legolm.config import RowsConfig, parse_quantity, validate

@@ -18,10 +18,13 @@ from legolm.cli.options import (
     Precision,
     Template,
     check_new,
+    check_used,
     prompts_of,
     rows_of,
 )
 from legolm.errors import LegolmError
+
+TEXT = "--calibration, --samples, --length, --layout, --instruction, --input, --answer, --messages, --bad-rows"
 
 
 def prune(
@@ -74,7 +77,9 @@ def prune(
     sums = [str(path) for path in statistics] if statistics else None
     if statistics and len({path.resolve() for path in statistics}) < len(statistics):
         raise LegolmError("--statistics: a file is given twice; its client would count twice")
-    text = {"text": calibration, "samples": samples, "length": length, "statistics": sums}
+    text: dict[str, object] = {"samples": samples, "length": length, "statistics": sums}
+    if recover or not sums:
+        text["text"] = calibration
     text |= rows_of(layout, instruction, input, answer, messages, bad_rows)
     wanted = []
     chosen = _each(targets)
@@ -92,12 +97,17 @@ def prune(
 
     from legolm.data import check_text
     from legolm.models import fingerprint, lasting_name, load_tokenizer, resolve
-    from legolm.prune import cut_blocks, kept_block
+    from legolm.prune import cut_blocks, kept_block, needs_of
     from legolm.report import print_blocks
     from legolm.system import Progress
 
+    cuts = wanted[0][0]
+    reads = needs_of(cuts) != "nothing"
+    check_used(reads, "--statistics", f"a method that reads activations, as {method} does not")
+    beside = "--recover beside --statistics" if statistics else f"--recover where {method} reads no text"
+    check_used(recover > 0 or (reads and not statistics), TEXT, beside)
     base, progress = resolve(model), Progress()
-    notes = check_text(calibration, wanted[0][0].calibration, "--calibration") if statistics is None else []
+    notes = check_text(calibration, cuts.calibration, "--calibration") if recover or not statistics else []
     digest, tokenizer = fingerprint(base), load_tokenizer(base, prompts_of(template))
     blocks = {folder: kept_block(folder, digest, spec, seed, precision, tokenizer) for spec, folder in wanted}
     left = [(spec, folder) for spec, folder in wanted if blocks[folder] is None]

@@ -58,6 +58,12 @@ class CalibrationConfig(TextConfig):
             raise ValueError(f"give `{CLIENTS}`, or a list of files of `legolm calibrate`")
         return value
 
+    @model_validator(mode="after")
+    def _asked_for_sketches(self) -> CalibrationConfig:
+        if self.statistics != CLIENTS and self.sketch != type(self).model_fields["sketch"].default:
+            raise ValueError(f"sketch {self.sketch}: is for `statistics: {CLIENTS}`; give that too, or leave it out")
+        return self
+
 
 class RecoverConfig(Section):
     """Distillation from the LLM after the cut, at the first of `steps` and `minutes` done. 0 steps: none.
@@ -155,6 +161,12 @@ class BlockConfig(OpenSection):
             raise ValueError(
                 "structured with calibration.statistics takes intermediate_size and num_key_value_heads: "
                 "to choose a shape or layers, text is needed"
+            )
+        fits = not (self.recover.most_steps and self.recover.text is None)
+        if self.calibration.statistics and fits and self.calibration.text != CalibrationConfig().text:
+            raise ValueError(
+                f"calibration.text {self.calibration.text}: beside calibration.statistics only recovery without a text "
+                "of its own reads it; leave it out, or give recover.steps"
             )
         return self
 
