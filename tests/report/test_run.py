@@ -11,7 +11,7 @@ import pytest
 
 from legolm.errors import LegolmError
 from legolm.report import print_summary, write_report
-from legolm.report.page import Raw, number, tag
+from legolm.report.page import Raw, number, short, tag
 from legolm.report.plots import _spread, drawn
 from legolm.report.run import render, verdict
 from legolm.runs import Summary
@@ -148,11 +148,11 @@ def test_the_verdict_is_what_one_computes_by_hand(summary: Summary) -> None:
         "Blocks, others’ data",
         "Blocks, own data",
     ]
-    assert llm.numbers == "4.00 → 1.50" and "62.5 % better" in llm.text and "from 2.0 % to 20.0 %" in llm.text
-    assert others.numbers == "2.50 vs 4.00"
-    assert "2 of 2 clients (mean 2.50 against 4.00: 37.5 % better)" in others.text
+    assert llm.numbers == "4.000 → 1.500" and "62.5 % better" in llm.text and "from 2.0 % to 20.0 %" in llm.text
+    assert others.numbers == "2.500 vs 4.000"
+    assert "2 of 2 clients (mean 2.500 against 4.000: 37.5 % better)" in others.text
     assert "Personal models have 2.60" in others.text
-    assert "5.0 % better than local-only training (mean 1.90 against 2.00; better for 1 of 2 clients)" in own.text
+    assert "5.0 % better than local-only training (mean 1.900 against 2.000; better for 1 of 2 clients)" in own.text
     assert "global update alone: 10.0 % worse" in own.text
 
 
@@ -163,7 +163,7 @@ def test_the_verdict_does_not_hide_bad_news(raw: dict[str, Any]) -> None:
         each["others"]["global"] = each["others"]["local"] + 1
     llm, others, own = verdict(typed(raw))
     assert "25.0 % worse" in llm.text and "No round beat the start" in llm.text
-    assert "0 of 2 clients (mean 5.00 against 4.00: 25.0 % worse)" in others.text
+    assert "0 of 2 clients (mean 5.000 against 4.000: 25.0 % worse)" in others.text
     assert "50.0 % worse than local-only training" in own.text
 
 
@@ -221,11 +221,29 @@ def test_refused_updates_show_their_reason_and_the_best_round_its_star(summary: 
     assert "★ 1.62" in words(row(page, "2")) and "★" not in row(page, "1")
 
 
+def test_a_run_without_rounds_says_nothing_of_them(raw: dict[str, Any]) -> None:
+    for one in raw["clients"]:
+        for figures in ("own", "others", "own_exact_match", "others_exact_match"):
+            one[figures] = {stage: one[figures][stage] for stage in ("before", "local")}
+    raw |= {"rounds": 0, "best_round": 0, "history": raw["history"][:1]}
+    raw["llm"] |= {"best_round": 0, "loss_after": 4.0}
+    found, page = verdict(typed(raw)), words(render(typed(raw)))
+    assert [one.name for one in found] == ["Blocks, own data", "Blocks, others’ data"]
+    assert found[0].text.endswith("(mean 2.000 against 4.250; better for 2 of 2 clients).")
+    assert "trained alone" in page and "★" not in page
+    assert "No round beat" not in page and "after the global update" not in page
+
+
+def test_names_that_begin_alike_differ_in_figures() -> None:
+    names = [short(f"hospital-north-{ward}") for ward in ("surgery", "eyes")]
+    assert names == ["hospit…surgery", "hospit…th-eyes"] and short("hospital-north") == "hospital-north"
+
+
 def test_bold_is_the_best_of_those_that_trained(raw: dict[str, Any]) -> None:
     bold = re.findall(r"<b>([^<]+)</b>", row(render(typed(raw)), "de"))
-    assert bold == ["25.0 %", "2.00", "3.00", "25.0 %"]
+    assert bold == ["25.0 %", "2.000", "3.000", "25.0 %"]
     tied = row(render(typed(raw)), "fr")
-    assert tied.count("<b>1.80</b>") == 2
+    assert tied.count("<b>1.800</b>") == 2
     for each in raw["clients"]:
         each["own"] |= {"local": 1.0, "global": 1.001, "personal": 0.999}
         each["own_exact_match"] = dict.fromkeys(each["own"], 0.0)
@@ -247,9 +265,9 @@ def test_losses_may_be_missing_or_no_numbers(raw: dict[str, Any]) -> None:
     raw["clients"][0]["others"], raw["clients"][0]["others_exact_match"] = {}, {}
     raw["history"][1]["clients"]["fr"] = {"own": float("inf"), "others": None}
     raw["history"][1]["llm"]["loss"] = raw["llm"]["loss_after"] = float("nan")
-    assert "1 of 1 clients (mean 2.00 against 4.50" in verdict(typed(raw))[1].text
+    assert "1 of 1 clients (mean 2.000 against 4.500" in verdict(typed(raw))[1].text
     page = render(typed(raw))
-    assert "4.00 → –" in page and "nan" not in words(page).lower()
+    assert "4.000 → –" in page and "nan" not in words(page).lower()
     assert "<td><span>–</span>" in row(page, "mean")  # no mean over fewer clients than there are
 
 
@@ -282,7 +300,7 @@ def test_where_each_scores_its_own_data_the_page_says_so_and_has_no_empty_column
     print_summary(summary, tmp_path)
     said = capsys.readouterr().out
     assert "on other clients' test data" not in said and "on the clients' own test data" in said
-    assert "LLM on the server's own test data: 4.00 before" in said
+    assert "LLM on the server's own test data: 4.000 before" in said
 
 
 def test_a_run_whose_llm_nobody_scored(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

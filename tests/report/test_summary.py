@@ -15,6 +15,7 @@ from legolm.runs import (
     Identity,
     Machine,
     Others,
+    Refusal,
     RoundRecord,
     Score,
     Scores,
@@ -91,6 +92,39 @@ def test_others_are_the_same_clients_in_every_stage() -> None:
     assert list(frame["llm_loss"]) == pytest.approx([39.5, 29.5, 19.5])
     assert list(found.to_frame("clients")["own_local"]) == [i + 5 for i in range(20)]
     assert found.to_frame("clients")["own_personal"].isna().all()
+
+
+def test_rounds_are_compared_by_the_clients_that_all_of_them_scored() -> None:
+    """c19 has the highest loss and is away in round 2, in which all others are worse than in round 1."""
+
+    def scored(extra: float, ids: list[str]) -> dict[str, Any]:
+        held = [
+            Held(clients=[id], scores=Scores({id: score(extra)}), validation=extra + 10 * (id == "c19")) for id in ids
+        ]
+        gone = [Refusal(client=id, reason="gone") for id in IDS if id not in ids]
+        loss = fmean(one.validation or 0.0 for one in held)
+        return {"held": held, "llm": None, "llm_validation": None, "validation": loss, "unscored": gone}
+
+    sent = {id: Traffic(up=1, down=20) for id in IDS[:19]}
+    records = [round_of(0, 0, **scored(3.0, IDS)), round_of(1, 0, **scored(2.0, IDS))]
+    records.append(round_of(2, 0, **scored(2.25, IDS[:19]), scoring=sent))
+    assert records[2].validation == 2.25 < (records[1].validation or 0.0) == 2.5
+    found = summary_of({"scores": "own"}, [*records])
+    assert [entry.validation for entry in found.history] == [3.0, 2.0, 2.25] and found.best_round == 1
+    # Of scoring in the rounds, and not in what training took.
+    assert [(entry.bytes_up, entry.bytes_down) for entry in found.history] == [(0, 0), (7, 11), (7 + 19, 11 + 380)]
+    assert (found.bytes_up_per_round, found.bytes_down_per_round, found.bytes_scoring) == (7, 11, 399)
+
+
+def test_what_blocks_were_cut_by_is_spread_over_the_rounds() -> None:
+    asked = {"c00": Traffic(up=40, down=2)}
+    found = summary_of({}, [round_of(0, 2.0, bytes=asked), round_of(1, 1.0), round_of(2, 1.0)])
+    assert (found.bytes_up_per_round, found.bytes_down_per_round) == (7 + 20, 11 + 1)
+
+
+def test_without_rounds_there_is_no_global_update() -> None:
+    found = summary_of({}, [round_of(0, 30.0), *(alone(id, on_everyone(5.0)) for id in IDS)])
+    assert all(set(client.own) == set(client.others) == {"before", "local"} for client in found.clients)
 
 
 def test_where_each_scores_its_own_data_there_are_no_others_and_perhaps_no_llm() -> None:

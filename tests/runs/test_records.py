@@ -12,7 +12,7 @@ import pytest
 
 from helpers import assert_one_line, legolm
 from legolm.errors import LegolmError
-from legolm.report.compare import page, shown
+from legolm.report.compare import budget, page, shown
 from legolm.runs import (
     UNSCORED,
     CompareRow,
@@ -50,6 +50,17 @@ def test_what_came_before_the_rounds_is_spread_over_them() -> None:
     assert traffic_of(rounds) == ((40 + 3) / 3, (4 + 6) / 3)
     assert traffic_of(rounds, {"a"}) == (21, 4) and traffic_of(rounds, {"b"}) == (1, 2)
     assert traffic_of(rounds[:1]) == (40, 4) and traffic_of([]) == (0, 0)
+
+
+def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
+    rounds = [RoundRecord(round=at, seconds=0, **dict(UNSCORED)) for at in range(2)]
+    lines = "".join(dump_record(one, indent=None) for one in rounds)
+    for cut, count in ((0, 2), (1, 1), (40, 1)):
+        (tmp_path / "metrics.jsonl").write_text(lines[: len(lines) - cut])
+        assert read_stages(tmp_path / "metrics.jsonl") == rounds[:count]
+    (tmp_path / "metrics.jsonl").write_text("{\n" + lines)
+    with pytest.raises(LegolmError, match="is broken"):
+        read_stages(tmp_path / "metrics.jsonl")
 
 
 def test_a_comparison_is_the_same_in_json_csv_and_pandas(tmp_path: Path) -> None:
@@ -105,3 +116,19 @@ def test_what_an_earlier_version_wrote_is_named_in_one_line(tmp_path: Path) -> N
         (tmp_path / "metrics.jsonl").write_text(line + "\n")
         with pytest.raises(LegolmError, match=rf"metrics\.jsonl: {says}"):
             read_stages(tmp_path / "metrics.jsonl")
+
+
+def test_bytes_are_the_same_where_both_ways_are() -> None:
+    one, two = variant("a"), variant("b", bytes_down=4e6)
+    assert budget(Comparison(name="s", rows=[one, one])).endswith("; the same bytes passed, both ways (to 2 %).")
+    assert budget(Comparison(name="s", rows=[one, two])).endswith(
+        "differ: 3.00 to 5.00 MB a client and round, both ways."
+    )
+
+
+def test_an_axis_tells_its_losses_apart() -> None:
+    points = [
+        {"round": at, "tokens": 1250e3 * at, "bytes": 0, "blocks": 1.0, "llm": 0.1126 + 4e-4 * at} for at in (0, 1)
+    ]
+    drawn = page(Comparison(name="s", rows=[variant("a", curve=points)]))
+    assert all(f">{text}</text>" in drawn for text in ("0.11260", "0.11280", "0.11300", "1,250"))

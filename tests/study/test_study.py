@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -14,9 +15,20 @@ from helpers import legolm
 from legolm.config import RunConfig, load_study
 from legolm.errors import LegolmError
 from legolm.plan import Parts, read_parts
-from legolm.runs import Comparison, RunDir, read_record
+from legolm.runs import (
+    CompareRow,
+    Comparison,
+    Held,
+    Refusal,
+    RoundRecord,
+    RunDir,
+    Score,
+    Scores,
+    dump_record,
+    read_record,
+)
 from legolm.study import compare
-from legolm.study.compare import plans
+from legolm.study.compare import plans, tried
 
 Write = Callable[..., Path]
 
@@ -179,3 +191,30 @@ def test_a_shared_block_is_of_the_text_as_it_is_now(
     compare(study({"name": "c"}), out, models=False)
     of_a, of_b, of_c = ((out / name / "blocks/wide/model.safetensors").read_bytes() for name in "abc")
     assert of_a != of_b == of_c
+
+
+def test_tokens_are_those_of_the_rounds_whatever_is_trained_alone_beside(study: Write, tmp_path: Path) -> None:
+    path = study({"name": "plain"}, {"name": "beside", "set": {"evaluate.local_only": True}})
+    plain, beside = compare(path, tmp_path / "out", models=False).rows
+    assert plain.llm == beside.llm
+    assert plain.tokens == beside.tokens == beside.curve[-1].tokens and plain.flops == beside.flops
+
+
+def test_rates_are_compared_by_the_clients_that_have_scores_at_each(tmp_path: Path) -> None:
+    """The higher rate is worse for every client, and lacks the one with the highest loss."""
+
+    def round_of(number: int, losses: dict[str, float]) -> RoundRecord:
+        of = {id: Scores({id: Score(loss=loss, exact_match=0, tokens=1, examples=1)}) for id, loss in losses.items()}
+        held = [Held(clients=[id], scores=of[id], validation=loss) for id, loss in losses.items()]
+        gone = [Refusal(client=id, reason="gone") for id in "abc" if id not in losses]
+        mean, none = fmean(losses.values()), {"llm": None, "llm_validation": None}
+        return RoundRecord(round=number, held=held, unscored=gone, validation=mean, seconds=0, **none)
+
+    start = {"a": 3.0, "b": 3.0, "c": 9.0}
+    ends = {"rates/0.1/x": {"a": 1.0, "b": 1.0, "c": 6.0}, "rates/0.2/x": {"a": 2.0, "b": 2.0}}
+    for place, end in ends.items():
+        (tmp_path / place).mkdir(parents=True)
+        lines = (dump_record(one, indent=None) for one in (round_of(0, start), round_of(1, end)))
+        (tmp_path / place / "metrics.jsonl").write_text("".join(lines))
+    row = CompareRow.model_construct(mode="federated", llm_validation=None)
+    assert tried(dict.fromkeys(ends, row), tmp_path) == {"rates/0.1/x": 1.0, "rates/0.2/x": 2.0}

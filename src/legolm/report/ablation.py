@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from legolm.report.fit import print_lines, print_table
-from legolm.report.page import Raw, document, drawing, figure, section, soft, tag
+from legolm.report.page import Raw, document, drawing, figure, section, short, soft, tag
 from legolm.report.shown import sampled
 from legolm.runs import Ablation, LeftOut, Losses
 from legolm.system import atomic_write
@@ -91,7 +91,7 @@ def plot(found: Ablation, measure: str) -> Raw:
         marks += [
             tag("rect", title, x=x, y=min(y(0), y(value)), class_=one.kind, **size),
             tag("text", f"{value:.4g}", x=middle, y=y(value + spread) - 4, text_anchor="middle"),
-            tag("text", one.name[:14], x=x + 8, y=tall - 56, transform=f"rotate(30 {x + 8} {tall - 56})"),
+            tag("text", short(one.name), x=x + 8, y=tall - 56, transform=f"rotate(30 {x + 8} {tall - 56})"),
         ]
         if spread:
             ends = {"y1": y(value - spread), "y2": y(value + spread)}
@@ -109,7 +109,10 @@ def plot(found: Ablation, measure: str) -> Raw:
 
 def _lines(found: Ablation) -> dict[str, Losses]:
     """What the left-out ones are beside."""
-    local = {"local only": found.local} if found.local else {}
+    local = {}
+    if found.local:
+        there, asked = len(found.local.by_client), len(found.all.by_client)
+        local = {"local only" + (f", {there} of {asked} clients" if there < asked else ""): found.local}
     return {"before": found.before, **local, "global update": found.all}
 
 

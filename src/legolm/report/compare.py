@@ -42,8 +42,8 @@ LEGEND = (
     "Losses: nats per answer token on test data, of the LLM, and of the clients' blocks on their own and others' data, "
     "each after the round beside it (the LLM's best, the blocks' best; trained alone: 0, no round); exact %: answers "
     "right to the letter. valid.: losses on validation data, the LLM's on all, blocks' on their own. MB: a client and "
-    "round. Tokens, TFLOP: training of all clients, each row read by itself. Memory: MB that training needs, mean of "
-    "those who train."
+    "round, without scoring. Tokens, TFLOP: training of all clients, each row read by itself. Memory: MB that training "
+    "needs, mean of those who train."
 )
 Runs = Sequence[CompareRow]
 """One variant's, a seed each."""
@@ -90,17 +90,18 @@ def budget(found: Comparison) -> str:
     """Whether all variants had the same tokens and bytes, in words."""
     every = variants(found).values()
     tokens = {fmean(one.tokens for one in runs) for runs in every}
-    up = [mean for runs in every if (mean := fmean(one.bytes_up for one in runs))]
+    sent = [mean for runs in every if (mean := fmean(one.bytes_up + one.bytes_down for one in runs))]
     words = (
         "All variants trained on the same tokens"
         if len(tokens) == 1
         else (f"Tokens differ: {min(tokens):,.0f} to {max(tokens):,.0f}")
     )
-    if not up:
+    if not sent:
         return words + "."
-    if max(up) <= 1.02 * min(up):
-        return words + "; all sent the same bytes (to 2 %)."
-    return words + f"; bytes sent differ: {min(up) / 1e6:.2f} to {max(up) / 1e6:.2f} MB a client and round."
+    if max(sent) <= 1.02 * min(sent):
+        return words + "; the same bytes passed, both ways (to 2 %)."
+    least, most = min(sent) / 1e6, max(sent) / 1e6
+    return words + f"; bytes differ: {least:.2f} to {most:.2f} MB a client and round, both ways."
 
 
 def page(found: Comparison) -> str:
@@ -171,7 +172,8 @@ def curves(found: Comparison) -> list[Raw]:
             if not lines:
                 continue
             most = max(x for line in lines.values() for x, _ in line) or 1.0
-            ticks = {share: f"{share * most:,.3g}" for share in (0.0, 0.5, 1.0)}
+            digits = 0 if most >= 100 else 2 - math.floor(math.log10(most))
+            ticks = {share: f"{share * most:,.{digits}f}" for share in (0.0, 0.5, 1.0)}
             at, marks = _axes([y for line in lines.values() for _, y in line], ticks, name)
             for place, variant in enumerate(variants(found)):
                 if variant in lines:
@@ -197,6 +199,7 @@ def _axes(
     finite = [value for value in values if math.isfinite(value)] or [0.0]
     least, span = min(finite), (max(finite) - min(finite)) or 1.0
     right = WIDTH - 20
+    digits = max(2, 1 - math.floor(math.log10(span)))
 
     def at(share: float, value: float) -> tuple[float, float]:
         height = (value - least) / span if math.isfinite(value) else 1.0
@@ -205,7 +208,7 @@ def _axes(
     marks = []
     for share in (0.0, 0.5, 1.0):
         x, y = at(0, least + share * span)
-        marks.append(tag("text", f"{least + share * span:.2f}", x=x - 6, y=y + 4, text_anchor="end"))
+        marks.append(tag("text", f"{least + share * span:.{digits}f}", x=x - 6, y=y + 4, text_anchor="end"))
         marks.append(tag("line", x1=x, x2=WIDTH, y1=y, y2=y, class_="grid"))
     for share, text in ticks.items():
         marks.append(tag("text", text, x=at(share, least)[0], y=HEIGHT - BOTTOM + 18, text_anchor="middle"))

@@ -84,7 +84,13 @@ def number(value: float | None) -> float | None:
 
 def loss(value: float | None) -> str:
     """A loss in words."""
-    return "–" if (known := number(value)) is None else f"{known:.2f}"
+    return "–" if (known := number(value)) is None else f"{known:.3f}"
+
+
+def short(name: str, most: int = 14) -> str:
+    """A name of `most` letters: of a longer one the middle goes, for names that begin alike often end otherwise."""
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[len(name) - (most - 1 - half) :]}"
 
 
 def percent(share: float | None) -> str:

@@ -16,7 +16,7 @@ from html import escape
 from typing import Any, Literal
 
 from legolm.errors import LegolmError
-from legolm.report.page import number
+from legolm.report.page import number, short
 from legolm.report.style import LIGHT
 from legolm.runs import ClientSummary, Data, Stage, Summary
 
@@ -101,7 +101,7 @@ def _curves(axes: Any, summary: Summary, data: Data) -> None:
         axes.plot([rounds[kept], end], [line[kept], finish], linewidth=0.9, linestyle=(0, (1, 2)), **style)
         for stage, x in columns.items():
             axes.plot([x], [values[stage]], **_MARKS[stage], **style)
-        names.append((finish, _short(client.id), style))
+        names.append((finish, short(client.id), style))
     llm = [_nan(entry.llm.loss if entry.llm else None) for entry in history]
     axes.plot(rounds, llm, linewidth=3, marker="o", markersize=4, color=_INK, zorder=4)
     axes.plot([rounds[llm_kept], end], [llm[llm_kept]] * 2, linewidth=0.9, linestyle=(0, (1, 2)), color=_INK)
@@ -133,7 +133,7 @@ def _overview(axes: Any, summary: Summary, data: Data) -> None:
         for (stage, mark), shift in zip(_MARKS.items(), (0.0, -0.2, 0.0, 0.2), strict=True):
             axes.plot([values[stage]], [i + shift], **mark, **style)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_yticks(range(len(clients)), [_short(client.id) for _, client in clients])
+    axes.set_yticks(range(len(clients)), [short(client.id) for _, client in clients])
     axes.set(ylim=(len(clients) - 0.4, -0.6), xlim=_limits(summary), xlabel="loss (nats/token)")
     axes.grid(axis="x", color=_GRID, linewidth=0.7, clip_on=False)
 
@@ -227,10 +227,6 @@ def _spread(heights: Sequence[float], gap: float, low: float, high: float) -> li
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else name[:13] + "…"
 
 
 def _nan(value: float | None) -> float:

@@ -66,9 +66,9 @@ def render(summary: Summary) -> str:
 
 
 def verdict(summary: Summary) -> list[Finding]:
-    """What the run showed, also when it is bad news; nothing of what nobody scored."""
+    """What the run showed, also when it is bad news; nothing of what nobody scored, or of rounds that there are not."""
     found, llm = [], summary.llm
-    if llm.loss_before is not None:
+    if llm.loss_before is not None and summary.rounds:
         before, after = number(llm.loss_before), number(llm.loss_after)
         data = "all clients’ held-out answers" if summary.scores == "everyone" else "the server’s own held-out answers"
         text = f"The LLM’s loss on {data} went from {loss(before)} to {loss(after)}"
@@ -83,20 +83,26 @@ def verdict(summary: Summary) -> list[Finding]:
     count, wins, mean, other = _compare(summary, "others", "global", rival)
     if count:
         text = f"On other clients’ data, blocks after the global update are better than {against} for "
-        text += f"{wins} of {count} clients (mean {mean:.2f} against {other:.2f}: {change(mean, other)})."
+        text += f"{wins} of {count} clients (mean {loss(mean)} against {loss(other)}: {change(mean, other)})."
         later, _, moved, _ = _compare(summary, "others", "personal", rival)
-        text += f" Personal models have {moved:.2f}." if later else ""
+        text += f" Personal models have {loss(moved)}." if later else ""
         text += " This run has no local-only baseline." if rival == "before" else ""
-        found.append(Finding("Blocks, others’ data", f"{mean:.2f} vs {other:.2f}", text))
+        found.append(Finding("Blocks, others’ data", f"{loss(mean)} vs {loss(other)}", text))
 
     alone, last = (_compare(summary, "own", stage, rival) for stage in (STAGES[2], STAGES[3]))
     count, wins, mean, other = last if last[0] else alone
     if count:
         step = "as personal models" if last[0] else "after the global update (this run has no personal models)"
         text = f"On their own data {step} they are {change(mean, other, against)} "
-        text += f"(mean {mean:.2f} against {other:.2f}; better for {wins} of {count} clients)."
+        text += f"(mean {loss(mean)} against {loss(other)}; better for {wins} of {count} clients)."
         text += f" With the global update alone: {change(*alone[2:])}." if last[0] and alone[0] else ""
-        found.append(Finding("Blocks, own data", f"{mean:.2f} vs {other:.2f}", text))
+        found.append(Finding("Blocks, own data", f"{loss(mean)} vs {loss(other)}", text))
+    if not summary.rounds:
+        for data in scored(summary):
+            count, wins, mean, other = _compare(summary, data, "local", "before")
+            text = f"Each block was trained alone. On {_DATA[data]} they are {change(mean, other, 'before')} "
+            text += f"(mean {loss(mean)} against {loss(other)}; better for {wins} of {count} clients)."
+            found.append(Finding(f"Blocks, {_DATA[data]}", f"{loss(mean)} vs {loss(other)}", text))
     return found
 
 
@@ -216,7 +222,7 @@ def _share(weight: float) -> str:
 
 
 def _scores(losses: Mapping[Stage, float], exact: Mapping[Stage, float], stages: Iterable[Stage]) -> list[Raw]:
-    low, high = _best(losses, 2, min), _best(exact, 3, max)
+    low, high = _best(losses, 3, min), _best(exact, 3, max)
     return [
         tag(
             "td",
@@ -258,7 +264,8 @@ def _rounds(summary: Summary) -> Raw:
         ours: list[tuple[float | None, int]] = [(entry.validation, summary.best_round)]
         ours += [(entry.llm_validation, summary.llm.best_round)] if llm_too else []
         validation = [
-            tag("td", tag("b", "★ ", loss(value)) if entry.round == best else loss(value)) for value, best in ours
+            tag("td", tag("b", "★ ", loss(value)) if summary.rounds and entry.round == best else loss(value))
+            for value, best in ours
         ]
         llm = (entry.llm.loss, entry.llm.exact_match) if entry.llm else (None, None)
         cells = (
@@ -277,7 +284,8 @@ def _rounds(summary: Summary) -> Raw:
         names += ["LLM, validation loss (nats/token)", "LLM loss (nats/token)", "LLM exact match"]
     names += ["up (MB)", "down (MB)", "time (s)", *(["epsilon so far"] if summary.privacy else ())]
     text = "★ the lowest validation loss: the round that is kept, for the blocks and for the LLM."
-    return section("Rounds", table("What each round took in, cost and reached", names, rows, 3), soft(text))
+    told = [soft(text)] if summary.rounds else []
+    return section("Rounds", table("What each round took in, cost and reached", names, rows, 3), *told)
 
 
 def _time(summary: Summary) -> Raw:

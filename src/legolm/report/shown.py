@@ -65,6 +65,11 @@ def notes(summary: Summary) -> list[str]:
     ]
     if summary.others.asked == 0 < summary.others.there:
         found.append("Each block was scored on its own client’s data only: there are no figures on others’ data.")
+    if summary.bytes_scoring:
+        found.append(
+            f"Asking clients for their scores took {summary.bytes_scoring / 1e6:,.2f} MB in all, both ways: it is in "
+            "the rounds’ bytes, and not in the blocks’."
+        )
     if summary.llm.loss_before is None:
         found.append("Nobody scored the LLM: the server has no data of its own (evaluate.server_data).")
     for client in summary.clients:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from legolm.runs import RunDir, finished, read_live, read_stages, rounds_of
+from legolm.runs import RunDir, finished, lacking, read_live, read_stages, rounds_of, validations
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -28,17 +28,17 @@ def read_status(folder: Path) -> dict[str, Any]:
             "since": now.since.isoformat() if now else None,
             "updates": sum(one.id in r.accepted for r in rounds),
             "refused": sum(any(no.client == one.id for no in r.refused) for r in rounds),
-            "bytes_up": sum(r.bytes[one.id].up for r in rounds if one.id in r.bytes),
-            "bytes_down": sum(r.bytes[one.id].down for r in rounds if one.id in r.bytes),
+            "bytes_up": sum(r.sent[one.id].up for r in rounds if one.id in r.sent),
+            "bytes_down": sum(r.sent[one.id].down for r in rounds if one.id in r.sent),
             "validation": held.validation if held else None,
         }
-    done = [r for r in rounds if r.round > 0]
+    done, losses = [r for r in rounds if r.round > 0], validations(rounds, lacking(rounds))
     return {
         "run": run.identity().run if run.identity_file.exists() else None,
         "rounds_done": len(done),
         "rounds": config.federation.rounds,
         "finished": finished(folder),
-        "validation": [r.validation for r in rounds],
+        "validation": [losses.get(r.round) for r in rounds],
         "privacy": next((r.privacy.model_dump() for r in reversed(done) if r.privacy), None),
         "seconds": [r.seconds for r in done],
         "clients": clients,

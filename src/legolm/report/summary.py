@@ -27,9 +27,11 @@ from legolm.runs import (
     Summary,
     best_round,
     clients_of,
+    lacking,
     others_of,
     passed_of,
     rounds_of,
+    validations,
 )
 
 ALONE: tuple[Literal["local", "personal"], ...] = ("local", "personal")
@@ -53,11 +55,14 @@ def summarize(
     rounds = rounds_of(records)
     best, llm_best = best_round(rounds, "validation"), best_round(rounds, "llm_validation")
     others = others_of(config)
-    stages: dict[Stage, dict[str, Scores]] = {"before": rounds[0].by_client(), "global": best.by_client()}
+    stages: dict[Stage, dict[str, Scores]] = {"before": rounds[0].by_client()}
+    if len(rounds) > 1:  # else each trained alone
+        stages["global"] = best.by_client()
     for stage in ALONE:
         stages[stage] = {one.client: one.scores for one in clients_of(records, stage)}
     ended = {one.client: one for one in clients_of(records, "personal")}
     before, after = _llm(rounds[0]), _llm(llm_best)
+    losses = validations(rounds, lacking(rounds))
     seconds = _seconds(records, blocks, cut_s)
     return Summary(
         run=name,
@@ -78,7 +83,7 @@ def summarize(
         by_input=config.federation.personal == "by_input",
         best_round=best.round,
         privacy=_privacy(config, rounds),
-        blocks=[_block(block, block_of, rounds[1:]) for block in blocks.values()],
+        blocks=[_block(block, block_of, rounds) for block in blocks.values()],
         clients=[
             _client(
                 id, block, stages, others[id], [one for one in passed_of(records) if one.client == id], ended.get(id)
@@ -92,9 +97,10 @@ def summarize(
             exact_match_before=before.exact_match if before else None,
             exact_match_after=after.exact_match if after else None,
         ),
-        bytes_up_per_round=_per_round(rounds[1:], "up", block_of),
-        bytes_down_per_round=_per_round(rounds[1:], "down", block_of),
-        history=[_history(record, others) for record in rounds],
+        bytes_up_per_round=_per_round(rounds, "up", block_of),
+        bytes_down_per_round=_per_round(rounds, "down", block_of),
+        bytes_scoring=sum(one.up + one.down for record in rounds for one in record.scoring.values()),
+        history=[_history(record, others, losses.get(record.round)) for record in rounds],
     )
 
 
@@ -162,7 +168,7 @@ def _block(block: Block, block_of: Mapping[str, str], rounds: Sequence[RoundReco
     )
 
 
-def _history(record: RoundRecord, others: Mapping[str, Sequence[str]]) -> RoundSummary:
+def _history(record: RoundRecord, others: Mapping[str, Sequence[str]], validation: float | None) -> RoundSummary:
     clients = {}
     for id, scores in record.by_client().items():
         rest = scores.only(others[id])
@@ -171,13 +177,13 @@ def _history(record: RoundRecord, others: Mapping[str, Sequence[str]]) -> RoundS
         round=record.round,
         llm=_llm(record),
         clients=clients,
-        validation=record.validation,
+        validation=validation,
         llm_validation=record.llm_validation,
         accepted=record.accepted,
         refused=record.refused,
         unscored=record.unscored,
-        bytes_up=_traffic(record, "up", record.bytes),
-        bytes_down=_traffic(record, "down", record.bytes),
+        bytes_up=sum(one.up for one in record.sent.values()),
+        bytes_down=sum(one.down for one in record.sent.values()),
         epsilon=record.privacy.epsilon if record.privacy else None,
         seconds=record.seconds,
     )
@@ -202,12 +208,8 @@ def _seconds(records: Sequence[StageRecord], blocks: Mapping[str, Block], cut_s:
     return found
 
 
-def _traffic(record: RoundRecord, way: Literal["up", "down"], clients: Iterable[str]) -> int:
-    """Bytes of some clients in a round."""
-    return sum(getattr(record.bytes[client], way) for client in clients if client in record.bytes)
-
-
 def _per_round(rounds: Sequence[RoundRecord], way: Literal["up", "down"], clients: Iterable[str]) -> float:
-    """The same, mean over rounds."""
+    """Bytes of some clients a round; what came before the first one is spread over them."""
     wanted = list(clients)
-    return sum(_traffic(record, way, wanted) for record in rounds) / max(len(rounds), 1)
+    sent: list[int] = [getattr(record.bytes[id], way) for record in rounds for id in wanted if id in record.bytes]
+    return sum(sent) / max(len(rounds) - 1, 1)

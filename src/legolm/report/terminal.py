@@ -122,7 +122,7 @@ def print_summary(summary: Summary, out: Path) -> None:
         rows = []
         for client in summary.clients:
             losses, exact = client.loss(data), client.exact_match(data)
-            cells = (f"{losses[one]:.2f} {exact.get(one, 0):4.0%}" if one in losses else "" for one in stages)
+            cells = (f"{losses[one]:.3f} {exact.get(one, 0):4.0%}" if one in losses else "" for one in stages)
             rows.append((client.id, client.block, *cells))
         whose = "the clients' own" if data == "own" else "other clients'"
         title = f"Loss (nats per answer token) and exact answers on {whose} test data"
@@ -137,10 +137,10 @@ def print_summary(summary: Summary, out: Path) -> None:
         print_table(("client", *(f">{part}" for part in parts)), rows, title=title)
     print_samples(summary)
     llm, lines, took = summary.llm, notes(summary), f"{summary.wall_s:.0f} s."
-    if llm.loss_before is not None and llm.loss_after is not None:
+    if llm.loss_before is not None and llm.loss_after is not None and summary.rounds:
         asked = "all clients' test data" if summary.scores == "everyone" else "the server's own test data"
         took = (
-            f"LLM on {asked}: {llm.loss_before:.2f} before, {llm.loss_after:.2f} after round {llm.best_round} of "
+            f"LLM on {asked}: {llm.loss_before:.3f} before, {llm.loss_after:.3f} after round {llm.best_round} of "
             f"{summary.rounds}. {took}"
         )
     lines += [took, f"report {out / 'report.html'}", f"models {RunDir(out).finals}"]

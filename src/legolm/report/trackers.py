@@ -125,9 +125,10 @@ class Trackers:
 
 
 def figures(record: RoundRecord) -> dict[str, float]:
-    """Of a round, by name. Losses are nats per answer token, `test` the mean over clients' own data.
+    """Of a round, by name. Losses are nats per answer token, `test` the mean over clients' own data, `validation` that
+    over the clients that have scores: of `unscored` ones there are none.
 
-    Missing are the clients that the round asked and has no update of.
+    Missing are the clients that the round asked and has no update of. Bytes are all clients', of scoring too.
     """
     own = {id: scores.root[id] for id, scores in record.by_client().items()}
     trained, missing = record.train.values(), len(record.refused) + len(record.waiting)
@@ -138,11 +139,12 @@ def figures(record: RoundRecord) -> dict[str, float]:
         "loss/llm": record.llm.loss if record.llm else None,
         "exact_match/test": fmean(one.exact_match for one in own.values()) if own else None,
         "exact_match/llm": record.llm.exact_match if record.llm else None,
-        "bytes/up": sum(one.up for one in record.bytes.values()),
-        "bytes/down": sum(one.down for one in record.bytes.values()),
+        "bytes/up": sum(one.up for one in record.sent.values()),
+        "bytes/down": sum(one.down for one in record.sent.values()),
         "privacy/epsilon": record.privacy.epsilon if record.privacy else None,
         "clients/updates": len(record.accepted),
         "clients/missing": missing,
+        "clients/unscored": len(record.unscored) or None,
         "seconds": record.seconds,
     }
     if len(own) <= MOST_DRAWN:

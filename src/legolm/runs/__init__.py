@@ -39,6 +39,7 @@ from legolm.runs.records import (
     clients_of,
     dump_record,
     dump_sealed,
+    lacking,
     parse_record,
     passed_of,
     read_record,
@@ -46,6 +47,7 @@ from legolm.runs.records import (
     read_stages,
     rounds_of,
     traffic_of,
+    validations,
 )
 from legolm.runs.repair import HASHES, check_blocks, check_sealed, damages, drop_damaged, mend, seal
 from legolm.runs.resume import AGAIN, Difference
@@ -160,6 +162,7 @@ __all__ = [
     "dump_record",
     "dump_sealed",
     "finished",
+    "lacking",
     "lasting_base",
     "load_adapter_state",
     "mend",
@@ -179,5 +182,6 @@ __all__ = [
     "seal",
     "to_frame",
     "traffic_of",
+    "validations",
     "write_csv",
 ]

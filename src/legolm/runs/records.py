@@ -94,6 +94,9 @@ class Traffic(Record):
     up: int
     down: int
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(up=self.up + other.up, down=self.down + other.down)
+
 
 class Traffics(Record):
     """Of several clients, by id."""
@@ -134,6 +137,7 @@ class Global(Record):
     `validation` is the mean loss of the clients' blocks on their own validation data, `llm_validation` the LLM's on all
     clients', or on the server's own. `unscored` are the clients whose scores were refused, and are in none of these.
     `quorum` is the share of the clients that must hold what the LLM has of the update (`federation.quorum`).
+    `scoring` is what asking clients for scores took where each has its own data; in a simulation it is no one's.
     Nothing is there where nobody was asked (`evaluate.every`).
     """
 
@@ -144,6 +148,7 @@ class Global(Record):
     validation: float | None
     llm_validation: float | None
     quorum: float = 0.0
+    scoring: dict[str, Traffic] = {}
 
     def by_client(self) -> dict[str, Scores]:
         """Each client's block's scores, by client."""
@@ -177,6 +182,12 @@ class RoundRecord(Global):
     closed: float | None = None
     adapter: str = ""
     seconds: float
+
+    @property
+    def sent(self) -> dict[str, Traffic]:
+        """All that passed between the server and each client: `bytes`, which the scheme costs, and `scoring`."""
+        none = Traffic(up=0, down=0)
+        return {id: self.bytes.get(id, none) + self.scoring.get(id, none) for id in {**self.bytes, **self.scoring}}
 
 
 Part = Literal["global", "personal", "local"]
@@ -334,7 +345,8 @@ def _digest(value: object) -> str:
 def read_stages(path: Path) -> list[StageRecord]:
     """The records in a `metrics.jsonl`, in order. Raises `LegolmError` as `read_record` does."""
     try:
-        lines = read_bounded(path, 1 << 31).splitlines()  # of bytes: texts may have signs that end lines elsewhere
+        # Of bytes: texts may have signs that end lines elsewhere. What follows the last end is being written.
+        lines = read_bounded(path, 1 << 31).split(b"\n")[:-1]
     except OSError as error:
         raise LegolmError(f"{path}: cannot be read ({error.strerror}); {ANEW}") from None
     return [parse_record(line, AnyStage, path).root for line in lines]
@@ -381,14 +393,26 @@ def best_round(records: Sequence[StageRecord], by: Criterion) -> RoundRecord:
     rounds = [one for one in rounds_of(records) if one.validation is not None]
     if by == "llm_validation" and all(one.llm_validation is not None for one in rounds):
         return min(rounds, key=lambda one: (one.llm_validation, one.round))
-    lacking = {refusal.client for one in rounds for refusal in one.unscored}
-    return min(rounds, key=lambda one: (_validation(one, lacking), one.round))
+    losses = validations(rounds, lacking(rounds))
+    return min(rounds, key=lambda one: (losses[one.round], one.round))
 
 
-def _validation(record: RoundRecord, without: Collection[str]) -> float | None:
-    """The mean loss on validation data without these clients', if any is left."""
-    left = [one.validation for one in record.held if one.validation is not None and one.clients[0] not in without]
-    return fmean(left) if without and left else record.validation
+def lacking(records: Iterable[StageRecord]) -> set[str]:
+    """The clients that have no scores in some round of those that were scored."""
+    return {refusal.client for one in rounds_of(records) for refusal in one.unscored}
+
+
+def validations(records: Iterable[StageRecord], without: Collection[str]) -> dict[int, float]:
+    """The blocks' loss on validation data by the rounds that were scored, without these clients' where any is left.
+
+    Without those that are `lacking` it can be compared from round to round.
+    """
+    found = {}
+    for one in rounds_of(records):
+        left = [held.validation for held in one.held if held.validation is not None and held.clients[0] not in without]
+        if one.validation is not None:
+            found[one.round] = fmean(left) if without and left else one.validation
+    return found
 
 
 def _version(content: bytes | str) -> int | None:

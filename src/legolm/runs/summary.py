@@ -37,7 +37,9 @@ class KeptSummary(Record):
 
 
 class BlockSummary(Record):
-    """A block or the LLM. Bytes are those of all its clients in a round, seconds those of one client's training."""
+    """A block or the LLM. Bytes are what training takes all its clients in a round, with what it was cut by spread over
+    the rounds; seconds are those of one client's training.
+    """
 
     name: str
     method: str
@@ -112,7 +114,7 @@ class BlockLoss(Record):
 
 
 class RoundSummary(Record):
-    """A round, 0 is before training. Bytes are all clients'. Of `unscored` clients the scores were refused.
+    """A round, 0 is before training. Bytes are all that passed, of all clients. Of `unscored` ones scores were refused.
 
     A round in which nobody was asked (`evaluate.every`) has no losses.
     """
@@ -240,6 +242,8 @@ class Summary(Record):
     llm: LlmSummary
     bytes_up_per_round: float
     bytes_down_per_round: float
+    bytes_scoring: int = Field(0)
+    """What asking clients for their scores took in all rounds, both ways; a simulation's costs nobody anything."""
     history: list[RoundSummary]
     samples: list[Sample] = Field([])
     """A few test questions with answers; none where clients' data are their own, or no final models are written."""

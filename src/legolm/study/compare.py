@@ -40,11 +40,14 @@ from legolm.runs import (
     best_round,
     clients_of,
     finished,
+    lacking,
     on_all_data,
+    passed_of,
     read_record,
     read_stages,
     rounds_of,
     traffic_of,
+    validations,
 )
 from legolm.system import Progress, check_room, end_with_parent, held_bytes
 
@@ -92,14 +95,14 @@ def compare(
     rows = go({place: one for place, one in planned.items() if not waits(place)})
     chosen: dict[str, str] = {}
     for name, places in searches.items():
-        tried = {place: _validation(rows[place]) for place in places if place in rows}
-        if not tried:
+        losses = tried({place: rows[place] for place in places if place in rows}, out)
+        if not losses:
             rates = ", ".join(Path(place).parts[1] for place in places)
             raise LegolmError(
                 f"variant {name}: nothing could be learned at any of its rates ({rates}); give lower ones"
             )
-        chosen[name] = best = min(tried, key=lambda place: inf if isnan(tried[place]) else tried[place])
-        searched = {Path(place).parts[1]: tried.get(place) for place in places}
+        chosen[name] = best = min(losses, key=lambda place: inf if isnan(losses[place]) else losses[place])
+        searched = {Path(place).parts[1]: losses.get(place) for place in places}
         rows[best] = rows[best].model_copy(update={"searched": searched})
     settled: dict[str, tuple[RunConfig, Plan]] = {}
     for place, (config, plan) in planned.items():
@@ -151,9 +154,24 @@ def _at_rate(config: RunConfig, rate: float) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": rate})})
 
 
-def _validation(found: CompareRow) -> float:
-    """What a learning rate is chosen by: the LLM's loss on validation data, the blocks' where there is none."""
-    return found.validation if found.llm_validation is None else found.llm_validation
+def tried(found: Mapping[str, CompareRow], out: Path) -> dict[str, float]:
+    """What a learning rate is chosen by, of each: the LLM's loss on validation data, the blocks' where there is none.
+
+    Blocks' losses are means over the clients that have scores in each run of them.
+    """
+    if all(one.llm_validation is not None for one in found.values()):
+        return {place: one.llm_validation for place, one in found.items() if one.llm_validation is not None}
+    records = {place: read_stages(out / place / "metrics.jsonl") for place in found}
+    without = {id for one in records.values() for id in lacking(one)}
+    passed = {gone.client for one in records.values() for gone in passed_of(one)}
+    chosen = {}
+    for place, one in found.items():
+        if one.mode != "alone":
+            chosen[place] = min(validations(records[place], without).values())
+            continue
+        alone = {each.client: each.validation for each in clients_of(records[place], "local")}
+        chosen[place] = fmean(loss for id, loss in alone.items() if id not in passed or passed >= alone.keys())
+    return chosen
 
 
 def _run_all(planned: Planned, out: Path, jobs: int, store: Path, models: bool, seeds: int) -> dict[str, CompareRow]:
@@ -271,7 +289,7 @@ def row(place: str, config: RunConfig, plan: Plan, summary: Summary, folder: Pat
     phase: Stage = "local" if alone else "global"
     records = read_stages(folder / "metrics.jsonl")
     rounds, local = rounds_of(records), clients_of(records, "local")
-    trained = [(one.client, one.train) for one in local if one.train]
+    trained = [(one.client, one.train) for one in local if alone and one.train]
     trained += [(id, one) for record in rounds for id, one in record.train.items()]
     block_of, block = {one.id: one.block for one in plan.clients}, {one.name: one for one in plan.blocks}
     memory = {one.id: one.training_bytes for one in plan.clients}
@@ -299,7 +317,9 @@ def row(place: str, config: RunConfig, plan: Plan, summary: Summary, folder: Pat
         ),
         others=_mean(client.others.get(phase) for client in summary.clients),
         others_exact_match=_mean(client.others_exact_match.get(phase) for client in summary.clients),
-        validation=fmean(one.validation for one in local) if alone else best_round(rounds, "validation").validation,
+        validation=fmean(one.validation for one in local)
+        if alone
+        else min(validations(rounds, lacking(rounds)).values()),
         llm_validation=None if alone else best_round(rounds, "llm_validation").llm_validation,
         bytes_down=down,
         bytes_up=up,
@@ -315,12 +335,14 @@ def row(place: str, config: RunConfig, plan: Plan, summary: Summary, folder: Pat
 def _curve(summary: Summary, rounds: Sequence[RoundRecord], local: Sequence[ClientRecord]) -> list[Point]:
     """Losses by what was trained and sent so far; where each trains alone, `local` is what comes after the start."""
     count, tokens, sent, found = len(summary.clients), 0.0, 0, []
+    scored = [set(entry.clients) for entry in summary.history if entry.scored]
+    there = set.intersection(*scored) or set.union(*scored)  # the same in all points
     for record, entry in zip(rounds, summary.history, strict=True):
         tokens += sum(one.tokens for one in record.train.values())
         sent += sum(one.up + one.down for one in record.bytes.values())
         if not entry.scored:
             continue
-        blocks = fmean(on_all_data(one.own, one.others, count) for one in entry.clients.values())
+        blocks = fmean(on_all_data(one.own, one.others, count) for id, one in entry.clients.items() if id in there)
         llm = None if entry.llm is None else entry.llm.loss
         found.append(Point(round=entry.round, tokens=tokens, bytes=sent, llm=llm, blocks=blocks))
     if local:

@@ -99,11 +99,12 @@ def test_no_client_is_asked_for_anothers_data_and_the_server_scores_the_llm(
     model, tokenizer = load_model(out / "final" / "llm"), load_tokenizer(out / "final" / "llm")
     rows = [render(row, tokenizer, config.train.max_length) for row in server_examples(config)]
     assert len(rows) == 3
-    found = score(model, rows, 16, "fp32")
+    found, chosen = (score(model, some, 16, "fp32") for some in (rows[::2], rows[1::2]))
     assert summary.llm.loss_after == pytest.approx(found.loss, rel=1e-4)
     assert summary.llm.exact_match_after == found.exact_match
     best = rounds_of(read_stages(out / "metrics.jsonl"))[summary.llm.best_round]
-    assert best.llm_validation == summary.llm.loss_after
+    # A round is not chosen by the rows that say how good it is.
+    assert best.llm_validation == pytest.approx(chosen.loss, rel=1e-4) != best.llm.loss  # type: ignore[union-attr]
     assert all(set(client.own) == {"before", "local", "global", "personal"} for client in summary.clients)
     assert all(client.others == {} for client in summary.clients)
     assert summary.others == Others(asked=0, there=2)
@@ -175,13 +176,15 @@ def test_of_many_clients_a_sample_of_the_others_is_asked_in_all_stages(raw: dict
 
 def test_bad_rows_of_the_server_are_refused_by_the_dry_run(raw: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"instruction": "Say", "output": "a"}\n{"instruction": "Say"}\n')
-    (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "x" * 600, "output": "a"}) + "\n")
+    (tmp_path / "long.jsonl").write_text(2 * (json.dumps({"instruction": "x" * 600, "output": "a"}) + "\n"))
+    (tmp_path / "one.jsonl").write_text('{"instruction": "Say", "output": "a"}\n')
     raw["train"]["long_examples"] = "refuse"
     path = tmp_path / "run.yaml"
     for data, says in (
         (str(tmp_path / "none.jsonl"), f"evaluate.server_data: no file {tmp_path / 'none.jsonl'}"),
         (str(tmp_path / "bad.jsonl"), "bad.jsonl:2: no field `output`; there are: instruction"),
         ([], "evaluate.server_data: [] has no rows"),
+        (str(tmp_path / "one.jsonl"), "one row, and every second one chooses the round; name files"),
         (str(tmp_path / "data" / "f*.jsonl"), "fr.jsonl is also in data.train, so that what was learned would be"),
         (str(tmp_path / "long.jsonl"), "evaluate.server_data example 0 of 'llm' is longer than 512 tokens"),
     ):

@@ -120,7 +120,7 @@ class Alone:
                 self.stages.keep(self.folder.client_stage(stage, job.client), job.adapter(), record)
                 shutil.rmtree(own / job.client)
 
-            for index, reason in self.dispatch.score(jobs, exchange, f"{stage}: evaluate", keep).items():
+            for index, reason in self.dispatch.score(jobs, exchange, f"{stage}: evaluate", keep)[0].items():
                 refused[jobs[index].client] = reason
             self._pass_over(stage, [id for id in left if id in refused], refused, len(left) == len(clients))
 
@@ -148,7 +148,7 @@ class Alone:
         def keep(index: int, scores: Sequence[Score]) -> None:
             losses[index] = scores[0]
 
-        for index, reason in self.dispatch.score(jobs, exchange, "personal: choose", keep).items():
+        for index, reason in self.dispatch.score(jobs, exchange, "personal: choose", keep)[0].items():
             refused[jobs[index].client] = reason
         found: dict[str, list[Mixture]] = {id: [] for id in clients if id not in refused}
         for index, (id, at) in enumerate(asked):

@@ -29,7 +29,7 @@ from legolm.federate.wire import (
     unpack,
     write,
 )
-from legolm.runs import Score
+from legolm.runs import Score, Traffic
 from legolm.system import Progress, derive_seed
 
 MAX_LOSS, MAX_COUNT = 1e6, 10**12
@@ -191,18 +191,25 @@ class Dispatch:
 
     def score(
         self, jobs: Sequence[Job], exchange: Exchange, label: str, keep: Callable[[int, Sequence[Score]], None]
-    ) -> dict[int, str]:
-        """Send jobs, dearest first, and hand each one's scores to `keep` as they come; give those without, and why."""
+    ) -> tuple[dict[int, str], dict[int, Traffic]]:
+        """Send jobs, dearest first, and hand each one's scores to `keep` as they come.
+
+        Gives the jobs without scores, and why; and what each job that was answered sent and got.
+        """
         refused: dict[int, str] = {}
+        sizes, sent = dict[int, int](), dict[int, Traffic]()
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].block.parameters)
 
         def requests() -> Iterator[Request]:
-            for job in (jobs[i] for i in order):
-                yield Request(job.client, self.question(job))
+            for index in order:
+                content = self.question(jobs[index])
+                sizes[index] = len(content)
+                yield Request(jobs[index].client, content)
 
         with self._progress.stage(label, len(jobs)) as advance:
             for reply in self._each_once(exchange(requests()), [jobs[i].client for i in order], label):
                 index = order[reply.index]
+                sent[index] = Traffic(up=len(reply.content), down=sizes.get(index, 0))
                 try:
                     if reply.error:
                         raise LegolmError(reply.error)
@@ -212,7 +219,7 @@ class Dispatch:
                 else:
                     keep(index, scores)
                 advance(1)
-        return refused
+        return refused, sent
 
     def question(self, job: Job) -> bytes:
         """The request that asks a client for a job's scores."""

@@ -23,7 +23,7 @@ from legolm.federate.server.dispatch import Dispatch, Job, Split, checked_scores
 from legolm.federate.server.members import LLM, Members, is_dense
 from legolm.federate.server.protecting import Known
 from legolm.federate.transport import Exchange
-from legolm.runs import Global, Held, Refusal, Score, Scores, others_of
+from legolm.runs import Global, Held, Refusal, Score, Scores, Traffic, others_of
 
 Set = tuple[str, Split]
 
@@ -69,7 +69,7 @@ class Scoring:
             validation: tuple[Set, ...] = tuple((id, "validation") for id in asked)
             adapter = partial(scheme.adapter, block.coverage, rank) if jobs else whole
             jobs.append(Job(client, block, adapter, tests + validation))
-        results, refused = self._scores(jobs, exchange, label)
+        results, refused, _ = self._scores(jobs, exchange, label)
         for index, reason in refused.items():
             job = jobs[index]
             raise UnusableRoundError(f"{label}: client {job.client}, block {job.block.name}: {reason}")
@@ -109,7 +109,7 @@ class Scoring:
         clients = self._members.clients
         sets: tuple[Set, ...] = tuple((id, "validation") for id in clients)
         jobs = [Job(clients[0], self._members.llm, partial(tried.__getitem__, one), sets) for one in tried]
-        results, refused = self._scores(jobs, exchange, f"{label}: quorum")
+        results, refused, _ = self._scores(jobs, exchange, f"{label}: quorum")
         if refused:
             raise UnusableRoundError(f"{label}: client {clients[0]}, the LLM: {next(iter(refused.values()))}")
         losses = {one: fmean(score.loss for score in results[index]) for index, one in enumerate(tried)}
@@ -128,7 +128,7 @@ class Scoring:
             if key not in factors:
                 factors[key] = scheme.adapter(block.coverage, rank)
             jobs.append(Job(id, block, partial(factors.__getitem__, key), ((id, "test"), (id, "validation"))))
-        results, refused = self._scores(jobs, exchange, label)
+        results, refused, sent = self._scores(jobs, exchange, label)
         unscored = [Refusal(client=jobs[index].client, reason=refused[index]) for index in sorted(refused)]
         if not results:
             said = "; ".join(f"{one.client}: {one.reason}" for one in unscored)
@@ -144,7 +144,7 @@ class Scoring:
         found: Sequence[Score] = ()
         if self._config.evaluate.server_data is not None:
             adapter = partial(self._known, scheme)
-            job = Job(LLM, members.llm, adapter, ((LLM, "test"),))
+            job = Job(LLM, members.llm, adapter, ((LLM, "test"), (LLM, "validation")))
             try:
                 found = checked_scores(self._here.answer(self._dispatch.question(job)), job.sets)
             except LegolmError as error:
@@ -154,15 +154,16 @@ class Scoring:
             held=held,
             unscored=unscored,
             validation=fmean(results[index][1].loss for index in sorted(results)),
-            llm_validation=found[0].loss if found else None,
+            llm_validation=found[1].loss if found else None,
+            scoring={jobs[index].client: sent[index] for index in sorted(sent)},
         )
 
     def _scores(
         self, jobs: Sequence[Job], exchange: Exchange, label: str
-    ) -> tuple[Mapping[int, Sequence[Score]], Mapping[int, str]]:
-        """The scores of the jobs by place, and why there are none of the others."""
+    ) -> tuple[Mapping[int, Sequence[Score]], Mapping[int, str], Mapping[int, Traffic]]:
+        """The scores of the jobs by place, why there are none of the others, and what each sent and got."""
         results: dict[int, Sequence[Score]] = {}
-        return results, self._dispatch.score(jobs, exchange, label, results.__setitem__)
+        return results, *self._dispatch.score(jobs, exchange, label, results.__setitem__)
 
     @cached_property
     def _others(self) -> dict[str, list[str]]:
@@ -184,7 +185,7 @@ def by_client(sets: Sequence[Set], scores: Sequence[Score]) -> Scores:
 
 
 class _ServerSite:
-    """What the server itself has: the LLM, and rows of its own."""
+    """What the server itself has: the LLM, and rows of its own, every second one to choose the round by."""
 
     def __init__(self, config: RunConfig, llm: Block) -> None:
         self._config, self._llm = config, llm
@@ -193,11 +194,12 @@ class _ServerSite:
         return self._llm
 
     def examples(self, split: AnySplit) -> Sequence[Examples]:
-        return (self._rows,)
+        return (self._rows[split == "validation"],)
 
     @cached_property
-    def _rows(self) -> Examples:
-        return Examples.of(server_examples(self._config))
+    def _rows(self) -> tuple[Examples, Examples]:
+        rows = server_examples(self._config)
+        return Examples.of(rows[::2]), Examples.of(rows[1::2])
 
     def state(self) -> Path:
         raise LegolmError("the server keeps no client's state")
@@ -224,6 +226,7 @@ def server_examples(config: RunConfig, notes: list[str] | None = None) -> list[E
         check_apart(data.train, source, "evaluate.server_data")
     rows = read_examples(source, data, "evaluate.server_data", notes)
     found = [with_system(example, data.system) for example in rows]
-    if not found:
-        raise LegolmError(f"evaluate.server_data: {source!r} has no rows; name files with examples, or take it out")
+    if len(found) < 2:
+        has = "no rows" if not found else "one row, and every second one chooses the round"
+        raise LegolmError(f"evaluate.server_data: {source!r} has {has}; name files with examples, or take it out")
     return found
