@@ -399,7 +399,7 @@ def test_every_option_runs(home: Home, tmp_path: Path, place: int, monkeypatch: 
 def check_figures(summary: Summary, row: Row) -> None:
     """All losses that the row's options give are there, and finite; the clients that they let take part do."""
     rounds = 0 if row["mode"] == "alone" else 2
-    names = {"before", "global"} | ({"local"} if row["local"] == "yes" else set())
+    names = {"before"} | ({"global"} if rounds else set()) | ({"local"} if row["local"] == "yes" else set())
     mixes = row["local"] == "yes" and row["ends"] != "last"
     names |= {"personal"} if (row["personal"] == "1" or mixes) and rounds else set()
     assert summary.rounds == rounds

@@ -169,6 +169,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(config: Callable[..., Path
         "chats.jsonl:1: `messages` must be a list of two messages",
         sets=(f"blocks.0.calibration.text={tmp_path}/chats.jsonl",),
     )
+    fails(
+        "lora.rank 65: the factors that stay frozen are orthonormal, and the hidden size is 64", sets=("lora.rank=65",)
+    )
+    for place in ("run", "run/rounds", "run/blocks/x", "."):
+        fails("is the run folder, in it or around it", sets=(f"final={tmp_path / place}",))
     fails("train example 0 of 'fr' is longer than 16", sets=("train.long_examples=refuse", "train.max_length=16"))
     fails("block a: recover.text: no file", sets=("blocks.0.recover={steps: 1, text: nowhere.txt}",))
     fails("statistics: no file nowhere", sets=("blocks.0.calibration={statistics: [nowhere]}",))

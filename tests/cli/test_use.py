@@ -54,6 +54,10 @@ def test_the_llm_answers_beside_its_block(
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[") and str(exported_run) in done.stdout
     assert_one_line(legolm("chat", tiny("llama").parent), "has no config.json")
+    for value in ("nan", "1e-300"):
+        assert_one_line(legolm("chat", tiny("llama"), "--temperature", value), f"--temperature {value}: must be 0")
+    said("\udcff\n")
+    assert_one_line(legolm("chat", tiny("llama")), "a message is not UTF-8 text")
 
 
 def test_generate_answers_every_row(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -77,6 +81,15 @@ def test_generate_answers_every_row(tiny: Callable[[str], Path], tmp_path: Path)
     assert json.loads((tmp_path / "b.jsonl").read_text())["answer"] == rows[0]["answer"]
     assert_one_line(legolm("generate", path, data, "--out", tmp_path / "c"), "q.jsonl:1: no field `instruction`")
     assert_one_line(legolm("generate", path, data, "--out", out), "is already there")
+    gold = tmp_path / "gold.jsonl"
+    gold.write_text(json.dumps({"instruction": "Hi", "answer": "mine"}) + "\n")
+    assert_one_line(legolm("generate", path, gold, "--out", tmp_path / "c"), "has a field 'answer' already", "--answer")
+    done = legolm("generate", path, gold, "--out", tmp_path / "c", "--answer", "said", "--max-tokens", 6)
+    assert json.loads((tmp_path / "c").read_text()) == {
+        "instruction": "Hi",
+        "answer": "mine",
+        "said": rows[0]["answer"],
+    }
 
 
 def test_every_command_with_prompts_takes_a_template(
@@ -114,7 +127,15 @@ def test_inspect_draws_what_a_client_ended_with(exported_run: Path) -> None:
 def test_compose_then_export(exported_run: Path, tmp_path: Path) -> None:
     asked = ("compose", exported_run, "--into", "union", "--weights", "1", "--out", tmp_path / "both")
     assert_one_line(legolm(*asked, "--then", "run x"), "must be an export: 'export --to gguf --out FILE'")
-    assert_one_line(legolm(*asked, "--then", f"export --to hf --out {exported_run}"), "is already there")
+    for bad, says in (
+        (f"export --to hf --out {exported_run}", "is already there"),
+        (f"export --to hf --out {tmp_path / 'both'}", "is the composed model's own"),
+        (f"export --to foo --out {tmp_path / 'x'}", "--to: target 'foo' is not known"),
+        (f"export --to hf --quant q8_0 --out {tmp_path / 'x'}", "unknown key `quant` of target 'hf'"),
+    ):
+        assert_one_line(legolm(*asked, "--then", bad), says)
+    digits = ("compose", exported_run, "--into", f"neurons={'9' * 5000}", "--out", tmp_path / "both")
+    assert_one_line(legolm(*digits), "neurons must be a number from 1")
     assert not (tmp_path / "both").exists()
     done = legolm(*asked, "--then", f"export --to hf --out {tmp_path / 'plain'}")
     assert done.returncode == 0, done.stderr

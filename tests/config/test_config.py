@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from legolm import config as configs
+from legolm.config import load_study
 from legolm.errors import LegolmError
 
 MINIMAL = {
@@ -114,6 +116,55 @@ def test_blocks_recover_where_the_rounds_leave_time(tmp_path: Path) -> None:
     for rounds, steps, expected in ((3, 5, 0), (2, 8, 16), (9, 8, 40)):
         found = configs.load(path, [f"federation.rounds={rounds}", f"train.steps={steps}"]).cuts
         assert [block.recover.most_steps for block in found] == [expected, 3, 15, 0, 0]
+
+
+@pytest.mark.parametrize("changes", [["aggregate.trim=0.3", "aggregate.scheme=trimmed_mean"]])
+def test_changes_count_in_whatever_order(changes: list[str], tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    for one in (changes, changes[::-1]):
+        assert configs.load(path, one).aggregate.settings["trim"] == 0.3
+    study = write(
+        tmp_path / "s.yaml",
+        {"run": MINIMAL, "variants": [{"name": "a", "set": dict(change.split("=") for change in changes)}]},
+    )
+    assert load_study(study)[1]["a"].aggregate.settings["trim"] == 0.3
+
+
+def test_a_change_to_what_is_the_default_drops_nothing(tmp_path: Path) -> None:
+    held = {"aggregate": {"form": "exact", "residual": "drop"}, "train": {"by_width": True}}
+    found = configs.load(
+        write(tmp_path / "c.yaml", MINIMAL | held), ["aggregate.scheme=heteagg", "train.trainer=adamw"]
+    )
+    assert (found.aggregate.settings["form"], found.aggregate.settings["residual"]) == ("exact", "drop")
+    assert found.train.settings["by_width"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("privacy.dp.epsilon=yes", "`epsilon` is True, and takes a number"),
+        ("train.learning_rate=yes", "`learning_rate` is True"),
+        ("federation.rounds=true", "`rounds` is True"),
+        ("aggregate={scheme: trimmed_mean, trim: no}", "`trim` is False"),
+        ("federation.rounds=1:30", "`federation.rounds` = '1:30'"),
+        ("lora.scale=1e90", "`scale` is larger than any number of its kind"),
+        ("train.batch_size=9000000000", "`train.batch_size` = 9000000000"),
+        ("blocks.0.calibration={statistics: []}", "give `clients`, or a list of files"),
+    ],
+)
+def test_what_is_no_number_is_none(change: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(LegolmError, match=re.escape(says)):
+        configs.load(write(tmp_path / "c.yaml", MINIMAL), [change])
+
+
+def test_numbers_are_as_people_write_them(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "blocks: [{name: a, method: wanda, pattern: 2:4}]\nclients: [{id: fr, block: a}]\n"
+        "federation: {rounds: 010}\ntrain: {steps: 1_0, learning_rate: 1.5e-3}\n"
+    )
+    found = configs.load(tmp_path / "c.yaml")
+    assert (found.blocks[0].pattern, found.federation.rounds) == ("2:4", 10)
+    assert (found.train.steps, found.train.learning_rate) == (10, 0.0015)
 
 
 @pytest.mark.parametrize(

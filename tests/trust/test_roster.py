@@ -9,10 +9,19 @@ import pytest
 from helpers import assert_one_line, legolm
 from legolm.errors import LegolmError
 from legolm.privacy import identity_of
-from legolm.trust import add_device, identity_key, make_key, read_devices, read_roster, revoke_device
+from legolm.trust import (
+    add_device,
+    identity_key,
+    make_authority,
+    make_key,
+    read_devices,
+    read_roster,
+    revoke_device,
+)
 
 
 def test_a_device_signs_with_what_was_registered(tmp_path: Path) -> None:
+    make_authority(tmp_path / "home")
     for name in ("fr", "de"):
         add_device(tmp_path / "home", name, make_key(tmp_path / name))
     out = tmp_path / "roster.json"

@@ -73,12 +73,23 @@ def test_two_commands_make_a_trial(tmp_path: Path) -> None:
     for secret in (home / "ca.key", home / "server.key", device / "device.key"):
         assert stat.S_IMODE(secret.stat().st_mode) == 0o600
     assert "has a certificate authority already" in refused("certs", "init", home)
+    (tmp_path / "file").write_text("")
+    for command in (("certs", "init"), ("certs", "client")):
+        assert f"{tmp_path / 'file'} is a file; give another folder" in refused(*command, tmp_path / "file" / "x")
     assert "has a key already" in refused("certs", "client", device)
 
 
 def test_the_register(tmp_path: Path) -> None:
     home = tmp_path / "federation"
     public = {name: make_key(tmp_path / name) for name in ("fr", "de", "es")}
+    roster = ("devices", "roster", home, "--out", tmp_path / "roster.json")
+    for command in (("devices", "add", home, "fr", public["fr"]), ("devices", "list", home), roster):
+        assert f"{home}: is no federation's folder (no ca.pem)" in refused(*command)
+    assert not home.exists() and not (tmp_path / "roster.json").exists()
+    make_authority(home)
+    for days, says in (("0", "--days 0: must be more than 0"), ("nan", "--days nan: must be"), ("1e9", "is too long")):
+        assert says in refused("devices", "add", home, "fr", public["fr"], "--days", days)
+    assert read_devices(home) == []
     said("devices", "add", home, "fr", public["fr"])
     said("devices", "add", home, "de", public["de"], "--days", "2")
     now = datetime.now(UTC)

@@ -47,12 +47,12 @@ def client(
     import shutil
 
     from legolm.errors import LegolmError
-    from legolm.trust import CA, PUBLIC, add_device, make_key
+    from legolm.trust import CA, PUBLIC, add_device, check_federation, make_key
 
     if name is not None and register is None:
         raise LegolmError("--name: is for --register; the server gives the name otherwise (legolm devices add)")
-    if register is not None and not (register / CA).is_file():
-        raise LegolmError(f"--register {register}: is no federation's folder (no {CA}); run: legolm certs init")
+    if register is not None:
+        check_federation(register, "--register")
     public = make_key(home)
     if register is None:
         typer.echo(f"{home}: a key; give {public} to the server, and get its {CA} into {home}")

@@ -10,6 +10,7 @@ import typer
 
 from legolm.cli.export import Model
 from legolm.cli.options import Template, check_used, prompts_of
+from legolm.errors import LegolmError
 
 
 def chat(
@@ -24,6 +25,8 @@ def chat(
 ) -> None:
     """Talk to a model: a line is a message, an empty one begins anew, Ctrl-D ends."""
     check_used(compare, "--base", "--compare")
+    if temperature and not 0.01 <= temperature <= 10:  # NaN, which is no less than any number; what divides to infinity
+        raise LegolmError(f"--temperature {temperature:g}: must be 0, the likeliest token each time, or 0.01 to 10")
     from legolm.data import Message, prompt_look, take_look
     from legolm.evaluation import Subject, line_up, load_subject, reply
     from legolm.export import find_model
@@ -57,8 +60,12 @@ def chat(
 
 
 def _ask() -> str | None:
-    """The next line; None at the end."""
+    """The next line; None at the end. Raises `LegolmError` for bytes that are no text."""
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        line = input("> " if sys.stdin.isatty() else "")
+        line.encode()
     except EOFError:
         return None
+    except UnicodeError:
+        raise LegolmError("a message is not UTF-8 text; write it as such") from None
+    return line

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from legolm.cli.export import export
+from legolm.cli.export import export, settings_of
 from legolm.cli.options import Answer, BadRows, Input, Instruction, LayoutOption, Messages, check_new, rows_of
 from legolm.errors import LegolmError
 
@@ -64,6 +64,8 @@ def compose(
 
 def _parsed(then: str, out: Path) -> Callable[[], None]:
     """What exports the folder `out`. Raises `LegolmError` for another command and a bad one, before the work."""
+    from legolm.export import target_of
+
     try:
         word, *words = shlex.split(then)
     except ValueError:
@@ -74,5 +76,8 @@ def _parsed(then: str, out: Path) -> Callable[[], None]:
     command.command()(export)
     made: Any = typer.main.get_command(command)
     given = made.make_context("compose --then export", [str(out), *words]).params
+    if Path(given["out"]).resolve() == out.resolve():
+        raise LegolmError(f"--then: --out {given['out']} is the composed model's own; give another one")
     check_new(Path(given["out"]))
+    target_of(given["to"], settings_of(given["quant"], given["push_to_hub"]))
     return lambda: made.main([str(out), *words], standalone_mode=False)

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 devices = typer.Typer(no_args_is_help=True, help="The register of the devices that a federation lets in.")
-Home = Annotated[Path, typer.Argument(help="the federation's folder, on the server")]
+
+
+def _federation(home: Path) -> Path:
+    from legolm.trust import check_federation
+
+    check_federation(home)
+    return home
+
+
+Home = Annotated[Path, typer.Argument(help="the federation's folder, on the server", callback=_federation)]
 Name = Annotated[str, typer.Argument(help="its name: the client's id in the config")]
 
 

@@ -23,9 +23,13 @@ def export(
     """Write a model for another runtime, and check there that it computes the same."""
     from legolm.export import export as write
 
-    given = {"quant": quant, "push_to_hub": push_to_hub}
-    settings = {name: value for name, value in given.items() if value is not None}
-    found = write(model, to, out, adapter, settings)
+    found = write(model, to, out, adapter, settings_of(quant, push_to_hub))
     for line in found.lines:
         typer.echo(line)
     typer.echo(f"{found.bytes / 1e6:,.1f} MB in {found.path}")
+
+
+def settings_of(quant: str | None, push_to_hub: str | None) -> dict[str, str]:
+    """Of the format, those that are given."""
+    given = {"quant": quant, "push_to_hub": push_to_hub}
+    return {name: value for name, value in given.items() if value is not None}

@@ -35,6 +35,7 @@ def generate(
     found = answer_rows(
         find_model(model),
         data,
+        answer,
         instruction,
         messages,
         input,

@@ -33,6 +33,9 @@ from legolm.models import (
 )
 from legolm.system import Progress, atomic_folder, check_room
 
+LONGEST_NAME = 255
+"""Of a folder: what is longer names none, and asking for it is an error."""
+
 
 @dataclass(frozen=True)
 class Composition:
@@ -78,7 +81,7 @@ def plan(
         )
     coverages = [source.block.coverage for source in sources]
     model: str | None
-    if into in ("llm", "union") or ("=" in into and not Path(into).is_dir()):
+    if into in ("llm", "union") or ("=" in into and (len(into) > LONGEST_NAME or not Path(into).is_dir())):
         model, found = _base(base, sources)
         if into == "llm":
             coverage = Coverage.full(found.shape)

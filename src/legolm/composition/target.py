@@ -11,7 +11,7 @@ from torch import Tensor
 
 from legolm.adapter import FACTORS
 from legolm.block import Base, Block, Coverage, add_matrix, read_block, slice_matrix
-from legolm.errors import LegolmError, nearest
+from legolm.errors import LegolmError, brief, nearest
 from legolm.models import Shape, config_changes
 from legolm.runs import HASHES, check_sealed
 
@@ -40,8 +40,8 @@ def parse_sizes(text: str) -> dict[str, int]:
         name, _, count = part.partition("=")
         if name not in SIZES:
             raise LegolmError(f"--into {text}: unknown size {name!r};{nearest(name, SIZES)}")
-        if not count.isdecimal() or int(count) < 1:
-            raise LegolmError(f"--into {text}: {name} must be a number from 1, not {count!r}")
+        if not count.isdecimal() or len(count) > 9 or int(count) < 1:
+            raise LegolmError(f"--into {brief(text)}: {name} must be a number from 1, not {brief(count)!r}")
         sizes[name] = int(count)
     return sizes
 

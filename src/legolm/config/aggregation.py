@@ -113,7 +113,7 @@ class FederationConfig(Section):
     )
     superlink: SuperLinkConfig = SuperLinkConfig()
     rounds: int = Field(3, ge=1, le=100_000)
-    threads: int = Field(1, ge=1, description="CPU threads a client")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads a client")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the clients that are there, drawn anew each round")
     capable: bool = Field(False, description="only clients that hold the whole LLM take part in the rounds")
     deadline_s: float | None = Field(None, gt=0, description="later replies of a round are dropped")

@@ -54,7 +54,7 @@ class CalibrationConfig(TextConfig):
     @field_validator("statistics", mode="before")
     @classmethod
     def _clients_or_files(cls, value: object) -> object:
-        if value not in (None, CLIENTS) and not isinstance(value, list | tuple):
+        if value not in (None, CLIENTS) and not (isinstance(value, list | tuple) and value):
             raise ValueError(f"give `{CLIENTS}`, or a list of files of `legolm calibrate`")
         return value
 

@@ -6,6 +6,7 @@ An unknown key fails with the nearest known one; every other error names the fie
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,13 +31,19 @@ MAX_NODES = 75_000
 """Keys and values of a config: ten thousand clients with a profile each fit."""
 TEXT_KEY, MERGE_KEY = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 MAX_SHOWN = 200
+NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"[-+]?[0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?$|[-+]?\.[0-9]+([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+}
+"""YAML 1.2's: with 1.1's sixtieths and octals `2:4` were 124, and `010` 8."""
 
 
 def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML file, apply `a.b=value` overrides (list items by index), validate. Raises `LegolmError`."""
     raw = read(path)
-    for one in overrides or []:
-        override(raw, one)
+    override_all(raw, overrides or [])
     return validate(RunConfig, raw, f"config {path}")
 
 
@@ -73,8 +80,20 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def override(raw: dict[str, Any], change: str) -> None:
-    """Apply one `a.b=value` in place. Raises `LegolmError`."""
+def named_first(change: str) -> bool:
+    """A key to sort changes by: those that name a scheme or trainer drop what its section held of another one, and
+    nothing of the changes beside them."""
+    section, _, field = change.partition("=")[0].partition(".")
+    return not (section in OPEN and field in ("", OPEN[section].named))
+
+
+def override_all(raw: dict[str, Any], changes: Sequence[str]) -> None:
+    """Apply several `a.b=value` in place, in whatever order they stand. Raises `LegolmError`."""
+    for one in sorted(changes, key=named_first):
+        _override(raw, one)
+
+
+def _override(raw: dict[str, Any], change: str) -> None:
     path, equals, text = change.partition("=")
     if not equals or not path:
         raise LegolmError(f"--set {change!r}: write it as a.b=value, for instance --set train.steps=4")
@@ -104,15 +123,16 @@ def assign(raw: dict[str, Any], path: str, value: Any, source: str) -> None:
         at[int(keys[-1])] = value
         return
     open_section = OPEN.get(keys[0])
-    if open_section is not None and keys[-1] == open_section.named and at.get(keys[-1]) != value:
+    if open_section is not None and keys[-1] == open_section.named:
         # What the section held of another scheme or trainer goes with it.
-        for key in set(at) - set(open_section.model_fields):
+        held = at.get(keys[-1], open_section.model_fields[keys[-1]].default)
+        for key in set(at) - set(open_section.model_fields) if held != value else ():
             del at[key]
     at[keys[-1]] = value
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads no more nodes than a config may have: each costs 20 microseconds."""
+    """Reads no more nodes than a config may have, each costs 20 microseconds, and numbers as people write them."""
 
     nodes = 0
 
@@ -123,6 +143,12 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)  # type: ignore[no-untyped-call]
         node: yaml.Node | None = super().compose_node(parent, index)
         return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, NUMBERS.get(tag, pattern)) for tag, pattern in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _parse(text: str) -> Any:
@@ -160,7 +186,7 @@ def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.tag not in (TEXT_KEY, MERGE_KEY):  # a number, a date, `yes`: `{rate: 0.002,002}` has the key 2
+            if key.tag not in (TEXT_KEY, MERGE_KEY):  # a number, a date, `yes`: `{rate: 0.002,2}` has the key 2
                 problem = f"the key {_shown(key.value)} is no word; mend it, or put it in quotes"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if key.value in seen:

@@ -15,10 +15,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -26,6 +26,18 @@ from legolm.errors import LegolmError, nearest
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@cache
+def number_fields(kind: type[BaseModel]) -> frozenset[str]:
+    """The fields of a model that take a number, and no yes or no."""
+
+    def kinds(annotation: Any) -> Iterator[Any]:
+        parts = get_args(annotation)
+        yield from (one for part in parts for one in kinds(part)) if parts else (annotation,)
+
+    found = {name: set(kinds(field.annotation)) for name, field in kind.model_fields.items()}
+    return frozenset(name for name, of in found.items() if of & {int, float} and bool not in of)
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,9 @@ class Entry(Generic[T]):
         for key in given:
             if key not in known:
                 raise ValueError(f"unknown key `{key}` of {self.kind} {self.name!r};{nearest(str(key), known)}")
+        for key, value in given.items():
+            if isinstance(value, bool) and key in number_fields(self.settings):
+                raise ValueError(f"`{key}` is {value}, and takes a number; write one")
         try:
             checked = self.settings.model_validate(dict(given)).model_dump()
             with foreign(f"{self.kind} {self.name!r}", self.module, passing=ValueError):

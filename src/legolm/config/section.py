@@ -8,17 +8,25 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from legolm.config.registry import Registry
+from legolm.config.registry import Registry, number_fields
 from legolm.errors import nearest
 
-LARGEST = (2**63, 1e100)
-"""Of whole numbers and of others: what is made of them (products, loops, files' sizes) must have an end."""
+LARGEST = (2**63, 1e30)
+"""Of whole numbers and of others: what is made of them (products, loops, files' sizes) must end, in float32 too."""
 
 
 class Section(BaseModel):
     """A mapping of known keys that does not change once it is read; every number in it is finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_number(cls, value: Any) -> Any:
+        for name, one in value.items() if isinstance(value, dict) else ():
+            if isinstance(one, bool) and name in number_fields(cls):
+                raise ValueError(f"`{name}` is {one}, and takes a number; write one")
+        return value
 
     @model_validator(mode="after")
     def _bearable(self) -> Self:

@@ -158,7 +158,7 @@ class TrainConfig(OpenSection):
     epochs: float | None = Field(None, gt=0, description="passes over the client's examples, at most")
     tokens: int | None = Field(None, ge=1, description="tokens trained on, at most")
     seconds: float | None = Field(None, gt=0, description="a device's time budget; the result depends on its speed")
-    batch_size: int = Field(8, ge=1, description="examples a step")
+    batch_size: int = Field(8, ge=1, le=100_000, description="examples a step")
     micro_batch_tokens: int = Field(2048, ge=1, description="tokens at once, at most; a larger batch accumulates")
     learning_rate: float = Field(2e-3, gt=0, description="in a run, what its scheme asks for by default")
     schedule: Literal["constant_linear", "cosine", "constant"] = "constant_linear"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from legolm.config.file import assign, override, read, validate
+from legolm.config.file import assign, named_first, override_all, read, validate
 from legolm.config.run import RunConfig
 from legolm.config.section import LARGEST, Name, Section
 from legolm.errors import LegolmError
@@ -70,11 +70,10 @@ def load_study(path: Path, changes: Sequence[str] = ()) -> tuple[Study, dict[str
         _section(changed, "evaluate").pop("local_only", None)
         if variant.rates:
             _section(changed, "train").pop("learning_rate", None)
-        for change in changes:
-            override(changed, change)
+        override_all(changed, changes)
         if variant.rates and "learning_rate" in _section(changed, "train"):
             raise LegolmError(f"--set train.learning_rate: variant {variant.name} chooses of its `rates`; take one out")
-        for key, value in variant.set.items():
+        for key, value in sorted(variant.set.items(), key=lambda one: named_first(one[0])):
             assign(changed, key, copy.deepcopy(value), f"{source}: set {key!r}")
         if variant.rates and "learning_rate" in _section(changed, "train"):
             raise LegolmError(f"{source}: give `rates` or train.learning_rate in `set`, not both")

@@ -12,6 +12,7 @@ import torch
 
 from legolm.config import DataConfig, Fields, Precision, RowsConfig
 from legolm.data import Tokens, read_rows, render_whole, special_ids, to_example, unread, unused_fields
+from legolm.errors import LegolmError
 from legolm.evaluation.by_input import by_input
 from legolm.models import autocast, choose_device, load_config, load_model, load_tokenizer
 
@@ -62,6 +63,7 @@ def generate(
 def answer_rows(
     path: Path,
     data: str,
+    answer: str,
     instruction: str,
     messages: str | None,
     input: str | None,
@@ -76,7 +78,8 @@ def answer_rows(
 
     `prompts` says how prompts look; None: as the model's own. What nothing uses of the rows is added to `notes`.
 
-    Raises `LegolmError` for a row without one, and for a conversation that is longer than the model's context.
+    Raises `LegolmError` for a row without one, for one that has the field `answer` already, which answers are to go
+    into, and for a conversation that is longer than the model's context.
     """
     blank = "answer"
     asking = Fields(instruction=instruction, input=input, answer=blank)
@@ -84,6 +87,11 @@ def answer_rows(
     rows = list(read_rows(data, "generate"))
     asked, unused = [], Counter[str]()
     for row in rows:
+        if answer in row.values:
+            raise LegolmError(
+                f"{row.place}: has a field {answer!r} already, whose place the model's answer would take; name another "
+                "(--answer)"
+            )
         values = {**row.values, blank: "."}  # any: what stands before it is the prompt
         turns = values.get(messages) if messages else None
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") != "assistant":

@@ -6,7 +6,7 @@ from legolm.export.source import Source, find_model
 from legolm.export.sparse import load
 from legolm.export.speed import Speed, bench, checked_runtimes
 from legolm.export.target import Target, exporter
-from legolm.export.write import Exported, export
+from legolm.export.write import Exported, export, target_of
 
 __all__ = [
     "Candidate",
@@ -23,4 +23,5 @@ __all__ = [
     "load",
     "pick",
     "serving",
+    "target_of",
 ]

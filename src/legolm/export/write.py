@@ -36,11 +36,7 @@ def export(
     Raises `LegolmError` for a target that cannot hold the model, a runtime that is not installed, an output that is
     there, a full disk, and a result that differs; nothing is left then.
     """
-    try:
-        chosen = EXPORTERS.entry(to)
-        target: Target = chosen.make(**EXPORTERS.check(to, dict(settings or {}), (), ()))
-    except ValueError as error:
-        raise LegolmError(f"--to: {error}") from None
+    target = target_of(to, settings or {})
     target.need()
     check_room(out)
     if out.exists() or out.is_symlink():
@@ -50,3 +46,12 @@ def export(
         with appearing(out) as made:
             lines = target.write(source, made)
     return Exported(out, folder_bytes(out) if out.is_dir() else out.stat().st_size, lines)
+
+
+def target_of(to: str, settings: Mapping[str, Any]) -> Target:
+    """What writes this format. Raises `LegolmError` for an unknown one, and for settings that it does not take."""
+    try:
+        target: Target = EXPORTERS.entry(to).make(**EXPORTERS.check(to, dict(settings), (), ()))
+    except ValueError as error:
+        raise LegolmError(f"--to: {error}") from None
+    return target

@@ -213,6 +213,11 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
             of_texts += tuple(public)
     rehearse(config.aggregate)
     modules_of(shape, config.lora.ranks, "lora.ranks")
+    if make_scheme(config.aggregate).frozen_side and config.lora.rank > shape.hidden:
+        raise LegolmError(
+            f"lora.rank {config.lora.rank}: the factors that stay frozen are orthonormal, and the hidden size is "
+            f"{shape.hidden}; lower it, or take aggregate.form factor"
+        )
     check_weights(path)
     parts = parts or read_parts(config)
     check_texts(config, parts.tokenizer)

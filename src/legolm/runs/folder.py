@@ -107,6 +107,9 @@ class RunDir:
         """Raise `LegolmError` where final models are to come where something is: it would be taken for them."""
         place = self.path / FINAL if config.final is None else Path(config.final)
         check_room(place, field="final")
+        here, there = self.path.resolve(), place.resolve()
+        if here.is_relative_to(there) or (there.is_relative_to(here) and there != here / FINAL):
+            raise LegolmError(f"final: {place} is the run folder, in it or around it; name one apart, or leave it out")
         if place.exists() and not (place.is_dir() and next(place.iterdir(), None) is None):
             raise LegolmError(f"final: {place} is already there and not an empty folder; name another, or move it away")
 

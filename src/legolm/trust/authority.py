@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key as
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from legolm.errors import LegolmError, brief
-from legolm.system import atomic_write
+from legolm.system import atomic_write, check_room
 
 CA, CA_KEY = "ca.pem", "ca.key"
 SERVER_CERTIFICATE, SERVER_KEY = "server.pem", "server.key"
@@ -52,6 +52,12 @@ def make_authority(folder: Path) -> None:
         .add_extension(_usage(signs=True), critical=True)
     )
     atomic_write(folder / CA, certificate.sign(key, hashes.SHA384()).public_bytes(Encoding.PEM))
+
+
+def check_federation(folder: Path, field: str = "") -> None:
+    """Raise `LegolmError` where the folder, given as `field`, is no federation's: nobody asks its register."""
+    if not (folder / CA).is_file():
+        raise LegolmError(f"{field} {folder}: is no federation's folder (no {CA}); run: legolm certs init".lstrip())
 
 
 def make_server(folder: Path, hosts: Sequence[str]) -> None:
@@ -207,6 +213,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def write_secret(path: Path, content: bytes) -> None:
     """Readable by its owner only, from the first moment on."""
+    check_room(path.parent, field="folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)

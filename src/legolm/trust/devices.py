@@ -65,6 +65,8 @@ def add_device(folder: Path, name: str, key: Path, days: float | None = None) ->
     Raises `LegolmError` for what is no public key of a NIST curve, and for a name or key that is there already; a
     revoked device's name may have a new key.
     """
+    if days is not None and not days > 0:
+        raise LegolmError(f"--days {days:g}: must be more than 0; leave it out for a key that does not expire")
     with locked(folder):
         (line, identity), devices, now = _public(key), read_devices(folder), datetime.now(UTC)
         for one in devices:
@@ -73,7 +75,7 @@ def add_device(folder: Path, name: str, key: Path, days: float | None = None) ->
             if one.name == name and not one.refused(now):
                 raise LegolmError(f"device {name!r}: is there with another key; revoke it first, or give another name")
         try:
-            expires = now + timedelta(days=days) if days else None
+            expires = None if days is None else now + timedelta(days=days)
             found = Device(name=name, key=line, identity=identity, added=now, expires=expires)
         except ValidationError:
             raise LegolmError(
