@@ -56,10 +56,9 @@ def main_table(study: Study) -> str:
             "blocks, others'", "MB", "k tokens", "TFLOP", "rank", "rate", "seeds")  # fmt: skip
     rows = [line(name) for name in study.order]
     if study.labels:
-        loss, most = study.floor("loss", study.labels), study.floor("exact_match", study.labels)
-        rows.append(
-            ["*best constant guess, in hindsight*", "", "", "", loss.shown(), most.shown(1, scale=100), *[""] * 8]
-        )
+        loss, most = study.floor("loss"), study.floor("exact_match")
+        cells = [Stat.of(loss.values()).shown(), Stat.of(most.values()).shown(1, scale=100)]
+        rows.append(["*best constant guess, in hindsight*", "", "", "", *cells, *[""] * 7, str(len(loss))])
     return table(head, rows)
 
 
@@ -108,7 +107,7 @@ def client_table(study: Study) -> str:
     name = study.default
     of: dict[Stage, str] = {"before": name, "local": study.alone, "global": name, "personal": study.ends or name}
     found = {stage: study.clients(variant) for stage, variant in of.items()}
-    ratios = personal_ratios(study, study.ends, study.alone) if study.ends else {}
+    ratios = personal_ratios(study, study.ends) if study.ends else {}
 
     def cell(id: str, data: Data, stage: Stage) -> str:
         values = [one.loss(data)[stage] for one in found[stage].get(id, ()) if stage in one.loss(data)]
