@@ -114,15 +114,20 @@ def client_table(study: Study) -> str:
         return Stat.of(values).shown() if values else ""
 
     columns: list[tuple[Data, Stage]] = [(data, stage) for data in get_args(Data) for stage in of]
-    # Whose block is another one there: the paper's clients that train alone have the whole LLM.
-    other = any(one[0].block != found["global"][id][0].block for id, one in found["local"].items())
-    called = {"local": "whole LLM alone" if other else "alone"}
+    called = {"local": called_alone(study)}
     head = ["client", "block", *(f"{data}, {called.get(stage, stage)}" for data, stage in columns)]
     rows = [
         [id, same[0].block, *(cell(id, *one) for one in columns), f"{ratios[id]:.2f}" if id in ratios else ""]
         for id, same in found["global"].items()
     ]
     return table([*head, "personal / alone, own"], rows)
+
+
+def called_alone(study: Study) -> str:
+    """What trained alone: the paper's clients have the whole LLM then, whatever their block is in the rounds."""
+    blocks, alone = study.clients(study.default), study.clients(study.alone)
+    other = any(one[0].block != blocks[id][0].block for id, one in alone.items() if id in blocks)
+    return "whole LLM alone" if other else "alone"
 
 
 def rates_table(study: Study) -> str:
@@ -173,7 +178,7 @@ def figure_3(study: Study, out: Path) -> None:
             axis.errorbar(list(by_round), means, errors, marker="o", color=colour, label=f"{data}, global update")
             levels = [found["local"] for one in alone.get(id, clients) if "local" in (found := one.loss(data))]
             if levels:
-                axis.axhline(fmean(levels), color=colour, linestyle="--", label=f"{data}, trained alone")
+                axis.axhline(fmean(levels), color=colour, linestyle="--", label=f"{data}, {called_alone(study)}")
         axis.set_title(f"{id}\n{clients[0].block}", fontsize=8)
         axis.tick_params(labelsize=7)
     figure.supxlabel("round", fontsize=8)

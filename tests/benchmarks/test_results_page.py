@@ -319,6 +319,25 @@ def test_a_client_that_was_passed_over_alone_ends_nothing(name: str, modules: Mo
     assert "no client above 1.05 of it" not in modules["results_claims"].claims(by_hand, None)
 
 
+def test_the_plot_and_the_table_call_alike_what_trained_alone(
+    modules: Modules, by_hand: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The paper's clients have the whole LLM alone, whatever their block is."""
+    by_hand.runs["heteagg_near"] = by_hand.runs["heteagg_personal"]
+    (run,) = by_hand.runs["local"].values()
+    clients = [one.model_copy(update={"block": "whole", "own": {"local": 0.1}}) for one in run.clients]
+    by_hand.runs["local"] = {0: run.model_copy(update={"clients": clients})}
+    shown: list[str] = []
+    monkeypatch.setattr(
+        modules["results_shown"],
+        "save",
+        lambda figure, _: shown.extend(figure.axes[0].get_legend_handles_labels()[1]),
+    )
+    modules["results_shown"].figure_3(by_hand, tmp_path / "none.svg")
+    assert {"own, whole LLM alone", "others, whole LLM alone"} <= set(shown)
+    assert "own, whole LLM alone" in modules["results_shown"].client_table(by_hand)
+
+
 def test_a_variant_with_a_seed_of_its_own_keeps_its_labels(modules: Modules, by_hand: Any) -> None:
     """Its data are another seed's, which the default has not; 1.1 - 0.5 on the task with labels."""
     runs = by_hand.runs["fedit_everyone"]
