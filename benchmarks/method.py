@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -24,6 +24,7 @@ from legolm.prune import cut_blocks
 from legolm.runs import Stage, Summary, read_stages, rounds_of
 from legolm.study import compare
 from legolm.system import Progress, atomic_write
+from results_study import Stat
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BENCHES: dict[str, tuple[str, ...]] = {
@@ -54,8 +55,7 @@ def main() -> None:
         rows = compare(study, out, [*BENCHES[bench], *blocks], models=False, seeds=arguments.seeds).rows
         runs: dict[str, list[dict[str, float]]] = {}
         for row in rows:
-            place = out / row.name if row.seed == 0 else out / "seeds" / str(row.seed) / row.name
-            runs.setdefault(row.name, []).append(figures(place))
+            runs.setdefault(row.name, []).append(figures(out / str(row.folder)))
         found[bench] = {name: over_seeds(values) for name, values in runs.items()}
         show(bench, found[bench])
     print(json.dumps(found | summary(found) | {"seeds": arguments.seeds}))
@@ -114,13 +114,8 @@ def figures(folder: Path) -> dict[str, float]:
 
 def over_seeds(runs: list[dict[str, float]]) -> dict[str, float]:
     """Mean of each figure, and with several seeds its standard error as NAME_se."""
-    found = {}
-    for name in runs[0]:
-        values = [one[name] for one in runs]
-        found[name] = round(fmean(values), 4)
-        if len(values) > 1:
-            found[f"{name}_se"] = round(stdev(values) / len(values) ** 0.5, 4)
-    return found
+    every = [Stat.of(one[name] for one in runs).named(name) for name in runs[0]]
+    return {name: value for one in every for name, value in one.items() if value is not None}
 
 
 def show(bench: str, found: dict[str, dict[str, float]]) -> None:

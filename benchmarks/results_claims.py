@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from results_read import FEDIT, MASKS, RANK_4, Evaluation
-from results_study import Stat, Study, omission, personal
+from results_study import Pair, Stat, Study, beside_alone, beside_global, omission, personal
 
 
 class Claim(NamedTuple):
@@ -74,46 +74,50 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
     if "fedit_seconds" in study.runs and study.default != MASKS:
         below("at or below FedIT's with three quarters of the steps (`fedit_seconds`)", "fedit_seconds")
     if study.labels:
-        loss, prior = study.over(study.default, study.label_loss), study.floor("loss", study.labels)
-        right, most = study.over(study.default, study.label_accuracy), study.floor("exact_match", study.labels)
-        above = study.above_floor("loss", study.label_loss)
-        found["its loss is below the label prior in hindsight (tasks with labels)"] = Claim(
-            f"{loss.shown()} and {prior.mean:.3f} ({above.shown(sign='+')})", above.mean < 0, above.beyond()
-        )
-        above = study.above_floor("exact_match", study.label_accuracy)
-        found["its accuracy is at least 5 points above the most frequent answer's (tasks with labels)"] = Claim(
-            f"{right.shown(1, scale=100)} % and {most.mean:.1%} ({above.shown(1, '+', 100)})",
-            above.mean >= 0.05,
-            above.beyond(0.05),
-        )
+        runs = study.runs[study.default].items()
+        if loss := Pair.of({seed: study.label_loss(run) for seed, run in runs}, study.floor("loss")):
+            above = loss.difference
+            found["its loss is below the label prior in hindsight (tasks with labels)"] = Claim(
+                f"{loss.ours.shown()} and {loss.theirs.mean:.3f} ({above.shown(sign='+')})",
+                above.mean < 0,
+                above.beyond(),
+                loss.single,
+            )
+        if right := Pair.of({seed: study.label_accuracy(run) for seed, run in runs}, study.floor("exact_match")):
+            above = right.difference
+            found["its accuracy is at least 5 points above the most frequent answer's (tasks with labels)"] = Claim(
+                f"{right.ours.shown(1, scale=100)} % and {right.theirs.mean:.1%} ({above.shown(1, '+', 100)})",
+                above.mean >= 0.05,
+                above.beyond(0.05),
+                right.single,
+            )
     pairs = {name: pair for name in study.peers if (pair := study.paired(name)) is not None}
     if pairs:
         worse = {name: pair for name, pair in pairs.items() if pair.mean >= 0}
+        single = all(pair.se is None for pair in (worse or pairs).values())
         told = [f"than {len(pairs) - len(worse)} of {len(pairs)}"]
         told += [f"not {name} ({pair.shown(sign='+')})" for name, pair in worse.items()]
         for what, known in (("within the error", False), ("by one seed", None)):
-            if names := [name for name, pair in pairs.items() if name not in worse and pair.beyond() is known]:
+            names = [name for name, pair in pairs.items() if name not in worse and pair.beyond() is known]
+            if names and not (single and known is None):  # the verdict says so
                 told.append(f"{what}: {', '.join(names)}")
         if elsewhere := sum(map(study.elsewhere, pairs)):
             told.append(f"{elsewhere} on another processor")
         # One that is surely better settles it; that all are worse is as sure as the least sure of them.
         sure = any_of(worse.values()) if worse else all_of(pairs.values())
-        found["better than every peer that the same devices can run"] = Claim("; ".join(told), not worse, sure)
+        found["better than every peer that the same devices can run"] = Claim("; ".join(told), not worse, sure, single)
     if study.ends:
-        one = personal(study, study.ends)
-        own, alone = study.stages(study.ends, "own", "personal"), study.stages(study.alone, "own", "local")
-        both = [(own[seed], alone[seed]) for seed in sorted(own.keys() & alone.keys())]
-        if both:
-            ours, theirs = (fmean(losses) for losses in zip(*both, strict=True))
-            above = Stat.of(mine - other for mine, other in both)
-            text = f"{ours:.3f} / {theirs:.3f} = {ours / theirs:.2f} ({above.shown(4, '+')})"
+        if own := beside_alone(study, study.ends):
             claim = "personal models are at or below trained alone on their own data, in the mean"
-            found[claim] = Claim(text, ours <= theirs, above.beyond(), len(both) == 1)
-        apart = one["others"] / one["others_global"]
-        most_of, text = one["worst_client_ratio"], f"{one['worst_client']} {one['worst_client_ratio']:.2f}"
-        found["no client above 1.05 of it"] = Claim(text, most_of <= 1.05)
-        text = f"{one['others']:.3f} / {one['others_global']:.3f} = {apart:.2f}"
-        found["and within 5 % of the global update on the others'"] = Claim(text, apart <= 1.05)
+            text = f"{own.shown()} ({own.difference.shown(4, '+')})"
+            found[claim] = Claim(text, own.ratio <= 1, own.difference.beyond(), own.single)
+            one = personal(study, study.ends)
+            text = f"{one['worst_client']} {one['worst_client_ratio']:.2f}"
+            found["no client above 1.05 of it"] = Claim(text, one["worst_client_ratio"] <= 1.05, single=own.single)
+        if others := beside_global(study, study.ends):
+            found["and within 5 % of the global update on the others'"] = Claim(
+                others.shown(), others.ratio <= 1.05, single=others.single
+            )
     for what, key in (
         ("leaving out any block costs less than half of the gain over trained alone", "cost"),
         ("and leaving out any one client", "cost_clients"),
@@ -172,22 +176,20 @@ def paper_claims(study: Study) -> dict[str, Claim]:
             found[
                 f"every {method} block is better on the others' data after the global update than untrained (figure 3)"
             ] = Claim(f"{better} of {len(rises)}", better == len(rises), single=len(study.runs[mixed]) == 1)
-        if mixed in study.runs and "alone" in study.runs:
-            after, alone = study.stage(mixed, "others", "global").mean, study.stage("alone", "others", "local").mean
-            whole = study.clients("alone")
-            below = sum(
-                fmean(one.others["global"] for one in same) < fmean(one.others["local"] for one in whole[id])
-                for id, same in study.clients(mixed).items()
-            )
+        if there := Pair.of(study.stages(mixed, "others", "global"), study.stages("alone", "others", "local")):
+            whole = study.by_client("alone", "others", "local")
+            pairs = [Pair.of(one, whole.get(id, {})) for id, one in study.by_client(mixed, "others", "global").items()]
+            below = [pair.difference.mean < 0 for pair in pairs if pair]
             found[f"and {method} blocks are better there than whole LLMs that trained alone, in the mean"] = Claim(
-                f"{after:.3f} and {alone:.3f}; {below} of {len(whole)} clients",
-                after < alone,
-                single=len(study.runs[mixed]) == 1,
+                f"{there.ours.mean:.3f} and {there.theirs.mean:.3f}; {sum(below)} of {len(below)} clients",
+                there.difference.mean < 0,
+                single=there.single,
             )
     what = "the LLM is worse without any one block (figure 5)"
     found[what] = Claim("not measured")
     if omitted := omission(study):
         costs = omitted["cost_llm"]
         worse = [f"{name} {cost:+.3f}" for name, cost in costs.items() if cost > 0]
-        found[what] = Claim(f"{len(worse)} of {len(costs)}: {', '.join(worse) or 'none'}", len(worse) == len(costs))
+        text = f"{len(worse)} of {len(costs)}: {', '.join(worse) or 'none'}"
+        found[what] = Claim(text, len(worse) == len(costs), single=len(omitted["seeds"]) == 1)
     return found

@@ -147,6 +147,10 @@ class Run(Record):
         """The same of exact answers."""
         return fmean(one.exact_match for one in self.llm.values())
 
+    def has(self, data: Data, stage: Stage) -> bool:
+        """Whether every client has this stage on these data; not of one that shows no clients."""
+        return bool(self.clients) and all(stage in one.loss(data) for one in self.clients)
+
 
 class Setting(Record):
     """What all runs of a study share, but for what their names say."""

@@ -56,10 +56,9 @@ def main_table(study: Study) -> str:
             "blocks, others'", "MB", "k tokens", "TFLOP", "rank", "rate", "seeds")  # fmt: skip
     rows = [line(name) for name in study.order]
     if study.labels:
-        loss, most = study.floor("loss", study.labels), study.floor("exact_match", study.labels)
-        rows.append(
-            ["*best constant guess, in hindsight*", "", "", "", loss.shown(), most.shown(1, scale=100), *[""] * 8]
-        )
+        loss, most = study.floor("loss"), study.floor("exact_match")
+        cells = [Stat.of(loss.values()).shown(), Stat.of(most.values()).shown(1, scale=100)]
+        rows.append(["*best constant guess, in hindsight*", "", "", "", *cells, *[""] * 7, str(len(loss))])
     return table(head, rows)
 
 
@@ -108,22 +107,27 @@ def client_table(study: Study) -> str:
     name = study.default
     of: dict[Stage, str] = {"before": name, "local": study.alone, "global": name, "personal": study.ends or name}
     found = {stage: study.clients(variant) for stage, variant in of.items()}
-    ratios = personal_ratios(study, study.ends, study.alone) if study.ends else {}
+    ratios = personal_ratios(study, study.ends) if study.ends else {}
 
     def cell(id: str, data: Data, stage: Stage) -> str:
         values = [one.loss(data)[stage] for one in found[stage].get(id, ()) if stage in one.loss(data)]
         return Stat.of(values).shown() if values else ""
 
     columns: list[tuple[Data, Stage]] = [(data, stage) for data in get_args(Data) for stage in of]
-    # Whose block is another one there: the paper's clients that train alone have the whole LLM.
-    other = any(one[0].block != found["global"][id][0].block for id, one in found["local"].items())
-    called = {"local": "whole LLM alone" if other else "alone"}
+    called = {"local": called_alone(study)}
     head = ["client", "block", *(f"{data}, {called.get(stage, stage)}" for data, stage in columns)]
     rows = [
         [id, same[0].block, *(cell(id, *one) for one in columns), f"{ratios[id]:.2f}" if id in ratios else ""]
         for id, same in found["global"].items()
     ]
     return table([*head, "personal / alone, own"], rows)
+
+
+def called_alone(study: Study) -> str:
+    """What trained alone: the paper's clients have the whole LLM then, whatever their block is in the rounds."""
+    blocks, alone = study.clients(study.default), study.clients(study.alone)
+    other = any(one[0].block != blocks[id][0].block for id, one in alone.items() if id in blocks)
+    return "whole LLM alone" if other else "alone"
 
 
 def rates_table(study: Study) -> str:
@@ -174,7 +178,7 @@ def figure_3(study: Study, out: Path) -> None:
             axis.errorbar(list(by_round), means, errors, marker="o", color=colour, label=f"{data}, global update")
             levels = [found["local"] for one in alone.get(id, clients) if "local" in (found := one.loss(data))]
             if levels:
-                axis.axhline(fmean(levels), color=colour, linestyle="--", label=f"{data}, trained alone")
+                axis.axhline(fmean(levels), color=colour, linestyle="--", label=f"{data}, {called_alone(study)}")
         axis.set_title(f"{id}\n{clients[0].block}", fontsize=8)
         axis.tick_params(labelsize=7)
     figure.supxlabel("round", fontsize=8)

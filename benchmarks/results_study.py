@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from legolm.runs import Data, Stage
+from legolm.runs import Data, Stage, on_all_data
 from results_read import DEFAULT, FEDIT, LOCAL, MASKS, PERSONAL, PLAIN, RANK_4, Bench, Client, Cost, Run
 
 UNABLE = (FEDIT, RANK_4, "fedit_seconds", "heteagg_dense", LOCAL, "centralized")
@@ -43,6 +43,37 @@ class Stat(NamedTuple):
     def named(self, name: str) -> dict[str, float | None]:
         """For JSON: `name` and `name_se`."""
         return {name: round(self.mean, 4), f"{name}_se": None if self.se is None else round(self.se, 4)}
+
+
+class Pair(NamedTuple):
+    """Two figures over the seeds that both have, and the first minus the second."""
+
+    ours: Stat
+    theirs: Stat
+    difference: Stat
+
+    @classmethod
+    def of(cls, ours: Mapping[int, float], theirs: Mapping[int, float]) -> Pair | None:
+        """Of values by seed; None without a common one."""
+        both = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+        if not both:
+            return None
+        left, right = zip(*both, strict=True)
+        return cls(Stat.of(left), Stat.of(right), Stat.of(mine - other for mine, other in both))
+
+    @property
+    def ratio(self) -> float:
+        """The first mean over the second."""
+        return self.ours.mean / self.theirs.mean
+
+    def shown(self) -> str:
+        """Both means, and their ratio."""
+        return f"{self.ours.mean:.3f} / {self.theirs.mean:.3f} = {self.ratio:.2f}"
+
+    @property
+    def single(self) -> bool:
+        """Whether by one seed."""
+        return self.difference.se is None
 
 
 class Study:
@@ -96,17 +127,9 @@ class Study:
         """The same of exact answers."""
         return fmean(run.llm[id].exact_match for id in self.labels)
 
-    def floor(self, key: str, tasks: Sequence[str]) -> Stat:
-        """The label prior (`loss`) or the majority class (`exact_match`), mean over tasks."""
-        return Stat.of(fmean(getattr(one[id], key) for id in tasks) for one in self.bench.floors.values())
-
-    def above_floor(self, key: str, of: Callable[[Run], float]) -> Stat:
-        """The default's figure on tasks with labels minus their floor, by seed."""
-        runs, floors = self.runs[self.default], self.bench.floors
-        return Stat.of(
-            of(runs[seed]) - fmean(getattr(floors[seed][id], key) for id in self.labels)
-            for seed in sorted(runs.keys() & floors.keys())
-        )
+    def floor(self, key: Literal["loss", "exact_match"]) -> dict[int, float]:
+        """The label prior or the majority class, mean over tasks with labels, by seed."""
+        return {seed: fmean(getattr(one[id], key) for id in self.labels) for seed, one in self.bench.floors.items()}
 
     @property
     def order(self) -> list[str]:
@@ -124,12 +147,14 @@ class Study:
         """The variant whose clients trained alone best on their own data: that of their ends, or `local`, which has its
         own rate; the paper's is called so."""
         told = [name for name in (self.ends, LOCAL) if name in self.runs and self.has(name, "local")]
-        return min(told, key=lambda name: self.stage(name, "own", "local").mean, default="alone")
+        if len(told) < 2:
+            return told[0] if told else "alone"
+        both = Pair.of(*(self.stages(name, "own", "local") for name in told))
+        return told[both is not None and both.difference.mean > 0]
 
     def has(self, name: str, stage: Stage) -> bool:
         """Whether every client of a variant has this stage."""
-        clients = [one for run in self.runs[name].values() for one in run.clients]
-        return bool(clients) and all(stage in one.own for one in clients)
+        return all(run.has("own", stage) for run in self.runs[name].values())
 
     @property
     def peers(self) -> list[str]:
@@ -146,13 +171,18 @@ class Study:
         return found
 
     def stages(self, name: str, data: Data, stage: Stage) -> dict[int, float]:
-        """Mean over clients' blocks of a variant, by seed."""
-        runs = self.runs[name].items()
-        return {seed: fmean(one.loss(data)[stage] for one in run.clients) for seed, run in runs}
+        """Mean over clients' blocks of a variant, by seed; without those in which some client lacks this stage."""
+        runs = self.runs.get(name, {}).items()
+        return {seed: fmean(one.loss(data)[stage] for one in run.clients) for seed, run in runs if run.has(data, stage)}
 
-    def stage(self, name: str, data: Data, stage: Stage) -> Stat:
-        """The same over seeds."""
-        return Stat.of(self.stages(name, data, stage).values())
+    def by_client(self, name: str, data: Data, stage: Stage) -> dict[str, dict[int, float]]:
+        """Each client's block of a variant, by seed."""
+        found: dict[str, dict[int, float]] = {}
+        for seed, run in self.runs.get(name, {}).items():
+            for one in run.clients:
+                if stage in one.loss(data):
+                    found.setdefault(one.id, {})[seed] = one.loss(data)[stage]
+        return found
 
     def bytes(self, name: str) -> float:
         """MB a client and round, both ways."""
@@ -189,7 +219,7 @@ def floor(study: Study) -> dict[str, Any]:
     """What constant guesses have on the tasks with labels: the label prior, and the majority class."""
     if not study.labels:
         return {"tasks": [], "loss": None, "accuracy": None}
-    loss, most = study.floor("loss", study.labels), study.floor("exact_match", study.labels)
+    loss, most = Stat.of(study.floor("loss").values()), Stat.of(study.floor("exact_match").values())
     return {"tasks": study.labels, **loss.named("loss"), **most.named("accuracy")}
 
 
@@ -198,28 +228,32 @@ def personal(study: Study, ends: str) -> dict[str, Any]:
 
     Beside it the global update, and trained alone: in the same run, or `local` with its own rate, whichever is better.
     """
-    shared, own = study.stage(ends, "others", "global"), study.stage(ends, "own", "personal")
-    ratios = personal_ratios(study, ends, study.alone)
-    worst = max(ratios, key=lambda id: ratios[id])
-    return {
-        **own.named("own"),
-        **study.stage(study.alone, "own", "local").named("own_alone"),
-        **study.stage(ends, "others", "personal").named("others"),
-        **shared.named("others_global"),
-        "worst_client_ratio": round(ratios[worst], 4),
-        "worst_client": worst,
-        "alone": study.alone,
-    }
+    found: dict[str, Any] = {}
+    if own := beside_alone(study, ends):
+        found |= {**own.ours.named("own"), **own.theirs.named("own_alone")}
+    if others := beside_global(study, ends):
+        found |= {**others.ours.named("others"), **others.theirs.named("others_global")}
+    if ratios := personal_ratios(study, ends):
+        worst = max(ratios, key=lambda id: ratios[id])
+        found |= {"worst_client_ratio": round(ratios[worst], 4), "worst_client": worst, "alone": study.alone}
+    return found
 
 
-def personal_ratios(study: Study, ends: str, alone: str) -> dict[str, float]:
-    """Each client's personal loss on its own data in a variant over that of training alone in another, both means over
-    seeds."""
+def beside_alone(study: Study, ends: str) -> Pair | None:
+    """Clients' personal loss on their own data in a variant, and that of training alone."""
+    return Pair.of(study.stages(ends, "own", "personal"), study.stages(study.alone, "own", "local"))
 
-    def mean(name: str, id: str, stage: Stage) -> float:
-        return fmean(one.own[stage] for one in study.clients(name)[id])
 
-    return {id: mean(ends, id, "personal") / mean(alone, id, "local") for id in study.clients(ends)}
+def beside_global(study: Study, ends: str) -> Pair | None:
+    """Clients' personal loss on the others' data in a variant, and that of the global update."""
+    return Pair.of(study.stages(ends, "others", "personal"), study.stages(ends, "others", "global"))
+
+
+def personal_ratios(study: Study, ends: str) -> dict[str, float]:
+    """Each client's personal loss on its own data in a variant over that of training alone, both means over seeds."""
+    alone = study.by_client(study.alone, "own", "local")
+    pairs = {id: Pair.of(own, alone.get(id, {})) for id, own in study.by_client(ends, "own", "personal").items()}
+    return {id: pair.ratio for id, pair in pairs.items() if pair}
 
 
 def omission(study: Study) -> dict[str, Any] | None:
@@ -230,10 +264,14 @@ def omission(study: Study) -> dict[str, Any] | None:
     if not runs:
         return None
     found: dict[str, Any] = {"of": runs[0].name, "seeds": [run.seed for run in runs], "gain": None}
-    alone = {run.seed: run for name in (PERSONAL, LOCAL) for run in study.runs.get(name, {}).values()}
-    alone |= {run.seed: run for run in runs if any("local" in one.own for one in run.clients)}  # the very blocks
+    others = [run for name in (PERSONAL, LOCAL) for run in study.runs.get(name, {}).values()]
+    alone = {
+        run.seed: fmean(on_all_data(one.own["local"], one.others.get("local"), len(run.clients)) for one in run.clients)
+        for run in (*others, *runs)  # last the very blocks, which are the best to compare with
+        if run.has("own", "local")
+    }
     if all(run.seed in alone for run in runs):
-        gains = [on_all_data(alone[run.seed].clients) - run.left_out.blocks for run in runs if run.left_out]
+        gains = [alone[run.seed] - run.left_out.blocks for run in runs if run.left_out]
         found |= Stat.of(gains).named("gain")
     for key, kind in (("cost", "block"), ("cost_clients", "client")):
         costs: dict[str, list[Cost]] = {}
@@ -242,9 +280,3 @@ def omission(study: Study) -> dict[str, Any] | None:
         found[key] = {name: round(fmean(one.blocks for one in same), 4) for name, same in costs.items()}
         found[f"{key}_llm"] = {name: round(fmean(one.llm for one in same), 4) for name, same in costs.items()}
     return found
-
-
-def on_all_data(clients: Sequence[Client]) -> float:
-    """Mean loss of blocks that trained alone, on everyone's data."""
-    count = len(clients)
-    return fmean((one.own["local"] + (count - 1) * one.others["local"]) / count for one in clients)

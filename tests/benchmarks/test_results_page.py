@@ -255,6 +255,89 @@ def test_a_claim_is_of_all_clients_and_says_what_it_stands_on(modules: Modules, 
     assert claims(by_hand, None)[one_left_out].shown() == "not measured"
 
 
+def test_a_verdict_by_one_seed_says_so_beside_that_seeds_floor(modules: Modules, by_hand: Any) -> None:
+    """The default has seed 0 only, whose floors are not the mean of all seeds'."""
+    by_hand.runs["heteagg_near"] = {0: by_hand.runs["heteagg_near"][0]}
+    floors = by_hand.bench.floors
+    floors[0] = floors[0] | {"a": modules["results_read"].Floor(loss=0.4, exact_match=0.8)}
+    told = {claim: one.shown() for claim, one in modules["results_claims"].claims(by_hand, None).items()}
+    assert told["its loss is below the label prior in hindsight (tasks with labels)"] == (
+        "0.500 and 0.400 (+0.100): **no**, by one seed"
+    )
+    assert told["its accuracy is at least 5 points above the most frequent answer's (tasks with labels)"] == (
+        "75.0 % and 80.0% (-5.0): **no**, by one seed"
+    )
+    assert told["better than every peer that the same devices can run"] == "than 1 of 1: yes, by one seed"
+    assert told["no client above 1.05 of it"] == "b 0.96: yes, by one seed"
+    assert told["and within 5 % of the global update on the others'"] == "2.000 / 2.000 = 1.00: yes, by one seed"
+    capable, task = by_hand.runs["fedit_capable"], modules["results_read"].Task(loss=0.4, exact_match=1)
+    capable[0] = capable[0].model_copy(update={"llm": {"a": task, "b": task}})
+    worse = modules["results_claims"].claims(by_hand, None)["better than every peer that the same devices can run"]
+    assert worse.shown() == "than 0 of 1; not fedit_capable (+0.600): **no**, by one seed"
+    assert modules["results_claims"].paper_claims(by_hand)["the LLM is worse without any one block (figure 5)"] == (
+        modules["results_claims"].Claim("1 of 1: x +0.100", True, single=True)
+    )
+    line = next(one for one in modules["results_shown"].main_table(by_hand).splitlines() if "*best constant" in one)
+    assert line.endswith(" | 3 |")  # the tables' is of all seeds
+
+
+def test_trained_alone_is_compared_over_the_seeds_that_both_have(modules: Modules, by_hand: Any) -> None:
+    """With seed 0 clients end at 0.95 of 1.0; seed 1, in which nobody trained alone, has half of that."""
+    (run,) = by_hand.runs["heteagg_personal"].values()
+    (alone,) = by_hand.runs["local"].values()
+    ends = [one.model_copy(update={"own": {"personal": one.own["personal"]}}) for one in run.clients]
+    half = [one.model_copy(update={"own": {"personal": one.own["personal"] / 2}}) for one in run.clients]
+    by_hand.runs["heteagg_personal"] = {
+        seed: run.model_copy(update={"seed": seed, "clients": clients}) for seed, clients in ((0, ends), (1, half))
+    }
+    assert by_hand.alone == "local"
+    found = modules["results_study"].figures(by_hand)["personal"]
+    assert (found["own"], found["own_alone"], found["worst_client_ratio"]) == (0.95, 1.0, round(1.1 / 1.15, 4))
+    told = modules["results_claims"].claims(by_hand, None)
+    assert told["no client above 1.05 of it"].shown() == "b 0.96: yes, by one seed"
+    assert not told["and within 5 % of the global update on the others'"].single
+    # The better of two is so with the seed that both have: `local` with 1.0, not with seed 1's 0.1 besides.
+    better = [one.model_copy(update={"own": {"local": 0.1}}) for one in alone.clients]
+    by_hand.runs["local"][1] = alone.model_copy(update={"seed": 1, "clients": better})
+    by_hand.runs["heteagg_personal"] = {0: run}
+    assert by_hand.alone == "heteagg_personal"
+
+
+@pytest.mark.parametrize("name", ["heteagg_near", "heteagg_personal"])
+def test_a_client_that_was_passed_over_alone_ends_nothing(name: str, modules: Modules, by_hand: Any) -> None:
+    """Its run did not train alone as a whole: the gain is over another variant's, 2 - 1.5, or over none."""
+    (run,) = by_hand.runs["heteagg_personal"].values()
+    first, second = run.clients
+    passed = [first.model_copy(update={"own": {"personal": 1.0}, "others": {"personal": 2.0, "global": 2.0}}), second]
+    by_hand.runs[name][0] = by_hand.runs[name][0].model_copy(update={"clients": passed})
+    study = modules["results_study"]
+    assert study.omission(by_hand)["gain"] == 0.5
+    del by_hand.runs["local"]
+    by_hand.runs["heteagg_personal"][0] = run.model_copy(update={"clients": passed})
+    assert study.omission(by_hand)["gain"] is None
+    assert "own_alone" not in study.figures(by_hand)["personal"]
+    assert "no client above 1.05 of it" not in modules["results_claims"].claims(by_hand, None)
+
+
+def test_the_plot_and_the_table_call_alike_what_trained_alone(
+    modules: Modules, by_hand: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The paper's clients have the whole LLM alone, whatever their block is."""
+    by_hand.runs["heteagg_near"] = by_hand.runs["heteagg_personal"]
+    (run,) = by_hand.runs["local"].values()
+    clients = [one.model_copy(update={"block": "whole", "own": {"local": 0.1}}) for one in run.clients]
+    by_hand.runs["local"] = {0: run.model_copy(update={"clients": clients})}
+    shown: list[str] = []
+    monkeypatch.setattr(
+        modules["results_shown"],
+        "save",
+        lambda figure, _: shown.extend(figure.axes[0].get_legend_handles_labels()[1]),
+    )
+    modules["results_shown"].figure_3(by_hand, tmp_path / "none.svg")
+    assert {"own, whole LLM alone", "others, whole LLM alone"} <= set(shown)
+    assert "own, whole LLM alone" in modules["results_shown"].client_table(by_hand)
+
+
 def test_a_variant_with_a_seed_of_its_own_keeps_its_labels(modules: Modules, by_hand: Any) -> None:
     """Its data are another seed's, which the default has not; 1.1 - 0.5 on the task with labels."""
     runs = by_hand.runs["fedit_everyone"]
