@@ -54,6 +54,7 @@ def test_the_llm_answers_beside_its_block(
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[") and str(exported_run) in done.stdout
     assert_one_line(legolm("chat", tiny("llama").parent), "has no config.json")
+    assert_one_line(legolm("chat", "runs/rum:fr"), "runs/rum:fr: there is no run folder runs/rum; give RUN:CLIENT")
     for value in ("nan", "1e-300"):
         assert_one_line(legolm("chat", tiny("llama"), "--temperature", value), f"--temperature {value}: must be 0")
     said("\udcff\n")

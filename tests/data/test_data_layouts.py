@@ -210,7 +210,7 @@ class TestBadRows:
     def test_many_are_counted(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", [*self.ROWS, *[{"instruction": "?", "output": float("nan")}] * 20])
         assert f"22 of 24 rows are bad: {path}:2: `output` is null; " in error_of(path)
-        assert f"{path}:12: `output` is null; and 12 more; mend them" in error_of(path)
+        assert f"{path}:8: `output` is null; and 16 more; mend them" in error_of(path)
 
     def test_all_of_them_are_too_many_to_skip(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", self.ROWS[1::2])

@@ -71,6 +71,12 @@ def test_who_takes_no_part_in_rounds_adds_nothing(three_clients: Callable[..., d
     assert [client.bytes_down for client in plan.clients] == [0, 0, 4 * UNIT]
 
 
+def test_a_blocks_file_has_its_bit_mask(three_clients: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    raw = three_clients(tmp_path, ("dense", "sparse", "dense"), rows=10)
+    dense, sparse = make_plan(configs.validate(RunConfig, raw, "test")).blocks
+    assert sparse.file_bytes - dense.file_bytes == shape_of(load_config(Path(raw["model"]))).layer_weights * 2 // 8
+
+
 @pytest.mark.parametrize(
     ("cut", "protect", "squares"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from legolm import config as configs
 from legolm import pipeline
 from legolm.composition import choose_method, compose, plan
 from legolm.config import DataConfig, RunConfig
-from legolm.data import DATE, Example, Message, prompt_look
+from legolm.data import DATE, Example, Message, client_data, prompt_look
 from legolm.errors import LegolmError
 from legolm.evaluation import Questions, evaluate, line_up, measure
 from legolm.models import load_model, load_tokenizer
@@ -54,6 +55,20 @@ def test_says_how_prompts_look(raw: Raw, bos_tokenizer: PreTrainedTokenizerFast,
     assert "The tokenizer begins a text with <|im_start|>, and the chat template writes none" in said
     assert "The chat template writes the day: 2026-01-02 throughout (data.date)" in said
     assert "would change" not in said
+
+
+def test_says_how_many_examples_are_cut(raw: Raw) -> None:
+    data = Path(raw["data"]["train"]).parent
+    rows = [{"instruction": "x" * 300, "output": "a"}, {"instruction": "Hi", "output": "b" * 300}]
+    (data / "fr.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows, *rows, *rows]))
+    raw["train"] |= {"max_length": 128}
+    said = [one for one in make_plan(configs.validate(RunConfig, raw, "test")).read if "are longer than" in one]
+    assert len(said) == 1 and "are longer than 128 tokens" in said[0] and "of 'fr' it is" in said[0]
+    cut, whole = map(int, re.findall(r"^data: (\d+) of (\d+) training", said[0])[0])
+    (answers,) = map(int, re.findall(r"(\d+) the end of their answer", said[0]))
+    held = client_data(configs.validate(RunConfig, raw, "test"))
+    assert cut == len(held["fr"].train) and whole == sum(len(one.train) for one in held.values())
+    assert answers == sum(example.wanted.startswith("b") for example in held["fr"].train)
 
 
 def test_says_how_many_answers_the_template_would_change(raw: Raw, tokenizer: PreTrainedTokenizerFast) -> None:

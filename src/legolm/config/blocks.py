@@ -174,7 +174,11 @@ class BlockConfig(OpenSection):
         windows, others = ("layers", "offset"), ("num_hidden_layers",)
         for name in others if self.method == "window" else windows:
             if getattr(self, name) is not None:
-                takes = "layers by name, in `layers`" if self.method == "window" else "what to keep by what it costs"
+                takes = (
+                    "layers by name, in `layers` of a config"
+                    if self.method == "window"
+                    else "what to keep by what it costs"
+                )
                 raise ValueError(f"`{name}` is not for {self.method}, which takes {takes}")
         if self.layers and any(one >= two for one, two in pairwise(self.layers)):
             raise ValueError(f"layers {list(self.layers)}: name each once, in ascending order")

@@ -27,7 +27,7 @@ from legolm.data.template import (
     take_look,
     unused_tools,
 )
-from legolm.data.tokens import TokenRows, Turns, check_whole, left_out, tokenize, tokens_of
+from legolm.data.tokens import TokenRows, Turns, check_whole, left_out, shortened, tokenize, tokens_of
 
 __all__ = [
     "DATE",
@@ -70,6 +70,7 @@ __all__ = [
     "render_template",
     "render_whole",
     "set_template",
+    "shortened",
     "special_ids",
     "take_look",
     "text_tokens",

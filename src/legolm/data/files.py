@@ -42,7 +42,7 @@ class BadRow(LegolmError):
     """A row that cannot be trained on: its place, why (both in `short`), and what helps."""
 
     def __init__(self, place: str, fault: str, way_out: str = "") -> None:
-        self.short = f"{place}: {fault}"
+        self.fault, self.short = fault, f"{place}: {fault}"
         super().__init__(f"{self.short}; {way_out}" if way_out else self.short)
 
 

@@ -21,8 +21,9 @@ from legolm.system import strict_json
 
 MAX_TEXT = 1_000_000
 """Characters of one question or answer: far past every context window, and read in a second."""
-NAMED = 10
-"""Bad rows that are named; the others are counted."""
+NAME_THEM = "name them (`fields` of a config, --instruction and --answer of a command)"
+NAMED, ALIKE = 10, 5
+"""Bad rows that are named, and those of them with one and the same fault; the others are counted."""
 COLUMNS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "messages": {"messages": ("messages", "conversations", "conversation")},
     "sharegpt": {"messages": ("conversations", "conversation", "messages")},
@@ -65,9 +66,14 @@ def layout_of(row: Row, config: RowsConfig) -> Found:
     found, whole = _of_fields(there, filled, config.layout, config.fields)
     if whole:
         return _by_turns(found, row, config)
-    if config.layout == "auto" and not config.fields.given and not row.values.keys() & set(found.columns.values()):
-        known, way_out = brief(", ".join(map(str, row.values))), "name them (`fields`, or --instruction and --answer)"
-        raise BadRow(row.place, f"fields {known} are of no known layout", way_out)
+    if config.layout == "auto" and not config.fields.given:
+        known = brief(", ".join(map(str, row.values)))
+        wanted = [name for role, name in found.columns.items() if role != MAY_LACK]
+        lacks = next((name for name in wanted if name not in row.values), "")
+        if not row.values.keys() & set(found.columns.values()):
+            raise BadRow(row.place, f"fields {known} are of no known layout", NAME_THEM)
+        if lacks:
+            raise BadRow(row.place, f"no field `{lacks}`; there are: {known}", NAME_THEM)
     return found
 
 
@@ -110,6 +116,7 @@ class Reading:
         self._tools: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
         self._bad: list[BadRow] = []
+        self._alike: Counter[str] = Counter()
         self._skipped = self._rows = 0
 
     def examples(self, source: str | Sequence[str]) -> Iterator[tuple[Row, Example]]:
@@ -131,7 +138,9 @@ class Reading:
                 bad = BadRow(getattr(row, "place", self._field), "is nested too deep", "take that field out")
             if bad is not None:
                 self._skipped += 1
-                if len(self._bad) < NAMED:
+                self._alike[bad.fault] += 1
+                # Of a file whose header has other names each row is bad, and there may be others.
+                if len(self._bad) < NAMED and self._alike[bad.fault] <= ALIKE:
                     self._bad.append(bad)
                 continue
             assert isinstance(row, Row)  # else it was raised

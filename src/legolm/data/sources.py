@@ -24,7 +24,8 @@ class Row:
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.values:
-            raise BadRow(self.place, f"no field `{name}`; there are: {brief(', '.join(map(str, self.values)))}")
+            there = brief(", ".join(map(str, self.values)))
+            raise BadRow(self.place, f"no field `{name}`; there are: {there}")
         return self.values[name]
 
 

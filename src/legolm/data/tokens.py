@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, overload
 from weakref import WeakKeyDictionary
@@ -79,6 +79,12 @@ class TokenRows(Sequence[Tokens]):
         """The place of the first example that was cut; None where none was."""
         place = self._truncated.find(1)
         return None if place < 0 else place
+
+    @property
+    def truncated(self) -> tuple[int, int]:
+        """Examples that were cut, and those that kept but a token of the question: their answer was cut, too."""
+        cut = np.frombuffer(self._truncated, dtype=bool)
+        return int(cut.sum()), int((cut & (np.array(self._answers) <= 1)).sum()) if len(cut) else 0
 
     @property
     def rewritten(self) -> int:
@@ -171,6 +177,21 @@ def left_out(learned: Sequence[TokenRows]) -> list[str]:
         "the answer (a system message, a turn, a field of one); data.template may name one that writes it."
     )
     return [said] if count else []
+
+
+def shortened(learned: Mapping[str, TokenRows], length: int) -> list[str]:
+    """A sentence where examples to learn have more than `length` tokens, by client."""
+    cut = {client: rows.truncated for client, rows in learned.items() if rows.truncated[0]}
+    if not cut:
+        return []
+    whole, answers = (sum(one[at] for one in cut.values()) for at in (0, 1))
+    most = max(cut, key=lambda client: cut[client])
+    return [
+        f"data: {whole:,} of {sum(map(len, learned.values())):,} training examples are longer than {length:,} tokens "
+        f"(train.max_length, or the model's context): they lose the start of their question, {answers:,} the end of "
+        f"their answer too; of {most!r} it is {cut[most][0]:,} of {len(learned[most]):,}. "
+        "train.long_examples: refuse stops there."
+    ]
 
 
 def check_whole(examples: TokenRows, length: int, split: str, client: str) -> None:

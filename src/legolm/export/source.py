@@ -32,6 +32,8 @@ def find_model(name: str) -> Path:
         path = RunDir(Path(run)).final_model(client)
         check_sealed(path)
         return path
+    if "/" in run and not Path(name).exists():  # no hub has a model of this name
+        raise LegolmError(f"{name}: there is no run folder {run}; give RUN:CLIENT, a folder, `starter` or a hub id")
     if Path(name).is_dir() and not (Path(name) / "config.json").exists() and RunDir(Path(name)).exists():
         RunDir(Path(name)).final_model("")  # says what there is
     return resolve(name)

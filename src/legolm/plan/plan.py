@@ -23,6 +23,7 @@ from legolm.data import (
     check_whole,
     client_data,
     data_fingerprint,
+    shortened,
     tokens_of,
 )
 from legolm.errors import LegolmError, MissingDataError
@@ -190,6 +191,7 @@ def _read_parts(config: RunConfig) -> Parts:
             if split == "train":
                 lengths[client] = found.lengths
                 learned.append(found)
+    said += shortened(dict(zip(data, learned, strict=True)), most)
     server = server_examples(config, said)
     if refuse:
         check_whole(tokens_of(Examples.of(server), tokenizer, most), most, "evaluate.server_data", "llm")
@@ -252,13 +254,14 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
         usual, *others = (
             training_bytes(trainees.of(spec.name), longest, one, precision) for one in leaner(config.train, longest)
         )
+        bits = coverage.unmasked().kept_weights if criterion or coverage.masks else 0
         blocks.append(
             PlannedBlock(
                 name=spec.name,
                 method=spec.method,
                 sparsity=target_pattern(spec, shape).sparsity if criterion else (there or coverage).sparsity,
                 parameters=parameters[spec.name],
-                file_bytes=parameters[spec.name] * width + frozen_bytes(config, coverage),
+                file_bytes=parameters[spec.name] * width + frozen_bytes(config, coverage) + bits // 8,
                 training_bytes=usual,
                 least_bytes=min(usual, *others),
                 token_flops=(6 if spec.name in patterned else 4) * coverage.kept_weights,

@@ -120,9 +120,13 @@ def kept_block(
         **recipe_of(spec, seed, precision),
     }.items():
         if was.get(field) != value:
+            old, new = was.get(field), value
+            if isinstance(old, dict) and isinstance(new, dict):  # of a target what differs
+                alike = {key for key in old if old[key] == new.get(key)}
+                old, new = ({key: own for key, own in one.items() if key not in alike} for one in (old, new))
             raise LegolmError(
                 f"{folder} is already there and holds another block: {field} was "
-                f"{brief(json.dumps(was.get(field)))} and is {brief(json.dumps(value))}; give another folder"
+                f"{brief(json.dumps(old))} and is {brief(json.dumps(new))}; give another folder"
             )
     if prompt_look(load_tokenizer(folder)) != prompt_look(tokenizer):
         raise LegolmError(f"{folder} is already there, cut with another chat template; give another folder")

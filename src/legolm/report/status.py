@@ -53,12 +53,22 @@ def show_status(found: dict[str, Any]) -> Group:
         title += f"; loss on validation data {' → '.join(losses[-4:])}"
     if found["privacy"]:
         title += f"; epsilon {found['privacy']['epsilon']:.3g} at delta {found['privacy']['delta']:g}"
-    table = Table("client", "block", "state", "since", "updates", "refused", "received", "sent", "loss")
-    for id, one in found["clients"].items():
-        loss = "" if one["validation"] is None else f"{one['validation']:.3f}"
-        traffic = f"{one['bytes_down'] / 1e6:.2f} MB", f"{one['bytes_up'] / 1e6:.2f} MB"
-        numbers = str(one["updates"]), str(one["refused"])
-        table.add_row(id, one["block"] or "", one["state"] or "", _ago(one["since"]), *numbers, *traffic, loss)
+    columns: dict[str, list[str]] = {"client": list(found["clients"])}
+    every = list(found["clients"].values())
+    columns |= {
+        "block": [one["block"] or "" for one in every],
+        "state": [one["state"] or "" for one in every],
+        "since": [_ago(one["since"]) for one in every],
+        "updates": [str(one["updates"]) for one in every],
+        "refused": [str(one["refused"]) for one in every],
+        "got, MB": [f"{one['bytes_down'] / 1e6:.2f}" for one in every],
+        "sent, MB": [f"{one['bytes_up'] / 1e6:.2f}" for one in every],
+        "loss": ["" if one["validation"] is None else f"{one['validation']:.3f}" for one in every],
+    }
+    there = {name: cells for name, cells in columns.items() if any(cells)}
+    table = Table(*there)
+    for row in zip(*there.values(), strict=True):
+        table.add_row(*row)
     return Group(title, table)
 
 
