@@ -15,7 +15,7 @@ from legolm.evaluation import Questions
 from legolm.runs import Ablation, Comparison
 from legolm.study import ablate as leave_out
 from legolm.study import compare as run_all
-from legolm.system import Progress, check_room
+from legolm.system import Progress, check_new
 
 
 def compare(
@@ -62,11 +62,11 @@ def compose(
 
     `sources` are folders of a run's final/ or "BLOCK:ADAPTER"; `into` is `llm`, `union`, sizes
     ("layers=30,kv_groups=3,neurons=1536") or a block. `weights` are one a source, or `validate` a file of answers to
-    weigh them by, read as `rows` says ({"layout": "dolly"}, as a config's `data`). Raises `LegolmError` for what
-    does not fit.
+    weigh them by, read as `rows` says ({"layout": "dolly"}, as a config's `data`). Raises `LegolmError` for an
+    `out` that is there, and for what does not fit.
     """
     folder, progress = Path(out), Progress()
-    check_room(folder)
+    check_new(folder)
     names = [str(one.path if isinstance(one, Block) else one) for one in sources]
     target = str(into.path if isinstance(into, Block) else into)
     numbers = None if weights is None else ",".join(map(str, weights))
