@@ -141,7 +141,7 @@ def test_from_the_cut_to_the_evaluation(llm: lg.LLM, small: lg.Block, tmp_path: 
         for first in (model, run.block("paris"))
     )
     assert len(found) == 2 and found[llm.name] == on_disk[llm.name]
-    assert found[str(run.block("paris").path)] != pytest.approx(on_disk[str(run.block("paris").path)])
+    assert found["paris (in memory)"] != pytest.approx(on_disk[str(run.block("paris").path)])
     assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
 
 

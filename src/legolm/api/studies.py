@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from legolm.api.door import door
 from legolm.block import Block
 from legolm.composition import choose_method, plan
 from legolm.composition import compose as put_together
@@ -18,6 +19,7 @@ from legolm.study import compare as run_all
 from legolm.system import Progress, check_new
 
 
+@door
 def compare(
     study: str | Path,
     out: str | Path,
@@ -35,6 +37,7 @@ def compare(
     return run_all(Path(study), Path(out), changes, models, seeds=seeds, jobs=jobs)
 
 
+@door
 def ablate(run: str | Path, out: str | Path | None = None, *, questions: Questions | None = None) -> Ablation:
     """Leave each block, then each client, out of a run's aggregation (made with `federation.keep_updates`).
 
@@ -44,6 +47,7 @@ def ablate(run: str | Path, out: str | Path | None = None, *, questions: Questio
     return leave_out(folder, Path(out) if out is not None else folder, questions, Progress())
 
 
+@door
 def compose(
     sources: Sequence[str | Path | Block],
     into: str | Path | Block,
