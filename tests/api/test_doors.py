@@ -62,7 +62,7 @@ def test_what_is_of_no_kind_is_one_line(llm: lg.LLM, rows: Path, tmp_path: Path)
     says: dict[str, Callable[[], Any]] = {
         "evaluate: `models` = 'a/model': must be list[": lambda: given.evaluate("a/model", asked),
         "evaluate: `questions` = 'arc_easy': must be Questions": lambda: given.evaluate([llm], "arc_easy"),
-        "evaluate: `precision` = 'fp16': must be Literal['fp32', 'bf16']": lambda: given.evaluate(
+        "evaluate: `precision` = 'fp16': must be 'fp32' or 'bf16'": lambda: given.evaluate(
             [llm], asked, precision="fp16"
         ),
         "evaluate: Linear is no model": lambda: lg.evaluate([torch.nn.Linear(1, 1)], asked),
@@ -71,6 +71,9 @@ def test_what_is_of_no_kind_is_one_line(llm: lg.LLM, rows: Path, tmp_path: Path)
         "questions: `data` = 5: must be str | Path | None": lambda: given.questions(data=5),
         "--limit 0: must be at least 1": lambda: lg.questions(data=rows, limit=0),
         "--limit -1: must be at least 1": lambda: lg.questions(data=rows, limit=-1),
+        "--layout, --instruction, --input, --answer, --messages, --bad-rows: only with --data": lambda: lg.questions(
+            text=rows, layout="dolly"
+        ),
         "--windows 0: must be at least 1": lambda: lg.questions(text=rows, windows=0),
         "--length 1: must be at least 2": lambda: lg.questions(text=rows, length=1),
         "compose: `sources` = 'a': must be list[str | Path | Block]": lambda: lg.compose("a", "llm", out),

@@ -25,6 +25,8 @@ def door(function: Callable[P, R]) -> Callable[P, R]:
             if name in kinds and not _fits(value, kinds[name]):
                 # Nobody who gives one text takes it for a sequence of texts.
                 kind = str(function.__annotations__[name]).replace("Sequence", "list")
+                if get_origin(kinds[name]) is Literal:
+                    kind = " or ".join(map(repr, get_args(kinds[name])))
                 raise LegolmError(f"{where}: `{name}` = {brief(repr(value))}: must be {kind}")
         return function(*given, **named)
 

@@ -23,6 +23,9 @@ from legolm.runs import Row, to_frame
 if TYPE_CHECKING:
     import pandas
 
+UNSAID = {"layout": "auto", "fields": {}}
+"""How rows are read where nothing is said of it."""
+
 
 class Results(list[Result]):
     """One entry a figure and model; printed, it is what the command prints. `found` has sizes and answers too."""
@@ -78,11 +81,12 @@ def questions(
     questions of each task and of `data`; `rouge` also generates answers; `length` are tokens a window of the text,
     `windows` so many of them. Raises `LegolmError` for what is missing or broken.
     """
+    rows = {"layout": layout, "fields": fields or {}}
     return read_questions(
         tasks,
         None if include is None else Path(include),
         None if data is None else str(data),
-        validate(RowsConfig, {"layout": layout, "fields": fields or {}}, "questions") if data is not None else None,
+        validate(RowsConfig, rows, "questions") if data is not None or rows != UNSAID else None,
         None if text is None else Path(text),
         limit,
         rouge,
