@@ -77,6 +77,7 @@ def test_what_is_of_no_kind_is_one_line(llm: lg.LLM, rows: Path, tmp_path: Path)
         "--windows 0: must be at least 1": lambda: lg.questions(text=rows, windows=0),
         "--length 1: must be at least 2": lambda: lg.questions(text=rows, length=1),
         "compose: `sources` = 'a': must be list[str | Path | Block]": lambda: lg.compose("a", "llm", out),
+        "cannot be made ([Errno 36] File name too long": lambda: lg.compose(["a"], "llm", tmp_path / ("a" * 300)),
         "sources: none given": lambda: lg.compose([], "llm", out),
         "compare: `changes` = 'a.b=1': must be list[str]": lambda: lg.compare("study.yaml", out, changes="a.b=1"),
         "--seeds 0: must be at least 1": lambda: lg.compare("study.yaml", out, seeds=0),

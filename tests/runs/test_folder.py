@@ -40,6 +40,8 @@ def test_a_folder_replaces_nothing(tmp_path: Path) -> None:
             raise AssertionError("before the work")
     with pytest.raises(LegolmError, match="b: is already there"), atomic_folder(tmp_path / "b"):
         (tmp_path / "b").write_text("theirs, made meanwhile")
+    with pytest.raises(LegolmError, match="cannot be made there"), atomic_folder(tmp_path / ("a" * 300)):
+        raise AssertionError("before the work")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "file", "link"]
     assert (tmp_path / "a" / "thesis").read_text() == "mine"
 

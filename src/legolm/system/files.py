@@ -81,7 +81,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def _check_free(path: Path) -> None:
     """Raise `LegolmError` unless a folder that is renamed to `path` replaces nothing but an empty one."""
-    if path.is_symlink() or (path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None)):
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or next(path.iterdir(), None) is not None):
         raise LegolmError(f"{path}: is already there; move it away, or give another place")
 
 
@@ -213,7 +213,7 @@ def check_room(out: Path, needed: int = 0, field: str = "--out") -> None:
 
 def check_new(out: Path, needed: int = 0) -> None:
     """Raise `LegolmError` when `--out` is there, or as `check_room` does: before the work, not after it."""
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):  # of a name too long `check_room` tells
         raise LegolmError(f"--out {out}: is already there; give another one")
     check_room(out, needed)
 
