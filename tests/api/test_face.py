@@ -129,6 +129,8 @@ def test_from_the_cut_to_the_evaluation(llm: lg.LLM, small: lg.Block, tmp_path: 
     assert len(run.summary.to_frame("clients")) == 2
     svg = run.plot("loss", "others")._repr_svg_()
     assert svg.startswith("<svg") and "xmlns=" in svg
+    with pytest.raises(lg.LegolmError, match=r"Run\.plot: `data` = 'nobody': must be 'own' or 'others'"):
+        run.plot("loss", "nobody")  # type: ignore[arg-type]
     model, tokenizer = run.model("paris")
     assert model.config.intermediate_size == 64
     with torch.no_grad():  # asked as it is in memory, not as it is on disk
@@ -141,7 +143,7 @@ def test_from_the_cut_to_the_evaluation(llm: lg.LLM, small: lg.Block, tmp_path: 
         for first in (model, run.block("paris"))
     )
     assert len(found) == 2 and found[llm.name] == on_disk[llm.name]
-    assert found[str(run.block("paris").path)] != pytest.approx(on_disk[str(run.block("paris").path)])
+    assert found["paris (in memory)"] != pytest.approx(on_disk[str(run.block("paris").path)])
     assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
 
 

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import legolm as lg
 from helpers import assert_one_line, legolm
 from legolm import config as configs
 from legolm import pipeline
@@ -324,6 +325,19 @@ def test_bad_input_is_one_line(run: Path, llm: Path, tmp_path: Path) -> None:
         shutil.copy(file, broken)
     (broken / "factors.safetensors").write_bytes(b"no tensors")
     fails("is broken (its header has", [broken])
+
+
+def test_nothing_that_is_there_is_replaced(run: Path, tmp_path: Path) -> None:
+    sources = [run / "final" / "fr", run / "final" / "de"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    before = sorted(run.rglob("*"))
+    for out in (tmp_path / "mine", tmp_path / "link", run / "final"):
+        for call in (lambda out=out: lg.compose(sources, "union", out), lambda out=out: put([*sources], "union", out)):
+            with pytest.raises(LegolmError, match=f"--out {out}: is already there; give another one"):
+                call()
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine" and sorted(run.rglob("*")) == before
 
 
 def test_the_command(run: Path, tmp_path: Path) -> None:

@@ -23,11 +23,27 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
         (folder / "x").write_text("1")
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    for content in ("1", "2"):
-        with atomic_folder(tmp_path / "a") as folder:
-            (folder / "x").write_text(content)
-    assert (tmp_path / "a" / "x").read_text() == "2"
+    (tmp_path / "a").mkdir()  # an empty one is free
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("1")
+    assert (tmp_path / "a" / "x").read_text() == "1"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("a", "file", "link"):
+        with pytest.raises(LegolmError, match=f"{name}: is already there"), atomic_folder(tmp_path / name):
+            raise AssertionError("before the work")
+    with pytest.raises(LegolmError, match="b: is already there"), atomic_folder(tmp_path / "b"):
+        (tmp_path / "b").write_text("theirs, made meanwhile")
+    with pytest.raises(LegolmError, match="cannot be made there"), atomic_folder(tmp_path / ("a" * 300)):
+        raise AssertionError("before the work")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "file", "link"]
+    assert (tmp_path / "a" / "thesis").read_text() == "mine"
 
 
 def test_a_scratch_folder_is_gone_afterwards(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
+
+from legolm.api.door import door
 from legolm.api.models import LLM
 from legolm.block import Block
 from legolm.config import RowsConfig, validate
@@ -20,6 +22,9 @@ from legolm.runs import Row, to_frame
 
 if TYPE_CHECKING:
     import pandas
+
+UNSAID = {"layout": "auto", "fields": {}}
+"""How rows are read where nothing is said of it."""
 
 
 class Results(list[Result]):
@@ -56,11 +61,12 @@ class Results(list[Result]):
         return to_frame(rows)
 
 
+@door
 def questions(
     tasks: Sequence[str] = (),
     *,
     include: str | Path | None = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     layout: str = "auto",
     fields: dict[str, str] | None = None,
     text: str | Path | None = None,
@@ -75,11 +81,12 @@ def questions(
     questions of each task and of `data`; `rouge` also generates answers; `length` are tokens a window of the text,
     `windows` so many of them. Raises `LegolmError` for what is missing or broken.
     """
+    rows = {"layout": layout, "fields": fields or {}}
     return read_questions(
         tasks,
         None if include is None else Path(include),
-        data,
-        validate(RowsConfig, {"layout": layout, "fields": fields or {}}, "questions") if data is not None else None,
+        None if data is None else str(data),
+        validate(RowsConfig, rows, "questions") if data is not None or rows != UNSAID else None,
         None if text is None else Path(text),
         limit,
         rouge,
@@ -88,6 +95,7 @@ def questions(
     )
 
 
+@door
 def evaluate(
     models: Sequence[LLM | Block | str | Path | Any],
     questions: Questions,
@@ -97,24 +105,22 @@ def evaluate(
     """Every figure of every model, with standard errors; a block beside its LLM, with a paired test.
 
     A model is an `LLM`, a `Block`, a folder or hub id, or a causal LM of transformers in memory, which is asked as it
-    is and must have been loaded from a folder (its tokenizer is read there). Raises `LegolmError` for others.
+    is and must have been loaded from a folder (its tokenizer is read there): each is a row of its own, `paris (in
+    memory)`. Raises `LegolmError` for others.
     """
     names: list[str] = []
-    loaded: dict[str, Any] = {}
+    loaded: dict[str, nn.Module] = {}
     for model in models:
         if isinstance(model, LLM | Block):
             names.append(model.name if isinstance(model, LLM) else str(model.path))
         elif isinstance(model, str | Path):
             names.append(str(model))
-        elif getattr(model, "name_or_path", ""):
-            names.append(str(model.name_or_path))
+        elif isinstance(model, nn.Module) and getattr(model, "name_or_path", None):
+            name = f"{Path(str(model.name_or_path)).name} (in memory)"
+            names.append(name if name not in loaded else f"{name}-{len(loaded) + 1}")
             loaded[names[-1]] = model
         else:
             raise LegolmError(
                 f"evaluate: {type(model).__name__} is no model; give an LLM, a Block, a folder or a model"
             )
-    subjects = [
-        replace(subject, model=loaded[subject.name]) if subject.name in loaded else subject
-        for subject in line_up(names)
-    ]
-    return Results(evaluate_all(subjects, questions, precision))
+    return Results(evaluate_all(line_up(names, loaded=loaded), questions, precision))

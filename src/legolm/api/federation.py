@@ -12,21 +12,25 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from legolm.api.door import door, is_list
 from legolm.api.models import LLM
 from legolm.api.run import Run
 from legolm.block import Block
 from legolm.config import TRAINERS, Choice, Entry, RunConfig, validate
 from legolm.data import Example, Message
-from legolm.errors import LegolmError, nearest
+from legolm.errors import LegolmError, brief, nearest
 from legolm.pipeline import run as run_pipeline
 from legolm.plan import Plan, make_plan
 from legolm.report import print_plan
-from legolm.runs import DATA
+from legolm.runs import RunDir
 from legolm.system import atomic_folder
 
 Examples = Sequence[Example] | Sequence[tuple[str, str]]
 """Conversations, or pairs of instruction and answer."""
-SPLITS = ("train", "validation", "test")
+SPLITS = {"train": "data", "validation": "validation", "test": "test"}
+"""The field of a client that has them."""
+SECTIONS = ("aggregate", "data", "federation", "train")
+"""To which the arguments add."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,13 @@ class Client:
     rank: int | None = None
     joins: int = 1
     leaves: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in SPLITS.values():
+            if (given := getattr(self, field)) is not None and not is_list(given):
+                raise LegolmError(
+                    f"Client: `{field}` is {type(given).__name__}; give a list of Examples (legolm.read) or of pairs"
+                )
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class Federation:
     `scheme` and `trainer` are registered ones, called with their settings (`bounded_mean(bound=2.0)`), or a name.
     `sections` are those of a config file: `lora={"rank": 8}`, `train={"steps": 8}`, `federation={"engine": "local"}`,
     `evaluate`, `aggregate`, `data`, and `precision`, `device`, `plugins`. Raises `LegolmError`, when planned or run,
-    for whatever a config file would be refused for.
+    for whatever a config file would be refused for, and for a section that says otherwise what an argument says.
     """
 
     def __init__(
@@ -79,6 +90,11 @@ class Federation:
         seed: int = 0,
         **sections: Any,
     ) -> None:
+        if not isinstance(llm, LLM) or not isinstance(clients, Mapping):
+            raise LegolmError(
+                f"federation: `llm` is {type(llm).__name__} and `clients` {type(clients).__name__}; give an LLM, and "
+                "each Client by its name"
+            )
         self.llm, self.clients, self.rounds, self.seed = llm, dict(clients), rounds, seed
         self.scheme, self.trainer = _chosen("scheme", scheme), _chosen("trainer", trainer)
         self.sections = {name: _section(name, section) for name, section in sections.items()}
@@ -89,30 +105,50 @@ class Federation:
             config = self.config(Path(folder))
             return Planned(make_plan(config), config)
 
+    @door
     def run(self, out: str | Path, resume: bool = False, models: bool = True) -> Run:
         """Run it in the folder `out`; with `resume` go on with what is there, or start.
 
         The data are written into the folder first, by their fingerprint, so that a resumed run and other processes have
         them. Without `models` no final models are written.
         """
-        folder = Path(out)
-        run_pipeline(self.config(folder), folder, resume=resume, models=models)
-        return Run(folder)
+        folder = RunDir(Path(out))
+        config, rows = self._made(folder)
+        folder.check(folder.settled(config), resume)  # before the clients' rows lie in a folder that is another's
+        rows.write(folder)
+        run_pipeline(config, folder.path, resume=resume, models=models)
+        return Run(folder.path)
 
     def config(self, folder: Path) -> RunConfig:
         """The config of a run in this folder; writes the clients' data below it."""
+        config, rows = self._made(RunDir(folder))
+        rows.write(RunDir(folder))
+        return config
+
+    def _made(self, folder: RunDir) -> tuple[RunConfig, _Rows]:
         scheme, trainer = self.scheme, self.trainer
         blocks, block_of = _blocks(self.llm, self.clients)
+        rows = _Rows.of(self.clients)
         raw = dict(self.sections)
-        for section, choice, named in (("aggregate", scheme, "scheme"), ("train", trainer, "trainer")):
-            raw[section] = raw.get(section, {}) | {named: choice.name} | dict(choice.settings)
-        raw["federation"] = raw.get("federation", {}) | {"rounds": self.rounds}
+        for argument, section, own in (
+            ("scheme", "aggregate", {"scheme": scheme.name, **scheme.settings}),
+            ("trainer", "train", {"trainer": trainer.name, **trainer.settings}),
+            ("rounds", "federation", {"rounds": self.rounds}),
+            ("clients", "data", rows.section(folder)),
+        ):
+            given = raw.get(section, {})
+            for field, value in own.items():
+                if given.get(field, value) != value:
+                    raise LegolmError(
+                        f"federation: `{section}.{field}` = {brief(repr(given[field]))} in the section, and "
+                        f"{value!r} by the argument `{argument}`; take it out of the section"
+                    )
+            raw[section] = given | own
         plugins = [choice.plugin for choice in (scheme, trainer) if choice.plugin is not None]
         raw |= {
             "model": self.llm.name,
             "seed": self.seed,
             "plugins": list(dict.fromkeys([*raw.get("plugins", []), *plugins])),
-            "data": raw.get("data", {}) | _write(self.clients, folder),
             "blocks": blocks,
             "clients": [
                 {"id": id, "block": block_of[id], "rank": one.rank, "joins": one.joins, "leaves": one.leaves}
@@ -125,7 +161,48 @@ class Federation:
                 f"trainer {trainer.name!r}: is defined in this script, and the engine 'flower' trains in other "
                 "processes; put it into a module, or set federation={'engine': 'local'}"
             )
-        return config
+        return config, rows
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The clients' rows by file, `SPLIT/CLIENT.jsonl`, as they will lie in a run's folder."""
+
+    files: dict[str, str]
+    fingerprint: str
+
+    @staticmethod
+    def of(clients: Mapping[str, Client]) -> _Rows:
+        """Raises `LegolmError` for a client without examples, or without what others have."""
+        held = {
+            split: {id: _lines(id, split, value) for id, one in clients.items() if (value := getattr(one, field))}
+            for split, field in SPLITS.items()
+        }
+        for split, by_client in held.items():
+            lacking = sorted(set(clients) - set(by_client))
+            if lacking and split == "train":
+                raise LegolmError(f"clients: {lacking[0]!r} has no examples; give it some")
+            if lacking and by_client:
+                raise LegolmError(
+                    f"clients: {lacking[0]!r} has no {split} examples and others have; give them to all, or to nobody"
+                )
+        files = {f"{split}/{id}.jsonl": text for split, by_client in held.items() for id, text in by_client.items()}
+        return _Rows(files, sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16])
+
+    def section(self, folder: RunDir) -> dict[str, Any]:
+        """What the section `data` says of them."""
+        splits = dict.fromkeys(name.partition("/")[0] for name in self.files)
+        files = {split: folder.given_files(self.fingerprint, split) for split in splits}
+        return {**files, "layout": "auto", "fields": {}, "split": {"by": "file"}}
+
+    def write(self, folder: RunDir) -> None:
+        """Write them, unless they are there."""
+        place = folder.given(self.fingerprint)
+        if not place.exists():
+            with atomic_folder(place) as partial:
+                for name, text in self.files.items():
+                    (partial / name).parent.mkdir(exist_ok=True)
+                    (partial / name).write_text(text, encoding="utf-8")
 
 
 def _chosen(kind: str, given: Choice | Entry[Any] | str) -> Choice:
@@ -142,6 +219,12 @@ def _section(name: str, section: Any) -> Any:
     known = [one for one in RunConfig.model_fields if one not in ("model", "seed", "blocks", "clients")]
     if name not in known:
         raise LegolmError(f"federation: no section {name!r};{nearest(name, known)}")
+    if name == "data" and isinstance(section, str):
+        section = {"train": section}  # as in a config file
+    if name in SECTIONS and not isinstance(section, Mapping):
+        raise LegolmError(f"federation: section {name} is {section!r}; give a mapping of its fields")
+    if name == "plugins" and not is_list(section):
+        raise LegolmError(f"federation: plugins is {section!r}; give a list")
     return dict(section) if isinstance(section, Mapping) else section
 
 
@@ -173,55 +256,23 @@ def _blocks(llm: LLM, clients: Mapping[str, Client]) -> tuple[list[dict[str, Any
     return list(blocks.values()), block_of
 
 
-def _write(clients: Mapping[str, Client], folder: Path) -> dict[str, Any]:
-    """Write the data below `folder`, and give their part of the section `data`. Raises `LegolmError` for none."""
-    held = {
-        split: {id: _conversations(id, split, value) for id, one in clients.items() if (value := _of(one, split))}
-        for split in SPLITS
-    }
-    for id, one in clients.items():
-        if not one.data:
-            raise LegolmError(f"clients: {id!r} has no examples; give it some")
-    for split in SPLITS[1:]:
-        lacking = sorted(set(clients) - set(held[split]))
-        if held[split] and lacking:
-            raise LegolmError(
-                f"clients: {lacking[0]!r} has no {split} examples and others have; give them to all, or to nobody"
-            )
-    content = {
-        f"{split}/{id}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        for split, by_client in held.items()
-        for id, rows in by_client.items()
-    }
-    fingerprint = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    place = folder.resolve() / DATA / fingerprint
-    if not place.exists():
-        with atomic_folder(place) as partial:
-            for name, text in content.items():
-                (partial / name).parent.mkdir(exist_ok=True)
-                (partial / name).write_text(text, encoding="utf-8")
-    section: dict[str, Any] = {split: f"{place / split}/*.jsonl" for split, by_client in held.items() if by_client}
-    return section | {"layout": "auto", "fields": {}}
-
-
-def _of(client: Client, split: str) -> Examples | None:
-    value: Examples | None = client.data if split == "train" else getattr(client, split)
-    return value
-
-
-def _conversations(id: str, split: str, examples: Examples) -> list[dict[str, Any]]:
+def _lines(id: str, split: str, examples: Examples) -> str:
     """Each example as a row of a file."""
     found = []
     for place, one in enumerate(examples):
+        where = f"clients: {split} example {place} of {id!r}"
         if isinstance(one, tuple) and len(one) == 2 and all(isinstance(text, str) for text in one):
             one = Example((Message("user", one[0]), Message("assistant", one[1])))
         if not isinstance(one, Example):
             raise LegolmError(
-                f"clients: {split} example {place} of {id!r} is {type(one).__name__}; give Examples (legolm.read) or "
-                "pairs of instruction and answer"
+                f"{where} is {type(one).__name__}; give Examples (legolm.read) or pairs of instruction and answer"
             )
-        found.append(_row(one))
-    return found
+        found.append(line := json.dumps(_row(one), ensure_ascii=False) + "\n")
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            raise LegolmError(f"{where} has half a character ({line[error.start]!a}); take it out") from None
+    return "".join(found)
 
 
 def _row(example: Example) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from legolm.api.door import door
 from legolm.block import Block
 from legolm.config import BlockConfig, RowsConfig, validate
 from legolm.data import Example, read_examples, with_system
+from legolm.errors import LegolmError
 from legolm.models import fingerprint, lasting_name, load_config, load_model, load_tokenizer, resolve, shape_of
 from legolm.prune import cut_blocks, kept_block
 from legolm.system import Progress, check_room
@@ -26,6 +28,8 @@ class LLM:
     name: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise LegolmError(f"LLM: `name` = {self.name!r}: must be text: `starter`, a folder or a hub id")
         shape_of(load_config(self.path))
 
     @cached_property
@@ -43,6 +47,7 @@ class LLM:
         return load_model(self.path), load_tokenizer(self.path)
 
 
+@door
 def cut(
     llm: LLM,
     out: str | Path,
@@ -68,6 +73,12 @@ def cut(
     `LegolmError` for another one, and for a target that cannot be met.
     """
     folder = Path(out)
+    if others := sorted({"name", "path"} & target.keys()):
+        raise LegolmError(
+            f"cut: `{others[0]}` = {target[others[0]]!r}: a block is called as its folder `out`; leave it out"
+        )
+    if not 0 <= seed < 2**63:
+        raise LegolmError(f"cut: `seed` = {seed}: must be from 0 to 2**63 - 1")
     named = dict(calibration) if isinstance(calibration, Mapping) else {"text": calibration}
     text = {"samples": samples, "length": length} | named
     raw = {"name": folder.name, "method": method, "calibration": text, "recover": {"steps": recover}} | target
@@ -81,6 +92,7 @@ def cut(
     return block
 
 
+@door
 def read(
     source: str | Path | Sequence[str],
     *,

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from legolm.api.door import door
 from legolm.block import Block, read_block
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
@@ -24,6 +25,7 @@ class Plot:
     def _repr_svg_(self) -> str:
         return self.svg
 
+    @door
     def save(self, path: str | Path) -> None:
         """Write the figure, all or nothing."""
         atomic_write(Path(path), self.svg + "\n")
@@ -32,6 +34,7 @@ class Plot:
 class Run:
     """A run in its folder, finished or under way. Raises `LegolmError` where there is none."""
 
+    @door
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not RunDir(self.folder).config_file.is_file():
@@ -60,10 +63,12 @@ class Run:
         """The figures of a finished run; `to_frame()` gives them to pandas. Raises `LegolmError` before its end."""
         return Summary.read(self.folder)
 
+    @door
     def block(self, name: str) -> Block:
         """What a client ended with, or the LLM (`llm`): a finished model with its coverage."""
         return read_block(self._final(name))
 
+    @door
     def model(self, name: str) -> tuple[Any, Any]:
         """(model, tokenizer) of what a client ended with, or of the LLM (`llm`), as transformers loads them."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,6 +76,7 @@ class Run:
         path = self._final(name)
         return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
+    @door
     def plot(self, what: Literal["loss", "clients"] = "loss", data: Data = "own") -> Plot:
         """Figure 3 (`loss` by round) or a row a client (`clients`), on clients' own or the others' data."""
         return Plot(draw(self.summary, what, data))

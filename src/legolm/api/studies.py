@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from legolm.api.door import door
 from legolm.block import Block
 from legolm.composition import choose_method, plan
 from legolm.composition import compose as put_together
@@ -15,9 +16,10 @@ from legolm.evaluation import Questions
 from legolm.runs import Ablation, Comparison
 from legolm.study import ablate as leave_out
 from legolm.study import compare as run_all
-from legolm.system import Progress, check_room
+from legolm.system import Progress, check_new
 
 
+@door
 def compare(
     study: str | Path,
     out: str | Path,
@@ -35,6 +37,7 @@ def compare(
     return run_all(Path(study), Path(out), changes, models, seeds=seeds, jobs=jobs)
 
 
+@door
 def ablate(run: str | Path, out: str | Path | None = None, *, questions: Questions | None = None) -> Ablation:
     """Leave each block, then each client, out of a run's aggregation (made with `federation.keep_updates`).
 
@@ -44,6 +47,7 @@ def ablate(run: str | Path, out: str | Path | None = None, *, questions: Questio
     return leave_out(folder, Path(out) if out is not None else folder, questions, Progress())
 
 
+@door
 def compose(
     sources: Sequence[str | Path | Block],
     into: str | Path | Block,
@@ -62,11 +66,11 @@ def compose(
 
     `sources` are folders of a run's final/ or "BLOCK:ADAPTER"; `into` is `llm`, `union`, sizes
     ("layers=30,kv_groups=3,neurons=1536") or a block. `weights` are one a source, or `validate` a file of answers to
-    weigh them by, read as `rows` says ({"layout": "dolly"}, as a config's `data`). Raises `LegolmError` for what
-    does not fit.
+    weigh them by, read as `rows` says ({"layout": "dolly"}, as a config's `data`). Raises `LegolmError` for an
+    `out` that is there, and for what does not fit.
     """
     folder, progress = Path(out), Progress()
-    check_room(folder)
+    check_new(folder)
     names = [str(one.path if isinstance(one, Block) else one) for one in sources]
     target = str(into.path if isinstance(into, Block) else into)
     numbers = None if weights is None else ",".join(map(str, weights))

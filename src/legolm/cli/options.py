@@ -60,11 +60,9 @@ def rows_of(
 
 def check_new(out: Path) -> None:
     """Raise `LegolmError` when `--out` is there or cannot be made: before the work, not after it."""
-    from legolm.system import check_room
+    from legolm.system import check_new as check
 
-    if out.exists():
-        raise LegolmError(f"--out {out}: is already there; give another one")
-    check_room(out)
+    check(out)
 
 
 def check_used(used: bool, options: str, wants: str) -> None:

@@ -31,7 +31,7 @@ from legolm.models import (
     resolve,
     rounded,
 )
-from legolm.system import Progress, atomic_folder, check_room
+from legolm.system import Progress, atomic_folder, check_new
 
 LONGEST_NAME = 255
 """Of a folder: what is longer names none, and asking for it is an error."""
@@ -111,7 +111,8 @@ def plan(
 
 
 def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
-    """Write the composed model: a checkpoint with manifest and coverage. Raises `LegolmError`, and leaves nothing then.
+    """Write the composed model: a checkpoint with manifest and coverage. Raises `LegolmError`, also for an
+    `out` that is there, and leaves nothing then.
 
     One decoder layer is in memory at a time, and the changes of one matrix.
     """
@@ -119,7 +120,7 @@ def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
     model, tokenizer = LayeredModel(base.path), load_tokenizer(base.path)
     _take_template(tokenizer, wanted.sources, progress)
     dense = replace(coverage, masks={}).kept_weights
-    check_room(out, (base.parameters if wanted.whole else base.parameters_of(dense)) * base.dtype.itemsize)
+    check_new(out, (base.parameters if wanted.whole else base.parameters_of(dense)) * base.dtype.itemsize)
     with atomic_folder(out) as folder:
         writer = CheckpointWriter(folder, base.dtype)
         with progress.stage("compose", len(coverage.layers)) as advance:

@@ -58,9 +58,11 @@ class Source:
 def read_sources(names: Sequence[str]) -> list[Source]:
     """Read `FOLDER` of a run's final/ or `BLOCK:ADAPTER` with a PEFT adapter.
 
-    Raises `LegolmError` for a missing or foreign adapter, the same source twice, other base models and other LoRA
-    targets.
+    Raises `LegolmError` for no sources, a missing or foreign adapter, the same source twice, other base models and
+    other LoRA targets.
     """
+    if not names:
+        raise LegolmError("sources: none given; give folders of a run's final/, or BLOCK:ADAPTER")
     known: set[tuple[Path, ...]] = set()
     for name in names:
         folders = tuple(folder.resolve() for folder in _folders(name))

@@ -85,6 +85,9 @@ def read_questions(
     ):
         if given is not None and not there:
             raise LegolmError(f"{option}: only with {wants}; give that too, or leave it out")
+    for option, number, least in (("--limit", limit, 1), ("--length", length, 2), ("--windows", windows, 1)):
+        if number is not None and number < least:
+            raise LegolmError(f"{option} {number}: must be at least {least}")
     if not tasks and data is None and text is None:
         raise LegolmError("nothing to evaluate on; give --tasks, --data or --text, or several")
     if rouge:

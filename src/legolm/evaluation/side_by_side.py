@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -112,19 +112,25 @@ class Evaluation:
     warnings: list[str]
 
 
-def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None = None) -> list[Subject]:
+def line_up(
+    models: Sequence[str], base: str | None = None, adapter: Path | None = None, loaded: Mapping[str, Any] | None = None
+) -> list[Subject]:
     """The models in order, each block's dense LLM before it, or the model itself before it with its adapter.
 
     A block's LLM is `base`, or else the one that has the fingerprint in its manifest: of `models`, what
     the block records, and the starter. Blocks and adapters are compared with their LLM, other models with the first.
-    Raises `LegolmError` when the LLM is not found or `base` is another, and for an adapter on several models.
+    `loaded` are those of `models` that are in memory, which may have changed there: none is another one's LLM.
+    Raises `LegolmError` for no models, when the LLM is not found or `base` is another, and for an adapter on several
+    models.
     """
-    names = list(dict.fromkeys(models))
+    if not models:
+        raise LegolmError("models: none to evaluate; give at least one")
+    names, loaded = list(dict.fromkeys(models)), loaded or {}
     if base is not None and not any((resolve(name) / "manifest.json").is_file() for name in names):
         raise LegolmError(f"--base {base}: is a block's LLM, and none of {', '.join(names)} is a block; leave it out")
     if adapter is not None and len(names) > 1:
         raise LegolmError(f"--adapter {adapter}: goes on one model, not on {len(names)}; evaluate them one by one")
-    paths = {name: resolve(name) for name in names}
+    paths = {name: resolve(str(loaded[name].name_or_path) if name in loaded else name) for name in names}
     holder = paths[names[0]]
     if adapter is not None and adapter.resolve().parent == holder.resolve() and (holder / FACTORS).is_file():
         raise LegolmError(
@@ -132,18 +138,18 @@ def line_up(models: Sequence[str], base: str | None = None, adapter: Path | None
             "trained on"
         )
     blocks = {name: read_block(path) for name, path in paths.items() if (path / "manifest.json").is_file()}
-    dense = {name: path for name, path in paths.items() if name not in blocks}
+    dense = {name: path for name, path in paths.items() if name not in blocks and name not in loaded}
     lineup: dict[str, Subject] = {}
     for name in names:
         block = blocks.get(name)
         llm = name
         if block is not None:
             llm, path = _find_base(name, block, base, dense)
-            dense[llm] = path
-        lineup.setdefault(llm, Subject(llm, dense[llm], against=next(iter(lineup), None)))
+            paths[llm] = dense[llm] = path
+        lineup.setdefault(llm, Subject(llm, paths[llm], against=next(iter(lineup), None), model=loaded.get(llm)))
         if block is not None or adapter is not None:
             label = name if adapter is None else f"{name} + {adapter.name}"
-            lineup[label] = Subject(label, paths[name], block, adapter, against=llm)
+            lineup[label] = Subject(label, paths[name], block, adapter, against=llm, model=loaded.get(name))
     for subject in lineup.values():
         shape_of(load_config(subject.path))
     return list(lineup.values())

@@ -13,7 +13,7 @@ from legolm.export import adapter, gguf, gguf_adapter, hf, ollama, onnx, sparse 
 from legolm.export.source import open_source
 from legolm.export.target import Target
 from legolm.models import count_parameters, folder_bytes
-from legolm.system import appearing, check_room
+from legolm.system import appearing, check_new, check_room
 
 WIDEST = 4
 """Bytes a parameter, of the widest target and of what is made on the way."""
@@ -38,9 +38,7 @@ def export(
     """
     target = target_of(to, settings or {})
     target.need()
-    check_room(out)
-    if out.exists() or out.is_symlink():
-        raise LegolmError(f"--out {out}: is already there; give another one")
+    check_new(out)
     with open_source(name, with_adapter, out) as source:
         check_room(out, WIDEST * count_parameters(source.folder))
         with appearing(out) as made:

@@ -18,14 +18,20 @@ SIZE = 768
 accelerator, which answers a smaller product no sooner in bf16 than in float32."""
 
 
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 def dtype_of(precision: Precision) -> torch.dtype:
-    """The dtype of matrix products."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    """The dtype of matrix products. Raises `LegolmError` for a precision that there is not."""
+    if precision not in DTYPES:
+        raise LegolmError(f"precision = {precision!r}: must be {' or '.join(DTYPES)}")
+    return DTYPES[precision]
 
 
 def autocast(precision: Precision, device: str = "cpu") -> AbstractContextManager[None]:
-    """`bf16`: matrix products in bfloat16 by autocast; `fp32`: as the weights are."""
-    context: AbstractContextManager[None] = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+    """`bf16`: matrix products in bfloat16 by autocast; `fp32`: as the weights are. Raises as `dtype_of` does."""
+    low = dtype_of(precision) == torch.bfloat16
+    context: AbstractContextManager[None] = torch.autocast(device, torch.bfloat16, enabled=low)
     return context
 
 

@@ -3,7 +3,6 @@
 from legolm.runs.bases import lasting_base, point_adapters
 from legolm.runs.clock import Clock
 from legolm.runs.folder import (
-    DATA,
     UPDATES,
     RunDir,
     run_of,
@@ -92,7 +91,6 @@ from legolm.runs.tables import (
 
 __all__ = [
     "AGAIN",
-    "DATA",
     "HASHES",
     "SCHEMA",
     "STAGES",

@@ -7,13 +7,15 @@ after a kill is finished and whatever is not is done again.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from legolm import config as configs
 from legolm.config import RunConfig, SiteConfig
@@ -27,12 +29,15 @@ UPDATES = "updates"
 """Folder of a round's kept updates within the round's."""
 DATA = "data"
 """Folder of data that were given in memory: it is there before the run."""
+GIVEN = re.compile(rf".*/{DATA}/([0-9a-f]{{16}})/(\w+)/\*\.jsonl")
+"""Their files, as a config has them: fingerprint and split."""
 CLOCK = "clock.json"
 FILES = "config.yaml run.json metrics.jsonl summary.json hashes.json rounds.csv clients.csv report.html answers.json"
 """What a run writes beside its folders."""
 FINAL, WHOSE = "final", "run.txt"
 """Folder of finished models; where it is elsewhere, the file in it with the run's path."""
 MAX_SHOWN = 80
+C = TypeVar("C", RunConfig, SiteConfig)
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class RunDir:
 
     def settled(self, config: RunConfig) -> RunConfig:
         """The config with what it leaves open as this run, if there is one, decided it."""
-        return settled(self.known(), placed(config, self.devices())) if self.exists() else config
+        return settled(self.known(), placed(self._here(config), self.devices())) if self.exists() else config
 
     def devices(self) -> dict[str, Placed]:
         """The devices that got a block by what they can hold. Raises `LegolmError` for what the run did not write."""
@@ -160,7 +165,7 @@ class RunDir:
         """What a simulated client reads of the config; its plug-ins are loaded."""
         found = SiteConfig.model_validate(self.identity().config)
         configs.load_plugins(found.plugins)
-        return found
+        return self._here(found)
 
     def known(self) -> RunConfig:
         """The config as the run wrote it; `config.yaml`, which people edit, only where nothing else was written yet.
@@ -171,8 +176,26 @@ class RunDir:
             config = self.identity().config
             if isinstance(federation := config.get("federation"), dict):
                 federation.setdefault("personal", "last")  # what runs of before did
-            return placed(configs.validate(RunConfig, config, f"config in {self.identity_file}"), self.devices())
-        return configs.load(self.config_file)
+            known = configs.validate(RunConfig, config, f"config in {self.identity_file}")
+            return self._here(placed(known, self.devices()))
+        return self._here(configs.load(self.config_file))
+
+    def given(self, fingerprint: str) -> Path:
+        """Folder of data of this fingerprint that were given in memory, with a folder a split."""
+        return self.path.resolve() / DATA / fingerprint
+
+    def given_files(self, fingerprint: str, split: str) -> str:
+        """Pattern of the files in it."""
+        return f"{glob.escape(str(self.given(fingerprint) / split))}/*.jsonl"
+
+    def _here(self, config: C) -> C:
+        """The config with data that were given in memory where they lie now: the folder may have been moved since."""
+        moved = {}
+        for split in ("train", "validation", "test"):
+            lay = GIVEN.fullmatch(str(getattr(config.data, split)))
+            if lay is not None and self.given(lay[1]).is_dir():
+                moved[split] = self.given_files(lay[1], lay[2])
+        return config.model_copy(update={"data": config.data.model_copy(update=moved)})
 
     def block(self, name: str) -> Path:
         """Folder of a cut block."""

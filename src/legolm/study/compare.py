@@ -72,8 +72,11 @@ def compare(
     with so many, its own and the next ones, those in `out`/seeds/<seed>/<name>. A variant with `rates` first runs with
     each of them, in `out`/rates/<rate>/<name>; what counts, and goes on with other seeds in
     `out`/seeds/<seed>/<rate>/<name>, is the one with the least loss on validation data. A rate at which nothing can be
-    learned is out. `jobs` run at once, each in a process of its own.
+    learned is out. `jobs` run at once, each in a process of its own. Raises `LegolmError` for none of either.
     """
+    for option, number in (("--seeds", seeds), ("--jobs", jobs)):
+        if number < 1:
+            raise LegolmError(f"{option} {number}: must be at least 1")
     planned = plans(path, changes, seeds)
     check_places(planned, path, out, models, seeds, store)
     searches: dict[str, list[str]] = {}

@@ -68,15 +68,21 @@ def file_hash(path: Path) -> str:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that becomes `path` when the block ends well and vanishes when it does not.
 
-    Raises `DiskFullError` when the disk is full.
+    Raises `LegolmError` for a `path` that holds something, which stays, and `DiskFullError` when the disk is full.
     """
+    _check_free(path)
     with scratch_folder(path) as partial:
         yield partial
         _settle(partial)
-        if path.exists():
-            shutil.rmtree(path)
+        _check_free(path)  # what others may have put there meanwhile
         partial.rename(path)
         _sync(path.parent)
+
+
+def _check_free(path: Path) -> None:
+    """Raise `LegolmError` unless a folder that is renamed to `path` replaces nothing but an empty one."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or next(path.iterdir(), None) is not None):
+        raise LegolmError(f"{path}: is already there; move it away, or give another place")
 
 
 @contextmanager
@@ -203,6 +209,13 @@ def check_room(out: Path, needed: int = 0, field: str = "--out") -> None:
             f"{out}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
             f"free some space or give another {field}"
         )
+
+
+def check_new(out: Path, needed: int = 0) -> None:
+    """Raise `LegolmError` when `--out` is there, or as `check_room` does: before the work, not after it."""
+    if os.path.lexists(out):  # of a name too long `check_room` tells
+        raise LegolmError(f"--out {out}: is already there; give another one")
+    check_room(out, needed)
 
 
 @contextmanager
