@@ -17,7 +17,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     run = RunDir(folder)
     config, lines = run.known(), folder / "metrics.jsonl"
     rounds, live = rounds_of(read_stages(lines)) if lines.exists() else [], read_live(folder).root
-    clients = {}
+    clients, sent = {}, [record.sent for record in rounds]
     for one in config.clients:
         last = next((r for r in reversed(rounds) if one.id in {c for held in r.held for c in held.clients}), None)
         held = next((held for held in last.held if one.id in held.clients), None) if last else None
@@ -28,8 +28,8 @@ def read_status(folder: Path) -> dict[str, Any]:
             "since": now.since.isoformat() if now else None,
             "updates": sum(one.id in r.accepted for r in rounds),
             "refused": sum(any(no.client == one.id for no in r.refused) for r in rounds),
-            "bytes_up": sum(r.sent[one.id].up for r in rounds if one.id in r.sent),
-            "bytes_down": sum(r.sent[one.id].down for r in rounds if one.id in r.sent),
+            "bytes_up": sum(each[one.id].up for each in sent if one.id in each),
+            "bytes_down": sum(each[one.id].down for each in sent if one.id in each),
             "validation": held.validation if held else None,
         }
     done, losses = [r for r in rounds if r.round > 0], validations(rounds, lacking(rounds))
