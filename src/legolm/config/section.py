@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from legolm.config.registry import Registry, number_fields
 from legolm.errors import nearest
 
-LARGEST = (2**63, 1e30)
+LARGEST = (2**63, 1e37)
 """Of whole numbers and of others: what is made of them (products, loops, files' sizes) must end, in float32 too."""
 
 
