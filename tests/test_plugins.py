@@ -145,9 +145,9 @@ def test_a_criterion(plugin: Callable[..., None], config: Callable[..., Path]) -
     assert float(query.max()) < 0.8 * float(query.abs().max())
 
 
-def test_prune_takes_it_too(plugin: Callable[..., None], tiny: Callable[[str], Path], corpus: Path) -> None:
+def test_prune_takes_it_too(plugin: Callable[..., None], tiny: Callable[[str], Path]) -> None:
     plugin(CRITERION)
-    cut = ("prune", tiny("llama"), "--method", "signed", "--sparsity", "0.25", "--calibration", corpus, "--out", "low")
+    cut = ("prune", tiny("llama"), "--method", "signed", "--sparsity", "0.25", "--out", "low")
     assert_one_line(legolm(*cut), "criterion 'signed' is not known")
     assert_one_line(legolm(*cut, "--plugin", "mine"), "plugins: 'mine': write it as module:name")
     done = legolm(*cut, "--plugin", "mine:signed")

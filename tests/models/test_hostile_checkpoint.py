@@ -236,7 +236,7 @@ def test_only_the_files_that_are_read_count(model: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["truncated", "missing", "config: layers", "tokenizer: truncated"])
-def test_every_command_says_so(fault: str, model: Path, tmp_path: Path, corpus: Path) -> None:
+def test_every_command_says_so(fault: str, model: Path, tmp_path: Path) -> None:
     change, says = BROKEN[fault]
     change(model)
     rows = [{"instruction": f"Say {i}", "output": "ab"} for i in range(20)]
@@ -245,7 +245,7 @@ def test_every_command_says_so(fault: str, model: Path, tmp_path: Path, corpus: 
     (tmp_path / "run.yaml").write_text(json.dumps(config | {"clients": [{"id": "fr", "block": "a"}]}))
     out = tmp_path / "out"
     assert_one_line(legolm("run", tmp_path / "run.yaml", "--out", out, "--dry-run"), says)
-    cut = ("--method", "magnitude", "--sparsity", "0.5", "--calibration", corpus)
+    cut = ("--method", "magnitude", "--sparsity", "0.5")
     assert_one_line(legolm("prune", model, "--out", out, *cut), says)
     assert_one_line(legolm("eval", model, "--data", tmp_path / "fr.jsonl"), says)
     assert not out.exists()
