@@ -6,6 +6,7 @@ from legolm.data.calibration import (
     check_samples,
     check_text,
     help_tokens,
+    is_bundled,
     own_tokens,
 )
 from legolm.data.examples import Example, Message
@@ -54,6 +55,7 @@ __all__ = [
     "dated_template",
     "encode",
     "help_tokens",
+    "is_bundled",
     "is_starter",
     "left_out",
     "load_parts",

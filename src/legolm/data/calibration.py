@@ -43,7 +43,7 @@ def calibration_tokens(
     some and the prose of Python's help topics. Raises `LegolmError` if the text is missing or too short.
     """
     needed = config.samples * config.length
-    if is_starter(config.text) or config.text == "pydoc":
+    if is_bundled(config.text):
         streams = [text_tokens("\n".join(topics.values()), tokenizer)]
         if is_starter(config.text):
             streams.insert(0, _conversations(public_starter_text(config.text), config, tokenizer, seed))
@@ -59,7 +59,7 @@ def calibration_tokens(
 
 def check_samples(config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int, field: str) -> None:
     """Raise `LegolmError` where `calibration_tokens` would. Once as long as its files are the same: each plan asks."""
-    ours = is_starter(config.text) or config.text == "pydoc"
+    ours = is_bundled(config.text)
     if ours and config.samples * config.length <= PLENTY:
         return
     states = () if ours else tuple(state_of(part) for part in parts_of(config.text, f"{field}.text"))
@@ -112,6 +112,11 @@ def check_length(length: int, context: int, field: str) -> None:
         )
 
 
+def is_bundled(text: str) -> bool:
+    """Whether it is a starter set or Python's help topics, which come with the installation."""
+    return is_starter(text) or text == "pydoc"
+
+
 def check_text(text: str, rows: RowsConfig, field: str) -> list[str]:
     """What there is to say of its rows. Raises `LegolmError` when `calibration_tokens` would not find the text, or no
     conversations in its rows. `field` names it.
@@ -119,7 +124,7 @@ def check_text(text: str, rows: RowsConfig, field: str) -> list[str]:
     if is_rows(text):
         states = tuple(state_of(part) for part in parts_of(text, field))
         return [*(_said_of if all(states) else _said_of.__wrapped__)(text, rows, field, states)]
-    if not is_starter(text) and text != "pydoc":
+    if not is_bundled(text):
         for path in paths_of(text, field):
             check_prose(path, field)
     return []

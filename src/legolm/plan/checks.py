@@ -17,7 +17,7 @@ from legolm.data import (
     check_samples,
     check_text,
     check_tokens,
-    is_starter,
+    is_bundled,
     paths_of,
     read_text,
 )
@@ -163,7 +163,7 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
     if whitened not in (None, CLIENTS):
         found["aggregate.whiten"] = whitened
     for field, text in found.items():
-        if is_starter(text) or text == "pydoc" or text.startswith("hub:"):
+        if is_bundled(text) or text.startswith("hub:"):
             continue
         files = (path for path in paths_of(text, field) if path.suffix.lower() not in (".parquet", ".gz"))
         check_tokens((read_text(path, field) for path in files), tokenizer, field)
