@@ -79,6 +79,7 @@ def test_what_is_of_no_kind_is_one_line(llm: lg.LLM, rows: Path, tmp_path: Path)
         "compose: `sources` = 'a': must be list[str | Path | Block]": lambda: lg.compose("a", "llm", out),
         "cannot be made ([Errno 36] File name too long": lambda: lg.compose(["a"], "llm", tmp_path / ("a" * 300)),
         "sources: none given": lambda: lg.compose([], "llm", out),
+        "compose: `rows` says how": lambda: lg.compose(["a"], "llm", out, rows={"layout": "dolly"}),
         "compare: `changes` = 'a.b=1': must be list[str]": lambda: lg.compare("study.yaml", out, changes="a.b=1"),
         "--seeds 0: must be at least 1": lambda: lg.compare("study.yaml", out, seeds=0),
         "--jobs 0: must be at least 1": lambda: lg.compare("study.yaml", out, jobs=0),

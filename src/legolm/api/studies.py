@@ -12,6 +12,7 @@ from legolm.composition import choose_method, plan
 from legolm.composition import compose as put_together
 from legolm.config import RowsConfig
 from legolm.config import validate as check
+from legolm.errors import LegolmError
 from legolm.evaluation import Questions
 from legolm.runs import Ablation, Comparison
 from legolm.study import ablate as leave_out
@@ -69,6 +70,8 @@ def compose(
     weigh them by, read as `rows` says ({"layout": "dolly"}, as a config's `data`). Raises `LegolmError` for an
     `out` that is there, and for what does not fit.
     """
+    if rows and validate is None:
+        raise LegolmError("compose: `rows` says how those of `validate` are read; give that too, or leave it out")
     folder, progress = Path(out), Progress()
     check_new(folder)
     names = [str(one.path if isinstance(one, Block) else one) for one in sources]
