@@ -25,6 +25,12 @@ from legolm.data import client_data, render
 from legolm.evaluation import score
 from legolm.models import load_model, load_tokenizer
 
+PAIRS = {
+    "paris": [(f"Say {i}", "ab"[i % 2] * 2) for i in range(20)],
+    "rome": [(f"Say {i}", "cd"[i % 2] * 2) for i in range(14)],
+}
+"""Questions and answers of two clients."""
+
 
 def no_figure(*_: object) -> str:
     """In the place of `report.plots._svg`."""

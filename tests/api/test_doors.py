@@ -16,11 +16,6 @@ from legolm.models import autocast, dtype_of
 ROWS = '{"instruction": "Say 1", "output": "fr"}\n{"instruction": "Say 2", "output": "de"}\n'
 
 
-@pytest.fixture(scope="module")
-def llm(tiny: Callable[[str], Path]) -> lg.LLM:
-    return lg.LLM(str(tiny("llama")))
-
-
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text(ROWS)

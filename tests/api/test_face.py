@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import legolm as lg
+from helpers import PAIRS
 from legolm import config as configs
 from legolm import pipeline
 
@@ -86,17 +87,6 @@ def bounded_mean(changes: torch.Tensor, weight: torch.Tensor, *, bound: float = 
     """Changes cut to a multiple of their median size."""
     most = bound * changes.abs().nanmedian()
     return changes.clamp(-most, most).nanmean(0)
-
-
-PAIRS = {
-    "paris": [(f"Say {i}", "ab"[i % 2] * 2) for i in range(20)],
-    "rome": [(f"Say {i}", "cd"[i % 2] * 2) for i in range(14)],
-}
-
-
-@pytest.fixture(scope="module")
-def llm(tiny: Callable[[str], Path]) -> lg.LLM:
-    return lg.LLM(str(tiny("llama")))
 
 
 @pytest.fixture(scope="module")

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import legolm as lg
-from helpers import legolm
-
-PAIRS = {
-    "paris": [(f"Say {i}", "ab"[i % 2] * 2) for i in range(20)],
-    "rome": [(f"Say {i}", "cd"[i % 2] * 2) for i in range(14)],
-}
-
-
-@pytest.fixture(scope="module")
-def llm(tiny: Callable[[str], Path]) -> lg.LLM:
-    return lg.LLM(str(tiny("llama")))
+from helpers import PAIRS, legolm
 
 
 def federation(llm: lg.LLM, **changes: Any) -> lg.Federation:

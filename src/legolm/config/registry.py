@@ -28,9 +28,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def check_numbers(kind: type[BaseModel], given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where a field that takes a number is given yes or no, which pydantic takes for one."""
+    for name, value in given.items():
+        if isinstance(value, bool) and name in _number_fields(kind):
+            raise ValueError(f"`{name}` is {value}, and takes a number; write one")
+
+
 @cache
-def number_fields(kind: type[BaseModel]) -> frozenset[str]:
-    """The fields of a model that take a number, and no yes or no."""
+def _number_fields(kind: type[BaseModel]) -> frozenset[str]:
 
     def kinds(annotation: Any) -> Iterator[Any]:
         parts = get_args(annotation)
@@ -76,9 +82,7 @@ class Entry(Generic[T]):
         for key in given:
             if key not in known:
                 raise ValueError(f"unknown key `{key}` of {self.kind} {self.name!r};{nearest(str(key), known)}")
-        for key, value in given.items():
-            if isinstance(value, bool) and key in number_fields(self.settings):
-                raise ValueError(f"`{key}` is {value}, and takes a number; write one")
+        check_numbers(self.settings, given)
         try:
             checked = self.settings.model_validate(dict(given)).model_dump()
             with foreign(f"{self.kind} {self.name!r}", self.module, passing=ValueError):

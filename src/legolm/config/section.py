@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from legolm.config.registry import Registry, number_fields
+from legolm.config.registry import Registry, check_numbers
 from legolm.errors import nearest
 
 LARGEST = (2**63, 1e37)
@@ -23,9 +23,8 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_number(cls, value: Any) -> Any:
-        for name, one in value.items() if isinstance(value, dict) else ():
-            if isinstance(one, bool) and name in number_fields(cls):
-                raise ValueError(f"`{name}` is {one}, and takes a number; write one")
+        if isinstance(value, dict):
+            check_numbers(cls, value)
         return value
 
     @model_validator(mode="after")

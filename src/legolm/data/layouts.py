@@ -68,12 +68,10 @@ def layout_of(row: Row, config: RowsConfig) -> Found:
         return _by_turns(found, row, config)
     if config.layout == "auto" and not config.fields.given:
         known = brief(", ".join(map(str, row.values)))
-        wanted = [name for role, name in found.columns.items() if role != MAY_LACK]
-        lacks = next((name for name in wanted if name not in row.values), "")
         if not row.values.keys() & set(found.columns.values()):
             raise BadRow(row.place, f"fields {known} are of no known layout", NAME_THEM)
-        if lacks:
-            raise BadRow(row.place, f"no field `{lacks}`; there are: {known}", NAME_THEM)
+        lacks = next(name for role, name in found.columns.items() if role != MAY_LACK and name not in row.values)
+        raise BadRow(row.place, f"no field `{lacks}`; there are: {known}", NAME_THEM)
     return found
 
 

@@ -181,7 +181,7 @@ def left_out(learned: Sequence[TokenRows]) -> list[str]:
 
 def shortened(learned: Mapping[str, TokenRows], length: int) -> list[str]:
     """A sentence where examples to learn have more than `length` tokens, by client."""
-    cut = {client: rows.truncated for client, rows in learned.items() if rows.truncated[0]}
+    cut = {client: counts for client, rows in learned.items() if (counts := rows.truncated)[0]}
     if not cut:
         return []
     whole, answers = (sum(one[at] for one in cut.values()) for at in (0, 1))

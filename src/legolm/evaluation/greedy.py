@@ -92,8 +92,8 @@ def answer_rows(
                 f"{row.place}: has a field {answer!r} already, whose place the model's answer would take; name another "
                 "(--answer)"
             )
-        if not messages and instruction not in row.values:
-            row[instruction]  # says what there is, without the blank
+        if not messages:
+            row[instruction]  # where it is missing this says what there is, without the blank
         values = {**row.values, blank: "."}  # any: what stands before it is the prompt
         turns = values.get(messages) if messages else None
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") != "assistant":
