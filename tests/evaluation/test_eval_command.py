@@ -266,7 +266,7 @@ def test_bad_input_is_one_line(
 
     short = fingerprint(llm)[:12]
     fails(llm, says=("nothing to evaluate on",))
-    fails(llm, "--tasks", " , ", "--data", data, says=("--tasks ' , ': names no task",))
+    fails(llm, "--tasks", " , ", "--data", data, says=("--tasks ' , ': names none",))
     fails(llm, "--data", "", says=("--data",))
     fails(block, "--data", data, "--base", tiny("qwen3"), says=(short, fingerprint(tiny("qwen3"))[:12], "--base"))
     moved = tmp_path / "moved"  # to where its LLM is not

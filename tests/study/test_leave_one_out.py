@@ -42,11 +42,12 @@ from legolm.runs import (
     rounds_of,
     seal,
 )
-from legolm.study import leave_one_out
+from legolm.study import leave_one_out, retrain
 from legolm.study.leave_one_out import ablate
 from legolm.system import Progress
 
 QUIET = Progress()
+BLOCKS = (0, "wide"), (1, "sparse")
 
 
 @pytest.fixture(scope="module")
@@ -293,8 +294,9 @@ def test_it_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Rounds, "score_global", dies)
     with pytest.raises(KeyboardInterrupt):
         ablate(run, tmp_path, None, QUIET)
-    assert len(json.loads((tmp_path / "ablation.json").read_text())["without"]) == 2
-    left[0] = 2  # wide and sparse are there, and sparse is de: fr and es are left
+    there = json.loads((tmp_path / "ablation.json").read_text())["without"]
+    assert [one["name"] for one in there] == ["wide", "sparse", "de"]  # sparse is de: fr and es are left
+    left[0] = 2
     found = ablate(run, tmp_path, None, QUIET)
     assert left == [0]
     assert len(found.without) == 5
@@ -308,6 +310,68 @@ def test_it_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(leave_one_out, "atomic_write", counted)
     assert ablate(run, tmp_path, None, QUIET) == found
     assert written == [5]  # never less than is known
+
+
+def test_trained_again_without_a_client_is_the_run_that_it_never_joined(
+    run: Path, config_file: Path, tmp_path: Path
+) -> None:
+    done = legolm("ablate", run, "--out", tmp_path / "out", "--retrain", "--only", "sparse,fr")
+    assert done.returncode == 0, done.stderr
+    assert "each trained again" in done.stdout and str(tmp_path / "out" / "retrained.html") in done.stdout
+    found = read_record(tmp_path / "out" / "retrained.json", Ablation)
+    assert found.retrained and not (tmp_path / "out" / "ablation.json").exists()
+    # The block of de alone is de: one run.
+    assert [(one.kind, one.name) for one in found.without] == [("block", "sparse"), ("client", "fr"), ("client", "de")]
+    assert {path.name for path in (tmp_path / "out" / "without").iterdir()} == {"block-sparse", "client-fr"}
+    sets = [f"blocks.{n}={json.dumps({'name': name, 'path': str(run / 'blocks' / name)})}" for n, name in BLOCKS]
+    sets += ["clients.0.joins=3", "evaluate.local_only=false", "federation.keep_updates=false"]
+    expected = pipeline.run(configs.load(config_file, sets), tmp_path / "fr", models=False)
+    records = metrics(tmp_path / "fr")
+    scored = rounds_of(records)[expected.best_round]
+    assert all("fr" not in one.accepted for one in rounds_of(records))
+    without = found.without[1]
+    assert scored.llm and without.llm == scored.llm.loss
+    assert without.by_client == {
+        id: pytest.approx(fmean(one.root[of].loss for of in ("fr", "de", "es")))
+        for id, one in scored.by_client().items()
+    }
+    replayed = ablate(run, tmp_path / "out", None, QUIET)
+    assert replayed.all == found.all and replayed.without[2].llm != without.llm
+
+
+def test_training_again_goes_on_and_nobody_left_is_the_start(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = list[str]()
+    whole = retrain.run_whole
+
+    def counted(config: configs.RunConfig, folder: Path, *given: Any, **more: Any) -> Any:
+        ended.append(folder.name)
+        return whole(config, folder, *given, **more)
+
+    monkeypatch.setattr(retrain, "run_whole", counted)
+    first = ablate(run, tmp_path, None, QUIET, retrain=True, only=["de"])
+    assert [one.name for one in first.without] == ["sparse", "de"]
+    found = ablate(run, tmp_path, None, QUIET, retrain=True, only=["es", "wide"])
+    assert ended == ["block-sparse", "block-wide", "client-es"]
+    assert [one.name for one in found.without] == ["wide", "sparse", "de", "es"]
+    monkeypatch.setattr(leave_one_out, "_cases", lambda block_of: {("block", "wide"): tuple(block_of)})
+    alone = ablate(run, tmp_path / "all", None, QUIET, retrain=True)
+    assert len(ended) == 3 and alone.without[0].measures() == alone.before.measures()
+
+
+def test_what_cannot_be_trained_again_is_one_line(run: Path, config_file: Path, tmp_path: Path) -> None:
+    assert_one_line(legolm("ablate", run, "--retrain", "--only", "wid"), "--only wid: is no client, nor a block")
+    assert_one_line(legolm("ablate", run, "--only", " , "), "--only ' , ': names none")
+    sets = ["clients.1.joins=2", "federation.keep_updates=false", "evaluate.local_only=false"]
+    pipeline.run(configs.load(config_file, sets), tmp_path / "late", models=False)
+    says = "without block-wide: round 1: no client takes part", "or name what to leave out (--only)"
+    assert_one_line(legolm("ablate", tmp_path / "late", "--retrain"), *says)
+    assert not (tmp_path / "late" / "without").exists()
+    (tmp_path / "out" / "without" / "block-wide").mkdir(parents=True)
+    (tmp_path / "out" / "without" / "block-wide" / "mine.txt").write_text("mine")
+    says = "without block-wide: run folder", "is not empty and not a run"
+    assert_one_line(legolm("ablate", run, "--retrain", "--out", tmp_path / "out"), *says)
 
 
 def test_a_run_without_the_local_stage_has_no_such_line(other_run: Path, tmp_path: Path) -> None:

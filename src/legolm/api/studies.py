@@ -39,13 +39,21 @@ def compare(
 
 
 @door
-def ablate(run: str | Path, out: str | Path | None = None, *, questions: Questions | None = None) -> Ablation:
-    """Leave each block, then each client, out of a run's aggregation (made with `federation.keep_updates`).
+def ablate(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    questions: Questions | None = None,
+    retrain: bool = False,
+    only: Sequence[str] = (),
+) -> Ablation:
+    """Leave each block, then each client, or `only` those of these names, out of a run.
 
-    The LLM also answers `questions`. Writes `ablation.json` and `.html` into `out`, or the run's folder.
+    Of its aggregation (made with `federation.keep_updates`), or, to `retrain`, by a run without each, below `out`. The
+    LLM also answers `questions`. Writes `ablation.json` and `.html` (`retrained.json`) into `out`, or the run's folder.
     """
     folder = Path(run)
-    return leave_out(folder, Path(out) if out is not None else folder, questions, Progress())
+    return leave_out(folder, Path(out) if out is not None else folder, questions, Progress(), retrain, only)
 
 
 @door

@@ -18,9 +18,9 @@ from legolm.cli.options import (
     Template,
     check_new,
     check_used,
+    names_in,
     prompts_of,
     rows_of,
-    task_names,
 )
 
 
@@ -61,7 +61,7 @@ def evaluate(
 
     given = rows_of(layout, instruction, input, answer, messages, bad_rows)
     rows = validate(RowsConfig, given, "legolm eval") if given else None
-    questions = read_questions(task_names(tasks), include, data, rows, text, limit, rouge, length, windows)
+    questions = read_questions(names_in(tasks, "--tasks"), include, data, rows, text, limit, rouge, length, windows)
     subjects = line_up(models, base, adapter)
     with kept_beside(out) as parts:
         found = evaluate_all(subjects, questions, precision, parts, prompts_of(template))

@@ -73,9 +73,9 @@ def check_used(used: bool, options: str, wants: str) -> None:
             raise LegolmError(f"{option}: only with {wants}; give that too, or leave it out")
 
 
-def task_names(listed: str | None) -> list[str]:
+def names_in(listed: str | None, option: str) -> list[str]:
     """The names in `--tasks a,b`, none when it is not given. Raises `LegolmError` when it is given and names none."""
     names = [name.strip() for name in (listed or "").split(",") if name.strip()]
     if listed is not None and not names:
-        raise LegolmError(f"--tasks {listed!r}: names no task; write names with commas between them")
+        raise LegolmError(f"{option} {listed!r}: names none; write names with commas between them")
     return names

@@ -29,10 +29,11 @@ def print_ablation(found: Ablation, out: Path) -> None:
         rows.append(("", name, *(f"{values[m]:.3f}" if m in values else "" for m in measures)))
     title = (
         "Loss per answer token (nats) on all clients' test data without one block, without\none client, and (how much "
-        "more that is)"
+        f"more that is){'; each trained again' if found.retrained else ''}"
     )
     print_table(columns, rows, 2, title)
-    print_lines((*sampled(found.others), verdict(found), f"page {out / 'ablation.html'}"))
+    page = (out / Ablation.file(found.retrained)).with_suffix(".html")
+    print_lines((*sampled(found.others), verdict(found), f"page {page}"))
 
 
 def verdict(found: Ablation) -> str:
@@ -56,10 +57,9 @@ def page(found: Ablation) -> str:
         ),
         tag(
             "p",
-            f"Updates of rounds 1 to {found.round} as the run kept them, added again without those of the left-out "
-            "clients. Losses are nats per answer token, the mean over all clients’ test data; of blocks, the mean over "
-            "all clients’ blocks, the left-out ones too. Whiskers: one standard error. A bar under the pointer shows "
-            "the difference to all together, with the p of the paired test on the same questions.",
+            f"{_how(found)} Losses are nats per answer token, the mean over all clients’ test data; of blocks, the "
+            "mean over all clients’ blocks, the left-out ones too. Whiskers: one standard error. A bar under the "
+            "pointer shows the difference to all together, with the p of the paired test on the same questions.",
         ),
         *map(soft, sampled(found.others)),
     )
@@ -121,6 +121,18 @@ def _more(one: LeftOut, shared: Losses, measure: str) -> str:
     paired = one.paired.get(measure)
     more = one.measures()[measure] - shared.measures()[measure]
     return f"{more:+.3f}" + (f", p {paired.p:.2g}" if paired else "")
+
+
+def _how(found: Ablation) -> str:
+    if not found.retrained:
+        return (
+            f"Updates of rounds 1 to {found.round} as the run kept them, added again without those of the left-out "
+            "clients; the others’ are what they were while these still took part."
+        )
+    return (
+        "Each a run of its own from the start, in which the left-out clients are scored and train in no round, after "
+        "the round that is best for all clients’ blocks; blocks that clients’ sums cut are cut by the others’."
+    )
 
 
 def _name(measure: str) -> str:

@@ -143,7 +143,7 @@ class LeftOut(Losses):
 
 
 class Ablation(Record):
-    """What leaving out each block and each client costs a run.
+    """What leaving out each block and each client costs a run, by replay or `retrained`.
 
     `gain` is the mean loss of the clients' blocks trained alone minus that of the same blocks with the global update
     (None where the run did not train alone); `cost` of a block is their mean loss without its clients' updates minus
@@ -155,6 +155,7 @@ class Ablation(Record):
     round: int
     questions: str | None
     name: str
+    retrained: bool = False
     others: Others
     before: Losses
     local: Losses | None
@@ -164,3 +165,8 @@ class Ablation(Record):
     cost: dict[str, float]
     cost_clients: dict[str, float]
     cost_llm: dict[str, float]
+
+    @staticmethod
+    def file(retrained: bool) -> str:
+        """Its name; that of its page ends in html."""
+        return "retrained.json" if retrained else "ablation.json"

@@ -1,15 +1,16 @@
-"""Leave one out (the paper's figure 5): replay a run's aggregation without a block's clients, or without one client.
+"""Leave one out (the paper's figure 5): a run without a block's clients, or without one client.
 
-The updates are those that the run kept; the others' are what they were while the left-out ones still took part. All
-losses are nats per answer token on test data. A block's is the mean over all clients' data, each set counting the same,
-so that what is lost and what the federation gained over local-only training are in one measure.
+Its aggregation is replayed of the updates that it kept, where the others' are what they were while the left-out ones
+still took part; or it is trained again. All losses are nats per answer token on test data. A block's is the mean over
+all clients' data, each set counting the same, so that what is lost and what the federation gained over local-only
+training are in one measure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -19,7 +20,7 @@ from legolm.aggregate import Scheme
 from legolm.block import Block, llm_block, read_block
 from legolm.config import RunConfig
 from legolm.data import client_data, data_fingerprint
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, nearest
 from legolm.evaluation import TEXT, Figure, Questions, check_finite, compare, digest
 from legolm.evaluation import measure as measure_all
 from legolm.federate.server import Rounds, server_examples
@@ -28,6 +29,7 @@ from legolm.models import choose_device, choose_precision, dtype_of, fingerprint
 from legolm.report import write_ablation
 from legolm.runs import (
     Ablation,
+    Global,
     LeftOut,
     Losses,
     Paired,
@@ -42,61 +44,137 @@ from legolm.runs import (
     read_record,
     rounds_of,
 )
+from legolm.study.retrain import WITHOUT, plan_without, run_without
 from legolm.system import Progress, atomic_write
 
 Kind = Literal["block", "client"]
-Measure = Callable[[Scheme, float], dict[str, Figure]]
+Case = tuple[Kind, str]
+"""What is left out: its kind and name."""
+Cases = Mapping[Case, tuple[str, ...]]
+"""With its clients."""
+Figures = Mapping[str, Figure]
+Measure = Callable[[Rounds, Scheme, float], Figures]
 
 
-def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progress) -> Ablation:
+def ablate(
+    folder: Path,
+    out: Path,
+    questions: Questions | None,
+    progress: Progress,
+    retrain: bool = False,
+    only: Sequence[str] = (),
+) -> Ablation:
     """Write `ablation.json` and `ablation.html` into `out`, after each left-out one anew, and give the former.
 
-    The LLM also answers the `questions`. Raises `LegolmError` for a run without kept updates.
+    The LLM also answers the `questions`. With `retrain` each is a run of its own in a folder of `out`, and the files
+    are `retrained.json` and `.html`. `only` are names of blocks and clients; all if empty. Raises `LegolmError` for a
+    run without kept updates, where they are replayed, and for one that cannot be without its clients.
     """
-    run = RunDir(folder)
-    config = _config(run)
-    identity = run.identity()
-    summary = _finished(folder, config)
-    last, block_of = summary.best_round, {client.id: client.block for client in summary.clients}
-    if not last:
-        raise LegolmError(f"run folder {folder}: no round beat its start, which it kept; there is nothing to leave out")
-    if data_fingerprint(client_data(config), server_examples(config)) != identity.data_fingerprint:
-        raise LegolmError(f"run folder {folder}: the data changed since the run; its losses are of other questions")
-    asked = _identify(questions)
-    known = _earlier(out / "ablation.json", identity.run, last, asked)
-    blocks = _blocks(run, config, identity.base_fingerprint)
-    rounds = Rounds(run, config, identity.run, blocks, block_of, progress)
-    rounds.check_kept(last)
-    figures_of = _figures_of(rounds, config, blocks["llm"], questions)
-    # The same data in every stage: its own and the others' that a client's block is asked.
-    data = {id: [id, *others] for id, others in others_of(config).items()}
+    study = _Study(folder, out, questions, progress, retrain)
+    left = study.left(only)
+    if retrain:
+        some = {_folder(case): clients for case, clients in left.items() if not study.is_all(clients)}
+        plan_without(study.run, study.config, some, out)
+        for number, (case, clients) in enumerate(left.items(), 1):
+            stages = Progress(of=f"without {case[1]} ({number} of {len(left)})")
+            study.add(clients, *study.retrained(clients, out / WITHOUT / _folder(case), stages))
+    else:
+        study.rounds.check_kept(study.last)
 
-    @cache
-    def with_all() -> dict[str, Figure]:
-        return figures_of(rounds.scheme(last), rounds.quorum(last))
+        def body(exchange: Exchange) -> None:
+            for (_, name), clients in left.items():
+                study.add(clients, *study.replayed(clients, exchange, f"without {name}: evaluate"))
 
-    records = rounds.records()
-    by_round = {one.round: one for one in rounds_of(records)}
-    alone = {one.client: one.scores for one in clients_of(records, "local")}
+        run_local(study.run, study.config, 1, body)
+    study.write()
+    return study.found()
 
-    def losses(number: int, figures: Mapping[str, Figure]) -> Losses:
-        record = by_round[number]
-        return _losses(record.by_client(), data, record.llm, figures)
 
-    before = known.before if known else losses(0, figures_of(rounds.scheme(0), 0.0))
-    shared = known.all if known else losses(last, with_all())
-    local = _losses(alone, data, None, {}) if alone else None
-    done = {tuple(one.clients): one for one in known.without} if known else {}
-    without: list[LeftOut] = []
+class _Study:
+    """One run, and what is found of it without each of some clients. Raises `LegolmError` for what is no such run."""
 
-    def found() -> Ablation:
+    def __init__(self, folder: Path, out: Path, questions: Questions | None, progress: Progress, retrain: bool) -> None:
+        self.run = RunDir(folder)
+        self.config = _config(self.run, retrain)
+        identity = self.run.identity()
+        self._summary = summary = _finished(folder, self.config)
+        self.last, self._block_of = summary.best_round, {client.id: client.block for client in summary.clients}
+        if not self.last:
+            raise LegolmError(
+                f"run folder {folder}: no round beat its start, which it kept; there is nothing to leave out"
+            )
+        if data_fingerprint(client_data(self.config), server_examples(self.config)) != identity.data_fingerprint:
+            raise LegolmError(f"run folder {folder}: the data changed since the run; its losses are of other questions")
+        self._file, asked = out / Ablation.file(retrain), _identify(questions)
+        self._known = known = _earlier(self._file, identity.run, self.last, asked)
+        blocks = _blocks(self.run, self.config, identity.base_fingerprint)
+        self.rounds = Rounds(self.run, self.config, identity.run, blocks, self._block_of, progress)
+        self._figures, self._cases = _figures_of(self.config, blocks["llm"], questions), _cases(self._block_of)
+        # The same data in every stage: its own and the others' that a client's block is asked.
+        self._data = {id: [id, *others] for id, others in others_of(self.config).items()}
+        records = self.rounds.records()
+        self._records = {one.round: one for one in rounds_of(records)}
+        alone = {one.client: one.scores for one in clients_of(records, "local")}
+        self._local = _losses(alone, self._data, None, {}) if alone else None
+        self._done = {tuple(one.clients): one for one in known.without} if known else {}
+        self._whose = {"run": identity.run, "questions": asked, "name": folder.resolve().name, "retrained": retrain}
+
+    def left(self, only: Sequence[str]) -> Cases:
+        """What of these names is still to do, the same clients once. Raises `LegolmError` for a name that none has."""
+        names = list(dict.fromkeys(name for _, name in self._cases))
+        for name in only:
+            if name not in names:
+                raise LegolmError(f"--only {name}: is no client, nor a block that one holds;{nearest(name, names)}")
+        wanted = {clients for (_, name), clients in self._cases.items() if not only or name in only}
+        first = dict[tuple[str, ...], Case]()
+        for case, clients in self._cases.items():
+            if clients in wanted - self._done.keys():
+                first.setdefault(clients, case)
+        return {case: clients for clients, case in first.items()}
+
+    def is_all(self, clients: Collection[str]) -> bool:
+        """Whether nobody trains without these."""
+        return len(clients) == len(self._block_of)
+
+    def replayed(self, clients: Sequence[str], exchange: Exchange, label: str) -> tuple[Losses, Figures]:
+        """Without the kept updates of these clients."""
+        scheme = self.rounds.replay(self.last, clients)
+        record = self.rounds.score_global(scheme, exchange, label)
+        figures = self._figures(self.rounds, scheme, record.quorum)
+        return self._losses(record, figures), figures
+
+    def retrained(self, clients: Sequence[str], folder: Path, progress: Progress) -> tuple[Losses, Figures]:
+        """Of a run in which these clients do not train, with the round that is best for all clients' blocks there."""
+        if self.is_all(clients):
+            return self._start, self._of_start
+        run = run_without(self.run, self.config, clients, folder, progress)
+        config, identity, best = run.known(), run.identity(), Summary.read(folder).best_round
+        blocks = _blocks(run, config, identity.base_fingerprint)
+        rounds = Rounds(run, config, identity.run, blocks, self._block_of, progress)
+        record = next(one for one in rounds_of(rounds.records()) if one.round == best)
+        figures = self._figures(rounds, rounds.scheme(best), record.quorum)
+        return self._losses(record, figures), figures
+
+    def add(self, clients: tuple[str, ...], losses: Losses, figures: Figures) -> None:
+        """Keep what was found without these clients, and write it."""
+        paired = {name: _paired(figure, self._of_all[name]) for name, figure in figures.items()}
+        (kind, name) = next(case for case, whose in self._cases.items() if whose == clients)
+        self._done[clients] = LeftOut(**losses.model_dump(), kind=kind, name=name, clients=list(clients), paired=paired)
+        self.write()
+
+    def found(self) -> Ablation:
+        """All so far, in the order of the blocks and clients."""
+        without = [
+            self._done[clients].model_copy(update={"kind": kind, "name": name})
+            for (kind, name), clients in self._cases.items()
+            if clients in self._done
+        ]
+        shared, local = self._shared, self._local
         return Ablation(
-            run=identity.run,
-            round=last,
-            questions=asked,
-            name=folder.resolve().name,
-            others=summary.others,
-            before=before,
+            **self._whose,
+            round=self.last,
+            others=self._summary.others,
+            before=self._start,
             local=local,
             all=shared,
             without=without,
@@ -107,30 +185,36 @@ def ablate(folder: Path, out: Path, questions: Questions | None, progress: Progr
             cost_llm=_costs(without, "block", shared, "llm"),
         )
 
-    def body(exchange: Exchange) -> None:
-        for kind, name, clients in _cases(block_of):
-            new = tuple(clients) not in done
-            if new:
-                scheme = rounds.replay(last, clients)
-                record = rounds.score_global(scheme, exchange, f"without {name}: evaluate")
-                figures = figures_of(scheme, record.quorum)
-                paired = {name: _paired(figure, with_all()[name]) for name, figure in figures.items()}
-                one = _losses(record.by_client(), data, record.llm, figures)
-                done[tuple(clients)] = LeftOut(**one.model_dump(), kind=kind, name=name, clients=clients, paired=paired)
-            without.append(done[tuple(clients)].model_copy(update={"kind": kind, "name": name}))
-            if new:
-                write()
+    def write(self) -> None:
+        """The file and its page."""
+        atomic_write(self._file, dump_record(self.found()))
+        write_ablation(self.found(), self._file.with_suffix(".html"))
 
-    def write() -> None:
-        atomic_write(out / "ablation.json", dump_record(found()))
-        write_ablation(found(), out / "ablation.html")
+    @cached_property
+    def _start(self) -> Losses:
+        return self._known.before if self._known else self._losses(self._records[0], self._of_start)
 
-    run_local(run, config, 1, body)
-    write()
-    return found()
+    @cached_property
+    def _shared(self) -> Losses:
+        return self._known.all if self._known else self._losses(self._records[self.last], self._of_all)
+
+    @cached_property
+    def _of_start(self) -> Figures:
+        return self._figures(self.rounds, self.rounds.scheme(0), 0.0)
+
+    @cached_property
+    def _of_all(self) -> Figures:
+        return self._figures(self.rounds, self.rounds.scheme(self.last), self.rounds.quorum(self.last))
+
+    def _losses(self, record: Global, figures: Figures) -> Losses:
+        return _losses(record.by_client(), self._data, record.llm, figures)
 
 
-def _config(run: RunDir) -> RunConfig:
+def _folder(case: Case) -> str:
+    return "-".join(case)
+
+
+def _config(run: RunDir, retrain: bool) -> RunConfig:
     """The run's. Raises `LegolmError` for a run that nothing can be left out of."""
     where = f"run folder {run.path}"
     if not run.config_file.is_file():
@@ -138,8 +222,13 @@ def _config(run: RunDir) -> RunConfig:
     config = run.known()
     if config.federation.mode != "federated":
         raise LegolmError(f"{where}: mode {config.federation.mode!r} aggregates no updates; there is none to leave out")
-    if not config.federation.keep_updates:
-        raise LegolmError(f"{where}: its updates were not kept; run it anew with --set federation.keep_updates=true")
+    if retrain and config.federation.engine == "deployment":
+        raise LegolmError(f"{where}: its devices have the data, and --retrain runs here; leave it out")
+    if not retrain and not config.federation.keep_updates:
+        raise LegolmError(
+            f"{where}: its updates were not kept; run it anew with --set federation.keep_updates=true, or give "
+            "--retrain, which trains again without each"
+        )
     if not finished(run.path):
         raise LegolmError(f"{where}: no summary.json; finish the run first (legolm run CONFIG --resume)")
     return config
@@ -165,17 +254,16 @@ def _blocks(run: RunDir, config: RunConfig, wanted: str) -> dict[str, Block]:
     return {"llm": llm_block(base, wanted)} | {one.name: read_block(run.block(one.name)) for one in config.blocks}
 
 
-def _cases(block_of: Mapping[str, str]) -> list[tuple[Kind, str, list[str]]]:
-    """(kind, name, clients) of what is left out: each block that somebody has, then each client."""
-    names = dict.fromkeys(block_of.values())
-    blocks: list[tuple[Kind, str, list[str]]] = [
-        ("block", name, [id for id, own in block_of.items() if own == name]) for name in names
-    ]
-    return [*blocks, *(("client", id, [id]) for id in block_of)]
+def _cases(block_of: Mapping[str, str]) -> Cases:
+    """What is left out: each block that somebody has, then each client."""
+    cases: dict[Case, tuple[str, ...]] = {
+        ("block", name): tuple(id for id, own in block_of.items() if own == name) for name in block_of.values()
+    }
+    return cases | {("client", id): (id,) for id in block_of}
 
 
 def _losses(
-    scores: Mapping[str, Scores], data: Mapping[str, Sequence[str]], llm: Scores | None, figures: Mapping[str, Figure]
+    scores: Mapping[str, Scores], data: Mapping[str, Sequence[str]], llm: Scores | None, figures: Figures
 ) -> Losses:
     """Mean losses of clients' blocks on each one's `data`, of all blocks, and of the LLM; and the LLM's other figures.
 
@@ -205,15 +293,15 @@ def _paired(figure: Figure, other: Figure) -> Paired | None:
     return None if comparison is None else Paired(**asdict(comparison))
 
 
-def _figures_of(rounds: Rounds, config: RunConfig, llm: Block, questions: Questions | None) -> Measure:
+def _figures_of(config: RunConfig, llm: Block, questions: Questions | None) -> Measure:
     """A function that gives the LLM's figures with a scheme's global adapter."""
     if questions is None:
-        return lambda scheme, quorum: {}
+        return lambda rounds, scheme, quorum: {}
     precision = choose_precision(config.precision, config.device)
     tokenizer = load_tokenizer(llm.path, config.data)
     model = load_model(llm.path, dtype_of(precision)).to(choose_device(config.device))
 
-    def measure(scheme: Scheme, quorum: float) -> dict[str, Figure]:
+    def measure(rounds: Rounds, scheme: Scheme, quorum: float) -> Figures:
         with merged(model, llm.coverage, rounds.known(scheme, quorum), config.lora.scaling) as whole:
             figures = measure_all(whole, tokenizer, questions, precision)
         check_finite(figures, "the LLM with the global update")

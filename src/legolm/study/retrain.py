@@ -1,0 +1,71 @@
+"""A run again without some of its clients, who are scored but train in no round: what others learn without them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from legolm.config import CLIENTS, BlockConfig, ReportConfig, RunConfig, validate
+from legolm.errors import LegolmError
+from legolm.pipeline import run as run_whole
+from legolm.plan import Plan, make_plan, read_parts
+from legolm.runs import RunDir
+from legolm.system import Progress, check_room, held_bytes
+
+WITHOUT = "without"
+"""Folder of such runs, each by the kind and name of what it leaves out."""
+
+
+def plan_without(run: RunDir, config: RunConfig, left_out: Mapping[str, Sequence[str]], out: Path) -> dict[str, Plan]:
+    """The plan of each run, by what it leaves out (clients' ids by name).
+
+    Raises `LegolmError` for one that cannot be, or that cannot go on with what is in `out`, and without room for all.
+    """
+    parts, plans = read_parts(config), {}
+    for name, clients in left_out.items():
+        try:
+            without = config_without(run, config, clients)
+            plans[name] = make_plan(without, parts)
+            folder = RunDir(out / WITHOUT / name)
+            folder.check(without, resume=True)
+        except LegolmError as error:
+            raise LegolmError(f"without {name}: {error}; or name what to leave out (--only)") from None
+    needed = sum(plan.disk_bytes - plan.models_bytes for plan in plans.values())
+    check_room(out, needed - held_bytes(out / WITHOUT))
+    return plans
+
+
+def run_without(run: RunDir, config: RunConfig, clients: Collection[str], folder: Path, progress: Progress) -> RunDir:
+    """Run or finish it in `folder`; blocks that are cut by clients' sums are cut anew, by those of the others."""
+    run_whole(config_without(run, config, clients), folder, folder.exists(), progress, models=False)
+    return RunDir(folder)
+
+
+def config_without(run: RunDir, config: RunConfig, clients: Collection[str]) -> RunConfig:
+    """The run's config with these clients joining after the last round, and nothing that is only for clients' ends.
+
+    Blocks that do not depend on who takes part are the run's. Raises `LegolmError` for what cannot be.
+    """
+    changed = config.model_copy(
+        update={
+            "blocks": [
+                BlockConfig(name=one.name, path=str(run.block(one.name).absolute()))
+                if one.method != "dense" and one.calibration.statistics != CLIENTS
+                else one
+                for one in config.blocks
+            ],
+            "clients": [
+                one.model_copy(update={"joins": config.federation.rounds + 1, "leaves": None})
+                if one.id in clients
+                else one
+                for one in config.clients
+            ],
+            "federation": config.federation.model_copy(
+                update={"keep_updates": False, "personal": "last", "personal_steps": 0}
+            ),
+            "evaluate": config.evaluate.model_copy(update={"local_only": False}),
+            "report": ReportConfig(),
+            "final": None,
+        }
+    )
+    return validate(RunConfig, changed.model_dump(mode="json"), "config.yaml")
