@@ -161,7 +161,7 @@ def _run(
                 whiten(folder, config, llm_block(plan.base, identity.base_fingerprint), progress)
             blocks = _cut_blocks(folder, config, plan, identity.base_fingerprint, progress, store)
             if config.federation.fitted and not folder.protection.exists():
-                fit(folder, config, blocks, block_of(), progress)
+                fit(folder, config, blocks, block_of(), progress, store)
         rounds = begin()
         rounds.write_lines()
 

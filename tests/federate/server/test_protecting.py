@@ -20,6 +20,7 @@ from legolm.block import read_block
 from legolm.config import ProtectConfig, RunConfig
 from legolm.data import Tokens, begin, calibration_tokens, client_data, tokens_of
 from legolm.errors import LegolmError
+from legolm.federate.server import protecting
 from legolm.federate.server.protecting import OFF_DIAGONAL
 from legolm.models import fingerprint, load_config, load_model, load_tokenizer, shape_of, written
 from legolm.plan import make_plan
@@ -103,6 +104,33 @@ def test_the_update_is_the_nearest_that_public_text_hardly_sees(
         parts = [one_row(model, row) for row in tokens_of(one.test, tokenizer, config.train.max_length, "last")]
         losses.append(sum(total for total, _ in parts) / sum(count for _, count in parts))
     assert summary.llm.loss_after == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_runs_with_one_store_write_the_text_once(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    raw["federation"]["protect"]["text"] = "generated"
+    seeds, write = list[int](), protecting.written
+
+    def counted(*given: Any) -> torch.Tensor:
+        seeds.append(given[4])
+        return write(*given)
+
+    monkeypatch.setattr(protecting, "written", counted)
+
+    def matrices(name: str, store: Path | None = tmp_path / "store", **changes: Any) -> bytes:
+        run = RunDir(tmp_path / name)
+        pipeline.run(configs.validate(RunConfig, raw | changes, "test"), run.path, store=store, models=False)
+        return (run.protection / "matrices.safetensors").read_bytes()
+
+    first = matrices("one")
+    assert matrices("two") == first and seeds == [0]
+    assert matrices("alone", None) == first and seeds == [0, 0]
+    assert matrices("other", seed=1) != first and seeds == [0, 0, 1]
+    for file in (tmp_path / "store").glob("text-*/tokens.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+    assert matrices("damaged") == first and seeds == [0, 0, 1, 0]
+    assert "tokens.safetensors: is not what the run wrote" in capfd.readouterr().err
 
 
 def test_each_client_gets_what_its_own_slice_gave(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ to keep these off it costs several times as much of what was learned as in all o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,10 +34,10 @@ from legolm.errors import LegolmError
 from legolm.federate.server.members import LLM, Members
 from legolm.models import choose_device, choose_precision, load_tokenizer, written
 from legolm.prune import Moments, collected, first_readers, load_statistics
-from legolm.runs import RunDir, check_sealed, seal
-from legolm.system import Progress, atomic_folder, atomic_write, open_tensors
+from legolm.runs import RunDir, check_sealed, drop_damaged, seal
+from legolm.system import Progress, atomic_folder, atomic_write, locked, open_tensors
 
-MATRICES = "matrices.safetensors"
+MATRICES, TOKENS = "matrices.safetensors", "tokens.safetensors"
 QUORUMS = (0.0, 0.5, 0.75, 1.0)
 """Shares of the clients that must hold what the LLM takes."""
 OFF_DIAGONAL = 0.9
@@ -47,13 +50,15 @@ def fit(
     blocks: Mapping[str, Block],
     block_of: Mapping[str, str],
     progress: Progress,
+    store: Path | None = None,
 ) -> None:
     """Write (Σ diag(m) C) (Σ C + λ P)⁻¹ of each tensor that linear layers read, where it is not the identity.
 
-    `block_of` is each client's block. Raises `LegolmError` where the run has no sums of any.
+    `block_of` is each client's block. Runs with one `store` have what the LLM writes by itself written once. Raises
+    `LegolmError` where the run has no sums of any.
     """
     llm, protect = blocks[LLM], config.federation.protect
-    public = _public(protect, llm, config, progress) if protect is not None else ()
+    public = _public(protect, llm, config, progress, store) if protect is not None else ()
     shape, held, summed, tokens = llm.coverage.shape, Tensors(), Tensors(), 0
     changed = set[str]()
     for path, coverage in _sums(folder, config, blocks, block_of, progress):
@@ -76,9 +81,9 @@ def fit(
             both.diagonal()[both.diagonal() == 0] = 1  # an input that is always zero
             found[name] = torch.linalg.solve(both, held.pop(name).double().T).T.float().contiguous()
             advance(1)
-    with atomic_folder(folder.protection) as partial:
-        atomic_write(partial / MATRICES, save(found))
-        seal(partial)
+    with atomic_folder(folder.protection) as making:
+        atomic_write(making / MATRICES, save(found))
+        seal(making)
 
 
 def _sums(
@@ -97,7 +102,7 @@ def _sums(
 
 
 def _public(
-    protect: ProtectConfig, llm: Block, config: RunConfig, progress: Progress
+    protect: ProtectConfig, llm: Block, config: RunConfig, progress: Progress, store: Path | None
 ) -> Iterable[tuple[str, Moments, float]]:
     """The moments of each tensor on the text on which the LLM is to stay what it was, and λ.
 
@@ -106,12 +111,28 @@ def _public(
     tokenizer, device = load_tokenizer(llm.path, config.data), choose_device(config.device)
     precision = choose_precision(config.precision, config.device)
     if protect.generated:
-        shape = protect.samples, protect.length
-        text = written(llm.path, tokenizer, begin(tokenizer), shape, config.seed, precision, device, progress)
+        first, shape = begin(tokenizer), (protect.samples, protect.length)
+        write = partial(written, llm.path, tokenizer, first, shape, config.seed, precision, device, progress)
+        whose = json.dumps([llm.base_fingerprint, first, shape, config.seed, precision, device.type])
+        text = write() if store is None else _stored(store, hashlib.sha256(whose.encode()).hexdigest(), write, progress)
     else:
         text = calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
     found = collected(llm.path, text, "full", precision, progress, device)
     return ((name, moments, protect.weight) for name, moments in found)
+
+
+def _stored(store: Path, name: str, write: Callable[[], Tensor], progress: Progress) -> Tensor:
+    """The tokens that another run wrote with the same model and seed, or that this one writes."""
+    place = store / f"text-{name[:12]}"
+    with locked(store / ".cut" / place.name, wait=True):  # another run may be writing them
+        drop_damaged(place, progress.note)
+        if not place.exists():
+            with atomic_folder(place) as making:
+                atomic_write(making / TOKENS, save({"tokens": write()}))
+                seal(making)
+    with open_tensors(place / TOKENS, "what the LLM wrote: ", "remove it") as handle:
+        found: Tensor = handle.get_tensor("tokens")
+        return found
 
 
 def _units(coverage: Coverage, name: str) -> Tensor:
