@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ def test_generate_answers_every_row(tiny: Callable[[str], Path], tmp_path: Path)
     chats.write_text(json.dumps({"m": [{"role": "user", "content": "Hi"}]}) + "\n")
     done = legolm("generate", path, chats, "--messages", "m", "--out", tmp_path / "b.jsonl", "--max-tokens", 6)
     assert json.loads((tmp_path / "b.jsonl").read_text())["answer"] == rows[0]["answer"]
-    assert_one_line(legolm("generate", path, data, "--out", tmp_path / "c"), "q.jsonl:1: no field `instruction`")
+    says = "generate: none of 3 rows can be used", "q.jsonl:1: fields q, id are of no known layout", "--instruction"
+    assert_one_line(legolm("generate", path, data, "--out", tmp_path / "c"), *says)
     assert_one_line(legolm("generate", path, data, "--out", out), "is already there")
     gold = tmp_path / "gold.jsonl"
     gold.write_text(json.dumps({"instruction": "Hi", "answer": "mine"}) + "\n")
@@ -91,6 +93,48 @@ def test_generate_answers_every_row(tiny: Callable[[str], Path], tmp_path: Path)
         "answer": "mine",
         "said": rows[0]["answer"],
     }
+
+
+def test_generate_reads_the_layouts_of_training_with_or_without_answers(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path, hi = tiny("llama"), Message("user", "Hi")
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}, {"from": "human", "value": "What?"}]
+    weather = [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "rain"}]
+    rows: list[tuple[dict[str, Any], tuple[Message, ...]]] = [
+        ({"instruction": "Hi", "input": "there"}, (Message("user", "Hi\n\nthere"),)),
+        ({"instruction": "Hi", "input": "", "output": "gold"}, (hi,)),
+        ({"instruction": "Hi", "context": "What?", "category": "qa"}, (Message("user", "Hi\n\nWhat?"),)),
+        ({"conversations": turns}, (hi, Message("assistant", "Yes?"), Message("user", "What?"))),
+        ({"conversations": turns[:2]}, (hi,)),
+        ({"messages": weather}, (hi, Message("tool", "rain"))),
+    ]
+    data, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row, _ in rows))
+    done = legolm("generate", path, data, "--out", out, "--max-tokens", 6)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert found == [row | {"answer": greedy(path, *asked)} for row, asked in rows]
+    assert "alpaca: 2 of 6 rows, 1 with input; dolly: 1 of 6 rows, 1 with context; sharegpt: 2 of 6" in done.stderr
+    bad = [{"instruction": "Hi"}, {"instruction": 3.5}, {"text": "Hi"}, {"messages": []}, {"other": "Hi"}, "no object"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in bad))
+    refused = legolm("generate", path, data, "--out", tmp_path / "b")
+    says = (
+        "4 of 6 rows are bad",
+        ":3: `text` is a text, and asks nothing",
+        ":4: `messages` must be a list",
+        ":5:",
+        ":6:",
+    )
+    assert_one_line(refused, *says, "bad_rows: skip")
+    done = legolm("generate", path, data, "--bad-rows", "skip", "--out", tmp_path / "b", "--max-tokens", 6)
+    assert [json.loads(line)["instruction"] for line in (tmp_path / "b").read_text().splitlines()] == ["Hi", 3.5]
+    assert "4 of 6 rows skipped" in done.stderr
+    prompt = [{"prompt": "Hi"}]
+    data.write_text(json.dumps(prompt))
+    assert_one_line(
+        legolm("generate", path, data.rename(tmp_path / "p.json"), "--layout", "text", "--out", out), "there"
+    )
 
 
 def test_every_command_with_prompts_takes_a_template(

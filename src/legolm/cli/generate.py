@@ -9,16 +9,29 @@ from typing import Annotated
 import typer
 
 from legolm.cli.export import Model
-from legolm.cli.options import Input, Precision, Template, check_new, prompts_of
+from legolm.cli.options import (
+    BadRows,
+    Input,
+    Instruction,
+    LayoutOption,
+    Messages,
+    Precision,
+    Template,
+    check_new,
+    prompts_of,
+    rows_of,
+)
 
 
 def generate(
     model: Model,
     data: Annotated[str, typer.Argument(help="questions: JSON, JSONL, CSV, Parquet, or hub:owner/name")],
     out: Annotated[Path, typer.Option(help="JSONL file: the rows, each with the answer")],
-    instruction: Annotated[str, typer.Option(help="field of the question")] = "instruction",
+    layout: LayoutOption = None,
+    instruction: Instruction = None,
     input: Input = None,
-    messages: Annotated[str | None, typer.Option(help="instead: field of a list of role and content")] = None,
+    messages: Messages = None,
+    bad_rows: BadRows = None,
     answer: Annotated[str, typer.Option(help="field that the answers go into")] = "answer",
     template: Template = None,
     batch_size: Annotated[int, typer.Option(min=1, help="questions at once")] = 8,
@@ -27,24 +40,15 @@ def generate(
 ) -> None:
     """Answer a file of questions; the likeliest token each time."""
     check_new(out)
+    from legolm.config import RowsConfig, validate
     from legolm.evaluation import answer_rows
     from legolm.export import find_model
     from legolm.system import Progress, atomic_write
 
+    rows = validate(RowsConfig, rows_of(layout, instruction, input, None, messages, bad_rows), "legolm generate")
     notes: list[str] = []
-    found = answer_rows(
-        find_model(model),
-        data,
-        answer,
-        instruction,
-        messages,
-        input,
-        batch_size,
-        precision,
-        max_tokens,
-        prompts_of(template),
-        notes,
-    )
+    path, prompts = find_model(model), prompts_of(template)
+    found = answer_rows(path, data, answer, rows, batch_size, precision, max_tokens, prompts, notes)
     for note in notes:
         Progress().note(note)
     lines = (json.dumps({**row, answer: text}, ensure_ascii=False, default=str) + "\n" for row, text in found)

@@ -53,7 +53,7 @@ def rows_of(
     named = {"instruction": instruction, "input": input, "answer": answer, "messages": messages}
     fields = {name: field for name, field in named.items() if field is not None}
     if messages is not None and len(fields) > 1:
-        raise LegolmError(f"--messages {messages}: instead of --instruction and --answer; give the one or the others")
+        raise LegolmError(f"--messages {messages}: instead of --instruction and its like; give the one or the others")
     given = {"layout": layout, "fields": fields or None, "bad_rows": bad_rows}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -11,7 +11,7 @@ from legolm.data.calibration import (
 )
 from legolm.data.examples import Example, Message
 from legolm.data.familiar import Familiar, Seen
-from legolm.data.layouts import read_examples, to_example, unread, unused_fields, with_system
+from legolm.data.layouts import Reading, read_examples, to_example, unread, with_system
 from legolm.data.prose import read_text, text_tokens
 from legolm.data.render import Tokens, render, render_prompt, render_whole
 from legolm.data.sequence import begin, begun, check_tokens, encode, special_ids, windows
@@ -37,6 +37,7 @@ __all__ = [
     "Examples",
     "Familiar",
     "Message",
+    "Reading",
     "Seen",
     "TokenRows",
     "Tokens",
@@ -80,7 +81,6 @@ __all__ = [
     "tokenize",
     "tokens_of",
     "unread",
-    "unused_fields",
     "unused_tools",
     "windows",
     "with_system",

@@ -21,7 +21,9 @@ from legolm.system import strict_json
 
 MAX_TEXT = 1_000_000
 """Characters of one question or answer: far past every context window, and read in a second."""
-NAME_THEM = "name them (`fields` of a config, --instruction and --answer of a command)"
+NAME_THEM = "name them (`fields` of a config, --instruction and its like of a command)"
+BLANK = "."
+"""In the place of an answer that is to be written: what stands before it is the prompt."""
 NAMED, ALIKE = 10, 5
 """Bad rows that are named, and those of them with one and the same fault; the others are counted."""
 COLUMNS: Mapping[str, Mapping[str, Sequence[str]]] = {
@@ -106,9 +108,12 @@ def with_system(example: Example, system: str | None) -> Example:
 class Reading:
     """What is made of the rows of a source, and what there is to say of them once all are read."""
 
-    def __init__(self, config: RowsConfig, field: str, label: str | None = None, system: bool = False) -> None:
-        """`label` is a field that each row must have; `system`: whether a system message is put before chats."""
-        self._config, self._field, self._label, self._system = config, field, label, system
+    def __init__(
+        self, config: RowsConfig, field: str, label: str | None = None, system: bool = False, ask: bool = False
+    ) -> None:
+        """`label` is a field that each row must have; `system`: whether a system message is put before chats; `ask`:
+        rows are questions, whose answer may be missing."""
+        self._config, self._field, self._label, self._system, self._ask = config, field, label, system, ask
         self._layouts: Counter[str] = Counter()
         self._inputs: Counter[str] = Counter()
         self._tools: Counter[str] = Counter()
@@ -127,9 +132,12 @@ class Reading:
                     raise row
                 if self._label is not None and _is_empty(row[self._label]):
                     raise BadRow(row.place, f"`{self._label}` is empty, by which rows are split")
-                found = layout_of(row, self._config)
-                example = _example(row, found)
-                self._count(row, found, example)
+                read = _to_answer(row, self._config) if self._ask else row
+                found = layout_of(read, self._config)
+                example = _example(read, found)
+                if self._ask and len(example.messages) == 1:
+                    raise BadRow(row.place, f"`{found.columns['text']}` is a text, and asks nothing", NAME_THEM)
+                self._count(read, found, example)
             except BadRow as error:
                 bad = error
             except RecursionError:
@@ -201,9 +209,30 @@ def read_examples(
         notes += [*reading.notes, *unread(field, reading.unused)]
 
 
-def unused_fields(row: Row, config: RowsConfig, example: Example) -> list[str]:
-    """Names of the row's fields, and of its turns', that hold something which nothing uses in its conversation."""
-    return _unused(row, layout_of(row, config), example)
+def _to_answer(row: Row, config: RowsConfig) -> Row:
+    """The row with a blank where a question of its layouts has no answer."""
+    values = dict(row.values)
+    for _, roles in _candidates(config.layout, config.fields):
+        if any(name in row.values for name in roles.get("instruction", ())):
+            values |= {name: BLANK for name in roles["answer"] if _is_empty(row.values.get(name))}
+        for name in roles.get("messages", ()):
+            values |= {name: _to_end(values[name])} if name in values else {}
+    return replace(row, values=values)
+
+
+def _to_end(turns: Any) -> Any:
+    """Turns with a blank answer behind a question; what is no such list stays."""
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    if not isinstance(last, dict):
+        return turns
+    who, what = ("role", "content") if "role" in last else ("from", "value")
+    asks = last.get(who) in {
+        "user",
+        "human",
+        "tool",
+        *(name for name, role in SHAREGPT_ROLES.items() if role == "tool"),
+    }
+    return [*turns, {who: "assistant", what: BLANK}] if asks else turns
 
 
 def _unused(row: Row, found: Found, example: Example) -> list[str]:

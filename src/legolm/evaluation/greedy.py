@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from legolm.config import DataConfig, Fields, Precision, RowsConfig
-from legolm.data import Tokens, read_rows, render_whole, special_ids, to_example, unread, unused_fields
+from legolm.config import DataConfig, Precision, RowsConfig
+from legolm.data import Reading, Tokens, render_whole, special_ids, unread
 from legolm.errors import LegolmError
 from legolm.evaluation.by_input import by_input
 from legolm.models import autocast, choose_device, load_config, load_model, load_tokenizer
@@ -64,53 +62,40 @@ def answer_rows(
     path: Path,
     data: str,
     answer: str,
-    instruction: str,
-    messages: str | None,
-    input: str | None,
+    rows: RowsConfig,
     batch_size: int,
     precision: Precision,
     most: int,
     prompts: DataConfig | None = None,
     notes: list[str] | None = None,
 ) -> list[tuple[dict[str, Any], str]]:
-    """The model's answer to each row of a file; `instruction` or `messages` is the field of the question, `input` that
-    of what stands beside it, as in a run's data.
+    """The model's answer to each row of a file, which is read as a run's data, but that its answer may be missing.
 
-    `prompts` says how prompts look; None: as the model's own. What nothing uses of the rows is added to `notes`.
+    `prompts` says how prompts look; None: as the model's own. What there is to say of the rows is added to `notes`.
 
-    Raises `LegolmError` for a row without one, for one that has the field `answer` already, which answers are to go
-    into, and for a conversation that is longer than the model's context.
+    Raises `LegolmError` for bad rows that are not skipped, for one that has the field `answer` already, which answers
+    are to go into, and for a conversation that is longer than the model's context.
     """
-    blank = "answer"
-    asking = Fields(instruction=instruction, input=input, answer=blank)
-    config = RowsConfig(fields=Fields(messages=messages) if messages else asking)
-    rows = list(read_rows(data, "generate"))
-    asked, unused = [], Counter[str]()
-    for row in rows:
+    reading = Reading(rows, "generate", ask=True)
+    found = list(reading.examples(data))
+    for row, _ in found:
         if answer in row.values:
             raise LegolmError(
                 f"{row.place}: has a field {answer!r} already, whose place the model's answer would take; name another "
                 "(--answer)"
             )
-        if not messages:
-            row[instruction]  # where it is missing this says what there is, without the blank
-        values = {**row.values, blank: "."}  # any: what stands before it is the prompt
-        turns = values.get(messages) if messages else None
-        if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") != "assistant":
-            values[str(messages)] = [*turns, {"role": "assistant", "content": "."}]
-        completed = replace(row, values=values)
-        asked.append(to_example(completed, config))
-        unused.update(unused_fields(completed, config, asked[-1]))
     if notes is not None:
-        notes += unread("generate", unused)
+        notes += [*reading.notes, *unread("generate", reading.unused)]
     tokenizer, context = load_tokenizer(path, prompts), load_config(path).max_position_embeddings
-    rendered = render_whole(asked, tokenizer, context, "generate")
-    answers = [""] * len(rows)
+    rendered = render_whole([example for _, example in found], tokenizer, context, "generate")
+    answers = [""] * len(found)
     for folder, places in by_input(path, rendered).items():
         model = load_model(folder).to(choose_device("auto"))
         chosen = generate(model, [rendered[at] for at in places], tokenizer, batch_size, precision, most)
-        for at, answer in zip(places, chosen, strict=True):
-            answers[at] = answer
+        for at, text in zip(places, chosen, strict=True):
+            answers[at] = text
         if folder != path and notes is not None:
-            notes.append(f"{len(places)} of {len(rows)} questions are not like the client's own: {folder} answers them")
-    return [(dict(row.values), answer) for row, answer in zip(rows, answers, strict=True)]
+            notes.append(
+                f"{len(places)} of {len(found)} questions are not like the client's own: {folder} answers them"
+            )
+    return [(dict(row.values), text) for (row, _), text in zip(found, answers, strict=True)]
