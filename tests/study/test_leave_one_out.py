@@ -360,6 +360,28 @@ def test_training_again_goes_on_and_nobody_left_is_the_start(
     assert len(ended) == 3 and alone.without[0].measures() == alone.before.measures()
 
 
+def test_blocks_that_clients_sums_cut_are_cut_again_without_the_left_out(
+    three_clients: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    raw = three_clients(tmp_path, ("wide", "sparse", "wide"), evaluate={"local_only": False})
+    raw["blocks"][0]["calibration"] = {"statistics": "clients", "samples": 8, "length": 32}
+    out = tmp_path / "run"
+    pipeline.run(configs.validate(configs.RunConfig, raw, "test"), out)
+    found = ablate(out, out, None, QUIET, retrain=True, only=["fr"])
+    assert "The dearest client to leave out is fr" in page(found)
+    without = out / "without" / "client-fr"
+    assert set(RunDir(without).known().clients[0].named) == {"wide"}
+    records = [rounds_of(metrics(folder)) for folder in (out, without)]
+    assert [set(rounds[0].bytes) for rounds in records] == [{"fr", "de", "es"}, {"de", "es"}]
+    assert [set(rounds[1].accepted) for rounds in records] == [{"fr", "de", "es"}, {"de", "es"}]
+    same = [
+        (out / "blocks" / name / "model.safetensors").read_bytes()
+        == (without / "blocks" / name / "model.safetensors").read_bytes()
+        for name in ("sparse", "wide")
+    ]
+    assert same == [True, False]
+
+
 def test_what_cannot_be_trained_again_is_one_line(run: Path, config_file: Path, tmp_path: Path) -> None:
     assert_one_line(legolm("ablate", run, "--retrain", "--only", "wid"), "--only wid: is no client, nor a block")
     assert_one_line(legolm("ablate", run, "--only", " , "), "--only ' , ': names none")

@@ -37,9 +37,10 @@ def print_ablation(found: Ablation, out: Path) -> None:
 
 
 def verdict(found: Ablation) -> str:
-    """Gain and dearest block in words."""
-    name, most = max(found.cost.items(), key=lambda one: one[1])
-    words = f"The dearest block to leave out is {name}: {most:+.3f} nats for the clients' blocks on all data."
+    """Gain and dearest block in words; the dearest client where no block was left out."""
+    kind, costs = ("block", found.cost) if found.cost else ("client", found.cost_clients)
+    name, most = max(costs.items(), key=lambda one: one[1])
+    words = f"The dearest {kind} to leave out is {name}: {most:+.3f} nats for the clients' blocks on all data."
     if found.gain is None:
         return words + " This run has no local-only baseline."
     gained = "less" if found.gain >= 0 else "more"
