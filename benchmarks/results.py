@@ -7,6 +7,7 @@
         --set aggregate.start=RUNS/public
     legolm compare examples/paper/compare.yaml --no-models --out RUNS/paper
     legolm ablate RUN                             # RUN: RUNS/languages' heteagg_masks, else heteagg_near
+    legolm ablate RUN --retrain --only NAME       # the dearest block
     legolm run RUN/config.yaml --out RUN --resume # its final models
     legolm eval starter RUN/final/llm --text TEST.txt --out RUNS/robustness.json    # TEST.txt: WikiText-2's
     legolm eval starter RUN/final/llm --data SENTENCES.jsonl --rouge --out RUNS/sentences.json
@@ -14,7 +15,7 @@
 
 From the folder that holds the data (`examples/flan/mixed.yaml` says which). Of all this only RUNS/flan or
 RUNS/languages has to be there; the page says what is missing, and begins, as does the JSON, with the first that is. Of
-a run's folder it reads config.yaml, run.json, metrics.jsonl, summary.json and ablation.json. What tables use of them is
+a run's folder it reads config.yaml, run.json, metrics.jsonl, summary.json, ablation.json and retrained.json. What tables use of them is
 kept in OUT/results/records, which can be RUNS too. `--gpu`: which one the runs had, for they do not say. Last line: one
 JSON object, that of `docs/results.json`.
 """

@@ -133,6 +133,12 @@ def claims(study: Study, robust: Evaluation | None) -> dict[str, Claim]:
         text += f"; not measured: {', '.join(sorted(lacks))}" if lacks else ""
         known = None if lacks and costs[name] < gain / 2 else costs[name] < gain / 2
         found[what] = Claim(text, known, single=len(omitted["seeds"]) == 1)
+        if name in (again := omitted.get(f"{key}_retrained", {})):
+            kind = "block" if key == "cost" else "client"
+            text = f"{name} {again[name]:+.3f} of {gain:.3f}"
+            found[f"the dearest {kind} of these, where the others train again without it"] = Claim(
+                text, again[name] < gain / 2, single=len(omitted["seeds"]) == 1
+            )
     what = "the LLM's WikiText perplexity is at most 3 % worse"
     found[what] = Claim("not measured")
     if robust and (change := robust.figures.get("wikitext")):

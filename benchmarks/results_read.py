@@ -106,7 +106,8 @@ class LeftOut(Record):
 class Run(Record):
     """One variant with one seed; `rank` is the adapter's largest.
 
-    `rates` are validation losses by learning rate, where several were tried.
+    `rates` are validation losses by learning rate, where several were tried. `retrained` is what `left_out` is where
+    the others trained again without whom was left out.
 
     The LLM's figures are those of the round that is best for it on validation data, the blocks' (`own`, `others`) those
     of the round that is best for them. Bytes are a client's in a round, both ways; `block_bytes` the same by block.
@@ -136,6 +137,7 @@ class Run(Record):
     clients: list[Client] = Field([])
     history: list[Round] = Field([])
     left_out: LeftOut | None = None
+    retrained: LeftOut | None = None
 
     @property
     def loss(self) -> float:
@@ -292,7 +294,8 @@ def read_run(path: Path, flops: float | None) -> Run:
             for one in summary.history
             if whole and one.scored
         ],
-        left_out=_left_out(path / "ablation.json"),
+        left_out=_left_out(path / Ablation.file(retrained=False)),
+        retrained=_left_out(path / Ablation.file(retrained=True)),
     )
 
 

@@ -145,10 +145,17 @@ def rates_table(study: Study) -> str:
 
 def omission_table(found: Mapping[str, Any]) -> str:
     """What leaving out costs."""
-    return table(("without", "", "blocks lose", "the LLM loses"), [
-        (name, kind, f"{cost:+.3f}", f"{found[f'{key}_llm'][name]:+.3f}")
+    again = any(key.endswith("_retrained") for key in found)
+    columns = ("without", "", "blocks lose", "the LLM loses")
+
+    def cell(key: str, name: str) -> str:
+        return f"{found[key][name]:+.3f}" if name in found.get(key, {}) else ""
+
+    keys = [f"{whose}{of}" for of in ("", "_retrained")[: 1 + again] for whose in ("", "_llm")]
+    return table(columns + ("trained again: blocks", "the LLM") * again, [
+        (name, kind, *(cell(f"{key}{of}", name) for of in keys))
         for key, kind in (("cost", "block"), ("cost_clients", "client"))
-        for name, cost in found[key].items()
+        for name in found[key]
     ])  # fmt: skip
 
 

@@ -257,10 +257,11 @@ def personal_ratios(study: Study, ends: str) -> dict[str, float]:
 
 
 def omission(study: Study) -> dict[str, Any] | None:
-    """What leaving out each block costs the blocks, beside what the global update brings over training alone."""
+    """What leaving out each block costs the blocks, beside what the global update brings over training alone; replayed,
+    and trained again (`_retrained`)."""
     runs: list[Run] = []
-    for of in (study.default, PLAIN):
-        runs = runs or [run for run in study.runs.get(of, {}).values() if run.left_out]
+    for name in (study.default, PLAIN):
+        runs = runs or [run for run in study.runs.get(name, {}).values() if run.left_out]
     if not runs:
         return None
     found: dict[str, Any] = {"of": runs[0].name, "seeds": [run.seed for run in runs], "gain": None}
@@ -273,10 +274,14 @@ def omission(study: Study) -> dict[str, Any] | None:
     if all(run.seed in alone for run in runs):
         gains = [alone[run.seed] - run.left_out.blocks for run in runs if run.left_out]
         found |= Stat.of(gains).named("gain")
-    for key, kind in (("cost", "block"), ("cost_clients", "client")):
-        costs: dict[str, list[Cost]] = {}
-        for one in (one for run in runs if run.left_out for one in run.left_out.costs if one.kind == kind):
-            costs.setdefault(one.name, []).append(one)
-        found[key] = {name: round(fmean(one.blocks for one in same), 4) for name, same in costs.items()}
-        found[f"{key}_llm"] = {name: round(fmean(one.llm for one in same), 4) for name, same in costs.items()}
+    for of, ablations in (("", [run.left_out for run in runs]), ("_retrained", [run.retrained for run in runs])):
+        for key, kind in (("cost", "block"), ("cost_clients", "client")):
+            costs: dict[str, list[Cost]] = {}
+            for one in (one for ablation in ablations if ablation for one in ablation.costs if one.kind == kind):
+                costs.setdefault(one.name, []).append(one)
+            if costs or not of:
+                found[key + of] = {name: round(fmean(one.blocks for one in same), 4) for name, same in costs.items()}
+                found[f"{key}_llm{of}"] = {
+                    name: round(fmean(one.llm for one in same), 4) for name, same in costs.items()
+                }
     return found

@@ -255,6 +255,27 @@ def test_a_claim_is_of_all_clients_and_says_what_it_stands_on(modules: Modules, 
     assert claims(by_hand, None)[one_left_out].shown() == "not measured"
 
 
+def test_who_is_left_out_by_training_again_stands_beside_the_replay(modules: Modules, by_hand: Any) -> None:
+    run = by_hand.runs["heteagg_near"][0]
+    cost = run.left_out.costs[0].model_copy(update={"blocks": 0.05, "llm": 0.02})
+    by_hand.runs["heteagg_near"][0] = run.model_copy(
+        update={"retrained": run.left_out.model_copy(update={"costs": [cost]})}
+    )
+    found = modules["results_study"].omission(by_hand)
+    assert (found["cost"], found["cost_retrained"], found["cost_llm_retrained"]) == (
+        {"x": 0.2},
+        {"x": 0.05},
+        {"x": 0.02},
+    )
+    held = modules["results_claims"].claims(by_hand, None)
+    claim = "the dearest block of these, where the others train again without it"
+    assert held[claim].shown() == "x +0.050 of 0.500: yes, by one seed"
+    rows = modules["results_shown"].omission_table(found).splitlines()
+    assert rows[2] == "| x | block | +0.200 | +0.100 | +0.050 | +0.020 |" and rows[3].endswith(
+        "| +0.100 | +0.100 |  |  |"
+    )
+
+
 def test_a_verdict_by_one_seed_says_so_beside_that_seeds_floor(modules: Modules, by_hand: Any) -> None:
     """The default has seed 0 only, whose floors are not the mean of all seeds'."""
     by_hand.runs["heteagg_near"] = {0: by_hand.runs["heteagg_near"][0]}
