@@ -15,9 +15,9 @@
 
 From the folder that holds the data (`examples/flan/mixed.yaml` says which). Of all this only RUNS/flan or
 RUNS/languages has to be there; the page says what is missing, and begins, as does the JSON, with the first that is. Of
-a run's folder it reads config.yaml, run.json, metrics.jsonl, summary.json, ablation.json and retrained.json. What tables use of them is
-kept in OUT/results/records, which can be RUNS too. `--gpu`: which one the runs had, for they do not say. Last line: one
-JSON object, that of `docs/results.json`.
+a run's folder it reads config.yaml, run.json, metrics.jsonl, summary.json, ablation.json and retrained.json. What
+tables use of them is kept in OUT/results/records, which can be RUNS too. `--gpu`: which one the runs had, for they do
+not say. Last line: one JSON object, that of `docs/results.json`.
 """
 
 from __future__ import annotations
