@@ -317,6 +317,7 @@ def test_trained_again_without_a_client_is_the_run_that_it_never_joined(
 ) -> None:
     done = legolm("ablate", run, "--out", tmp_path / "out", "--retrain", "--only", "sparse,fr")
     assert done.returncode == 0, done.stderr
+    assert "note: 2 to train again without; the rounds with all took " in done.stderr
     assert "each trained again" in done.stdout and str(tmp_path / "out" / "retrained.html") in done.stdout
     found = read_record(tmp_path / "out" / "retrained.json", Ablation)
     assert found.retrained and not (tmp_path / "out" / "ablation.json").exists()

@@ -75,6 +75,7 @@ def ablate(
     if retrain:
         some = {_folder(case): clients for case, clients in left.items() if not study.is_all(clients)}
         plan_without(study.run, study.config, some, out)
+        progress.note(f"{len(some)} to train again without; the rounds with all took {study.seconds:,.0f} s")
         for number, (case, clients) in enumerate(left.items(), 1):
             stages = Progress(of=f"without {case[1]} ({number} of {len(left)})")
             study.add(clients, *study.retrained(clients, out / WITHOUT / _folder(case), stages))
@@ -131,6 +132,11 @@ class _Study:
             if clients in wanted - self._done.keys():
                 first.setdefault(clients, case)
         return {case: clients for clients, case in first.items()}
+
+    @property
+    def seconds(self) -> float:
+        """Of the run's rounds."""
+        return sum(one.seconds for one in self._records.values())
 
     def is_all(self, clients: Collection[str]) -> bool:
         """Whether nobody trains without these."""
