@@ -25,6 +25,7 @@ from legolm.errors import LegolmError
 from legolm.export import find_model
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
+from legolm.federate.wire import kind_of
 from legolm.prune import build
 from legolm.runs import Clock, RunDir, Summary, run_of
 from legolm.runs.resume import differences, settled
@@ -363,12 +364,14 @@ def test_a_damaged_block_that_runs_share_is_named_once_and_cut_again(home: Path,
     assert was == {name: (two / "blocks" / "wide" / name).read_bytes() for name in was}
 
 
-def test_work_before_an_interruption_counts(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "number"), [("evaluate", 1), ("train", 2)])
+def test_work_before_an_interruption_counts(kind: str, number: int, home: Path, tmp_path: Path) -> None:
     def interrupted(run: RunDir, config: configs.RunConfig, actors: int, body: Body) -> None:
         def wrap(exchange: Exchange) -> Exchange:
             def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
-                for reply in exchange(requests, deadline_s):
-                    if (run.path / "rounds" / "0001").exists():
+                asked = list(requests)
+                for reply in exchange(asked, deadline_s):
+                    if (run.path / "rounds" / "0001").exists() and kind_of(asked[0].content) == kind:
                         time.sleep(0.4)
                         raise KeyboardInterrupt
                     yield reply
@@ -383,12 +386,43 @@ def test_work_before_an_interruption_counts(home: Path, tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(config, out, resume=True, engine=interrupted)
     found, _ = resume(home, out, *sets)
-    assert found.history[2].seconds > 0.8
+    assert found.history[number].seconds > 0.8
     assert found.seconds["rounds"] > 0.8
     began = time.perf_counter()
     again, _ = resume(home, out, *sets)
     assert 0 < again.wall_s - found.wall_s < time.perf_counter() - began + 0.1
     assert again.seconds["rounds"] == found.seconds["rounds"]
+
+
+def test_who_ends_while_a_round_is_scored_loses_nothing_of_it(home: Path, tmp_path: Path) -> None:
+    asked, dies = list[str](), [True]
+
+    def engine(run: RunDir, config: configs.RunConfig, actors: int, body: Body) -> None:
+        def wrap(exchange: Exchange) -> Exchange:
+            def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                there = list(requests)
+                kind = kind_of(there[0].content)
+                if dies[0] and kind == "evaluate" and (run.path / "rounds" / "0002").exists():
+                    raise KeyboardInterrupt
+                asked.append(kind)
+                yield from exchange(there, deadline_s)
+
+            return changed
+
+        run_local(run, config, actors, lambda exchange: body(wrap(exchange)))
+
+    out, sets = tmp_path / "out", ["evaluate.local_only=false", "federation.personal_steps=0"]
+    config = configs.load(home / "run.yaml", sets)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, out, engine=engine)
+    kept = (out / "rounds" / "0002" / "adapter.safetensors").read_bytes()
+    asked.clear()
+    dies[0] = False
+    pipeline.run(config, out, resume=True, engine=engine)
+    assert asked == ["evaluate"]  # nobody trained again
+    assert (out / "rounds" / "0002" / "adapter.safetensors").read_bytes() == kept
+    whole = pipeline.run(config, tmp_path / "whole")
+    assert [one.llm for one in Summary.read(out).history] == [one.llm for one in whole.history]
 
 
 def test_a_killed_process_loses_a_second_at_most(tmp_path: Path) -> None:

@@ -103,9 +103,10 @@ class Stages:
         with (self._folder.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(dump_record(record, indent=None))
 
-    def score_again(self, path: Path, scored: Global) -> None:
-        """Put other scores into the record of a finished round."""
-        record = self._records[path].model_copy(update=dict(scored))
+    def score_again(self, path: Path, scored: Global, seconds: float | None = None) -> None:
+        """Put other scores into the record of a finished round, and what it took in all, if given."""
+        took = {} if seconds is None else {"seconds": seconds}
+        record = self._records[path].model_copy(update=dict(scored) | took)
         atomic_write(path / METRICS, dump_sealed(record))
         self._records[path] = record
 

@@ -108,7 +108,7 @@ class Rounds:
         number = 0
         while (number := number + 1) <= self._stages.rounds:  # which a budget may end
             self._round(number, exchange)
-        self._score_again(exchange)  # what was not to be the last when it was made
+        self._round(self._stages.rounds, exchange)  # it was not to be the last when it was made
         if self._config.own_parts:
             self._alone.run("personal", exchange)
 
@@ -119,7 +119,7 @@ class Rounds:
     @property
     def finished(self) -> bool:
         """Nothing that needs clients is left to do."""
-        return self._stages.finished and not self._unknowing()
+        return self._stages.finished and not self._lacks_scores(self._stages.rounds) and not self._unknowing()
 
     def _score_again(self, exchange: Exchange) -> None:
         for number in self._unknowing():
@@ -128,19 +128,23 @@ class Rounds:
         self._stages.write_lines()
 
     def _unknowing(self) -> list[int]:
-        """Finished rounds whose scores know nothing of clients that came later, and the last one without any.
-
-        That a round would be the last was not known where a budget ended the run, or who resumes it wants fewer.
-        """
-        rounds = [number for number in range(self._stages.rounds + 1) if self._stages.has(self._folder.round(number))]
-        scored = {number: self._stages.round(number) for number in rounds}
+        """Finished rounds whose scores know nothing of clients that came later."""
         found = []
-        for number, record in scored.items():
+        for record in rounds_of(self.records()):
             there = {id for one in record.held for id in one.clients} | {one.client for one in record.unscored}
-            last = number == self._stages.rounds and record.validation is None
-            if last or (there and there != set(self._members.clients)):
-                found.append(number)
+            if there and there != set(self._members.clients):
+                found.append(record.round)
         return found
+
+    def _lacks_scores(self, number: int) -> bool:
+        """Whether a finished round is still to be scored.
+
+        Whoever scored it ended with it; or that it would be the last was not known, as where a budget ended the run, or
+        who resumes it wants fewer.
+        """
+        due = number % self._config.evaluate.every == 0 or number == self._stages.rounds
+        newest = not self._stages.has(self._folder.round(number + 1))
+        return due and newest and self._stages.round(number).validation is None
 
     def records(self) -> list[StageRecord]:
         """Of every finished stage, in order."""
@@ -245,10 +249,14 @@ class Rounds:
     def _round(self, number: int, exchange: Exchange) -> None:
         """Fine-tune the drawn clients' blocks, aggregate updates as they come, apply the global update, evaluate."""
         path = self._folder.round(number)
-        if self._stages.has(path):
+        there = self._stages.has(path)
+        if there and not self._lacks_scores(number):
             return
         with self._clock.stage(f"round {number}"):
-            self._train_round(number, path, exchange)
+            if not there:
+                self._train_round(number, path, exchange)
+            self._score_round(number, path, exchange)
+        self._stages.write_lines()
         self._limit()
         self.after_round()
 
@@ -269,8 +277,6 @@ class Rounds:
                 self._account.disturb(done, scheme, weighing, [id for id in asked if id not in came.added])
                 shares = weighing.finish()
             self._check_global(number, scheme, accepted)
-            due = number % self._config.evaluate.every == 0 or number == self._stages.rounds
-            scored = self.score_global(scheme, exchange, f"round {number}: evaluate") if due else UNSCORED
             left = asked.keys() - came.added - refused.keys() if self._config.federation.buffer is not None else set()
             record = RoundRecord(
                 round=number,
@@ -285,14 +291,21 @@ class Rounds:
                 waiting={id: tag for id, tag in asked.items() if id in left},
                 closed=came.closed,
                 seconds=self._clock.seconds(f"round {number}"),
-                **dict(scored),
+                **dict(UNSCORED),
             )
-            record = self._account.charged(done, record)
-            self._stages.fill(folder, path, scheme.state(), record)
-        self._stages.write_lines()
+            self._stages.fill(folder, path, scheme.state(), self._account.charged(done, record))
         self._latest = number, scheme
-        if record.validation is None:
+
+    def _score_round(self, number: int, path: Path, exchange: Exchange) -> None:
+        """A round is kept before anybody is asked about it.
+
+        What clients did for it is not lost with who ends meanwhile; nor has its noise been seen before it is on record.
+        """
+        if not self._lacks_scores(number):
             return
+        scored = self.score_global(self.scheme(number), exchange, f"round {number}: evaluate")
+        self._stages.score_again(path, scored, self._clock.seconds(f"round {number}"))
+        record = self._stages.round(number)
         part = f" with what {record.quorum:.0%} of the clients hold" if record.quorum else ""
         llm = "" if record.llm_validation is None else f"LLM {record.llm_validation:.3f}{part}, "
         cost = f"; epsilon {record.privacy.epsilon:.3g} so far" if record.privacy else ""
