@@ -167,7 +167,7 @@ def test_a_trainer(plugin: Callable[..., None], config: Callable[..., Path]) -> 
 
 
 def test_a_trainer_says_what_it_can_and_how_far_it_moves(
-    plugin: Callable[..., None], config: Callable[..., Path]
+    plugin: Callable[..., None], config: Callable[..., Path], tmp_path: Path
 ) -> None:
     plugin(TRAINER)
     dp = {"dp": {"level": "example", "epsilon": 8, "delta": 1e-5}}
@@ -180,6 +180,13 @@ def test_a_trainer_says_what_it_can_and_how_far_it_moves(
     plugin(TRAINER.replace('"half_way"', '"half_way", private=True, moves=lambda coverage, key, *, share: 2 * share'))
     assert trainer_of(load(path).train).moves(full, key) == 1
     assert trainer_of(load(path, ["train.trainer=adamw"]).train).moves(full, key) == 2
+    # One that says nothing of what its steps cost.
+    told = '{name: value for name, value in metrics.items() if name != "sampling_rate"}'
+    plugin(TRAINER.replace('"half_way"', '"half_way", private=True').replace("metrics |", f"{told} |"))
+    done = legolm("run", path, "--out", tmp_path / "out", "--set", "evaluate.local_only=false")
+    assert done.returncode == 2
+    says = "fr: trainer 'half_way': gave nothing for metric sampling_rate; it must give a number"
+    assert says in done.stderr.splitlines()[-1]
 
 
 def test_an_entry_point_is_a_plugin(

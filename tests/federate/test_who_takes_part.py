@@ -45,6 +45,16 @@ def test_a_round_with_nobody_is_refused_before_anything_is_cut(raw: dict[str, An
         make_plan(load(raw, tmp_path, "federation.rounds=3", "federation.capable=true"))
 
 
+def test_a_round_with_fewer_clients_than_it_needs_is_refused_before_anything_is_cut(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    raw["clients"][0]["leaves"] = 1
+    make_plan(load(raw, tmp_path, "federation.min_replies=2"))
+    says = r"federation.min_replies: needs 3 clients, and 2 are asked in round 2; lower it, or change"
+    with pytest.raises(LegolmError, match=says):
+        make_plan(load(raw, tmp_path, "federation.min_replies=3"))
+
+
 def test_the_plan_says_what_a_robust_scheme_can_promise_under_this_coverage(
     raw: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -130,5 +130,7 @@ def test_a_round_that_alone_would_pass_the_budget_is_refused_where_it_trains() -
     assert Private.of(both, 50, config, 40).multiplier == 0.3
     with pytest.raises(LegolmError, match=r"epsilon 1: 8 steps of 50 examples with noise_multiplier 0\.3 cost 5\d"):
         Private.of(both, 50, config, 40, 8)
+    with pytest.raises(LegolmError, match=r"privacy.dp.delta 0\.02: may show one of 50 examples whole"):
+        Private.of(both.model_copy(update={"delta": 0.02}), 50, config, 40)
     enough = both.model_copy(update={"noise_multiplier": 30.0})
     assert Private.of(enough, 50, config, 40, 8).multiplier == 30.0

@@ -25,7 +25,7 @@ class DpConfig(Section):
         1.0, gt=0, description="L2 norm of a client's change over all that it holds, or of an example's gradient"
     )
     noise_multiplier: float | None = Field(
-        None, gt=0, description="standard deviation of the noise over `clip`; what `epsilon` asks for if not given"
+        None, ge=1e-9, description="standard deviation of the noise over `clip`; what `epsilon` asks for if not given"
     )
     epsilon: float | None = Field(
         None, gt=0, description="budget: no round that would pass it is made; without noise_multiplier also the target"

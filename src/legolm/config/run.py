@@ -272,6 +272,8 @@ class RunConfig(Section):
             )
         elif self.privacy.secure is not None or self.privacy.dp.level != "none":
             why = "sees each change of its region and shows one for all; take privacy.secure and privacy.dp out"
+        elif aggregate.outliers.action != "none":
+            why = "shows no single change to judge; set aggregate.outliers.action to none"
         elif federation.mode != "federated" or self.evaluate.local_only or federation.personal_steps:
             why = "has no training of its own; set federation.mode to federated, evaluate.local_only to false and "
             why += "federation.personal_steps to 0"

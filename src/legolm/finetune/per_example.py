@@ -83,10 +83,14 @@ class Private:
     def of(dp: DpConfig, examples: int, config: TrainConfig, steps: int, now: int = 0) -> Private:
         """Batches as large as configured on average; the noise is given, or what the budget asks for in all `steps`.
 
-        Raises `LegolmError` for a budget that no noise reaches, or that the steps of `now` would pass by themselves: of
-        a client whose rate it does not know yet the server cannot say so.
+        Raises `LegolmError` for a δ of one over the examples or more, for a budget that no noise reaches, and one that
+        the steps of `now` would pass by themselves: of a client whose rate it does not know yet the server cannot say.
         """
         rate = min(1.0, config.batch_size / examples)
+        if dp.delta >= 1 / examples:
+            raise LegolmError(
+                f"privacy.dp.delta {dp.delta:g}: may show one of {examples} examples whole; take a far smaller one"
+            )
         if dp.noise_multiplier is not None:
             cost = sampled_epsilon([(dp.noise_multiplier, rate, now)] if now else [], dp.delta)
             if dp.epsilon is not None and cost > dp.epsilon:

@@ -109,6 +109,8 @@ def train(task: Task) -> Fitted:
                 "change of each factor of task.start that is not in task.frozen"
             )
     needed = {name: None for name, one in Training.model_fields.items() if one.is_required()}
+    if task.dp is not None:  # what it costs is accounted by these
+        needed |= dict.fromkeys(("sampling_rate", "noise_multiplier"))
     for name, value in (needed | dict(metrics)).items():
         if not isinstance(value, int | float):
             raise LegolmError(f"{where}: gave {_said(value)} for metric {name}; it must give a number")

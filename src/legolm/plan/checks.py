@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from legolm.adapter import FACTORS
 from legolm.aggregate import make_scheme
 from legolm.block import Block, read_block
-from legolm.config import AUTO, CLIENTS, SCHEMES, RowsConfig, RunConfig
+from legolm.config import AUTO, CLIENTS, SCHEMES, ClientConfig, RowsConfig, RunConfig
 from legolm.data import (
     calibration_tokens,
     check_length,
@@ -176,6 +177,25 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
         calibration_tokens(whitening_text(whitened), tokenizer, config.seed, field="aggregate.whiten")
 
 
+def _check_there(config: RunConfig, taking: Sequence[ClientConfig]) -> None:
+    """Raise `LegolmError` for a round in which fewer of those who may take part are asked than it needs."""
+    federation, secure = config.federation, config.privacy.secure
+    needs = {"federation.min_replies": federation.min_replies, "privacy.secure": secure.least if secure else 1}
+    for number in range(1, federation.rounds + 1):
+        there = sum(client.there(number) for client in taking)
+        if not there:
+            raise LegolmError(
+                f"round {number}: no client takes part; change clients' joins and leaves, or federation.capable"
+            )
+        asked = min(there, max(math.ceil(federation.fraction * there), federation.min_replies))
+        for field, least in needs.items():
+            if asked < least:
+                raise LegolmError(
+                    f"{field}: needs {least} clients, and {asked} are asked in round {number}; lower it, or change "
+                    "clients' joins and leaves, federation.fraction or capable"
+                )
+
+
 def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collection[str]) -> None:
     """Raise `LegolmError` when the scheme cannot put these clients' updates together; `dense` are whole LLMs' names."""
     if config.federation.mode == "pooled":
@@ -185,11 +205,7 @@ def check_clients(config: RunConfig, block_of: Mapping[str, str], dense: Collect
         raise LegolmError("federation.capable: no client holds a dense block; add one or set it to false")
     if config.federation.mode == "alone":
         return
-    for number in range(1, config.federation.rounds + 1):
-        if not any(client.there(number) for client in taking):
-            raise LegolmError(
-                f"round {number}: no client takes part; change clients' joins and leaves, or federation.capable"
-            )
+    _check_there(config, taking)
     scheme, first, weight = make_scheme(config.aggregate), taking[0], config.aggregate.weight
     if weight != "capped" and not scheme.weighs():
         raise LegolmError(

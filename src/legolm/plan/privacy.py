@@ -61,6 +61,12 @@ def _of_examples(
         return ("Differential privacy of examples: what it costs is known when devices say how many they have.",)
     id, count = min(examples.items(), key=lambda one: (one[1], one[0]))
     rate, each = min(1.0, train.batch_size / count), train.steps
+    most = max(examples, key=lambda one: examples[one])
+    if dp.delta >= 1 / examples[most]:
+        raise LegolmError(
+            f"privacy.dp.delta {dp.delta:g}: may show one of the {examples[most]} examples of client {most!r} whole; "
+            "take a far smaller one"
+        )
     total = config.federation.rounds * each
     multiplier = dp.noise_multiplier or sampled_noise(dp.epsilon or 0.0, dp.delta, rate, total)
     if dp.epsilon is not None and dp.noise_multiplier is not None:

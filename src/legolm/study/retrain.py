@@ -61,7 +61,13 @@ def config_without(run: RunDir, config: RunConfig, clients: Collection[str]) -> 
                 for one in config.clients
             ],
             "federation": config.federation.model_copy(
-                update={"keep_updates": False, "personal": "last", "personal_steps": 0}
+                update={
+                    "keep_updates": False,
+                    "personal": "last",
+                    "personal_steps": 0,
+                    # What was asked of all is asked of who is left.
+                    "min_replies": max(1, min(config.federation.min_replies, len(config.clients) - len(clients))),
+                }
             ),
             "evaluate": config.evaluate.model_copy(update={"local_only": False}),
             "report": ReportConfig(),

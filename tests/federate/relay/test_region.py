@@ -92,6 +92,10 @@ def test_what_a_relay_cannot_be(three_clients: Make, tmp_path: Path) -> None:
         ({"aggregate": {"redraw": 1, "weight": "examples"}}, "needs each by itself"),
         ({"privacy": {"secure": {}}}, "take privacy.secure and privacy.dp out"),
         ({"evaluate": {"scores": "own"}}, "has no training of its own"),
+        (
+            {"aggregate": {"weight": "examples", "outliers": {"action": "refuse", "factor": 2}}},
+            "shows no single change to judge; set aggregate.outliers.action to none",
+        ),
         ({"federation": raw["federation"] | {"engine": "local"}}, "is a process of its own"),
     ):
         with pytest.raises(LegolmError, match=says):

@@ -156,6 +156,50 @@ def test_examples_are_hidden_at_their_clients_and_the_dearest_client_counts(
     assert [one.epsilon for one in summary.history[1:]] == pytest.approx(cost[:2])
 
 
+def test_a_delta_that_shows_an_example_whole_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["aggregate"] = {}
+    free = load(raw, tmp_path, level="example", noise_multiplier=1.0)
+    rows = max(one.examples or 0 for one in make_plan(free).clients)
+    with pytest.raises(LegolmError, match=rf"privacy.dp.delta {1 / rows:g}: may show one of the {rows} examples of"):
+        make_plan(load(raw, tmp_path, level="example", noise_multiplier=1.0, delta=1 / rows))
+    make_plan(load(raw, tmp_path, level="example", noise_multiplier=1.0, delta=0.9 / rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sampling_rate": None}, "no sampling_rate and noise_multiplier, by which privacy.dp is accounted"),
+        ({"noise_multiplier": None}, "no sampling_rate and noise_multiplier, by which privacy.dp is accounted"),
+        ({"noise_multiplier": 0.5}, r"metrics.noise_multiplier is 0\.5; asked for 1"),
+    ],
+)
+def test_an_update_that_does_not_say_what_it_cost_is_refused(
+    changes: dict[str, float | None], says: str, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """With none counted its ε would be 0."""
+    raw["aggregate"] = {}
+    config = load(raw, tmp_path, "federation.rounds=1", level="example", noise_multiplier=1.0)
+
+    def quiet(run: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def wrap(exchange: Exchange) -> Exchange:
+            def changed(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+                asked = list(requests)
+                for reply in exchange(asked, deadline_s):
+                    if wire.kind_of(asked[reply.index].content) != "train":
+                        yield reply
+                        continue
+                    header, tensors = wire.unpack(reply.content, wire.UpdateReply)
+                    told = {name: value for name, value in (header.metrics | changes).items() if value is not None}
+                    yield Reply(reply.index, wire.pack(header.model_copy(update={"metrics": told}), tensors))
+
+            return changed
+
+        run_local(run, config, actors, lambda exchange: body(wrap(exchange)))
+
+    with pytest.raises(LegolmError, match=f"0 updates accepted.*{says}"):
+        pipeline.run(config, tmp_path / "out", engine=quiet, models=False)
+
+
 @pytest.mark.parametrize(
     ("overrides", "dp", "says"),
     [
@@ -173,6 +217,11 @@ def test_examples_are_hidden_at_their_clients_and_the_dearest_client_counts(
         (("evaluate.local_only=true",), {"epsilon": 1, "level": "example"}, "evaluate.local_only to false"),
         (("federation.mode=pooled",), {"epsilon": 1}, "take mode federated"),
         (("federation.codec=int8",), {"epsilon": -1}, "greater than 0"),
+        (
+            (),
+            {"noise_multiplier": 1e-300},
+            "noise_multiplier. = .1e-300.: input should be greater than or equal to 0.000000001",
+        ),
     ],
 )
 def test_what_would_make_the_account_wrong_is_refused(

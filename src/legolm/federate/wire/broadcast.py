@@ -35,7 +35,7 @@ from legolm.adapter import (
     with_prefix,
 )
 from legolm.block import Block, Coverage
-from legolm.config import Codec
+from legolm.config import Codec, DpConfig
 from legolm.errors import LegolmError
 from legolm.federate.wire import codec
 from legolm.federate.wire.messages import (
@@ -235,8 +235,20 @@ def accept(content: bytes, request: TrainRequest, broadcast: Broadcast) -> Updat
     except ValidationError as error:
         problem = error.errors()[0]
         raise LegolmError(f"metrics.{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}") from None
+    _check_noise(request.settings.dp, training)
     received = broadcast.received(request.client)
     return Update(reply, Change(delta, received, reply.examples, reply.rank, broadcast.sent), training)
+
+
+def _check_noise(dp: DpConfig | None, training: Training) -> None:
+    """Raise `LegolmError` for a training under DP-SGD that does not say what it cost, or had less noise than asked."""
+    if dp is None or dp.level != "example":
+        return
+    noise, asked = training.noise_multiplier, dp.noise_multiplier or 0.0
+    if noise is None or training.sampling_rate is None:
+        raise LegolmError("metrics: no sampling_rate and noise_multiplier, by which privacy.dp is accounted")
+    if noise < asked * (1 - 1e-9):
+        raise LegolmError(f"metrics.noise_multiplier is {noise:g}; asked for {asked:g}")
 
 
 def arrived(factors: Tensors, name: Codec) -> Tensors:
