@@ -61,6 +61,7 @@ class FactorSum(Scheme):
         self._trained = [key for key in sorted(self._factors) if not (self.frozen_side and is_frozen(key, start.shape))]
         self._optimizer = ServerOptimizer(start.server, state or {})
         self._round, self._examples = EntryWeight(start.shape, start.rank), 0.0
+        self._known: Tensors | None = None
         # One buffer for all sums: clearing it is one call.
         sizes = [self._factors[key].numel() for key in self._trained]
         self._buffer = torch.zeros(sum(sizes), dtype=torch.float64)
@@ -103,16 +104,21 @@ class FactorSum(Scheme):
         for tensor in self._sum.values():
             tensor += noise(tensor.shape)
 
+    def only(self, entries: Tensors) -> None:
+        """To the others nobody's training counts."""
+        self._known = entries
+
     def finish(self) -> None:
         """θ + step(N / D) where somebody trained; elsewhere θ."""
         for key in self._trained if self._examples else ():
             weight = self._round.of(key, self._factors[key])
-            trained = weight > 0
+            trained = weight > 0 if self._known is None else (weight > 0) & self._known[key]
             d = weight if self._denominator == "coverage_mean" else self._examples
             gradient = torch.where(trained, self._sum[key] / d, 0.0)
             change = self._optimizer.step(key, gradient, trained)
             self._factors[key] = (self._factors[key].double() + change).float()
         self._round, self._examples = EntryWeight(self._start.shape, self._start.rank), 0.0
+        self._known = None
         self._buffer.zero_()
 
     def state(self) -> Tensors:

@@ -145,6 +145,11 @@ class Scheme(ABC):
         """Where a scheme `sums`: add to the round's sum what `noise` gives for a shape (float64), on every entry."""
         raise NotImplementedError
 
+    def only(self, entries: Tensors) -> None:
+        """Where a scheme `sums`: of this round's sum these entries (bool by factor key, in the LLM's coordinates) are
+        known, and no other may move. A scheme that moves none by a sum of zero has nothing to do."""
+        return
+
     @abstractmethod
     def finish(self) -> None:
         """End the round: the new global adapter. Without any change it is the old one."""

@@ -199,6 +199,26 @@ def test_clients_add_noise_that_is_enough_for_each_atom_and_without_who_goes(
     assert not list(tmp_path.glob("out/clients/*/*.safetensors"))  # what rounding took is not for the next round
 
 
+def test_what_stays_closed_stays_with_a_servers_momentum_too(raw: dict[str, Any], tmp_path: Path) -> None:
+    """What a, b and d hold opens in round 1, and not in round 2, from which d goes."""
+    raw["clients"] = [{"id": id, "data": "fr", "block": block} for id, block in zip("abcd", HELD, strict=True)]
+    config = load(raw, {"withheld_limit": 1}, aggregate={"server_optimizer": "fedavgm"})
+    pipeline.run(config, tmp_path / "out", models=False, engine=failing("train", "d", RuntimeError))
+    states = [load_file(tmp_path / f"out/rounds/000{number}/adapter.safetensors") for number in range(3)]
+    coverages = {one: read_block(tmp_path / "out/blocks" / one).coverage for one in HELD}
+    layout = adapter_layout(coverages["dense"], adapter_keys(coverages["dense"], None, trained=True), 4)
+    four, three = (held_by(layout.shapes, [(coverages[one], 4) for one in HELD[:n]]) for n in (4, 3))
+    moved = dict.fromkeys(("closed", "open"), 0)
+    for key in layout.shapes:
+        closed, opened = (four[key] == 3) & (three[key] == 2), three[key] == 3
+        moved["closed"] += int((states[1][key] != states[0][key])[closed].sum())
+        moved["open"] += int((states[2][key] != states[1][key])[opened].sum())
+        for name in (key, f"first.{key}"):
+            assert torch.equal(states[2][name][closed], states[1][name][closed]), name
+    assert moved["closed"] > 0
+    assert moved["open"] > 0
+
+
 def test_devices_that_begin_anew_in_any_phase_end_with_the_same_sums(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,6 +138,7 @@ class Gathering:
         summed, trains = secure.round(order, last, exchange), self._members.at(number).trains
         for id, change in summed.changes.items():
             weighing.add(id, change, trains[id])
+        scheme.only(summed.entries)
         stands = summed.asked and self._config.federation.engine == "deployment"
         return Came({}, dict(summed.refused), dict(summed.traffic), {}, set(summed.changes), summed.closed, stands)
 

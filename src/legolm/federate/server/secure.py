@@ -62,12 +62,13 @@ AGAIN_S = 10.0
 class Summed:
     """What a round opened: a change for each client whose part is in it, as the scheme is to add them.
 
-    Their sum is the clients' sum; each by itself is nobody's (`_changes`). `refused` says of the others why, `closed`
-    is the share of the held entries that stayed closed, with the reasons. `asked`: clients were asked for shares that
-    open it, and give them once a round.
+    Their sum is the clients' sum; each by itself is nobody's (`_changes`), and it is of the `entries` (bool by factor
+    key) that were opened. `refused` says of the others why, `closed` is the share of the held entries that stayed
+    closed, with the reasons. `asked`: clients were asked for shares that open it, and give them once a round.
     """
 
     changes: Mapping[str, Change]
+    entries: Tensors
     refused: Mapping[str, str]
     traffic: Mapping[str, Traffic]
     closed: float
@@ -237,7 +238,14 @@ class SecureRound:
             if id not in changes:
                 self._refused.setdefault(id, "secure sum: nothing of it was opened")
         refused = {id: reason for id, reason in self._refused.items() if id not in changes}
-        return Summed(changes, refused, self._traffic(), shut, reasons)
+        return Summed(changes, self._entries(opened), refused, self._traffic(), shut, reasons)
+
+    def _entries(self, opened: Sequence[Opened]) -> Tensors:
+        layout = self._server.cohort.grid.layout
+        found = torch.zeros(layout.total, dtype=torch.bool)
+        for one in opened:
+            found[torch.from_numpy(one.atom.places)] = True
+        return dict(Flat(found, layout))
 
     def _changes(self, opened: Sequence[Opened]) -> dict[str, Change]:
         """The sums, and what each client counts.
@@ -264,7 +272,7 @@ class SecureRound:
 
     def _nothing(self, why: str) -> Summed:
         refused = {id: self._refused.get(id, why) for id in self._order.clients}
-        return Summed({}, refused, self._traffic(), 1.0, [why], asked=False)
+        return Summed({}, {}, refused, self._traffic(), 1.0, [why], asked=False)
 
     def _traffic(self) -> dict[str, Traffic]:
         return {id: Traffic(up=self._up[id], down=self._down[id]) for id in self._up}
