@@ -117,6 +117,22 @@ def test_wrong_pieces_are_not_kept(files: Path, tmp_path: Path) -> None:
     assert block_files(find_block(welcome, tmp_path, [], server.piece, lambda text: None)) == welcome.files
 
 
+def test_what_changed_here_comes_again(files: Path, tmp_path: Path) -> None:
+    welcome, said = welcome_of(files), list[str]()
+    path = find_block(welcome, tmp_path, [], Server(files).piece, said.append)
+    with (path / "weights").open("r+b") as file:
+        file.seek(PIECE + 7)
+        file.write(b"damaged")
+    (path / "sub" / "added").write_text("read by who loads the block")
+    with pytest.raises(UnreachableError):
+        find_block(welcome, tmp_path, [], Server(files, pieces=0).piece, said.append)
+    assert not path.exists()  # nobody takes it as it is
+    server = Server(files)
+    assert block_files(find_block(welcome, tmp_path, [], server.piece, said.append)) == welcome.files
+    assert server.asked == [("a/weights", PIECE)]
+    assert said[1] == f"block a: weights, sub/added in {path} changed since it came; what differs comes again"
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../b", "", ".hidden", "a//b", "a\\b\x00"])
 def test_a_server_names_no_file_elsewhere(files: Path, name: str) -> None:
     whole = welcome_of(files).model_dump()

@@ -28,19 +28,29 @@ def find_block(
 ) -> Path:
     """The block's folder: in `home`, among `folders`, or fetched into `home`, where it stays.
 
-    What came before a cut is not fetched again, nor a file that another block here has. Raises `LegolmError` for what
-    is not what the server told, and `UnreachableError` when the server goes away.
+    What came before a cut is not fetched again, nor a file that another block here has; what changed here since it came
+    is. Reads all that a block holds. Raises `LegolmError` for what is not what the server told, and `UnreachableError`
+    when the server goes away.
     """
     if not welcome.files:
         raise LegolmError(f"block {welcome.block}: the server told no files of it; is it of another version of legolm?")
     path = home / "blocks" / welcome.block_id
+    partial = path.with_name(f".{path.name}.partial")
     if path.is_dir():
-        return path
+        found = {str(one.relative_to(path)) for one in path.rglob("*") if one.is_file()}
+        added = sorted(found - {one.name for one in welcome.files})  # which who loads the block may read
+        changed = [one.name for one in welcome.files if not _is(path / one.name, one)]
+        if not changed and not added:
+            return path
+        named = ", ".join([*changed, *added])
+        note(f"block {welcome.block}: {named} in {path} changed since it came; what differs comes again")
+        path.rename(partial)
+        for name in added:
+            (partial / name).unlink()
     for folder in folders:
         if all(_is(folder / one.name, one) for one in welcome.files):
             note(f"block {welcome.block}: is the one in {folder}")
             return folder
-    partial = path.with_name(f".{path.name}.partial")
     others = [*folders, *sorted(path.parent.glob("[!.]*"))]
     for one in [one for one in welcome.files if not (partial / one.name).exists()]:
         there = next((place for place in others if _is(place / one.name, one)), None)
@@ -49,7 +59,8 @@ def find_block(
             shutil.copy2(there / one.name, partial / one.name)
     left = welcome.bytes - sum(one.stat().st_size for one in partial.rglob("*") if one.is_file())
     check_room(home, max(left, 0))
-    note(f"block {welcome.block}: {left / 1e6:.1f} MB to fetch")
+    if left > 0:
+        note(f"block {welcome.block}: {left / 1e6:.1f} MB to fetch")
     for one in welcome.files:
         _fetch(partial / one.name, one, f"{welcome.block}/{one.name}", piece)
     partial.rename(path)

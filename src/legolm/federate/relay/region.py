@@ -95,10 +95,10 @@ class Relay(Answering):
             raise LegolmError(
                 f"client {told.client}: is a relay, and the server takes it for one device; set clients[].relay to true"
             )
-        self._welcome = told
-        place = find_block(told, self._home, (), self._piece, self._note)
-        block = read_block(place)
-        self._give(told.block, told.block_id, place)
+        if told != self._welcome:
+            self._place, self._welcome = find_block(told, self._home, (), self._piece, self._note), told
+        block = read_block(self._place)
+        self._give(told.block, told.block_id, self._place)
         if not (devices := sorted(self._devices())):
             raise UnreachableError("its region has no devices yet; on the relay: legolm devices add")
         kind = kind_of(request)
