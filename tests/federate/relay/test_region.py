@@ -14,10 +14,12 @@ from legolm import config as configs
 from legolm import pipeline
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
-from legolm.federate.client import Answering, Piece
+from legolm.federate.client import Answering, Holdings, Piece, Profile, Resident
 from legolm.federate.relay import Relay
+from legolm.federate.relay.region import _together
 from legolm.federate.transport.deployment import Asking, Those
-from legolm.runs import RunDir, Summary
+from legolm.federate.wire import ScoreReply, UpdateReply, Welcome, kind_of, pack, unpack
+from legolm.runs import RunDir, Score, Summary
 from legolm.system import derive_seed
 from residents import Residents
 
@@ -31,14 +33,18 @@ def setting(make: Make, folder: Path, **federation: Any) -> dict[str, Any]:
     return raw
 
 
-def relayed(raw: dict[str, Any], folder: Path) -> tuple[Summary, list[str]]:
-    """The same run, where a relay answers for `fr` and `de`; and what that said."""
+def relayed(
+    raw: dict[str, Any], folder: Path, other: Callable[[Piece], Answering] | None = None
+) -> tuple[Summary, list[str]]:
+    """The same run, where a relay answers for `fr` and `de`, which may be `other`; and what that said."""
     clients = [{"id": "north", "block": "dense", "relay": True}, {"id": "es", "block": "dense"}]
     data = {name: value for name, value in raw["data"].items() if name != "train"}
     federation = raw["federation"] | {"engine": "deployment", "superlink": {"address": "127.0.0.1:1"}}
     changes = {"clients": clients, "data": data, "federation": federation}
     config, said = configs.validate(RunConfig, raw | changes, "test"), list[str]()
     region, outer = Residents(folder, ["fr", "de"]), Residents(folder, ["north", "es"])
+    if other is not None:
+        region.others["de"] = other
 
     def north(piece: Piece) -> Answering:
         def give(name: str, id: str, place: Path) -> None:
@@ -80,6 +86,37 @@ def test_a_region_is_its_devices(three_clients: Make, tmp_path: Path, monkeypatc
         for key, tensor in one.items():
             assert torch.allclose(tensor, two[key], rtol=0, atol=close), key
     assert found.history[-1].accepted == ["north", "es"] and flat.history[-1].accepted == ["fr", "de", "es"]
+
+
+class Liar(Resident):
+    """Says as much as one reply may say."""
+
+    def _work(self, told: Welcome, welcome: str, request: bytes, until: float | None) -> bytes:
+        found = super()._work(told, welcome, request, until)
+        if kind_of(found) == "scores":
+            scores = [score.model_copy(update={"tokens": 10**12}) for score in unpack(found, ScoreReply)[0].scores]
+            return pack(ScoreReply(scores=scores), {})
+        header, tensors = unpack(found, UpdateReply)
+        lie = {"examples": 10**9} if header.round == 1 else {"metrics": header.metrics | {"tokens": 1e15}}
+        return pack(header.model_copy(update=lie), tensors)
+
+
+def test_a_liar_in_a_region_is_named_and_costs_nobody_else(three_clients: Make, tmp_path: Path) -> None:
+    raw = setting(three_clients, tmp_path)
+    held = Holdings(tmp_path / "liar", (f"{tmp_path}/data/de.jsonl",), profile=Profile("cpu"))
+    found, said = relayed(raw, tmp_path, lambda piece: Liar(held, "de", piece, print))
+    assert [(one.accepted, one.unscored) for one in found.history[1:]] == [(["north", "es"], [])] * 2
+    for line in (
+        "evaluate: de: its score on test data of 'de' has exact_match",
+        "round 1: de: says it has 1,000,000,000 examples; a device of this region may have 500,000,000",
+        "round 2: de: metrics.tokens is 1e+15; at most 5e+14 is taken",
+    ):
+        assert any(one.startswith(line) for one in said), line
+
+
+def test_a_region_that_answers_all_right_is_believed() -> None:
+    scores = [Score(loss=0.5, exact_match=1.0, tokens=count, examples=count) for count in (10, 12, 6, 5)]
+    assert _together(scores).exact_match == 1  # and not the 1.0000000000000002 that a server refuses
 
 
 def test_what_a_relay_cannot_be(three_clients: Make, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from legolm.federate.client import Answering, Piece, UnreachableError, find_bloc
 from legolm.federate.server import checked_scores
 from legolm.federate.transport import Exchange, Request
 from legolm.federate.wire import (
+    MAX_EXAMPLES,
+    MAX_METRIC,
     EvaluateRequest,
     ScoreReply,
     TrainRequest,
@@ -130,7 +132,7 @@ class Relay(Answering):
                 yield Request(id, pack(own, content))
 
         left = None if until is None else IN_TIME * max(until - time.monotonic(), 0.0)
-        added = _Sum()
+        added = _Sum(len(devices))
         for reply in self._exchange(requests(), left):
             id = devices[reply.index]
             try:
@@ -172,7 +174,7 @@ class Relay(Answering):
             try:
                 if reply.error:
                     raise LegolmError(reply.error)
-                scores.append(checked_scores(reply.content, sets(id)))
+                scores.append(checked_scores(reply.content, sets(id), len(devices)))
             except LegolmError as error:
                 self._note(f"evaluate: {id}: {brief(error)}")
         if not scores:
@@ -181,23 +183,35 @@ class Relay(Answering):
 
 
 class _Sum:
-    """Σ n_k Δ_k and Σ n_k, and what the devices say of their training."""
+    """Σ n_k Δ_k and Σ n_k, and what the devices say of their training, of so many `devices` at most.
 
-    def __init__(self) -> None:
+    Each may say its part of what one reply may, whoever else answers: so what all say together is a reply.
+    """
+
+    def __init__(self, devices: int) -> None:
+        self._examples, self._metric = MAX_EXAMPLES // devices, MAX_METRIC / devices
         self.who: dict[str, Training] = {}
         self.examples = 0
         self._counts: list[int] = []
         self._total: Tensors = {}
 
     def add(self, id: str, update: Update) -> None:
-        """In float64: the order of arrival changes nothing that float32 would show."""
-        count = int(update.change.examples)
+        """In float64: the order of arrival changes nothing that float32 would show.
+
+        Raises `LegolmError` for a device that says more than its part, and adds nothing of it.
+        """
+        count, said = int(update.change.examples), update.training
+        if count > self._examples:
+            raise LegolmError(f"says it has {count:,} examples; a device of this region may have {self._examples:,}")
+        for name in ("loss_first", "loss_last", "tokens", "truncated"):
+            if abs(getattr(said, name)) > self._metric:
+                raise LegolmError(f"metrics.{name} is {getattr(said, name):g}; at most {self._metric:g} is taken")
         for key, tensor in update.change.delta.items():
             held = self._total.setdefault(key, torch.zeros(tensor.shape, dtype=torch.float64))
             held.add_(tensor, alpha=count)
         self.examples += count
         self._counts.append(count)
-        self.who[id] = update.training
+        self.who[id] = said
 
     def mean(self) -> Tensors:
         """Σ n_k Δ_k / Σ n_k, float32."""
@@ -241,7 +255,7 @@ def _together(scores: Sequence[Score]) -> Score:
     return Score(
         loss=sum(share * one.loss for share, one in zip(shares, scores, strict=True)),
         stderr=math.sqrt(spread) if len(known) == len(scores) else None,
-        exact_match=sum(one.examples / examples * one.exact_match for one in scores),
+        exact_match=sum(one.examples * one.exact_match for one in scores) / examples,  # never above 1 by rounding
         tokens=tokens,
         examples=examples,
     )

@@ -334,8 +334,12 @@ def _ranks(factors: Tensors) -> tuple[int, dict[str, int]]:
     return rank, {module: own for module, own in ranks.items() if own < rank}
 
 
-def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]]) -> Sequence[Score]:
-    """A reply's scores, one for each of `sets`. Raises `LegolmError` with the first that cannot be one."""
+def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]], of: int = 1) -> Sequence[Score]:
+    """A reply's scores, one for each of `sets`, where `of` so many replies one is made that is checked again.
+
+    Raises `LegolmError` with the first that cannot be one.
+    """
+    most = MAX_COUNT // of
     found = unpack(content, ScoreReply)[0].scores
     if len(found) != len(sets):
         raise LegolmError(f"{len(found)} scores came for {len(sets)} sets")
@@ -345,7 +349,7 @@ def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]]) -> Sequenc
             raise LegolmError(f"{where} has loss {score.loss}; if training diverged, lower train.learning_rate")
         if not 0 <= (score.stderr or 0.0) <= MAX_LOSS:
             raise LegolmError(f"{where} has standard error {score.stderr}")
-        if not 0 <= score.exact_match <= 1 or not all(1 <= n <= MAX_COUNT for n in (score.tokens, score.examples)):
+        if not 0 <= score.exact_match <= 1 or not all(1 <= n <= most for n in (score.tokens, score.examples)):
             raise LegolmError(
                 f"{where} has exact_match {score.exact_match}, tokens {score.tokens}, examples {score.examples}"
             )

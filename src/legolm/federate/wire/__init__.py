@@ -15,6 +15,8 @@ from legolm.federate.wire.broadcast import (
 from legolm.federate.wire.calibration import MAX_SUMS_BYTES, SKETCHES, SUMS, CalibrateRequest, SumsReply
 from legolm.federate.wire.codec import decode, encode, encoded_bytes
 from legolm.federate.wire.messages import (
+    MAX_EXAMPLES,
+    MAX_METRIC,
     Envelope,
     EvaluateRequest,
     Otherwise,
@@ -59,6 +61,8 @@ from legolm.federate.wire.welcome import BlockFile, OwnData, Welcome, block_file
 __all__ = [
     "BOUNDS",
     "MASKED",
+    "MAX_EXAMPLES",
+    "MAX_METRIC",
     "MAX_SUMS_BYTES",
     "OPENED",
     "SEALED",
