@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from legolm import config as configs
 from legolm import pipeline
@@ -234,6 +235,22 @@ def test_a_device_answers_as_the_simulation(three_clients: Callable[..., dict[st
     by_input = pack(score.model_copy(update={"otherwise": unequal}), both)
     assert "would tell the tokens" in resident.answer(told.model_dump_json(), by_input)[0]["error"]
     assert "message is broken" in resident.answer(told.model_dump_json(), b"hello")[0]["error"]
+
+
+def test_a_device_for_sums_answers_what_they_ask_and_nothing_else(files: Path, tmp_path: Path) -> None:
+    """Second moments of its text alone are not what many add up; nor is what a later version may ask."""
+    held = Holdings(tmp_path / "home", (), roster=tmp_path / "roster.json")
+    device = Resident(held, "fr", Server(files).piece, lambda text: None)
+
+    def said(kind: str) -> str:
+        header = {"kind": kind}
+        content: bytes = save({}, metadata={"legolm": json.dumps(header)})
+        return str(device.answer(welcome_of(files).model_dump_json(), content)[0]["error"])
+
+    assert said("calibrate").startswith("it asks for this device's second moments alone, and --roster is for sums")
+    assert said("gradients").startswith("it asks for this device's answer to 'gradients' alone, and --roster is for")
+    for kind in ("keys", "shares", "confirm", "unmask", "evaluate"):
+        assert "alone" not in said(kind)
 
 
 def _timeless(reply: bytes) -> bytes:

@@ -40,6 +40,8 @@ from legolm.trust import identity_key, read_roster
 IN_TIME = 0.9
 """Of the time that is left for a reply: the rest is for its way."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SUMMED = {"keys", "shares", "train", "confirm", "unmask", "evaluate"}
+"""Kinds of requests that a device with a roster answers, beside an offer: what a run with secure sums asks."""
 
 
 @dataclass(frozen=True)
@@ -116,18 +118,11 @@ class Resident(Answering):
     def _work(self, told: Welcome, welcome: str, request: bytes, until: float | None) -> bytes:
         if kind_of(request) == "evaluate" and unpack(request, EvaluateRequest)[0].otherwise is not None:
             raise LegolmError("it asks for a score by input, which would tell the tokens of this device's questions")
-        if self._held.roster is not None and kind_of(request) == "train":
-            self._check_summed(unpack(request, TrainRequest)[0])
+        if self._held.roster is not None:
+            _check_summed(request)
         self._settle(told, welcome)
         now = time.monotonic()
         return self._runtime.answer(request, None if until is None else now + IN_TIME * (until - now))
-
-    def _check_summed(self, request: TrainRequest) -> None:
-        if request.secure is None:
-            raise LegolmError(
-                "it asks for this device's change alone, and --roster is for sums of many; start the device without it "
-                "to send changes alone"
-            )
 
     def _write(self, path: Path, content: bytes) -> None:
         self._with_room(lambda: atomic_write(path, content))
@@ -203,3 +198,14 @@ class Resident(Answering):
         for line in said:
             self._note(line)
         return {split: getattr(found, split) for split in SPLITS}
+
+
+def _check_summed(request: bytes) -> None:
+    """Raise `LegolmError` for what would tell something of this device alone."""
+    kind = kind_of(request)
+    if kind not in SUMMED or (kind == "train" and unpack(request, TrainRequest)[0].secure is None):
+        what = {"train": "change", "calibrate": "second moments"}.get(kind, f"answer to {kind!r}")
+        raise LegolmError(
+            f"it asks for this device's {what} alone, and --roster is for sums of many; start the device without it to "
+            "send that"
+        )
