@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -272,9 +273,14 @@ def _rates_differ(known: RunConfig, config: RunConfig, done: int) -> bool:
 
 
 def _identify(folder: RunDir, config: RunConfig, plan: Plan) -> Identity:
-    """`run.json`: what the run stands on. Raises `LegolmError` when it changed since the run started."""
+    """`run.json`: what the run stands on. Raises `LegolmError` when it changed since the run started.
+
+    A simulation is known by its config. Devices remember runs, what they answered in them and which sums they opened:
+    to them another run of the same config is another one.
+    """
+    known_by_config = hashlib.sha256(folder.config_file.read_bytes()).hexdigest()[:16]
     found = Identity(
-        run=hashlib.sha256(folder.config_file.read_bytes()).hexdigest()[:16],
+        run=secrets.token_hex(8) if config.federation.engine == "deployment" else known_by_config,
         base_fingerprint=fingerprint(plan.base),
         data_fingerprint=plan.data_fingerprint,
         template=plan.template,

@@ -41,6 +41,7 @@ from legolm.federate.wire import (
     unpack,
 )
 from legolm.runs import Kept, RunDir
+from residents import Residents
 
 DATA = OwnData(
     rows=configs.RowsConfig(), validation=0.1, test=0.2, limits=(None, None, None), system=None, part="fr", seed=0
@@ -235,6 +236,36 @@ def test_a_device_answers_as_the_simulation(three_clients: Callable[..., dict[st
     by_input = pack(score.model_copy(update={"otherwise": unequal}), both)
     assert "would tell the tokens" in resident.answer(told.model_dump_json(), by_input)[0]["error"]
     assert "message is broken" in resident.answer(told.model_dump_json(), b"hello")[0]["error"]
+
+
+def test_another_run_of_one_config_and_other_rows_are_trained_anew(
+    three_clients: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    raw = three_clients(tmp_path, ("dense",) * 3, evaluate={"scores": "own", "local_only": False})
+    raw["federation"] = {"engine": "deployment", "superlink": {"address": "127.0.0.1:1"}, "rounds": 1}
+    del raw["data"]["train"]
+    config, devices = configs.validate(RunConfig, raw, "test"), Residents(tmp_path, ("fr", "de", "es"))
+
+    def run(out: str, **options: Any) -> str:
+        pipeline.run(config, tmp_path / out, store=tmp_path / "store", engine=devices, models=False, **options)
+        return RunDir(tmp_path / out).identity().run
+
+    def trained() -> list[int]:
+        return [sum(line.startswith("train: answered") for line in said) for said in devices.said.values() if said]
+
+    first = run("one")
+    assert trained() == [1, 1, 1]
+    assert run("two") != first
+    assert trained() == [2, 2, 2]
+    assert run("one", resume=True) == first
+    asked = list(zip(devices.wire[::4], devices.wire[1::4], strict=True))
+    welcome, request = next((told, one) for told, one in asked if kind_of(one) == "train" and b'"client":"es"' in told)
+    for more, times in (("", 2), (json.dumps({"instruction": "Tell", "output": "zz"}) + "\n", 3)):
+        with (tmp_path / "data" / "es.jsonl").open("a") as file:
+            file.write(more)
+        devices.start("es")
+        assert devices.residents["es"].answer(welcome.decode(), request)[0] == {}
+        assert trained() == [2, 2, times]
 
 
 def test_a_device_for_sums_answers_what_they_ask_and_nothing_else(files: Path, tmp_path: Path) -> None:

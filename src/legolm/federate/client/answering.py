@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -31,7 +32,8 @@ class Answering(ABC):
         self._lock = threading.Lock()
 
     def answer(self, welcome: str, request: bytes, left_s: float | None = None) -> tuple[dict[str, Any], bytes]:
-        """A header, empty where all is well, and the reply; the same bytes have the same reply, ever.
+        """A header, empty where all is well, and the reply; the same bytes have the same reply, as long as what it is
+        made of is the same.
 
         Work stops itself in time for a reply within `left_s` seconds.
         `error` says what is wrong with the request or the device, `again` that it may be asked again.
@@ -68,7 +70,7 @@ class Answering(ABC):
             threading.Thread(target=self._serve, args=(Link(connection),), daemon=True).start()
 
     def _at_once(self, request: bytes) -> bytes | None:
-        """What is answered anew each time; None for all that is kept."""
+        """What is answered anew each time; None for all that is kept. Raises `LegolmError` for what never is."""
         return None
 
     @abstractmethod
@@ -78,17 +80,21 @@ class Answering(ABC):
         Raises `UnreachableError` for what may be asked again, `LegolmError` for what is wrong.
         """
 
+    def _about(self, told: Welcome) -> bytes:
+        """What a reply is made of beside the request, as a hash."""
+        return b""
+
     def _folder(self, run: str) -> Path:
         return self._home / "runs" / run
 
     def _kept(self, told: Welcome, welcome: str, request: bytes, until: float | None) -> bytes:
         """The reply of before, or one that is kept from now on."""
-        kept = Kept(self._folder(told.run) / "replies", KEPT)
-        if (known := kept.get(request)) is not None:
+        kept, key = Kept(self._folder(told.run) / "replies", KEPT), self._about(told) + hashlib.sha256(request).digest()
+        if (known := kept.get(key)) is not None:
             return known
         began = time.monotonic()
         reply = self._work(told, welcome, request, until)
-        self._with_room(lambda: kept.put(request, reply))
+        self._with_room(lambda: kept.put(key, reply))
         self._note(f"{kind_of(request)}: answered in {time.monotonic() - began:.1f} s")
         return reply
 
