@@ -61,6 +61,36 @@ def test_the_card_has_the_licence_of_the_llm(block: Callable[..., Block], tmp_pa
     assert (tmp_path / "out" / "README.md").read_text().startswith("---\nlicense: mit\n")
 
 
+def test_a_checkpoint_in_several_files_is_exported(block: Callable[..., Block], tmp_path: Path) -> None:
+    found, index, shard = block("llama"), "model.safetensors.index.json", "model-00001-of-00001.safetensors"
+    for name in ("shards", "unnamed"):
+        shutil.copytree(found.path, tmp_path / name)
+        AutoModelForCausalLM.from_pretrained(found.path).save_pretrained(tmp_path / name, max_shard_size="60KB")
+        (tmp_path / name / "model.safetensors").unlink(missing_ok=True)
+    (tmp_path / "unnamed" / index).unlink()
+    shutil.copytree(found.path, tmp_path / "one")
+    (tmp_path / "one" / "model.safetensors").rename(tmp_path / "one" / shard)
+    for name in ("shards", "unnamed", "one"):
+        assert len(list((tmp_path / name).glob("model*.safetensors"))) > 1 or name == "one"
+        export(str(tmp_path / name), "hf", tmp_path / f"{name}.hf")
+        assert (tmp_path / f"{name}.hf" / index).is_file()
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}.hf", dtype=torch.float32)
+        assert torch.equal(plain(IDS).logits, load_model(found.path)(IDS).logits)
+
+
+def test_what_belongs_to_a_model_goes_along_with_an_adapter_too(run: Path, tmp_path: Path) -> None:
+    cut = Path(shutil.copytree(run.parent.parent / "blocks" / "b", tmp_path / "b"))
+    kept = {"LICENSE": "terms", "tokenizer.model": "pieces", "chat_template.json": "{}"}
+    for name, content in kept.items():
+        (cut / name).write_text(content)
+    (cut / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.5}))
+    for out, adapter in ((tmp_path / "plain", None), (tmp_path / "merged", run / "adapter")):
+        export(str(cut), "hf", out, with_adapter=adapter)
+        assert {name: (out / name).read_text() for name in kept} == kept
+        assert json.loads((out / "generation_config.json").read_text())["repetition_penalty"] == 1.5
+        assert (out / "manifest.json").is_file() and (out / "coverage.safetensors").is_file()
+
+
 def test_a_checkpoint_that_plain_transformers_computes_otherwise_is_not_exported(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +100,7 @@ def test_a_checkpoint_that_plain_transformers_computes_otherwise_is_not_exported
             tensors = load_file(out)
             save_file({name: one + 1e-3 for name, one in tensors.items()}, out, metadata={"format": "pt"})
 
-    monkeypatch.setattr("legolm.export.hf.shutil.copy2", worse)
+    monkeypatch.setattr("shutil.copy2", worse)
     assert_one_line(legolm("export", run, "--to", "hf", "--out", tmp_path / "o"), "computes something else")
     assert not list(tmp_path.iterdir())
 

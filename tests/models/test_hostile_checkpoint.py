@@ -23,8 +23,8 @@ from legolm.models import (
     load_model,
     load_tokenizer,
     save_model,
-    side_files,
 )
+from legolm.models.load import side_files
 
 Change = Callable[[Path], None]
 WEIGHTS = "model.safetensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from legolm.block.block import Block
 from legolm.block.coverage import Coverage, load_coverage, save_coverage
 from legolm.errors import LegolmError
-from legolm.models import INDEX, carry, count_parameters, folder_bytes, load_config, shape_of, weight_files
+from legolm.models import carry, count_parameters, folder_bytes, load_config, place_weights, shape_of
 from legolm.system import link, read_bounded, unreadable
 
 
@@ -42,10 +41,7 @@ def write_llm(base: Path, base_fingerprint: str, tokenizer: Any, path: Path) -> 
     theirs where the file system has one.
     """
     block = llm_block(base, base_fingerprint)
-    for file in weight_files(base):
-        link(file, path / file.name)
-    if (base / INDEX).is_file():
-        shutil.copyfile(base / INDEX, path / INDEX)
+    place_weights(base, path, link)
     load_config(base).save_pretrained(path)
     tokenizer.save_pretrained(path)
     carry(base, path)

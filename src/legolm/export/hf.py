@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from legolm.export.card import model_card
 from legolm.export.probe import Reference
 from legolm.export.source import Source
 from legolm.export.target import exporter
-from legolm.models import decoder_layers, side_files, weight_files
+from legolm.models import copy_checkpoint, decoder_layers
 
 READ, ASKED = 32, 16
 
@@ -26,8 +25,7 @@ def hf(source: Source, out: Path, *, push_to_hub: str | None = None) -> list[str
     if push_to_hub is not None:
         _need_token(push_to_hub)
     out.mkdir()
-    for file in [*side_files(source.path), *weight_files(source.path)]:
-        shutil.copy2(file, out / file.name)
+    copy_checkpoint(source.path, out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=False)
     _check(source, out, model.eval())
     (out / "README.md").write_text(model_card(source, model), encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from legolm.errors import LegolmError, brief
 from legolm.export.probe import LIKELIEST, Answer, Limits, Reference, measure
 from legolm.export.source import Source
 from legolm.export.target import exporter
-from legolm.models import shape_of, side_files
+from legolm.models import copy_side_files, shape_of
 
 LIMITS = Limits(2e-3)
 """Both are float32."""
@@ -34,8 +33,7 @@ def onnx(source: Source, out: Path) -> list[str]:
     read = min(max(READ, window + RUN_OVER if window < context else 0), context - ASKED)
     reference = Reference.of(model, source.tokenizer, read, ASKED)
     out.mkdir()
-    for file in side_files(source.path):
-        shutil.copy2(file, out / file.name)
+    copy_side_files(source.path, out)
     _write(model, out, source.name)
     del model
     found = measure(reference, _answer(out / "model.onnx"))

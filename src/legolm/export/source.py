@@ -15,7 +15,16 @@ import torch
 from legolm.adapter import FACTORS, Tensors, adapter_config, check_factors, load_factors, merge, read_adapter
 from legolm.block import Block, Coverage, llm_block, read_block
 from legolm.errors import LegolmError
-from legolm.models import find_fingerprint, fingerprint, load_config, load_model, load_tokenizer, resolve, save_model
+from legolm.models import (
+    carry,
+    find_fingerprint,
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve,
+    save_model,
+)
 from legolm.runs import RunDir, check_sealed, run_of
 from legolm.system import read_bounded, scratch_folder
 
@@ -83,6 +92,7 @@ class Source:
         merge(model, self.coverage, self.adapter, 1.0)
         out.mkdir()
         save_model(model, load_tokenizer(self.folder), out, dtype)
+        carry(self.folder, out)
         for name in SIDE_FILES:
             if (self.folder / name).is_file():
                 shutil.copy2(self.folder / name, out / name)

@@ -20,7 +20,7 @@ from legolm.block import Coverage, load_coverage
 from legolm.errors import LegolmError
 from legolm.export.source import Source, find_model
 from legolm.export.target import exporter
-from legolm.models import CheckpointWriter, load_model, load_tokenizer, read_weights, side_files
+from legolm.models import CheckpointWriter, copy_side_files, load_model, load_tokenizer, read_weights
 from legolm.system import open_tensors
 
 FILE = "sparse.safetensors"
@@ -35,8 +35,7 @@ def sparse(source: Source, out: Path) -> list[str]:
             f"--to sparse: {source.name} has no bit masks, so nothing to leave out; hf, gguf and onnx can hold it"
         )
     out.mkdir()
-    for file in side_files(source.path):
-        shutil.copy2(file, out / file.name)
+    copy_side_files(source.path, out)
     dense, tensors = 0, {}
     for name, tensor in read_weights(source.path):
         mask = masks.get(name)
@@ -65,8 +64,7 @@ def load(name: str | Path) -> tuple[Any, Any]:
 
 def spread(path: Path, out: Path) -> None:
     """Write the checkpoint that a sparse folder stands for into `out`. Raises `LegolmError` for a broken one."""
-    for file in side_files(path):
-        shutil.copy2(file, out / file.name)
+    copy_side_files(path, out)
     masks = _masks(load_coverage(path / "coverage.safetensors"))
     writer = None
     with open_tensors(path / FILE, "sparse ", "export the block again") as handle:

@@ -2,7 +2,7 @@
 
 from legolm.models.beside import carry
 from legolm.models.calls import Call, recorded
-from legolm.models.checkpoint import INDEX, load_config, weight_files
+from legolm.models.checkpoint import load_config, place_weights
 from legolm.models.cut import config_changes, narrow, tell
 from legolm.models.family import FAMILIES, LLAMA, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
 from legolm.models.finite import finite
@@ -13,6 +13,8 @@ from legolm.models.layout import Layout, layout_of
 from legolm.models.lean import hidden_states, lean
 from legolm.models.load import (
     check_weights,
+    copy_checkpoint,
+    copy_side_files,
     count_parameters,
     find_fingerprint,
     fingerprint,
@@ -23,7 +25,6 @@ from legolm.models.load import (
     read_weights,
     resolve,
     save_model,
-    side_files,
 )
 from legolm.models.packing import LONG, pack, shared_prompt
 from legolm.models.precision import (
@@ -41,7 +42,6 @@ from legolm.models.writing import written
 __all__ = [
     "CHUNK",
     "FAMILIES",
-    "INDEX",
     "LLAMA",
     "LONG",
     "Call",
@@ -60,6 +60,8 @@ __all__ = [
     "choose_device",
     "choose_precision",
     "config_changes",
+    "copy_checkpoint",
+    "copy_side_files",
     "count_parameters",
     "decoder_layers",
     "divergences",
@@ -81,6 +83,7 @@ __all__ = [
     "load_tokenizer",
     "narrow",
     "pack",
+    "place_weights",
     "product_speed",
     "read_weights",
     "recorded",
@@ -90,8 +93,6 @@ __all__ = [
     "scales_by_length",
     "shape_of",
     "shared_prompt",
-    "side_files",
     "tell",
-    "weight_files",
     "written",
 ]

@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -133,12 +133,22 @@ def as_transformers_reads(path: Path) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="legolm-") as scratch:
-        links = [*files, *(path / name for name in ("config.json", GENERATION) if (path / name).exists())]
-        for file in links:
+        place_weights(path, Path(scratch), lambda file, place: place.symlink_to(file.resolve()))
+        for file in (path / name for name in ("config.json", GENERATION) if (path / name).exists()):
             (Path(scratch) / file.name).symlink_to(file.resolve())
-        index = {name: file.name for name, (file, _) in stored_weights(path).items()}
-        (Path(scratch) / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
         yield Path(scratch)
+
+
+def place_weights(path: Path, folder: Path, place: Callable[[Path, Path], object]) -> None:
+    """Copy or link a checkpoint's weights, as `place` does, into a folder where transformers finds them: all but a
+    single file of the usual name by an index, written from the weights.
+    """
+    files = weight_files(path)
+    for file in files:
+        place(file, folder / file.name)
+    if files != [path / SINGLE]:
+        index = {name: file.name for name, (file, _) in stored_weights(path).items()}
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2) + "\n")
 
 
 def stored_weights(path: Path) -> dict[str, tuple[Path, Stored]]:

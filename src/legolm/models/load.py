@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from legolm.models.checkpoint import (
     drop_code,
     drop_sampling,
     load_config,
+    place_weights,
     stored_weights,
     weight_files,
 )
@@ -219,6 +221,18 @@ def side_files(path: Path) -> list[Path]:
     for file in found:
         check_own(file)
     return found
+
+
+def copy_side_files(path: Path, out: Path) -> None:
+    """Copy them into the folder `out`."""
+    for file in side_files(path):
+        shutil.copy2(file, out / file.name)
+
+
+def copy_checkpoint(path: Path, out: Path) -> None:
+    """Copy all that belongs to a checkpoint into the folder `out`, and nothing else that lies there."""
+    copy_side_files(path, out)
+    place_weights(path, out, shutil.copy2)
 
 
 def count_parameters(path: Path) -> int:
