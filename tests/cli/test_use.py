@@ -71,6 +71,10 @@ def test_generate_answers_every_row(tiny: Callable[[str], Path], tmp_path: Path)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["id"], row["q"]) for row in rows] == list(enumerate(questions))
     assert [row["answer"] for row in rows] == [greedy(path, Message("user", text)) for text in questions]
+    assert "generate: 3 of 3 answers were cut at 6 tokens; --max-tokens gives more." in done.stderr
+    data.write_text(json.dumps({"instruction": "x" * 450}) + "\n")
+    done = legolm("generate", path, data, "--out", tmp_path / "long", "--max-tokens", 90)
+    assert "generate: 1 of 1 answers were cut where the model's context, 512, ends." in done.stderr
     data.write_text(json.dumps({"instruction": "Hi", "context": "What?", "why": "so"}) + "\n")
     for more, asked in (((), "Hi\n\nWhat?"), (("--input", "why"), "Hi\n\nso")):
         done = legolm("generate", path, data, "--out", tmp_path / f"{len(more)}", "--max-tokens", 6, *more)

@@ -16,7 +16,7 @@ from transformers import AddedToken, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from legolm.data import Example, Tokens, render
 from legolm.data.examples import Message
-from legolm.evaluation import Questions, answer_ends, measure, questions, score
+from legolm.evaluation import Questions, answer_ends, measure, questions, reply, score, tokens_per_second
 from legolm.evaluation.answers import score_each
 from legolm.evaluation.greedy import generate
 from legolm.evaluation.rouge import rouge_l
@@ -158,6 +158,39 @@ def test_an_answer_stays_within_the_context(tiny: Callable[[str], Path], tokeniz
     rows = [Tokens((65,) * length + (66,), length) for length in (3, context - 2)]
     for batch in (1, 2):
         assert len(generate(model, rows, tokenizer, batch, "fp32", 2 * context)) == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_answer_does_not_depend_on_those_beside_it(
+    family: str, tiny: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = load_model(tiny(family))
+    context = model.config.max_position_embeddings
+    rows = [Tokens((65,) * length + (66,), length) for length in (3, context - 10, context - 10, context - 4, 5)]
+    together = generate(model, rows, tokenizer, 5, "fp32", 30)
+    assert together == [generate(model, [row], tokenizer, 1, "fp32", 30)[0] for row in rows]
+    ids = list(rows[0].ids[:3])
+    with torch.no_grad():
+        for _ in range(30):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert tokenizer.eos_token_id not in ids and together[0] == tokenizer.decode(ids[3:], skip_special_tokens=True)
+
+
+OWN = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "max_length": 7, "num_beams": 2}
+"""Settings of generation that change what is likeliest."""
+
+
+def test_the_likeliest_token_is_that_of_the_model_and_not_of_its_settings(
+    unigram: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = unigram(b=9.0)
+    own = copy.deepcopy(model.generation_config)
+    own.update(**OWN)
+    model.generation_config = own
+    assert generate(model, [render(_example("a", "b"), tokenizer, 64)], tokenizer, 1, "fp32", 5) == ["bbbbb"]
+    assert "".join(reply(model, tokenizer, [Message("user", "a")], 5, 0.0)) == "bbbbb"
+    assert tokens_per_second(model, "fp32") > 0
+    assert model.generation_config is own  # which is what is saved with it
 
 
 def test_a_model_in_memory_is_asked_in_float32_and_stays_as_it_is(tiny: Callable[[str], Path], tmp_path: Path) -> None:

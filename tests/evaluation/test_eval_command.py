@@ -280,7 +280,7 @@ def test_bad_input_is_one_line(
     fails(llm, "--include", tasks(), "--data", data, says=("--include", "--tasks"))
     for option, wants in (("--limit", "--tasks or --data"), ("--answer", "--data")):
         fails(llm, "--text", corpus, option, 3, says=(option, f"only with {wants}"))
-    fails(llm, "--data", data, "--messages", "chat", "--answer", "a", says=("instead of --instruction and --answer",))
+    fails(llm, "--data", data, "--messages", "chat", "--answer", "a", says=("instead of --instruction and its like",))
     fails(llm, "--data", data, "--messages", "chat", says=("`chat`", "instruction, output"))
     for option in ("--length", "--windows"):
         fails(llm, "--data", data, option, 3, says=(option, "only with --text"))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from legolm.config import DataConfig, Precision, RowsConfig
 from legolm.data import Reading, Tokens, render_whole, special_ids, unread
 from legolm.errors import LegolmError
 from legolm.evaluation.by_input import by_input
-from legolm.models import autocast, choose_device, load_config, load_model, load_tokenizer
+from legolm.models import autocast, choose_device, continued, load_config, load_model, load_tokenizer
 
 
 def ends_of(examples: Iterable[Tokens], tokenizer: Any, model: Any = None) -> list[int]:
@@ -34,28 +33,37 @@ def generate(
 ) -> list[str]:
     """The answer to each prompt, at most `most` tokens, as far as the context reaches; one that had not ended has
     `cut` after it."""
+    found = _generated(model, examples, tokenizer, batch_size, precision, most)
+    return [text if ended else text + cut for text, ended in found]
+
+
+def _generated(
+    model: Any, examples: Sequence[Tokens], tokenizer: Any, batch_size: int, precision: Precision, most: int
+) -> list[tuple[str, bool]]:
+    """As `generate`: each answer, and whether it had ended. No answer depends on those beside it."""
     ends, context = ends_of(examples, tokenizer, model), model.config.max_position_embeddings
-    order = sorted(range(len(examples)), key=lambda place: examples[place].answer, reverse=True)
-    texts = [""] * len(examples)
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
+    found = [("", False)] * len(examples)
+    for limit, places in _batches(examples, batch_size, most, context):
         prompts = [list(examples[place].ids[: examples[place].answer]) for place in places]
         padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-        with torch.no_grad(), autocast(precision, model.device.type):
-            output = model.generate(
-                **padded,
-                max_new_tokens=max(1, min(most, context - padded["input_ids"].shape[1])),
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                eos_token_id=ends,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        for place, ids in zip(places, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
-            texts[place] = tokenizer.decode(ids, skip_special_tokens=True)
-            if not {*ends} & {*ids}:
-                texts[place] += cut
-    return texts
+        given, mask, pad = padded["input_ids"], padded["attention_mask"], tokenizer.pad_token_id
+        with autocast(precision, model.device.type):
+            output = continued(model, given, limit, mask, eos_token_id=ends, pad_token_id=pad)
+        for place, ids in zip(places, output[:, given.shape[1] :].tolist(), strict=True):
+            found[place] = tokenizer.decode(ids, skip_special_tokens=True), bool({*ends} & {*ids})
+    return found
+
+
+def _batches(examples: Sequence[Tokens], batch_size: int, most: int, context: int) -> Iterator[tuple[int, list[int]]]:
+    """Places of examples that are asked together, and the tokens that each of them may get: within the context it has
+    room for as many, whatever is beside it.
+    """
+    limits = [max(1, min(most, context - one.answer)) for one in examples]
+    order = sorted(range(len(examples)), key=lambda place: examples[place].answer, reverse=True)
+    for limit, group in groupby(order, key=lambda place: limits[place]):
+        places = list(group)
+        for start in range(0, len(places), batch_size):
+            yield limit, places[start : start + batch_size]
 
 
 def answer_rows(
@@ -88,14 +96,23 @@ def answer_rows(
         notes += [*reading.notes, *unread("generate", reading.unused)]
     tokenizer, context = load_tokenizer(path, prompts), load_config(path).max_position_embeddings
     rendered = render_whole([example for _, example in found], tokenizer, context, "generate")
-    answers = [""] * len(found)
+    answers, cut, full = [""] * len(found), 0, 0
     for folder, places in by_input(path, rendered).items():
         model = load_model(folder).to(choose_device("auto"))
-        chosen = generate(model, [rendered[at] for at in places], tokenizer, batch_size, precision, most)
-        for at, text in zip(places, chosen, strict=True):
+        chosen = _generated(model, [rendered[at] for at in places], tokenizer, batch_size, precision, most)
+        for at, (text, ended) in zip(places, chosen, strict=True):
             answers[at] = text
+            room = context - rendered[at].answer
+            cut, full = cut + (not ended and room >= most), full + (not ended and room < most)
         if folder != path and notes is not None:
             notes.append(
                 f"{len(places)} of {len(found)} questions are not like the client's own: {folder} answers them"
+            )
+    if notes is not None:
+        if cut:
+            notes.append(f"generate: {cut} of {len(found)} answers were cut at {most} tokens; --max-tokens gives more.")
+        if full:
+            notes.append(
+                f"generate: {full} of {len(found)} answers were cut where the model's context, {context}, ends."
             )
     return [(dict(row.values), text) for (row, _), text in zip(found, answers, strict=True)]

@@ -11,6 +11,7 @@ import torch
 from legolm.data import Example, Message, render, render_prompt
 from legolm.errors import LegolmError
 from legolm.evaluation.greedy import ends_of
+from legolm.models import continued
 
 
 def answer_ends(tokenizer: Any, model: Any = None) -> list[int]:
@@ -36,22 +37,20 @@ def reply(model: Any, tokenizer: Any, messages: Sequence[Message], most: int, te
         )
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     given = torch.tensor([ids], device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     failed: list[Exception] = []
 
     def work() -> None:
         try:
-            with torch.no_grad():
-                model.generate(
-                    input_ids=given,
-                    attention_mask=torch.ones_like(given),
-                    max_new_tokens=min(most, room),
-                    use_cache=True,
-                    eos_token_id=answer_ends(tokenizer, model),
-                    pad_token_id=tokenizer.pad_token_id,
-                    streamer=streamer,
-                    **sampling,
-                )
+            continued(
+                model,
+                given,
+                min(most, room),
+                streamer=streamer,
+                eos_token_id=answer_ends(tokenizer, model),
+                pad_token_id=tokenizer.pad_token_id,
+                **sampling,
+            )
         except Exception as error:
             failed.append(error)
             streamer.end()

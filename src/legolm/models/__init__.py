@@ -3,6 +3,7 @@
 from legolm.models.beside import carry
 from legolm.models.calls import Call, recorded
 from legolm.models.checkpoint import load_config, place_weights
+from legolm.models.continuing import continued
 from legolm.models.cut import config_changes, narrow, tell
 from legolm.models.family import FAMILIES, LLAMA, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
 from legolm.models.finite import finite
@@ -60,6 +61,7 @@ __all__ = [
     "choose_device",
     "choose_precision",
     "config_changes",
+    "continued",
     "copy_checkpoint",
     "copy_side_files",
     "count_parameters",

@@ -8,14 +8,14 @@ Quantization and Pruning", arXiv 2410.17170).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from legolm.config import Precision
 from legolm.data import special_ids
+from legolm.models.continuing import continued
 from legolm.models.load import load_model
 from legolm.models.precision import autocast, dtype_of
 from legolm.system import Progress
@@ -48,25 +48,16 @@ def written(
     special = special_ids(tokenizer)
     plain = torch.tensor([id for id in range(known) if id not in special])
     more = length - len(first) - 1
-    how = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        min_new_tokens=more,
-        max_new_tokens=more,
-        use_cache=True,
-        suppress_tokens=[*sorted(special), *range(known, model.config.vocab_size)],
-        pad_token_id=0,  # no row is padded, but asked for
-    )
+    how: dict[str, Any] = {"do_sample": True, "top_k": 0, "pad_token_id": 0}  # no row is padded, but asked for
+    how["suppress_tokens"] = [*sorted(special), *range(known, model.config.vocab_size)]
     cards = [device] if device.type == "cuda" else []
     rows: list[Tensor] = []
-    with torch.random.fork_rng(cards), progress.stage("write text", samples) as advance, torch.no_grad():
+    with torch.random.fork_rng(cards), progress.stage("write text", samples) as advance:
         torch.manual_seed(seed)
         for count in (min(AT_ONCE, samples - done) for done in range(0, samples, AT_ONCE)):
             drawn = plain[torch.randint(len(plain), (count, 1))]
             begun = torch.cat([torch.tensor(first, dtype=torch.int64).expand(count, -1), drawn], 1).to(device)
             with autocast(precision, device.type):
-                rows.append(model.generate(begun, attention_mask=torch.ones_like(begun), generation_config=how).cpu())
+                rows.append(continued(model, begun, more, **how).cpu())
             advance(count)
     return torch.cat(rows)
