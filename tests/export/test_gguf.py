@@ -23,10 +23,10 @@ from legolm.export import export, gguf_layout
 from legolm.export import gguf as target
 from legolm.export.gguf_balance import Balance
 from legolm.export.gguf_layout import layout_of
-from legolm.export.gguf_tokens import DIGIT, GPT2, NAMES, vocabulary_of
+from legolm.export.gguf_tokens import vocabulary_of
 from legolm.export.gguf_write import write_gguf
 from legolm.export.llama_cpp import llama_cpp
-from legolm.models import load_config, load_tokenizer
+from legolm.models import DIGIT, GPT2, SPLITS, load_config, load_tokenizer
 
 pytest.importorskip("xllamacpp")
 gguf = pytest.importorskip("gguf")
@@ -307,17 +307,24 @@ def wide(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
-@pytest.mark.parametrize("key", NAMES, ids=NAMES.values())
-def test_llama_cpp_splits_texts_as_the_tokenizer_does(
+@pytest.mark.parametrize("key", SPLITS, ids=[names[0] for names in SPLITS.values()])
+def test_llama_cpp_splits_texts_as_the_tokenizer_does_and_as_an_import_of_the_file(
     key: tuple[tuple[str, ...], bool], wide: Path, corpus: Path, tmp_path: Path
 ) -> None:
     tokenizer, config = trained(*key, corpus), load_config(wide)
     vocabulary = vocabulary_of(tokenizer, 640, None)
-    assert vocabulary.pre == NAMES[key] and len(vocabulary.merges) > 100
-    write_gguf(wide, tmp_path / "m.gguf", layout_of(config, "m"), vocabulary, "f16", "m", Balance())
-    with llama_cpp(tmp_path / "m.gguf", 64) as runtime:
-        for text in (*target.TEXTS, corpus.read_text()[:300]):
-            assert runtime.tokenize(text) == tokenizer.encode(text, add_special_tokens=False)
+    assert vocabulary.pre == SPLITS[key][0] and len(vocabulary.merges) > 100
+    for number, name in enumerate(SPLITS[key]):  # all are names for the same
+        file, out = tmp_path / f"{number}.gguf", tmp_path / f"{number}"
+        write_gguf(wide, file, layout_of(config, "m"), replace(vocabulary, pre=name), "f16", "m", Balance())
+        assert legolm("import", file, "--out", out).returncode == 0
+        imported = load_tokenizer(out)
+        with llama_cpp(file, 64) as runtime:
+            for text in (*target.TEXTS, corpus.read_text()[:300], "a\n\n2 b", "x  12", "    1"):
+                found = runtime.tokenize(text)
+                assert found == tokenizer.encode(text, add_special_tokens=False)
+                assert found == imported.encode(text, add_special_tokens=False)
+        assert vocabulary_of(imported, 640, None).pre == vocabulary.pre
 
 
 def test_tokenizers_that_are_not_known_are_refused_by_name(corpus: Path) -> None:

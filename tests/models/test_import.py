@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import assert_one_line, legolm
+from legolm.export.llama_cpp import llama_cpp
 from legolm.models import load_config, load_model, load_tokenizer
 from legolm.models.quantized import unpack
 
@@ -269,6 +270,7 @@ def write_gguf(model: Path, path: Path, kind: gguf.GGMLQuantizationType, extra: 
     writer.add_rope_dimension_count(16)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_tokenizer_pre(more.pop("pre", "gpt-2"))
     for name, value in more.items():
         writer.add_string(name.replace("_", "."), value)
     tokenizer = load_tokenizer(model)
@@ -322,6 +324,19 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(
     assert new.apply_chat_template(chat)["input_ids"] == old.apply_chat_template(chat)["input_ids"]
 
 
+@pytest.mark.parametrize(("pre", "begins"), [("gpt-2", False), ("llama-bpe", True), ("tekken", True)])
+def test_texts_begin_as_in_llama_cpp_where_a_gguf_does_not_say(
+    pre: str, begins: bool, model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp")
+    write_gguf(model, tmp_path / "x.gguf", KINDS.F32, {}, pre=pre)
+    assert legolm("import", tmp_path / "x.gguf", "--out", tmp_path / "out").returncode == 0
+    tokenizer = load_tokenizer(tmp_path / "out")
+    with llama_cpp(tmp_path / "x.gguf", 64) as runtime:
+        assert runtime.tokenize("ab", special=True) == tokenizer.encode("ab")
+    assert (tokenizer.encode("ab")[0] == tokenizer.bos_token_id) == begins
+
+
 def test_what_transformers_would_pass_over_of_a_gguf_is_not(model: Path, tmp_path: Path) -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -340,6 +355,7 @@ def test_what_transformers_would_pass_over_of_a_gguf_is_not(model: Path, tmp_pat
         ({"rope_freqs.weight": factors * 1.1}, {}, "transformers has no place for rope_freqs.weight"),
         ({"blk.0.ffn_gate_inp.weight": torch.ones(4)}, {}, "transformers has no place for blk.0.ffn_gate_inp.weight"),
         ({}, {"llama_rope_scaling_type": "yarn"}, "its rotary scaling (yarn)"),
+        ({}, {"pre": "default"}, "its pre-tokenizer (default)"),  # which would be taken for GPT-2's
     ):
         write_gguf(model, tmp_path / "y.gguf", KINDS.F32, extra, **more)
         assert_one_line(legolm("import", tmp_path / "y.gguf", "--out", tmp_path / "no"), says)

@@ -13,6 +13,7 @@ import pytest
 
 from helpers import ended, forked
 from legolm.errors import LegolmError
+from legolm.export.gguf_tokens import vocabulary_of
 from legolm.models import load_config, load_tokenizer, starter
 
 
@@ -33,7 +34,17 @@ def test_the_packages_file_is_made_a_checkpoint_also_by_two_processes_at_once(
         576,
         None,
     )
-    assert load_tokenizer(made).chat_template
+    tokenizer = load_tokenizer(made)
+    assert tokenizer.chat_template
+    # llama.cpp's tokens of the package's file: digits stand alone, and take a blank before them with no other.
+    for text, wanted in {
+        "a\n\n2 b": [81, 1116, 34, 278],
+        "x  12": [104, 256, 33, 34],
+        "    1": [289, 33],
+        "It's 2024:\n\n\n 3.5  %": [1589, 506, 216, 34, 32, 34, 36, 42, 1116, 3805, 35, 30, 37, 216, 2471],
+    }.items():
+        assert tokenizer.encode(text, add_special_tokens=False) == wanted
+    assert vocabulary_of(tokenizer, config.vocab_size, None).pre == "smollm"
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(starter, "convert", lambda gguf, out, *_: shutil.copytree(made, out, dirs_exist_ok=True))

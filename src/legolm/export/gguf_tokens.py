@@ -9,27 +9,8 @@ from typing import Any
 from legolm.data import dated_template
 from legolm.errors import LegolmError, brief
 from legolm.export.gguf_pieces import Pieces, pieces_of
+from legolm.models import DIGIT, GPT2, SPLITS
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGIT = r"\p{N}"
-_LIKE_GPT4 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_BIG, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_BIG}*{_SMALL}+%s|[^\r\n\p{{L}}\p{{N}}]?{_BIG}+{_SMALL}*%s|"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-
-NAMES: dict[tuple[tuple[str, ...], bool], str] = {
-    ((GPT2,), False): "gpt-2",
-    ((DIGIT, GPT2), False): "smollm",
-    ((_LIKE_GPT4 % "",), False): "qwen2",
-    ((_LIKE_GPT4 % "{1,3}",), False): "dbrx",
-    ((_LIKE_GPT4 % "{1,3}",), True): "llama-bpe",
-    ((_CASED % ("", "") + r"\p{N}|" + _REST,), True): "tekken",
-    ((_CASED % (_SHORT, _SHORT) + r"\p{N}{1,3}|" + _REST,), False): "gpt-4o",
-}
-"""llama.cpp's name of (what splits a text, one after the other; whether a whole word that is a token stays)."""
 PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 """Tokens without which llama.cpp does not load what is called Phi-3."""
 
@@ -117,14 +98,14 @@ def _pre(found: dict[str, Any], merges: list[str], where: str) -> str:
             "alone are written for llama.cpp; export to hf or onnx"
         )
     key = (_splits(found.get("pre_tokenizer"), where), bool(model.get("ignore_merges")))
-    pre = NAMES.get(key) if merges else "gpt-2"  # where every byte is a token, all split alike
-    if pre is None:
-        known = ", ".join(NAMES.values())
+    names = SPLITS.get(key) if merges else ("gpt-2",)  # where every byte is a token, all split alike
+    if names is None:
+        known = ", ".join(names[0] for names in SPLITS.values())
         raise LegolmError(
             f"{where}: its pre-tokenizer {brief(json.dumps(list(key)))} is none that is known of llama.cpp ({known}); "
             "export to hf or onnx"
         )
-    return pre
+    return names[0]
 
 
 def _splits(pre: Any, where: str) -> tuple[str, ...]:

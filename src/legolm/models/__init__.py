@@ -38,13 +38,18 @@ from legolm.models.precision import (
 )
 from legolm.models.rotary import scales_by_length
 from legolm.models.rounding import rounded
+from legolm.models.splits import DIGIT, GPT2, SPLITS
 from legolm.models.writing import written
 
 __all__ = [
     "CHUNK",
+    "DIGIT",
     "FAMILIES",
+    "GPT2",
+    "INDEX",
     "LLAMA",
     "LONG",
+    "SPLITS",
     "Call",
     "CheckpointWriter",
     "Family",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from legolm.errors import LegolmError, brief
 from legolm.models.layered import CheckpointWriter
+from legolm.models.splits import BEGINNING, split_as
 
 ROPE = "rope_freqs.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -47,6 +48,10 @@ def convert(
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", gguf.name):
         raise LegolmError(f"model: {gguf}: is one of several parts; join them with llama-gguf-split --merge")
     where: dict[str, Any] = {"gguf_file": gguf.name}
+
+    def told(key: str) -> str:
+        return str(next(iter(read_field(reader, key)), "none"))
+
     try:
         reader = GGUFReader(gguf)
         with _once(reader):
@@ -62,6 +67,10 @@ def convert(
         raise LegolmError(
             f"model: {gguf}: transformers cannot read it ({brief(error)}); take the model's safetensors from the hub"
         ) from None
+    if told("tokenizer.ggml.model") == "gpt2" and not split_as(tokenizer.backend_tokenizer, told("tokenizer.ggml.pre")):
+        _refuse(gguf, f"its pre-tokenizer ({brief(told('tokenizer.ggml.pre'))})")
+    if "tokenizer.ggml.add_bos_token" not in reader.fields and told("tokenizer.ggml.pre") in BEGINNING:
+        tokenizer.add_bos_token = True
     if scaling - {"none"} and "factor" not in str(config.rope_parameters):
         _refuse(gguf, f"its rotary scaling ({brief(str(*scaling))})")
 

