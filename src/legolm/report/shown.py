@@ -70,6 +70,11 @@ def notes(summary: Summary) -> list[str]:
             f"Asking clients for their scores took {summary.bytes_scoring / 1e6:,.2f} MB in all, both ways: it is in "
             "the rounds’ bytes, and not in the blocks’."
         )
+    if summary.bytes_alone:
+        found.append(
+            f"Training outside the rounds took {summary.bytes_alone / 1e6:,.2f} MB in all, both ways, with the scores "
+            "of what it gave: it is in no round’s bytes."
+        )
     if summary.llm.loss_before is None:
         found.append("Nobody scored the LLM: the server has no data of its own (evaluate.server_data).")
     for client in summary.clients:

@@ -9,15 +9,16 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from legolm.runs import RunDir, finished, lacking, read_live, read_stages, rounds_of, validations
+from legolm.runs import RunDir, finished, lacking, read_live, read_stages, rounds_of, traffic_alone, validations
 
 
 def read_status(folder: Path) -> dict[str, Any]:
     """What stands in the run folder now, as JSON has it. Raises `LegolmError` for what is no run."""
     run = RunDir(folder)
     config, lines = run.known(), folder / "metrics.jsonl"
-    rounds, live = rounds_of(read_stages(lines)) if lines.exists() else [], read_live(folder).root
-    clients, sent = {}, [record.sent for record in rounds]
+    records, live = read_stages(lines) if lines.exists() else [], read_live(folder).root
+    clients, rounds = {}, rounds_of(records)
+    sent = [*(record.sent for record in rounds), traffic_alone(records)]
     for one in config.clients:
         last = next((r for r in reversed(rounds) if one.id in {c for held in r.held for c in held.clients}), None)
         held = next((held for held in last.held if one.id in held.clients), None) if last else None

@@ -31,6 +31,7 @@ from legolm.runs import (
     others_of,
     passed_of,
     rounds_of,
+    traffic_alone,
     validations,
 )
 
@@ -100,6 +101,7 @@ def summarize(
         bytes_up_per_round=_per_round(rounds, "up", block_of),
         bytes_down_per_round=_per_round(rounds, "down", block_of),
         bytes_scoring=sum(one.up + one.down for record in rounds for one in record.scoring.values()),
+        bytes_alone=sum(one.up + one.down for one in traffic_alone(records).values()),
         history=[_history(record, others, losses.get(record.round)) for record in rounds],
     )
 

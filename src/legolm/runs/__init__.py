@@ -45,6 +45,7 @@ from legolm.runs.records import (
     read_sealed,
     read_stages,
     rounds_of,
+    traffic_alone,
     traffic_of,
     validations,
 )
@@ -179,6 +180,7 @@ __all__ = [
     "save_adapter_state",
     "seal",
     "to_frame",
+    "traffic_alone",
     "traffic_of",
     "validations",
     "write_csv",

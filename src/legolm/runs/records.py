@@ -98,6 +98,15 @@ class Traffic(Record):
         return Traffic(up=self.up + other.up, down=self.down + other.down)
 
 
+def added(parts: Iterable[Mapping[str, Traffic]]) -> dict[str, Traffic]:
+    """What all of them have of each client."""
+    found: dict[str, Traffic] = {}
+    for part in parts:
+        for id, one in part.items():
+            found[id] = found[id] + one if id in found else one
+    return found
+
+
 class Traffics(Record):
     """Of several clients, by id."""
 
@@ -186,8 +195,7 @@ class RoundRecord(Global):
     @property
     def sent(self) -> dict[str, Traffic]:
         """All that passed between the server and each client: `bytes`, which the scheme costs, and `scoring`."""
-        none = Traffic(up=0, down=0)
-        return {id: self.bytes.get(id, none) + self.scoring.get(id, none) for id in {**self.bytes, **self.scoring}}
+        return added([self.bytes, self.scoring])
 
 
 Part = Literal["global", "personal", "local"]
@@ -209,7 +217,8 @@ class ClientRecord(Record):
     """What one client did outside the rounds: alone (`local`), or on from the best global update (`personal`).
 
     `train` is None where it made no step. `weights` are those that it chose among `mixtures`; without any it has what
-    it trained last. `seconds` counts from the stage's begin, which clients share.
+    it trained last. `bytes` is what passed for it where each has its own data; in a simulation it is no one's.
+    `seconds` counts from the stage's begin, which clients share.
     """
 
     schema_number: Literal[2] = 2
@@ -220,18 +229,23 @@ class ClientRecord(Record):
     mixtures: list[Mixture] = []
     weights: Weights = {}
     validation: float
+    bytes: Traffic | None = None
     adapter: str = ""
     seconds: float
 
 
 class PassedRecord(Record):
-    """A client whose training outside the rounds was refused, and why: it ends with what the rounds gave it."""
+    """A client whose training outside the rounds was refused, and why: it ends with what the rounds gave it.
+
+    `bytes` as in the records of those who were not.
+    """
 
     schema_number: Literal[2] = 2
     stage: Literal["passed"] = "passed"
     phase: Literal["local", "personal"]
     client: str
     reason: str
+    bytes: Traffic | None = None
     adapter: str = ""
     seconds: float
 
@@ -370,6 +384,12 @@ def traffic_of(rounds: Sequence[RoundRecord], clients: Collection[str] | None = 
     sent = [one for record in rounds for id, one in record.bytes.items() if clients is None or id in clients]
     times = sum(clients is None or id in clients for record in rounds if record.round for id in record.bytes)
     return sum(one.up for one in sent) / max(times, 1), sum(one.down for one in sent) / max(times, 1)
+
+
+def traffic_alone(records: Iterable[StageRecord]) -> dict[str, Traffic]:
+    """What passed for each client outside the rounds."""
+    known = [one for one in records if not isinstance(one, RoundRecord)]
+    return added({one.client: one.bytes} for one in known if one.bytes is not None)
 
 
 def clients_of(records: Iterable[StageRecord], stage: Literal["local", "personal"]) -> list[ClientRecord]:

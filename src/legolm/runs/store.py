@@ -20,6 +20,7 @@ from legolm.runs.records import (
     Global,
     RoundRecord,
     StageRecord,
+    added,
     best_round,
     dump_record,
     dump_sealed,
@@ -104,9 +105,14 @@ class Stages:
             lines.write(dump_record(record, indent=None))
 
     def score_again(self, path: Path, scored: Global, seconds: float | None = None) -> None:
-        """Put other scores into the record of a finished round, and what it took in all, if given."""
-        took = {} if seconds is None else {"seconds": seconds}
-        record = self._records[path].model_copy(update=dict(scored) | took)
+        """Put other scores into the record of a finished round, and what it took in all, if given.
+
+        Their bytes come to those of the scores of before.
+        """
+        took, before = {} if seconds is None else {"seconds": seconds}, self._records[path]
+        assert isinstance(before, RoundRecord)
+        scoring = added([before.scoring, scored.scoring])
+        record = before.model_copy(update=dict(scored) | {"scoring": scoring} | took)
         atomic_write(path / METRICS, dump_sealed(record))
         self._records[path] = record
 

@@ -244,6 +244,8 @@ class Summary(Record):
     bytes_down_per_round: float
     bytes_scoring: int = Field(0)
     """What asking clients for their scores took in all rounds, both ways; a simulation's costs nobody anything."""
+    bytes_alone: int = Field(0)
+    """What training outside the rounds took, with the scores of what it gave, both ways; likewise."""
     history: list[RoundSummary]
     samples: list[Sample] = Field([])
     """A few test questions with answers; none where clients' data are their own, or no final models are written."""

@@ -19,7 +19,7 @@ from legolm.federate.server.members import Members
 from legolm.federate.server.mixture import choose, choose_own, let_go, points
 from legolm.federate.server.public import seen_in_public
 from legolm.federate.server.scoring import Scoring, by_client
-from legolm.federate.transport import Exchange
+from legolm.federate.transport import Exchange, counted
 from legolm.runs import (
     ClientRecord,
     Clock,
@@ -28,6 +28,7 @@ from legolm.runs import (
     RunDir,
     Score,
     Stages,
+    Traffic,
     Training,
     Weights,
     clients_of,
@@ -78,6 +79,9 @@ class Alone:
         training: dict[str, Training] = {}
         refused: dict[str, str] = {}
         mixtures: dict[str, list[Mixture]] = {}
+        sent: dict[str, Traffic] = {}
+        if self.config.evaluate.scores == "own":  # else it is no device's
+            exchange = counted(exchange, sent)
         # What each learned waits on the disk until it is scored: the server's memory must not grow with clients.
         with scratch_folder(self.folder.path / stage) as own:
             order = Order(left, scheme, stage, start, {})
@@ -115,14 +119,15 @@ class Alone:
                     mixtures=(found := mixtures.get(job.client, [])),
                     weights=self._chosen(found) if found else {},
                     validation=scores[-1].loss,
+                    bytes=sent.get(job.client),
                     seconds=self.clock.seconds(stage),
                 )
                 self.stages.keep(self.folder.client_stage(stage, job.client), job.adapter(), record)
                 shutil.rmtree(own / job.client)
 
-            for index, reason in self.dispatch.score(jobs, exchange, f"{stage}: evaluate", keep)[0].items():
+            for index, reason in self.dispatch.score(jobs, exchange, f"{stage}: evaluate", keep).items():
                 refused[jobs[index].client] = reason
-            self._pass_over(stage, [id for id in left if id in refused], refused, len(left) == len(clients))
+            self._pass_over(stage, [id for id in left if id in refused], refused, sent, len(left) == len(clients))
 
     def ended(self, id: str) -> Tensors:
         """What a client ended with alone; empty where it was not trained so, or refused."""
@@ -148,7 +153,7 @@ class Alone:
         def keep(index: int, scores: Sequence[Score]) -> None:
             losses[index] = scores[0]
 
-        for index, reason in self.dispatch.score(jobs, exchange, "personal: choose", keep)[0].items():
+        for index, reason in self.dispatch.score(jobs, exchange, "personal: choose", keep).items():
             refused[jobs[index].client] = reason
         found: dict[str, list[Mixture]] = {id: [] for id in clients if id not in refused}
         for index, (id, at) in enumerate(asked):
@@ -176,6 +181,7 @@ class Alone:
         stage: Literal["local", "personal"],
         clients: Sequence[str],
         reasons: Mapping[str, str],
+        sent: Mapping[str, Traffic],
         all_asked: bool,
     ) -> None:
         """Record who was refused outside the rounds. Raises `LegolmError` where it is everybody."""
@@ -184,5 +190,6 @@ class Alone:
                 f"{stage}: every client was refused ({'; '.join(f'{id}: {reasons[id]}' for id in clients)})"
             )
         for id in clients:
-            record = PassedRecord(phase=stage, client=id, reason=reasons[id], seconds=self.clock.seconds(stage))
+            took = self.clock.seconds(stage)
+            record = PassedRecord(phase=stage, client=id, reason=reasons[id], bytes=sent.get(id), seconds=took)
             self.stages.keep(self.folder.client_stage(stage, id), {}, record)

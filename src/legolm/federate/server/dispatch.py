@@ -29,7 +29,7 @@ from legolm.federate.wire import (
     unpack,
     write,
 )
-from legolm.runs import Score, Traffic
+from legolm.runs import Score
 from legolm.system import Progress, derive_seed
 
 MAX_LOSS, MAX_COUNT = 1e6, 10**12
@@ -70,32 +70,22 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came back from one client: its update, or why there is none; the reply; bytes of the request.
-
-    `asked` is the round of the order.
-    """
+    """What came back from one client: its update, or why there is none; the reply. `asked` is its order's round."""
 
     client: str
     asked: int
     update: Update | None
     reason: str
-    bytes_down: int
     reply: bytes
-
-    @property
-    def bytes_up(self) -> int:
-        """Bytes of the reply."""
-        return len(self.reply)
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What one client answered, or why there is nothing; bytes of the request."""
+    """What one client answered, or why there is nothing."""
 
     client: str
     content: bytes
     error: str
-    bytes_down: int
 
 
 class Dispatch:
@@ -126,7 +116,7 @@ class Dispatch:
                     update = accept(one.content, *prepared[one.client](one.client))
                 except LegolmError as error:
                     reason = str(error)
-            yield Trained(one.client, asked[one.client], update, reason, one.bytes_down, one.content)
+            yield Trained(one.client, asked[one.client], update, reason, one.content)
 
     def prepared(self, order: Order) -> Callable[[str], tuple[TrainRequest, Broadcast]]:
         """Each client's request to train, and what it is sent.
@@ -167,18 +157,11 @@ class Dispatch:
         # Dearest first, so that no actor is left with the longest job at the end.
         parameters = {id: self._at(order).block[id].parameters for order in orders for id in order.clients}
         clients = sorted(parameters, key=lambda id: -parameters[id])
-        sizes: dict[int, int] = {}
-
-        def requests() -> Iterator[Request]:
-            for index, id in enumerate(clients):
-                made = content(id)
-                sizes[index] = len(made)
-                yield Request(id, made)
-
+        requests = (Request(id, content(id)) for id in clients)
         deadline = self._config.federation.deadline_s if any(one.phase == "round" for one in orders) else None
         with self._progress.stage(label, len(clients)) as advance:
-            for reply in self._each_once(exchange(requests(), deadline), clients, label):
-                yield Answered(clients[reply.index], reply.content, reply.error, sizes.get(reply.index, 0))
+            for reply in self._each_once(exchange(requests, deadline), clients, label):
+                yield Answered(clients[reply.index], reply.content, reply.error)
                 advance(1)
 
     def envelope(self, order: Order, id: str) -> dict[str, Any]:
@@ -191,25 +174,17 @@ class Dispatch:
 
     def score(
         self, jobs: Sequence[Job], exchange: Exchange, label: str, keep: Callable[[int, Sequence[Score]], None]
-    ) -> tuple[dict[int, str], dict[int, Traffic]]:
+    ) -> dict[int, str]:
         """Send jobs, dearest first, and hand each one's scores to `keep` as they come.
 
-        Gives the jobs without scores, and why; and what each job that was answered sent and got.
+        Gives the jobs without scores, and why.
         """
         refused: dict[int, str] = {}
-        sizes, sent = dict[int, int](), dict[int, Traffic]()
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].block.parameters)
-
-        def requests() -> Iterator[Request]:
-            for index in order:
-                content = self.question(jobs[index])
-                sizes[index] = len(content)
-                yield Request(jobs[index].client, content)
-
+        requests = (Request(jobs[i].client, self.question(jobs[i])) for i in order)
         with self._progress.stage(label, len(jobs)) as advance:
-            for reply in self._each_once(exchange(requests()), [jobs[i].client for i in order], label):
+            for reply in self._each_once(exchange(requests), [jobs[i].client for i in order], label):
                 index = order[reply.index]
-                sent[index] = Traffic(up=len(reply.content), down=sizes.get(index, 0))
                 try:
                     if reply.error:
                         raise LegolmError(reply.error)
@@ -219,7 +194,7 @@ class Dispatch:
                 else:
                     keep(index, scores)
                 advance(1)
-        return refused, sent
+        return refused
 
     def question(self, job: Job) -> bytes:
         """The request that asks a client for a job's scores."""

@@ -20,7 +20,7 @@ from legolm.federate.server.pace import Ages, first_to_end
 from legolm.federate.server.replay import last_accepted, updates
 from legolm.federate.server.secure import SecureRounds, moved
 from legolm.federate.transport import Exchange
-from legolm.runs import UPDATES, RunDir, Stages, Traffic, Training
+from legolm.runs import UPDATES, RunDir, Stages, Training
 from legolm.system import Progress
 
 AGAIN_S = 10.0
@@ -29,7 +29,7 @@ AGAIN_S = 10.0
 
 @dataclass
 class Came:
-    """What a round's clients sent: who was added, what they say of it, why others were not, bytes, kept updates.
+    """What a round's clients sent: who was added, what they say of it, why others were not, kept updates.
 
     `closed` is the share of the entries that a secure sum did not open; it `stands`, with whatever it opened, where
     devices would not open another one of this round.
@@ -37,7 +37,6 @@ class Came:
 
     train: dict[str, Training] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    traffic: dict[str, Traffic] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     added: set[str] = field(default_factory=set)
     closed: float | None = None
@@ -105,7 +104,6 @@ class Gathering:
         keeps = self._config.federation.keep_updates and list(asked) != [LLM]
         came, ages = Came(), Ages(self._config, self._members, self._stages.before(number))
         for one in self._updates(number, asked, came.train, scheme, exchange):
-            came.traffic[one.client] = Traffic(up=one.bytes_up, down=one.bytes_down)
             if one.update is None:
                 came.refused[one.client] = one.reason
                 continue
@@ -140,7 +138,7 @@ class Gathering:
             weighing.add(id, change, trains[id])
         scheme.only(summed.entries)
         stands = summed.asked and self._config.federation.engine == "deployment"
-        return Came({}, dict(summed.refused), dict(summed.traffic), {}, set(summed.changes), summed.closed, stands)
+        return Came({}, dict(summed.refused), {}, set(summed.changes), summed.closed, stands)
 
     def _updates(
         self, number: int, asked: Mapping[str, int], train: Mapping[str, Training], scheme: Scheme, exchange: Exchange

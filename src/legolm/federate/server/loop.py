@@ -28,7 +28,7 @@ from legolm.federate.server.protecting import Known
 from legolm.federate.server.replay import read_kept, replay
 from legolm.federate.server.scoring import Scoring
 from legolm.federate.server.secure import SecureRounds, check_withheld, roster_of
-from legolm.federate.transport import Exchange
+from legolm.federate.transport import Exchange, counted
 from legolm.runs import (
     UNSCORED,
     Clock,
@@ -38,6 +38,7 @@ from legolm.runs import (
     RunDir,
     StageRecord,
     Stages,
+    Traffic,
     Traffics,
     check_state,
     clients_of,
@@ -265,13 +266,13 @@ class Rounds:
         # From here on it is no finished round's.
         self._latest = None
         done = self._stages.before(number)
-        asked = tags(self._config, done, number, drawn)
+        asked, sent = tags(self._config, done, number, drawn), dict[str, Traffic]()
         with atomic_folder(path) as folder:
             weighing = self._gathering.weighing(scheme)
-            came = self._gathering.round(number, asked, drawn, scheme, weighing, exchange, folder)
+            came = self._gathering.round(number, asked, drawn, scheme, weighing, counted(exchange, sent), folder)
             # Replies came in any order; the record does not depend on it.
             accepted = [id for id in asked if id in came.added]
-            train, refused, traffic, kept = came.train, came.refused, came.traffic, came.kept
+            train, refused, kept = came.train, came.refused, came.kept
             shares: dict[str, float] = {}
             if accepted:
                 self._account.disturb(done, scheme, weighing, [id for id in asked if id not in came.added])
@@ -285,7 +286,7 @@ class Rounds:
                 train={id: train[id] for id in accepted if id in train},
                 shares={id: shares[id] for id in accepted if id in shares},
                 # Data at one place travels no more.
-                bytes={id: traffic[id] for id in asked if id in traffic and id != LLM},
+                bytes={id: sent[id] for id in asked if id in sent and id != LLM},
                 updates={id: kept[id] for id in accepted if id in kept},
                 tags={id: asked[id] for id in accepted if asked[id] < number},
                 waiting={id: tag for id, tag in asked.items() if id in left},

@@ -22,7 +22,7 @@ from legolm.federate.client import Split as AnySplit
 from legolm.federate.server.dispatch import Dispatch, Job, Split, checked_scores
 from legolm.federate.server.members import LLM, Members, is_dense
 from legolm.federate.server.protecting import Known
-from legolm.federate.transport import Exchange
+from legolm.federate.transport import Exchange, counted
 from legolm.runs import Global, Held, Refusal, Score, Scores, Traffic, others_of
 
 Set = tuple[str, Split]
@@ -69,7 +69,7 @@ class Scoring:
             validation: tuple[Set, ...] = tuple((id, "validation") for id in asked)
             adapter = partial(scheme.adapter, block.coverage, rank) if jobs else whole
             jobs.append(Job(client, block, adapter, tests + validation))
-        results, refused, _ = self._scores(jobs, exchange, label)
+        results, refused = self._scores(jobs, exchange, label)
         for index, reason in refused.items():
             job = jobs[index]
             raise UnusableRoundError(f"{label}: client {job.client}, block {job.block.name}: {reason}")
@@ -109,7 +109,7 @@ class Scoring:
         clients = self._members.clients
         sets: tuple[Set, ...] = tuple((id, "validation") for id in clients)
         jobs = [Job(clients[0], self._members.llm, partial(tried.__getitem__, one), sets) for one in tried]
-        results, refused, _ = self._scores(jobs, exchange, f"{label}: quorum")
+        results, refused = self._scores(jobs, exchange, f"{label}: quorum")
         if refused:
             raise UnusableRoundError(f"{label}: client {clients[0]}, the LLM: {next(iter(refused.values()))}")
         losses = {one: fmean(score.loss for score in results[index]) for index, one in enumerate(tried)}
@@ -128,7 +128,8 @@ class Scoring:
             if key not in factors:
                 factors[key] = scheme.adapter(block.coverage, rank)
             jobs.append(Job(id, block, partial(factors.__getitem__, key), ((id, "test"), (id, "validation"))))
-        results, refused, sent = self._scores(jobs, exchange, label)
+        sent: dict[str, Traffic] = {}
+        results, refused = self._scores(jobs, counted(exchange, sent), label)
         unscored = [Refusal(client=jobs[index].client, reason=refused[index]) for index in sorted(refused)]
         if not results:
             said = "; ".join(f"{one.client}: {one.reason}" for one in unscored)
@@ -155,15 +156,15 @@ class Scoring:
             unscored=unscored,
             validation=fmean(results[index][1].loss for index in sorted(results)),
             llm_validation=found[1].loss if found else None,
-            scoring={jobs[index].client: sent[index] for index in sorted(sent)},
+            scoring={id: sent[id] for id in members.clients if id in sent},
         )
 
     def _scores(
         self, jobs: Sequence[Job], exchange: Exchange, label: str
-    ) -> tuple[Mapping[int, Sequence[Score]], Mapping[int, str], Mapping[int, Traffic]]:
-        """The scores of the jobs by place, why there are none of the others, and what each sent and got."""
+    ) -> tuple[Mapping[int, Sequence[Score]], Mapping[int, str]]:
+        """The scores of the jobs by place, and why there are none of the others."""
         results: dict[int, Sequence[Score]] = {}
-        return results, *self._dispatch.score(jobs, exchange, label, results.__setitem__)
+        return results, self._dispatch.score(jobs, exchange, label, results.__setitem__)
 
     @cached_property
     def _others(self) -> dict[str, list[str]]:

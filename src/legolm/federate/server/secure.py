@@ -49,7 +49,6 @@ from legolm.federate.wire import (
 )
 from legolm.finetune import trainer_of
 from legolm.privacy import Opened, SecureServer, Session, Structure, grid_of, withheld
-from legolm.runs import Traffic
 from legolm.system import Progress
 from legolm.trust import roster
 
@@ -70,7 +69,6 @@ class Summed:
     changes: Mapping[str, Change]
     entries: Tensors
     refused: Mapping[str, str]
-    traffic: Mapping[str, Traffic]
     closed: float
     reasons: Sequence[str]
     asked: bool = True
@@ -115,8 +113,6 @@ class SecureRound:
         self._shape = self._members.llm.coverage.shape
         self._server = SecureServer(session, self._shape, structures, roster)
         self._refused: dict[str, str] = {}
-        self._up: dict[str, int] = {}
-        self._down: dict[str, int] = {}
 
     def run(self, least: int) -> Summed:
         """All five phases, up to the one after which nothing can be opened, as where fewer than `least` uploaded."""
@@ -158,8 +154,6 @@ class SecureRound:
         order = replace(self._order, clients=list(clients))
         label = f"round {order.number}: {phase}"
         for one in self._dispatch.ask([order], content, self._exchange, label):
-            self._down[one.client] = self._down.get(one.client, 0) + one.bytes_down
-            self._up[one.client] = self._up.get(one.client, 0) + len(one.content)
             try:
                 if one.error:
                     raise LegolmError(one.error)
@@ -238,7 +232,7 @@ class SecureRound:
             if id not in changes:
                 self._refused.setdefault(id, "secure sum: nothing of it was opened")
         refused = {id: reason for id, reason in self._refused.items() if id not in changes}
-        return Summed(changes, self._entries(opened), refused, self._traffic(), shut, reasons)
+        return Summed(changes, self._entries(opened), refused, shut, reasons)
 
     def _entries(self, opened: Sequence[Opened]) -> Tensors:
         layout = self._server.cohort.grid.layout
@@ -272,10 +266,7 @@ class SecureRound:
 
     def _nothing(self, why: str) -> Summed:
         refused = {id: self._refused.get(id, why) for id in self._order.clients}
-        return Summed({}, {}, refused, self._traffic(), 1.0, [why], asked=False)
-
-    def _traffic(self) -> dict[str, Traffic]:
-        return {id: Traffic(up=self._up[id], down=self._down[id]) for id in self._up}
+        return Summed({}, {}, refused, 1.0, [why], asked=False)
 
 
 def take(server: SecureServer, id: str, content: bytes, kind: type[BaseModel]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from legolm.errors import LegolmError
 from legolm.federate.transport.deployment import Asking, Those
-from legolm.federate.transport.engine import Body, Engine, Exchange, Reply, Request
+from legolm.federate.transport.engine import Body, Engine, Exchange, Reply, Request, counted
 
 if TYPE_CHECKING:
     from legolm.config import RunConfig
@@ -23,6 +23,7 @@ __all__ = [
     "Reply",
     "Request",
     "Those",
+    "counted",
     "engine_for",
     "run_local",
 ]

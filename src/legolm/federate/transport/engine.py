@@ -9,7 +9,7 @@ from shutil import rmtree
 from typing import Protocol
 
 from legolm.config import RunConfig
-from legolm.runs import RunDir
+from legolm.runs import RunDir, Traffic
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,26 @@ class Exchange(Protocol):
 
         A client that has not answered after `deadline_s` seconds gives an error instead; its late answer is dropped.
         """
+
+
+def counted(exchange: Exchange, sent: dict[str, Traffic]) -> Exchange:
+    """The same, that adds to `sent` what passes between the server and each client, however often it is asked."""
+
+    def ask(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+        asked: list[tuple[str, int]] = []
+
+        def seen() -> Iterator[Request]:
+            for one in requests:
+                asked.append((one.client, len(one.content)))
+                yield one
+
+        for reply in exchange(seen(), deadline_s):
+            if 0 <= reply.index < len(asked):
+                client, down = asked[reply.index]
+                sent[client] = sent.get(client, Traffic(up=0, down=0)) + Traffic(up=len(reply.content), down=down)
+            yield reply
+
+    return ask
 
 
 def late(deadline_s: float) -> str:
