@@ -229,6 +229,19 @@ def test_options_that_would_do_nothing_are_refused(
     assert_one_line(legolm("ablate", tmp_path, "--limit", 3), "only with --tasks")
 
 
+@pytest.mark.parametrize("number", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("relay", "--server", "x:1", "--home", "x", "--region", "x", "--away-s"),
+        ("client", "--server", "x:1", "--home", "x", "--data", "x", "--memory-mb"),
+        ("pick", "x", "--data", "x", "--min-tokens-per-s"),
+    ],
+)
+def test_an_option_of_no_finite_number_is_one_line(command: tuple[str, ...], number: str) -> None:
+    assert_one_line(legolm(*command, number), f"{command[-1]} {number}: must be a finite number")
+
+
 @pytest.mark.parametrize(
     ("variant", "says"),
     [

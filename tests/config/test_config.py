@@ -63,6 +63,7 @@ def test_overrides(tmp_path: Path) -> None:
         ({"clients": [{"id": "llm", "block": "a"}]}, "`llm` names the base model"),
         ({"clients": [{"id": "fr", "block": "a", "rank": 9}]}, "has rank 9; at most lora.rank, 8"),
         ({"federation": {"min_replies": 2}}, "min_replies is 2; there are 1 clients"),
+        ({"federation": {"superlink": {"address": "x:99999"}}}, "'x:99999': a port is a number of 1 to 65535"),
         ({"data": {"split": {"by": "column"}}}, "split by column needs `column`"),
         ({"data": {"test": 1.5}}, "`data.test` = 1.5: input should be less than 1"),
         ({"data": {"test": {}}}, "`data.test` = {}: input should be"),

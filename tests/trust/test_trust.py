@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import ssl
 import stat
@@ -79,6 +80,12 @@ def test_two_commands_make_a_trial(tmp_path: Path) -> None:
     assert "has a key already" in refused("certs", "client", device)
 
 
+@pytest.mark.parametrize("host", ["", "http://x", "a" * 64, "ab." * 85 + "ab", "fl..example.org", "ünter.example.org"])
+def test_a_host_that_is_none_leaves_nothing_behind(tmp_path: Path, host: str) -> None:
+    assert f"--host {host!r}: is no host name or address" in refused("certs", "init", tmp_path / "one", "--host", host)
+    assert not (tmp_path / "one").exists()
+
+
 def test_the_register(tmp_path: Path) -> None:
     home = tmp_path / "federation"
     public = {name: make_key(tmp_path / name) for name in ("fr", "de", "es")}
@@ -135,6 +142,13 @@ def test_names_and_registers_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "devices.json").write_text('{"devices": [{"name": "fr"}]}')
     with pytest.raises(LegolmError, match="is no register of devices"):
         read_devices(tmp_path)
+    (tmp_path / "devices.json").unlink()
+    add_device(tmp_path, "fr", public)
+    register = (tmp_path / "devices.json").read_text()
+    for key in ("garbage", "ecdsa-sha2-nistp384 garbage", ""):
+        (tmp_path / "devices.json").write_text(register.replace(json.loads(register)["devices"][0]["key"], key))
+        with pytest.raises(LegolmError, match=r"is no register of devices .*is no public key"):
+            add_device(tmp_path, "de", make_key(tmp_path / f"de{len(key)}"))
     with pytest.raises(LegolmError, match="has no certificate authority"):
         make_server(tmp_path, ["localhost"])
     make_authority(tmp_path)

@@ -18,9 +18,10 @@ Hosts = Annotated[
 @certs.command()
 def init(home: Home, host: Hosts = None) -> None:
     """Make a certificate authority and the server's certificate."""
-    from legolm.trust import CA, make_authority, make_server
+    from legolm.trust import CA, check_hosts, make_authority, make_server
 
     hosts = _hosts(host)
+    check_hosts(hosts)
     make_authority(home)
     make_server(home, hosts)
     typer.echo(f"{home}: a certificate authority, and a certificate for {', '.join(hosts)}")

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from legolm.cli.options import finite
+
 
 def client(
     server: Annotated[str, typer.Option(help="HOST:PORT of the federation's server")],
@@ -17,7 +19,8 @@ def client(
         list[str] | None, typer.Option(help="folder or hub id of a block, used where its files are the run's; repeat")
     ] = None,
     memory_mb: Annotated[
-        float | None, typer.Option(min=1, help="memory that training may take, where the server asks (block: auto)")
+        float | None,
+        typer.Option(min=1, callback=finite, help="memory that training may take, where the server asks (block: auto)"),
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="where products run")] = "auto",
     roster: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,6 +31,13 @@ BadRows = Annotated[str | None, typer.Option(help="refuse (name them all) or ski
 Template = Annotated[
     str | None, typer.Option(help="of prompts, instead of the model's own: alpaca, chatml, or a file in Jinja")
 ]
+
+
+def finite(param: typer.CallbackParam, given: float | None) -> float | None:
+    """Callback of an option whose bounds nan and inf pass. Raises `LegolmError` for them."""
+    if given is not None and not math.isfinite(given):
+        raise LegolmError(f"{param.opts[0]} {given}: must be a finite number")
+    return given
 
 
 def prompts_of(template: str | None) -> DataConfig | None:

@@ -17,6 +17,7 @@ from legolm.cli.options import (
     Template,
     check_new,
     check_used,
+    finite,
     prompts_of,
     rows_of,
 )
@@ -26,7 +27,7 @@ def pick(
     models: Annotated[list[str], typer.Argument(help="a run's folder, RUN:CLIENT, folders, `starter` or hub ids")],
     data: Annotated[str, typer.Option(help="a file of questions and answers")],
     memory: Annotated[str | None, typer.Option(help="at most so much at the peak: 300MB")] = None,
-    min_tokens_per_s: Annotated[float, typer.Option(min=0, help="at least so many generated")] = 0.0,
+    min_tokens_per_s: Annotated[float, typer.Option(min=0, callback=finite, help="at least so many generated")] = 0.0,
     runtime: Annotated[Literal["llama.cpp", "transformers"], typer.Option(help="that will be used")] = "llama.cpp",
     quant: Annotated[str, typer.Option(help="llama.cpp: f16, q8_0, q5_1, q5_0, q4_1 or q4_0")] = "q8_0",
     layout: LayoutOption = None,

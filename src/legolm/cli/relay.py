@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from legolm.cli.options import finite
+
 
 def relay(
     server: Annotated[str, typer.Option(help="HOST:PORT of the federation's server")],
@@ -16,7 +18,8 @@ def relay(
     host: Annotated[str, typer.Option(help="where the region's devices find it")] = "0.0.0.0",
     port: Annotated[int, typer.Option(min=1, max=65535, help="where the region's devices find it")] = 8001,
     away_s: Annotated[
-        float | None, typer.Option(min=1, help="a device that is not online for so long is not waited for")
+        float | None,
+        typer.Option(min=1, callback=finite, help="a device that is not online for so long is not waited for"),
     ] = None,
 ) -> None:
     """Answer a federation's server for the devices of a region, with the sum of what they send, until stopped."""

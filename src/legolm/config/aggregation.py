@@ -97,6 +97,8 @@ class SuperLinkConfig(Section):
     def _of_address(self) -> SuperLinkConfig:
         if self.root_certificates is not None and self.address is None:
             raise ValueError("root_certificates: is for `address`; the certificates of its own are in `home`")
+        if self.address is not None and not 0 < int(self.address.rpartition(":")[2]) < 1 << 16:
+            raise ValueError(f"address {self.address!r}: a port is a number of 1 to 65535")
         return self
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,6 +36,9 @@ KEY, PUBLIC = "device.key", "device.pub"
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 825
 """The second is as long as browsers and Apple's systems take a certificate for."""
 Public = ec.EllipticCurvePublicKey
+MAX_HOST = 253
+HOST = re.compile(r"(\*\.)?[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
+"""Labels with dots between them, the first of which may stand for any."""
 EARLIER = timedelta(hours=1)
 """Certificates are valid from this long before they are made: clocks differ."""
 
@@ -60,16 +64,23 @@ def check_federation(folder: Path, field: str = "") -> None:
         raise LegolmError(f"{field} {folder}: is no federation's folder (no {CA}); run: legolm certs init".lstrip())
 
 
+def check_hosts(hosts: Sequence[str]) -> None:
+    """Raise `LegolmError` for what is no host name or address, before anything is made for it."""
+    for host in hosts:
+        _host(host)
+
+
 def make_server(folder: Path, hosts: Sequence[str]) -> None:
     """`server.pem` and `server.key` for these names and addresses, by the authority in `folder`; anew if there.
 
-    Raises `LegolmError` where there is no authority.
+    Raises `LegolmError` where there is no authority, and as `check_hosts`.
     """
     authority, signing = _authority(folder)
+    named = [_host(host) for host in hosts]
     key = ec.generate_private_key(ec.SECP384R1())
     certificate = (
         _certificate(key.public_key(), _name(hosts[0]), authority.subject, signing.public_key(), SERVER_DAYS)
-        .add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(named), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -202,7 +213,7 @@ def _host(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    if not host.isascii() or not host or set(host) & set(" /:@"):
+    if len(host) > MAX_HOST or not HOST.fullmatch(host):
         raise LegolmError(f"--host {host!r}: is no host name or address; for instance fl.example.org or 10.0.0.5")
     return x509.DNSName(host)
 

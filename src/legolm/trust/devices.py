@@ -11,7 +11,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
 from legolm.config import Name
 from legolm.errors import LegolmError, brief
@@ -34,6 +34,15 @@ class Device(BaseModel):
     added: AwareDatetime
     expires: AwareDatetime | None = None
     revoked: AwareDatetime | None = None
+
+    @field_validator("key")
+    @classmethod
+    def _is_key(cls, key: str) -> str:
+        try:
+            pem_of(key)
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise ValueError(f"is no public key: {error}") from None
+        return key
 
     def refused(self, now: datetime) -> str:
         """Why it is kept out now; empty where it is not."""

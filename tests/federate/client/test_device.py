@@ -50,7 +50,8 @@ def test_a_device_says_what_it_lacks(begin: Callable[..., str], tmp_path: Path) 
     (home / CA).write_text("hello")
     assert "is no CA's certificate" in begin()
     (home / CA).write_bytes((tmp_path / "one" / CA).read_bytes())
-    assert "write it as HOST:PORT" in begin(server="127.0.0.1:http")
+    for port in ("http", "99999", "0"):
+        assert "write it as HOST:PORT with a port of 1 to 65535" in begin(server=f"127.0.0.1:{port}")
     (home / KEY).write_text("hello")
     assert "is no private key" in begin()
 

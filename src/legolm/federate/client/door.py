@@ -31,19 +31,22 @@ class Door:
 
     def __init__(self, server: str, ca: Path, key: Path) -> None:
         self._server = server
-        if not re.fullmatch(r"[^/?#@\s]+:[0-9]{1,5}", server):
-            raise LegolmError(f"--server {server!r}: write it as HOST:PORT, for instance fl.example.org:8000")
+        if not (found := re.fullmatch(r"[^/?#@\s]+:([0-9]{1,5})", server)) or not 0 < int(found[1]) < 1 << 16:
+            raise LegolmError(
+                f"--server {server!r}: write it as HOST:PORT with a port of 1 to 65535, for instance "
+                "fl.example.org:8000"
+            )
         try:
             context = ssl.create_default_context(cafile=str(ca))
         except (OSError, ssl.SSLError) as error:
             raise LegolmError(f"{ca}: is no CA's certificate ({brief(error)}); get ca.pem from the server") from None
         try:
-            found = load_ssh_private_key(key.read_bytes(), None)
+            own = load_ssh_private_key(key.read_bytes(), None)
         except (OSError, ValueError) as error:
             raise LegolmError(f"{key}: is no private key ({brief(error)}); make one: legolm certs client") from None
-        if not isinstance(found, ec.EllipticCurvePrivateKey):
+        if not isinstance(own, ec.EllipticCurvePrivateKey):
             raise LegolmError(f"{key}: is no key on a NIST curve; make one: legolm certs client")
-        self._key = found
+        self._key = own
         self._http = httpx.Client(base_url=f"https://{server}", verify=context, timeout=TIMEOUT_S, trust_env=False)
 
     def hello(self, anew: bool = False) -> dict[str, Any]:
