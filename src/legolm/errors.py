@@ -22,6 +22,11 @@ class LegolmError(Exception):
         return line if len(line) <= MAX_LINE else f"{line[:half]} … {line[-half:]}"
 
 
+class PublicError(LegolmError):
+    """One whose text has nothing of a device's rows or disk: a device tells it to its server, and of others no more
+    than that there was one."""
+
+
 def printable(text: str) -> str:
     """The text with spaces for control codes and line ends."""
     return "".join(sign if sign.isprintable() else " " for sign in text)

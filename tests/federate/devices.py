@@ -30,7 +30,10 @@ def until(what: Callable[[], Found], patience_s: float, look_s: float = 0.3) -> 
 
 
 class Devices:
-    """Devices of these names with their CA; `command` starts one instead of `legolm`, in this environment."""
+    """Devices of these names with their CA; `command` starts one instead of `legolm`, in this environment.
+
+    With `sums` they are for secure sums only.
+    """
 
     def __init__(
         self,
@@ -38,9 +41,10 @@ class Devices:
         names: Sequence[str],
         command: Callable[[str], Sequence[str]] = lambda name: LEGOLM,
         environment: Callable[[str], Mapping[str, str]] = lambda name: {},
+        sums: bool = True,
     ) -> None:
         self.folder, self.names, self.home, self.port = folder, names, folder / "federation", free_port()
-        self._command, self._environment = command, environment
+        self._command, self._environment, self._sums = command, environment, sums
         make_authority(self.home)
         make_server(self.home, ["127.0.0.1"])
         for name in names:
@@ -67,7 +71,7 @@ class Devices:
         for name in names:
             command = [*self._command(name), "client", "--server", f"127.0.0.1:{self.tap.port}", "--device", "cpu"]
             command += ["--home", str(self.device(name)), "--data", f"{self.folder}/data/{name}.jsonl"]
-            command += ["--roster", str(self.folder / "roster.json")]
+            command += ["--roster", str(self.folder / "roster.json")] if self._sums else []
             with (self.folder / f"{name}.log").open("ab") as log:
                 environment = {**os.environ, **self._environment(name)}
                 self._running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

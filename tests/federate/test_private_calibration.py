@@ -286,7 +286,7 @@ def test_no_row_is_on_the_wire(raw: dict[str, Any], tokenizer: PreTrainedTokeniz
     (tmp_path / "data" / "fr.jsonl").write_text("".join(lines))
     raw["clients"] = [one for one in raw["clients"] if one["id"] == "fr"]
     raw["data"]["train"] = str(tmp_path / "data" / "fr.jsonl")
-    devices, out, local = Devices(tmp_path, ["fr"]), RunDir(tmp_path / "out"), RunDir(tmp_path / "local")
+    devices, out, local = Devices(tmp_path, ["fr"], sums=False), RunDir(tmp_path / "out"), RunDir(tmp_path / "local")
     try:
         devices.start("fr")
         config = deployed(raw, home=str(devices.home), host="127.0.0.1", port=devices.port)

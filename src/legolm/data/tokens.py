@@ -16,7 +16,7 @@ from legolm.data.render import Tokens, render_each
 from legolm.data.sequence import begin
 from legolm.data.store import Examples
 from legolm.data.template import prompt_look
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, PublicError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,7 +198,7 @@ def check_whole(examples: TokenRows, length: int, split: str, client: str) -> No
     """Raise `LegolmError` when one of them had more than `length` tokens."""
     place = examples.first_truncated
     if place is not None:
-        raise LegolmError(
+        raise PublicError(
             f"data: {split} example {place} of {client!r} is longer than {length} tokens; raise "
             "train.max_length as far as the model's context allows, or set train.long_examples=truncate"
         )

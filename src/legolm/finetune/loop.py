@@ -17,7 +17,7 @@ from legolm.adapter import Tensors, parse_key
 from legolm.block import Coverage
 from legolm.config import TrainConfig
 from legolm.data import Tokens
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, PublicError
 from legolm.finetune.lora import lora
 from legolm.finetune.per_example import Private, apart
 from legolm.finetune.task import Task, like_adam, trainer
@@ -238,7 +238,7 @@ def _with_less_memory(
             if not _out_of_memory(error):
                 raise
             if size <= 1:
-                raise LegolmError(
+                raise PublicError(
                     "train: not even one example fits in memory; lower train.max_length or set "
                     "train.gradient_checkpointing"
                 ) from None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from legolm.config import DpConfig, TrainConfig
-from legolm.errors import LegolmError
+from legolm.errors import PublicError
 from legolm.privacy import BELOW, gaussian, sampled_epsilon, sampled_noise
 
 
@@ -94,13 +94,13 @@ class Private:
         if dp.noise_multiplier is not None:
             cost = sampled_epsilon([(dp.noise_multiplier, rate, now)] if now else [], dp.delta)
             if dp.epsilon is not None and cost > dp.epsilon:
-                raise LegolmError(
+                raise PublicError(
                     f"privacy.dp.epsilon {dp.epsilon:g}: {now} steps of {examples} examples with noise_multiplier "
                     f"{dp.noise_multiplier:g} cost {cost:.3g}; raise the noise, or lower train.steps or batch_size"
                 )
             return Private(examples, rate, dp.clip, dp.noise_multiplier)
         if dp.epsilon is None:
-            raise LegolmError("privacy.dp: level example needs noise_multiplier or epsilon")
+            raise PublicError("privacy.dp: level example needs noise_multiplier or epsilon")
         return Private(examples, rate, dp.clip, sampled_noise(dp.epsilon, dp.delta, rate, steps))
 
     def batches(self) -> Iterator[list[int]]:

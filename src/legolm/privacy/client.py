@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, PublicError
 from legolm.models import Shape
 from legolm.privacy import shamir
 from legolm.privacy.atoms import Atom
@@ -97,12 +97,12 @@ class SecureClient:
             check(one, kept.session, identities)
         cohort = Cohort(kept.session, self._shape, adverts, structures)
         if cohort.adverts.get(kept.client) != kept.own:
-            raise LegolmError(f"secure sum: the keys of {kept.client} among those of all are not its own")
+            raise PublicError(f"secure sum: the keys of {kept.client} among those of all are not its own")
         if identities[kept.client] != identity_of(self._identity).hex():
-            raise LegolmError(f"secure sum: {kept.client} has another identity in the roster; take its own key's")
+            raise PublicError(f"secure sum: {kept.client} has another identity in the roster; take its own key's")
         mine = cohort.atoms_of(kept.client)
         if not mine:
-            raise LegolmError(
+            raise PublicError(
                 f"secure sum: nothing that {kept.client} holds has {kept.session.k} holders of {len(adverts)} clients"
             )
         self._step("shares")
@@ -126,7 +126,7 @@ class SecureClient:
         """What this client would mask, where these sent shares and `received` (n,) is what it got (float32)."""
         mine = cohort.atoms_of(self.kept.client, there)
         if not mine:
-            raise LegolmError(f"secure sum: too few of the holders are left of what {self.kept.client} holds")
+            raise PublicError(f"secure sum: too few of the holders are left of what {self.kept.client} holds")
         order = cohort.order(self.kept.client, mine)
         return Opening(sorted(there), mine, order, context(cohort, there, about), received[order])
 
@@ -140,7 +140,7 @@ class SecureClient:
         kept, client = self.kept, self.kept.client
         lacking = set(cohort.neighbours(client)).intersection(opening.there) - {client, *sealed}
         if lacking or client not in opening.there or not set(sealed) <= set(opening.there) <= set(cohort.adverts):
-            raise LegolmError(f"secure sum: {client} got shares of others than of those who are there")
+            raise PublicError(f"secure sum: {client} got shares of others than of those who are there")
         self._step("upload")
         kept.there = opening.there
         kept.sealed = {id: content.hex() for id, content in sealed.items()}
@@ -161,7 +161,7 @@ class SecureClient:
         """Phase *confirm*: a signature that these have uploaded. It is given for one list only."""
         kept = self.kept
         if not {kept.client} <= set(survivors) <= set(kept.there):
-            raise LegolmError(f"secure sum: {kept.client} is not among the survivors, or some of them sent no shares")
+            raise PublicError(f"secure sum: {kept.client} is not among the survivors, or some of them sent no shares")
         self._step("confirm")
         kept.survivors = sorted(set(survivors))
         return sign(self._identity, survivors_text(self.cohort(), kept.there, kept.survivors))
@@ -181,7 +181,7 @@ class SecureClient:
         opened = cohort.opened(kept.there, kept.survivors, signers)
         wanted = asked(cohort, client, kept.there, kept.survivors, opened)
         if not wanted:
-            raise LegolmError(f"secure sum: too few of the survivors signed for anything of {client} to be opened")
+            raise PublicError(f"secure sum: too few of the survivors signed for anything of {client} to be opened")
         self._step("unmask")
         found, bundles = [], dict[str, dict[tuple[str, ...] | None, bytes]]()
         for owner, atom in wanted:
@@ -217,7 +217,7 @@ class SecureClient:
     def _step(self, phase: Phase) -> None:
         kept = self.kept
         if PHASES.index(phase) != PHASES.index(kept.done) + 1:
-            raise LegolmError(f"secure sum: {kept.client} was asked for {phase} after {kept.done}")
+            raise PublicError(f"secure sum: {kept.client} was asked for {phase} after {kept.done}")
         kept.done = phase
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from legolm.adapter import Flat, Layout, adapter_keys, adapter_layout, slice_factors
 from legolm.block import Coverage
-from legolm.errors import LegolmError
+from legolm.errors import PublicError
 from legolm.models import Shape
 from legolm.privacy.atoms import Atom, atoms, threshold
 from legolm.privacy.neighbours import Ring, opens, ring
@@ -214,13 +214,13 @@ class Cohort:
         self.session, self.shape = session, shape
         self.adverts = {one.client: one for one in sorted(adverts, key=lambda one: one.client)}
         if len(self.adverts) < len(adverts):
-            raise LegolmError("secure sum: a client is there twice")
+            raise PublicError("secure sum: a client is there twice")
         for one in adverts:
             if one.held not in structures:
-                raise LegolmError(f"secure sum: what {one.client} holds was not told")
+                raise PublicError(f"secure sum: what {one.client} holds was not told")
         for name, structure in structures.items():
             if structure.hash(shape) != name or structure.rank > session.rank:
-                raise LegolmError("secure sum: what a client holds is not what it signed")
+                raise PublicError("secure sum: what a client holds is not what it signed")
         self._members = tuple((id, structures[one.held]) for id, one in self.adverts.items())
         self.grid = grid_of(session, shape)
         self.all_atoms, self._held = _cut(self.grid, shape, self._members)
@@ -331,9 +331,9 @@ def check(advert: Advert, session: Session, identities: Mapping[str, str]) -> No
     """
     identity = identities.get(advert.client)
     if identity is None:
-        raise LegolmError(f"secure sum: client {advert.client} is not in the roster of identities")
+        raise PublicError(f"secure sum: client {advert.client} is not in the roster of identities")
     if not is_signed(bytes.fromhex(identity), bytes.fromhex(advert.signature), advert.content(session)):
-        raise LegolmError(
+        raise PublicError(
             f"secure sum: the signature of client {advert.client} does not fit its identity in the roster; take the "
             "roster of this federation"
         )
@@ -363,6 +363,6 @@ def _bits(kept: tuple[int, ...], size: int) -> str:
 
 def _kept(bits: str, size: int) -> tuple[int, ...]:
     if len(bits) != 2 * ((size + 7) // 8) or not set(bits) <= set("0123456789abcdef"):
-        raise LegolmError("secure sum: what a client holds does not fit the LLM")
+        raise PublicError("secure sum: what a client holds does not fit the LLM")
     found = np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8)))
     return tuple(found.tolist())

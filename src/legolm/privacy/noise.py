@@ -23,7 +23,7 @@ from torch import Tensor
 
 from legolm.adapter import Tensors
 from legolm.config import DpConfig
-from legolm.errors import LegolmError
+from legolm.errors import PublicError
 
 BELOW = 1 - 2.0**-20
 """Of the bound: rounding to float32 must not lead above it."""
@@ -32,7 +32,7 @@ BELOW = 1 - 2.0**-20
 def deviation(dp: DpConfig) -> float:
     """Of the noise on N. Raises `LegolmError` for settings that a request left open."""
     if dp.noise_multiplier is None:
-        raise LegolmError("privacy.dp: the request says noise distributed, and not how much")
+        raise PublicError("privacy.dp: the request says noise distributed, and not how much")
     return dp.noise_multiplier * dp.clip
 
 

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from legolm.errors import LegolmError
+from legolm.errors import PublicError
 
 KEY_BYTES = 32
 NONCE = bytes(12)
@@ -37,7 +37,7 @@ class Agreeing:
         try:
             return self._key.exchange(X25519PublicKey.from_public_bytes(public))
         except ValueError:
-            raise LegolmError("a public key is none") from None
+            raise PublicError("a public key is none") from None
 
 
 def derive(secret: bytes, *about: bytes) -> bytes:
@@ -79,7 +79,7 @@ def unseal(key: bytes, sealed: bytes, about: bytes) -> bytes:
     try:
         return ChaCha20Poly1305(key).decrypt(NONCE, sealed, about)
     except (InvalidTag, ValueError):
-        raise LegolmError("a sealed share is not what its sender sealed") from None
+        raise PublicError("a sealed share is not what its sender sealed") from None
 
 
 def stream(key: bytes, count: int, bits: int) -> Words:

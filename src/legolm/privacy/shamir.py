@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 
-from legolm.errors import LegolmError
+from legolm.errors import PublicError
 
 PRIME = 2**256 + 297
 """The smallest prime above all secrets of 32 bytes."""
@@ -59,5 +59,5 @@ def from_bytes(content: bytes) -> int:
     """What `to_bytes` wrote. Raises `LegolmError` for what is in no field."""
     value = int.from_bytes(content, "big")
     if len(content) != SHARE_BYTES or value >= PRIME:
-        raise LegolmError("a share is none of the field's numbers")
+        raise PublicError("a share is none of the field's numbers")
     return value

@@ -274,14 +274,37 @@ def test_a_device_for_sums_answers_what_they_ask_and_nothing_else(files: Path, t
     device = Resident(held, "fr", Server(files).piece, lambda text: None)
 
     def said(kind: str) -> str:
-        header = {"kind": kind}
-        content: bytes = save({}, metadata={"legolm": json.dumps(header)})
-        return str(device.answer(welcome_of(files).model_dump_json(), content)[0]["error"])
+        return str(device.answer(welcome_of(files).model_dump_json(), _asking(kind))[0]["error"])
 
     assert said("calibrate").startswith("it asks for this device's second moments alone, and --roster is for sums")
     assert said("gradients").startswith("it asks for this device's answer to 'gradients' alone, and --roster is for")
     for kind in ("keys", "shares", "confirm", "unmask", "evaluate"):
         assert "alone" not in said(kind)
+
+
+def test_errors_tell_the_server_nothing_of_rows(files: Path, tmp_path: Path) -> None:
+    """What is wrong with them, and where they are, is for who started the device."""
+    path, said, told = tmp_path / "home of Ann" / "rows.jsonl", list[str](), welcome_of(files).model_dump_json()
+    path.parent.mkdir()
+    turns = [{"role": "HIV positive since 2004", "content": "x"}, {"role": "assistant", "content": "y"}]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    for data in (path, path.with_name("none.jsonl")):
+        device = Resident(Holdings(tmp_path / "home", (str(data),)), "fr", Server(files).piece, said.append)
+        assert device.answer(told, _asking("train")) == ({"error": answering.OWN}, b"")
+    assert "rows.jsonl:1: `messages[0]` has role 'HIV positive since 2004'" in said[0] and "none.jsonl" in said[1]
+
+    class Failing(answering.Answering):
+        def _work(self, told: Welcome, welcome: str, request: bytes, until: float | None) -> bytes:
+            raise ValueError("HIV positive")
+
+    failing = Failing(tmp_path / "home", "fr", said.append)
+    assert failing.answer(told, _asking("train")) == ({"error": f"ValueError: {answering.OWN}"}, b"")
+    assert said[2] == "a request failed: ValueError: HIV positive"
+
+
+def _asking(kind: str) -> bytes:
+    content: bytes = save({}, metadata={"legolm": json.dumps({"kind": kind})})
+    return content
 
 
 def _timeless(reply: bytes) -> bytes:

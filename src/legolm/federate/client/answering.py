@@ -11,7 +11,7 @@ from pathlib import Path
 from socket import socket
 from typing import Any
 
-from legolm.errors import LegolmError, brief
+from legolm.errors import LegolmError, PublicError, brief
 from legolm.federate.bridge import Link
 from legolm.federate.client.fetch import UnreachableError
 from legolm.federate.wire import Welcome, kind_of, plain, read_welcome
@@ -20,6 +20,8 @@ from legolm.system import DiskFullError, disk_full
 
 KEPT = 32
 """Replies kept of a run: as many as may be asked for again."""
+OWN = "something is wrong with its block, its rows or its machine; its own output says what"
+"""All that a server is told of an error that may quote them."""
 ROOM_S = 5.0
 """From one look at a full disk to the next."""
 
@@ -36,14 +38,15 @@ class Answering(ABC):
         made of is the same.
 
         Work stops itself in time for a reply within `left_s` seconds.
-        `error` says what is wrong with the request or the device, `again` that it may be asked again.
+        `error` says what is wrong with the request, of the device's own only that something is; `again` that it may be
+        asked again.
         """
         came = time.monotonic()
         try:
             told = read_welcome(welcome)
             with self._lock:
                 if self._name is not None and told.client != self._name:
-                    raise LegolmError(f"client {told.client}: this device is {self._name!r}")
+                    raise PublicError(f"client {told.client}: this device is {self._name!r}")
                 if (said := self._at_once(request)) is not None:
                     return {}, said
                 return {}, self._kept(told, welcome, request, None if left_s is None else came + left_s)
@@ -53,12 +56,12 @@ class Answering(ABC):
             if disk_full(error):
                 return self._full(error)
             self._note(f"a request was refused: {error}")
-            return {"error": plain(error)}, b""
+            return {"error": plain(error) if isinstance(error, PublicError) else OWN}, b""
         except Exception as error:  # of torch, say: without memory it raises what it likes
             if disk_full(error):
                 return self._full(error)
             self._note(f"a request failed: {type(error).__name__}: {brief(error)}")
-            return {"error": plain(f"{type(error).__name__}: {error}")}, b""
+            return {"error": plain(f"{type(error).__name__}: {OWN}")}, b""
 
     def serve(self, listener: socket) -> None:
         """Answer who connects, until the listener is closed."""
@@ -113,7 +116,7 @@ class Answering(ABC):
 
     def _full(self, error: Exception) -> tuple[dict[str, Any], bytes]:
         self._note(f"{brief(error)}; a request waits until there is room")
-        return {"again": f"its disk is full ({plain(error)})"}, b""
+        return {"again": "its disk is full"}, b""
 
     def _serve(self, link: Link) -> None:
         with link:

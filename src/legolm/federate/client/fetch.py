@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, PublicError
 from legolm.federate.bridge import PIECE
 from legolm.federate.wire import BlockFile, Welcome
 from legolm.models import resolve
@@ -33,7 +33,7 @@ def find_block(
     when the server goes away.
     """
     if not welcome.files:
-        raise LegolmError(f"block {welcome.block}: the server told no files of it; is it of another version of legolm?")
+        raise PublicError(f"block {welcome.block}: the server told no files of it; is it of another version of legolm?")
     path = home / "blocks" / welcome.block_id
     partial = path.with_name(f".{path.name}.partial")
     if path.is_dir():
@@ -77,7 +77,7 @@ def block_folder(block: str) -> Path:
 
 def _fetch(path: Path, told: BlockFile, name: str, piece: Piece) -> None:
     if len(told.pieces) != -(-told.bytes // PIECE):
-        raise LegolmError(f"block file {name}: {len(told.pieces)} hashes of pieces for {told.bytes} bytes")
+        raise PublicError(f"block file {name}: {len(told.pieces)} hashes of pieces for {told.bytes} bytes")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     with path.open("r+b") as file:
@@ -92,7 +92,7 @@ def _fetch(path: Path, told: BlockFile, name: str, piece: Piece) -> None:
         file.truncate(told.bytes)
     if not _is(path, told):
         shutil.rmtree(path.parent)
-        raise LegolmError(f"block file {name}: its pieces are right and the whole is not; ask for it again")
+        raise PublicError(f"block file {name}: its pieces are right and the whole is not; ask for it again")
 
 
 def _checked(name: str, index: int, wanted: str, piece: Piece) -> bytes:
@@ -100,7 +100,7 @@ def _checked(name: str, index: int, wanted: str, piece: Piece) -> bytes:
         content = piece(name, index * PIECE)
         if _hash(content) == wanted:
             return content
-    raise LegolmError(f"block file {name}: piece {index + 1} came {TRIES} times, and never as the server told it")
+    raise PublicError(f"block file {name}: piece {index + 1} came {TRIES} times, and never as the server told it")
 
 
 def _is(path: Path, told: BlockFile) -> bool:

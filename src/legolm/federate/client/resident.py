@@ -14,7 +14,7 @@ import torch
 from legolm.block import Block, read_block
 from legolm.config import DataConfig
 from legolm.data import Examples, own_part
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, PublicError
 from legolm.federate.client.answering import Answering
 from legolm.federate.client.fetch import Piece, find_block
 from legolm.federate.client.runtime import ClientRuntime
@@ -94,7 +94,7 @@ class HeldSite:
     def keeping(self) -> Keeping:
         """As given."""
         if self.keeps is None:
-            raise LegolmError(
+            raise PublicError(
                 "secure sum: this device has no roster of identities; get it from the server's owner (legolm devices "
                 "roster) and start this with --roster"
             )
@@ -118,7 +118,7 @@ class Resident(Answering):
         if (kind := kind_of(request)) == "offer":
             return pack(self._describe(unpack(request, OfferRequest)[0]), {})
         if kind == "evaluate" and unpack(request, EvaluateRequest)[0].otherwise is not None:
-            raise LegolmError("it asks for a score by input, which would tell the tokens of this device's questions")
+            raise PublicError("it asks for a score by input, which would tell the tokens of this device's questions")
         if self._held.roster is not None:
             _check_summed(kind, request)
         return None
@@ -139,7 +139,7 @@ class Resident(Answering):
     def _site(self, client: str, block: str) -> Site:
         """For the runtime: of what the last welcome told."""
         if (client, block) not in self._sites:
-            raise LegolmError(f"client {client}, block {block}: the request is not for whom its welcome says")
+            raise PublicError(f"client {client}, block {block}: the request is not for whom its welcome says")
         return self._sites[client, block]
 
     def _describe(self, asked: OfferRequest) -> DeviceReply:
@@ -216,7 +216,7 @@ def _check_summed(kind: str, request: bytes) -> None:
     """Raise `LegolmError` for what would tell something of this device alone."""
     if kind not in SUMMED or (kind == "train" and unpack(request, TrainRequest)[0].secure is None):
         what = {"train": "change", "calibrate": "second moments"}.get(kind, f"answer to {kind!r}")
-        raise LegolmError(
+        raise PublicError(
             f"it asks for this device's {what} alone, and --roster is for sums of many; start the device without it to "
             "send that"
         )

@@ -18,7 +18,7 @@ from legolm.adapter import Tensors, adapter_keys, adapter_layout, concatenated, 
 from legolm.block import Block
 from legolm.config import CalibrationConfig, DpConfig, Precision, TrainConfig
 from legolm.data import Familiar, Seen, TokenRows, Tokens, Turns, check_whole, own_tokens, tokens_of
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, PublicError
 from legolm.evaluation import Answers, score_each
 from legolm.federate.client.secure import LATER, keys, masked
 from legolm.federate.client.site import Site, SiteOf, Split
@@ -151,7 +151,7 @@ class ClientRuntime:
         (rows,) = site.examples("train")
         tokens = own_tokens(rows, settings, load_tokenizer(block.path, site.prompts()), request.seed)
         if tokens.numel() < (least := block.coverage.shape.hidden):
-            raise LegolmError(
+            raise PublicError(
                 f"its text has {tokens.numel()} tokens in whole samples, fewer than the hidden size, {least}, and "
                 "their sums would tell them; it needs more rows, or shorter calibration.length"
             )
@@ -294,7 +294,7 @@ def _bytes(model: Any) -> int:
 
 
 def _another_cut(request: Envelope | CalibrateRequest) -> LegolmError:
-    return LegolmError(f"block {request.block}: the request was made for another cut of it or another base model")
+    return PublicError(f"block {request.block}: the request was made for another cut of it or another base model")
 
 
 def _is_for(request: Envelope, block: Block) -> bool:

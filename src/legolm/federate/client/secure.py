@@ -13,7 +13,7 @@ from torch import Tensor
 
 from legolm.adapter import Flat, Layout, Tensors, under_prefix
 from legolm.block import Coverage
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, PublicError
 from legolm.federate.wire import (
     BOUNDS,
     MASKED,
@@ -64,16 +64,16 @@ def keys(request: KeysRequest, keeping: Keeping, coverage: Coverage, examples: i
     before it: the difference of two sums is a client's change."""
     session, client = request.session, request.client
     if client not in keeping.roster:
-        raise LegolmError(
+        raise PublicError(
             f"secure sum: client {client} is not in the roster of identities; get the federation's roster"
         )
     if session.k < keeping.colluders + 2:  # two honest holders at least
-        raise LegolmError(
+        raise PublicError(
             f"secure sum: entries open with {session.k} holders, and this device reckons with {keeping.colluders} "
             f"colluders, which takes {keeping.colluders + 2}; set privacy.secure.colluders, or --colluders here"
         )
     if session.round <= (opened := _opened(keeping)):
-        raise LegolmError(f"secure sum: {client} {OPENED} {opened} already")
+        raise PublicError(f"secure sum: {client} {OPENED} {opened} already")
     trained = coverage if request.layers is None else coverage.within(request.layers)
     structure = Structure.of(trained, request.rank)
     made = SecureClient.begin(session, client, keeping.identity, coverage.shape, structure, examples)
@@ -138,11 +138,11 @@ def masked(
     cohort, me, layout = client.cohort(), request.client, Layout.of(delta)
     rows = own[BOUNDS].numpy() if BOUNDS in own else np.zeros(0, np.float32)
     if rows.dtype != np.float32 or rows.shape != (cohort.grid.row_count,) or not bool((rows > 0).all()):
-        raise LegolmError(f"secure sum: bounds of {rows.shape} rank rows; there are {cohort.grid.row_count}")
+        raise PublicError(f"secure sum: bounds of {rows.shape} rank rows; there are {cohort.grid.row_count}")
     sealed = from_tensor(own.get(SEALED), secure.sizes)
     received, change = _flat(start, layout), _flat(delta, layout)
     if len(change) != len(cohort.places(me)):
-        raise LegolmError(f"secure sum: what {me} was asked to train is not what it signed")
+        raise PublicError(f"secure sum: what {me} was asked to train is not what it signed")
     opening = client.opening(cohort, secure.there, told(request, rows), received)
     made = scale(cohort, opening.atoms, secure.there, rows, dp)
     share = counts(secure.session, client.kept.adverts, set(secure.there))[me]
@@ -185,7 +185,7 @@ def _kept(keeping: Keeping) -> Secrets | None:
     try:
         return Secrets.model_validate_json(content)
     except ValidationError:
-        raise LegolmError("secure sum: the secrets that were kept of it are broken; it begins anew") from None
+        raise PublicError("secure sum: the secrets that were kept of it are broken; it begins anew") from None
 
 
 def _keep(keeping: Keeping, client: SecureClient) -> None:
@@ -196,7 +196,7 @@ def _client(request: SumRequest, keeping: Keeping, coverage: Coverage) -> Secure
     """As it was after its last phase. Raises `LegolmError` where it knows nothing of this sum."""
     kept = _kept(keeping)
     if kept is None or kept.client != request.client or kept.session != request.session:
-        raise LegolmError(f"secure sum: {request.client} has no secrets of this sum; it ended meanwhile, or began anew")
+        raise PublicError(f"secure sum: {request.client} has no secrets of this sum; it ended meanwhile, or began anew")
     return SecureClient(kept, keeping.identity, coverage.shape)
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from legolm.adapter import Tensors
 from legolm.block import Block, read_block
-from legolm.errors import LegolmError, brief
+from legolm.errors import LegolmError, PublicError, brief
 from legolm.federate.client import Answering, Piece, UnreachableError, find_block, keep_state, read_state
 from legolm.federate.server import checked_scores
 from legolm.federate.transport import Exchange, Request
@@ -94,7 +94,7 @@ class Relay(Answering):
 
     def _work(self, told: Welcome, welcome: str, request: bytes, until: float | None) -> bytes:
         if not told.relay:
-            raise LegolmError(
+            raise PublicError(
                 f"client {told.client}: is a relay, and the server takes it for one device; set clients[].relay to true"
             )
         if told != self._welcome:
@@ -108,7 +108,7 @@ class Relay(Answering):
             return self._train(*unpack(request, TrainRequest), told, block, devices, until)
         if kind == "evaluate":
             return self._evaluate(*unpack(request, EvaluateRequest), devices)
-        raise LegolmError(f"a relay adds up changes and scores; it has no answer to {kind!r}")
+        raise PublicError(f"a relay adds up changes and scores; it has no answer to {kind!r}")
 
     def _train(
         self,
@@ -120,7 +120,7 @@ class Relay(Answering):
         until: float | None,
     ) -> bytes:
         if request.secure is not None or request.phase != "round" or request.settings.dp is not None:
-            raise LegolmError("a relay answers for rounds, without privacy.secure and privacy.dp")
+            raise PublicError("a relay answers for rounds, without privacy.secure and privacy.dp")
         self.round = request.round
         folder = self._folder(told.run)
         members = _read(folder).stood(request.accepted)
@@ -161,7 +161,7 @@ class Relay(Answering):
 
         def sets(id: str) -> list[tuple[str, Literal["validation", "test"]]]:
             if any(client != request.client for client, _ in request.sets):
-                raise LegolmError("a relay's devices score their own data only")
+                raise PublicError("a relay's devices score their own data only")
             return [(id, split) for _, split in request.sets]
 
         def requests() -> Iterator[Request]:

@@ -36,7 +36,7 @@ from legolm.adapter import (
 )
 from legolm.block import Block, Coverage
 from legolm.config import Codec, DpConfig
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, PublicError
 from legolm.federate.wire import codec
 from legolm.federate.wire.messages import (
     MAX_REPLY_HEADER,
@@ -145,7 +145,7 @@ def passed_on(request: TrainRequest, coverage: Coverage, content: Tensors, side:
     """
     settings = request.settings
     if settings.fresh or settings.fold_rank or settings.fold_seeds:
-        raise LegolmError("a relay adds up changes of the same factors, and these are each client's own, or fold")
+        raise PublicError("a relay adds up changes of the same factors, and these are each client's own, or fold")
     start, trained = (
         open_(request, coverage, content, side).start,
         _sent(settings, coverage, request.rank, settings.layers),
@@ -293,7 +293,7 @@ def _holders(settings: TrainSettings, content: Tensors, trained: Layout) -> Tens
         return {}
     found = content.get(HOLDERS)
     if found is None or found.dtype != torch.uint8 or found.shape != (trained.total,) or not bool(found.all()):
-        raise LegolmError(f"{HOLDERS}: must be {trained.total} counts of at least one")
+        raise PublicError(f"{HOLDERS}: must be {trained.total} counts of at least one")
     return dict(Flat(found, trained))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from legolm.adapter import Flat, Layout, Tensors
 from legolm.config import Codec
-from legolm.errors import LegolmError
+from legolm.errors import PublicError
 
 FACTORS, SCALES, KEPT = "factors", "scales", "kept"
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -54,7 +54,7 @@ def decode(content: Tensors, codec: Codec, layout: Layout, keep: float = 1.0) ->
     wanted = wanted if layout.shapes else set()
     missing, foreign = sorted(wanted - set(content)), sorted(set(content) - wanted)
     if missing or foreign:
-        raise LegolmError(f"{missing[0]} is missing" if missing else f"{foreign[0]} was not asked for")
+        raise PublicError(f"{missing[0]} is missing" if missing else f"{foreign[0]} was not asked for")
     if not wanted:
         return Flat(torch.zeros(0), layout)
     mask = _mask(content[KEPT], layout) if keep < 1 else None
@@ -100,6 +100,6 @@ def _mask(packed: Tensor, layout: Layout) -> Tensor:
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
     if tensor.dtype != dtype:
-        raise LegolmError(f"{name} is {tensor.dtype}; must be {str(dtype).removeprefix('torch.')}")
+        raise PublicError(f"{name} is {tensor.dtype}; must be {str(dtype).removeprefix('torch.')}")
     if tuple(tensor.shape) != (count,):
-        raise LegolmError(f"{name} has shape {tuple(tensor.shape)}; the block's is ({count},)")
+        raise PublicError(f"{name} has shape {tuple(tensor.shape)}; the block's is ({count},)")

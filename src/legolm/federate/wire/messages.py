@@ -17,7 +17,7 @@ from safetensors.torch import save as safetensors_save
 
 from legolm.adapter import Tensors
 from legolm.config import Codec, DpConfig, Precision, TrainConfig
-from legolm.errors import LegolmError, printable
+from legolm.errors import PublicError, printable
 from legolm.privacy import Session
 from legolm.runs import Score
 
@@ -207,16 +207,16 @@ def unpack(content: bytes, kind: type[Header], most: int = MAX_HEADER) -> tuple[
     `most` are bytes of the header.
     """
     if len(content) > MAX_BYTES:
-        raise LegolmError(f"message of {len(content)} bytes; at most {MAX_BYTES}")
+        raise PublicError(f"message of {len(content)} bytes; at most {MAX_BYTES}")
     try:
         metadata, tensors = _parse(content, most)
         return kind.model_validate_json(metadata), tensors
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise LegolmError(f"message header: {where}: {problem['msg']}"[:MAX_SAID]) from None
+        raise PublicError(f"message header: {where}: {problem['msg']}"[:MAX_SAID]) from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
-        raise LegolmError(f"message is broken ({plain(error)})") from None
+        raise PublicError(f"message is broken ({plain(error)})") from None
 
 
 def kind_of(content: bytes) -> str:
@@ -224,7 +224,7 @@ def kind_of(content: bytes) -> str:
     try:
         return str(json.loads(_header(content, MAX_HEADER)["__metadata__"]["legolm"])["kind"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise LegolmError(f"message is broken ({plain(error)})") from None
+        raise PublicError(f"message is broken ({plain(error)})") from None
 
 
 def plain(said: object) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from legolm.aggregate import capped
 from legolm.config import DpConfig
-from legolm.errors import LegolmError
+from legolm.errors import PublicError
 from legolm.federate.wire.messages import MAX_REPLY_HEADER, Envelope, Name, TrainRequest
 from legolm.privacy import (
     Advert,
@@ -139,7 +139,7 @@ def to_tensor(parts: Sequence[bytes]) -> Tensor:
 def from_tensor(tensor: Tensor | None, sizes: Sequence[int]) -> list[bytes]:
     """The parts again. Raises `LegolmError` for a tensor that has other bytes."""
     if tensor is None or tensor.dtype != torch.uint8 or any(size < 0 for size in sizes) or tensor.numel() != sum(sizes):
-        raise LegolmError("secure sum: a message's bytes are not as many as its header says")
+        raise PublicError("secure sum: a message's bytes are not as many as its header says")
     content, found, at = tensor.flatten().numpy().tobytes(), [], 0
     for size in sizes:
         found.append(content[at : at + size])
@@ -187,7 +187,7 @@ def scale(
     limit = np.minimum(bound.astype(np.float64), dp.clip)
     found = noisy(limit, most, np.repeat(counts, sizes), deviation(dp) / np.sqrt(parts))
     if not np.isfinite(found.step).all():
-        raise LegolmError(f"privacy.dp: noise of deviation {deviation(dp):.3g} is more than a number holds")
+        raise PublicError(f"privacy.dp: noise of deviation {deviation(dp):.3g} is more than a number holds")
     return found
 
 

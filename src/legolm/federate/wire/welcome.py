@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from legolm.config import DataConfig, RowsConfig, RunConfig
-from legolm.errors import LegolmError
+from legolm.errors import PublicError
 from legolm.federate.bridge import PIECE
 from legolm.federate.wire.messages import Name, plain
 
@@ -89,7 +89,7 @@ def read_welcome(text: str) -> Welcome:
     except ValidationError as error:
         problem = error.errors()[0]
         said = plain(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")
-        raise LegolmError(f"the server's welcome: {said}; is it of another version of legolm?") from None
+        raise PublicError(f"the server's welcome: {said}; is it of another version of legolm?") from None
 
 
 def block_files(folder: Path) -> list[BlockFile]:
