@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +175,7 @@ def test_inspect_draws_what_a_client_ended_with(exported_run: Path) -> None:
     assert "kept of each matrix" in done.stdout and "█" in done.stdout
 
 
-def test_compose_then_export(exported_run: Path, tmp_path: Path) -> None:
+def test_compose_then_export(exported_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ("compose", exported_run, "--into", "union", "--weights", "1", "--out", tmp_path / "both")
     assert_one_line(legolm(*asked, "--then", "run x"), "must be an export: 'export --to gguf --out FILE'")
     for bad, says in (
@@ -181,8 +183,22 @@ def test_compose_then_export(exported_run: Path, tmp_path: Path) -> None:
         (f"export --to hf --out {tmp_path / 'both'}", "is the composed model's own"),
         (f"export --to foo --out {tmp_path / 'x'}", "--to: target 'foo' is not known"),
         (f"export --to hf --quant q8_0 --out {tmp_path / 'x'}", "unknown key `quant` of target 'hf'"),
+        (f"export --to adapter --out {tmp_path / 'x'}", "both: has no adapter; give one (--adapter DIR)"),
+        (f"export --to gguf-adapter --out {tmp_path / 'x'}", "both: has no adapter; give one (--adapter DIR)"),
+        (f"export --to sparse --out {tmp_path / 'x'}", "both has no bit masks"),
+        (f"export --to hf --push-to-hub me/b --out {tmp_path / 'x'}", "there is no token"),
     ):
-        assert_one_line(legolm(*asked, "--then", bad), says)
+        with monkeypatch.context() as patch:
+            patch.setattr("huggingface_hub.get_token", lambda: None)
+            assert_one_line(legolm(*asked, "--then", bad), says)
+            assert_one_line(legolm(*asked, "--dry-run", "--then", bad), says)
+    with monkeypatch.context() as patch:
+        patch.setattr("legolm.export.target.importlib.util.find_spec", lambda name: None)
+        assert_one_line(
+            legolm(*asked, "--then", f"export --to gguf --out {tmp_path / 'x'}"), "needs gguf, which is not"
+        )
+    twice = ("compose", exported_run, "--into", "layers=2,layers=1", "--out", tmp_path / "both")
+    assert_one_line(legolm(*twice), "--into layers=2,layers=1: layers is given twice")
     digits = ("compose", exported_run, "--into", f"neurons={'9' * 5000}", "--out", tmp_path / "both")
     assert_one_line(legolm(*digits), "neurons must be a number from 1")
     assert not (tmp_path / "both").exists()
@@ -216,6 +232,10 @@ def test_the_best_that_fits_is_picked() -> None:
     with pytest.raises(LegolmError, match=r"none of 4 models has at most .* the fastest makes 40.0"):
         pick(every, 100, 30)
     assert front(every) == [large, half, small]
+    # The same answers in twice the tokens: 0.8 nats each of 20 are more than 1.0 of 10.
+    bytes_ = replace(made("bytes", 50, 200, 0.8), score=Score(loss=0.8, exact_match=0.5, tokens=20, examples=5))
+    assert pick([*every, bytes_], 1000, 0) is large and front([*every, bytes_])[-1] is bytes_
+    assert bytes_.loss == pytest.approx(16 / 5) and large.loss == 2.0
 
 
 def test_pick_measures_a_runs_models_on_the_users_questions(exported_run: Path, tmp_path: Path) -> None:
@@ -229,3 +249,23 @@ def test_pick_measures_a_runs_models_on_the_users_questions(exported_run: Path, 
     assert (tmp_path / "p.svg").read_text().count("<svg") == 1
     assert_one_line(legolm(*asked, "--memory", "much"), "--memory much: write a number, with k, M or G")
     assert_one_line(legolm("pick", run, "--data", tmp_path / "none.jsonl"), "none.jsonl")
+
+
+def test_what_cannot_be_measured_is_refused_before_the_questions_are_asked(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr("legolm.export.picking.score", lambda *_: pytest.fail("it is too late"))
+    data, short = tmp_path / "q.jsonl", Path(shutil.copytree(tiny("llama"), tmp_path / "short"))
+    data.write_text(json.dumps({"instruction": "Say", "output": "ab"}) + "\n")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    for model, more, says in (
+        (short, (), "short: takes 100 tokens in all"),
+        (tiny("opt"), (), "family 'opt' cannot be written for llama.cpp"),
+        (tiny("llama"), ("--quant", "q9"), "--quant: `quant` = 'q9': input should be"),
+    ):
+        assert_one_line(legolm("pick", tiny("llama"), model, "--data", data, *more), says)
+        assert_one_line(legolm("bench", tiny("llama"), model, *more), says)
+    monkeypatch.setattr("legolm.export.target.importlib.util.find_spec", lambda name: None)
+    assert_one_line(legolm("pick", tiny("llama"), "--data", data), "llama.cpp: needs gguf, which is not installed")

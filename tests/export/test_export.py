@@ -254,7 +254,7 @@ def test_what_must_be_there_and_what_must_not(run: Path, tmp_path: Path, monkeyp
     assert_one_line(done, "--to gguf: needs gguf, which is not installed; run: pip install 'legolm[gguf]'")
     assert_one_line(legolm("serve", run), "serve: needs gguf, which is not installed; run: pip install 'legolm[gguf]'")
     done = legolm("bench", run, "--runtimes", "transformers,onnxruntime")
-    assert_one_line(done, "--runtimes onnxruntime: needs onnx, which is not installed; run: pip install 'legolm[onnx]'")
+    assert_one_line(done, "runtime onnxruntime: needs onnx, which is not installed; run: pip install 'legolm[onnx]'")
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))  # type: ignore[attr-defined]
     assert_one_line(legolm("export", run, "--to", "hf", "--out", tmp_path / "y"), "free some space")
 
@@ -356,4 +356,26 @@ def test_a_served_model_takes_the_adapter_that_a_request_names(run: Path, tmp_pa
     (tmp_path / "x.gguf").write_text("GGUF")
     assert_one_line(legolm("serve", tmp_path / "x.gguf", "--port", 0), "x.gguf: is no GGUF file that can be read")
     assert_one_line(legolm("serve", cut, "--port", 0, "--adapter", tmp_path / "x.gguf"), "--adapter", "is no GGUF file")
-    assert_one_line(legolm("serve", cut, "--port", 0, "--adapter", f"a={cut}"), "no readable adapter_config.json")
+    with serving(str(cut), [f"model={run / 'adapter'}"], "127.0.0.1", 0, "f16", 1, tmp_path) as (_, numbers):
+        assert numbers == {"model": 0}
+
+
+def test_serve_looks_at_all_before_it_exports(
+    run: Path, masked: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr("legolm.export.server.export", lambda *_, **__: pytest.fail("it is too late"))
+    cut, own = run.parent.parent / "blocks" / "b", run / "adapter"
+    (tmp_path / "x.gguf").write_text("GGUF")
+    for model, more, says in (
+        (cut, ("--adapter", f"a={cut}"), "no readable adapter_config.json"),
+        (cut, ("--adapter", tmp_path / "x.gguf"), "is no GGUF file"),
+        (masked.path, ("--adapter", f"a={own}"), "which does not fit the block"),
+        (cut, ("--quant", "q9"), "--quant: `quant` = 'q9': input should be 'f32'"),
+        (
+            cut,
+            ("--adapter", f"a={own}", "--adapter", f"a={cut}", "--adapter", f"z={own}"),
+            f"--adapter a={cut}: the name",
+        ),
+    ):
+        assert_one_line(legolm("serve", model, "--port", 0, *more), says)

@@ -46,6 +46,7 @@ def compose(
     from legolm.composition import compose as put_together
     from legolm.config import RowsConfig
     from legolm.config import validate as checked
+    from legolm.export import check_composed
     from legolm.report import print_blocks, print_composition
     from legolm.system import Progress
 
@@ -54,16 +55,21 @@ def compose(
     wanted = plan(
         sources, into, base, chosen, weights, validate, progress, checked(RowsConfig, given, "legolm compose")
     )
+    if after is not None:
+        options, _ = after
+        settings = settings_of(options["quant"], options["push_to_hub"])
+        check_composed(wanted, out, options["to"], options["adapter"], settings)
     if dry_run:
         print_composition(wanted)
         return
     print_blocks([put_together(wanted, out, progress)])
     if after is not None:
-        after()
+        _, export_it = after
+        export_it()
 
 
-def _parsed(then: str, out: Path) -> Callable[[], None]:
-    """What exports the folder `out`. Raises `LegolmError` for another command and a bad one, before the work."""
+def _parsed(then: str, out: Path) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Options, and what exports the folder `out`. Raises `LegolmError` for another command and a bad one."""
     from legolm.export import target_of
 
     try:
@@ -79,5 +85,5 @@ def _parsed(then: str, out: Path) -> Callable[[], None]:
     if Path(given["out"]).resolve() == out.resolve():
         raise LegolmError(f"--then: --out {given['out']} is the composed model's own; give another one")
     check_new(Path(given["out"]))
-    target_of(given["to"], settings_of(given["quant"], given["push_to_hub"]))
-    return lambda: made.main([str(out), *words], standalone_mode=False)
+    target_of(given["to"], settings_of(given["quant"], given["push_to_hub"])).need()
+    return given, lambda: made.main([str(out), *words], standalone_mode=False)

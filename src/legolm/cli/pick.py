@@ -48,9 +48,11 @@ def pick(
     from legolm.errors import LegolmError
     from legolm.export import candidates
     from legolm.export import pick as choose
-    from legolm.report import draw_tradeoff, print_picked
+    from legolm.report import draw_tradeoff, need_matplotlib, print_picked
     from legolm.system import Progress, atomic_write
 
+    if picture is not None:
+        need_matplotlib()
     try:
         most = float("inf") if memory is None else float(parse_quantity(memory))
     except ValueError as error:

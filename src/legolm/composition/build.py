@@ -55,6 +55,14 @@ class Composition:
     whole: bool
     covered: int
 
+    @property
+    def config(self) -> Any:
+        """Of the composed model."""
+        config = copy.deepcopy(self.base.config)
+        if not self.whole and self.coverage.block_shape != self.base.shape:
+            config.update(config_changes(config, self.coverage.block_shape, self.coverage.layers))
+        return config
+
 
 def plan(
     names: Sequence[str],
@@ -131,10 +139,7 @@ def compose(wanted: Composition, out: Path, progress: Progress) -> Block:
         for name, tensor in model.around():
             writer.add("", {name: tensor})
         writer.close()
-        config = copy.deepcopy(base.config)
-        if not wanted.whole and coverage.block_shape != base.shape:
-            config.update(config_changes(config, coverage.block_shape, coverage.layers))
-        config.save_pretrained(folder)
+        wanted.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         carry(base.path, folder)
         manifest = Manifest(

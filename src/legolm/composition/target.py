@@ -40,6 +40,8 @@ def parse_sizes(text: str) -> dict[str, int]:
         name, _, count = part.partition("=")
         if name not in SIZES:
             raise LegolmError(f"--into {text}: unknown size {name!r};{nearest(name, SIZES)}")
+        if name in sizes:
+            raise LegolmError(f"--into {brief(text)}: {name} is given twice; give it once")
         if not count.isdecimal() or len(count) > 9 or int(count) < 1:
             raise LegolmError(f"--into {brief(text)}: {name} must be a number from 1, not {brief(count)!r}")
         sizes[name] = int(count)

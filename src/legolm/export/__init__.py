@@ -6,7 +6,7 @@ from legolm.export.source import Source, find_model
 from legolm.export.sparse import load
 from legolm.export.speed import Speed, bench, checked_runtimes
 from legolm.export.target import Target, exporter
-from legolm.export.write import Exported, export, target_of
+from legolm.export.write import Exported, check_composed, export, target_of
 
 __all__ = [
     "Candidate",
@@ -16,6 +16,7 @@ __all__ = [
     "Target",
     "bench",
     "candidates",
+    "check_composed",
     "checked_runtimes",
     "export",
     "exporter",

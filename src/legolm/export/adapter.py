@@ -19,7 +19,18 @@ LIMIT = 1e-3
 """Of the difference of log-probabilities, over their own size: both are float32."""
 
 
-@exporter("adapter")
+def check_unmasked(source: Source) -> None:
+    """Raise `LegolmError` for a model that learned nothing, and for an unstructured block: its adapter counts under the
+    mask, which no runtime applies.
+    """
+    if source.factors and source.coverage.masks:
+        raise LegolmError(
+            f"{source.name}: has bit masks, and its adapter works under them only; hf, gguf, onnx and sparse can hold "
+            "it, merged"
+        )
+
+
+@exporter("adapter", check=check_unmasked)
 def adapter(source: Source, out: Path) -> list[str]:
     """A folder for `PeftModel.from_pretrained`."""
     from peft import PeftModel
@@ -27,7 +38,6 @@ def adapter(source: Source, out: Path) -> list[str]:
     recorded = source.block.details.get("model")
     factors, bare = source.factors, source.bare
     hub = isinstance(recorded, str) and not source.is_cut and recorded != "starter" and not Path(recorded).exists()
-    check_unmasked(source, "adapter")
     save_adapter(source.coverage, factors, 1.0, str(recorded) if hub else str(lasting_base(bare)), out)
     wanted = merged_reference(source, READ, ASKED)
     model = PeftModel.from_pretrained(load_model(bare), out)
@@ -48,12 +58,3 @@ def merged_reference(source: Source, read: int, asked: int) -> Reference:
     model = load_model(source.bare)
     with merged(model, source.coverage, source.factors, 1.0) as whole, torch.no_grad():
         return Reference.of(whole, source.tokenizer, read, asked)
-
-
-def check_unmasked(source: Source, to: str) -> None:
-    """Raise `LegolmError` for an unstructured block: its adapter counts under the mask, which no runtime applies."""
-    if source.coverage.masks:
-        raise LegolmError(
-            f"--to {to}: {source.name} has bit masks, and its adapter works under them only; hf, gguf, onnx and sparse "
-            "can hold it, merged"
-        )

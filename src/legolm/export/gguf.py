@@ -45,7 +45,11 @@ CHATS = (
 )
 
 
-@exporter("gguf", packages=PACKAGES, extra="gguf")
+def _check(source: Source, **_: object) -> None:
+    described(source)
+
+
+@exporter("gguf", packages=PACKAGES, extra="gguf", check=_check)
 def gguf(source: Source, out: Path, *, quant: Quant = "q8_0") -> list[str]:
     """One file, everything merged."""
     return write_checked(source, out, quant)

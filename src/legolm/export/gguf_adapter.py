@@ -14,10 +14,14 @@ from legolm.export.target import exporter
 from legolm.models import load_model
 
 
-@exporter("gguf-adapter", packages=PACKAGES, extra="gguf")
+def _check(source: Source) -> None:
+    check_unmasked(source)
+    described(source)
+
+
+@exporter("gguf-adapter", packages=PACKAGES, extra="gguf", check=_check)
 def gguf_adapter(source: Source, out: Path) -> list[str]:
     """One file, for the GGUF file of the block as it was cut; compared on that in f16."""
-    check_unmasked(source, "gguf-adapter")
     layout, vocabulary = described(source)
     place = {layer: j for j, layer in enumerate(source.coverage.layers)}
     prefix, factors = source.coverage.shape.entry.layers, {}

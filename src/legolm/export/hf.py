@@ -19,11 +19,21 @@ from legolm.models import copy_checkpoint, decoder_layers
 READ, ASKED = 32, 16
 
 
-@exporter("hf")
+def _check_token(source: Source, *, push_to_hub: str | None = None) -> None:
+    """Raise `LegolmError` where there is to be a push and there can be none."""
+    from huggingface_hub import get_token
+
+    if push_to_hub is None:
+        return
+    if push_to_hub.count("/") != 1:
+        raise LegolmError(f"--push-to-hub {push_to_hub}: must be owner/name")
+    if get_token() is None:
+        raise LegolmError(f"--push-to-hub {push_to_hub}: there is no token; run `hf auth login`, or set HF_TOKEN")
+
+
+@exporter("hf", check=_check_token)
 def hf(source: Source, out: Path, *, push_to_hub: str | None = None) -> list[str]:
     """A folder for plain transformers, zeros kept, what it learned merged; with a card. If wanted on the hub too."""
-    if push_to_hub is not None:
-        _need_token(push_to_hub)
     out.mkdir()
     copy_checkpoint(source.path, out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=False)
@@ -50,15 +60,6 @@ def _check(source: Source, out: Path, model: Any) -> None:
         weight: Any = decoder_layers(model)[places[int(layer)]].get_submodule(module).weight
         if bool(weight[~mask].any()):
             raise LegolmError(f"{source.name}: {key} is not zero where its mask is: nothing was exported")
-
-
-def _need_token(name: str) -> None:
-    from huggingface_hub import get_token
-
-    if name.count("/") != 1:
-        raise LegolmError(f"--push-to-hub {name}: must be owner/name")
-    if get_token() is None:
-        raise LegolmError(f"--push-to-hub {name}: there is no token; run `hf auth login`, or set HF_TOKEN")
 
 
 def _push(out: Path, name: str) -> str:

@@ -18,10 +18,20 @@ MARKS = ("(first)", "(second)", "(third)", "(fourth)", "(fifth)", "(sixth)")
 ROLES = ("system", "user", "assistant", "user", "assistant", "user")
 
 
-@exporter("ollama", packages=PACKAGES, extra="gguf")
+def _check(source: Source, **_: object) -> None:
+    _modelfile(source)
+
+
+@exporter("ollama", packages=PACKAGES, extra="gguf", check=_check)
 def ollama(source: Source, out: Path, *, quant: Quant = "q8_0") -> list[str]:
     """A folder. The file is compared in llama.cpp, which ollama runs; the Modelfile's prompts with the template's."""
     out.mkdir()
+    (out / "Modelfile").write_text(_modelfile(source), encoding="utf-8")
+    return [*write_checked(source, out / GGUF, quant), f"ollama create NAME -f {out.name}/Modelfile"]
+
+
+def _modelfile(source: Source) -> str:
+    """Raises `LegolmError` for what cannot be written for llama.cpp, or asked by ollama."""
     layout, vocabulary = described(source)
     ends = {vocabulary.tokens[vocabulary.special[kind]] for kind in ("eos", "eot") if kind in vocabulary.special}
     lines = ["FROM ./model.gguf", f"PARAMETER num_ctx {min(layout.context, 4096)}"]
@@ -29,8 +39,7 @@ def ollama(source: Source, out: Path, *, quant: Quant = "q8_0") -> list[str]:
     if source.tokenizer.chat_template:
         begin = source.tokenizer.bos_token if vocabulary.begins else ""  # ollama puts it there by itself
         lines.append(f'TEMPLATE """{_template(source, begin)}"""')
-    (out / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return [*write_checked(source, out / GGUF, quant), f"ollama create NAME -f {out.name}/Modelfile"]
+    return "\n".join(lines) + "\n"
 
 
 def _template(source: Source, begin: str) -> str:

@@ -12,7 +12,7 @@ from legolm.data import read_examples, render_whole
 from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.export.source import find_model
-from legolm.export.speed import Runtime, Speed, bench
+from legolm.export.speed import BESIDE, PROMPT, TOKENS, Runtime, Speed, bench, check_bench
 from legolm.models import choose_device, load_config, load_model, load_tokenizer
 from legolm.runs import RunDir, Score
 
@@ -25,6 +25,11 @@ class Candidate:
 
     speed: Speed
     score: Score
+
+    @property
+    def loss(self) -> float:
+        """Nats an answer, whose tokens are others in each tokenizer: a loss a token is for models of one tokenizer."""
+        return self.score.loss * self.score.tokens / self.score.examples
 
     def fits(self, memory: float, least: float) -> bool:
         """Whether it keeps within so many bytes of memory, and generates so many tokens a second."""
@@ -48,6 +53,7 @@ def candidates(
     Raises `LegolmError` for a model that cannot be had or exported, and data that cannot be read.
     """
     models = list(dict.fromkeys(one for name in names for one in _models(name)))
+    check_bench(models, [runtime], quant, PROMPT, TOKENS, BESIDE)
     examples = list(read_examples(data, rows, "--data", notes))[:limit]
     if not examples:
         raise LegolmError(f"--data {data}: has no questions")
@@ -64,10 +70,10 @@ def candidates(
 
 
 def pick(found: Sequence[Candidate], memory: float, least: float) -> Candidate:
-    """The one of the lowest loss that fits. Raises `LegolmError` where none does, with what comes nearest."""
+    """The one of the lowest loss an answer that fits. Raises `LegolmError` where none does, with what comes nearest."""
     fitting = [one for one in found if one.fits(memory, least)]
     if fitting:
-        return min(fitting, key=lambda one: one.score.loss)
+        return min(fitting, key=lambda one: one.loss)
     smallest, fastest = (min(one.speed.memory for one in found), max(one.speed.decode for one in found))
     raise LegolmError(
         f"pick: none of {len(found)} models has at most {memory / 1e6:,.0f} MB and at least {least:g} tokens a second; "

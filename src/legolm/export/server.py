@@ -12,7 +12,7 @@ from legolm.config import EXPORTERS
 from legolm.errors import LegolmError, brief
 from legolm.export.gguf_write import BALANCED
 from legolm.export.llama_cpp import LlamaCpp, llama_cpp
-from legolm.export.write import export
+from legolm.export.write import check_export, export
 from legolm.system import scratch_folder
 
 MOST_CONTEXT = 4096
@@ -30,21 +30,24 @@ def serving(
     """
     EXPORTERS.entry("gguf").make().need("serve")
     _check_free(host, port)
-    named = dict(_named(one) for one in adapters)
-    if len(named) < len(adapters):
-        raise LegolmError(f"--adapter: {adapters[-1]}: a name is given twice; call them NAME=DIR")
+    named = _named(adapters)
     with scratch_folder(folder / "legolm-serve") as scratch:
+        if Path(model).suffix != ".gguf":
+            check_export(model, "gguf", scratch / "checked", settings={"quant": quant}, field="--quant")
+        for path in named.values():
+            if path.suffix != ".gguf":
+                check_export(model, "gguf-adapter", scratch / "checked", path)
+            elif _fields(path, f"--adapter {path}").get("general.type") != "adapter":
+                raise LegolmError(f"--adapter {path}: is no LoRA file; give one, or a PEFT adapter's folder")
         file, context, balanced = _file(model, quant, scratch)
         files = []
-        for name, path in named.items():
+        for number, path in enumerate(named.values()):
             if path.suffix != ".gguf":
-                made = scratch / f"{name}.gguf"
+                made = scratch / f"adapter-{number}.gguf"
                 export(model, "gguf-adapter", made, path)
                 path = made
             else:
                 fields = _fields(path, f"--adapter {path}")
-                if fields.get("general.type") != "adapter":
-                    raise LegolmError(f"--adapter {path}: is no LoRA file; give one, or a PEFT adapter's folder")
                 if bool(fields.get(BALANCED)) != balanced:
                     raise LegolmError(
                         f"--adapter {path}: is for a file of {model} whose channels are{' not' * balanced} balanced; "
@@ -63,12 +66,19 @@ def _check_free(host: str, port: int) -> None:
         raise LegolmError(f"--host {host} --port {port}: cannot be listened on ({brief(error)}); give others") from None
 
 
-def _named(given: str) -> tuple[str, Path]:
-    name, equals, path = given.partition("=")
-    path = path if equals else name
-    if not Path(path).exists():
-        raise LegolmError(f"--adapter {given}: there is no {path}; give NAME=DIR, a PEFT adapter or a LoRA file")
-    return (name if equals else Path(path).stem), Path(path)
+def _named(adapters: Sequence[str]) -> dict[str, Path]:
+    """Paths by name. Raises `LegolmError` for one that is not there, and a name that is given twice."""
+    named: dict[str, Path] = {}
+    for given in adapters:
+        name, equals, path = given.partition("=")
+        path = path if equals else name
+        if not Path(path).exists():
+            raise LegolmError(f"--adapter {given}: there is no {path}; give NAME=DIR, a PEFT adapter or a LoRA file")
+        name = name if equals else Path(path).stem
+        if name in named:
+            raise LegolmError(f"--adapter {given}: the name {name!r} is given twice; call them NAME=DIR")
+        named[name] = Path(path)
+    return named
 
 
 def _file(model: str, quant: str, scratch: Path) -> tuple[Path, int, bool]:

@@ -14,6 +14,7 @@ import torch
 
 from legolm.adapter import FACTORS, Tensors, adapter_config, check_factors, load_factors, merge, read_adapter
 from legolm.block import Block, Coverage, llm_block, read_block
+from legolm.composition import Composition
 from legolm.errors import LegolmError
 from legolm.models import (
     carry,
@@ -52,7 +53,8 @@ def find_model(name: str) -> Path:
 class Source:
     """A model to export. `folder` is its checkpoint; an `adapter` is not merged there, `learned` is what was.
 
-    `block` is the LLM with full coverage where the folder is no block's. `scratch` is for what is made on the way.
+    `block` is the LLM with full coverage where the folder is no block's, `config` the checkpoint's. `scratch` is for
+    what is made on the way.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Source:
     block: Block
     adapter: Tensors | None
     scratch: Path
+    config: Any
 
     @property
     def coverage(self) -> Coverage:
@@ -97,11 +100,6 @@ class Source:
             if (self.folder / name).is_file():
                 shutil.copy2(self.folder / name, out / name)
         return out
-
-    @cached_property
-    def config(self) -> Any:
-        """The checkpoint's."""
-        return load_config(self.folder)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -161,13 +159,27 @@ def open_source(name: str, adapter: Path | None, beside: Path) -> Iterator[Sourc
     learned something already.
     """
     folder = find_model(name)
-    load_config(folder)
+    config = load_config(folder)
     block = read_block(folder) if (folder / "manifest.json").is_file() else llm_block(folder, "")
     if not (folder / "manifest.json").is_file():
         block = replace(block, details={"model": name})
     factors = None if adapter is None else _adapter(adapter, name, folder, block)
     with scratch_folder(beside) as scratch:
-        yield Source(name, folder, block, factors, scratch)
+        yield Source(name, folder, block, factors, scratch, config)
+
+
+def composed_source(wanted: Composition, out: Path, adapter: Path | None) -> Source:
+    """What will be composed into `out`, before its weights are there. Raises `LegolmError` for an adapter that does not
+    fit.
+    """
+    base, coverage = wanted.base, wanted.coverage
+    size = base.parameters_of(replace(coverage, masks={}).kept_weights)
+    block = Block(out.name, out, "composed", coverage, base.fingerprint, size, coverage.sparsity, 0)
+    factors = None
+    if adapter is not None:
+        factors = read_adapter(adapter, coverage, f"--adapter {adapter}")
+        check_factors(f"--adapter {adapter}", factors, coverage)
+    return Source(str(out), base.path, block, factors, out, wanted.config)
 
 
 def _adapter(path: Path, name: str, folder: Path, block: Block) -> Tensors:

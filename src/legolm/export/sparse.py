@@ -26,14 +26,18 @@ from legolm.system import open_tensors
 FILE = "sparse.safetensors"
 
 
-@exporter("sparse")
-def sparse(source: Source, out: Path) -> list[str]:
-    """A folder for `legolm.load`: exact, and as small as bit masks and their values are."""
-    masks = _masks(source.coverage)
-    if not masks:
+def _check_masks(source: Source) -> None:
+    """Raise `LegolmError` where there are none."""
+    if not source.coverage.masks:
         raise LegolmError(
             f"--to sparse: {source.name} has no bit masks, so nothing to leave out; hf, gguf and onnx can hold it"
         )
+
+
+@exporter("sparse", check=_check_masks)
+def sparse(source: Source, out: Path) -> list[str]:
+    """A folder for `legolm.load`: exact, and as small as bit masks and their values are."""
+    masks = _masks(source.coverage)
     out.mkdir()
     copy_side_files(source.path, out)
     dense, tensors = 0, {}

@@ -19,15 +19,18 @@ from typing import Any, Literal, get_args
 import psutil
 import torch
 
-from legolm.config import EXPORTERS
 from legolm.errors import LegolmError, nearest
 from legolm.export.llama_cpp import llama_cpp
 from legolm.export.source import find_model
-from legolm.export.write import export
+from legolm.export.write import check_export, export, target_of
 from legolm.models import folder_bytes, load_config, load_model
 from legolm.system import scratch_folder
 
 Runtime = Literal["llama.cpp", "transformers", "onnxruntime"]
+TARGETS: dict[Runtime, str] = {"llama.cpp": "gguf", "onnxruntime": "onnx"}
+"""What a model is exported to for a runtime."""
+PROMPT, TOKENS, BESIDE = 128, 32, Path("legolm-bench")
+"""Tokens that are read and generated, and beside what the exported models lie, if nothing else is wanted."""
 ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
@@ -62,6 +65,25 @@ def checked_runtimes(names: Sequence[str]) -> list[Runtime]:
     return list(dict.fromkeys(names))  # type: ignore[arg-type]
 
 
+def check_bench(
+    models: Sequence[str], runtimes: Sequence[Runtime], quant: str, prompt: int, tokens: int, beside: Path
+) -> None:
+    """Raise `LegolmError` for what `bench` refuses before any weight is read."""
+    for name in models:
+        most = load_config(find_model(name)).max_position_embeddings
+        if prompt + tokens > most:
+            raise LegolmError(
+                f"{name}: takes {most} tokens in all, and speed is that of reading {prompt} and writing {tokens}; "
+                "leave it out, or give bench fewer (--prompt, --tokens)"
+            )
+    for runtime in runtimes:
+        if runtime in TARGETS:
+            settings = {"quant": quant} if runtime == "llama.cpp" else {}
+            target_of(TARGETS[runtime], settings, "--quant").need(f"runtime {runtime}")
+            for name in models:
+                check_export(name, TARGETS[runtime], beside, settings=settings, field="--quant")
+
+
 class Runner:
     """A loaded model: `turn()` makes it answer once."""
 
@@ -82,25 +104,17 @@ def bench(
     models: Sequence[str],
     runtimes: Sequence[Runtime],
     quant: str = "q8_0",
-    prompt: int = 128,
-    tokens: int = 32,
+    prompt: int = PROMPT,
+    tokens: int = TOKENS,
     turns: int = 3,
-    beside: Path = Path("legolm-bench"),
+    beside: Path = BESIDE,
 ) -> list[Speed]:
     """Answers of `tokens` tokens to a prompt of `prompt`, one at a time, in turns over all models and runtimes.
 
     For llama.cpp the models are exported beside `beside`, and vanish. Raises `LegolmError` for a model that cannot be
     had or exported, and a prompt that does not fit its context.
     """
-    for name in models:
-        config = load_config(find_model(name))
-        if prompt + tokens > config.max_position_embeddings:
-            raise LegolmError(
-                f"--prompt {prompt} --tokens {tokens}: {name} takes {config.max_position_embeddings} tokens in all"
-            )
-    for runtime, target in (("llama.cpp", "gguf"), ("onnxruntime", "onnx")):
-        if runtime in runtimes:
-            EXPORTERS.entry(target).make().need(f"--runtimes {runtime}")
+    check_bench(models, runtimes, quant, prompt, tokens, beside)
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder(beside))
         runners = []

@@ -19,10 +19,11 @@ Write = Callable[[Source, Path], list[str]]
 
 @dataclass(frozen=True)
 class Target:
-    """A chosen function, and what must be installed for it."""
+    """A chosen function, what must be installed for it, and what it refuses before any weight is read."""
 
     name: str
     write: Write
+    check: Callable[[Source], None]
     packages: tuple[str, ...]
     extra: str | None
 
@@ -36,18 +37,27 @@ class Target:
             )
 
 
+def _nothing(source: Source, **_: Any) -> None:
+    """Of a target that holds every model."""
+
+
 def exporter(
-    name: str, packages: tuple[str, ...] = (), extra: str | None = None
+    name: str,
+    packages: tuple[str, ...] = (),
+    extra: str | None = None,
+    check: Callable[..., None] = _nothing,
 ) -> Callable[[Callable[..., list[str]]], Entry[Target]]:
     """Register a target under the name that `--to` takes: `f(source, out, *, own settings)`.
 
-    `packages` are what it imports, and `extra` brings them. Raises `LegolmError` for a taken name and for another
-    signature.
+    `packages` are what it imports, and `extra` brings them; `check(source, **settings)` raises `LegolmError` for what
+    it cannot hold, of which no weights may be there yet. Raises `LegolmError` for a taken name and another signature.
     """
 
     def register(function: Callable[..., list[str]]) -> Entry[Target]:
         def make(**settings: Any) -> Target:
-            return Target(name, partial(guarded(f"target {name!r}", function), **settings), packages, extra)
+            where = f"target {name!r}"
+            write, look = partial(guarded(where, function), **settings), partial(guarded(where, check), **settings)
+            return Target(name, write, look, packages, extra)
 
         return EXPORTERS.register(name, function, make, ("source", "out"))
 
