@@ -64,6 +64,20 @@ def test_the_llm_answers_beside_its_block(
     assert_one_line(legolm("chat", tiny("llama")), "a message is not UTF-8 text")
 
 
+def test_a_block_with_an_adapter_answers_without_its_llm(
+    exported_run: Path, said: Callable[[str], None], tmp_path: Path
+) -> None:
+    cut = Path(shutil.copytree(exported_run.parent.parent / "blocks" / "b", tmp_path / "b"))
+    manifest = json.loads((cut / "manifest.json").read_text())
+    manifest["details"]["model"] = "/nowhere"
+    (cut / "manifest.json").write_text(json.dumps(manifest))
+    said("Hi\n")
+    done = legolm("chat", cut, "--adapter", exported_run / "adapter", "--max-tokens", 6)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{greedy(exported_run, Message('user', 'Hi'))}\n"
+    assert_one_line(legolm("chat", exported_run, "--adapter", exported_run / "adapter"), "is merged into", "already")
+
+
 def test_generate_answers_every_row(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     path, data, out = tiny("llama"), tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     questions = ["Hi", "What is it?", "And?"]

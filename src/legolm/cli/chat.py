@@ -28,15 +28,12 @@ def chat(
     if temperature and not 0.01 <= temperature <= 10:  # NaN, which is no less than any number; what divides to infinity
         raise LegolmError(f"--temperature {temperature:g}: must be 0, the likeliest token each time, or 0.01 to 10")
     from legolm.data import Message, prompt_look, take_look
-    from legolm.evaluation import Subject, line_up, load_subject, reply
+    from legolm.evaluation import alone, line_up, load_subject, reply
     from legolm.export import find_model
     from legolm.models import load_tokenizer
 
     path = find_model(model)
-    if compare:
-        subjects = line_up([str(path)], base, adapter)
-    else:
-        subjects = line_up([str(path)], None, adapter)[-1:] if adapter else [Subject(model, path)]
+    subjects = line_up([str(path)], base, adapter) if compare else [alone(model, path, adapter)]
     loaded = [(load_subject(one), load_tokenizer(one.path, prompts_of(template))) for one in subjects]
     for one, tokenizer in loaded:
         one.config.use_cache = True

@@ -9,7 +9,16 @@ from legolm.evaluation.kept import kept_beside
 from legolm.evaluation.paired import compare
 from legolm.evaluation.perplexity import perplexity
 from legolm.evaluation.questions import TEXT, Questions, check_finite, measure, read_questions
-from legolm.evaluation.side_by_side import Evaluation, Result, Subject, evaluate, line_up, load_subject, write_json
+from legolm.evaluation.side_by_side import (
+    Evaluation,
+    Result,
+    Subject,
+    alone,
+    evaluate,
+    line_up,
+    load_subject,
+    write_json,
+)
 from legolm.evaluation.speed import tokens_per_second
 from legolm.evaluation.stream import answer_ends, reply
 from legolm.evaluation.tasks import load_tasks
@@ -23,6 +32,7 @@ __all__ = [
     "Questions",
     "Result",
     "Subject",
+    "alone",
     "answer_ends",
     "answer_rows",
     "check_finite",

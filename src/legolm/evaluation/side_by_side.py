@@ -131,12 +131,7 @@ def line_up(
     if adapter is not None and len(names) > 1:
         raise LegolmError(f"--adapter {adapter}: goes on one model, not on {len(names)}; evaluate them one by one")
     paths = {name: resolve(str(loaded[name].name_or_path) if name in loaded else name) for name in names}
-    holder = paths[names[0]]
-    if adapter is not None and adapter.resolve().parent == holder.resolve() and (holder / FACTORS).is_file():
-        raise LegolmError(
-            f"--adapter {adapter}: is merged into {names[0]} already; leave it out, or give the block that it was "
-            "trained on"
-        )
+    _check_unmerged(names[0], paths[names[0]], adapter)
     blocks = {name: read_block(path) for name, path in paths.items() if (path / "manifest.json").is_file()}
     dense = {name: path for name, path in paths.items() if name not in blocks and name not in loaded}
     lineup: dict[str, Subject] = {}
@@ -153,6 +148,21 @@ def line_up(
     for subject in lineup.values():
         shape_of(load_config(subject.path))
     return list(lineup.values())
+
+
+def alone(name: str, path: Path, adapter: Path | None) -> Subject:
+    """A model that is compared with none. Raises `LegolmError` for an adapter that it has already."""
+    _check_unmerged(name, path, adapter)
+    is_block = adapter is not None and (path / "manifest.json").is_file()  # whose masks the adapter works under
+    return Subject(name, path, read_block(path) if is_block else None, adapter)
+
+
+def _check_unmerged(name: str, path: Path, adapter: Path | None) -> None:
+    if adapter is not None and adapter.resolve().parent == path.resolve() and (path / FACTORS).is_file():
+        raise LegolmError(
+            f"--adapter {adapter}: is merged into {name} already; leave it out, or give the block that it was "
+            "trained on"
+        )
 
 
 def evaluate(
