@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -26,7 +27,7 @@ from legolm.export.gguf_layout import layout_of
 from legolm.export.gguf_tokens import vocabulary_of
 from legolm.export.gguf_write import write_gguf
 from legolm.export.llama_cpp import llama_cpp
-from legolm.models import DIGIT, GPT2, SPLITS, load_config, load_tokenizer
+from legolm.models import DIGIT, GPT2, SPLITS, load_config, load_model, load_tokenizer
 
 pytest.importorskip("xllamacpp")
 gguf = pytest.importorskip("gguf")
@@ -325,6 +326,58 @@ def test_llama_cpp_splits_texts_as_the_tokenizer_does_and_as_an_import_of_the_fi
                 assert found == tokenizer.encode(text, add_special_tokens=False)
                 assert found == imported.encode(text, add_special_tokens=False)
         assert vocabulary_of(imported, 640, None).pre == vocabulary.pre
+
+
+S, F = "sliding_attention", "full_attention"
+LINEAR = {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0}
+BOTH = {F: LINEAR, S: {"rope_theta": 2e4, "rope_type": "default"}}
+TRIPS: list[tuple[str, dict[str, Any]]] = [
+    *((variant, {}) for variant in ("llama", "llama-bias", "mistral", "phi3", "qwen3", "gemma3_text", "gpt2")),
+    ("llama", {"rope_parameters": LINEAR}),
+    ("gemma3_text", {"layer_types": [S, S]}),
+    ("gemma3_text", {"layer_types": [F, F]}),
+    ("gemma3_text", {"query_pre_attn_scalar": 256, "final_logit_softcapping": 0.5}),
+    ("gemma3_text", {"rope_parameters": BOTH}),
+]
+
+
+def written(path: Path, out: Path) -> Any:
+    """The layout of the file that a tiny checkpoint is written to, exactly, with a merge that no text needs."""
+    config, vocabulary = load_config(path), vocabulary_of(load_tokenizer(path), load_config(path).vocab_size, None)
+    tokens = ["zq" if token == "ÿ" else token for token in vocabulary.tokens]
+    layout = layout_of(config, "m")
+    write_gguf(path, out, layout, replace(vocabulary, tokens=tokens, merges=["z q"]), "f32", "m", Balance())
+    return layout
+
+
+@pytest.mark.parametrize(("variant", "changes"), TRIPS)
+def test_an_import_of_the_file_is_the_model(
+    variant: str, changes: dict[str, Any], sharp: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(sharp(variant), tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    layout = written(model, tmp_path / "m.gguf")
+    done = legolm("import", tmp_path / "m.gguf", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    ids = torch.arange(min(60, layout.context))[None] * 3
+    before, after = (load_model(path)(input_ids=ids).logits for path in (model, tmp_path / "out"))
+    assert float((after - before).abs().max()) < 1e-5 * float(before.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("variant", "says"),
+    [
+        ("qwen2", "has no place for blk.0.attn_q.bias"),  # written as Llama, whose biases are all or none
+        ("olmo2", "architecture olmo2 is not supported"),
+        ("gpt_neox", "architecture gptneox is not supported"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_refused(
+    variant: str, says: str, sharp: Callable[[str], Path], tmp_path: Path
+) -> None:
+    written(sharp(variant), tmp_path / "m.gguf")
+    assert_one_line(legolm("import", tmp_path / "m.gguf", "--out", tmp_path / "out"), says)
 
 
 def test_tokenizers_that_are_not_known_are_refused_by_name(corpus: Path) -> None:

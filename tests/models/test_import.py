@@ -272,7 +272,8 @@ def write_gguf(model: Path, path: Path, kind: gguf.GGMLQuantizationType, extra: 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_tokenizer_pre(more.pop("pre", "gpt-2"))
     for name, value in more.items():
-        writer.add_string(name.replace("_", "."), value)
+        key = name.replace("__", ".")
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
     tokenizer = load_tokenizer(model)
     words = [word for word, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
     writer.add_tokenizer_model("gpt2")
@@ -354,7 +355,10 @@ def test_what_transformers_would_pass_over_of_a_gguf_is_not(model: Path, tmp_pat
     for extra, more, says in (
         ({"rope_freqs.weight": factors * 1.1}, {}, "transformers has no place for rope_freqs.weight"),
         ({"blk.0.ffn_gate_inp.weight": torch.ones(4)}, {}, "transformers has no place for blk.0.ffn_gate_inp.weight"),
-        ({}, {"llama_rope_scaling_type": "yarn"}, "its rotary scaling (yarn)"),
+        ({}, {"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type (yarn)"),
+        ({}, {"llama__attention__sliding_window": 8}, "has no place for llama.attention.sliding_window (8)"),
+        ({}, {"llama__attention__value_length": 8}, "has no place for llama.attention.value_length (8)"),
+        ({}, {"llama__expert_count": 8}, "has no place for llama.expert_count (8)"),
         ({}, {"pre": "default"}, "its pre-tokenizer (default)"),  # which would be taken for GPT-2's
     ):
         write_gguf(model, tmp_path / "y.gguf", KINDS.F32, extra, **more)
@@ -362,3 +366,29 @@ def test_what_transformers_would_pass_over_of_a_gguf_is_not(model: Path, tmp_pat
     (tmp_path / "z.gguf").write_bytes(b"GGUF")
     assert_one_line(legolm("import", tmp_path / "z.gguf", "--out", tmp_path / "no"), "transformers cannot read it")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("block_count", 3_000_000, "`num_hidden_layers` = 3000000: must be a whole number from 1 to 1024"),
+        ("block_count", 3, "its settings and its tensors differ: model.layers.2.input_layernorm.weight"),
+        ("embedding_length", 2_000_000_000, "`hidden_size` = 2000000000"),
+        ("feed_forward_length", 128, "mlp.down_proj.weight is [64, 96] and should be [64, 128]"),
+        ("vocab_size", 4_000_000_000, "`vocab_size` = 4000000000"),
+        ("attention.key_length", 4_000_000_000, "`head_dim` = 4000000000"),
+        ("attention.head_count", 0, "`num_attention_heads` = 0"),
+    ],
+)
+def test_sizes_that_are_not_those_of_a_ggufs_tensors_are_refused_before_any_is_read(
+    key: str, value: int, says: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = {f"llama__{key.replace('.', '__')}": value} if key in ("vocab_size", "attention.key_length") else {}
+    write_gguf(model, tmp_path / "x.gguf", KINDS.F32, {}, **absent)
+    reader = gguf.GGUFReader(tmp_path / "x.gguf", "r+")
+    reader.fields[f"llama.{key}"].parts[-1][0] = value
+    reader.data.flush()
+    monkeypatch.setattr(gguf, "dequantize", lambda *_: pytest.fail("a tensor was read"))
+    done = legolm("import", tmp_path / "x.gguf", "--out", tmp_path / "out")
+    assert_one_line(done, f"model: {tmp_path / 'x.gguf'}: ", says)
+    assert not (tmp_path / "out").exists()

@@ -98,7 +98,7 @@ def _checked(path: Path, _states: tuple[str, ...]) -> Any:
 def read_config(path: Path) -> Any:
     """The config alone, quantized or not. Raises `LegolmError` for one that is broken or absurd."""
     where = f"model: {path / 'config.json'}"
-    _check_sizes(read_object(path / "config.json", MAX_CONFIG), where)
+    check_sizes(read_object(path / "config.json", MAX_CONFIG), where)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a dozen config classes make of values that they did not expect
@@ -199,8 +199,8 @@ def read_object(path: Path, most: int) -> dict[str, Any]:
     return value
 
 
-def _check_sizes(raw: Mapping[str, Any], where: str) -> None:
-    """Before transformers makes anything of them."""
+def check_sizes(raw: Mapping[str, Any], where: str) -> None:
+    """Of a config as it is written, before transformers makes anything of them."""
     if "configuration_files" in raw:  # transformers would read another file in the place of this one
         raise LegolmError(f"{where}: names other configs (`configuration_files`); put the one that counts in its place")
     family = raw.get("model_type")
@@ -269,10 +269,26 @@ def _check_weights(path: Path, model: Any) -> torch.dtype:
     Raises `LegolmError` unless the tensors are those of the config's model, which is made without memory. Only where a
     tied head is stored are two of them read.
     """
-    wanted = {_today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = stored_weights(path)
     named = full_names(model, weights)
-    found = {_today(named[name]): stored for name, (_, stored) in weights.items()}
+    if differ := difference(model, {name: stored for name, (_, stored) in weights.items()}):
+        raise LegolmError(f"model: {path}: config.json and the weights differ: {differ}; {SAVE_AGAIN}")
+    places = {_today(named[name]): (file, name) for name, (file, _) in weights.items()}
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in places and source in places and not torch.equal(*(_read(*places[one]) for one in (name, source))):
+            raise LegolmError(
+                f"model: {path}: config.json has {name} be {source} (tie_word_embeddings), and they are stored with "
+                "different values; set it to false where both are meant, else leave the head out"
+            )
+    known = {_today(name) for name in model.state_dict()}
+    return main_dtype(weights[name][1] for name in sorted(weights) if _today(named[name]) in known)
+
+
+def difference(model: Any, stored: Mapping[str, Stored]) -> str | None:
+    """What is other in tensors than in the model that they are said to be of; None where they fit."""
+    wanted = {_today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    named = full_names(model, stored)
+    found = {_today(named[name]): one for name, one in stored.items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     unused = [UNUSED, *(model._keys_to_ignore_on_load_unexpected or ())]
     foreign = [name for name in found.keys() - wanted.keys() if not any(re.search(one, name) for one in unused)]
@@ -285,18 +301,9 @@ def _check_weights(path: Path, model: Any) -> torch.dtype:
         (f"not {', '.join(FLOATS)}", [f"{n} is {found[n].dtype}" for n in both if found[n].dtype not in FLOATS]),
     ):
         if names:
-            raise LegolmError(
-                f"model: {path}: config.json and the weights differ: {brief(names[0])}"
-                f"{f', the first of {len(names)} tensors' if len(names) > 1 else ''}, {fault}; {SAVE_AGAIN}"
-            )
-    places = {_today(named[name]): (file, name) for name, (file, _) in weights.items()}
-    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if name in places and source in places and not torch.equal(*(_read(*places[one]) for one in (name, source))):
-            raise LegolmError(
-                f"model: {path}: config.json has {name} be {source} (tie_word_embeddings), and they are stored with "
-                "different values; set it to false where both are meant, else leave the head out"
-            )
-    return main_dtype(found[name] for name in both)
+            several = f", the first of {len(names)} tensors" if len(names) > 1 else ""
+            return f"{brief(names[0])}{several}, {fault}"
+    return None
 
 
 def _read(file: Path, name: str) -> Tensor:

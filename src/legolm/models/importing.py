@@ -52,8 +52,7 @@ def import_model(model: str, out: Path, progress: Progress) -> None:
             told = int(100 * share)
 
         if path.suffix == GGUF:
-            check_room(out, 2 * path.stat().st_size)
-            gguf.convert(path, folder, None, tell)
+            gguf.convert(path, folder, None, tell, room=lambda needed: check_room(out, needed))
         elif getattr(config := read_config(path), "text_config", None) is not None:
             _take_text(path, folder, out, config)
         else:
