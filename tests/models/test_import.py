@@ -17,7 +17,7 @@ from torch import Tensor
 
 from helpers import assert_one_line, legolm
 from legolm.export.llama_cpp import llama_cpp
-from legolm.models import load_config, load_model, load_tokenizer
+from legolm.models import importing, load_config, load_model, load_tokenizer
 from legolm.models.quantized import unpack
 
 WEIGHTS = "model.safetensors"
@@ -51,6 +51,11 @@ def gptq(rows: int, columns: int, bits: int, order: bool, less: int) -> Made:
     return stored, ((numbers - zeros[group]).double() * scales.double()[group]).T
 
 
+def unordered(rows: int, columns: int) -> Made:
+    stored, whole = gptq(rows, columns, 4, False, 1)
+    return stored | {"g_idx": torch.full_like(stored["g_idx"], -1)}, whole
+
+
 def awq(rows: int, columns: int) -> Made:
     numbers, zeros = drawn(columns, rows, most=16), drawn(columns // 32, rows, most=16, seed=1)
     scales = torch.rand(columns // 32, rows).half() / 100
@@ -60,19 +65,20 @@ def awq(rows: int, columns: int) -> Made:
     return stored, ((numbers - zeros.repeat_interleave(32, 0)).double() * scales.double().repeat_interleave(32, 0)).T
 
 
-def fp8(rows: int, columns: int, scale: Tensor, name: str) -> Made:
+def fp8(rows: int, columns: int, scale: Tensor, name: str, block: int = 24) -> Made:
     weight = torch.randn(rows, columns).to(torch.float8_e4m3fn)
     whole = weight.double()
-    if scale.dim() == 2 and scale.shape[1] > 1:  # blocks of 24 x 40: the last ones are smaller
+    if scale.dim() == 2 and scale.shape[1] > 1:  # blocks of so many x 40: the last ones are smaller
         for i in range(rows):
             for j in range(columns):
-                whole[i, j] *= scale[i // 24, j // 40].double()
+                whole[i, j] *= scale[i // block, j // 40].double()
     else:
         whole *= scale.double()
     return {"weight": weight, name: scale, "input_scale": torch.tensor(1.0)}, whole
 
 
-def bnb4(rows: int, columns: int, nested: bool) -> Made:
+def bnb4(rows: int, columns: int, nested: int | None) -> Made:
+    """`nested`: how many blocks' sizes one block of sizes has."""
     codes, table = drawn(rows * columns, most=16), torch.linspace(-1, 1, 16)
     blocks = rows * columns // 64
     state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [rows, columns]}
@@ -80,10 +86,10 @@ def bnb4(rows: int, columns: int, nested: bool) -> Made:
     extra = {"weight.absmax": largest}
     if nested:
         small = drawn(blocks, most=256, seed=2)
-        scales = {"weight.nested_absmax": torch.rand(-(-blocks // 16)), "weight.nested_quant_map": torch.rand(256)}
+        scales = {"weight.nested_absmax": torch.rand(-(-blocks // nested)), "weight.nested_quant_map": torch.rand(256)}
         extra = {"weight.absmax": small.to(torch.uint8), **scales}
-        state |= {"nested_blocksize": 16, "nested_dtype": "float32", "nested_offset": 0.03}
-        of = scales["weight.nested_absmax"].double()[torch.arange(blocks) // 16]
+        state |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": 0.03}
+        of = scales["weight.nested_absmax"].double()[torch.arange(blocks) // nested]
         largest = scales["weight.nested_quant_map"].double()[small] * of + 0.03
     whole = table.double()[codes] * largest.double().repeat_interleave(64)
     packed = (codes[0::2] << 4 | codes[1::2]).to(torch.uint8)[:, None]
@@ -98,16 +104,21 @@ def bnb8(rows: int, columns: int) -> Made:
     return stored, weight.double() * largest.double()[:, None] / 127
 
 
-def packed(rows: int, columns: int) -> Made:
+def packed(rows: int, columns: int, order: str = "") -> Made:
+    """`order`: which columns are of a group is "any", or the file has a place for it that says nothing, "unsaid"."""
     numbers, scale = drawn(rows, columns, most=16), torch.rand(rows, columns // 32).bfloat16()
+    group = torch.arange(columns, dtype=torch.int32) // 32
+    group = group[torch.randperm(columns)] if order == "any" else group
     stored = {"weight_packed": pack(numbers, 4), "weight_scale": scale, "weight_shape": torch.tensor([rows, columns])}
-    return stored, (numbers - 8).double() * scale.double().repeat_interleave(32, 1)
+    stored |= {"weight_g_idx": group if order == "any" else torch.full_like(group, -1)} if order else {}
+    return stored, (numbers - 8).double() * scale.double()[:, group]
 
 
 INTS = {"config_groups": {"group_0": {"weights": {"num_bits": 4}}}, "format": "pack-quantized"}
 FORMATS: dict[str, tuple[dict[str, Any], Callable[[int, int], Made]]] = {
     "gptq 4": ({"quant_method": "gptq", "bits": 4}, lambda r, c: gptq(r, c, 4, False, 1)),
     "gptq 8 act order": ({"quant_method": "gptq", "bits": 8}, lambda r, c: gptq(r, c, 8, True, 1)),
+    "gptq no order": ({"quant_method": "gptq", "bits": 4}, unordered),
     "gptq 3": ({"quant_method": "gptq", "bits": 3}, lambda r, c: gptq(r, c, 3, False, 1)),
     "gptq v2": (
         {"quant_method": "gptq", "bits": 2, "checkpoint_format": "gptq_v2"},
@@ -124,9 +135,20 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[int, int], Made]]] = {
         {"quant_method": "compressed-tensors", "format": "float-quantized"},
         lambda r, c: fp8(r, c, torch.rand(r, 1).bfloat16(), "weight_scale"),
     ),
+    # A block larger than any matrix, which need not be as large in memory.
+    "fp8 one block": (
+        {"quant_method": "fp8", "weight_block_size": [10**12, 40]},
+        lambda r, c: fp8(r, c, torch.rand(1, -(-c // 40)), "weight_scale_inv", 10**12),
+    ),
     "compressed int4": ({"quant_method": "compressed-tensors", **INTS}, packed),
-    "bitsandbytes nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda r, c: bnb4(r, c, False)),
-    "bitsandbytes nested": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda r, c: bnb4(r, c, True)),
+    "compressed act order": ({"quant_method": "compressed-tensors", **INTS}, lambda r, c: packed(r, c, "any")),
+    "compressed no order": ({"quant_method": "compressed-tensors", **INTS}, lambda r, c: packed(r, c, "unsaid")),
+    "bitsandbytes nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda r, c: bnb4(r, c, None)),
+    "bitsandbytes nested": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda r, c: bnb4(r, c, 16)),
+    "bitsandbytes one block": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        lambda r, c: bnb4(r, c, 10**12),
+    ),
     "bitsandbytes 8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, bnb8),
 }
 
@@ -169,6 +191,20 @@ def test_weights_are_what_the_format_says(name: str, model: Path, tmp_path: Path
     assert bool(load_model(tmp_path / "out")(torch.arange(8)[None]).logits.isfinite().all())
 
 
+@pytest.mark.parametrize("name", ["awq", "gptq 4", "bitsandbytes nf4", "gguf"])
+def test_room_is_looked_for_for_all_that_will_be_written(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(importing, "check_room", lambda out, needed: asked.append(needed))
+    if name == "gguf":
+        write_gguf(model, tmp_path / "x.gguf", KINDS.Q4_0, {"rope_freqs.weight": torch.ones(8)})
+    else:
+        quantize(model, *FORMATS[name])
+    assert legolm("import", tmp_path / "x.gguf" if name == "gguf" else model, "--out", tmp_path / "out").returncode == 0
+    assert asked[-1:] == [sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / WEIGHTS).values())]
+
+
 def test_unpacking_is_packing_turned_round() -> None:
     for bits in (2, 3, 4, 8):
         numbers = drawn(5, 96, most=1 << bits)
@@ -203,6 +239,24 @@ BROKEN: dict[str, tuple[str, Callable[[Stored], None], dict[str, Any], str]] = {
         lambda t: t.update({name: one + 9 for name, one in t.items() if "g_idx" in name}),
         {},
         "g_idx names groups that are not there",
+    ),
+    "compressed groups": (
+        "compressed act order",
+        lambda t: t.update({name: one + 9 for name, one in t.items() if "g_idx" in name}),
+        {},
+        "g_idx names groups that are not there",
+    ),
+    "compressed shape": (
+        "compressed int4",
+        lambda t: t.update({name: one * 10**11 for name, one in t.items() if "weight_shape" in name}),
+        {},
+        "weight_shape is [6400000000000, 9600000000000], and [64, 96] numbers are packed",
+    ),
+    "another shape": (
+        "compressed int4",
+        remove("-"),
+        {"intermediate_size": 128},
+        "is [64, 96] and should be [64, 128]",
     ),
     "format": ("awq", remove("-"), {"quantization_config": {"quant_method": "aqlm"}}, "(aqlm), which cannot be undone"),
     "marlin": (

@@ -328,6 +328,12 @@ def model_of(path: Path, config: Any) -> Any:
         raise LegolmError(f"{error}: {path / 'config.json'}") from None
 
 
+def shapes_of(model: Any, stored: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The model's shape of each stored tensor that is one of its."""
+    shapes = {_today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: shapes[_today(own)] for name, own in full_names(model, stored).items() if _today(own) in shapes}
+
+
 def full_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     """The model's name of each stored tensor: GPT-2's checkpoints are of the decoder alone, and leave its name out."""
     names, prefix = list(stored), f"{model.base_model_prefix}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,20 +18,23 @@ from legolm.models.beside import carry
 from legolm.models.checkpoint import (
     FLOATS,
     SAVE_AGAIN,
+    difference,
     drop_code,
     load_config,
     model_of,
     read_config,
+    shapes_of,
     stored_weights,
     weight_files,
 )
 from legolm.models.family import shape_of
 from legolm.models.finite import finite
 from legolm.models.layered import CheckpointWriter
+from legolm.models.layout import check_dense
 from legolm.models.load import check_weights, load_tokenizer, resolve
 from legolm.models.quantized import HELP, Format, Settings, format_of, settings_of
 from legolm.models.text_part import write_text_part
-from legolm.system import Progress, atomic_folder, check_room, open_tensors
+from legolm.system import Progress, Stored, atomic_folder, check_room, open_tensors
 
 GGUF = ".gguf"
 
@@ -115,23 +119,34 @@ def _dequantize(path: Path, folder: Path, out: Path, config: Any, advance: Calla
     tokenizer = _tokenizer(path)
     dtype = config.dtype if config.dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16
     stored = stored_weights(path)
-    layers, wanted = layers_of(stored, how), set(model_of(path, config).state_dict())
-    check_room(out, sum(file.stat().st_size for file in {file for file, _ in stored.values()}))
+    layers, model = layers_of(stored, how), model_of(path, config)
+    check_dense(model)
+    names = {layer: layer if "" in parts else f"{layer}.weight" for layer, parts in layers.items()}
+    wanted = shapes_of(model, names.values())
+    # AutoGPTQ writes zeros for biases that are none.
+    extra = {layer for layer in layers if layer.endswith(".bias") and layer not in wanted}
+    shapes = {
+        name: stored[layer][1].shape if layer == name else wanted.get(name, ())
+        for layer, name in names.items()
+        if layer not in extra
+    }
+    if differ := difference(model, {name: Stored("F32", shape) for name, shape in shapes.items()}):
+        raise LegolmError(f"model: {path}: config.json and the weights differ: {differ}; take another checkpoint")
+    check_room(out, sum(map(math.prod, shapes.values())) * dtype.itemsize)
     writer = CheckpointWriter(folder, dtype)
     for number, (layer, parts) in enumerate(sorted(layers.items()), 1):
         tensors = {end: _read(stored[name][0], name) for end, name in parts.items()}
         if "" in parts and stored[layer][1].dtype not in FLOATS:
             raise LegolmError(f"model: {path}: {layer} is {stored[layer][1].dtype} and has no scale; {HELP}")
-        if layer.endswith(".bias") and layer not in wanted and not bool(tensors[""].any()):
-            continue  # AutoGPTQ's own zeros
-        name, weight = (
-            (f"{layer}.weight", _weight(path, layer, tensors, how, settings))
-            if "" not in parts
-            else (
-                layer,
-                tensors[""],
+        name = names[layer]
+        if layer in extra and not bool(tensors[""].any()):
+            continue
+        weight = tensors[""] if layer == name else _weight(path, layer, tensors, how, settings)
+        if name in wanted and weight.shape != wanted[name]:
+            raise LegolmError(
+                f"model: {path}: {name} is {list(weight.shape)} and should be {list(wanted[name])}; take another "
+                "checkpoint"
             )
-        )
         if not finite(weight.to(dtype)):
             raise LegolmError(f"model: {path}: {name} is not finite in {dtype}; take another checkpoint")
         writer.add("", {name: weight})
@@ -163,7 +178,7 @@ def layers_of(names: Mapping[str, Any], how: Format) -> dict[str, dict[str, str]
 def _weight(path: Path, layer: str, parts: Mapping[str, Tensor], how: Format, settings: Settings) -> Tensor:
     try:
         return how.weight(parts, settings)
-    except (LegolmError, KeyError, RuntimeError, IndexError, ValueError, StopIteration) as error:
+    except (LegolmError, KeyError, RuntimeError, IndexError, ValueError, StopIteration, ArithmeticError) as error:
         why = f"it has no {brief(error)}" if isinstance(error, KeyError) else brief(error)
         raise LegolmError(f"model: {path}: {layer} cannot be dequantized ({why}); take another checkpoint") from None
 

@@ -101,13 +101,17 @@ def _gptq(parts: Parts, settings: Settings) -> Tensor:
     zeros = unpack(parts["qzeros"], bits, 1)[:, : numbers.shape[1]]  # (groups, rows)
     if settings.get("checkpoint_format") != "gptq_v2":
         zeros = zeros + 1 & (1 << bits) - 1
-    groups, columns = len(parts["scales"]), len(numbers)
-    group = parts.get("g_idx")
-    if group is None:
-        group = torch.arange(columns) // -(-columns // groups)
-    if group.shape != (columns,) or bool(((group < 0) | (group >= groups)).any()):
-        raise LegolmError("g_idx names groups that are not there")
+    group = _groups(len(numbers), len(parts["scales"]), parts.get("g_idx"))
     return ((numbers - zeros[group]) * parts["scales"].float()[group]).T
+
+
+def _groups(columns: int, groups: int, named: Tensor | None = None) -> Tensor:
+    """The group of each column: one after the other, unless all have a name; of some tools -1 is none."""
+    if named is None or bool((named == -1).any()):
+        return torch.arange(columns) // max(1, -(-columns // groups))
+    if named.shape != (columns,) or bool(((named < 0) | (named >= groups)).any()):
+        raise LegolmError("g_idx names groups that are not there")
+    return named.long()
 
 
 def _awq(parts: Parts, settings: Settings) -> Tensor:
@@ -120,8 +124,8 @@ def _awq(parts: Parts, settings: Settings) -> Tensor:
         unpack(parts[name], 4, 1).reshape(len(parts[name]), -1, 8)[..., order].flatten(1)
         for name in ("qweight", "qzeros")
     )
-    size = len(numbers) // len(zeros)
-    return ((numbers - zeros.repeat_interleave(size, 0)) * parts["scales"].float().repeat_interleave(size, 0)).T
+    group = _groups(len(numbers), len(zeros))
+    return ((numbers - zeros[group]) * parts["scales"].float()[group]).T
 
 
 def _scaled(parts: Parts, settings: Settings) -> Tensor:
@@ -145,7 +149,7 @@ def _spread(scale: Tensor, weight: Tensor, settings: Settings) -> Tensor:
     sizes = settings.get("weight_block_size") or (1 if len(scale) == rows else rows, -(-columns // scale.shape[1]))
     if scale.shape != tuple(-(-n // size) for n, size in zip(weight.shape, sizes, strict=True)):
         raise LegolmError(f"its scale {list(scale.shape)} does not fit its shape {list(weight.shape)}")
-    return scale.repeat_interleave(sizes[0], 0)[:rows].repeat_interleave(sizes[1], 1)[:, :columns]
+    return scale[torch.arange(rows) // sizes[0]][:, torch.arange(columns) // sizes[1]]
 
 
 def _packed(parts: Parts, settings: Settings) -> Tensor:
@@ -157,8 +161,9 @@ def _packed(parts: Parts, settings: Settings) -> Tensor:
     rows, columns = parts["weight_shape"].tolist()
     half, scale = 1 << bits - 1, parts["weight_scale"].float()
     numbers = unpack(parts["weight_packed"], bits, 1)[:, :columns] - half
-    groups = scale.shape[1]
-    group = parts.get("weight_g_idx", torch.arange(columns) // -(-columns // groups))
+    if numbers.shape != (rows, columns):
+        raise LegolmError(f"weight_shape is {[rows, columns]}, and {list(numbers.shape)} numbers are packed")
+    group = _groups(numbers.shape[1], scale.shape[1], parts.get("weight_g_idx"))
     if "weight_zero_point" in parts:
         numbers = numbers - (unpack(parts["weight_zero_point"], bits, 0)[:rows] - half)[:, group]
     return numbers * scale[:, group]
@@ -172,7 +177,7 @@ def _bnb4(parts: Parts, settings: Settings) -> Tensor:
         shape, size, nested = state["shape"], int(state["blocksize"]), "nested_offset" in state
         largest = parts["weight.absmax"].float()
         if nested:
-            scales = parts["weight.nested_absmax"].repeat_interleave(int(state["nested_blocksize"]))[: len(largest)]
+            scales = parts["weight.nested_absmax"][torch.arange(len(largest)) // int(state["nested_blocksize"])]
             largest = parts["weight.nested_quant_map"][largest.long()] * scales + state["nested_offset"]
     except (ValueError, TypeError, KeyError) as error:
         raise LegolmError(f"its quant_state is broken ({brief(error)})") from None
