@@ -446,3 +446,14 @@ def test_sizes_that_are_not_those_of_a_ggufs_tensors_are_refused_before_any_is_r
     done = legolm("import", tmp_path / "x.gguf", "--out", tmp_path / "out")
     assert_one_line(done, f"model: {tmp_path / 'x.gguf'}: ", says)
     assert not (tmp_path / "out").exists()
+
+
+def test_gguf_files_are_found_by_their_end_in_any_case_and_missing_ones_are_said(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "up").mkdir()
+    write_gguf(model, tmp_path / "up" / "X.GGUF", KINDS.F32, {})
+    for given, out in ((tmp_path / "up" / "X.GGUF", "a"), (tmp_path / "up", "b")):
+        assert legolm("import", given, "--out", tmp_path / out).returncode == 0
+        cut = ("--out", tmp_path / "block", "--method", "magnitude", "--sparsity", "0.5")
+        assert_one_line(legolm("prune", given, *cut), f"is a GGUF file; run: legolm import {given} --out DIR")
+    for name in ("no.gguf", "no.GGUF", "no/no.gguf"):
+        assert_one_line(legolm("import", name, "--out", tmp_path / "c"), f"model: no file {name}; give a GGUF file")

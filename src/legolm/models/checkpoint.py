@@ -105,6 +105,16 @@ def read_config(path: Path) -> Any:
         raise LegolmError(f"{where}: is no config that transformers reads ({brief(error)})") from None
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is named like one; folders are none."""
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
+def ggufs_in(folder: Path) -> list[Path]:
+    """The GGUF files in a folder."""
+    return sorted(filter(is_gguf, folder.glob("*")))
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files with the model's weights: those that the index names, else `model*.safetensors`.
 
@@ -116,7 +126,7 @@ def weight_files(path: Path) -> list[Path]:
         return [path / SINGLE]
     found = sorted(file for file in path.glob("model*.safetensors") if file.is_file())
     if not found:
-        gguf, way_out = next(path.glob("*.gguf"), None), SAVE_AGAIN
+        gguf, way_out = next(iter(ggufs_in(path)), None), SAVE_AGAIN
         if gguf is not None:
             way_out = f"run: legolm import {gguf} --out DIR, and give DIR"
         elif (path / "sparse.safetensors").is_file():

@@ -119,7 +119,7 @@ def _open(gguf: Path) -> _Opened:
         load_gguf_checkpoint,
     )
 
-    if re.search(r"-\d{5}-of-\d{5}\.gguf$", gguf.name):
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", gguf.name.lower()):
         raise LegolmError(f"model: {gguf}: is one of several parts; join them with llama-gguf-split --merge")
     where = f"model: {gguf}"
     try:

@@ -20,6 +20,8 @@ from legolm.models.checkpoint import (
     SAVE_AGAIN,
     difference,
     drop_code,
+    ggufs_in,
+    is_gguf,
     load_config,
     model_of,
     read_config,
@@ -35,8 +37,6 @@ from legolm.models.load import check_weights, load_tokenizer, resolve
 from legolm.models.quantized import HELP, Format, Settings, format_of, settings_of
 from legolm.models.text_part import write_text_part
 from legolm.system import Progress, Stored, atomic_folder, check_room, open_tensors
-
-GGUF = ".gguf"
 
 
 def import_model(model: str, out: Path, progress: Progress) -> None:
@@ -55,7 +55,7 @@ def import_model(model: str, out: Path, progress: Progress) -> None:
             advance(int(100 * share) - told)
             told = int(100 * share)
 
-        if path.suffix == GGUF:
+        if is_gguf(path):
             gguf.convert(path, folder, None, tell, room=lambda needed: check_room(out, needed))
         elif getattr(config := read_config(path), "text_config", None) is not None:
             _take_text(path, folder, out, config)
@@ -72,9 +72,9 @@ def import_model(model: str, out: Path, progress: Progress) -> None:
 def _find(model: str) -> Path:
     """The GGUF file or the folder."""
     path = Path(model)
-    if path.suffix == GGUF and path.is_file():
+    if is_gguf(path) and path.exists():
         return path
-    if path.is_dir() and not (path / "config.json").is_file() and (files := sorted(path.glob(f"*{GGUF}"))):
+    if path.is_dir() and not (path / "config.json").is_file() and (files := ggufs_in(path)):
         if len(files) > 1:
             raise LegolmError(f"model: {model} holds {', '.join(file.name for file in files)}; give one of them")
         return files[0]

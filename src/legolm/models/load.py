@@ -25,6 +25,8 @@ from legolm.models.checkpoint import (
     as_transformers_reads,
     drop_code,
     drop_sampling,
+    ggufs_in,
+    is_gguf,
     load_config,
     place_weights,
     stored_weights,
@@ -58,7 +60,9 @@ def resolve(model: str) -> Path:
     path = Path(model)
     with reading(f"model: {model}"):
         folder, config = path.is_dir(), path / "config.json"
-        if path.suffix == ".gguf" or (folder and not config.exists() and any(path.glob("*.gguf"))):
+        if is_gguf(path) and not path.exists():
+            raise LegolmError(f"model: no file {model}; give a GGUF file, or a folder with a checkpoint")
+        if is_gguf(path) or (folder and not config.exists() and ggufs_in(path)):
             raise LegolmError(f"model: {model} is a GGUF file; run: legolm import {model} --out DIR, and give DIR")
         if folder and not config.is_file():
             raise LegolmError(f"model: folder {model} has no config.json; give a Hugging Face checkpoint")
