@@ -88,7 +88,7 @@ class Private:
         """
         rate = min(1.0, config.batch_size / examples)
         if dp.delta >= 1 / examples:
-            raise LegolmError(
+            raise PublicError(
                 f"privacy.dp.delta {dp.delta:g}: may show one of {examples} examples whole; take a far smaller one"
             )
         if dp.noise_multiplier is not None:
