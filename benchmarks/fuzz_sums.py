@@ -20,7 +20,7 @@ from legolm.errors import LegolmError
 from legolm.federate import wire
 from legolm.federate.client.secure import LATER, Keeping, keys, masked
 from legolm.federate.server.secure import take
-from legolm.privacy import SecureServer, Session, Structure, identity_of
+from legolm.privacy import SecureServer, Session, Structure, identity_of, sent_hashes
 
 RANK, EXAMPLES = 2, 7
 REPLIES: Mapping[str, type[BaseModel]] = {
@@ -91,7 +91,11 @@ def messages(part: Coverage) -> tuple[list[bytes], partial[object]]:
             if kind == "train":
                 inbox = server.inbox(id)
                 upload = wire.SecureUpload(
-                    session=session, there=list(ids), senders=list(inbox), sizes=[len(one) for one in inbox.values()]
+                    session=session,
+                    there=list(ids),
+                    senders=list(inbox),
+                    sizes=[len(one) for one in inbox.values()],
+                    alike=alike,
                 )
                 own = own.model_copy(update={"secure": upload})
                 tensors = tensors | {"secure.sealed": wire.to_tensor(list(inbox.values()))}
@@ -122,6 +126,12 @@ def messages(part: Coverage) -> tuple[list[bytes], partial[object]]:
         **about, **common, phase="round", round=3, steps=4, done=8, total=12, seed=5, settings=given.settings
     )
     bounds = np.full(server.cohort.grid.row_count, 0.5, dtype=np.float32)
+    flat = torch.cat([given.start[key].flatten() for key in server.cohort.grid.layout.shapes]).numpy()
+    whole = np.zeros(server.cohort.grid.layout.total, dtype=np.float32)
+    whole[server.cohort.places("a")] = flat
+    alike = wire.Alike(
+        atoms=sent_hashes(server.cohort, whole), blocks={wire.block_key(train): wire.block_hash("", given.hash)}
+    )
     ask("train", train, dict(given.content) | {"secure.bounds": torch.from_numpy(bounds)}, "masked")
     ask("confirm", wire.ConfirmRequest.model_validate(about | told | {"survivors": list(ids)}), {}, "confirm")
     unmask = wire.UnmaskRequest.model_validate(about | told | {"signers": list(server.signatures)})

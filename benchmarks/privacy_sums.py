@@ -48,6 +48,7 @@ from legolm.privacy import (
     neighbours,
     quantize,
     quantum_range,
+    sent_hashes,
     shamir,
     threshold,
 )
@@ -118,13 +119,13 @@ def secure_sum(
         server.shares(id, sealed)
         timed.sent(id, sum(map(len, sealed.values())))
     received = draws.standard_normal(cohort.grid.layout.total, dtype=np.float32)
-    plain = np.zeros(cohort.grid.layout.total, dtype=np.int64)
+    plain, sent = np.zeros(cohort.grid.layout.total, dtype=np.int64), sent_hashes(cohort, received)
     for id in there("upload"):
         own, change = received[cohort.places(id)], draws.normal(0, 0.01, len(cohort.places(id))).astype(np.float32)
 
         def upload(id: str = id, own: np.ndarray = own, change: np.ndarray = change) -> tuple[Any, Any, Any]:
             client = at[id]
-            opening = client.opening(cohort, server.there, ABOUT, own)
+            opening = client.opening(cohort, server.there, ABOUT, own, sent)
             found = whole_numbers(cohort, opening, change)
             return found, client.upload(cohort, server.inbox(id), opening, found), opening
 
@@ -175,17 +176,19 @@ def watched(clients: int, timed: Timed) -> tuple[int, int]:
     cohort, counts = Cohort(session, shape, adverts, named), list[int]()
     signatures = {id: sign(secrets[id], survivors_text(cohort, ids, ids)) for id in ids}
     timed.seconds = {id: timed.seconds[id] for id in ids[: len(blocks)]}
+    received = draws.standard_normal(cohort.grid.layout.total, dtype=np.float32)
+    sent = sent_hashes(cohort, received)
     for id in timed.seconds:
         client = every[id]
         cohort.order(id, cohort.atoms_of(id))
         sealed = timed(id, partial(client.shares, adverts, named, identities))
         counts.append(len(sealed))
         inbox = {other: draws.bytes(len(content)) for other, content in sealed.items()}
-        own = draws.standard_normal(len(cohort.places(id)), dtype=np.float32)
+        own = received[cohort.places(id)]
 
         def upload(client: SecureClient = client, own: np.ndarray = own, inbox: Any = inbox) -> int:
             one = client.cohort()
-            opening = client.opening(one, ids, ABOUT, own)
+            opening = client.opening(one, ids, ABOUT, own, sent)
             return len(client.upload(one, inbox, opening, whole_numbers(one, opening, own / 100))[1])
 
         seeds = timed(id, upload)

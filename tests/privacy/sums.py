@@ -9,7 +9,17 @@ import numpy as np
 
 from legolm.block import Coverage
 from legolm.models import Shape
-from legolm.privacy import Opened, Secrets, SecureClient, SecureServer, Session, Structure, identity_of
+from legolm.privacy import (
+    Cohort,
+    Opened,
+    Secrets,
+    SecureClient,
+    SecureServer,
+    Session,
+    Structure,
+    identity_of,
+    sent_hashes,
+)
 
 SHAPE = Shape("llama", layers=2, hidden=4, neurons=6, kv_groups=2, queries_per_group=1, head_dim=2)
 ABOUT = b"the same for all"
@@ -20,17 +30,24 @@ def session(**fields: object) -> Session:
     return Session.model_validate(usual | fields)
 
 
+def nothing(cohort: Cohort) -> list[str]:
+    """Hashes of what is sent, where that is zeros."""
+    return sent_hashes(cohort, np.zeros(cohort.grid.layout.total, dtype=np.float32))
+
+
 def secret(client: str) -> bytes:
     return client.encode().ljust(32, b".")
 
 
 @dataclass
 class Sum:
-    """`gone` is the first phase that a client does not answer; `told` what it received, where that is another."""
+    """`gone` is the first phase that a client does not answer; `told` what it received, where that is another, and
+    `said` what it is told that all received."""
 
     coverages: Mapping[str, Coverage]
     gone: Mapping[str, str] = field(default_factory=dict)
     told: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
+    said: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
     session: Session = field(default_factory=session)
     rank: Mapping[str, int] = field(default_factory=dict)
 
@@ -75,8 +92,9 @@ class Sum:
         self.received = draws.standard_normal(cohort.grid.layout.total).astype(np.float32)
         for id in (id for id in self.at("upload") if id in taking and cohort.atoms_of(id, server.there)):
             client = again(id)
-            received = self.told.get(id, lambda values: values)(self.received[cohort.places(id)])
-            opening = client.opening(cohort, server.there, ABOUT, received)
+            received = self.told.get(id, lambda values: values)(self.received)[cohort.places(id)]
+            sent = self.said.get(id, lambda values: values)(self.received)
+            opening = client.opening(cohort, server.there, ABOUT, received, sent_hashes(cohort, sent))
             self.numbers[id] = draws.integers(-99, 100, len(opening.order), dtype=np.int32)
             server.upload(id, *client.upload(client.cohort(), server.inbox(id), opening, self.numbers[id]))
             self.numbers[id] = self._whole(id, opening.order, self.numbers[id])

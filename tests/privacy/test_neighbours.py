@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sums import ABOUT, SHAPE, Sum, secret, session
+from sums import ABOUT, SHAPE, Sum, nothing, secret, session
 
 from legolm.block import Coverage
 from legolm.errors import LegolmError
 from legolm.privacy import SecureClient, neighbours
-from legolm.privacy.masks import context, received_hash
+from legolm.privacy.masks import context
 from legolm.privacy.neighbours import Near, Ring, fewest, near, opens
 
 FULL = Coverage.full(SHAPE)
@@ -136,7 +136,7 @@ def uploaded(
     without = gone(list(server.cohort.ring(server.cohort.atoms[0])))
     for id in (id for id in ids if id not in without):
         received = np.zeros(len(server.cohort.places(id)), dtype=np.float32)
-        opening = clients[id].opening(server.cohort, server.there, ABOUT, received)
+        opening = clients[id].opening(server.cohort, server.there, ABOUT, received, nothing(server.cohort))
         sent = clients[id].upload(server.cohort, server.inbox(id), opening, np.ones(len(received), dtype=np.int32))
         server.upload(id, *sent)
         words[id] = sent[0]
@@ -178,9 +178,9 @@ def test_what_a_server_would_have_of_pieces(small: Near, monkeypatch: pytest.Mon
     for id in server.giving:
         server.unmask(id, clients[id].unmask(server.cohort, server.signatures))
     (atom,), few = server.cohort.atoms, orders[0][3:8]
-    received = received_hash(context(server.cohort, server.there, ABOUT), np.zeros(len(atom.places), dtype=np.float32))
+    about = context(server.cohort, server.there, ABOUT, nothing(server.cohort))
     server._words = sum(words[id] for id in few)
-    assert (server._open(atom, few, received, {}) == 5).all()
+    assert (server._open(atom, few, about, {}) == 5).all()
 
 
 def test_all_hold_shares_and_masks_of_their_neighbours_only(small: Near) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sums import ABOUT, SHAPE, Sum, secret, session
+from sums import ABOUT, SHAPE, Sum, nothing, secret, session
 
 from legolm.block import Coverage
 from legolm.errors import LegolmError
@@ -128,11 +128,26 @@ def test_an_atom_stays_closed_that_lost_more_parts_of_the_noise_than_allowed() -
     assert session(k=5, dropouts=0).parts(8) == 5  # of eight three collude
 
 
-def test_who_is_told_another_model_makes_noise() -> None:
-    one = Sum(SIX, told={"a": lambda values: values + np.float32(1e-7)})
+@pytest.mark.parametrize("holders", ["abcdef", "abcd", "ab"])
+def test_another_model_is_refused_or_makes_noise_wherever_it_is_another(holders: str) -> None:
+    """Entries of one atom, an open or a closed one, shape what is learned on all: from values without end nobody
+    learns anything, and a sum of those who were told so and one other is that one's change."""
+    right = Sum(SIX)
+    right.run(draws())
+    (atom,) = (one for one in right.server.cohort.all_atoms if "".join(one.holders) == holders)
+
+    def poisoned(values: np.ndarray) -> np.ndarray:
+        found = values.copy()
+        found[atom.places] = 1e12
+        return found
+
+    with pytest.raises(LegolmError, match="b got another model than what all are told that its holders got"):
+        Sum(SIX, told={"b": poisoned}).run(draws())
+    one = Sum(SIX, told={"b": poisoned}, said={"b": poisoned})
     opened, _ = one.run(draws())
-    wrong = np.concatenate([found.total - one.plain(found) for found in opened])
-    assert np.abs(wrong).mean() > 10_000  # uniform in ± 2^15: 16384
+    assert len(opened) == 3  # b holds all of them
+    for found in opened:
+        assert np.abs(found.total - one.plain(found)).mean() > 8_000  # uniform in ± 2^15: 16384
 
 
 def test_what_is_sent_looks_like_noise() -> None:
@@ -205,7 +220,7 @@ def uploaded(clients: str = "abcd") -> tuple[Sum, dict[str, SecureClient]]:
         server.shares(id, found[id].shares(server.adverts, server.structures, one.identities))
     for id in clients:
         received = np.zeros(len(server.cohort.places(id)), dtype=np.float32)
-        opening = found[id].opening(server.cohort, server.there, ABOUT, received)
+        opening = found[id].opening(server.cohort, server.there, ABOUT, received, nothing(server.cohort))
         numbers = np.ones(len(received), dtype=np.int32)
         server.upload(id, *found[id].upload(server.cohort, server.inbox(id), opening, numbers))
     return one, found
@@ -275,9 +290,8 @@ def test_a_server_with_two_lists_of_survivors_gets_no_key_and_seed_of_one_client
     for id in one.clients:
         server.shares(id, clients[id].shares(server.adverts, server.structures, one.identities))
     for id in one.clients:
-        opening = clients[id].opening(
-            server.cohort, server.there, ABOUT, np.zeros(len(server.cohort.places(id)), dtype=np.float32)
-        )
+        received = np.zeros(len(server.cohort.places(id)), dtype=np.float32)
+        opening = clients[id].opening(server.cohort, server.there, ABOUT, received, nothing(server.cohort))
         clients[id].upload(server.cohort, server.inbox(id), opening, np.ones(len(opening.order), dtype=np.int32))
     lists = {few: list(one.clients), many: [id for id in one.clients if id != "b"]}
     signed = {group: {id: clients[id].confirm(there) for id in group} for group, there in lists.items()}

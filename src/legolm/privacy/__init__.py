@@ -4,6 +4,7 @@ from legolm.privacy.accounting import Budget, gaussian_epsilon, noise_to_signal,
 from legolm.privacy.atoms import Atom, atoms, threshold
 from legolm.privacy.client import Opening, Secrets, SecureClient
 from legolm.privacy.cohort import Advert, Cohort, Grid, Session, Structure, grid_of, withheld
+from legolm.privacy.masks import sent_hashes
 from legolm.privacy.noise import BELOW, clipped, deviation, gaussian, norm, with_share
 from legolm.privacy.numbers import Scale, bits_for, bounds, noisy, quantize, quantum_range, to_words
 from legolm.privacy.primitives import derive, identity_of
@@ -41,6 +42,7 @@ __all__ = [
     "quantum_range",
     "sampled_epsilon",
     "sampled_noise",
+    "sent_hashes",
     "threshold",
     "to_words",
     "with_share",

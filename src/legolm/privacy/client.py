@@ -18,7 +18,7 @@ from legolm.models import Shape
 from legolm.privacy import shamir
 from legolm.privacy.atoms import Atom
 from legolm.privacy.cohort import Advert, Cohort, Hex32, Session, Structure, check, survivors_text
-from legolm.privacy.masks import PairMasks, add_own, context, parts, received_hash
+from legolm.privacy.masks import PairMasks, add_own, context, parts, sent_hash
 from legolm.privacy.numbers import to_words
 from legolm.privacy.primitives import KEY_BYTES, Agreeing, derive, identity_of, is_signed, public_of, seal, sign, unseal
 
@@ -122,13 +122,25 @@ class SecureClient:
                 found[other] = seal(key, content, about)
         return found
 
-    def opening(self, cohort: Cohort, there: Collection[str], about: bytes, received: np.ndarray) -> Opening:
-        """What this client would mask, where these sent shares and `received` (n,) is what it got (float32)."""
-        mine = cohort.atoms_of(self.kept.client, there)
+    def opening(
+        self, cohort: Cohort, there: Collection[str], about: bytes, received: np.ndarray, sent: Sequence[str]
+    ) -> Opening:
+        """What this client would mask, where these sent shares and `received` (n,) is what it got (float32).
+
+        Raises `LegolmError` where that is not what the hashes `sent` say that its holders all got.
+        """
+        client = self.kept.client
+        mine = cohort.atoms_of(client, there)
         if not mine:
-            raise PublicError(f"secure sum: too few of the holders are left of what {self.kept.client} holds")
-        order = cohort.order(self.kept.client, mine)
-        return Opening(sorted(there), mine, order, context(cohort, there, about), received[order])
+            raise PublicError(f"secure sum: too few of the holders are left of what {client} holds")
+        if len(sent) != len(cohort.all_atoms):
+            raise PublicError(f"secure sum: {len(sent)} hashes of what was sent on {len(cohort.all_atoms)} atoms")
+        told = {one.holders: hash for one, hash in zip(cohort.all_atoms, sent, strict=True) if client in one.holders}
+        held = [one for one in cohort.all_atoms if one.holders in told]
+        got = parts(received[cohort.order(client, held)], held)
+        if any(sent_hash(got[holders]) != hash for holders, hash in told.items()):
+            raise PublicError(f"secure sum: {client} got another model than what all are told that its holders got")
+        return Opening(sorted(there), mine, cohort.order(client, mine), context(cohort, there, about, sent))
 
     def upload(
         self, cohort: Cohort, sealed: Mapping[str, bytes], opening: Opening, numbers: np.ndarray
@@ -147,12 +159,11 @@ class SecureClient:
         seeds = dict(zip((one.holders for one in cohort.atoms_of(client)), kept.seeds, strict=True))
         words = to_words(numbers, cohort.bits)
         views, masks = parts(words, opening.atoms), PairMasks(cohort, client, bytes.fromhex(kept.mask_secret))
-        values = parts(opening.received, opening.atoms)
         there, hashes = set(kept.there), []
         for atom in opening.atoms:
             view, seed = views[atom.holders], bytes.fromhex(seeds[atom.holders])
             near = there.intersection(cohort.ring(atom).of(client))
-            masks.add(view, atom, near, received_hash(opening.about, values[atom.holders]))
+            masks.add(view, atom, near, opening.about)
             add_own(view, seed, atom, cohort.bits)
             hashes.append(commitment(seed))
         return words, hashes
@@ -223,7 +234,7 @@ class SecureClient:
 
 @dataclass(frozen=True)
 class Opening:
-    """What a client is to send: atoms, where their entries are in its change, and what it received on them.
+    """What a client is to send: atoms, and where their entries are in its change.
 
     `there` are all who sent shares, `about` is the sum's context.
     """
@@ -232,7 +243,6 @@ class Opening:
     atoms: list[Atom]
     order: np.ndarray
     about: bytes
-    received: np.ndarray
 
 
 def commitment(seed: bytes) -> str:

@@ -39,8 +39,8 @@ class Session(Public):
     """One secure sum: of which round, at which attempt, over which factors, and with how many survivors an atom opens.
 
     Factors are on `targets`, of rank `rank` at most (`ranks`: of single modules), with `frozen_side` those that train
-    only. Where clients add noise, an atom may lose `dropouts` of those who sent shares, and no more. All of it is in
-    what clients sign and in what masks are made of.
+    only. Where clients add noise, an atom may lose `dropouts` of those who sent shares, and no more. `rows` is a hash
+    of how devices are to read their rows. All of it is in what clients sign and in what masks are made of.
     """
 
     run: Name
@@ -54,6 +54,7 @@ class Session(Public):
     weight: Literal["examples", "equal", "capped"] = "equal"
     weight_cap: float = 1.0
     dropouts: Annotated[int, Field(ge=0, le=MAX_CLIENTS)] | None = None
+    rows: Hex32 | Literal[""] = ""
 
     def least(self, there: int) -> int:
         """So many of an atom's holders must have sent it, where so many sent shares."""

@@ -12,16 +12,21 @@ from legolm.privacy.cohort import Cohort
 from legolm.privacy.primitives import Agreeing, derive, joined, stream
 
 
-def context(cohort: Cohort, there: Collection[str], about: bytes) -> bytes:
-    """What a sum is about: session, signed keys, who sent shares, and what all were told alike."""
-    return hashlib.sha256(joined(cohort.digest, *(one.encode() for one in sorted(there)), about)).digest()
+def context(cohort: Cohort, there: Collection[str], about: bytes, sent: Sequence[str]) -> bytes:
+    """What a sum is about: session, signed keys, who sent shares, what all were told alike, and hashes of what was
+    `sent` on each atom, that of the others too: it shapes what they learn on this one."""
+    who, what = (joined(*(one.encode() for one in ids)) for ids in (sorted(there), sent))
+    return hashlib.sha256(joined(cohort.digest, who, about, what)).digest()
 
 
-def received_hash(about: bytes, values: np.ndarray) -> bytes:
-    """Of what a client received on an atom, float32 in the atom's order, and of the sum's `context`."""
-    digest = hashlib.sha256(about)
-    digest.update(np.ascontiguousarray(values, dtype="<f4").data)
-    return digest.digest()
+def sent_hashes(cohort: Cohort, sent: np.ndarray) -> list[str]:
+    """Of what is sent at each place (float32), for each of all atoms: clients train from those that never open, too."""
+    return [sent_hash(sent[one.places]) for one in cohort.all_atoms]
+
+
+def sent_hash(values: np.ndarray) -> str:
+    """Of an atom's, in its order."""
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").data).hexdigest()
 
 
 class PairMasks:
@@ -31,14 +36,14 @@ class PairMasks:
         self._cohort, self._client, self._key = cohort, client, Agreeing(secret)
         self._agreed: dict[str, bytes] = {}
 
-    def add(self, into: np.ndarray, atom: Atom, others: Collection[str], received: bytes, sign: int = 1) -> None:
-        """Add the masks of an atom, `sign` times; they cancel in the sum of both ends where `received` is the same."""
+    def add(self, into: np.ndarray, atom: Atom, others: Collection[str], about: bytes, sign: int = 1) -> None:
+        """Add the masks of an atom, `sign` times; they cancel in the sum of both ends where `about` is the same."""
         for other in others:
             if other == self._client:
                 continue
             if other not in self._agreed:
                 self._agreed[other] = self._key.with_(bytes.fromhex(self._cohort.adverts[other].mask_key))
-            key = derive(self._agreed[other], b"pair", self._cohort.session.text, atom.name, received)
+            key = derive(self._agreed[other], b"pair", self._cohort.session.text, atom.name, about)
             mask = stream(key, len(into), self._cohort.bits)
             if (self._client < other) == (sign > 0):
                 into += mask

@@ -14,7 +14,7 @@ from legolm.privacy import shamir
 from legolm.privacy.atoms import Atom
 from legolm.privacy.client import asked, commitment
 from legolm.privacy.cohort import Advert, Cohort, Session, Structure, check, survivors_text
-from legolm.privacy.masks import PairMasks, add_own, context, received_hash
+from legolm.privacy.masks import PairMasks, add_own, context, sent_hashes
 from legolm.privacy.numbers import from_words
 from legolm.privacy.primitives import KEY_BYTES, is_signed, public_of
 
@@ -157,7 +157,7 @@ class SecureServer:
 
         `about` is what all were told alike, `received` (float32) what was sent at each place.
         """
-        what = context(self.cohort, self._sealed, about)
+        what = context(self.cohort, self._sealed, about, sent_hashes(self.cohort, received))
         opened, closed = [], dict[tuple[str, ...], str]()
         masks: dict[str, PairMasks] = {}
         may_open = {one.holders for one in self.may_open()}
@@ -174,14 +174,14 @@ class SecureServer:
                 closed[atom.holders] = "too few of its holders confirmed who had sent it"
                 continue
             try:
-                total = self._open(atom, alive, received_hash(what, received[atom.places]), masks)
+                total = self._open(atom, alive, what, masks)
             except LegolmError as error:
                 closed[atom.holders] = str(error)
             else:
                 opened.append(Opened(atom, tuple(alive), total))
         return opened, closed
 
-    def _open(self, atom: Atom, alive: Sequence[str], received: bytes, masks: dict[str, PairMasks]) -> np.ndarray:
+    def _open(self, atom: Atom, alive: Sequence[str], about: bytes, masks: dict[str, PairMasks]) -> np.ndarray:
         words = self._words[atom.places]
         for owner in alive:
             seed = self._secret(owner, atom)
@@ -196,7 +196,7 @@ class SecureServer:
                     raise LegolmError(f"the shares of the key of {owner} do not give it")
                 masks[owner] = PairMasks(self.cohort, owner, secret)
             near = set(alive).intersection(self.cohort.ring(atom).of(owner))
-            masks[owner].add(words, atom, near, received)  # as it would have: the others' then cancel
+            masks[owner].add(words, atom, near, about)  # as it would have: the others' then cancel
         return from_words(words)
 
     def _secret(self, owner: str, atom: Atom | None) -> bytes | None:

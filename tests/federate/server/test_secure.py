@@ -305,6 +305,80 @@ def test_devices_that_begin_anew_in_any_phase_end_with_the_same_sums(
     assert "0 updates accepted" in said.getvalue()
 
 
+def test_who_is_told_to_learn_from_something_else_is_in_no_sum(raw: dict[str, Any], tmp_path: Path) -> None:
+    """One entry without end, and b learns nothing: the sum would tell more of the others."""
+    raw["clients"] = [{"id": id, "data": "fr", "block": "wide"} for id in ("a", "b", "c", "d")]
+    raw["blocks"] = raw["blocks"][1:2]
+
+    def engine(folder: RunDir, config: RunConfig, actors: int, body: Body) -> None:
+        def poisoned(requests: Iterable[Request]) -> Iterator[Request]:
+            for one in requests:
+                if one.client == "b" and wire.kind_of(one.content) == "train":
+                    header, tensors = wire.unpack(one.content, wire.TrainRequest)
+                    factors = tensors["factors"].clone()
+                    factors[0] = 1e12
+                    yield Request("b", wire.pack(header, tensors | {"factors": factors}))
+                else:
+                    yield one
+
+        def changed(exchange: Exchange) -> None:
+            body(lambda requests, deadline_s=None: exchange(poisoned(requests), deadline_s))
+
+        run_local(folder, config, actors, changed)
+
+    config = load(raw, {"withheld_limit": 0}, federation={"rounds": 1})
+    pipeline.run(config, tmp_path / "out", models=False, engine=engine)
+    record = read_stage(tmp_path / "out/rounds/0001")
+    assert isinstance(record, RoundRecord)
+    assert record.accepted == ["a", "c", "d"]
+    assert record.refused[0].reason == "secure sum: b got another block wide or adapter than all are told"
+
+
+def test_devices_that_are_hurried_or_are_to_read_their_rows_otherwise_are_in_no_sum(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that gives all but one no time, or fields of theirs that it knows, would see that one's change."""
+    home, ids, lies = tmp_path / "federation", ("fr", "de", "es"), ["count", "time", "rows", "files"]
+    make_authority(home)
+    make_server(home, ["127.0.0.1"])
+    for id in ids:
+        add_device(home, id, make_key(tmp_path / "devices" / id))
+    write_roster(home, tmp_path / "roster.json")
+
+    class Lying(Residents):
+        def push(self, node: str, welcome: str, request: bytes, left_s: float | None) -> str | None:
+            if node == "de" and lies and wire.kind_of(request) == ("keys" if lies[0] == "count" else "train"):
+                lie, told = lies.pop(0), wire.read_welcome(welcome)
+                left_s = 0.0 if lie == "time" else left_s
+                if lie in ("count", "rows"):
+                    data = told.data.model_copy(update={"limits": (1, 1, 1)})
+                    welcome = told.model_copy(update={"data": data}).model_dump_json()
+                if lie == "files":
+                    (tmp_path / "out/blocks/wide/more.json").write_text("{}")
+                    files = wire.block_files(tmp_path / "out/blocks/wide")
+                    welcome = told.model_copy(update={"files": files}).model_dump_json()
+            sent = super().push(node, welcome, request, left_s)
+            (tmp_path / "out/blocks/wide/more.json").unlink(missing_ok=True)
+            return sent
+
+    raw["clients"] = [client | {"block": "wide"} for client in raw["clients"]]
+    raw["blocks"] = raw["blocks"][1:2]
+    devices = Lying(tmp_path, ids, roster=tmp_path / "roster.json")
+    for module, name in ((server_secure, "AGAIN_S"), (deployment, "AGAIN_S"), (deployment, "POLL_S")):
+        monkeypatch.setattr(module, name, 0)
+    federation = {"engine": "deployment", "rounds": 1, "superlink": {"home": str(home)}}
+    evaluate = {"scores": "own", "others": None, "local_only": False}
+    own = {name: value for name, value in raw["data"].items() if name != "train"} | {"validation": 0.1, "test": 0.2}
+    config = load(raw | {"data": own}, {"withheld_limit": 0}, federation=federation, evaluate=evaluate)
+    pipeline.run(config, tmp_path / "out", models=False, engine=devices)
+    record = read_stage(tmp_path / "out/rounds/0001")
+    assert isinstance(record, RoundRecord) and record.accepted == list(ids) and not lies
+    refused = [line for line in devices.said["de"] if line.startswith("a request was refused: secure sum: ")]
+    rows, files = "de is to read its rows otherwise than all are told", "de got another block wide or adapter than all"
+    for line, why in zip(refused, (rows, "time was over after 1 of 2 steps", rows, files), strict=True):
+        assert why in line
+
+
 def test_what_a_client_counts_is_known_to_all() -> None:
     def session(weight: str) -> Session:
         fields = {"run": "r", "round": 1, "k": 3, "targets": None, "rank": 1, "frozen_side": True}

@@ -194,7 +194,13 @@ def test_what_is_said_of_a_broken_message_is_short_and_plain() -> None:
 
 def test_requests_of_what_cannot_be_are_refused() -> None:
     session = {"run": "r", "round": 1, "k": 3, "targets": None, "rank": 1, "frozen_side": True}
-    two = {"session": session, "there": ["a", "b"], "senders": ["a"], "sizes": [49, 49]}
+    two = {
+        "session": session,
+        "there": ["a", "b"],
+        "senders": ["a"],
+        "sizes": [49, 49],
+        "alike": {"atoms": [], "blocks": {}},
+    }
     for changes, says in (({"rank": 0}, "rank: "), ({"secure": two}, "2 sizes of what 1 senders sealed")):
         header = REQUEST.model_dump(mode="json") | changes
         content = save({}, metadata={"legolm": json.dumps(header)})

@@ -32,6 +32,7 @@ from legolm.federate.wire import (
     kind_of,
     largest,
     pack,
+    rows_hash,
     unpack,
 )
 from legolm.models import choose_device, free_bytes, product_speed
@@ -199,6 +200,8 @@ class Resident(Answering):
             lambda content: secrets.update({key: content}),
             self._folder(told.run) / "opened",
             self._held.colluders,
+            told.block_id,
+            rows_hash(told.data),
         )
 
     def _examples(self, told: Welcome) -> dict[Split, Examples]:

@@ -130,6 +130,13 @@ class ClientRuntime:
             )
             delta, metrics = train(task)
 
+        made = metrics.get("steps", 0.0)
+        if request.secure is not None and until is not None and made < request.steps and time.monotonic() >= until:
+            raise PublicError(
+                f"secure sum: time was over after {made:g} of {request.steps} steps, and a sum is of whole trainings; "
+                "raise federation.deadline_s"
+            )
+
         def keep(lost: Tensors) -> str:
             return keep_state(
                 self._write, site.state(), request, with_prefix("fold", fold) | with_prefix("residual", lost)

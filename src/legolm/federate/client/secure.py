@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from legolm.adapter import Flat, Layout, Tensors, under_prefix
+from legolm.adapter import Flat, Layout, Tensors, tensors_hash, under_prefix
 from legolm.block import Coverage
 from legolm.errors import LegolmError, PublicError
 from legolm.federate.wire import (
@@ -32,6 +32,8 @@ from legolm.federate.wire import (
     TrainRequest,
     UnmaskReply,
     UnmaskRequest,
+    block_hash,
+    block_key,
     counts,
     from_tensor,
     pack,
@@ -40,7 +42,7 @@ from legolm.federate.wire import (
     told,
     unpack,
 )
-from legolm.privacy import Secrets, SecureClient, Structure, clipped, gaussian, quantize
+from legolm.privacy import Secrets, SecureClient, Session, Structure, clipped, gaussian, quantize
 from legolm.system import atomic_write
 
 
@@ -48,7 +50,8 @@ from legolm.system import atomic_write
 class Keeping:
     """What a client has for secure sums: its secret Ed25519 key (32 bytes), the roster of everyone's public ones
     (hexadecimal), where the secrets of a sum are between its phases, and the file with the last round that it helped to
-    open. It takes part in no sum that would be open to as many `colluders`.
+    open. It takes part in no sum that would be open to as many `colluders`. `block` is the hash of its block's files,
+    `rows` of how it was told to read its rows (`rows_hash`); both are empty in a simulation.
     """
 
     identity: bytes
@@ -57,6 +60,8 @@ class Keeping:
     write: Callable[[bytes], None]
     opened: Path
     colluders: int = 1
+    block: str = ""
+    rows: str = ""
 
 
 def keys(request: KeysRequest, keeping: Keeping, coverage: Coverage, examples: int) -> bytes:
@@ -67,6 +72,7 @@ def keys(request: KeysRequest, keeping: Keeping, coverage: Coverage, examples: i
         raise PublicError(
             f"secure sum: client {client} is not in the roster of identities; get the federation's roster"
         )
+    _check_rows(session, client, keeping)
     if session.k < keeping.colluders + 2:  # two honest holders at least
         raise PublicError(
             f"secure sum: entries open with {session.k} holders, and this device reckons with {keeping.colluders} "
@@ -134,6 +140,7 @@ def masked(
         delta = dict(clipped(delta, dp.clip))
     elif settings.error_feedback and lost:
         delta = {key: tensor + lost[key] for key, tensor in delta.items()}
+    _check_alike(request, content, keeping)
     client = _client(SumRequest(**_named(request), session=secure.session), keeping, coverage)
     cohort, me, layout = client.cohort(), request.client, Layout.of(delta)
     rows = own[BOUNDS].numpy() if BOUNDS in own else np.zeros(0, np.float32)
@@ -141,9 +148,12 @@ def masked(
         raise PublicError(f"secure sum: bounds of {rows.shape} rank rows; there are {cohort.grid.row_count}")
     sealed = from_tensor(own.get(SEALED), secure.sizes)
     received, change = _flat(start, layout), _flat(delta, layout)
-    if len(change) != len(cohort.places(me)):
+    trained = coverage if settings.layers is None else coverage.within(settings.layers)
+    signed = Structure.of(trained, request.rank).hash(coverage.shape) == client.kept.own.held
+    if not signed or len(change) != len(cohort.places(me)):
         raise PublicError(f"secure sum: what {me} was asked to train is not what it signed")
-    opening = client.opening(cohort, secure.there, told(request, rows), received)
+    about = told(request, rows, secure.alike)
+    opening = client.opening(cohort, secure.there, about, received, secure.alike.atoms)
     made = scale(cohort, opening.atoms, secure.there, rows, dp)
     share = counts(secure.session, client.kept.adverts, set(secure.there))[me]
     wanted = change[opening.order] * np.float32(share)
@@ -158,6 +168,27 @@ def masked(
         left[opening.order] = (wanted - numbers * made.step) / np.float32(share)
         keep(dict(Flat(torch.from_numpy(left), layout)))
     return pack(MaskedReply(seeds=seeds), {MASKED: to_tensor([words.tobytes()])})
+
+
+def _check_alike(request: TrainRequest, content: Tensors, keeping: Keeping) -> None:
+    """Raise `LegolmError` where this client trains from other things than all are told: one that made others learn
+    nothing would see its change alone."""
+    assert request.secure is not None
+    alike, settings = request.secure.alike, request.settings
+    if settings.codec != "none" or settings.fold_rank or settings.fold_seeds:
+        raise PublicError("secure sum: what is folded, or rounded on its way, is not among what all are told alike")
+    sent = tensors_hash({name: one for name, one in content.items() if not name.startswith("secure.")})
+    if alike.blocks.get(block_key(request)) != block_hash(keeping.block, sent):
+        raise PublicError(
+            f"secure sum: {request.client} got another block {request.block} or adapter than all are told"
+        )
+    _check_rows(request.secure.session, request.client, keeping)
+
+
+def _check_rows(session: Session, client: str, keeping: Keeping) -> None:
+    """Raise `LegolmError` where it reads its rows otherwise than all signed: it would count, or learn, other ones."""
+    if session.rows != keeping.rows:
+        raise PublicError(f"secure sum: {client} is to read its rows otherwise than all are told")
 
 
 def _flat(factors: Mapping[str, Tensor], layout: Layout) -> np.ndarray:

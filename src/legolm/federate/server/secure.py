@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from legolm.federate.wire import (
     SEALED,
     SHARES,
     SIGNATURES,
+    Alike,
     ConfirmReply,
     ConfirmRequest,
     KeysReply,
@@ -37,18 +39,24 @@ from legolm.federate.wire import (
     SharesRequest,
     UnmaskReply,
     UnmaskRequest,
+    block_files,
+    block_hash,
+    block_id,
+    block_key,
     counts,
     from_tensor,
+    own_data,
     pack,
     reply_header,
     row_bounds,
+    rows_hash,
     scale,
     to_tensor,
     told,
     unpack,
 )
 from legolm.finetune import trainer_of
-from legolm.privacy import Opened, SecureServer, Session, Structure, grid_of, withheld
+from legolm.privacy import Opened, SecureServer, Session, Structure, grid_of, sent_hashes, withheld
 from legolm.system import Progress
 from legolm.trust import roster
 
@@ -76,7 +84,7 @@ class Summed:
 
 def session_of(config: RunConfig, run: str, number: int, attempt: int, frozen_side: bool) -> Session:
     """The secure sum of a round."""
-    secure = config.privacy.secure
+    secure, apart = config.privacy.secure, config.federation.engine == "deployment"
     assert secure is not None
     return Session(
         run=run,
@@ -90,11 +98,13 @@ def session_of(config: RunConfig, run: str, number: int, attempt: int, frozen_si
         weight=config.aggregate.weight,
         weight_cap=config.aggregate.weight_cap,
         dropouts=config.privacy.dp.dropouts if config.privacy.dp.level != "none" else None,
+        rows=rows_hash(own_data(config, config.clients[0].id)) if apart else "",
     )
 
 
 class SecureRound:
-    """One attempt at a round's sum. `roster` has the clients' identities, `last` is the last aggregate's move."""
+    """One attempt at a round's sum. `roster` has the clients' identities, `last` is the last aggregate's move, `files`
+    gives the hash of those of a block."""
 
     def __init__(
         self,
@@ -106,8 +116,10 @@ class SecureRound:
         roster: Mapping[str, str],
         last: Tensors | None,
         exchange: Exchange,
+        files: Callable[[Path], str],
     ) -> None:
         self._config, self._dispatch, self._order, self._exchange = config, dispatch, order, exchange
+        self._files = files
         self._members, self._session, self._last = members.at(order.number), session, last
         structures = {id: Structure.of(self._members.trains[id], self._members.rank[id]) for id in order.clients}
         self._shape = self._members.llm.coverage.shape
@@ -128,7 +140,7 @@ class SecureRound:
         left = [id for id in left if id in server.there and self._has_atoms(id, server.there)]
         if not left:
             return self._nothing("secure sum: no entry has enough holders left")
-        self._prepare(left[0])
+        self._prepare(left)
         self._ask("train", left, self._train_request, MaskedReply)
         if len(server.survivors) < least:
             return self._nothing(f"secure sum: {len(server.survivors)} clients sent theirs, and {least} are asked for")
@@ -177,7 +189,7 @@ class SecureRound:
             {},
         )
 
-    def _prepare(self, id: str) -> None:
+    def _prepare(self, clients: Sequence[str]) -> None:
         """What everyone is told alike: the bounds, and what was sent."""
         grid, config, scheme = self._server.cohort.grid, self._config, self._order.scheme
         trainer, far = trainer_of(config.train), config.train.learning_rate * config.train.steps
@@ -185,14 +197,19 @@ class SecureRound:
         moved = {key: far * max(trainer.moves(one, key) for one in held) for key in grid.layout.shapes}
         self._bounds = row_bounds(grid, self._last, len(self._server.there), moved)
         self._prepared = self._dispatch.prepared(self._order)
-        request = self._prepared(id)[0]
-        self._told, self._noise = told(request, self._bounds), request.settings.dp
         whole = scheme.payload(Coverage.full(self._shape), self._session.rank)
         self._sent = torch.cat([whole[key].flatten() for key in grid.layout.shapes]).numpy()
+        blocks = dict[str, str]()
+        for id in clients:
+            request, broadcast = self._prepared(id)
+            if (key := block_key(request)) not in blocks:
+                blocks[key] = block_hash(self._files(self._members.block[id].path), broadcast.hash)
+        self._alike = Alike(atoms=sent_hashes(self._server.cohort, self._sent), blocks=blocks)
+        self._told, self._noise = told(request, self._bounds, self._alike), request.settings.dp
 
     def _train_request(self, id: str) -> bytes:
         request, broadcast = self._prepared(id)
-        if told(request, self._bounds) != self._told:
+        if told(request, self._bounds, self._alike) != self._told:
             raise LegolmError(f"secure sum: {id} would be told to train otherwise than the others")
         inbox = self._server.inbox(id)
         secure = SecureUpload(
@@ -200,6 +217,7 @@ class SecureRound:
             there=self._server.there,
             senders=list(inbox),
             sizes=[len(one) for one in inbox.values()],
+            alike=self._alike,
         )
         tensors = {BOUNDS: torch.from_numpy(self._bounds), SEALED: to_tensor(list(inbox.values()))}
         named = {f"secure.{name}": tensor for name, tensor in tensors.items()}
@@ -308,6 +326,8 @@ class SecureRounds:
     ) -> None:
         self._config, self._run, self._members, self._dispatch = config, run, members, dispatch
         self._roster, self._progress = roster, progress
+        apart = config.federation.engine == "deployment"
+        self._files = cache(lambda folder: block_id(block_files(folder)) if apart else "")
 
     def round(self, order: Order, last: Tensors | None, exchange: Exchange) -> Summed:
         """One round; devices of their own are asked anew where nothing can be opened, until they gave shares for it."""
@@ -315,7 +335,9 @@ class SecureRounds:
         least = min(federation.min_replies, len(order.clients))
         while True:
             session = session_of(self._config, self._run, order.number, attempt, order.scheme.frozen_side)
-            one = SecureRound(self._config, self._dispatch, self._members, order, session, self._roster, last, exchange)
+            one = SecureRound(
+                self._config, self._dispatch, self._members, order, session, self._roster, last, exchange, self._files
+            )
             summed = one.run(least)
             for reason in summed.reasons:
                 self._progress.note(f"round {order.number}: stays closed: {reason}")

@@ -17,6 +17,7 @@ from legolm.federate.wire.codec import decode, encode, encoded_bytes
 from legolm.federate.wire.messages import (
     MAX_EXAMPLES,
     MAX_METRIC,
+    Alike,
     Envelope,
     EvaluateRequest,
     Otherwise,
@@ -48,6 +49,8 @@ from legolm.federate.wire.secure import (
     SumRequest,
     UnmaskReply,
     UnmaskRequest,
+    block_hash,
+    block_key,
     counts,
     from_tensor,
     reply_header,
@@ -56,7 +59,16 @@ from legolm.federate.wire.secure import (
     to_tensor,
     told,
 )
-from legolm.federate.wire.welcome import BlockFile, OwnData, Welcome, block_files, block_id, own_data, read_welcome
+from legolm.federate.wire.welcome import (
+    BlockFile,
+    OwnData,
+    Welcome,
+    block_files,
+    block_id,
+    own_data,
+    read_welcome,
+    rows_hash,
+)
 
 __all__ = [
     "BOUNDS",
@@ -70,6 +82,7 @@ __all__ = [
     "SIGNATURES",
     "SKETCHES",
     "SUMS",
+    "Alike",
     "BlockFile",
     "Broadcast",
     "CalibrateRequest",
@@ -103,7 +116,9 @@ __all__ = [
     "answer",
     "arrived",
     "block_files",
+    "block_hash",
     "block_id",
+    "block_key",
     "counts",
     "decode",
     "encode",
@@ -119,6 +134,7 @@ __all__ = [
     "read_welcome",
     "reply_header",
     "row_bounds",
+    "rows_hash",
     "scale",
     "side_of",
     "to_tensor",

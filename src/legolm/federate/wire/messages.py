@@ -93,6 +93,20 @@ class TrainSettings(BaseModel):
         return self.derived_seed is not None and not self.frozen_side
 
 
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Alike(BaseModel):
+    """Hashes of all that the clients of a sum train from: each checks what it got, and all have the same ones.
+
+    `atoms` are of what is sent on each atom, `blocks` by name and rank of what comes with a block (`block_hash`).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    atoms: Annotated[list[Hash], Field(max_length=100_000)]
+    blocks: dict[str, Hash]
+
+
 class SecureUpload(BaseModel):
     """Send the change masked, for the sum of those who are `there`; `senders` sealed the parts of the tensor `sealed`,
     of these bytes each, for this client. The tensor `bounds` has the bound of each rank row, float32.
@@ -103,6 +117,7 @@ class SecureUpload(BaseModel):
     there: list[Name]
     senders: list[Name]
     sizes: list[int]
+    alike: Alike
 
     @model_validator(mode="after")
     def _one_size_each(self) -> Self:

@@ -17,7 +17,7 @@ from torch import Tensor
 from legolm.aggregate import capped
 from legolm.config import DpConfig
 from legolm.errors import PublicError
-from legolm.federate.wire.messages import MAX_REPLY_HEADER, Envelope, Name, TrainRequest
+from legolm.federate.wire.messages import MAX_REPLY_HEADER, Alike, Envelope, Hash, Name, TrainRequest
 from legolm.privacy import (
     Advert,
     Atom,
@@ -35,7 +35,6 @@ from legolm.privacy import (
 MAX_HEADER = 4 << 20
 """Bytes of a reply's header that names other clients."""
 BOUNDS, SEALED, SHARES, MASKED, SIGNATURES = "bounds", "sealed", "shares", "masked", "signatures"
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 OPENED = "has opened round"
 """What a client says of a sum that it gives nothing for any more."""
 Names = Annotated[list[Name], Field(max_length=10_000)]
@@ -147,18 +146,30 @@ def from_tensor(tensor: Tensor | None, sizes: Sequence[int]) -> list[bytes]:
     return found
 
 
-def told(request: TrainRequest, row_bounds: np.ndarray) -> bytes:
-    """What the server must tell every client of a sum alike: how to train, from which seeds, in which steps.
+def told(request: TrainRequest, row_bounds: np.ndarray, alike: Alike) -> bytes:
+    """What the server must tell every client of a sum alike: how to train, from which seeds, in which steps, from what.
 
-    Not what is a client's own: its block, its randomness, the memory that it may take.
+    Not what is a client's own: its block, its randomness, the memory that it may take. Of the adapter's entries the
+    hashes are in the masks anyway (`SecureClient.opening`).
     """
     own = {"client", "block", "coverage_hash", "rank", "seed", "accepted", "secure", "settings"}
     settings = request.settings
     train = settings.train.model_copy(update={"micro_batch_tokens": 1, "gradient_checkpointing": False})
-    alike = settings.model_copy(update={"train": train, "layers": None})
-    digest = hashlib.sha256(request.model_dump_json(exclude=own).encode() + alike.model_dump_json().encode())
+    common = settings.model_copy(update={"train": train, "layers": None})
+    texts = request.model_dump_json(exclude=own), common.model_dump_json(), alike.model_dump_json(exclude={"atoms"})
+    digest = hashlib.sha256("".join(texts).encode())
     digest.update(np.ascontiguousarray(row_bounds, dtype="<f4").data)
     return digest.digest()
+
+
+def block_key(request: TrainRequest) -> str:
+    """By which its block stands in `Alike.blocks`."""
+    return f"{request.block} {request.rank}"
+
+
+def block_hash(files: str, content: str) -> str:
+    """Of all that comes with a block: of the hash of its files (empty in a simulation) and that of the tensors."""
+    return hashlib.sha256(f"{files} {content}".encode()).hexdigest()
 
 
 def counts(session: Session, adverts: Collection[Advert], there: Collection[str]) -> dict[str, float]:

@@ -13,10 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from legolm.config import DataConfig, RowsConfig, RunConfig
 from legolm.errors import PublicError
 from legolm.federate.bridge import PIECE
-from legolm.federate.wire.messages import Name, plain
+from legolm.federate.wire.messages import Hash, Name, plain
 
 MAX_FILES, MAX_PIECES = 1000, 1 << 20
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Limit = Annotated[int, Field(ge=1)] | None
 FileName = Annotated[
     str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")
@@ -101,6 +100,11 @@ def block_id(files: Sequence[BlockFile]) -> str:
     """Of what a block holds, whatever it is called: 32 hexadecimal digits."""
     content = json.dumps(sorted((one.name, one.sha256) for one in files))
     return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def rows_hash(data: OwnData) -> str:
+    """Of how rows are read; whose they are is each client's own."""
+    return hashlib.sha256(data.model_copy(update={"part": ""}).model_dump_json().encode()).hexdigest()
 
 
 def own_data(config: RunConfig, client: str) -> OwnData:
