@@ -40,7 +40,10 @@ class Exchange(Protocol):
 
 
 def counted(exchange: Exchange, sent: dict[str, Traffic]) -> Exchange:
-    """The same, that adds to `sent` what passes between the server and each client, however often it is asked."""
+    """The same, that adds to `sent` what passes between the server and each client, however often it is asked.
+
+    A reply that an engine kept counts as on the day when it came: a run that was killed ends with the same bytes.
+    """
 
     def ask(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
         asked: list[tuple[str, int]] = []
