@@ -64,6 +64,33 @@ def test_the_llm_answers_beside_its_block(
     assert_one_line(legolm("chat", tiny("llama")), "a message is not UTF-8 text")
 
 
+def test_a_command_that_is_stopped_says_what_it_keeps(
+    tiny: Callable[[str], Path], exported_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    data = tmp_path / "q.jsonl"
+    data.write_text(json.dumps({"instruction": "Hi", "output": "ab"}) + "\n")
+    monkeypatch.setattr("legolm.evaluation.side_by_side.tokens_per_second", stop)
+    monkeypatch.setattr("legolm.evaluation.greedy.continued", stop)
+    monkeypatch.setattr("legolm.export.hf.model_card", stop)
+    nothing, kept = "nothing was written", "what is finished is kept; the same command goes on there"
+    composed = tmp_path / "c"
+    then = ("--into", "union", "--weights", "1", "--out", composed, "--then", f"export --to hf --out {tmp_path / 'x'}")
+    for command, says in (
+        (("generate", tiny("llama"), data, "--out", tmp_path / "a"), nothing),
+        (("export", tiny("llama"), "--to", "hf", "--out", tmp_path / "a"), nothing),
+        (("eval", tiny("llama"), "--data", data), nothing),
+        (("eval", tiny("llama"), "--data", data, "--out", tmp_path / "e"), kept),
+        (("compose", exported_run, *then), f"{composed} is composed; nothing was exported"),
+    ):
+        done = legolm(*command)
+        assert done.returncode == 130
+        assert done.stderr.splitlines()[-1] == f"stopped: {says}"
+    assert not (tmp_path / "a").exists() and not (tmp_path / "x").exists() and composed.is_dir()
+
+
 def test_a_block_with_an_adapter_answers_without_its_llm(
     exported_run: Path, said: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -199,6 +226,7 @@ def test_compose_then_export(exported_run: Path, tmp_path: Path, monkeypatch: py
         (f"export --to hf --quant q8_0 --out {tmp_path / 'x'}", "unknown key `quant` of target 'hf'"),
         (f"export --to adapter --out {tmp_path / 'x'}", "both: has no adapter; give one (--adapter DIR)"),
         (f"export --to gguf-adapter --out {tmp_path / 'x'}", "both: has no adapter; give one (--adapter DIR)"),
+        (f"export --to hf --adapter {tmp_path} --out {tmp_path / 'x'}", "no readable adapter_config.json"),
         (f"export --to sparse --out {tmp_path / 'x'}", "both has no bit masks"),
         (f"export --to hf --push-to-hub me/b --out {tmp_path / 'x'}", "there is no token"),
     ):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import legolm as lg
 from helpers import assert_one_line, legolm
-from legolm.block import Block, Coverage, picture
+from legolm.block import Block, Coverage, picture, read_block
 from legolm.config import EXPORTERS
 from legolm.errors import LegolmError
 from legolm.export import Source, export, exporter, find_model, serving
@@ -59,6 +59,26 @@ def test_the_card_has_the_licence_of_the_llm(block: Callable[..., Block], tmp_pa
     (tmp_path / "b" / "README.md").write_text("---\nlicense: 'mit'\n---\n# A model\n")
     export(str(tmp_path / "b"), "hf", tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text().startswith("---\nlicense: mit\n")
+
+
+def test_what_is_pushed_names_no_folder_of_this_machine(
+    block: Callable[..., Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = block("llama")
+    text, model = found.details["target"]["calibration"]["text"], found.details["model"]
+    assert Path(text).is_absolute() and Path(model).is_absolute()
+    pushed = []
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
+    monkeypatch.setattr("legolm.export.hf._push", lambda out, name: str(pushed.append(name)))
+    export(str(found.path), "hf", tmp_path / "here")
+    export(str(found.path), "hf", tmp_path / "there", settings={"push_to_hub": "me/b"})
+    assert pushed == ["me/b"]
+    shown = [(tmp_path / name).read_text() for name in ("there/manifest.json", "there/README.md", "here/README.md")]
+    for content in shown:
+        assert str(Path(text).parent) not in content and str(Path(model).parent) not in content
+        assert Path(text).name in content and Path(model).name in content
+    assert read_block(tmp_path / "there").coverage.hash == found.coverage.hash
+    assert read_block(tmp_path / "here").details == found.details  # by which its LLM is found
 
 
 def test_a_checkpoint_in_several_files_is_exported(block: Callable[..., Block], tmp_path: Path) -> None:
@@ -121,6 +141,12 @@ def test_sparse_is_half_and_comes_back_exactly(masked: Block, tmp_path: Path) ->
     save_file(tensors, tmp_path / "s" / "sparse.safetensors")
     with pytest.raises(LegolmError, match=r"sparse\.safetensors: is broken \(.* values for a mask of"):
         lg.load(tmp_path / "s")
+    save_file({name: one for name, one in weights.items() if "norm" not in name}, tmp_path / "s" / "sparse.safetensors")
+    with pytest.raises(LegolmError) as broken:
+        lg.load(tmp_path / "s")
+    said = str(broken.value)
+    assert said.startswith(f"sparse {tmp_path / 's'}: is broken (model: {tmp_path / 's'}: config.json and the weights")
+    assert said.endswith("missing); export the block again") and "legolm-" not in said
 
 
 def test_sparse_has_the_masks_of_weights_that_lie_transposed(block: Callable[..., Block], tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_scratch_folder_is_gone_afterwards(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(small_disk: Path) -> None:
     atomic_write(small_disk / "old", "as it was")
-    with pytest.raises(LegolmError, match="the disk is full; free some space"):
+    with pytest.raises(LegolmError, match="the disk is full; free some space and run the command again"):
         atomic_write(small_disk / "old", "x" * 100_000)
     with pytest.raises(LegolmError, match="the disk is full"), atomic_folder(small_disk / "folder") as folder:
         save_file({"a": torch.zeros(100_000)}, folder / "a.safetensors")

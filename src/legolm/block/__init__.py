@@ -4,7 +4,16 @@ from legolm.block.base import Base, decoder_weights
 from legolm.block.block import Block
 from legolm.block.coverage import Coverage, add_matrix, load_coverage, pack_mask, slice_matrix, unpack_mask
 from legolm.block.drawing import picture
-from legolm.block.manifest import Manifest, llm_block, read_block, rename_block, write_block, write_llm
+from legolm.block.manifest import (
+    Manifest,
+    hide_places,
+    llm_block,
+    read_block,
+    rename_block,
+    without_places,
+    write_block,
+    write_llm,
+)
 
 __all__ = [
     "Base",
@@ -13,6 +22,7 @@ __all__ = [
     "Manifest",
     "add_matrix",
     "decoder_weights",
+    "hide_places",
     "llm_block",
     "load_coverage",
     "pack_mask",
@@ -21,6 +31,7 @@ __all__ = [
     "rename_block",
     "slice_matrix",
     "unpack_mask",
+    "without_places",
     "write_block",
     "write_llm",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +56,24 @@ def rename_block(path: Path, name: str) -> None:
     manifest, file = _read_manifest(path), path / "manifest.json"
     file.unlink()
     file.write_text(manifest.model_copy(update={"name": name}).model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def without_places(details: Any) -> Any:
+    """A manifest's details, or a part of them, with the names of files and folders in the place of whole paths: for
+    others, who have not this machine's.
+    """
+    if isinstance(details, Mapping):
+        return {without_places(key): without_places(value) for key, value in details.items()}
+    if isinstance(details, list):
+        return [without_places(value) for value in details]
+    return Path(details).name if isinstance(details, str) and Path(details).is_absolute() else details
+
+
+def hide_places(path: Path) -> None:
+    """Take the paths of this machine out of the manifest in a folder."""
+    manifest = _read_manifest(path)
+    shown = manifest.model_copy(update={"details": without_places(manifest.details)})
+    (path / "manifest.json").write_text(shown.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_block(path: Path) -> Block:

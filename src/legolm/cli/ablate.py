@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from legolm.cli.options import names_in
+from legolm.cli.options import keeping, names_in
 from legolm.errors import LegolmError
 
 
@@ -41,5 +41,6 @@ def ablate(
         raise LegolmError("--limit: only with --tasks; give that too, or leave it out")
     if names or text or include or limit or length:
         questions = read_questions(names, include, None, None, text, limit, length=length)
-    found = leave_out(folder, out or folder, questions, Progress(), retrain, names_in(only, "--only"))
+    with keeping():
+        found = leave_out(folder, out or folder, questions, Progress(), retrain, names_in(only, "--only"))
     print_ablation(found, out or folder)

@@ -29,6 +29,7 @@ from legolm.cli.export import export
 from legolm.cli.generate import generate
 from legolm.cli.importing import import_model
 from legolm.cli.inspect import inspect
+from legolm.cli.options import Stopped
 from legolm.cli.pick import pick
 from legolm.cli.prune import prune
 from legolm.cli.relay import relay
@@ -103,6 +104,7 @@ def main() -> None:
     # An interpreter that ends looks for garbage in all that torch and transformers brought: for a second.
     atexit.register(gc.freeze)
     code: object = 0
+    kept = "nothing was written"
     try:
         code = _command()(standalone_mode=False)  # else it ends the process itself, without a word after Ctrl-C
     except LegolmError as error:
@@ -113,8 +115,10 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         code = STOPPED
+    except Stopped as stop:
+        code, kept = STOPPED, str(stop)
     if code == STOPPED:
-        sys.stderr.write("stopped: what is finished is kept; the same command goes on there (`run` with --resume)\n")
+        sys.stderr.write(f"stopped: {kept}\n")
     if isinstance(code, int) and code:
         sys.exit(code)
 

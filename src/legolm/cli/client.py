@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from legolm.cli.options import finite
+from legolm.cli.options import finite, keeping
 
 
 def client(
@@ -36,4 +36,5 @@ def client(
 
     blocks, profile = tuple(map(block_folder, block or ())), Profile(device, threads)
     held = Holdings(home, tuple(data), blocks, profile, memory_mb, roster, colluders)
-    serve(server, ca, held, typer.echo)
+    with keeping():
+        serve(server, ca, held, typer.echo)

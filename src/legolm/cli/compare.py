@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from legolm.cli.options import Sets
+from legolm.cli.options import Sets, keeping
 
 
 def compare(
@@ -47,4 +47,6 @@ def compare(
     from legolm.report import print_comparison
     from legolm.study import compare as run_all
 
-    print_comparison(run_all(config, out, set_ or (), models, blocks, seeds, jobs), out)
+    with keeping():
+        found = run_all(config, out, set_ or (), models, blocks, seeds, jobs)
+    print_comparison(found, out)

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from legolm.cli.export import export, settings_of
-from legolm.cli.options import Answer, BadRows, Input, Instruction, LayoutOption, Messages, check_new, rows_of
+from legolm.cli.options import (
+    Answer,
+    BadRows,
+    Input,
+    Instruction,
+    LayoutOption,
+    Messages,
+    check_new,
+    keeping,
+    rows_of,
+)
 from legolm.errors import LegolmError
 
 
@@ -58,14 +68,16 @@ def compose(
     if after is not None:
         options, _ = after
         settings = settings_of(options["quant"], options["push_to_hub"])
-        check_composed(wanted, out, options["to"], options["adapter"], settings)
+        adapter = None if options["adapter"] is None else Path(options["adapter"])
+        check_composed(wanted, out, options["to"], adapter, settings)
     if dry_run:
         print_composition(wanted)
         return
     print_blocks([put_together(wanted, out, progress)])
     if after is not None:
         _, export_it = after
-        export_it()
+        with keeping(f"{out} is composed; nothing was exported"):
+            export_it()
 
 
 def _parsed(then: str, out: Path) -> tuple[dict[str, Any], Callable[[], None]]:
@@ -81,9 +93,10 @@ def _parsed(then: str, out: Path) -> tuple[dict[str, Any], Callable[[], None]]:
     command = typer.Typer(add_completion=False)
     command.command()(export)
     made: Any = typer.main.get_command(command)
-    given = made.make_context("compose --then export", [str(out), *words]).params
+    context = made.make_context("compose --then export", [str(out), *words])
+    given = context.params
     if Path(given["out"]).resolve() == out.resolve():
         raise LegolmError(f"--then: --out {given['out']} is the composed model's own; give another one")
     check_new(Path(given["out"]))
     target_of(given["to"], settings_of(given["quant"], given["push_to_hub"])).need()
-    return given, lambda: made.main([str(out), *words], standalone_mode=False)
+    return given, lambda: made.invoke(context)

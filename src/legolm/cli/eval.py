@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from legolm.cli.options import (
     Template,
     check_new,
     check_used,
+    keeping,
     names_in,
     prompts_of,
     rows_of,
@@ -63,7 +65,7 @@ def evaluate(
     rows = validate(RowsConfig, given, "legolm eval") if given else None
     questions = read_questions(names_in(tasks, "--tasks"), include, data, rows, text, limit, rouge, length, windows)
     subjects = line_up(models, base, adapter)
-    with kept_beside(out) as parts:
+    with nullcontext() if out is None else keeping(), kept_beside(out) as parts:
         found = evaluate_all(subjects, questions, precision, parts, prompts_of(template))
         if out is not None:
             write_json(found, questions, precision, out)

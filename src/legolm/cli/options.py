@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -64,6 +66,19 @@ def rows_of(
         raise LegolmError(f"--messages {messages}: instead of --instruction and its like; give the one or the others")
     given = {"layout": layout, "fields": fields or None, "bad_rows": bad_rows}
     return {name: value for name, value in given.items() if value is not None}
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM where something is kept: the text says what, and how to go on."""
+
+
+@contextmanager
+def keeping(what: str = "what is finished is kept; the same command goes on there") -> Iterator[None]:
+    """Say this of a block that is stopped. Of a command without it nothing was written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(what) from None
 
 
 def check_new(out: Path) -> None:

@@ -19,6 +19,7 @@ from legolm.cli.options import (
     Template,
     check_new,
     check_used,
+    keeping,
     prompts_of,
     rows_of,
 )
@@ -114,11 +115,10 @@ def prune(
     for folder in folders:
         if blocks[folder] is not None:
             progress.note(f"{folder}: is there already, cut by the same recipe")
-    made = (
-        cut_blocks(base, digest, left, seed, precision, progress, lasting_name(model), tokenizer=tokenizer)
-        if left
-        else []
-    )
+    made = []
+    if left:
+        with keeping():
+            made = cut_blocks(base, digest, left, seed, precision, progress, lasting_name(model), tokenizer=tokenizer)
     for note in notes:  # not before: bad input is one line
         progress.note(note)
     new = {block.path: block for block in made}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from legolm.cli.options import finite
+from legolm.cli.options import finite, keeping
 
 
 def relay(
@@ -26,4 +26,5 @@ def relay(
     from legolm.config import SuperLinkConfig
     from legolm.federate.relay import serve
 
-    serve(server, ca, home, SuperLinkConfig(home=str(region), host=host, port=port), typer.echo, away_s)
+    with keeping():
+        serve(server, ca, home, SuperLinkConfig(home=str(region), host=host, port=port), typer.echo, away_s)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from legolm.cli.options import Config, Sets
+from legolm.cli.options import Config, Sets, keeping
 
 
 def run(
@@ -51,4 +51,6 @@ def run(
     from legolm.pipeline import run as run_pipeline
     from legolm.report import print_summary
 
-    print_summary(run_pipeline(settings, out, resume), out)
+    with keeping("what is finished is kept; the same command goes on there with --resume"):
+        summary = run_pipeline(settings, out, resume)
+    print_summary(summary, out)

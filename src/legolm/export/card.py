@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from legolm.block import picture
+from legolm.block import picture, without_places
 from legolm.errors import LegolmError
 from legolm.evaluation import tokens_per_second
 from legolm.export.source import Source
@@ -25,7 +24,7 @@ def model_card(source: Source, model: Any) -> str:
     """Markdown with the front matter that the hub reads."""
     block, coverage = source.block, source.coverage
     licence = f"license: {source.licence}\n" if source.licence else ""
-    llm = _named(block.details.get("model")) or "an LLM that its manifest does not name"
+    llm = without_places(block.details.get("model")) or "an LLM that its manifest does not name"
     cut = (
         "as it is"
         if not source.is_block
@@ -90,9 +89,9 @@ def _summary(source: Source) -> tuple[Summary, ClientSummary | LlmSummary] | Non
 
 
 def _provenance(source: Source) -> dict[str, object]:
-    block, found = source.block, dict(source.block.details)
+    block, found = source.block, without_places(source.block.details)
     rows: dict[str, object] = {
-        "LLM": _named(found.pop("model", None)) or "not recorded",
+        "LLM": found.pop("model", None) or "not recorded",
         "its fingerprint": block.base_fingerprint or "not recorded",
     }
     if source.is_block:
@@ -101,11 +100,6 @@ def _provenance(source: Source) -> dict[str, object]:
     if source.adapter is not None:
         rows["adapter"] = "merged at export"
     return rows | {"written by": ", ".join(f"{name} {found}" for name, found in versions().items())}
-
-
-def _named(model: object) -> str | None:
-    """A hub id as it is, of a folder its name: the card is for others, who have not the folder."""
-    return Path(model).name if isinstance(model, str) and Path(model).is_absolute() else model  # type: ignore[return-value]
 
 
 def _table(rows: dict[str, object]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from legolm.block import hide_places
 from legolm.errors import LegolmError, brief
 from legolm.export.card import model_card
 from legolm.export.probe import Reference
@@ -36,6 +37,8 @@ def hf(source: Source, out: Path, *, push_to_hub: str | None = None) -> list[str
     """A folder for plain transformers, zeros kept, what it learned merged; with a card. If wanted on the hub too."""
     out.mkdir()
     copy_checkpoint(source.path, out)
+    if push_to_hub is not None and source.is_block:
+        hide_places(out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=False)
     _check(source, out, model.eval())
     (out / "README.md").write_text(model_card(source, model), encoding="utf-8")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from legolm.block import Coverage, load_coverage
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, brief
 from legolm.export.source import Source, find_model
 from legolm.export.target import exporter
 from legolm.models import CheckpointWriter, copy_side_files, load_model, load_tokenizer, read_weights
@@ -63,7 +63,11 @@ def load(name: str | Path) -> tuple[Any, Any]:
         return load_model(path), load_tokenizer(path)
     with TemporaryDirectory(prefix="legolm-") as folder:
         spread(Path(name), Path(folder))
-        return load_model(Path(folder)), load_tokenizer(Path(folder))
+        try:
+            return load_model(Path(folder)), load_tokenizer(Path(folder))
+        except LegolmError as error:
+            why = str(error).replace(folder, str(name)).rpartition("; ")[0] or str(error)
+            raise LegolmError(f"sparse {name}: is broken ({brief(why)}); export the block again") from None
 
 
 def spread(path: Path, out: Path) -> None:

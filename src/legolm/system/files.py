@@ -120,7 +120,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         yield folder
     except Exception as error:
         if disk_full(error):
-            raise DiskFullError(f"{path}: the disk is full; free some space and run again with --resume") from None
+            raise DiskFullError(f"{path}: the disk is full; free some space and run the command again") from None
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -153,7 +153,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         partial.replace(path)
     except OSError as error:
         if disk_full(error):
-            raise DiskFullError(f"{path}: the disk is full; free some space and run again with --resume") from None
+            raise DiskFullError(f"{path}: the disk is full; free some space and run the command again") from None
         raise _unwritable(path, error) from None
     finally:
         with suppress(OSError):  # its folder cannot be made
