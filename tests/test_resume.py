@@ -425,6 +425,17 @@ def test_who_ends_while_a_round_is_scored_loses_nothing_of_it(home: Path, tmp_pa
     assert [one.llm for one in Summary.read(out).history] == [one.llm for one in whole.history]
 
 
+def test_a_round_that_is_scored_later_keeps_the_time_of_its_training(home: Path, tmp_path: Path) -> None:
+    out, sets = tmp_path / "out", ["evaluate.local_only=false", "federation.personal_steps=0", "evaluate.every=2"]
+    sets.append("federation.codec=none")  # clients keep nothing
+    pipeline.run(configs.load(home / "run.yaml", [*sets, "federation.rounds=3"]), out)
+    trained = json.loads((out / "rounds" / "0001" / "metrics.json").read_text())["seconds"]
+    for number in (2, 3):
+        shutil.rmtree(out / "rounds" / f"{number:04d}")
+    found = pipeline.run(configs.load(home / "run.yaml", [*sets, "federation.rounds=1"]), out, resume=True)
+    assert found.history[1].seconds > trained and found.history[1].scored
+
+
 def test_a_killed_process_loses_a_second_at_most(tmp_path: Path) -> None:
     clock = Clock(tmp_path / "clock.json")
     with clock.stage("round 1"):

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import assert_one_line, legolm
+from legolm.errors import LegolmError
 from legolm.export.llama_cpp import llama_cpp
 from legolm.models import importing, load_config, load_model, load_tokenizer
-from legolm.models.quantized import unpack
+from legolm.models.quantized import _groups, unpack
 
 WEIGHTS = "model.safetensors"
 Stored = dict[str, Tensor]
@@ -112,6 +113,14 @@ def packed(rows: int, columns: int, order: str = "") -> Made:
     stored = {"weight_packed": pack(numbers, 4), "weight_scale": scale, "weight_shape": torch.tensor([rows, columns])}
     stored |= {"weight_g_idx": group if order == "any" else torch.full_like(group, -1)} if order else {}
     return stored, (numbers - 8).double() * scale.double()[:, group]
+
+
+def test_groups_are_as_large_as_the_file_says() -> None:
+    """The last one may be smaller; without a size they are as many in each."""
+    assert torch.bincount(_groups(100, 4, 32)).tolist() == [32, 32, 32, 4]
+    assert torch.bincount(_groups(96, 3, -1)).tolist() == torch.bincount(_groups(96, 3, None)).tolist() == [32] * 3
+    with pytest.raises(LegolmError, match="group_size is 64, and 100 columns have 4 scales"):
+        _groups(100, 4, 64)
 
 
 INTS = {"config_groups": {"group_0": {"weights": {"num_bits": 4}}}, "format": "pack-quantized"}

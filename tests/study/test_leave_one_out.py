@@ -383,6 +383,13 @@ def test_blocks_that_clients_sums_cut_are_cut_again_without_the_left_out(
     assert same == [True, False]
 
 
+def test_as_many_replies_are_asked_as_are_left_in_each_round(config_file: Path, tmp_path: Path) -> None:
+    sets = ["federation.min_replies=2", "clients.1.leaves=1", "federation.keep_updates=false"]
+    pipeline.run(configs.load(config_file, [*sets, "evaluate.local_only=false"]), tmp_path / "run", models=False)
+    found = ablate(tmp_path / "run", tmp_path / "run", None, QUIET, retrain=True, only=["fr"])
+    assert [one.name for one in found.without] == ["fr"]
+
+
 def test_what_cannot_be_trained_again_is_one_line(run: Path, config_file: Path, tmp_path: Path) -> None:
     assert_one_line(legolm("ablate", run, "--retrain", "--only", "wid"), "--only wid: is no client, nor a block")
     assert_one_line(legolm("ablate", run, "--only", " , "), "--only ' , ': names none")

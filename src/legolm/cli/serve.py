@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from legolm.cli.export import Model
+from legolm.cli.options import keeping
 from legolm.errors import LegolmError
 
 
@@ -29,5 +30,6 @@ def serve(
         typer.echo(f"{server.address}/v1/chat/completions")
         for name, number in numbers.items():
             typer.echo(f'adapter {name}: a request with "lora": {json.dumps([{"id": number, "scale": 1.0}])}')
-        code = server.process.wait()
+        with keeping("the server is ended"):
+            code = server.process.wait()
         raise LegolmError(f"the server of {model} ended by itself, with code {code}; start it again")

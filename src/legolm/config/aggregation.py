@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -154,6 +155,10 @@ class FederationConfig(Section):
     protect: ProtectConfig | None = Field(
         None, description="text on which the LLM is to stay what it was; needs the clients' sums"
     )
+
+    def drawn(self, there: int) -> int:
+        """How many of so many clients a round asks."""
+        return min(there, max(math.ceil(self.fraction * there), self.min_replies))
 
     @property
     def fitted(self) -> bool:

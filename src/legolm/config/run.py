@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -337,7 +336,7 @@ class RunConfig(Section):
             return
         scheme, why = SCHEMES.entry(aggregate.scheme).make(**aggregate.settings), ""
         there, alone = len(self.clients), self.evaluate.local_only or federation.personal_steps
-        drawn = min(there, max(math.ceil(federation.fraction * there), federation.min_replies))
+        drawn = federation.drawn(there)
         if federation.mode != "federated":
             why = f"is of rounds, and federation.mode {federation.mode!r} has none; take mode federated"
         elif not scheme.sums:

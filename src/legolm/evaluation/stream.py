@@ -37,7 +37,7 @@ def reply(model: Any, tokenizer: Any, messages: Sequence[Message], most: int, te
         )
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     given = torch.tensor([ids], device=model.device)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     failed: list[Exception] = []
 
     def work() -> None:

@@ -13,6 +13,7 @@ from legolm.errors import LegolmError, brief
 from legolm.export.gguf_write import BALANCED
 from legolm.export.llama_cpp import LlamaCpp, llama_cpp
 from legolm.export.write import check_export, export
+from legolm.models import is_gguf
 from legolm.system import scratch_folder
 
 MOST_CONTEXT = 4096
@@ -32,17 +33,17 @@ def serving(
     _check_free(host, port)
     named = _named(adapters)
     with scratch_folder(folder / "legolm-serve") as scratch:
-        if Path(model).suffix != ".gguf":
+        if not is_gguf(Path(model)):
             check_export(model, "gguf", scratch / "checked", settings={"quant": quant}, field="--quant")
         for path in named.values():
-            if path.suffix != ".gguf":
+            if not is_gguf(path):
                 check_export(model, "gguf-adapter", scratch / "checked", path)
             elif _fields(path, f"--adapter {path}").get("general.type") != "adapter":
                 raise LegolmError(f"--adapter {path}: is no LoRA file; give one, or a PEFT adapter's folder")
         file, context, balanced = _file(model, quant, scratch)
         files = []
         for number, path in enumerate(named.values()):
-            if path.suffix != ".gguf":
+            if not is_gguf(path):
                 made = scratch / f"adapter-{number}.gguf"
                 export(model, "gguf-adapter", made, path)
                 path = made
@@ -84,7 +85,7 @@ def _named(adapters: Sequence[str]) -> dict[str, Path]:
 def _file(model: str, quant: str, scratch: Path) -> tuple[Path, int, bool]:
     """A GGUF file of the model, the context to serve, and whether its channels are balanced."""
     path = Path(model)
-    if path.suffix != ".gguf":
+    if not is_gguf(path):
         path = scratch / "model.gguf"
         export(model, "gguf", path, settings={"quant": quant})
     elif not path.is_file():

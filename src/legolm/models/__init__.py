@@ -2,7 +2,7 @@
 
 from legolm.models.beside import carry
 from legolm.models.calls import Call, recorded
-from legolm.models.checkpoint import load_config, place_weights
+from legolm.models.checkpoint import is_gguf, load_config, place_weights
 from legolm.models.continuing import continued
 from legolm.models.cut import config_changes, narrow, tell
 from legolm.models.family import FAMILIES, LLAMA, Family, Module, Shape, Unit, decoder_layers, family_of, shape_of
@@ -81,6 +81,7 @@ __all__ = [
     "free_bytes",
     "hidden_states",
     "import_model",
+    "is_gguf",
     "judged",
     "lasting_name",
     "layout_of",

@@ -101,14 +101,18 @@ def _gptq(parts: Parts, settings: Settings) -> Tensor:
     zeros = unpack(parts["qzeros"], bits, 1)[:, : numbers.shape[1]]  # (groups, rows)
     if settings.get("checkpoint_format") != "gptq_v2":
         zeros = zeros + 1 & (1 << bits) - 1
-    group = _groups(len(numbers), len(parts["scales"]), parts.get("g_idx"))
+    group = _groups(len(numbers), len(parts["scales"]), settings.get("group_size"), parts.get("g_idx"))
     return ((numbers - zeros[group]) * parts["scales"].float()[group]).T
 
 
-def _groups(columns: int, groups: int, named: Tensor | None = None) -> Tensor:
-    """The group of each column: one after the other, unless all have a name; of some tools -1 is none."""
+def _groups(columns: int, groups: int, size: object, named: Tensor | None = None) -> Tensor:
+    """The group of each column: so many one after the other (as many in each, where no `size` is told), unless all have
+    a name; of some tools -1 is none."""
     if named is None or bool((named == -1).any()):
-        return torch.arange(columns) // max(1, -(-columns // groups))
+        each = size if isinstance(size, int) and 0 < size < columns else -(-columns // max(1, groups))
+        if -(-columns // each) != groups:
+            raise LegolmError(f"group_size is {size}, and {columns} columns have {groups} scales")
+        return torch.arange(columns) // each
     if named.shape != (columns,) or bool(((named < 0) | (named >= groups)).any()):
         raise LegolmError("g_idx names groups that are not there")
     return named.long()
@@ -124,7 +128,7 @@ def _awq(parts: Parts, settings: Settings) -> Tensor:
         unpack(parts[name], 4, 1).reshape(len(parts[name]), -1, 8)[..., order].flatten(1)
         for name in ("qweight", "qzeros")
     )
-    group = _groups(len(numbers), len(zeros))
+    group = _groups(len(numbers), len(zeros), settings.get("group_size", settings.get("q_group_size")))
     return ((numbers - zeros[group]) * parts["scales"].float()[group]).T
 
 
@@ -154,16 +158,17 @@ def _spread(scale: Tensor, weight: Tensor, settings: Settings) -> Tensor:
 
 def _packed(parts: Parts, settings: Settings) -> Tensor:
     """compressed-tensors' `pack-quantized`: signed numbers as unsigned ones from 0 on, side by side in int32."""
-    (bits,) = {group.get("weights", {}).get("num_bits") for group in settings.get("config_groups", {}).values()} or {
-        None
-    }
+    weights = [group.get("weights", {}) for group in settings.get("config_groups", {}).values()]
+    (bits,) = {one.get("num_bits") for one in weights} or {None}
+    sizes = {one.get("group_size") for one in weights}
+    size = sizes.pop() if len(sizes) == 1 else None  # of several kinds it is not told which this one is
     bits = _whole({"num_bits": bits}, "num_bits", (4, 8))
     rows, columns = parts["weight_shape"].tolist()
     half, scale = 1 << bits - 1, parts["weight_scale"].float()
     numbers = unpack(parts["weight_packed"], bits, 1)[:, :columns] - half
     if numbers.shape != (rows, columns):
         raise LegolmError(f"weight_shape is {[rows, columns]}, and {list(numbers.shape)} numbers are packed")
-    group = _groups(numbers.shape[1], scale.shape[1], parts.get("weight_g_idx"))
+    group = _groups(numbers.shape[1], scale.shape[1], size, parts.get("weight_g_idx"))
     if "weight_zero_point" in parts:
         numbers = numbers - (unpack(parts["weight_zero_point"], bits, 0)[:rows] - half)[:, group]
     return numbers * scale[:, group]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,18 +179,21 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
 def _check_there(config: RunConfig, taking: Sequence[ClientConfig]) -> None:
     """Raise `LegolmError` for a round in which fewer of those who may take part are asked than it needs."""
     federation, secure = config.federation, config.privacy.secure
-    needs = {"federation.min_replies": federation.min_replies, "privacy.secure": secure.least if secure else 1}
+    needs = {
+        "federation.min_replies": (federation.min_replies, "lower it"),
+        "privacy.secure": (secure.least if secure else 1, "take it out"),
+    }
     for number in range(1, federation.rounds + 1):
         there = sum(client.there(number) for client in taking)
         if not there:
             raise LegolmError(
                 f"round {number}: no client takes part; change clients' joins and leaves, or federation.capable"
             )
-        asked = min(there, max(math.ceil(federation.fraction * there), federation.min_replies))
-        for field, least in needs.items():
+        asked = federation.drawn(there)
+        for field, (least, remedy) in needs.items():
             if asked < least:
                 raise LegolmError(
-                    f"{field}: needs {least} clients, and {asked} are asked in round {number}; lower it, or change "
+                    f"{field}: needs {least} clients, and {asked} are asked in round {number}; {remedy}, or change "
                     "clients' joins and leaves, federation.fraction or capable"
                 )
 

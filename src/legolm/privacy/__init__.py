@@ -1,6 +1,14 @@
 """What keeps a client's update from the server and its rows from everyone: secure sums by atom, and accounted noise."""
 
-from legolm.privacy.accounting import Budget, gaussian_epsilon, noise_to_signal, sampled_epsilon, sampled_noise, within
+from legolm.privacy.accounting import (
+    NOISE,
+    Budget,
+    gaussian_epsilon,
+    noise_to_signal,
+    sampled_epsilon,
+    sampled_noise,
+    within,
+)
 from legolm.privacy.atoms import Atom, atoms, threshold
 from legolm.privacy.client import Opening, Secrets, SecureClient
 from legolm.privacy.cohort import Advert, Cohort, Grid, Session, Structure, grid_of, withheld
@@ -12,6 +20,7 @@ from legolm.privacy.server import Opened, SecureServer
 
 __all__ = [
     "BELOW",
+    "NOISE",
     "Advert",
     "Atom",
     "Budget",

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from legolm.config import DpConfig
-from legolm.errors import LegolmError
+from legolm.errors import LegolmError, PublicError
 
 ROUNDING = 1 + 1e-9
 """Of a budget that the noise was found for."""
 ORDERS = [*range(2, 64), *range(64, 257, 16), 512, 1024]
 """Of Rényi divergence. Whole ones: of others the library's series need not converge."""
-LEAST, MOST = 0.01, 1e8
+NOISE = LEAST, MOST = 0.01, 1e8
 """Noise multipliers that are looked at for a budget."""
 Steps = tuple[float, float, float]
 """(noise multiplier, share of the examples in a batch, number of steps)."""
@@ -57,7 +57,7 @@ def sampled_noise(epsilon: float, delta: float, rate: float, steps: int) -> floa
     if sampled_epsilon([(low, rate, steps)], delta) <= epsilon:
         return low
     if sampled_epsilon([(high, rate, steps)], delta) > epsilon:
-        raise LegolmError(
+        raise PublicError(
             f"privacy.dp.epsilon {epsilon:g}: no noise reaches it in {steps} steps at delta {delta:g}; raise either, "
             "or make fewer steps"
         )
@@ -146,6 +146,6 @@ def _library() -> Any:
         import dp_accounting
         from dp_accounting import rdp  # noqa: F401 (an attribute from now on)
     except ImportError:
-        raise LegolmError("privacy.dp: needs dp-accounting; pip install 'legolm[privacy]'") from None
+        raise PublicError("privacy.dp: needs dp-accounting; pip install 'legolm[privacy]'") from None
     logging.getLogger("absl").setLevel(logging.ERROR)  # where a divergence rounds to zero it says so each time
     return dp_accounting

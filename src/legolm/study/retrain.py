@@ -65,8 +65,7 @@ def config_without(run: RunDir, config: RunConfig, clients: Collection[str]) -> 
                     "keep_updates": False,
                     "personal": "last",
                     "personal_steps": 0,
-                    # What was asked of all is asked of who is left.
-                    "min_replies": max(1, min(config.federation.min_replies, len(config.clients) - len(clients))),
+                    "min_replies": _least(config, clients),
                 }
             ),
             "evaluate": config.evaluate.model_copy(update={"local_only": False}),
@@ -75,3 +74,12 @@ def config_without(run: RunDir, config: RunConfig, clients: Collection[str]) -> 
         }
     )
     return validate(RunConfig, changed.model_dump(mode="json"), "config.yaml")
+
+
+def _least(config: RunConfig, without: Collection[str]) -> int:
+    """Of the replies that were asked of all as many as are left in each round; who is capable is not known here."""
+    federation, left = config.federation, [one for one in config.clients if one.id not in without]
+    if federation.capable:
+        return 1
+    there = (sum(one.there(number) for one in left) for number in range(1, federation.rounds + 1))
+    return max(1, min(federation.min_replies, *there))

@@ -26,10 +26,11 @@ from legolm.federate.server.account import Account
 from legolm.federate.server.members import Members
 from legolm.federate.transport import Engine, Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
+from legolm.federate.wire.broadcast import _check_noise as check_noise
 from legolm.plan import make_plan
 from legolm.privacy import gaussian_epsilon, sampled_epsilon
 from legolm.report.status import read_status
-from legolm.runs import RoundRecord, RunDir, Summary, read_stage
+from legolm.runs import RoundRecord, RunDir, Summary, Training, read_stage
 
 
 @pytest.fixture
@@ -171,6 +172,8 @@ def test_a_delta_that_shows_an_example_whole_is_refused(raw: dict[str, Any], tmp
         ({"sampling_rate": None}, "no sampling_rate and noise_multiplier, by which privacy.dp is accounted"),
         ({"noise_multiplier": None}, "no sampling_rate and noise_multiplier, by which privacy.dp is accounted"),
         ({"noise_multiplier": 0.5}, r"metrics.noise_multiplier is 0\.5; asked for 1"),
+        ({"noise_multiplier": 1e12}, r"metrics.noise_multiplier is 1e\+12; asked for 1"),
+        ({"sampling_rate": 1e-9}, r"metrics.sampling_rate is 1e-09; a batch of \d+ examples is 0\.\d+ of them"),
     ],
 )
 def test_an_update_that_does_not_say_what_it_cost_is_refused(
@@ -198,6 +201,18 @@ def test_an_update_that_does_not_say_what_it_cost_is_refused(
 
     with pytest.raises(LegolmError, match=f"0 updates accepted.*{says}"):
         pipeline.run(config, tmp_path / "out", engine=quiet, models=False)
+
+
+def test_what_a_device_says_of_its_noise_is_within_what_a_budget_asks_for(raw: dict[str, Any], tmp_path: Path) -> None:
+    """An ε that is 0, or none at all, of a noise that no training has."""
+    settings = wire.TrainSettings.model_construct(
+        dp=load(raw, tmp_path, level="example", epsilon=8.0).privacy.dp, train=load(raw, tmp_path, epsilon=8.0).train
+    )
+    said = {"loss_first": 1, "loss_last": 1, "steps": 1, "tokens": 1, "seconds": 1, "sampling_rate": 1.0}
+    for noise in (1e-300, 1e-3, 1e9):
+        with pytest.raises(LegolmError, match=r"metrics.noise_multiplier is .*; asked for 0.01 to 1e\+08"):
+            check_noise(settings, 8, Training.model_validate(said | {"noise_multiplier": noise}))
+    check_noise(settings, 2, Training.model_validate(said | {"noise_multiplier": 1.0}))
 
 
 @pytest.mark.parametrize(

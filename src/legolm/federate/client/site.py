@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 from legolm.block import Block, llm_block, read_block
 from legolm.config import DataConfig, Device, SiteConfig
 from legolm.data import ClientData, Examples, client_data
-from legolm.errors import LegolmError
+from legolm.errors import PublicError
 from legolm.federate.client.secure import Keeping
 from legolm.models import resolve
 from legolm.privacy import derive, identity_of
@@ -60,7 +60,7 @@ def only(client: str, site: Site) -> SiteOf:
 
     def site_of(asked: str, block: str) -> Site:
         if asked != client:
-            raise LegolmError(f"client {client}: has its own data only, and was asked for those of {asked!r}")
+            raise PublicError(f"client {client}: has its own data only, and was asked for those of {asked!r}")
         return site
 
     return site_of

@@ -253,10 +253,12 @@ class Rounds:
         there = self._stages.has(path)
         if there and not self._lacks_scores(number):
             return
+        # Of a round that was over without scores the clock knows nothing any more.
+        before = self._stages.round(number).seconds if there and not self._clock.seconds(f"round {number}") else 0.0
         with self._clock.stage(f"round {number}"):
             if not there:
                 self._train_round(number, path, exchange)
-            self._score_round(number, path, exchange)
+            self._score_round(number, path, exchange, before)
         self._stages.write_lines()
         self._limit()
         self.after_round()
@@ -297,7 +299,7 @@ class Rounds:
             self._stages.fill(folder, path, scheme.state(), self._account.charged(done, record))
         self._latest = number, scheme
 
-    def _score_round(self, number: int, path: Path, exchange: Exchange) -> None:
+    def _score_round(self, number: int, path: Path, exchange: Exchange, before: float) -> None:
         """A round is kept before anybody is asked about it.
 
         What clients did for it is not lost with who ends meanwhile; nor has its noise been seen before it is on record.
@@ -305,7 +307,7 @@ class Rounds:
         if not self._lacks_scores(number):
             return
         scored = self.score_global(self.scheme(number), exchange, f"round {number}: evaluate")
-        self._stages.score_again(path, scored, self._clock.seconds(f"round {number}"))
+        self._stages.score_again(path, scored, before + self._clock.seconds(f"round {number}"))
         record = self._stages.round(number)
         part = f" with what {record.quorum:.0%} of the clients hold" if record.quorum else ""
         llm = "" if record.llm_validation is None else f"LLM {record.llm_validation:.3f}{part}, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,8 +68,7 @@ def drawn(config: RunConfig, number: int, able: Collection[str]) -> list[str]:
     """The clients of a round that take part: those there of the ones that are `able`, of whom a share is drawn."""
     federation = config.federation
     there = [client.id for client in config.clients if client.there(number) and client.id in able]
-    count = min(len(there), max(math.ceil(federation.fraction * len(there)), federation.min_replies))
-    chosen = set(random.Random(derive_seed(config.seed, "draw", number)).sample(there, count))
+    chosen = set(random.Random(derive_seed(config.seed, "draw", number)).sample(there, federation.drawn(len(there))))
     return [id for id in there if id in chosen]
 
 

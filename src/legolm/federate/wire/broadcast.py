@@ -35,7 +35,7 @@ from legolm.adapter import (
     with_prefix,
 )
 from legolm.block import Block, Coverage
-from legolm.config import Codec, DpConfig
+from legolm.config import Codec
 from legolm.errors import LegolmError, PublicError
 from legolm.federate.wire import codec
 from legolm.federate.wire.messages import (
@@ -48,6 +48,7 @@ from legolm.federate.wire.messages import (
     pack,
     unpack,
 )
+from legolm.privacy import NOISE
 from legolm.runs import Training
 from legolm.system import derive_seed
 
@@ -235,20 +236,27 @@ def accept(content: bytes, request: TrainRequest, broadcast: Broadcast) -> Updat
     except ValidationError as error:
         problem = error.errors()[0]
         raise LegolmError(f"metrics.{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}") from None
-    _check_noise(request.settings.dp, training)
+    _check_noise(request.settings, reply.examples, training)
     received = broadcast.received(request.client)
     return Update(reply, Change(delta, received, reply.examples, reply.rank, broadcast.sent), training)
 
 
-def _check_noise(dp: DpConfig | None, training: Training) -> None:
-    """Raise `LegolmError` for a training under DP-SGD that does not say what it cost, or had less noise than asked."""
+def _check_noise(settings: TrainSettings, examples: int, training: Training) -> None:
+    """Raise `LegolmError` for a training under DP-SGD that does not say what it cost, or cannot have cost so little."""
+    dp = settings.dp
     if dp is None or dp.level != "example":
         return
-    noise, asked = training.noise_multiplier, dp.noise_multiplier or 0.0
-    if noise is None or training.sampling_rate is None:
+    noise, rate = training.noise_multiplier, training.sampling_rate
+    if noise is None or rate is None:
         raise LegolmError("metrics: no sampling_rate and noise_multiplier, by which privacy.dp is accounted")
-    if noise < asked * (1 - 1e-9):
-        raise LegolmError(f"metrics.noise_multiplier is {noise:g}; asked for {asked:g}")
+    least, most = (dp.noise_multiplier,) * 2 if dp.noise_multiplier is not None else NOISE
+    if not least * (1 - 1e-9) <= noise <= most * (1 + 1e-9):
+        raise LegolmError(
+            f"metrics.noise_multiplier is {noise:g}; asked for {least:g}" + f" to {most:g}" * (least < most)
+        )
+    whole = min(1.0, settings.train.batch_size / examples)
+    if rate < whole * (1 - 1e-9):
+        raise LegolmError(f"metrics.sampling_rate is {rate:g}; a batch of {examples} examples is {whole:g} of them")
 
 
 def arrived(factors: Tensors, name: Codec) -> Tensors:
