@@ -135,6 +135,16 @@ def test_what_changed_here_comes_again(files: Path, tmp_path: Path) -> None:
     assert said[1] == f"block a: weights, sub/added in {path} changed since it came; what differs comes again"
 
 
+def test_what_the_server_did_not_tell_of_is_in_no_block(files: Path, tmp_path: Path) -> None:
+    """Left by a process that ended between taking a changed block away and mending it."""
+    welcome = welcome_of(files)
+    partial = tmp_path / "blocks" / f".{welcome.block_id}.partial"
+    partial.mkdir(parents=True)
+    (partial / "added").write_text("read by who loads the block")
+    path = find_block(welcome, tmp_path, [], Server(files).piece, lambda text: None)
+    assert block_files(path) == welcome.files and not (path / "added").exists()
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../b", "", ".hidden", "a//b", "a\\b\x00"])
 def test_a_server_names_no_file_elsewhere(files: Path, name: str) -> None:
     whole = welcome_of(files).model_dump()

@@ -37,16 +37,15 @@ def find_block(
     path = home / "blocks" / welcome.block_id
     partial = path.with_name(f".{path.name}.partial")
     if path.is_dir():
-        found = {str(one.relative_to(path)) for one in path.rglob("*") if one.is_file()}
-        added = sorted(found - {one.name for one in welcome.files})  # which who loads the block may read
+        added = _added(path, welcome)
         changed = [one.name for one in welcome.files if not _is(path / one.name, one)]
         if not changed and not added:
             return path
         named = ", ".join([*changed, *added])
         note(f"block {welcome.block}: {named} in {path} changed since it came; what differs comes again")
         path.rename(partial)
-        for name in added:
-            (partial / name).unlink()
+    for name in _added(partial, welcome):
+        (partial / name).unlink()
     for folder in folders:
         if all(_is(folder / one.name, one) for one in welcome.files):
             note(f"block {welcome.block}: is the one in {folder}")
@@ -65,6 +64,12 @@ def find_block(
         _fetch(partial / one.name, one, f"{welcome.block}/{one.name}", piece)
     partial.rename(path)
     return path
+
+
+def _added(folder: Path, welcome: Welcome) -> list[str]:
+    """Files in a block's folder that the server told nothing of, which who loads the block may read."""
+    found = {str(one.relative_to(folder)) for one in folder.rglob("*") if one.is_file() or one.is_symlink()}
+    return sorted(found - {one.name for one in welcome.files})
 
 
 def block_folder(block: str) -> Path:
