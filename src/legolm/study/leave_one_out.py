@@ -44,7 +44,7 @@ from legolm.runs import (
     read_record,
     rounds_of,
 )
-from legolm.study.retrain import WITHOUT, plan_without, run_without
+from legolm.study.retrain import WITHOUT, check_without, run_without
 from legolm.system import Progress, atomic_write
 
 Kind = Literal["block", "client"]
@@ -74,7 +74,7 @@ def ablate(
     left = study.left(only)
     if retrain:
         some = {_folder(case): clients for case, clients in left.items() if not study.is_all(clients)}
-        plan_without(study.run, study.config, some, out)
+        check_without(study.run, study.config, some, out)
         progress.note(f"{len(some)} to train again without; the rounds with all took {study.seconds:,.0f} s")
         for number, (case, clients) in enumerate(left.items(), 1):
             stages = Progress(of=f"without {case[1]} ({number} of {len(left)})")
@@ -87,8 +87,7 @@ def ablate(
                 study.add(clients, *study.replayed(clients, exchange, f"without {name}: evaluate"))
 
         run_local(study.run, study.config, 1, body)
-    study.write()
-    return study.found()
+    return study.write()
 
 
 class _Study:
@@ -126,10 +125,10 @@ class _Study:
         for name in only:
             if name not in names:
                 raise LegolmError(f"--only {name}: is no client, nor a block that one holds;{nearest(name, names)}")
-        wanted = {clients for (_, name), clients in self._cases.items() if not only or name in only}
+        wanted = {clients for (_, name), clients in self._cases.items() if not only or name in only} - self._done.keys()
         first = dict[tuple[str, ...], Case]()
         for case, clients in self._cases.items():
-            if clients in wanted - self._done.keys():
+            if clients in wanted:
                 first.setdefault(clients, case)
         return {case: clients for clients, case in first.items()}
 
@@ -191,10 +190,12 @@ class _Study:
             cost_llm=_costs(without, "block", shared, "llm"),
         )
 
-    def write(self) -> None:
-        """The file and its page."""
-        atomic_write(self._file, dump_record(self.found()))
-        write_ablation(self.found(), self._file.with_suffix(".html"))
+    def write(self) -> Ablation:
+        """The file and its page, of all so far."""
+        found = self.found()
+        atomic_write(self._file, dump_record(found))
+        write_ablation(found, self._file.with_suffix(".html"))
+        return found
 
     @cached_property
     def _start(self) -> Losses:

@@ -8,7 +8,7 @@ from pathlib import Path
 from legolm.config import CLIENTS, BlockConfig, ReportConfig, RunConfig, validate
 from legolm.errors import LegolmError
 from legolm.pipeline import run as run_whole
-from legolm.plan import Plan, make_plan, read_parts
+from legolm.plan import make_plan, read_parts
 from legolm.runs import RunDir
 from legolm.system import Progress, check_room, held_bytes
 
@@ -16,23 +16,20 @@ WITHOUT = "without"
 """Folder of such runs, each by the kind and name of what it leaves out."""
 
 
-def plan_without(run: RunDir, config: RunConfig, left_out: Mapping[str, Sequence[str]], out: Path) -> dict[str, Plan]:
-    """The plan of each run, by what it leaves out (clients' ids by name).
-
-    Raises `LegolmError` for one that cannot be, or that cannot go on with what is in `out`, and without room for all.
+def check_without(run: RunDir, config: RunConfig, left_out: Mapping[str, Sequence[str]], out: Path) -> None:
+    """Raise `LegolmError` for a run without some clients (ids by name) that cannot be, or cannot go on with what is in
+    `out`, and without room for all.
     """
-    parts, plans = read_parts(config), {}
+    parts, needed = read_parts(config), 0
     for name, clients in left_out.items():
         try:
             without = config_without(run, config, clients)
-            plans[name] = make_plan(without, parts)
-            folder = RunDir(out / WITHOUT / name)
-            folder.check(without, resume=True)
+            plan = make_plan(without, parts)
+            RunDir(out / WITHOUT / name).check(without, resume=True)
+            needed += plan.disk_bytes - plan.models_bytes
         except LegolmError as error:
             raise LegolmError(f"without {name}: {error}; or name what to leave out (--only)") from None
-    needed = sum(plan.disk_bytes - plan.models_bytes for plan in plans.values())
     check_room(out, needed - held_bytes(out / WITHOUT))
-    return plans
 
 
 def run_without(run: RunDir, config: RunConfig, clients: Collection[str], folder: Path, progress: Progress) -> RunDir:
