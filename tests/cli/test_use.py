@@ -234,6 +234,12 @@ def test_compose_then_export(exported_run: Path, tmp_path: Path, monkeypatch: py
             patch.setattr("huggingface_hub.get_token", lambda: None)
             assert_one_line(legolm(*asked, "--then", bad), says)
             assert_one_line(legolm(*asked, "--dry-run", "--then", bad), says)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "3 May", "output": "3 mai"}\n')
+    scored = ("compose", exported_run, "--into", "union", "--validate", rows, "--out", tmp_path / "both")
+    with monkeypatch.context() as patch:
+        patch.setattr("legolm.composition.build.weights_by_loss", lambda *_: pytest.fail("scored before it is refused"))
+        assert_one_line(legolm(*scored, "--then", f"export --to sparse --out {tmp_path / 'x'}"), "has no bit masks")
     with monkeypatch.context() as patch:
         patch.setattr("legolm.export.target.importlib.util.find_spec", lambda name: None)
         assert_one_line(

@@ -152,5 +152,8 @@ def test_adapters_fit_the_file_that_was_balanced_like_them(
     assert gguf.GGUFReader(tmp_path / "fr.gguf").fields["legolm.balanced"].contents() is True
     monkeypatch.setattr(adapters, "balance_of", plain)
     export(str(exported_run), "gguf-adapter", tmp_path / "plain.gguf")  # as another program would write it
+    assert_one_line(
+        legolm("serve", tmp_path / "b.gguf", "--quant", "f16"), "--quant: only with a model that is no GGUF"
+    )
     done = legolm("serve", tmp_path / "b.gguf", "--port", 0, "--adapter", tmp_path / "plain.gguf")
     assert_one_line(done, "is for a file of", "channels are not balanced")

@@ -61,18 +61,55 @@ def test_the_card_has_the_licence_of_the_llm(block: Callable[..., Block], tmp_pa
     assert (tmp_path / "out" / "README.md").read_text().startswith("---\nlicense: mit\n")
 
 
+class Hub:
+    """The hub's client, as far as it is asked; `fails` is raised in the upload."""
+
+    def __init__(self, fails: BaseException | None = None) -> None:
+        self.pushed: list[tuple[str, str]] = []
+        self.fails = fails
+
+    def __call__(self) -> Hub:
+        return self
+
+    def create_repo(self, name: str, private: bool, exist_ok: bool) -> str:
+        assert private and exist_ok
+        return f"hub/{name}"
+
+    def upload_folder(self, repo_id: str, folder_path: str) -> None:
+        if self.fails:
+            raise self.fails
+        self.pushed.append((repo_id, folder_path))
+
+
+@pytest.mark.parametrize(
+    ("fails", "code", "says"),
+    [
+        (OSError("no way there"), 2, "the hub does not take it (no way there); {out} is written, and `hf upload me/b"),
+        (KeyboardInterrupt(), 130, "{out} is written; the hub may have a part of it"),
+    ],
+)
+def test_an_upload_that_fails_costs_no_export(
+    fails: BaseException, code: int, says: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "there"
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub(fails))
+    done = legolm("export", run, "--to", "hf", "--push-to-hub", "me/b", "--out", out)
+    assert done.returncode == code and says.format(out=out) in done.stderr, done.stderr
+    AutoModelForCausalLM.from_pretrained(out)
+
+
 def test_what_is_pushed_names_no_folder_of_this_machine(
     block: Callable[..., Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = block("llama")
     text, model = found.details["target"]["calibration"]["text"], found.details["model"]
     assert Path(text).is_absolute() and Path(model).is_absolute()
-    pushed = []
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
-    monkeypatch.setattr("legolm.export.hf._push", lambda out, name: str(pushed.append(name)))
+    monkeypatch.setattr("huggingface_hub.HfApi", hub := Hub())
     export(str(found.path), "hf", tmp_path / "here")
-    export(str(found.path), "hf", tmp_path / "there", settings={"push_to_hub": "me/b"})
-    assert pushed == ["me/b"]
+    done = export(str(found.path), "hf", tmp_path / "there", settings={"push_to_hub": "me/b"})
+    assert hub.pushed == [("me/b", str(tmp_path / "there"))] and done.lines[-1] == "on the hub, private: hub/me/b"
     shown = [(tmp_path / name).read_text() for name in ("there/manifest.json", "there/README.md", "here/README.md")]
     for content in shown:
         assert str(Path(text).parent) not in content and str(Path(model).parent) not in content

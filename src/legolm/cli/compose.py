@@ -52,7 +52,7 @@ def compose(
     if given and validate is None:
         raise LegolmError("--layout and names of fields: only with --validate; give that too, or leave them out")
 
-    from legolm.composition import choose_method, plan
+    from legolm.composition import Composition, choose_method, plan
     from legolm.composition import compose as put_together
     from legolm.config import RowsConfig
     from legolm.config import validate as checked
@@ -62,14 +62,16 @@ def compose(
 
     progress = Progress()
     chosen = choose_method(method, form, scaling, density)
-    wanted = plan(
-        sources, into, base, chosen, weights, validate, progress, checked(RowsConfig, given, "legolm compose")
-    )
-    if after is not None:
-        options, _ = after
-        settings = settings_of(options["quant"], options["push_to_hub"])
-        adapter = None if options["adapter"] is None else Path(options["adapter"])
-        check_composed(wanted, out, options["to"], adapter, settings)
+
+    def check(planned: Composition) -> None:
+        if after is not None:
+            options, _ = after
+            settings = settings_of(options["quant"], options["push_to_hub"])
+            adapter = None if options["adapter"] is None else Path(options["adapter"])
+            check_composed(planned, out, options["to"], adapter, settings)
+
+    rows = checked(RowsConfig, given, "legolm compose")
+    wanted = plan(sources, into, base, chosen, weights, validate, progress, rows, check)
     if dry_run:
         print_composition(wanted)
         return

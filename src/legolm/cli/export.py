@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from legolm.cli.options import Stopped, check_new
+
 Model = Annotated[str, typer.Argument(help="RUN:CLIENT (what it ended with; RUN:llm), a folder, `starter` or a hub id")]
 
 
@@ -23,7 +25,13 @@ def export(
     """Write a model for another runtime, and check there that it computes the same."""
     from legolm.export import export as write
 
-    found = write(model, to, out, adapter, settings_of(quant, push_to_hub))
+    check_new(out)
+    try:
+        found = write(model, to, out, adapter, settings_of(quant, push_to_hub))
+    except KeyboardInterrupt:
+        if not out.exists():
+            raise
+        raise Stopped(f"{out} is written; the hub may have a part of it") from None
     for line in found.lines:
         typer.echo(line)
     typer.echo(f"{found.bytes / 1e6:,.1f} MB in {found.path}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,13 @@ def plan(
     validate: str | None,
     progress: Progress,
     rows: RowsConfig | None = None,
+    check: Callable[[Composition], None] = lambda _: None,
 ) -> Composition:
     """Read and check everything; with `validate` also evaluate the sources. Raises `LegolmError` for bad input.
 
     `into` is `llm`, `union`, sizes, or a block's folder; `base` the LLM, which runs record in their final folders.
-    `rows`: how those of `validate` are read.
+    `rows`: how those of `validate` are read. `check` sees what is to be composed, of equal weights, before any is
+    evaluated.
     """
     if weights is not None and validate is not None:
         raise LegolmError("--weights and --validate: give one of them")
@@ -107,6 +109,9 @@ def plan(
             target.coverage,
             True,
         )
+    covered = covered_weights(coverage, coverages)
+    composed = Composition(sources, [1.0] * len(sources), method, coverage, found, model, whole, covered)
+    check(composed)
     if weights is not None:
         numbers = given_weights(weights, sources)
     elif validate is not None:
@@ -114,8 +119,7 @@ def plan(
     else:
         numbers = weights_by_examples(sources)
     mean = sum(numbers) / len(numbers)
-    covered = covered_weights(coverage, coverages)
-    return Composition(sources, [one / mean for one in numbers], method, coverage, found, model, whole, covered)
+    return replace(composed, weights=[one / mean for one in numbers])
 
 
 def compose(wanted: Composition, out: Path, progress: Progress) -> Block:

@@ -32,7 +32,25 @@ def _check_token(source: Source, *, push_to_hub: str | None = None) -> None:
         raise LegolmError(f"--push-to-hub {push_to_hub}: there is no token; run `hf auth login`, or set HF_TOKEN")
 
 
-@exporter("hf", check=_check_token)
+def _push(out: Path, *, push_to_hub: str | None = None) -> list[str]:
+    """On the hub, private, where that is wanted."""
+    from huggingface_hub import HfApi
+
+    if push_to_hub is None:
+        return []
+    try:
+        api = HfApi()
+        url = api.create_repo(push_to_hub, private=True, exist_ok=True)
+        api.upload_folder(repo_id=push_to_hub, folder_path=os.fspath(out))
+    except Exception as error:  # the hub's client raises a dozen kinds
+        raise LegolmError(
+            f"--push-to-hub {push_to_hub}: the hub does not take it ({brief(error)}); {out} is written, and `hf upload "
+            f"{push_to_hub} {out}` tries again"
+        ) from None
+    return [f"on the hub, private: {url}"]
+
+
+@exporter("hf", check=_check_token, publish=_push)
 def hf(source: Source, out: Path, *, push_to_hub: str | None = None) -> list[str]:
     """A folder for plain transformers, zeros kept, what it learned merged; with a card. If wanted on the hub too."""
     out.mkdir()
@@ -42,10 +60,7 @@ def hf(source: Source, out: Path, *, push_to_hub: str | None = None) -> list[str
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=False)
     _check(source, out, model.eval())
     (out / "README.md").write_text(model_card(source, model), encoding="utf-8")
-    lines = ["plain transformers loads it and computes the same"]
-    if push_to_hub is not None:
-        lines.append(_push(out, push_to_hub))
-    return lines
+    return ["plain transformers loads it and computes the same"]
 
 
 def _check(source: Source, out: Path, model: Any) -> None:
@@ -63,15 +78,3 @@ def _check(source: Source, out: Path, model: Any) -> None:
         weight: Any = decoder_layers(model)[places[int(layer)]].get_submodule(module).weight
         if bool(weight[~mask].any()):
             raise LegolmError(f"{source.name}: {key} is not zero where its mask is: nothing was exported")
-
-
-def _push(out: Path, name: str) -> str:
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        url = api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=os.fspath(out))
-    except Exception as error:  # the hub's client raises a dozen kinds
-        raise LegolmError(f"--push-to-hub {name}: the hub does not take it ({brief(error)})") from None
-    return f"on the hub, private: {url}"

@@ -19,11 +19,14 @@ Write = Callable[[Source, Path], list[str]]
 
 @dataclass(frozen=True)
 class Target:
-    """A chosen function, what must be installed for it, and what it refuses before any weight is read."""
+    """A chosen function, what must be installed for it, what it refuses before any weight is read, and what sends on
+    what is written.
+    """
 
     name: str
     write: Write
     check: Callable[[Source], None]
+    publish: Callable[[Path], list[str]]
     packages: tuple[str, ...]
     extra: str | None
 
@@ -41,23 +44,30 @@ def _nothing(source: Source, **_: Any) -> None:
     """Of a target that holds every model."""
 
 
+def _nowhere(out: Path, **_: Any) -> list[str]:
+    """Of a target that stays here."""
+    return []
+
+
 def exporter(
     name: str,
     packages: tuple[str, ...] = (),
     extra: str | None = None,
     check: Callable[..., None] = _nothing,
+    publish: Callable[..., list[str]] = _nowhere,
 ) -> Callable[[Callable[..., list[str]]], Entry[Target]]:
     """Register a target under the name that `--to` takes: `f(source, out, *, own settings)`.
 
     `packages` are what it imports, and `extra` brings them; `check(source, **settings)` raises `LegolmError` for what
-    it cannot hold, of which no weights may be there yet. Raises `LegolmError` for a taken name and another signature.
+    it cannot hold, of which no weights may be there yet; `publish(out, **settings)` sends on what is written, and gives
+    lines too. Raises `LegolmError` for a taken name and another signature.
     """
 
     def register(function: Callable[..., list[str]]) -> Entry[Target]:
         def make(**settings: Any) -> Target:
             where = f"target {name!r}"
             write, look = partial(guarded(where, function), **settings), partial(guarded(where, check), **settings)
-            return Target(name, write, look, packages, extra)
+            return Target(name, write, look, partial(guarded(where, publish), **settings), packages, extra)
 
         return EXPORTERS.register(name, function, make, ("source", "out"))
 

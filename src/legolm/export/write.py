@@ -35,7 +35,7 @@ def export(
     """Write the model of this name (`find_model`) for the runtime `to`, and compare what it computes there.
 
     Raises `LegolmError` for a target that cannot hold the model, a runtime that is not installed, an output that is
-    there, a full disk, and a result that differs; nothing is left then.
+    there, a full disk, and a result that differs; nothing is left then. What cannot be sent on stays.
     """
     target = target_of(to, settings or {})
     target.need()
@@ -45,6 +45,7 @@ def export(
         check_room(out, WIDEST * count_parameters(source.folder))
         with appearing(out) as made:
             lines = target.write(source, made)
+    lines += target.publish(out)
     return Exported(out, folder_bytes(out) if out.is_dir() else out.stat().st_size, lines)
 
 
