@@ -2,6 +2,7 @@
 
     legolm compare examples/compare/flan.yaml --seeds 3 --jobs 2 --no-models --out RUNS/flan
     legolm compare examples/compare/languages.yaml --seeds 3 --jobs 2 --no-models --out RUNS/languages
+    legolm compare examples/compare/labels.yaml --seeds 3 --jobs 2 --no-models --out RUNS/labels
     legolm run examples/flan/public.yaml --out RUNS/public
     legolm compare examples/compare/flan_warm.yaml --seeds 3 --no-models --out RUNS/warm
         --set aggregate.start=RUNS/public
@@ -13,8 +14,8 @@
     legolm eval starter RUN/final/llm --data SENTENCES.jsonl --rouge --out RUNS/sentences.json
     python benchmarks/results.py RUNS [--gpu NAME] [--notes benchmarks/results_notes.md] [--out docs]
 
-From the folder that holds the data (`examples/flan/mixed.yaml` says which). Of all this only RUNS/flan or
-RUNS/languages has to be there; the page says what is missing, and begins, as does the JSON, with the first that is. Of
+From the folder that holds the data (`data.fetch` says how they come). Of all this only RUNS/flan, RUNS/languages
+or RUNS/labels has to be there; the page says what is missing, and begins, as does the JSON, with the first that is. Of
 a run's folder it reads config.yaml, run.json, metrics.jsonl, summary.json, ablation.json and retrained.json. What
 tables use of them is kept in OUT/results/records, which can be RUNS too. `--gpu`: which one the runs had, for they do
 not say. Last line: one JSON object, that of `docs/results.json`.
@@ -54,9 +55,15 @@ STUDIES = {
     "flan": "compare/flan.yaml",
     "warm": "compare/flan_warm.yaml",
     "languages": "compare/languages.yaml",
+    "labels": "compare/labels.yaml",
     "paper": "paper/compare.yaml",
 }
-TITLES = {"languages": "dates, a language a client", "flan": "FLAN, a task a client", "paper": "the paper's setting"}
+TITLES = {
+    "languages": "dates, a language a client",
+    "labels": "labels, a task a client",
+    "flan": "FLAN, a task a client",
+    "paper": "the paper's setting",
+}
 EVALUATED = {"robustness": "what nobody trained", "sentences": "tasks whose answers are sentences"}
 
 

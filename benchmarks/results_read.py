@@ -38,7 +38,13 @@ from legolm.system import atomic_write, read_json
 
 DEFAULT, PLAIN, PERSONAL = "heteagg_near", "heteagg_frozen_side", "heteagg_personal"
 LOCAL, FEDIT, RANK_4, MASKS = "local", "fedit_everyone", "fedit_rank_4", "heteagg_masks"
-BENCHES = {"flan": DEFAULT, "warm": "heteagg_factor_warm", "languages": MASKS, "paper": "sparsegpt-heterogeneous"}
+BENCHES = {
+    "flan": DEFAULT,
+    "warm": "heteagg_factor_warm",
+    "languages": MASKS,
+    "labels": DEFAULT,
+    "paper": "sparsegpt-heterogeneous",
+}
 """Each study's folder below RUNS, and the variant whose clients, data and settings stand for all."""
 WHOLE = {DEFAULT, MASKS, PLAIN, PERSONAL, LOCAL, "alone", BENCHES["paper"], "wanda-heterogeneous"}
 """Variants of which tables and plots show clients one by one."""
