@@ -28,6 +28,7 @@ from legolm.data import (
 )
 from legolm.errors import LegolmError, MissingDataError
 from legolm.federate.server import public_examples, server_examples, start_factors
+from legolm.federate.transport import check_engine
 from legolm.federate.wire import encoded_bytes
 from legolm.models import (
     check_weights,
@@ -208,6 +209,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     base = Base.of(path, "", model)
     shape, width = base.shape, base.dtype.itemsize
     choose_device(config.device)
+    check_engine(config)
     with _naming_fetch(config):
         of_texts = check_files(config)
         if config.federation.personal == "by_input":

@@ -26,6 +26,7 @@ from legolm.system.memory import available_bytes, keep_freed_memory, release_mem
 from legolm.system.processes import Helpers, end_with_parent, free_port
 from legolm.system.progress import Progress
 from legolm.system.seeds import derive_seed
+from legolm.system.sockets import sockets_place
 from legolm.system.tensors import Stored, file_state, open_tensors, stored_tensors, strict_decoder, strict_json
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "reading",
     "release_memory",
     "scratch_folder",
+    "sockets_place",
     "stored_tensors",
     "strict_decoder",
     "strict_json",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
 from itertools import count
@@ -15,6 +19,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 
+from helpers import load
 from legolm import config as configs
 from legolm import pipeline
 from legolm.config import RunConfig
@@ -24,6 +29,7 @@ from legolm.federate.client import ClientRuntime, simulated
 from legolm.federate.transport import Exchange, Reply, Request
 from legolm.federate.transport.engine import Body
 from legolm.federate.transport.flower import _exchange, _start_ray
+from legolm.plan import make_plan
 from legolm.runs import RunDir
 from legolm.system import Progress
 
@@ -191,3 +197,31 @@ def test_ray_that_is_slow_to_start_is_started_again_and_then_named(monkeypatch: 
     monkeypatch.setattr("legolm.federate.transport.flower.ray", twice)
     with pytest.raises(LegolmError, match=r"Ray did not start \(The current node timed out .*\); run the same command"):
         _start_ray(2, "folder", "paths")
+
+
+def test_ray_starts_whatever_the_length_of_tmpdir(tmp_path: Path) -> None:
+    """In a process of its own, which ends with all that Ray started."""
+    long = tmp_path / ("of_a_batch_job" * 5)
+    long.mkdir()
+    code = "from legolm.federate.transport.flower import _ray\nwith _ray(1): print('started')"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"TMPDIR": str(long)}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["started"], done.stderr
+
+
+def test_no_place_for_rays_sockets_is_refused_in_the_plan(
+    three_clients: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("of_a_batch_job" * 5)
+    long.mkdir()
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    config = load(three_clients(tmp_path, ("half", "half", "half")), tmp_path, "federation.engine=flower")
+    make_plan(config)
+    monkeypatch.setattr("legolm.system.sockets.os.access", lambda folder, mode: folder != "/tmp")
+    with pytest.raises(
+        LegolmError, match=r"^TMPDIR \S+of_a_batch_job: is too long .* a folder of at most \d\d letters"
+    ):
+        make_plan(config)

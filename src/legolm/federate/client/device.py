@@ -20,7 +20,7 @@ from legolm.federate.bridge import listen
 from legolm.federate.client.answering import Answering
 from legolm.federate.client.door import Door
 from legolm.federate.client.fetch import Piece, UnreachableError
-from legolm.system import Helpers, atomic_write, free_port, locked
+from legolm.system import Helpers, atomic_write, free_port, locked, sockets_place
 from legolm.trust import CA, KEY, make_key
 
 LOOK_S, LISTEN_S = 1.0, 15.0
@@ -50,14 +50,16 @@ def stay(
             raise LegolmError(
                 f"{home}: a key was made; give {public} to the server's owner (legolm devices add), then run this again"
             )
-        with Door(server, ca, home / KEY) as door, TemporaryDirectory(prefix="legolm-") as sockets:
+        # Flower's node has a longer one: of a forkserver.
+        place = sockets_place(len("/pymp-12345678/listener-12345678"))
+        with Door(server, ca, home / KEY) as door, TemporaryDirectory(prefix="legolm-", dir=place) as sockets:
             said = _when_there(door, note)
             name = said.get("name")
             note(f"{server}: this device is {name!r}" if name else f"{server}: a SuperLink without legolm's guard")
             path = f"{sockets}/resident"
             with listen(path) as listener:
                 threading.Thread(target=answering(name, door.piece).serve, args=(listener,), daemon=True).start()
-                with Helpers(home / "flower", _environment(home)) as helpers:
+                with Helpers(home / "flower", _environment(home) | {"TMPDIR": place}) as helpers:
                     _supervise(helpers, _command(server, ca, home / KEY, path), door, bool(said), note)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from legolm.errors import LegolmError
 from legolm.federate.transport.deployment import Asking, Those
-from legolm.federate.transport.engine import Body, Engine, Exchange, Reply, Request, counted
+from legolm.federate.transport.engine import Body, Engine, Exchange, Reply, Request, check_engine, counted
 
 if TYPE_CHECKING:
     from legolm.config import RunConfig
@@ -23,6 +22,7 @@ __all__ = [
     "Reply",
     "Request",
     "Those",
+    "check_engine",
     "counted",
     "engine_for",
     "run_local",
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def engine_for(config: RunConfig) -> Engine:
-    """The configured engine. Raises `LegolmError` when Flower's simulation is not installed."""
+    """The configured engine. Raises `LegolmError` where it cannot work on this machine."""
     if config.federation.engine == "local":
         from legolm.federate.transport.local import run_local
 
@@ -39,13 +39,7 @@ def engine_for(config: RunConfig) -> Engine:
         from legolm.federate.transport.deployment import run_deployment
 
         return run_deployment
-    from importlib.util import find_spec
-
-    if find_spec("ray") is None:
-        raise LegolmError(
-            "federation.engine 'flower': its simulation is not installed; "
-            "run: pip install 'legolm[simulation]', or set federation.engine=local"
-        )
+    check_engine(config)
     from legolm.federate.transport.flower import run_flower
 
     return run_flower

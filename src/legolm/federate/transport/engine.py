@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from shutil import rmtree
 from typing import Protocol
 
 from legolm.config import RunConfig
+from legolm.errors import LegolmError
 from legolm.runs import RunDir, Traffic
+from legolm.system import sockets_place
+
+RAY_SOCKETS = len("/legolm-ray-12345678/session_2026-11-29_19-10-10_123456_4194304/sockets/plasma_store")
+"""Bytes of the longest path of Ray's sockets, below the folder for temporary ones."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,23 @@ class Reply:
     index: int
     content: bytes = b""
     error: str = ""
+
+
+def ray_place() -> str:
+    """Where the folder of Ray's session is made. Raises `LegolmError` where there is no place for its sockets."""
+    return sockets_place(RAY_SOCKETS, os.environ.get("RAY_TMPDIR"))
+
+
+def check_engine(config: RunConfig) -> None:
+    """Raise `LegolmError` where the configured engine cannot work on this machine."""
+    if config.federation.engine != "flower":
+        return
+    if find_spec("ray") is None:
+        raise LegolmError(
+            "federation.engine 'flower': its simulation is not installed; "
+            "run: pip install 'legolm[simulation]', or set federation.engine=local"
+        )
+    ray_place()
 
 
 class Exchange(Protocol):

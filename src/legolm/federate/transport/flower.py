@@ -31,7 +31,7 @@ from flwr.simulation import run_simulation
 from legolm.config import RunConfig
 from legolm.errors import LegolmError, brief
 from legolm.federate.client import flower_app
-from legolm.federate.transport.engine import Body, Reply, Request, forgetting, late
+from legolm.federate.transport.engine import Body, Reply, Request, forgetting, late, ray_place
 from legolm.runs import RunDir
 
 POLL_S = 0.1
@@ -115,9 +115,7 @@ def _stoppable(stop: Callable[[], None]) -> Iterator[None]:
 @contextmanager
 def _ray(cores: int) -> Iterator[None]:
     """Ray for `cores` actors' threads; its processes and its session's folder end with the block."""
-    # Of a socket's path the system takes about a hundred letters, and macOS has half of them in its own name.
-    place = os.environ.get("RAY_TMPDIR") or ("/tmp" if sys.platform == "darwin" else None)
-    with TemporaryDirectory(prefix="legolm-ray-", dir=place, ignore_cleanup_errors=True) as folder:
+    with TemporaryDirectory(prefix="legolm-ray-", dir=ray_place(), ignore_cleanup_errors=True) as folder:
         handler = signal.getsignal(signal.SIGTERM)
         paths = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
         try:

@@ -24,7 +24,7 @@ from typing import Any
 from legolm.config import SuperLinkConfig
 from legolm.errors import LegolmError, brief
 from legolm.federate.bridge import APP, FOLDER, Link, listen
-from legolm.system import Helpers, atomic_write
+from legolm.system import Helpers, atomic_write, sockets_place
 from legolm.trust import server_files, write_secret
 
 LINK, EXEC, SUBMIT = "superlink", "superexec", "submit"
@@ -77,7 +77,7 @@ class Flower:
         if self._settings.address is None:
             self._certificates = server_files(Path(self._settings.home))
             check_port(self._settings.host, self._settings.port)
-        self._sockets = TemporaryDirectory(prefix="legolm-")
+        self._sockets = TemporaryDirectory(prefix="legolm-", dir=sockets_place(len("/legolm-12345678/run")))
         self._listener = listen(f"{self._sockets.name}/run")
         environment = {
             "FLWR_HOME": str(self._folder / "home"),
