@@ -156,7 +156,7 @@ class Federation:
             ],
         }
         config = validate(RunConfig, raw, "federation")
-        if config.federation.engine == "flower" and TRAINERS.entry(trainer.name).module == "__main__":
+        if config.federation.engine == "flower" and TRAINERS.of_script(trainer.name):
             raise LegolmError(
                 f"trainer {trainer.name!r}: is defined in this script, and the engine 'flower' trains in other "
                 "processes; put it into a module, or set federation={'engine': 'local'}"

@@ -132,6 +132,10 @@ class Registry(Generic[T]):
                 raise LegolmError(f"{where}: is {found.kind} {found.name!r}; call both alike")
         return self._entries[name]
 
+    def of_script(self, name: str) -> bool:
+        """Whether the entry of this name is the user's script's or notebook's: other processes have none."""
+        return name in self._entries and self._entries[name].module == "__main__"
+
     def check(
         self, name: str, given: Mapping[str, Any], beside: Sequence[str], others: Sequence[str]
     ) -> dict[str, Any]:

@@ -6,7 +6,6 @@ then takes from all alike. The fastest turn counts.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from legolm.export.llama_cpp import llama_cpp
 from legolm.export.source import find_model
 from legolm.export.write import check_export, export, target_of
 from legolm.models import folder_bytes, load_config, load_model
-from legolm.system import scratch_folder
+from legolm.system import Spawning, scratch_folder
 
 Runtime = Literal["llama.cpp", "transformers", "onnxruntime"]
 TARGETS: dict[Runtime, str] = {"llama.cpp": "gguf", "onnxruntime": "onnx"}
@@ -160,7 +159,7 @@ def in_llama_cpp(name: str, file: Path, quant: str, prompt: int, tokens: int) ->
 @contextmanager
 def in_process(name: str, runtime: str, path: Path, prompt: int, tokens: int) -> Iterator[Runner]:
     """A checkpoint in transformers, or what was exported for onnxruntime, in a process of its own; both in float32."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, Spawning()) as pool:
         pool.submit(_load, runtime, path, torch.get_num_threads()).result()
 
         def turn() -> Turn:

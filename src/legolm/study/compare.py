@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import product
 from math import inf, isnan
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children
 from pathlib import Path
 from statistics import fmean
 
@@ -21,7 +21,17 @@ from rich.console import Console
 
 from legolm.adapter import adapter_parameters
 from legolm.block import Base, Coverage
-from legolm.config import AggregateConfig, BlockConfig, RunConfig, Variant, load_plugins, load_study
+from legolm.config import (
+    CRITERIA,
+    SCHEMES,
+    TRAINERS,
+    AggregateConfig,
+    BlockConfig,
+    RunConfig,
+    Variant,
+    load_plugins,
+    load_study,
+)
 from legolm.errors import LegolmError, UnusableRoundError
 from legolm.models import load_config, resolve
 from legolm.pipeline import run
@@ -49,7 +59,7 @@ from legolm.runs import (
     traffic_of,
     validations,
 )
-from legolm.system import Progress, check_room, end_with_parent, held_bytes
+from legolm.system import Progress, Spawning, check_room, end_with_parent, held_bytes
 
 MAX_SEED = 2**63 - 1
 Planned = Mapping[str, tuple[RunConfig, Plan]]
@@ -78,6 +88,8 @@ def compare(
         if number < 1:
             raise LegolmError(f"{option} {number}: must be at least 1")
     planned = plans(path, changes, seeds)
+    if jobs > 1:
+        _check_known(jobs, planned)
     check_places(planned, path, out, models, seeds, store)
     searches: dict[str, list[str]] = {}
     for place in planned:
@@ -125,6 +137,18 @@ def compare(
     result.write(out)
     write_comparison(result, out / "compare.html")
     return result
+
+
+def _check_known(jobs: int, planned: Planned) -> None:
+    """Raise `LegolmError` where a run needs what the user's script registered: other processes do not know it."""
+    for config, _ in planned.values():
+        methods = [(CRITERIA, block.method) for block in config.blocks]
+        for registry, name in (SCHEMES, config.aggregate.scheme), (TRAINERS, config.train.trainer), *methods:
+            if registry.of_script(name):
+                raise LegolmError(
+                    f"--jobs {jobs}: {registry.kind} {name!r} is defined in this script, and each run is a process of "
+                    "its own; put it into a module that `plugins` names, or take one job"
+                )
 
 
 def check_places(
@@ -207,7 +231,7 @@ def _run_all(planned: Planned, out: Path, jobs: int, store: Path, models: bool, 
             finish(place, partial(_run_one, out, place, config, plan, store, models, Progress(of=labels[place])))
         return rows
     others = active_children()
-    with ProcessPoolExecutor(jobs, get_context("spawn"), end_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, Spawning(), end_with_parent) as pool:
         asked = {
             pool.submit(_run_beside, out, place, config, plan, store, models, labels[place]): place
             for place, (config, plan) in planned.items()

@@ -23,7 +23,7 @@ from legolm.system.files import (
 from legolm.system.hub import hub_answers, wants_offline
 from legolm.system.machine import machine, versions
 from legolm.system.memory import available_bytes, keep_freed_memory, release_memory, total_bytes, trim, uncollected
-from legolm.system.processes import Helpers, end_with_parent, free_port
+from legolm.system.processes import Helpers, Spawning, end_with_parent, free_port
 from legolm.system.progress import Progress
 from legolm.system.seeds import derive_seed
 from legolm.system.sockets import sockets_place
@@ -34,6 +34,7 @@ __all__ = [
     "DiskFullError",
     "Helpers",
     "Progress",
+    "Spawning",
     "Stored",
     "appearing",
     "atomic_folder",

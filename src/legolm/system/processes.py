@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -32,6 +35,33 @@ def end_with_parent() -> None:
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """Keep from a process that is spawned where the script lies that runs in this one."""
+    main = sys.modules["__main__"]
+    known: dict[str, Any] = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    vars(main).pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(known)
+
+
+class _Spawned(SpawnProcess):
+    def start(self) -> None:
+        with _without_script():
+            super().start()
+
+
+class Spawning(SpawnContext):
+    """As `get_context("spawn")`, but its processes do not import the user's script, which would begin again in each
+    of them where it has no `if __name__ == "__main__"`.
+    """
+
+    Process = _Spawned
 
 
 class Helpers:
