@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -218,8 +219,11 @@ def test_one_gguf_file_serves_many_adapters(
 
 def test_ollama_is_asked_as_the_chat_template_says(block: Callable[..., Block], tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
-    export(str(block("llama").path), "ollama", tmp_path / "o", settings={"quant": "f16"})
-    lines = (tmp_path / "o" / "Modelfile").read_text()
+    folder = tmp_path / "an o"
+    found = export(str(block("llama").path), "ollama", folder, settings={"quant": "f16"})
+    *command, modelfile = shlex.split(found.lines[-1])  # as a shell reads it
+    assert command == ["ollama", "create", "NAME", "-f"] and Path(modelfile) == folder / "Modelfile"
+    lines = (folder / "Modelfile").read_text()
     assert lines.startswith('FROM ./model.gguf\nPARAMETER num_ctx 512\nPARAMETER stop "<|im_end|>"\n')
     template = re.search(r'TEMPLATE """(.*)"""', lines)
     assert template is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -25,7 +26,9 @@ def init(home: Home, host: Hosts = None) -> None:
     make_authority(home)
     make_server(home, hosts)
     typer.echo(f"{home}: a certificate authority, and a certificate for {', '.join(hosts)}")
-    typer.echo(f"give each device {home / CA}, and register its key: legolm devices add {home} NAME KEY.pub")
+    typer.echo(
+        f"give each device {home / CA}, and register its key: legolm devices add {quote(str(home))} NAME KEY.pub"
+    )
 
 
 @certs.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def _push(out: Path, *, push_to_hub: str | None = None) -> list[str]:
     except Exception as error:  # the hub's client raises a dozen kinds
         raise LegolmError(
             f"--push-to-hub {push_to_hub}: the hub does not take it ({brief(error)}); {out} is written, and `hf upload "
-            f"{push_to_hub} {out}` tries again"
+            f"{push_to_hub} {quote(os.fspath(out))}` tries again"
         ) from None
     return [f"on the hub, private: {url}"]
 

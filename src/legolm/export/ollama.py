@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from legolm.data import render_template
@@ -13,7 +14,7 @@ from legolm.export.gguf_write import Quant
 from legolm.export.source import Source
 from legolm.export.target import exporter
 
-GGUF = "model.gguf"
+GGUF, MODELFILE = "model.gguf", "Modelfile"
 MARKS = ("(first)", "(second)", "(third)", "(fourth)", "(fifth)", "(sixth)")
 ROLES = ("system", "user", "assistant", "user", "assistant", "user")
 
@@ -22,12 +23,17 @@ def _check(source: Source, **_: object) -> None:
     _modelfile(source)
 
 
-@exporter("ollama", packages=PACKAGES, extra="gguf", check=_check)
+def _command(out: Path, **_: object) -> list[str]:
+    """What brings it into ollama: not before the folder has its name."""
+    return [f"ollama create NAME -f {quote(str(out / MODELFILE))}"]
+
+
+@exporter("ollama", packages=PACKAGES, extra="gguf", check=_check, publish=_command)
 def ollama(source: Source, out: Path, *, quant: Quant = "q8_0") -> list[str]:
     """A folder. The file is compared in llama.cpp, which ollama runs; the Modelfile's prompts with the template's."""
     out.mkdir()
-    (out / "Modelfile").write_text(_modelfile(source), encoding="utf-8")
-    return [*write_checked(source, out / GGUF, quant), f"ollama create NAME -f {out.name}/Modelfile"]
+    (out / MODELFILE).write_text(_modelfile(source), encoding="utf-8")
+    return write_checked(source, out / GGUF, quant)
 
 
 def _modelfile(source: Source) -> str:

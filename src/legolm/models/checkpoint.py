@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def weight_files(path: Path) -> list[Path]:
     if not found:
         gguf, way_out = next(iter(ggufs_in(path)), None), SAVE_AGAIN
         if gguf is not None:
-            way_out = f"run: legolm import {gguf} --out DIR, and give DIR"
+            way_out = f"run: legolm import {quote(str(gguf))} --out DIR, and give DIR"
         elif (path / "sparse.safetensors").is_file():
             way_out = "legolm.load reads its bit masks and values; save that with save_pretrained"
         raise LegolmError(f"model: {path} holds no safetensors weights; {way_out}")

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ def resolve(model: str) -> Path:
         if is_gguf(path) and not path.exists():
             raise LegolmError(f"model: no file {model}; give a GGUF file, or a folder with a checkpoint")
         if is_gguf(path) or (folder and not config.exists() and ggufs_in(path)):
-            raise LegolmError(f"model: {model} is a GGUF file; run: legolm import {model} --out DIR, and give DIR")
+            raise LegolmError(
+                f"model: {model} is a GGUF file; run: legolm import {quote(model)} --out DIR, and give DIR"
+            )
         if folder and not config.is_file():
             raise LegolmError(f"model: folder {model} has no config.json; give a Hugging Face checkpoint")
     if folder:

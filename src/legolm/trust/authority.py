@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from shlex import quote
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -94,13 +95,13 @@ def server_files(folder: Path) -> tuple[Path, Path, Path]:
     found = folder / CA, folder / SERVER_CERTIFICATE, folder / SERVER_KEY
     for path in found:
         if not path.is_file():
-            raise LegolmError(f"federation.superlink.home: no {path}; run: legolm certs init {folder}")
+            raise LegolmError(f"federation.superlink.home: no {path}; run: legolm certs init {quote(str(folder))}")
     certificate = _read_certificate(found[1])
     if not certificate.not_valid_before_utc <= datetime.now(UTC) <= certificate.not_valid_after_utc:
         raise LegolmError(
             f"{found[1]}: is valid from {certificate.not_valid_before_utc:%Y-%m-%d} to "
             f"{certificate.not_valid_after_utc:%Y-%m-%d}; look at this machine's clock, or run: "
-            f"legolm certs server {folder}"
+            f"legolm certs server {quote(str(folder))}"
         )
     return found
 
@@ -148,7 +149,9 @@ def _device_key(folder: Path) -> ec.EllipticCurvePrivateKey:
 
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     if not (folder / CA_KEY).is_file():
-        raise LegolmError(f"{folder}: has no certificate authority ({CA_KEY}); run: legolm certs init {folder}")
+        raise LegolmError(
+            f"{folder}: has no certificate authority ({CA_KEY}); run: legolm certs init {quote(str(folder))}"
+        )
     return _read_certificate(folder / CA), _signing(folder)
 
 
