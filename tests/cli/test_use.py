@@ -142,6 +142,19 @@ def test_generate_answers_every_row(tiny: Callable[[str], Path], tmp_path: Path)
     }
 
 
+def test_generate_gives_rows_back_as_they_are_written(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    numbers = '"price": 1.50, "big": [1e400, {"tiny": 0.1000000000000000055}]'
+    row = f'{{"instruction": "Hi", {numbers}, "cut": "\\ud83d", "é": "é"}}'
+    tables = '{"instruction": "Hi", "lost": NaN, "most": [Infinity, -Infinity]}'
+    data, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    data.write_text(f"{row}\n{tables}\n")
+    done = legolm("generate", tiny("llama"), data, "--out", out, "--max-tokens", 6)
+    assert done.returncode == 0, done.stderr
+    first, second = out.read_text().splitlines()
+    assert first.startswith(row.removesuffix("}") + ', "answer": "')
+    assert second.startswith('{"instruction": "Hi", "lost": null, "most": [null, null], "answer": "')
+
+
 def test_generate_reads_the_layouts_of_training_with_or_without_answers(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:

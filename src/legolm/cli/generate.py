@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +40,7 @@ def generate(
     """Answer a file of questions; the likeliest token each time."""
     check_new(out)
     from legolm.config import RowsConfig, validate
+    from legolm.data import written
     from legolm.evaluation import answer_rows
     from legolm.export import find_model
     from legolm.system import Progress, atomic_write
@@ -51,6 +51,5 @@ def generate(
     found = answer_rows(path, data, answer, rows, batch_size, precision, max_tokens, prompts, notes)
     for note in notes:
         Progress().note(note)
-    lines = (json.dumps({**row, answer: text}, ensure_ascii=False, default=str) + "\n" for row, text in found)
-    atomic_write(out, "".join(lines))
+    atomic_write(out, "".join(f"{written({**row, answer: text})}\n" for row, text in found))
     typer.echo(f"{len(found)} answers in {out}")

@@ -11,6 +11,7 @@ from legolm.data.calibration import (
 )
 from legolm.data.examples import Example, Message
 from legolm.data.familiar import Familiar, Seen
+from legolm.data.files import written
 from legolm.data.layouts import Reading, read_examples, to_example, unread, with_system
 from legolm.data.prose import read_text, text_tokens
 from legolm.data.render import Tokens, render, render_prompt, render_whole
@@ -84,4 +85,5 @@ __all__ = [
     "unused_tools",
     "windows",
     "with_system",
+    "written",
 ]

@@ -7,6 +7,8 @@ import csv
 import gzip
 import io
 import json
+import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,6 +38,25 @@ class Written(float):
 
 
 DECODER = strict_decoder(parse_float=Written)
+HALF = re.compile("[\ud800-\udfff]")
+"""Of a character: no file can hold it, JSON only by its number."""
+
+
+def written(row: Any) -> str:
+    """What a row holds, as JSON in one line: numbers as they are written in it, null for NaN and infinity, which JSON
+    does not have.
+    """
+    if isinstance(row, dict):
+        pairs = zip(map(written, map(str, row)), map(written, row.values()), strict=True)
+        return "{" + ", ".join(map(": ".join, pairs)) + "}"
+    if isinstance(row, list | tuple):
+        return "[" + ", ".join(map(written, row)) + "]"
+    if isinstance(row, Written):
+        return row.text
+    if isinstance(row, float) and not math.isfinite(row):
+        return "null"
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return HALF.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class BadRow(LegolmError):
