@@ -22,10 +22,10 @@ from legolm import pipeline
 from legolm.block import Coverage, Manifest
 from legolm.cli.run import run as run_command
 from legolm.errors import LegolmError
-from legolm.export import find_model
 from legolm.federate.transport import Exchange, Reply, Request, run_local
 from legolm.federate.transport.engine import Body
 from legolm.federate.wire import kind_of
+from legolm.models import find_model
 from legolm.prune import build
 from legolm.runs import Clock, RunDir, Summary, run_of
 from legolm.runs.resume import differences, settled

@@ -347,12 +347,27 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     # Both blocks: layers 0 and 1, 2 KV groups, of layer 1 (or 0) all 96 neurons, so that both layers have 96.
     assert all(word in done.stdout for word in ("target", "61,440 linear weights", "Nothing was written."))
     assert not (tmp_path / "out").exists()
+    typo = legolm("compose", f"{run}:frr", "--into", "union", "--out", tmp_path / "out")
+    assert_one_line(typo, "no final model 'frr'; did you mean `fr`?")
+    typo = legolm("compose", f"{run}x:fr", "--into", "union", "--out", tmp_path / "out")
+    assert_one_line(typo, f"there is no folder {run}x; give RUN:CLIENT")
     done = legolm("compose", *sources, "--into", "union", "--out", tmp_path / "out", "--method", "ties")
     assert done.returncode == 0, done.stderr
     assert legolm("inspect", tmp_path / "out").returncode == 0
+    named = f"{run}:fr", f"{run}:de"
+    done = legolm("compose", *named, "--into", "union", "--out", tmp_path / "named", "--method", "ties")
+    assert done.returncode == 0, done.stderr
+    by_folder, by_name = weights_of(tmp_path / "out"), weights_of(tmp_path / "named")
+    assert by_folder.keys() == by_name.keys()
+    assert all(torch.equal(by_folder[key], by_name[key]) for key in by_folder)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"instruction": "Say 1", "output": "fr"}) + "\n")
     assert legolm("eval", tmp_path / "out", "--data", rows).returncode == 0  # its LLM is what the sources recorded
+    done = legolm("eval", f"{run}:fr", f"{run}:llm", "--data", rows, "--out", tmp_path / "eval.json")
+    assert done.returncode == 0, done.stderr
+    asked = {one["model"] for one in json.loads((tmp_path / "eval.json").read_text())["results"]}
+    assert asked > {f"{run}:fr", f"{run}:llm"}
+    assert_one_line(legolm("eval", f"{run}:frr", "--data", rows), "no final model 'frr'; did you mean `fr`?")
     shutil.copytree(run / "blocks" / "wide", tmp_path / "rate=0.1")
     into = legolm("compose", *sources, "--into", tmp_path / "rate=0.1", "--out", tmp_path / "in", "--dry-run")
     assert into.returncode == 0, into.stderr

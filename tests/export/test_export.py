@@ -20,9 +20,9 @@ from helpers import assert_one_line, legolm
 from legolm.block import Block, Coverage, picture, read_block
 from legolm.config import EXPORTERS
 from legolm.errors import LegolmError
-from legolm.export import Source, export, exporter, find_model, serving
+from legolm.export import Source, export, exporter, serving
 from legolm.export.llama_cpp import LlamaCpp
-from legolm.models import Shape, load_model
+from legolm.models import Shape, find_model, load_model
 
 MakeRun = Callable[[Path, Block], Path]
 IDS = torch.arange(2, 42)[None]

@@ -153,7 +153,8 @@ def load_factors(path: Path) -> tuple[Tensors, str]:
     """(factors with the scale in B, hash of their start) from a block's folder. Raises `LegolmError`."""
     if not (path / FACTORS).exists():
         raise LegolmError(
-            f"{path}: has no {FACTORS}; give a folder of a run's final/, or BLOCK:ADAPTER with a PEFT adapter's folder"
+            f"{path}: has no {FACTORS}; give RUN:CLIENT, a folder of a run's final/, or BLOCK:ADAPTER with a PEFT "
+            "adapter's folder"
         )
     with open_tensors(path / FACTORS, "", "give a folder that legolm wrote") as handle:
         header = strict_json((handle.metadata() or {})["legolm"])

@@ -73,7 +73,7 @@ def compose(
 ) -> Block:
     """Put what separately trained blocks learned into one block or the LLM, written to the folder `out`.
 
-    `sources` are folders of a run's final/ or "BLOCK:ADAPTER"; `into` is `llm`, `union`, sizes
+    `sources` are "RUN:CLIENT", folders of a run's final/ or "BLOCK:ADAPTER"; `into` is `llm`, `union`, sizes
     ("layers=30,kv_groups=3,neurons=1536") or a block. `weights` are one a source, or `validate` a file of answers to
     weigh them by, read as `rows` says ({"layout": "dolly"}, as a config's `data`). Raises `LegolmError` for an
     `out` that is there, and for what does not fit.

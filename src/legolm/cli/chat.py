@@ -29,8 +29,7 @@ def chat(
         raise LegolmError(f"--temperature {temperature:g}: must be 0, the likeliest token each time, or 0.01 to 10")
     from legolm.data import Message, prompt_look, take_look
     from legolm.evaluation import alone, line_up, load_subject, reply
-    from legolm.export import find_model
-    from legolm.models import load_tokenizer
+    from legolm.models import find_model, load_tokenizer
 
     path = find_model(model)
     subjects = line_up([str(path)], base, adapter) if compare else [alone(model, path, adapter)]

@@ -25,7 +25,9 @@ from legolm.errors import LegolmError
 
 
 def compose(
-    sources: Annotated[list[str], typer.Argument(help="folders of a run's final/, or BLOCK:ADAPTER (a PEFT adapter)")],
+    sources: Annotated[
+        list[str], typer.Argument(help="RUN:CLIENT, folders of a run's final/, or BLOCK:ADAPTER (PEFT)")
+    ],
     into: Annotated[str, typer.Option(help="llm, union, layers=30,kv_groups=3,neurons=1536, or a block's folder")],
     out: Annotated[Path, typer.Option(help="folder of the composed model")],
     base: Annotated[str | None, typer.Option(help="the LLM; what the sources' run recorded if not given")] = None,

@@ -27,7 +27,9 @@ from legolm.cli.options import (
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="`starter`, a block's or a checkpoint's folder, or a hub id")],
+    models: Annotated[
+        list[str], typer.Argument(help="RUN:CLIENT, a block's or a checkpoint's folder, `starter` or a hub id")
+    ],
     tasks: Annotated[str | None, typer.Option(help="of lm-evaluation-harness: hellaswag,arc_easy")] = None,
     include: Annotated[Path | None, typer.Option(help="folder of your own YAML tasks; their code runs")] = None,
     data: Annotated[str | None, typer.Option(help="a file of instructions and answers")] = None,

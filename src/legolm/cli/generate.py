@@ -42,7 +42,7 @@ def generate(
     from legolm.config import RowsConfig, validate
     from legolm.data import written
     from legolm.evaluation import answer_rows
-    from legolm.export import find_model
+    from legolm.models import find_model
     from legolm.system import Progress, atomic_write
 
     rows = validate(RowsConfig, rows_of(layout, instruction, input, None, messages, bad_rows), "legolm generate")

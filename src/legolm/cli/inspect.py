@@ -11,7 +11,7 @@ import typer
 def inspect(block: Annotated[str, typer.Argument(help="a block's folder, or RUN:CLIENT")]) -> None:
     """What a block kept of the LLM: layers, KV groups, neurons, weights."""
     from legolm.block import read_block
-    from legolm.export import find_model
+    from legolm.models import find_model
     from legolm.report import print_coverage
 
     folder = Path(block)

@@ -17,6 +17,7 @@ from legolm.data import read_examples, render_whole
 from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.models import choose_device, load_config, load_model, load_tokenizer
+from legolm.runs import RunDir
 from legolm.system import Progress
 
 BATCH = 8
@@ -56,13 +57,13 @@ class Source:
 
 
 def read_sources(names: Sequence[str]) -> list[Source]:
-    """Read `FOLDER` of a run's final/ or `BLOCK:ADAPTER` with a PEFT adapter.
+    """Read `RUN:CLIENT`, `FOLDER` of a run's final/ or `BLOCK:ADAPTER` with a PEFT adapter.
 
     Raises `LegolmError` for no sources, a missing or foreign adapter, the same source twice, other base models and
     other LoRA targets.
     """
     if not names:
-        raise LegolmError("sources: none given; give folders of a run's final/, or BLOCK:ADAPTER")
+        raise LegolmError("sources: none given; give RUN:CLIENT, folders of a run's final/, or BLOCK:ADAPTER")
     known: set[tuple[Path, ...]] = set()
     for name in names:
         folders = tuple(folder.resolve() for folder in _folders(name))
@@ -134,8 +135,12 @@ def weights_by_loss(sources: Sequence[Source], data: str, progress: Progress, ro
 
 
 def _folders(name: str) -> list[Path]:
-    """Of `FOLDER` the folder, of `BLOCK:ADAPTER` both."""
+    """Of `FOLDER` and `RUN:CLIENT` the folder, of `BLOCK:ADAPTER` both."""
     block, _, adapter = ("", "", "") if Path(name).is_dir() else name.rpartition(":")
+    if block and not Path(block).is_dir():
+        raise LegolmError(f"{name}: there is no folder {block}; give RUN:CLIENT, a folder, or BLOCK:ADAPTER")
+    if block and RunDir(Path(block)).exists():
+        return [RunDir(Path(block)).final_model(adapter)]
     return [Path(block), Path(adapter)] if block else [Path(name)]
 
 

@@ -31,6 +31,7 @@ from legolm.models import (
     count_parameters,
     decoder_layers,
     find_fingerprint,
+    find_model,
     folder_bytes,
     hidden_states,
     lean,
@@ -38,7 +39,6 @@ from legolm.models import (
     load_model,
     load_tokenizer,
     pack,
-    resolve,
     shape_of,
 )
 from legolm.system import Progress, atomic_write, release_memory, stored_tensors, versions
@@ -117,6 +117,7 @@ def line_up(
 ) -> list[Subject]:
     """The models in order, each block's dense LLM before it, or the model itself before it with its adapter.
 
+    They are named as `find_model` takes them.
     A block's LLM is `base`, or else the one that has the fingerprint in its manifest: of `models`, what
     the block records, and the starter. Blocks and adapters are compared with their LLM, other models with the first.
     `loaded` are those of `models` that are in memory, which may have changed there: none is another one's LLM.
@@ -126,11 +127,11 @@ def line_up(
     if not models:
         raise LegolmError("models: none to evaluate; give at least one")
     names, loaded = list(dict.fromkeys(models)), loaded or {}
-    if base is not None and not any((resolve(name) / "manifest.json").is_file() for name in names):
+    if base is not None and not any((find_model(name) / "manifest.json").is_file() for name in names):
         raise LegolmError(f"--base {base}: is a block's LLM, and none of {', '.join(names)} is a block; leave it out")
     if adapter is not None and len(names) > 1:
         raise LegolmError(f"--adapter {adapter}: goes on one model, not on {len(names)}; evaluate them one by one")
-    paths = {name: resolve(str(loaded[name].name_or_path) if name in loaded else name) for name in names}
+    paths = {name: find_model(str(loaded[name].name_or_path) if name in loaded else name) for name in names}
     _check_unmerged(names[0], paths[names[0]], adapter)
     blocks = {name: read_block(path) for name, path in paths.items() if (path / "manifest.json").is_file()}
     dense = {name: path for name, path in paths.items() if name not in blocks and name not in loaded}
@@ -287,10 +288,10 @@ def _find_base(name: str, block: Block, base: str | None, dense: dict[str, Path]
     recorded = block.details.get("model")
     names = [base] if base is not None else [*dense, *([recorded] if isinstance(recorded, str) else []), "starter"]
     if base is not None:
-        resolve(base)  # says why if it cannot be found
+        find_model(base)  # says why if it cannot be found
     llm, seen = find_fingerprint(block.base_fingerprint, names)
     if llm is not None:
-        path = resolve(llm)
+        path = find_model(llm)
         known = [other for other, folder in dense.items() if folder.resolve() == path.resolve()]
         return (known or [llm])[0], path
     have = ", ".join(f"{candidate!r} has {found[:12]}" for candidate, found in seen.items()) or "none is at hand"

@@ -2,7 +2,7 @@
 
 from legolm.export.picking import Candidate, candidates, pick
 from legolm.export.server import serving
-from legolm.export.source import Source, find_model
+from legolm.export.source import Source
 from legolm.export.sparse import load
 from legolm.export.speed import Speed, bench, checked_runtimes
 from legolm.export.target import Target, exporter
@@ -20,7 +20,6 @@ __all__ = [
     "checked_runtimes",
     "export",
     "exporter",
-    "find_model",
     "load",
     "pick",
     "serving",

@@ -11,9 +11,8 @@ from legolm.config import DataConfig, RowsConfig
 from legolm.data import read_examples, render_whole
 from legolm.errors import LegolmError
 from legolm.evaluation import score
-from legolm.export.source import find_model
 from legolm.export.speed import BESIDE, PROMPT, TOKENS, Runtime, Speed, bench, check_bench
-from legolm.models import choose_device, load_config, load_model, load_tokenizer
+from legolm.models import choose_device, find_model, load_config, load_model, load_tokenizer
 from legolm.runs import RunDir, Score
 
 BATCH = 8

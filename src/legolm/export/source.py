@@ -19,6 +19,7 @@ from legolm.errors import LegolmError
 from legolm.models import (
     carry,
     find_fingerprint,
+    find_model,
     fingerprint,
     load_config,
     load_model,
@@ -26,27 +27,10 @@ from legolm.models import (
     resolve,
     save_model,
 )
-from legolm.runs import RunDir, check_sealed, run_of
+from legolm.runs import RunDir, run_of
 from legolm.system import read_bounded, scratch_folder
 
 SIDE_FILES = ("manifest.json", "coverage.safetensors")
-
-
-def find_model(name: str) -> Path:
-    """Folder of `RUN:CLIENT` (what the client ended with; `RUN:llm`), of a folder, of `starter` or a hub id.
-
-    Raises `LegolmError` where there is none, and for a final model that is not what the run wrote.
-    """
-    run, _, client = name.rpartition(":")
-    if run and not Path(name).exists() and Path(run).is_dir():
-        path = RunDir(Path(run)).final_model(client)
-        check_sealed(path)
-        return path
-    if "/" in run and not Path(name).exists():  # no hub has a model of this name
-        raise LegolmError(f"{name}: there is no run folder {run}; give RUN:CLIENT, a folder, `starter` or a hub id")
-    if Path(name).is_dir() and not (Path(name) / "config.json").exists() and RunDir(Path(name)).exists():
-        RunDir(Path(name)).final_model("")  # says what there is
-    return resolve(name)
 
 
 @dataclass(frozen=True)

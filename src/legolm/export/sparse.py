@@ -18,9 +18,9 @@ from torch import Tensor
 
 from legolm.block import Coverage, load_coverage
 from legolm.errors import LegolmError, brief
-from legolm.export.source import Source, find_model
+from legolm.export.source import Source
 from legolm.export.target import exporter
-from legolm.models import CheckpointWriter, copy_side_files, load_model, load_tokenizer, read_weights
+from legolm.models import CheckpointWriter, copy_side_files, find_model, load_model, load_tokenizer, read_weights
 from legolm.system import open_tensors
 
 FILE = "sparse.safetensors"

@@ -20,9 +20,8 @@ import torch
 
 from legolm.errors import LegolmError, nearest
 from legolm.export.llama_cpp import llama_cpp
-from legolm.export.source import find_model
 from legolm.export.write import check_export, export, target_of
-from legolm.models import folder_bytes, load_config, load_model
+from legolm.models import find_model, folder_bytes, load_config, load_model
 from legolm.system import Spawning, scratch_folder
 
 Runtime = Literal["llama.cpp", "transformers", "onnxruntime"]

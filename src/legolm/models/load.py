@@ -39,6 +39,7 @@ from legolm.models.rotary import by_own_length
 from legolm.models.rounding import rounded
 from legolm.models.starter import starter_path
 from legolm.models.transposed import as_linears
+from legolm.runs import RunDir, check_sealed
 from legolm.system import hub_answers, open_tensors, reading, wants_offline
 
 transformers_logging.disable_progress_bar()
@@ -88,6 +89,23 @@ def resolve(model: str) -> Path:
         raise LegolmError(f"model: {model!r} cannot be had from the hub ({reason}); give a local folder") from None
 
 
+def find_model(name: str) -> Path:
+    """Folder of `RUN:CLIENT` (what the client ended with; `RUN:llm`), of a folder, of `starter` or a hub id.
+
+    Raises `LegolmError` where there is none, and for a final model that is not what the run wrote.
+    """
+    run, _, client = name.rpartition(":")
+    if run and not Path(name).exists() and Path(run).is_dir():
+        path = RunDir(Path(run)).final_model(client)
+        check_sealed(path)
+        return path
+    if "/" in run and not Path(name).exists():  # no hub has a model of this name
+        raise LegolmError(f"{name}: there is no run folder {run}; give RUN:CLIENT, a folder, `starter` or a hub id")
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists() and RunDir(Path(name)).exists():
+        RunDir(Path(name)).final_model("")  # says what there is
+    return resolve(name)
+
+
 def find_fingerprint(wanted: str, models: Iterable[str]) -> tuple[str | None, dict[str, str]]:
     """The first of the models that has this fingerprint, if any, and those of all that were looked at.
 
@@ -96,7 +114,7 @@ def find_fingerprint(wanted: str, models: Iterable[str]) -> tuple[str | None, di
     seen: dict[str, str] = {}
     for model in dict.fromkeys(models):
         try:
-            path = resolve(model)
+            path = find_model(model)
         except LegolmError:
             continue
         seen[model] = fingerprint(path)
