@@ -83,6 +83,7 @@ def test_what_is_of_no_kind_is_one_line(llm: lg.LLM, rows: Path, tmp_path: Path)
         "LLM: `name` = 5": lambda: given.LLM(5),
         "cut: `precision` = 'fp16'": lambda: given.cut(**cut, precision="fp16"),
         "cut: `seed` = -1: must be from 0": lambda: given.cut(**cut, seed=-1),
+        "cut: `out` = 'a b': a block is called as its folder": lambda: given.cut(**cut | {"out": "a b"}),
         "cut: `name` = 'other': a block is called as its folder": lambda: given.cut(**cut, name="other"),
         "Run: `folder` = 5: must be str | Path": lambda: given.Run(5),
     }

@@ -266,7 +266,7 @@ def test_several_blocks_at_once_and_private_calibration(
     text = ("--samples", 4, "--length", 64)
     bare = ("prune", tiny("llama"), "--method", "structured")
     cut = (*bare, "--calibration", corpus, *text)
-    done = legolm(*cut, "--sparsity", "0.25,0.5", "--out", tmp_path / "blocks")
+    done = legolm(*cut, "--sparsity", "0.25, 0.5", "--out", tmp_path / "blocks")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "blocks").iterdir()) == ["structured-0.25", "structured-0.5"]
     for client in "ab":
@@ -285,6 +285,13 @@ def test_several_blocks_at_once_and_private_calibration(
     assert_one_line(legolm(*cut, "--params", "many", "--out", tmp_path / "x"), "`params`", "70M")
     assert_one_line(legolm(*cut, "--params", 10, "--out", tmp_path / "x"), "wants params 10; this model gives")
     assert_one_line(legolm(*cut, "--sparsity", 0.5, "--out", tmp_path / "private"), "is already there")
+    for sparsity, folder, says in (
+        ("0.5, x y", "x", "`sparsity` = 'x y'"),
+        ("0.5,", "x", "`sparsity` = ''"),
+        ("0.5", "a b", "a b: a block is called as its folder"),
+        ("0.5", "llm", "llm: a block is called as its folder"),
+    ):
+        assert_one_line(legolm(*cut, "--sparsity", sparsity, "--out", tmp_path / folder), says)
     assert_one_line(legolm(*cut, "--sparsity", "0.5,0.5", "--out", tmp_path / "x"), "structured-0.5 is asked for twice")
     assert not (tmp_path / "x").exists()
 

@@ -181,7 +181,7 @@ def test_a_shape_takes_the_unions_units_and_then_the_llms(llm: Path, tmp_path: P
     before, after = weights_of(llm), weights_of(tmp_path / "out")
     assert torch.equal(after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"][:6])
     for into, nearest in (
-        ("neurons=2", "layers=1,kv_groups=1,neurons=3"),
+        ("neurons=2, kv_groups=1", "layers=1,kv_groups=1,neurons=3"),
         ("layers=3,neurons=1", "layers=2,kv_groups=1,neurons=3"),
         ("kv_groups=9", "layers=1,kv_groups=2,neurons=3"),
     ):

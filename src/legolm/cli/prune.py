@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -62,7 +63,7 @@ def prune(
 
     Blocks that are there and were cut by the same recipe stay: a command that was killed goes on.
     """
-    from legolm.config import BlockConfig, load_plugins, validate
+    from legolm.config import BlockConfig, block_name, load_plugins, validate
 
     load_plugins(plugin or ())
     targets = {
@@ -85,9 +86,14 @@ def prune(
     wanted = []
     chosen = _each(targets)
     for target in chosen:
-        values = "-".join(value.replace(":", "of") for value in target.values())
+        values = "-".join(re.sub(r"[^\w.-]", "", value.replace(":", "of"), flags=re.A) for value in target.values())
         folder = out if len(chosen) == 1 else out / f"{method}-{values}"
-        block = {"name": folder.name, "method": method, "calibration": text, "recover": {"steps": recover}} | target
+        block = {
+            "name": block_name(folder, f"--out {folder}"),
+            "method": method,
+            "calibration": text,
+            "recover": {"steps": recover},
+        } | target
         wanted.append((validate(BlockConfig, block, "legolm prune"), folder))
     folders = [folder for _, folder in wanted]
     for folder in folders:
@@ -127,5 +133,5 @@ def prune(
 
 def _each(targets: dict[str, str | None]) -> list[dict[str, str]]:
     """One dict a block: where a value is a list (`0.25,0.5`), one block for each of its items."""
-    given = {name: text.split(",") for name, text in targets.items() if text is not None}
+    given = {name: [one.strip() for one in text.split(",")] for name, text in targets.items() if text is not None}
     return [dict(zip(given, values, strict=True)) for values in product(*given.values())]

@@ -37,7 +37,7 @@ def parse_sizes(text: str) -> dict[str, int]:
     """`layers=30,kv_groups=3,neurons=1536`, or some of them. Raises `LegolmError`."""
     sizes = {}
     for part in text.split(","):
-        name, _, count = part.partition("=")
+        name, _, count = part.strip().partition("=")
         if name not in SIZES:
             raise LegolmError(f"--into {text}: unknown size {name!r};{nearest(name, SIZES)}")
         if name in sizes:

@@ -8,7 +8,15 @@ from legolm.config.aggregation import (
     ServerConfig,
     SuperLinkConfig,
 )
-from legolm.config.blocks import CLIENTS, BlockConfig, CalibrationConfig, ProtectConfig, RecoverConfig, TextConfig
+from legolm.config.blocks import (
+    CLIENTS,
+    BlockConfig,
+    CalibrationConfig,
+    ProtectConfig,
+    RecoverConfig,
+    TextConfig,
+    block_name,
+)
 from legolm.config.dp import DpConfig
 from legolm.config.file import dump, load, read, validate
 from legolm.config.privacy import PrivacyConfig, SecureConfig
@@ -83,6 +91,7 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "Variant",
+    "block_name",
     "dump",
     "foreign",
     "guarded",
