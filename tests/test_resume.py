@@ -99,6 +99,17 @@ def test_a_changed_run_ends_where_one_begun_so_ends(change: str, again: str | No
     assert "note" not in said and "train" not in said
 
 
+def test_who_leaves_earlier_is_trained_alone_for_fewer_rounds(home: Path, tmp_path: Path) -> None:
+    out = copy(home, tmp_path / "out")
+    for gone in ("rounds/0002", "personal", "final"):  # it was stopped there
+        shutil.rmtree(out / gone)
+    (out / "clients" / "fr" / "0002.safetensors").unlink()
+    _, said = resume(home, out, "clients.0.leaves=1")
+    assert "clients.0.leaves was None and is 1; round 1 stays; made again: training alone\n" in said
+    resume(home, tmp_path / "begun", "clients.0.leaves=1", store=home / "store")
+    assert_same(tmp_path / "begun", out)
+
+
 def test_clients_that_came_later_end_as_if_they_had_been_named_at_first(home: Path, tmp_path: Path) -> None:
     raw = json.loads((home / "run.yaml").read_text())
     raw["blocks"].append({"name": "late", "method": "magnitude", "sparsity": 0.5})

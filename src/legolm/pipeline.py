@@ -48,7 +48,6 @@ from legolm.plan import Plan, PlannedClient, make_plan
 from legolm.prune import cut_blocks, recipe_of
 from legolm.report import Trackers, need_matplotlib, summarize, write_report
 from legolm.runs import (
-    AGAIN,
     HASHES,
     Clock,
     Difference,
@@ -56,6 +55,7 @@ from legolm.runs import (
     Machine,
     RunDir,
     Summary,
+    again,
     check_blocks,
     drop_damaged,
     dump_sealed,
@@ -132,7 +132,7 @@ def _run(
         progress.note(line)
     if clock.broken:
         progress.note(f"{RunDir(out).clock_file}: is not what the run wrote; its times count from here")
-    clock.forget(*(stage for change in changes for stage in AGAIN.get(change.field, ())))
+    clock.forget(*(stage for change in changes for stage in again(change.field) or ()))
     came = any(change.field == "clients" for change in changes)
     if came:
         _check_data(RunDir(out), config)
@@ -240,9 +240,9 @@ def changed(folder: RunDir, config: RunConfig, changes: Sequence[Difference]) ->
     """What a resumed run changes, a line a field that matters: what stays, and what is made again."""
     done, lines = folder.rounds_done(), []
     for one in changes:
-        there = [NAMES[stage] for stage in AGAIN.get(one.field, ()) if _made(folder, stage)]
-        if one.field not in AGAIN:
+        if (stages := again(one.field)) is None:
             continue
+        there = [NAMES[stage] for stage in stages if _made(folder, stage)]
         line = f"{one.field} was {one.old} and is {one.new}"
         line += f"; round{'s 1 to' if done > 1 else ''} {done} stay{'s' if done == 1 else ''}" if done else ""
         line += f"; made again: {', '.join(there)}" if there else ""

@@ -35,7 +35,7 @@ SIGNATURES = {
     "Scheme": "()",
     "Start": "(shape, make, rank, seed=0, server=<factory>, arrived=<class 'dict'>)",
     "Task": "(model, coverage, start, scale, examples, config, precision, steps, seed, done=0, total=None, frozen=(), "
-    "proximal=0.0, dropout=0.0, dp=None)",
+    "proximal=0.0, dropout=0.0, dp=None, parts=())",
     "ablate": "(run, out=None, *, questions=None, retrain=False, only=())",
     "compare": "(study, out, *, changes=(), models=True, seeds=1, jobs=1)",
     "compose": "(sources, into, out, *, base=None, method='heteagg', form=None, scaling=None, density=None, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +19,7 @@ from legolm.block import read_block
 from legolm.errors import LegolmError
 from legolm.federate.server import steps_of
 from legolm.plan import make_plan
-from legolm.runs import Summary, dump_sealed, read_stage
+from legolm.runs import Summary, clients_of, dump_sealed, read_stage, read_stages, rounds_of
 
 
 def test_settings_can_be_chosen_by_the_llm_on_everyones_validation_data(
@@ -136,6 +137,47 @@ def test_what_does_not_go_together(raw: dict[str, Any], tmp_path: Path, override
         make_plan(load(raw, tmp_path, *overrides))
 
 
+@pytest.mark.parametrize("limit", ["epochs=0.5", "tokens=150"])
+def test_trained_alone_and_pooled_make_as_many_steps_as_the_rounds_whatever_limits_them(
+    raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path, limit: str
+) -> None:
+    sets = ("federation.rounds=2", "train.steps=50", "train.batch_size=2", f"train.{limit}", "aggregate.form=factor")
+    run(load(raw, tmp_path, *sets, "evaluate.local_only=true", "federation.personal_steps=1"))
+    records = read_stages(tmp_path / "out" / "metrics.jsonl")
+    rounds = [record.train for record in rounds_of(records)[1:]]
+    assert all(2 <= one.steps < 50 for trained in rounds for one in trained.values())
+    alone = {one.client: one.train.steps for one in clients_of(records, "local") if one.train}
+    assert alone == {id: sum(trained[id].steps for trained in rounds) + 1 for id in ("fr", "de", "es")}
+    run(load(raw, tmp_path, *sets, "federation.mode=pooled"), "pooled")
+    pooled = rounds_of(read_stages(tmp_path / "pooled" / "metrics.jsonl"))[1:]
+    for one, trained in zip(pooled, rounds, strict=True):
+        assert one.train["llm"].steps == sum(each.steps for each in trained.values())
+
+
+def test_trained_alone_and_pooled_make_the_steps_of_those_whom_rounds_draw(
+    raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    raw["clients"][0]["leaves"] = 1
+    sets = ("federation.rounds=3", "federation.fraction=0.5", "aggregate.form=factor", "seed=3")
+
+    def trained(name: str, *more: str) -> tuple[Counter[str], dict[str, int]]:
+        run(load(raw, tmp_path, *sets, *more), name)
+        records = read_stages(tmp_path / name / "metrics.jsonl")
+        found: Counter[str] = Counter()
+        for record in rounds_of(records)[1:]:
+            found.update({id: int(one.steps) for id, one in record.train.items()})
+        return found, {one.client: int(one.train.steps) if one.train else 0 for one in clients_of(records, "local")}
+
+    made, alone = trained("out", "evaluate.local_only=true")
+    assert alone == {id: made[id] for id in ("fr", "de", "es")}
+    assert min(alone.values()) == 0 < max(alone.values()) < 6  # whom no round draws ends where all began
+    assert trained("alone", "evaluate.local_only=true", "federation.mode=alone")[1] == alone
+    assert trained("pooled", "federation.mode=pooled")[0] == {"llm": made.total()}
+    # Who may not take part has the steps that it would make.
+    made, alone = trained("capable", "evaluate.local_only=true", "federation.capable=true", "federation.fraction=1")
+    assert (made, alone) == ({"fr": 2, "de": 6}, {"fr": 2, "de": 6, "es": 6})
+
+
 def test_rounds_do_not_depend_on_what_clients_do_after_them(
     raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path
 ) -> None:
@@ -145,5 +187,5 @@ def test_rounds_do_not_depend_on_what_clients_do_after_them(
     one, two = (load_file(tmp_path / name / "rounds" / "0002" / "adapter.safetensors") for name in ("none", "own"))
     assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
     config = load(raw, tmp_path, "train.steps=4", "federation.personal_steps=5")
-    assert [steps_of(config, "round", number) for number in (1, 2)] == [(4, 0, 8), (4, 4, 8)]
-    assert steps_of(config, "local", 0) == (13, 0, 13) and steps_of(config, "personal", 0) == (5, 8, 13)
+    assert [steps_of(config, "round", number) for number in (1, 2)] == [([4], 0, 8), ([4], 4, 8)]
+    assert steps_of(config, "local", 0, 2) == ([4, 4, 5], 0, 13) and steps_of(config, "personal", 0, 2) == ([5], 8, 13)

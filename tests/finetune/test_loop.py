@@ -131,6 +131,24 @@ def test_it_stops_at_the_first_limit(model: Any) -> None:
     assert train(model, steps=50, seconds=1e-9)[1]["steps"] == 1
 
 
+def test_each_of_several_trainings_in_one_has_its_own_limits(model: Any) -> None:
+    parts = {"parts": [20, 20, 2]}
+    assert train(model, steps=42, fit_with=parts)[1]["steps"] == 42
+    assert train(model, steps=42, fit_with=parts, epochs=1.5)[1]["steps"] == 5 + 5 + 2
+    assert train(model, steps=42, fit_with=parts, tokens=1)[1]["steps"] == 3
+    assert train(model, steps=42, fit_with=parts, seconds=1e-9)[1]["steps"] == 3
+
+
+@pytest.mark.parametrize("limit", [{"epochs": 1.0}, {"tokens": 126}], ids=str)
+def test_the_schedule_ends_with_what_limits_leave_of_the_steps(limit: dict, model: Any) -> None:
+    # 12 examples of 126 tokens in all, four a step: three steps of a training, whatever its hundred.
+    for done in (0, 1):
+        wanted, _ = train(model, steps=3, fit_with={"done": 3 * done, "total": 6})
+        found, metrics = train(model, steps=100, fit_with={"done": 100 * done, "total": 200}, **limit)
+        assert metrics["steps"] == 3
+        assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
 def test_a_narrow_block_learns_at_a_higher_rate_in_its_mlp(model: Any) -> None:
     # Adam's first step is the rate, whatever the gradient: by hand 0.01, and twice that with half of the neurons.
     whole = Coverage.full(shape_of(model.config))

@@ -147,7 +147,8 @@ class TrainConfig(OpenSection):
 
     It stops at the first of `steps`, `epochs`, `tokens` and `seconds`. The learning rate follows the steps that a
     client makes in the whole run, the personal step included: `constant_linear` is constant and falls linearly to zero
-    over the last half, `cosine` falls from the start, `constant` stays, so that more rounds later change nothing.
+    over the last half, `cosine` falls from the start, `constant` stays, so that more rounds later change nothing. Where
+    `seconds` end a training nobody knows before, and rates are those of all its steps.
     """
 
     named: ClassVar[str] = "trainer"

@@ -39,9 +39,9 @@ class Diverged(LegolmError):
 def fit(task: Task, *, by_width: bool = False) -> tuple[Tensors, dict[str, float]]:
     """Train the adapter for at most the task's steps; return (change of each factor that trains, metrics).
 
-    The optimizer is new. The learning rate follows `config.schedule` over `total` steps; `by_width` raises it where the
-    block is narrower than the LLM (`widened`). The seed decides the order of examples. `proximal` is FedProx's µ (Li et
-    al., arXiv 1812.06127): µ/2 · ‖θ − start‖² is added to the loss.
+    The optimizer is new. The learning rate follows `config.schedule` over `total` steps, or what `epochs` and `tokens`
+    leave of them; `by_width` raises it where the block is narrower than the LLM (`widened`). The seed decides the order
+    of examples. `proximal` is FedProx's µ (Li et al., arXiv 1812.06127): µ/2 · ‖θ − start‖² is added to the loss.
 
     Metrics: `loss_first` and `loss_last` (nats per answer token, over up to eight steps), `steps`, `tokens`, `seconds`,
     `truncated` (examples that were cut to length), and `micro_batch_tokens` where memory forced a smaller one.
@@ -56,7 +56,7 @@ def fit(task: Task, *, by_width: bool = False) -> tuple[Tensors, dict[str, float
                 f"train: example {index} has no prompt or no answer token; mend it, or raise train.max_length"
             )
     began = time.perf_counter()
-    clock = _Clock(config, len(examples), task.steps, began)
+    clock = _Clock(task, began)
     losses: list[float] = []
     size = config.micro_batch_tokens
     with (
@@ -75,10 +75,10 @@ def fit(task: Task, *, by_width: bool = False) -> tuple[Tensors, dict[str, float
             groups.setdefault(widened(task.coverage, key) if by_width else 1.0, []).append(parameter)
         rated = [{"params": one, "lr": config.learning_rate * factor} for factor, one in groups.items()]
         optimizer = torch.optim.AdamW(rated, weight_decay=0.0, fused=True)
-        rate = learning_rate(config, task.total or task.steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(task.done + step))
-        seen: set[int] = set()
         total = task.total or task.steps
+        rate = learning_rate(config, total * clock.share)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(task.done * clock.share + step))
+        seen: set[int] = set()
         private = None if task.dp is None else Private.of(task.dp, len(examples), config, total, task.steps)
 
         def keep() -> None:
@@ -121,7 +121,7 @@ def fit(task: Task, *, by_width: bool = False) -> tuple[Tensors, dict[str, float
             schedule.step()
             losses.append(loss.mean)
             seen.update(chosen)
-            if clock.over(len(losses), sum(len(example.ids) for example in batch)):
+            if clock.over(sum(len(example.ids) for example in batch)):
                 break
         keep()
         return result()
@@ -142,14 +142,26 @@ def moves(coverage: Coverage, key: str, *, by_width: bool = False) -> float:
 adamw = trainer("adamw", private=True, moves=moves)(fit)
 
 
-def learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:
+def planned_steps(config: TrainConfig, steps: int, examples: int | None, length: float | None = None) -> int:
+    """How many of a training's steps `epochs` leave on so many examples, and `tokens` on such of this mean length.
+
+    The latter about, for batches differ; what `seconds` leave nobody knows before.
+    """
+    if config.epochs is not None and examples is not None:
+        steps = min(steps, math.ceil(config.epochs * examples / config.batch_size))
+    if config.tokens is not None and length is not None:
+        steps = min(steps, math.ceil(config.tokens / (config.batch_size * length)))
+    return steps
+
+
+def learning_rate(config: TrainConfig, total: float) -> Callable[[float], float]:
     """The factor on the learning rate at a step (from 0) of `total`: a linear warm-up, then the schedule.
 
     `constant_linear` is constant and falls linearly to zero over the last half; `cosine` falls from the start;
     `constant` does not depend on `total`.
     """
 
-    def factor(step: int) -> float:
+    def factor(step: float) -> float:
         warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         if config.schedule == "constant":
             return warm
@@ -254,23 +266,30 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 class _Clock:
-    """When to stop: steps, epochs, tokens or seconds, whichever comes first."""
+    """When to stop: each part of a task at the first of its steps, epochs, tokens and seconds.
 
-    def __init__(self, config: TrainConfig, examples: int, steps: int, began: float) -> None:
-        self._config, self._began = config, began
-        by_epochs = math.inf if config.epochs is None else math.ceil(config.epochs * examples / config.batch_size)
-        self._steps = min(steps, by_epochs)
+    `share` is the part of the task's steps that will be made, about.
+    """
+
+    def __init__(self, task: Task, began: float) -> None:
+        config, count, parts = task.config, len(task.examples), task.parts or (task.steps,)
+        length = sum(len(example.ids) for example in task.examples) / count
+        self.share = sum(planned_steps(config, steps, count, length) for steps in parts) / sum(parts)
         self.tokens = 0
+        self._config, self._parts = config, [planned_steps(config, steps, count) for steps in parts]
+        self._steps, self._most, self._began = 0, config.tokens or math.inf, began
 
-    def over(self, steps: int, tokens: int) -> bool:
+    def over(self, tokens: int) -> bool:
         """After another step of so many tokens."""
+        config, now = self._config, time.perf_counter()
         self.tokens += tokens
-        config = self._config
-        return (
-            steps >= self._steps
-            or (config.tokens is not None and self.tokens >= config.tokens)
-            or (config.seconds is not None and time.perf_counter() - self._began >= config.seconds)
-        )
+        self._steps += 1
+        late = config.seconds is not None and now - self._began >= config.seconds
+        if self._steps < self._parts[0] and self.tokens < self._most and not late:
+            return False
+        del self._parts[0]
+        self._steps, self._most, self._began = 0, self.tokens + (config.tokens or math.inf), now
+        return not self._parts
 
 
 def _order(count: int, size: int, seed: int) -> Iterator[list[int]]:

@@ -22,8 +22,9 @@ class Task:
     """One training of one block: its model, the adapter `start` (float32, by key) with its scale, and the examples.
 
     Factors in `frozen` do not train. At most `steps` steps are made, of `total` in the whole run (these, if not given)
-    of which the client made `done` before. `proximal` is FedProx's µ, `dropout` that of LoRA. With `dp` steps are those
-    of DP-SGD.
+    of which the client made `done` before. Where they stand for several trainings, `parts` are the steps of each, and
+    what else limits a training (`config`) counts in each anew. `proximal` is FedProx's µ, `dropout` that of LoRA. With
+    `dp` steps are those of DP-SGD.
     """
 
     model: Any
@@ -41,6 +42,7 @@ class Task:
     proximal: float = 0.0
     dropout: float = 0.0
     dp: DpConfig | None = None
+    parts: Sequence[int] = ()
 
 
 Fitted = tuple[Tensors, dict[str, float]]

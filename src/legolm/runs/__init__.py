@@ -50,7 +50,7 @@ from legolm.runs.records import (
     validations,
 )
 from legolm.runs.repair import HASHES, check_blocks, check_sealed, damages, drop_damaged, mend, seal
-from legolm.runs.resume import AGAIN, Difference
+from legolm.runs.resume import Difference, again
 from legolm.runs.sample import (
     others_of,
 )
@@ -91,7 +91,6 @@ from legolm.runs.tables import (
 )
 
 __all__ = [
-    "AGAIN",
     "HASHES",
     "SCHEMA",
     "STAGES",
@@ -150,6 +149,7 @@ __all__ = [
     "Traffics",
     "Training",
     "Weights",
+    "again",
     "best_round",
     "check_blocks",
     "check_sealed",

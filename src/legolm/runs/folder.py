@@ -22,7 +22,7 @@ from legolm.config import RunConfig, SiteConfig
 from legolm.errors import LegolmError, nearest
 from legolm.runs.placed import DEVICES, Devices, Placed, placed
 from legolm.runs.records import Change, Identity, dump_sealed, read_sealed
-from legolm.runs.resume import AGAIN, FREE, Difference, differences, refusal, settled
+from legolm.runs.resume import FREE, Difference, again, differences, refusal, settled
 from legolm.system import LOCK, atomic_write, check_room, file_state, read_bounded
 
 UPDATES = "updates"
@@ -57,10 +57,10 @@ class RunDir:
         changes = run.check(config, resume)
         for stale in path.rglob(".*.partial"):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        stages = {stage for change in changes for stage in AGAIN.get(change.field, ())}
+        stages = {stage for change in changes for stage in again(change.field) or ()}
         moved = any(change.field == "final" for change in changes)  # the old ones stay where they are
-        again = [path / stage for stage in stages - {"final"}]
-        for stale in [*again, *(run.models() if "final" in stages and not moved else ())]:
+        others = [path / stage for stage in stages - {"final"}]
+        for stale in [*others, *(run.models() if "final" in stages and not moved else ())]:
             shutil.rmtree(stale, ignore_errors=True)
         if changes and run.identity_file.exists():
             identity, done = run.identity(), run.rounds_done()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ FREE = (
 )
 """Fields that change nothing that was done."""
 AGAIN: Mapping[str, tuple[str, ...]] = {
-    # Alone, a client trains as many steps as in all rounds and the personal step.
+    # Alone, a client trains as many steps as in its rounds and the personal step.
     "federation.rounds": ("local", "personal", "final"),
     "federation.personal_steps": ("local", "personal", "final"),
     "federation.personal": ("personal", "final"),
@@ -33,13 +34,20 @@ AGAIN: Mapping[str, tuple[str, ...]] = {
     "evaluate.local_only": ("personal", "final"),
     "evaluate.others": ("local", "personal"),
     # Who is there is also on whose data the others are scored.
-    "clients": ("local", "personal", "final"),
     "final": (),
+    "clients": ("local", "personal", "final"),
+    "clients.joins": ("local", "personal", "final"),
+    "clients.leaves": ("local", "personal", "final"),
 }
-"""Fields that leave the rounds as they are, with the stages to make again."""
-TAKES = ", ".join([*FREE, *AGAIN, "which join in rounds to come, and clients' joins and leaves there"])
+"""Fields, those of clients without their places, that leave the rounds as they are, with the stages to make again."""
+TAKES = ", ".join([*FREE, *AGAIN]) + " (in rounds to come)"
 NAMED = {"clients": "id", "blocks": "name"}
 """Lists that may become longer, and what names their items."""
+
+
+def again(field: str) -> tuple[str, ...] | None:
+    """The stages to make again where this field changed; None where that is not said of it."""
+    return AGAIN.get(re.sub(r"\.\d+\.", ".", field))
 
 
 @dataclass(frozen=True)

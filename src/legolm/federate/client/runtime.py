@@ -123,6 +123,7 @@ class ClientRuntime:
                 seed=request.seed,
                 done=request.done,
                 total=request.total,
+                parts=request.parts,
                 frozen=opened.frozen,
                 proximal=settings.proximal,
                 dropout=settings.dropout,

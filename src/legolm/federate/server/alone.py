@@ -84,7 +84,11 @@ class Alone:
             exchange = counted(exchange, sent)
         # What each learned waits on the disk until it is scored: the server's memory must not grow with clients.
         with scratch_folder(self.folder.path / stage) as own:
-            order = Order(left, scheme, stage, start, {})
+            own_steps, turns = self.config.federation.personal_steps, self.dispatch.turns
+            idle = [id for id in left if stage == "local" and not own_steps + turns[id]]  # whom no round draws
+            for id in idle:
+                save_adapter_state(own / id, self.adapter(id, start))
+            order = Order([id for id in left if id not in idle], scheme, stage, start, {})
             for one in self.dispatch.train([order], exchange, f"{stage}: train") if trains else ():
                 if one.update is None:
                     refused[one.client] = one.reason

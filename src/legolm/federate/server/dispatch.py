@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from legolm.adapter import Tensors, adapter_keys, adapter_layout, parse_key, slice_factors, with_prefix
@@ -12,7 +14,7 @@ from legolm.block import Block
 from legolm.config import DpConfig, RunConfig, TrainConfig
 from legolm.data import Seen
 from legolm.errors import LegolmError
-from legolm.federate.server.members import LLM, Members
+from legolm.federate.server.members import LLM, Members, drawn
 from legolm.federate.transport import Exchange, Reply, Request
 from legolm.federate.wire import (
     Broadcast,
@@ -235,6 +237,11 @@ class Dispatch:
     def _settings(self, order: Order, members: Members, id: str, since: int) -> TrainSettings:
         config, scheme = self._config, order.scheme
         coverage, trained = members.block[id].coverage, members.trains[id].layers
+        train = self._train.get(id, config.train)
+        if (
+            id == LLM and train.epochs is not None
+        ):  # of everyone's rows, of which its trainings have a client's part each
+            train = train.model_copy(update={"epochs": train.epochs / len(config.clients)})
         # Only rounds send anything: local and personal training stay at the client.
         travels = order.phase == "round"
         return TrainSettings(
@@ -242,7 +249,7 @@ class Dispatch:
             run_rank=config.lora.rank,
             ranks=config.lora.ranks,
             dropout=config.lora.dropout,
-            train=self._train.get(id, config.train),
+            train=train,
             precision=_decided(config),
             frozen_side=scheme.frozen_side,
             derived_seed=scheme.derived_seed,
@@ -274,21 +281,44 @@ class Dispatch:
         return held_by(adapter_layout(whole, keys, lora.rank, lora.ranks).shapes, there)
 
     def _request(self, order: Order, members: Members, id: str, broadcast: Broadcast) -> TrainRequest:
-        steps, done, total = steps_of(self._config, order.phase, order.number)
-        clients = len(self._config.clients) if id == LLM else 1
+        parts, done, total = self._steps(order, id)
         # `*`: pooled runs of before named their client so, and go on giving what they gave.
         seed = derive_seed(self._config.seed, order.phase, order.number, "*" if id == LLM else id)
         return TrainRequest(
             **self._envelope(id, members.block[id], members.rank[id]),
             phase=order.phase,
             round=order.number,
-            steps=steps * clients,
-            done=done * clients,
-            total=total * clients,
+            steps=sum(parts),
+            done=done,
+            total=total,
+            parts=parts if len(parts) > 1 else [],
             seed=seed,
             accepted=order.accepted.get(id, 0),
             settings=broadcast.settings,
         )
+
+    def _steps(self, order: Order, id: str) -> tuple[list[int], int, int]:
+        config, number = self._config, order.number
+        if id != LLM:
+            return steps_of(config, order.phase, number, 0 if order.phase == "round" else self.turns[id])
+        # For each client that a round would draw.
+        draws, each = [max(1, len(one)) for one in self._draws], config.train.steps
+        return draws[number - 1] * [each], sum(draws[: number - 1]) * each, sum(draws) * each
+
+    @cached_property
+    def turns(self) -> Mapping[str, int]:
+        """In how many rounds each client is to train; one that holds too little for that, in how many it would."""
+        able = self._members.able(self._config)
+        numbers = range(1, self._config.federation.rounds + 1)
+        to = Counter(id for number in numbers for id in drawn(self._config, number, able))
+        would = Counter(id for one in self._draws for id in one)
+        return {id: (to if id in able else would)[id] for id in self._members.clients}
+
+    @cached_property
+    def _draws(self) -> list[list[str]]:
+        """The clients of each round, were all able to take part."""
+        clients, numbers = self._members.clients, range(1, self._config.federation.rounds + 1)
+        return [drawn(self._config, number, clients) for number in numbers]
 
     def _envelope(self, id: str, block: Block, rank: int) -> dict[str, Any]:
         return {
@@ -331,16 +361,19 @@ def checked_scores(content: bytes, sets: Sequence[tuple[str, Split]], of: int = 
     return found
 
 
-def steps_of(config: RunConfig, phase: Phase, number: int) -> tuple[int, int, int]:
-    """(steps to make now, steps made before, steps in all) of a client.
+def steps_of(config: RunConfig, phase: Phase, number: int, turns: int = 0) -> tuple[list[int], int, int]:
+    """(steps of each training to make now, steps made before, steps in all) of a client that trains in `turns` rounds.
 
     The rounds' learning rate falls with the rounds, whatever each client does after them: what is shared is not left
-    at half of its way. Own steps go on at the end of the longer way that training alone goes.
+    at half of its way. Own steps go on at the end of the longer way that training alone goes, which is all trainings
+    that the client makes in the federation, one after the other.
     """
-    rounds, own = config.federation.rounds * config.train.steps, config.federation.personal_steps
+    each, own, rounds = config.train.steps, config.federation.personal_steps, config.federation.rounds
     if phase == "round":
-        return config.train.steps, (number - 1) * config.train.steps, rounds
-    return (rounds + own, 0, rounds + own) if phase == "local" else (own, rounds, rounds + own)
+        return [each], (number - 1) * each, rounds * each
+    total = turns * each + own
+    last = [own] if own else []
+    return (turns * [each] + last, 0, total) if phase == "local" else (last, turns * each, total)
 
 
 def _decided(config: RunConfig) -> Literal["fp32", "bf16"]:

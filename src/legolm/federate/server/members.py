@@ -60,8 +60,11 @@ class Members:
         """The clients of a round: those there, of whom a share is drawn from the run's seed."""
         if config.federation.mode == "pooled":
             return [LLM]
-        capable = [id for id in self.clients if not config.federation.capable or is_dense(self.block[id])]
-        return drawn(config, number, set(capable))
+        return drawn(config, number, self.able(config))
+
+    def able(self, config: RunConfig) -> set[str]:
+        """The clients that may take part in rounds."""
+        return {id for id in self.clients if not config.federation.capable or is_dense(self.block[id])}
 
 
 def drawn(config: RunConfig, number: int, able: Collection[str]) -> list[str]:

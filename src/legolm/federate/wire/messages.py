@@ -130,6 +130,7 @@ class TrainRequest(Envelope):
     """Train the adapter that comes with it, the block's slice. `phase` is `round`, `local` or `personal`.
 
     `done` and `total` count the client's steps before this request and in the whole run: they set the learning rate.
+    `parts` are the steps of each training, where these are several in one.
     `accepted` is the last round whose update of this client was added: the client's own state goes on from there.
     With `secure` the change comes back masked; its tensors stand under `secure.`.
     """
@@ -140,6 +141,7 @@ class TrainRequest(Envelope):
     steps: int
     done: int
     total: int
+    parts: list[Annotated[int, Field(ge=1)]] = []
     seed: int
     accepted: int = 0
     settings: TrainSettings
