@@ -36,7 +36,7 @@ from legolm.federate.server import (
 from legolm.federate.transport import Engine, Exchange, engine_for
 from legolm.federate.wire import Offer, OfferRequest, block_files, block_id
 from legolm.final import write_final
-from legolm.finetune import learning_rate
+from legolm.finetune import learning_rate, planned_steps
 from legolm.models import (
     choose_device,
     choose_precision,
@@ -211,7 +211,10 @@ def _run(
 
 def _offers(folder: RunDir, config: RunConfig, plan: Plan, run: str) -> OfferRequest:
     """What a device is asked that may hold any of the blocks; it is for no client yet."""
-    tokens = config.train.steps * config.train.batch_size * config.train.max_length
+    train = config.train
+    # How many examples it has nobody knows.
+    steps = planned_steps(train, train.steps, None, train.max_length)
+    tokens = steps * train.batch_size * train.max_length
     offers = [
         Offer(
             name=one.name,

@@ -142,10 +142,12 @@ def test_trained_alone_and_pooled_make_as_many_steps_as_the_rounds_whatever_limi
     raw: dict[str, Any], run: Callable[..., Summary], tmp_path: Path, limit: str
 ) -> None:
     sets = ("federation.rounds=2", "train.steps=50", "train.batch_size=2", f"train.{limit}", "aggregate.form=factor")
+    planned = {one.id: one.tokens_per_round for one in make_plan(load(raw, tmp_path, *sets)).clients}
     run(load(raw, tmp_path, *sets, "evaluate.local_only=true", "federation.personal_steps=1"))
     records = read_stages(tmp_path / "out" / "metrics.jsonl")
     rounds = [record.train for record in rounds_of(records)[1:]]
     assert all(2 <= one.steps < 50 for trained in rounds for one in trained.values())
+    assert {id: one.tokens for id, one in rounds[0].items()} == pytest.approx(planned, rel=0.1)
     alone = {one.client: one.train.steps for one in clients_of(records, "local") if one.train}
     assert alone == {id: sum(trained[id].steps for trained in rounds) + 1 for id in ("fr", "de", "es")}
     run(load(raw, tmp_path, *sets, "federation.mode=pooled"), "pooled")

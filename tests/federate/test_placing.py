@@ -17,7 +17,7 @@ from legolm.errors import LegolmError
 from legolm.federate.client import block_folder
 from legolm.federate.server import place
 from legolm.federate.transport import Reply, Request
-from legolm.federate.wire import DeviceReply, Offer, OfferRequest, largest, pack
+from legolm.federate.wire import DeviceReply, Offer, OfferRequest, largest, pack, unpack
 from legolm.plan import make_plan
 from legolm.report import print_plan, read_status
 from legolm.runs import RunDir
@@ -133,3 +133,18 @@ def test_a_block_by_device_is_for_devices_and_unequal_schemes(raw: dict[str, Any
     config = configs.validate(RunConfig, raw | {"aggregate": {"scheme": "fedavg"}}, "test")
     with pytest.raises(LegolmError, match="trains the block that its device can hold, and it averages equal adapters"):
         make_plan(config)
+
+
+def test_an_offer_is_of_the_tokens_that_a_round_may_train_on(raw: dict[str, Any], tmp_path: Path) -> None:
+    offers: list[OfferRequest] = []
+
+    def asked(requests: Iterable[Request], deadline_s: float | None = None) -> Iterator[Reply]:
+        offers.extend(unpack(one.content, OfferRequest)[0] for one in requests)
+        raise KeyboardInterrupt
+
+    raw["train"] |= {"steps": 100, "tokens": 60}
+    config = configs.validate(RunConfig, raw, "test")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, tmp_path / "out", engine=lambda *given: given[-1](asked), models=False)
+    step = config.train.batch_size * config.train.max_length
+    assert {one.tokens for request in offers for one in request.offers} == {step}

@@ -30,6 +30,7 @@ from legolm.errors import LegolmError, MissingDataError
 from legolm.federate.server import public_examples, server_examples, start_factors
 from legolm.federate.transport import check_engine
 from legolm.federate.wire import encoded_bytes
+from legolm.finetune import planned_steps
 from legolm.models import (
     check_weights,
     choose_device,
@@ -283,7 +284,10 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     for client in config.clients:
         block = block_of[client.id]
         mean_length = float(lengths[client.id].mean())
-        tokens = round(config.train.steps * config.train.batch_size * mean_length)
+        steps = planned_steps(
+            config.train, config.train.steps, len(lengths[client.id]) if parts.data else None, mean_length
+        )
+        tokens = round(steps * config.train.batch_size * mean_length)
         rank = client.rank or config.lora.rank
         most = 0, 0  # of the rounds, where their blocks differ
         held = {name: coverages[name] for name in client.blocks or ()} or {block: trains[client.id]}
