@@ -26,6 +26,8 @@ from legolm.runs import (
     Scores,
     dump_record,
     read_record,
+    read_stages,
+    rounds_of,
 )
 from legolm.study import compare
 from legolm.study.compare import plans, tried
@@ -198,6 +200,21 @@ def test_tokens_are_those_of_the_rounds_whatever_is_trained_alone_beside(study: 
     plain, beside = compare(path, tmp_path / "out", models=False).rows
     assert plain.llm == beside.llm
     assert plain.tokens == beside.tokens == beside.curve[-1].tokens and plain.flops == beside.flops
+
+
+def test_operations_and_memory_are_of_what_each_round_trains(study: Write, tmp_path: Path) -> None:
+    turns = {"clients.0.block": None, "clients.0.blocks": ["dense", "wide"], "federation.rounds": 2}
+    pooled = {"federation.mode": "pooled", "aggregate.form": "factor"}
+    path = study({"name": "turns", "set": turns}, {"name": "pooled", "set": pooled})
+    found = {row.name: row for row in compare(path, tmp_path / "out", models=False).rows}
+    planned = plans(path)
+    flops = {one.name: one.token_flops for one in planned["turns"][1].blocks}
+    assert flops["wide"] < flops["dense"]
+    one, two = (record.train for record in rounds_of(read_stages(tmp_path / "out/turns/metrics.jsonl"))[1:])
+    wide = sum(record[id].tokens for record in (one, two) for id in ("de", "es")) + two["fr"].tokens
+    assert found["turns"].flops == one["fr"].tokens * flops["dense"] + wide * flops["wide"]
+    assert found["pooled"].flops == found["pooled"].tokens * flops["dense"] > 0
+    assert found["pooled"].memory == planned["pooled"][1].llm_bytes >= planned["turns"][1].llm_bytes
 
 
 def test_rates_are_compared_by_the_clients_that_have_scores_at_each(tmp_path: Path) -> None:

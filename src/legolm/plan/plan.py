@@ -102,6 +102,7 @@ class PlannedClient:
 class Plan:
     """The whole run. `memory_bytes` is the peak over all processes; `disk_bytes` what the run folder will hold.
 
+    `llm_flops` and `llm_bytes` are the operations a token and the peak bytes of fine-tuning the LLM itself.
     `models_bytes` of the latter are the final models. `template` is the chat template where the config names one.
     `read` says how rows were read, `notes` how far promises go (`plan.notes`).
     """
@@ -110,6 +111,8 @@ class Plan:
     precision: Precision
     blocks: tuple[PlannedBlock, ...]
     clients: tuple[PlannedClient, ...]
+    llm_flops: int
+    llm_bytes: int
     data_fingerprint: str
     actors: int
     memory_bytes: int
@@ -310,6 +313,8 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
             )
         )
 
+    if config.federation.mode == "pooled":  # whose batches are of everyone's rows
+        longest = worst_batch(np.concatenate(list(lengths.values())).tolist(), config.train.batch_size)
     whole = training_bytes(trainees.whole, longest, settings_of(config.train), precision)
     actor = int(
         max(whole, *(fit.memory for fit in fits.values()))
@@ -341,6 +346,8 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
         precision,
         tuple(blocks),
         tuple(clients),
+        4 * Coverage.full(shape).kept_weights,
+        whole,
         parts.fingerprint,
         actors,
         memory,

@@ -33,6 +33,7 @@ from legolm.config import (
     load_study,
 )
 from legolm.errors import LegolmError, UnusableRoundError
+from legolm.federate.server import LLM
 from legolm.models import load_config, resolve
 from legolm.pipeline import run
 from legolm.plan import Parts, Plan, make_plan, parts_key, read_parts
@@ -316,11 +317,12 @@ def row(place: str, config: RunConfig, plan: Plan, summary: Summary, folder: Pat
     phase: Stage = "local" if alone else "global"
     records = read_stages(folder / "metrics.jsonl")
     rounds, local = rounds_of(records), clients_of(records, "local")
-    trained = [(one.client, one.train) for one in local if alone and one.train]
-    trained += [(id, one) for record in rounds for id, one in record.train.items()]
-    block_of, block = {one.id: one.block for one in plan.clients}, {one.name: one for one in plan.blocks}
-    memory = {one.id: one.training_bytes for one in plan.clients}
-    at_clients = [(block[block_of[id]], one) for id, one in trained if id in block_of]
+    trained = [(one.client, 1, one.train) for one in local if alone and one.train]
+    trained += [(id, record.tags.get(id, record.round), one) for record in rounds for id, one in record.train.items()]
+    turns = {one.id: [one.block] for one in plan.clients} | {LLM: [LLM]}
+    turns |= {one.id: one.blocks for one in config.clients if one.blocks}
+    flops = {one.name: one.token_flops for one in plan.blocks} | {LLM: plan.llm_flops}
+    memory = {one.id: one.training_bytes for one in plan.clients} | {LLM: plan.llm_bytes}
     up, down = traffic_of(rounds)
     return CompareRow(
         name=Path(place).name,
@@ -351,9 +353,9 @@ def row(place: str, config: RunConfig, plan: Plan, summary: Summary, folder: Pat
         bytes_down=down,
         bytes_up=up,
         replies=sum(len(record.bytes) for record in rounds[1:]),
-        tokens=sum(one.tokens for _, one in trained),
-        flops=sum(one.tokens * held.token_flops for held, one in at_clients),
-        memory=_mean(memory[id] for id, _ in trained if id in memory),
+        tokens=sum(one.tokens for _, _, one in trained),
+        flops=sum(one.tokens * flops[turns[id][(number - 1) % len(turns[id])]] for id, number, one in trained),
+        memory=_mean(memory[id] for id, _, _ in trained),
         seconds=sum(record.seconds for record in rounds[1:]) or max((one.seconds for one in local), default=0.0),
         curve=_curve(summary, rounds, local if alone else ()),
     )
