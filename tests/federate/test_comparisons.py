@@ -47,7 +47,9 @@ def test_a_comparison_runs_each_variant_and_the_table_has_them_all(raw: dict[str
     assert rows["flora"].bytes_down == pytest.approx(1.5 * rows["fedavg"].bytes_down, rel=0.1)
     assert rows["fedavg"].bytes_up == pytest.approx(rows["flora"].bytes_up, rel=0.01)
     assert rows["heteagg"].bytes_up < rows["fedavg"].bytes_up
-    assert rows["hetlora"].bytes_up == pytest.approx(rows["heteagg"].bytes_up, rel=0.1)
+    config, plan = plans(path)["hetlora"]
+    for client, one, wanted in zip(config.clients, plan.clients, make_plan(load(raw, tmp_path)).clients, strict=True):
+        assert abs(one.bytes_up - wanted.bytes_up) <= one.bytes_up / (client.rank or 1) / 2  # to half a rank
     assert rows["alone"].own < (rows["alone"].llm_before or 0.0)
     # To choose alone's settings by: each client's own validation data, on the block that it ends with.
     alone = tmp_path / "out" / "alone"

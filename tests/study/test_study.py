@@ -202,6 +202,34 @@ def test_tokens_are_those_of_the_rounds_whatever_is_trained_alone_beside(study: 
     assert plain.tokens == beside.tokens == beside.curve[-1].tokens and plain.flops == beside.flops
 
 
+@pytest.mark.parametrize("ranks", [{}, {"up_proj": 4, "gate_proj": 2}], ids=str)
+def test_matched_bytes_are_those_that_clients_send_in_the_run_itself(
+    ranks: dict[str, int], study: Write, raw: dict[str, Any]
+) -> None:
+    raw["clients"][1]["layers"] = [1]
+    matched, both = {"block": "dense", "match_bytes": True}, {"aggregate.form": "factor"}
+    path = study(
+        {"name": "run"},
+        {"name": "one", **matched},
+        {"name": "both", **matched, "set": both},
+        {"name": "int8", **matched, "set": both | {"federation.codec": "int8"}},
+        lora={"rank": 32, "ranks": ranks},
+    )
+    planned = plans(path)
+    sent = {name: [one.bytes_up for one in plan.clients] for name, (_, plan) in planned.items()}
+    assert len(set(sent["run"])) == 3
+    assert sent["one"] == pytest.approx(sent["run"], rel=0.05)
+    assert sent["both"] == pytest.approx(sent["run"], rel=0.05)
+    # A rank row takes about a quarter of the bytes there: as many as there are.
+    assert [client.rank for client in planned["int8"][0].clients] == [32, 32, 32]
+
+
+def test_bytes_of_who_sends_none_are_not_matched(study: Write) -> None:
+    path = study({"name": "a", "block": "dense", "match_bytes": True}, federation={"mode": "pooled"})
+    with pytest.raises(LegolmError, match="variant a: match_bytes: client 'fr' sends nothing in the run itself"):
+        plans(path)
+
+
 def test_operations_and_memory_are_of_what_each_round_trains(study: Write, tmp_path: Path) -> None:
     turns = {"clients.0.block": None, "clients.0.blocks": ["dense", "wide"], "federation.rounds": 2}
     pooled = {"federation.mode": "pooled", "aggregate.form": "factor"}

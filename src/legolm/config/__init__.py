@@ -47,7 +47,7 @@ from legolm.config.sections import (
     Split,
     TrainConfig,
 )
-from legolm.config.study import Variant, load_study
+from legolm.config.study import Variant, load_base, load_study
 
 __all__ = [
     "AUTO",
@@ -96,6 +96,7 @@ __all__ = [
     "foreign",
     "guarded",
     "load",
+    "load_base",
     "load_plugins",
     "load_study",
     "parse_quantity",

@@ -20,9 +20,10 @@ RESERVED = ("blocks", "rates", "seeds", "compare.json", "compare.csv", "compare.
 class Variant(Section):
     """One scheme or setting: overrides as for `--set`, and perhaps one block for all clients.
 
-    `match_bytes` gives each client the rank at which its new block's adapter has the bytes of its old one's: a client
-    of a small block becomes a dense client of a low rank. Of `rates`, learning rates, the one with the least loss on
-    validation data is taken, of runs with the first seed: the same number for every variant is a fair search.
+    `match_bytes` gives each client the rank at which it sends about as many bytes as in the run itself, with its block
+    and the scheme there: a client of a small block becomes a dense client of a low rank. Of `rates`, learning rates,
+    the one with the least loss on validation data is taken, of runs with the first seed: the same number for every
+    variant is a fair search.
     """
 
     name: Name
@@ -58,8 +59,7 @@ def load_study(path: Path, changes: Sequence[str] = ()) -> tuple[Study, dict[str
     A variant trains alone only if that is its mode, or if it or a change sets evaluate.local_only: a table needs that
     once, whatever the run says.
     """
-    study = validate(Study, read(path), f"config {path}")
-    raw = read(path.parent / study.run) if isinstance(study.run, str) else study.run
+    study, raw = _read(path)
     configs: dict[str, RunConfig] = {}
     for variant in study.variants:
         source = f"config {path}: variant {variant.name}"
@@ -81,6 +81,18 @@ def load_study(path: Path, changes: Sequence[str] = ()) -> tuple[Study, dict[str
         _section(changed, "evaluate").setdefault("local_only", _section(changed, "federation").get("mode") == "alone")
         configs[variant.name] = validate(RunConfig, changed, source)
     return study, configs
+
+
+def load_base(path: Path, changes: Sequence[str] = ()) -> RunConfig:
+    """The run itself that a study's variants vary. Raises `LegolmError`."""
+    _, raw = _read(path)
+    override_all(raw, changes)
+    return validate(RunConfig, raw, f"config {path}: run")
+
+
+def _read(path: Path) -> tuple[Study, dict[str, Any]]:
+    study = validate(Study, read(path), f"config {path}")
+    return study, read(path.parent / study.run) if isinstance(study.run, str) else study.run
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ import numpy as np
 
 from legolm.adapter import adapter_keys, adapter_layout, adapter_parameters, modules_of
 from legolm.aggregate import make_scheme, rehearse
-from legolm.block import Base, Coverage, llm_block
-from legolm.config import Precision, RunConfig
+from legolm.block import Base, Block, Coverage, llm_block
+from legolm.config import BlockConfig, ClientConfig, Precision, RunConfig
 from legolm.data import (
     ClientData,
     Examples,
@@ -243,11 +243,10 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     given = given_blocks(config, path)
     for spec in config.cuts:
         there = given.get(spec.name)
-        coverage = coverages[spec.name] = there.coverage if there else planned_coverage(spec, base)
+        coverage, masked[spec.name] = _held(spec, base, there)
+        coverages[spec.name] = coverage
         parameters[spec.name] = there.parameters if there else base.parameters_of(coverage.kept_weights)
         criterion = criterion_of(spec)
-        cut = target_pattern(spec, shape).sparsity if criterion else coverage.mask_sparsity
-        masked[spec.name] = 0.0 if spec.adapter else cut
         if criterion is not None:
             criterion.rehearse(target_pattern(spec, shape))
         if (criterion or coverage.masks) and not spec.adapter:
@@ -359,6 +358,30 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     )
 
 
+def upload_of(config: RunConfig, block: str) -> Callable[[ClientConfig, int], int]:
+    """Bytes of tensors that a client with this block of the config sends in a round at a rank: `f(client, rank)`."""
+    path = resolve(config.model)
+    spec = next(one for one in config.blocks if one.name == block)
+    coverage, masked = _held(spec, Base.of(path, "", load_config(path)), given_blocks(config, path).get(block))
+    return lambda client, rank: _upload(config, check_layers(client, config, coverage), rank, masked)
+
+
+def _held(spec: BlockConfig, base: Base, there: Block | None) -> tuple[Coverage, float]:
+    """What a block covers, and the share of its matrices that a bit mask takes from what is trained."""
+    coverage = there.coverage if there else planned_coverage(spec, base)
+    cut = target_pattern(spec, base.shape).sparsity if criterion_of(spec) else coverage.mask_sparsity
+    return coverage, 0.0 if spec.adapter else cut
+
+
+def _upload(config: RunConfig, trained: Coverage, rank: int, sparsity: float) -> int:
+    scheme = make_scheme(config.aggregate)
+    keys = adapter_keys(trained, config.lora.targets, trained=scheme.frozen_side)
+    changed = adapter_layout(trained, keys, rank, config.lora.ranks)
+    if config.privacy.secure is not None:
+        return changed.total * bits_for(len(config.clients)) // 8  # at most: what few hold is not sent
+    return encoded_bytes(changed, config.federation.codec, scheme.keep(sparsity))
+
+
 def _traffic(
     config: RunConfig, coverage: Coverage, trained: Coverage, rank: int, sparsity: float, ranks: Sequence[int]
 ) -> tuple[int, int]:
@@ -369,18 +392,15 @@ def _traffic(
     keys = adapter_keys(coverage, config.lora.targets, trained=scheme.frozen_side)
     own = adapter_layout(coverage, keys, rank, config.lora.ranks)
     back = adapter_keys(trained, config.lora.targets, trained=scheme.frozen_side)
-    changed = adapter_layout(trained, back, rank, config.lora.ranks)
-    up = encoded_bytes(changed, codec, scheme.keep(sparsity))
-    if config.privacy.secure is not None:
-        up = changed.total * bits_for(len(config.clients)) // 8  # at most: what few hold is not sent
     fold = scheme.fold_rank(ranks, config.lora.rank)
     down = 0 if scheme.fresh else encoded_bytes(own, codec)
     folded = encoded_bytes(adapter_layout(coverage, keys, fold, config.lora.ranks), codec)
     counts = 0
     if config.privacy.dp.noise == "distributed" and config.privacy.secure is None:
-        counts = changed.total  # of holders, a byte an entry
+        counts = adapter_layout(trained, back, rank, config.lora.ranks).total  # of holders, a byte an entry
     # Where a side is redrawn, one or the other: at most this.
-    return (max(down, folded) if scheme.frozen_side else down + folded) + counts, up
+    down = (max(down, folded) if scheme.frozen_side else down + folded) + counts
+    return down, _upload(config, trained, rank, sparsity)
 
 
 def _actors(config: RunConfig, need: int) -> int:

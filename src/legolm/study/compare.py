@@ -7,10 +7,11 @@ budgets differ (fewer clients take part, more is sent) the table says so.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from math import inf, isnan
 from multiprocessing import active_children
@@ -19,25 +20,21 @@ from statistics import fmean
 
 from rich.console import Console
 
-from legolm.adapter import adapter_parameters
-from legolm.block import Base, Coverage
 from legolm.config import (
     CRITERIA,
     SCHEMES,
     TRAINERS,
-    AggregateConfig,
     BlockConfig,
     RunConfig,
     Variant,
+    load_base,
     load_plugins,
     load_study,
 )
 from legolm.errors import LegolmError, UnusableRoundError
 from legolm.federate.server import LLM
-from legolm.models import load_config, resolve
 from legolm.pipeline import run
-from legolm.plan import Parts, Plan, make_plan, parts_key, read_parts
-from legolm.prune import planned_coverage
+from legolm.plan import Parts, Plan, make_plan, parts_key, read_parts, upload_of
 from legolm.report import write_comparison
 from legolm.runs import (
     ClientRecord,
@@ -283,6 +280,20 @@ def plans(path: Path, changes: Sequence[str] = (), seeds: int = 1) -> dict[str, 
     study, configs = load_study(path, changes)
     read: dict[str, Parts] = {}
     found = {}
+
+    def parts_of(config: RunConfig) -> Parts:
+        key = parts_key(config)
+        if key not in read:  # variants mostly differ in the scheme
+            read[key] = read_parts(config)
+        return read[key]
+
+    @cache
+    def sent(number: int) -> dict[str, int]:
+        """The bytes that each client of the run itself sends in a round."""
+        base = load_base(path, changes)
+        base = base.model_copy(update={"seed": base.seed + number})
+        return {one.id: one.bytes_up for one in make_plan(base, parts_of(base)).clients}
+
     for number, variant in product(range(seeds), study.variants):
         config = configs[variant.name]
         if config.final is not None:
@@ -291,12 +302,9 @@ def plans(path: Path, changes: Sequence[str] = (), seeds: int = 1) -> dict[str, 
         if seed > MAX_SEED:
             raise LegolmError(f"--seeds {seeds}: variant {variant.name} starts at seed {config.seed}; lower it")
         config = config.model_copy(update={"seed": seed})
-        key = parts_key(config)
         try:
-            if key not in read:  # variants mostly differ in the scheme
-                read[key] = read_parts(config)
-            parts = read[key]
-            config = _prepared(config, variant, parts)
+            parts = parts_of(config)
+            config = _prepared(config, variant, sent(number) if variant.match_bytes else None)
             plan = make_plan(config, parts)
         except LegolmError as error:
             raise LegolmError(f"variant {variant.name}: {error}") from None
@@ -385,8 +393,11 @@ def _curve(summary: Summary, rounds: Sequence[RoundRecord], local: Sequence[Clie
     return found
 
 
-def _prepared(config: RunConfig, variant: Variant, parts: Parts) -> RunConfig:
-    """The variant's block for all clients, with ranks of the same bytes if wanted; `dense` need not be in the run."""
+def _prepared(config: RunConfig, variant: Variant, sent: Mapping[str, int] | None) -> RunConfig:
+    """The variant's block for all clients; `dense` need not be in the run.
+
+    With `sent`, bytes by client, at ranks at which they send as many.
+    """
     if variant.block is None:
         return config
     specs = {spec.name: spec for spec in config.blocks}
@@ -394,30 +405,25 @@ def _prepared(config: RunConfig, variant: Variant, parts: Parts) -> RunConfig:
         specs["dense"] = BlockConfig(name="dense", method="dense")
     if variant.block not in specs:
         raise LegolmError(f"block {variant.block!r} is not one of {', '.join(specs)}")
-    path = resolve(config.model)
-    base = Base.of(path, "", load_config(path))
-    block_of = {client.id: client.block for client in _plan_of(config, parts).clients} if variant.match_bytes else {}
-
-    def size(coverage: Coverage) -> int:
-        return adapter_parameters(coverage, config.lora.targets, config.lora.rank)
-
-    whole = size(planned_coverage(specs[variant.block], base))
-    clients = []
-    for client in config.clients:
-        rank = client.rank
-        if variant.match_bytes:
-            share = size(planned_coverage(specs[block_of[client.id]], base)) / whole
-            rank = max(1, min(config.lora.rank, round((rank or config.lora.rank) * share)))
-        clients.append(
-            client.model_copy(update={"block": variant.block, "blocks": None, "profile": None, "rank": rank})
-        )
+    alike = {"block": variant.block, "blocks": None, "profile": None}
+    clients = [client.model_copy(update=alike) for client in config.clients]
     # The other blocks would only be cut.
-    return config.model_copy(update={"clients": clients, "blocks": [specs[variant.block]]})
-
-
-def _plan_of(config: RunConfig, parts: Parts) -> Plan:
-    """The plan with a scheme that takes any block: the variant's own may not fit before its blocks are changed."""
-    return make_plan(config.model_copy(update={"aggregate": AggregateConfig()}), parts)
+    config = config.model_copy(update={"clients": clients, "blocks": [specs[variant.block]]})
+    if sent is None:
+        return config
+    upload, ranks = upload_of(config, variant.block), range(1, config.lora.rank + 1)
+    matched = []
+    for client in clients:
+        if not (wanted := sent.get(client.id)):
+            raise LegolmError(
+                f"match_bytes: client {client.id!r} sends nothing in the run itself; take match_bytes out"
+            )
+        # The least that sends so much, or the one below.
+        least = bisect_left(ranks, wanted, key=partial(upload, client))
+        near = ranks[max(least - 1, 0) : least + 1]
+        rank = min(near, key=lambda rank: abs(upload(client, rank) - wanted))
+        matched.append(client.model_copy(update={"rank": rank}))
+    return config.model_copy(update={"clients": matched})
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
