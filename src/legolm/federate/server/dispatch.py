@@ -238,9 +238,8 @@ class Dispatch:
         config, scheme = self._config, order.scheme
         coverage, trained = members.block[id].coverage, members.trains[id].layers
         train = self._train.get(id, config.train)
-        if (
-            id == LLM and train.epochs is not None
-        ):  # of everyone's rows, of which its trainings have a client's part each
+        # Its rows are everyone's, and each of its trainings stands for one client's.
+        if id == LLM and train.epochs is not None:
             train = train.model_copy(update={"epochs": train.epochs / len(config.clients)})
         # Only rounds send anything: local and personal training stay at the client.
         travels = order.phase == "round"
