@@ -35,7 +35,7 @@ from legolm import pipeline
 from legolm.adapter import slice_factors
 from legolm.block import read_block
 from legolm.config import RunConfig
-from legolm.data import Example, client_data, layouts, render, tokens
+from legolm.data import Example, client_data, layouts, prompt_look, render, tokens
 from legolm.errors import LegolmError
 from legolm.evaluation import score
 from legolm.federate import wire
@@ -535,6 +535,38 @@ def test_a_resumed_run_may_change_what_does_not_change_the_past(copied: tuple[Ru
     with pytest.raises(LegolmError, match=r"belongs to another config, `train.steps` differs \(was 2, is 9\); set it"):
         train = config.train.model_copy(update={"steps": 9})
         pipeline.run(config.model_copy(update={"train": train}), out, resume=True)
+
+
+def test_a_given_block_gets_the_runs_template_and_stays_as_it_is(
+    three_clients: Callable[..., dict[str, Any]], tiny: Callable[[str], Path], corpus: Path, tmp_path: Path
+) -> None:
+    """Of an LLM without one; the block's files and folders are read-only."""
+    model, given, said = Path(shutil.copytree(tiny("llama"), tmp_path / "model")), tmp_path / "given", StringIO()
+    (model / "chat_template.jinja").unlink()
+    text = ("--calibration", corpus, "--samples", 2, "--length", 32, "--template", "chatml")
+    cut = legolm("prune", model, "--method", "structured", "--intermediate-size", 64, *text, "--out", given)
+    assert cut.returncode == 0, cut.stderr
+    (given / "additional_chat_templates").mkdir()
+    (given / "additional_chat_templates" / "brief.jinja").write_text("{{ messages[0]['content'] }}")
+    for path in (given, *given.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+    def there() -> dict[Path, tuple[int, bytes]]:
+        return {one: (one.stat().st_mode, one.read_bytes() if one.is_file() else b"") for one in given.rglob("*")}
+
+    before = there()
+    raw = three_clients(tmp_path, ("wide", "dense", "dense"), rows=10, model=str(model), federation={"rounds": 1})
+    raw["blocks"][0] = {"name": "wide", "path": str(given)}
+    raw["federation"]["engine"] = "local"
+    out, progress = tmp_path / "out", Progress(Console(file=said, width=500))
+    pipeline.run(configs.validate(RunConfig, raw, "test"), out, progress=progress)
+    assert "block wide: was cut with another chat template or date; it gets this run's" in said.getvalue()
+    block, wanted = out / "blocks" / "wide", prompt_look(load_tokenizer(model))
+    for path in (block, out / "final" / "fr", out / "final" / "de"):
+        assert prompt_look(load_tokenizer(path)) == wanted
+    assert (block / "model.safetensors").samefile(given / "model.safetensors")
+    assert there() == before
+    assert block.stat().st_mode & 0o700 == 0o700  # its files may be replaced, by others than root too
 
 
 def test_final_models_are_readable_as_the_umask_says(finished: tuple[RunConfig, Path]) -> None:

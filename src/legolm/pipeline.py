@@ -360,7 +360,7 @@ def _cut_blocks(
         if made[spec.name] == folder.block(spec.name):
             continue
         with atomic_folder(folder.block(spec.name)) as partial:
-            shutil.copytree(made[spec.name], partial, dirs_exist_ok=True, copy_function=link, ignore=_unsealed)
+            _link_all(made[spec.name], partial)
             if spec.path is not None:
                 rename_block(partial, spec.name)  # the run's, whatever it was called where it was cut
                 if prompt_look(load_tokenizer(partial)) != prompt_look(tokenizer):
@@ -381,9 +381,17 @@ def _replace_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Put the run's in the place of a block's own; its files may have other names elsewhere, which stay."""
     new = folder / ".tokenizer"
     tokenizer.save_pretrained(new)
+    for file in folder.glob("*chat_template*"):  # one that has no template writes none in their place
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
     for file in new.iterdir():
         file.replace(folder / file.name)
     new.rmdir()
 
 
-_unsealed = shutil.ignore_patterns(HASHES, FROZEN)  # another run's
+def _link_all(block: Path, folder: Path) -> None:
+    """Second names for a block's files, but of what is another run's, in folders of our own: its may be read-only."""
+    for file in block.rglob("*"):
+        if file.is_file() and file.name not in (HASHES, FROZEN):
+            new = folder / file.relative_to(block)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            link(file, new)

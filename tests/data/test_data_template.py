@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from legolm import config as configs
 from legolm.config import DataConfig
-from legolm.data import DATE, Example, Message, render, set_template
+from legolm.data import DATE, Example, Message, prompt_look, render, set_template, take_look
 from legolm.errors import LegolmError
 
 BRIEF = Example((Message("system", "Be brief."), Message("user", "Italy?"), Message("assistant", "Rome")))
@@ -83,6 +83,9 @@ def test_the_day_is_the_configs_and_is_saved_with_the_template(
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert (again.chat_template, again.init_kwargs[DATE]) == (DAY, "2026-01-02")
     assert render(BRIEF, again, 512) == render(BRIEF, own, 512)
+    for one in (again, tokenizer):  # from another's template and day to its own, and from there to none
+        take_look(own, prompt_look(one))
+        assert prompt_look(own) == prompt_look(one)
 
 
 @pytest.mark.parametrize(

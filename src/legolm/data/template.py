@@ -162,6 +162,7 @@ def prompt_look(tokenizer: Any) -> tuple[Any, str | None]:
 def take_look(tokenizer: Any, look: tuple[Any, str | None]) -> None:
     """Let the tokenizer's prompts look as another's do (`prompt_look`)."""
     tokenizer.chat_template = look[0]
+    tokenizer.init_kwargs.pop(DATE, None)
     tokenizer.init_kwargs |= {DATE: look[1]} if look[1] else {}
 
 

@@ -271,10 +271,14 @@ def disk_full(error: BaseException) -> bool:
 
 
 def _settle(made: Path) -> None:
-    """All files on the disk, and as the user's others: safetensors makes its own readable by nobody else."""
+    """All files on the disk, and as the user's others: safetensors makes its own readable by nobody else.
+
+    One with a second name elsewhere is not this folder's alone, and stays as it is.
+    """
     for file in [made, *made.rglob("*")]:
         if file.is_file():
-            file.chmod(0o666 & ~_UMASK)
+            if file.stat().st_nlink == 1:
+                file.chmod(0o666 & ~_UMASK)
             _sync(file)
 
 
