@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,6 +21,7 @@ from legolm import pipeline
 from legolm.adapter import Tensors, adapter_keys, merged
 from legolm.adapter.flat import adapter_layout
 from legolm.block import llm_block, read_block
+from legolm.data import client_data
 from legolm.errors import LegolmError
 from legolm.evaluation import Questions, read_questions
 from legolm.evaluation.perplexity import perplexity
@@ -221,6 +223,16 @@ def test_other_data_are_another_run_and_other_questions_want_another_folder(
     (tmp_path / "run" / "run.json").write_text(dump_sealed(identity))
     with pytest.raises(LegolmError, match="the data changed since the run"):
         ablate(tmp_path / "run", tmp_path / "new", None, QUIET)
+
+
+def test_questions_are_others_where_more_is_asked_or_otherwise(run: Path, corpus: Path, tmp_path: Path) -> None:
+    asked = read_questions([], None, None, None, corpus, length=64, windows=1)
+    found = ablate(run, tmp_path, asked, QUIET, only=["fr"])
+    assert ablate(run, tmp_path, asked, QUIET, only=["fr"]) == found
+    example = next(iter(client_data(RunDir(run).known()).values())).test[0]
+    for change in ({"windows": 2}, {"length": 32}, {"examples": (example,)}, {"rouge": True}):
+        with pytest.raises(LegolmError, match="holds an ablation with other questions; give another folder"):
+            ablate(run, tmp_path, replace(asked, **change), QUIET)
 
 
 def test_files_that_are_not_the_runs_are_one_line(run: Path, tmp_path: Path) -> None:

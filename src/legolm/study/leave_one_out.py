@@ -21,7 +21,7 @@ from legolm.block import Block, llm_block, read_block
 from legolm.config import RunConfig
 from legolm.data import client_data, data_fingerprint
 from legolm.errors import LegolmError, nearest
-from legolm.evaluation import TEXT, Figure, Questions, check_finite, compare, digest
+from legolm.evaluation import TEXT, Figure, Questions, check_finite, compare
 from legolm.evaluation import measure as measure_all
 from legolm.federate.server import Rounds, server_examples
 from legolm.federate.transport import Exchange, run_local
@@ -105,7 +105,7 @@ class _Study:
             )
         if data_fingerprint(client_data(self.config), server_examples(self.config)) != identity.data_fingerprint:
             raise LegolmError(f"run folder {folder}: the data changed since the run; its losses are of other questions")
-        self._file, asked = out / Ablation.file(retrain), _identify(questions)
+        self._file, asked = out / Ablation.file(retrain), questions.asked() if questions else None
         self._known = known = _earlier(self._file, identity.run, self.last, asked)
         blocks = _blocks(self.run, self.config, identity.base_fingerprint)
         self.rounds = Rounds(self.run, self.config, identity.run, blocks, self._block_of, progress)
@@ -316,14 +316,6 @@ def _figures_of(config: RunConfig, llm: Block, questions: Questions | None) -> M
         return {name if task == TEXT else f"{task} {name}": figure for task, name, figure in found}
 
     return measure
-
-
-def _identify(questions: Questions | None) -> str | None:
-    """What the LLM's figures stand on."""
-    if questions is None:
-        return None
-    tasks = questions.tasks.asked(questions.limit) if questions.tasks else None
-    return digest([tasks, questions.limit, questions.text, questions.length])
 
 
 def _earlier(path: Path, run: str, last: int, questions: str | None) -> Ablation | None:
