@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+import legolm as lg
 from helpers import assert_one_line, legolm, without_clocks
 from legolm import config as configs
 from legolm import pipeline
@@ -27,6 +28,7 @@ from legolm.federate.transport.engine import Body
 from legolm.federate.wire import kind_of
 from legolm.models import find_model
 from legolm.prune import build
+from legolm.report import read_status
 from legolm.runs import Clock, RunDir, Summary, run_of
 from legolm.runs.resume import differences, settled
 from legolm.system import Progress
@@ -150,6 +152,25 @@ def test_a_change_is_recorded_and_said_where_rates_follow_the_whole_run(home: Pa
     (change,) = found.changes
     assert (change.field, change.old, change.new, change.rounds) == ("federation.rounds", 1, 2, 1)
     assert "federation.rounds was changed from 1 to 2 after round 1" in (out / "report.html").read_text()
+
+
+def test_a_run_that_goes_on_is_not_finished(home: Path, tmp_path: Path) -> None:
+    out, looked = copy(home, tmp_path / "out"), list[int]()
+
+    def looks(folder: RunDir, config: configs.RunConfig, actors: int, body: Body) -> None:
+        found = read_status(out)
+        looked.append(found["rounds_done"])
+        assert found["rounds"] == 3 and not found["finished"]
+        assert_one_line(legolm("report", out), "no summary.json; finish the run first")
+        run_local(folder, config, actors, body)
+
+    run, config = lg.Run(out), configs.load(home / "run.yaml", ["federation.rounds=3", "evaluate.local_only=false"])
+    assert run.config.federation.rounds == run.summary.rounds == 2 and read_status(out)["finished"]
+    pipeline.run(config, out, resume=True, engine=looks)
+    assert run.config.federation.rounds == run.summary.rounds == 3 and read_status(out)["finished"]
+    shutil.rmtree(out / "rounds" / "0003")  # what is lost is made again
+    pipeline.run(config, out, resume=True, engine=looks)
+    assert looked == [2, 2] and read_status(out)["finished"]
 
 
 def test_final_models_may_go_elsewhere(home: Path, tmp_path: Path) -> None:

@@ -193,6 +193,7 @@ def _run(
         rounds.run(exchange)
 
     if asked_first or not rounds.finished:
+        folder.unfinish()
         for line in plan.read:
             progress.note(line)
         engine(folder, config, plan.actors, work)

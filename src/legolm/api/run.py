@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +42,7 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
 
-    @cached_property
+    @property
     def config(self) -> RunConfig:
         """The resolved config."""
         return RunDir(self.folder).known()
@@ -58,7 +57,7 @@ class Run:
         """Of the finished rounds; round 0 is before training. `round.llm.loss` is the LLM's, nats per answer token."""
         return rounds_of(self.records)
 
-    @cached_property
+    @property
     def summary(self) -> Summary:
         """The figures of a finished run; `to_frame()` gives them to pandas. Raises `LegolmError` before its end."""
         return Summary.read(self.folder)

@@ -60,6 +60,8 @@ class RunDir:
         stages = {stage for change in changes for stage in again(change.field) or ()}
         moved = any(change.field == "final" for change in changes)  # the old ones stay where they are
         others = [path / stage for stage in stages - {"final"}]
+        if stages:
+            run.unfinish()
         for stale in [*others, *(run.models() if "final" in stages and not moved else ())]:
             shutil.rmtree(stale, ignore_errors=True)
         if changes and run.identity_file.exists():
@@ -117,6 +119,11 @@ class RunDir:
             raise LegolmError(f"final: {place} is the run folder, in it or around it; name one apart, or leave it out")
         if place.exists() and not (place.is_dir() and next(place.iterdir(), None) is None):
             raise LegolmError(f"final: {place} is already there and not an empty folder; name another, or move it away")
+
+    def unfinish(self) -> None:
+        """Take away the figures of a finished run that has more to do: they would be taken for those of all of it."""
+        for name in ("summary.json", "hashes.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def exists(self) -> bool:
         """Whether a run began here."""
