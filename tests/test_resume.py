@@ -239,6 +239,9 @@ def test_the_dry_run_says_what_a_resumed_run_changes_and_refuses(
     assert "federation.rounds was 2 and is 3; rounds 1 to 2 stay; made again: training alone" in capsys.readouterr().out
     with pytest.raises(LegolmError, match=r"`train.learning_rate` differs \(was 0.01, is 0.02\)"):
         dry_run("train.learning_rate=0.02")
+    left_open = ("run", home / "run.yaml", "--out", home / "out", "--set", "precision=auto")
+    for more in ((), ("--dry-run",)):  # it is what the run decided
+        assert_one_line(legolm(*left_open, *more), "out: already there; add --resume to go on")
     assert {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")} == before
 
 

@@ -29,16 +29,16 @@ def run(
             from legolm.report import print_plan
             from legolm.runs import RunDir, damages
 
-            if not resume:
-                print_plan(make_plan(settings), settings)
-                RunDir(out).check(settings, resume)
-                return
-            from legolm.pipeline import changed
-
             folder = RunDir(out)
             settings = folder.settled(settings)
             plan = make_plan(settings)
             settings = settings.model_copy(update={"precision": plan.precision})
+            if not resume:
+                print_plan(plan, settings)
+                folder.check(settings, resume)
+                return
+            from legolm.pipeline import changed
+
             lines = changed(folder, settings, folder.check(settings, resume))
             if folder.identity_file.exists():
                 damages(folder, settings, lines.append)
