@@ -67,6 +67,22 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(small_di
     assert [path.name for path in small_disk.iterdir()] == ["old"]
 
 
+def test_what_another_user_left_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that all share: it cannot be looked at."""
+    (tmp_path / ".a.0a1b2c3d.partial").mkdir(mode=0)
+    tmp_path.chmod(0o777)
+    monkeypatch.chdir(tmp_path)
+    user = os.geteuid()
+    if not user:
+        os.seteuid(65534)  # root may look at all
+    try:
+        with scratch_folder(Path("a")) as folder:
+            (folder / "x").write_text("1")
+    finally:
+        os.seteuid(user)
+    assert [path.name for path in tmp_path.iterdir()] == [".a.0a1b2c3d.partial"]
+
+
 def test_room_is_asked_for_what_is_not_there_yet(small_disk: Path) -> None:
     run = small_disk / "run"
     run.mkdir()

@@ -132,7 +132,10 @@ def _sweep(path: Path) -> None:
     """Take away what killed processes left of this folder. Whoever works on theirs holds it."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         if left.is_dir() and not left.is_symlink():
-            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                descriptor = os.open(left, os.O_RDONLY)
+            except OSError:  # another user's, in a folder that all share; gone since
+                continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
