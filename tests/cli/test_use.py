@@ -308,6 +308,7 @@ def test_pick_measures_a_runs_models_on_the_users_questions(exported_run: Path, 
     assert done.returncode == 0, done.stderr
     assert "best of those that fit, in llama.cpp f16:" in done.stdout
     assert (tmp_path / "p.svg").read_text().count("<svg") == 1
+    assert_one_line(legolm(*asked, "--picture", tmp_path / "p.svg"), f"error: --picture {tmp_path / 'p.svg'}: is alr")
     assert_one_line(legolm(*asked, "--memory", "much"), "--memory much: write a number, with k, M or G")
     assert_one_line(legolm("pick", run, "--data", tmp_path / "none.jsonl"), "none.jsonl")
 

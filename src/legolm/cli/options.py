@@ -81,11 +81,11 @@ def keeping(what: str = "what is finished is kept; the same command goes on ther
         raise Stopped(what) from None
 
 
-def check_new(out: Path) -> None:
-    """Raise `LegolmError` when `--out` is there or cannot be made: before the work, not after it."""
+def check_new(out: Path, field: str = "--out") -> None:
+    """Raise `LegolmError` when `out` is there or cannot be made: before the work, not after it."""
     from legolm.system import check_new as check
 
-    check(out)
+    check(out, field=field)
 
 
 def check_used(used: bool, options: str, wants: str) -> None:

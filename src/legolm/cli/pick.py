@@ -43,7 +43,7 @@ def pick(
     """Measure models on this device, and name the best of those that fit."""
     check_used(runtime == "llama.cpp", "--quant", "--runtime llama.cpp")
     if picture is not None:
-        check_new(picture)
+        check_new(picture, field="--picture")
     from legolm.config import RowsConfig, parse_quantity, validate
     from legolm.errors import LegolmError
     from legolm.export import candidates

@@ -49,7 +49,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         except BlockingIOError:
             holder = os.read(descriptor, 20).decode(errors="replace").strip()
             raise LegolmError(
-                f"{folder}: another process ({holder}) works in this folder; wait for its end, or give another --out"
+                f"{folder}: another process ({holder}) works in this folder; wait for its end, or give another folder"
             ) from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
@@ -200,8 +200,9 @@ def check_room(out: Path, needed: int = 0, field: str = "--out") -> None:
         raise LegolmError(f"{out}: cannot be made ({brief(error)}); give another {field}") from None
     if not folder.is_dir():
         raise LegolmError(f"{out}: {folder} is a file; give another {field}")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()  # what the permissions say is not all: /proc, a read-only disk
+    try:  # what the permissions say is not all: /proc, a read-only disk, one on which a file may be made but not filled
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(b"1")
     except OSError as error:
         if disk_full(error):
             raise DiskFullError(f"{out}: the disk is full; free some space or give another {field}") from None
@@ -214,11 +215,11 @@ def check_room(out: Path, needed: int = 0, field: str = "--out") -> None:
         )
 
 
-def check_new(out: Path, needed: int = 0) -> None:
-    """Raise `LegolmError` when `--out` is there, or as `check_room` does: before the work, not after it."""
+def check_new(out: Path, needed: int = 0, field: str = "--out") -> None:
+    """Raise `LegolmError` when `out` is there, or as `check_room` does: before the work, not after it."""
     if os.path.lexists(out):  # of a name too long `check_room` tells
-        raise LegolmError(f"--out {out}: is already there; give another one")
-    check_room(out, needed)
+        raise LegolmError(f"{field} {out}: is already there; give another one")
+    check_room(out, needed, field)
 
 
 @contextmanager

@@ -91,6 +91,11 @@ def test_a_block_comes_once_and_goes_on_after_a_cut(files: Path, tmp_path: Path)
     assert find_block(welcome, tmp_path / "other", [tmp_path, files], third.piece, said.append) == files
 
 
+def test_a_block_needs_room_at_home(files: Path, small_disk: Path) -> None:
+    with pytest.raises(LegolmError, match="free some space or give another --home"):
+        find_block(welcome_of(files), small_disk, [], Server(files).piece, print)
+
+
 def test_what_another_block_here_has_does_not_come_again(files: Path, tmp_path: Path) -> None:
     """As with the same weights beside other frozen factors, in a folder that was given or from an earlier run."""
     other, said = tmp_path / "other", list[str]()

@@ -57,7 +57,7 @@ def find_block(
             (partial / one.name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(there / one.name, partial / one.name)
     left = welcome.bytes - sum(one.stat().st_size for one in partial.rglob("*") if one.is_file())
-    check_room(home, max(left, 0))
+    check_room(home, max(left, 0), "--home")
     if left > 0:
         note(f"block {welcome.block}: {left / 1e6:.1f} MB to fetch")
     for one in welcome.files:
