@@ -77,7 +77,7 @@ def main() -> None:
     speeds: list[Speed] = []
     for runtime, quant in RUNTIMES:
         if runtime in given.runtimes:
-            speeds += bench(models, [runtime], quant, given.prompt, given.tokens, given.turns, given.out / "bench")
+            speeds += bench(models, [runtime], quant, given.prompt, given.tokens, given.turns)
             print(*(json.dumps(asdict(one)) for one in speeds[-len(models) :]), sep="\n", flush=True)
     print(json.dumps(result | {"figures": [asdict(one) for one in speeds]}))
 

@@ -270,8 +270,9 @@ def test_compose_then_export(exported_run: Path, tmp_path: Path, monkeypatch: py
     assert torch.equal(plain(ids).logits, load_model(tmp_path / "both")(ids).logits)
 
 
-def test_bench_tells_what_models_cost(exported_run: Path) -> None:
+def test_bench_tells_what_models_cost(exported_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
+    monkeypatch.chdir("/proc")  # where nothing can be made
     cut, short = exported_run.parent.parent / "blocks" / "b", ("--prompt", 16, "--tokens", 4)
     done = legolm("bench", cut, *short, "--runtimes", "llama.cpp,transformers", "--quant", "f16")
     assert done.returncode == 0, done.stderr
@@ -299,8 +300,11 @@ def test_the_best_that_fits_is_picked() -> None:
     assert bytes_.loss == pytest.approx(16 / 5) and large.loss == 2.0
 
 
-def test_pick_measures_a_runs_models_on_the_users_questions(exported_run: Path, tmp_path: Path) -> None:
+def test_pick_measures_a_runs_models_on_the_users_questions(
+    exported_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("xllamacpp")
+    monkeypatch.chdir("/proc")  # where nothing can be made
     run, data = exported_run.parent.parent, tmp_path / "q.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"Say {i}", "output": "ab"}) + "\n" for i in range(4)))
     asked = ("pick", run, "--data", data, "--quant", "f16")

@@ -11,7 +11,7 @@ from legolm.config import DataConfig, RowsConfig
 from legolm.data import read_examples, render_whole
 from legolm.errors import LegolmError
 from legolm.evaluation import score
-from legolm.export.speed import BESIDE, PROMPT, TOKENS, Runtime, Speed, bench, check_bench
+from legolm.export.speed import PROMPT, TOKENS, Runtime, Speed, bench, check_bench
 from legolm.models import choose_device, find_model, load_config, load_model, load_tokenizer
 from legolm.runs import RunDir, Score
 
@@ -52,7 +52,7 @@ def candidates(
     Raises `LegolmError` for a model that cannot be had or exported, and data that cannot be read.
     """
     models = list(dict.fromkeys(one for name in names for one in _models(name)))
-    check_bench(models, [runtime], quant, PROMPT, TOKENS, BESIDE)
+    check_bench(models, [runtime], quant, PROMPT, TOKENS)
     examples = list(read_examples(data, rows, "--data", notes))[:limit]
     if not examples:
         raise LegolmError(f"--data {data}: has no questions")

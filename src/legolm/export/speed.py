@@ -7,6 +7,7 @@ then takes from all alike. The fastest turn counts.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,8 +28,8 @@ from legolm.system import Spawning, scratch_folder
 Runtime = Literal["llama.cpp", "transformers", "onnxruntime"]
 TARGETS: dict[Runtime, str] = {"llama.cpp": "gguf", "onnxruntime": "onnx"}
 """What a model is exported to for a runtime."""
-PROMPT, TOKENS, BESIDE = 128, 32, Path("legolm-bench")
-"""Tokens that are read and generated, and beside what the exported models lie, if nothing else is wanted."""
+PROMPT, TOKENS = 128, 32
+"""Tokens that are read and generated, if nothing else is wanted."""
 ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
@@ -63,9 +64,7 @@ def checked_runtimes(names: Sequence[str]) -> list[Runtime]:
     return list(dict.fromkeys(names))  # type: ignore[arg-type]
 
 
-def check_bench(
-    models: Sequence[str], runtimes: Sequence[Runtime], quant: str, prompt: int, tokens: int, beside: Path
-) -> None:
+def check_bench(models: Sequence[str], runtimes: Sequence[Runtime], quant: str, prompt: int, tokens: int) -> None:
     """Raise `LegolmError` for what `bench` refuses before any weight is read."""
     for name in models:
         most = load_config(find_model(name)).max_position_embeddings
@@ -79,7 +78,12 @@ def check_bench(
             settings = {"quant": quant} if runtime == "llama.cpp" else {}
             target_of(TARGETS[runtime], settings, "--quant").need(f"runtime {runtime}")
             for name in models:
-                check_export(name, TARGETS[runtime], beside, settings=settings, field="--quant")
+                check_export(name, TARGETS[runtime], _beside(), settings=settings, field="--quant")
+
+
+def _beside() -> Path:
+    """Beside what exported models lie while they answer: nothing of them is the user's."""
+    return Path(tempfile.gettempdir()) / "legolm-bench"
 
 
 class Runner:
@@ -105,16 +109,15 @@ def bench(
     prompt: int = PROMPT,
     tokens: int = TOKENS,
     turns: int = 3,
-    beside: Path = BESIDE,
 ) -> list[Speed]:
     """Answers of `tokens` tokens to a prompt of `prompt`, one at a time, in turns over all models and runtimes.
 
-    For llama.cpp the models are exported beside `beside`, and vanish. Raises `LegolmError` for a model that cannot be
-    had or exported, and a prompt that does not fit its context.
+    For llama.cpp and onnxruntime the models are exported into the temporary folder, and vanish. Raises `LegolmError`
+    for a model that cannot be had or exported, and a prompt that does not fit its context.
     """
-    check_bench(models, runtimes, quant, prompt, tokens, beside)
+    check_bench(models, runtimes, quant, prompt, tokens)
     with ExitStack() as stack:
-        scratch = stack.enter_context(scratch_folder(beside))
+        scratch = stack.enter_context(scratch_folder(_beside()))
         runners = []
         for place, name in enumerate(models):
             for runtime in runtimes:
