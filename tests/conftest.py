@@ -318,6 +318,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.fixture
+def full_disk(small_disk: Path) -> Path:
+    """One without room for a byte, with the file `filler`: files can be made on it, and not filled."""
+    (small_disk / "filler").write_bytes(bytes(1 << 16))
+    return small_disk
+
+
 TASK = {
     "task": "three",
     "dataset_path": "json",

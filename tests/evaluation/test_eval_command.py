@@ -183,6 +183,14 @@ def test_answers_that_differ_all_have_no_label_prior(tiny: Callable[[str], Path]
     assert "exact match is 0" in shown and "label prior" not in shown
 
 
+def test_a_full_disk_is_one_line_before_the_work(tiny: Callable[[str], Path], data: Path, full_disk: Path) -> None:
+    code, _, errors = legolm("eval", tiny("llama"), "--data", data, "--out", full_disk / "e.json")
+    assert code == 2 and errors.splitlines() == [
+        f"error: {full_disk / 'e.json'}: the disk is full; free some space or give another --out"
+    ]
+    assert [path.name for path in full_disk.iterdir()] == ["filler"]
+
+
 def test_chats_and_pairs_are_the_same_questions(tiny: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     roles = (("user", "instruction"), ("assistant", "output"))

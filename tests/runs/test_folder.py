@@ -15,7 +15,18 @@ from legolm import config as configs
 from legolm.config import RunConfig
 from legolm.errors import LegolmError
 from legolm.runs import RunDir, load_adapter_state, save_adapter_state
-from legolm.system import LOCK, atomic_folder, atomic_write, check_room, held_bytes, locked, read_json, scratch_folder
+from legolm.system import (
+    LOCK,
+    DiskFullError,
+    atomic_folder,
+    atomic_write,
+    check_room,
+    held_bytes,
+    locked,
+    read_json,
+    scratch_folder,
+    writing,
+)
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -65,6 +76,17 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(small_di
         save_file({"a": torch.zeros(100_000)}, folder / "a.safetensors")
     assert (small_disk / "old").read_text() == "as it was"
     assert [path.name for path in small_disk.iterdir()] == ["old"]
+
+
+def test_nothing_is_begun_on_a_full_disk(full_disk: Path) -> None:
+    with pytest.raises(DiskFullError, match=r"\.lock: the disk is full; free some space"), locked(full_disk / "a"):
+        raise AssertionError("before the work")
+    with pytest.raises(DiskFullError, match="a: the disk is full; free some space or give another --home"):
+        check_room(full_disk / "a", field="--home")
+    there = full_disk / "filler"
+    with pytest.raises(DiskFullError, match="r: the disk is full"), writing(there), there.open("a") as lines:
+        lines.write("1")
+    assert [path.name for path in full_disk.iterdir()] == ["filler"]
 
 
 def test_what_another_user_left_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,17 @@ from typer.testing import CliRunner
 
 from legolm.cli.app import app
 from legolm.errors import LegolmError
-from legolm.trust import add_device, make_authority, make_key, make_server, pem_of, read_devices, revoke_device
+from legolm.system import DiskFullError
+from legolm.trust import (
+    add_device,
+    make_authority,
+    make_key,
+    make_server,
+    pem_of,
+    read_devices,
+    revoke_device,
+    write_secret,
+)
 
 
 def said(*words: object) -> str:
@@ -84,6 +94,15 @@ def test_two_commands_make_a_trial(tmp_path: Path) -> None:
 def test_a_host_that_is_none_leaves_nothing_behind(tmp_path: Path, host: str) -> None:
     assert f"--host {host!r}: is no host name or address" in refused("certs", "init", tmp_path / "one", "--host", host)
     assert not (tmp_path / "one").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(full_disk: Path) -> None:
+    for command in (("certs", "init"), ("certs", "client")):
+        assert "x: the disk is full; free some space or give another folder" in refused(*command, full_disk / "x")
+    (full_disk / "filler").write_bytes(bytes(60_000))  # there is some, and not enough
+    with pytest.raises(DiskFullError, match="key: the disk is full"):
+        write_secret(full_disk / "key", bytes(20_000))
+    assert [path.name for path in full_disk.iterdir()] == ["filler"]
 
 
 def test_the_register(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from legolm.runs.records import (
     read_sealed,
     rounds_of,
 )
-from legolm.system import atomic_folder, atomic_write, file_hash, open_tensors
+from legolm.system import atomic_folder, atomic_write, file_hash, open_tensors, writing
 
 ADAPTER, METRICS = "adapter.safetensors", "metrics.json"
 Tensors = dict[str, Tensor]
@@ -101,8 +101,9 @@ class Stages:
         with atomic_folder(path) as partial:
             self.fill(partial, path, adapter, record)
         record = self._records[path]
-        with (self._folder.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(dump_record(record, indent=None))
+        lines = self._folder.path / "metrics.jsonl"
+        with writing(lines), lines.open("a", encoding="utf-8") as file:
+            file.write(dump_record(record, indent=None))
 
     def score_again(self, path: Path, scored: Global, seconds: float | None = None) -> None:
         """Put other scores into the record of a finished round, and what it took in all, if given.

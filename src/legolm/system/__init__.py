@@ -19,6 +19,7 @@ from legolm.system.files import (
     reading,
     scratch_folder,
     unreadable,
+    writing,
 )
 from legolm.system.hub import hub_answers, wants_offline
 from legolm.system.machine import machine, versions
@@ -71,4 +72,5 @@ __all__ = [
     "unreadable",
     "versions",
     "wants_offline",
+    "writing",
 ]

@@ -32,17 +32,15 @@ os.umask(_UMASK := os.umask(0))  # it can only be read by setting it
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder, made if need be, for this process alone.
 
-    Raises `LegolmError` when another one holds it, or waits for it; and when it cannot be made or written to.
+    Raises `LegolmError` when another one holds it, or waits for it; and when it cannot be made or written to,
+    `DiskFullError` on a full disk.
 
     The lock goes with the process, however that ends.
     """
-    try:
+    with writing(folder / LOCK):
+        new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        if disk_full(error):
-            raise
-        raise _unwritable(folder / LOCK, error) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -51,8 +49,14 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             raise LegolmError(
                 f"{folder}: another process ({holder}) works in this folder; wait for its end, or give another folder"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+        try:
+            with writing(folder / LOCK):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()}\n".encode())
+        except LegolmError:
+            if new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         yield
     finally:
         os.close(descriptor)
@@ -146,26 +150,36 @@ def _sweep(path: Path) -> None:
                 os.close(descriptor)
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all. Raises `LegolmError` when it cannot be, `DiskFullError` on a full disk."""
+def atomic_write(path: Path, content: bytes | str, mode: int = 0o666) -> None:
+    """Write a file whole or not at all, from its first moment on with no more than the permissions of `mode`.
+
+    Raises `LegolmError` when it cannot be written, `DiskFullError` on a full disk.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        _sync(partial)
-        partial.replace(path)
-    except OSError as error:
-        if disk_full(error):
-            raise DiskFullError(f"{path}: the disk is full; free some space and run the command again") from None
-        raise _unwritable(path, error) from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+            _sync(partial)
+            partial.replace(path)
     finally:
         with suppress(OSError):  # its folder cannot be made
             partial.unlink()
 
 
-def _unwritable(path: Path, error: OSError) -> LegolmError:
-    what = "there is a folder" if path.is_dir() else error.strerror or brief(error)
-    return LegolmError(f"{path}: cannot be written ({what}); move away what is there, or give another place")
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise `LegolmError` where the block cannot write the file `path`, `DiskFullError` on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if disk_full(error):
+            raise DiskFullError(f"{path}: the disk is full; free some space and run the command again") from None
+        what = "there is a folder" if path.is_dir() else error.strerror or brief(error)
+        raise LegolmError(
+            f"{path}: cannot be written ({what}); move away what is there, or give another place"
+        ) from None
 
 
 def link(source: str | Path, target: str | Path) -> None:

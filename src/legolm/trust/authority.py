@@ -6,7 +6,6 @@ Flower takes server certificates in PEM and devices' keys in OpenSSH's format.
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -228,10 +227,4 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 def write_secret(path: Path, content: bytes) -> None:
     """Readable by its owner only, from the first moment on."""
     check_room(path.parent, field="folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    partial.replace(path)
+    atomic_write(path, content, 0o600)
