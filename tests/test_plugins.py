@@ -155,6 +155,33 @@ def test_prune_takes_it_too(plugin: Callable[..., None], tiny: Callable[[str], P
     assert read_block(Path("low")).method == "signed"
 
 
+def test_a_block_is_not_kept_where_its_criterions_code_changed(
+    plugin: Callable[..., None], tiny: Callable[[str], Path]
+) -> None:
+    cut = (
+        "prune",
+        tiny("llama"),
+        "--method",
+        "signed",
+        "--sparsity",
+        "0.25",
+        "--out",
+        "low",
+        "--plugin",
+        "mine:signed",
+    )
+    plugin(CRITERION)
+    for _ in range(2):
+        done = legolm(*cut)
+        assert done.returncode == 0, done.stderr
+        plugin(CRITERION)
+    assert "is there already, cut by the same recipe" in done.stderr
+    plugin(CRITERION.replace("sign * weight", "-sign * weight"))
+    assert_one_line(legolm(*cut), "holds another block: plugin was")
+    plugin("HELPER = 1", CRITERION)  # what else is in its module
+    assert_one_line(legolm(*cut), "holds another block: plugin was")
+
+
 def test_a_trainer(plugin: Callable[..., None], config: Callable[..., Path]) -> None:
     plugin(TRAINER)
     path = config(plugins=["mine:half_way"], train={"trainer": "half_way", "share": 0.25})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from helpers import legolm
 from legolm.block import Base, Block, read_block
 from legolm.config import BlockConfig, CalibrationConfig, Precision, RecoverConfig
 from legolm.errors import LegolmError
 from legolm.models import LLAMA, LayeredModel, fingerprint, load_config, load_model, load_tokenizer, shape_of
-from legolm.prune import cut_blocks, planned_coverage
+from legolm.prune import cut_blocks, kept_block, planned_coverage, recipe_of
 from legolm.prune.calibrate import Stream
 from legolm.prune.moments import Regression
 from legolm.prune.select import refit
@@ -372,3 +375,41 @@ def test_a_window_that_cannot_be(target: dict, says: str, cut: Callable[..., Blo
     with pytest.raises((LegolmError, ValidationError), match=says):
         cut("llama", **target)
     assert not (tmp_path / "block").exists()
+
+
+def text_of(word: str) -> str:
+    return "".join(f"{word} {i} says that {i * i} is the square of {i}.\n" for i in range(60))
+
+
+@pytest.mark.parametrize("given", ["*.txt", "~/a.txt", "recover", "sums"])
+def test_a_block_is_not_kept_where_any_file_of_its_text_changed(
+    given: str, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(text_of(name))
+    raw: dict[str, Any] = {"text": given, "samples": 4, "length": 32}
+    recovery: dict[str, Any] = {"steps": 1, "batch_size": 2} if given in ("recover", "sums") else {"steps": 0}
+    if given == "recover":
+        raw, recovery = raw | {"text": "pydoc"}, recovery | {"text": "?.txt"}
+    if given == "sums":
+        done = legolm("calibrate", tiny("llama"), "--text", "a.txt", "--samples", 4, "--length", 32, "--out", "sums")
+        assert done.returncode == 0, done.stderr
+        raw |= {"text": "a.txt", "statistics": ["sums"]}
+    found = {"name": "b", "method": "wanda", "sparsity": 0.5, "calibration": raw, "recover": recovery}
+    spec, base = BlockConfig(**found), tiny("llama")
+    whose, tokenizer, recipe = fingerprint(base), load_tokenizer(base), recipe_of(spec, 0, "fp32")
+    cut_blocks(base, whose, [(spec, tmp_path / "b")], 0, "fp32", Progress())
+    assert kept_block(tmp_path / "b", whose, spec, 0, "fp32", tokenizer) is not None
+    (tmp_path / "a.txt").write_text(text_of("another"))
+    assert recipe_of(spec, 0, "fp32") != recipe  # by which runs and studies call the blocks that they share
+    with pytest.raises(LegolmError, match="holds another block: files was"):
+        kept_block(tmp_path / "b", whose, spec, 0, "fp32", tokenizer)
+
+
+def test_a_block_of_one_plain_file_is_known_by_that_files_hash(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text(text_of("a"))
+    spec = BlockConfig(name="b", method="wanda", sparsity=0.5, calibration={"text": str(text)})
+    assert recipe_of(spec, 0, "fp32")["files"] == {str(text): hashlib.sha256(text.read_bytes()).hexdigest()}

@@ -7,6 +7,7 @@ name, when a config first asks.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import re
@@ -66,6 +67,8 @@ class Entry(Generic[T]):
     settings: type[BaseModel]
     module: str
     attribute: str
+    source: str
+    """SHA-256 of the code that defines it, as it was then; empty of what ships with legolm, and of code in no file."""
 
     def __call__(self, **settings: Any) -> Choice:
         """Choose it. Raises `LegolmError` for settings that it does not have or take."""
@@ -111,7 +114,8 @@ class Registry(Generic[T]):
         if known is not None and (known.module, known.attribute) != (function.__module__, function.__qualname__):
             raise LegolmError(f"{self.kind} {name!r}: is registered already by {known.module}; choose another name")
         settings = _settings_of(f"{self.kind} {name!r}", function, positional)
-        entry = Entry(self.kind, name, make, settings, function.__module__, function.__qualname__)
+        module, attribute = function.__module__, function.__qualname__
+        entry = Entry(self.kind, name, make, settings, module, attribute, _source_hash(function))
         self._entries[name] = entry
         return entry
 
@@ -233,6 +237,18 @@ def _in_words(error: BaseException) -> str:
 
 def _is_ours(module: str) -> bool:
     return module.partition(".")[0] == "legolm"
+
+
+def _source_hash(function: Any) -> str:
+    """Of a plugin's module, for the helpers in it; of a script or a notebook, where more changes, of itself alone."""
+    module = function.__module__
+    if _is_ours(module):
+        return ""
+    try:
+        source = inspect.getsource(function if module == "__main__" else sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return ""
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def _settings_of(where: str, function: Any, positional: Sequence[str]) -> type[BaseModel]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from legolm.block import Base, Block, Manifest, read_block, write_block
-from legolm.config import CLIENTS, BlockConfig, CalibrationConfig, Precision
-from legolm.data import prompt_look
+from legolm.config import CLIENTS, CRITERIA, BlockConfig, CalibrationConfig, Precision
+from legolm.data import is_bundled, paths_of, prompt_look
 from legolm.errors import LegolmError, brief
 from legolm.models import (
     CheckpointWriter,
@@ -80,6 +80,7 @@ def cut_blocks(
     tokenizer = tokenizer or load_tokenizer(path)  # a broken one is to show before the work
     weights = sum(base.parameters_of(planned_coverage(spec, base).kept_weights) for spec, _ in wanted)
     check_room(wanted[0][1], weights * base.dtype.itemsize)
+    recipes = [recipe_of(spec, seed, precision, sums) for spec, _ in wanted]
     cuts, dense = start_cuts([spec for spec, _ in wanted], model, base, tokenizer, seed, precision, progress, sums)
     with ExitStack() as stack:
         jobs = []
@@ -94,8 +95,7 @@ def cut_blocks(
         model_name = model_name or str(path.resolve())
         recovering = sum(job.spec.recover.most_steps > 0 for job in jobs)
         with teacher_of(path, precision, device, recovering) as teacher:
-            for job in jobs:
-                recipe = recipe_of(job.spec, seed, precision, sums)
+            for job, recipe in zip(jobs, recipes, strict=True):
                 _finish(job, base, tokenizer, model_name, recipe, seconds, seed, precision, progress, teacher)
                 if finish is not None:
                     finish(job.folder)
@@ -134,21 +134,29 @@ def kept_block(
 
 
 def recipe_of(spec: BlockConfig, seed: int, precision: Precision, sums: Path | None = None) -> dict[str, Any]:
-    """All that a block of this method follows from, beside its LLM: its target, and hashes of what it is calibrated on.
+    """All that a block of this method follows from, beside its LLM: its target, hashes of what it is calibrated on, and
+    of a plugin's code.
 
-    `sums` is the file of what a run's clients collected.
+    `sums` is the file of what a run's clients collected. Raises `LegolmError` for a pattern that no text matches.
     """
     given = spec.calibration.statistics
-    read = [*(given or [spec.calibration.text]), spec.recover.text] if given != CLIENTS else [spec.recover.text]
-    files = {file: Path(file) for file in read if file is not None}
+    files = {file: [Path(file)] for file in given or () if given != CLIENTS}
     if given == CLIENTS and sums is not None:
-        files[CLIENTS] = sums
+        files[CLIENTS] = [sums]
+    for field, text in (("calibration", spec.calibration.text), ("recover", spec.recover.text)):
+        if text and not is_bundled(text) and not text.startswith("hub:"):
+            files[text] = paths_of(text, f"block {spec.name}: {field}.text")
+    source = CRITERIA.entry(spec.method).source if spec.registered else ""
     return {
         "target": spec.model_dump(mode="json", exclude={"name", "method"}, exclude_none=True),
         "seed": seed,
         "precision": precision,
-        "files": {name: file_hash(file) for name, file in files.items() if file.is_file()},
-    }
+        "files": {
+            name: " ".join(map(file_hash, there))
+            for name, paths in files.items()
+            if (there := [path for path in paths if path.is_file()])
+        },
+    } | ({"plugin": source} if source else {})
 
 
 def _cut(
