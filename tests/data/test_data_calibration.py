@@ -76,6 +76,23 @@ def test_conversations_of_a_task_are_rendered(tokenizer: PreTrainedTokenizerFast
         calibration_tokens(CalibrationConfig(text=str(path)), tokenizer, 0)
 
 
+def test_all_of_long_rows_is_there_to_read(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def windows(samples: int, length: int = 8) -> list[str]:
+        config = CalibrationConfig(text=str(path), samples=samples, length=length)
+        return [tokenizer.decode(one) for one in calibration_tokens(config, tokenizer, seed=0)]
+
+    path = tmp_path / "texts.jsonl"
+    texts = [sign * 40 + sign.upper() * 7 for sign in "abc"]  # and an end: six samples each
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts), encoding="utf-8")
+    assert sorted(windows(3)) == ["a" * 8, "b" * 8, "c" * 8]  # some of each where that is enough
+    assert sorted("".join(windows(18)).replace("<|im_end|>", "")) == sorted("".join(texts))
+    with pytest.raises(LegolmError, match="has 18 samples of 8 tokens"):
+        windows(19)
+    path = tmp_path / "talks.jsonl"  # a conversation is packed with others, with the start of its question
+    path.write_text('{"instruction": "Why is this a question?", "output": "No."}\n' * 4, encoding="utf-8")
+    assert {"<|im_start|>user\nWh", "y is thi", "s a ques", "tion?<|im_end|>\n<|im_start|>"} < set(windows(5))
+
+
 @pytest.mark.parametrize(("signs", "samples"), [(27, 3), (7, 0), (0, 0)])
 def test_too_short_says_how_many_samples_there_are(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, signs: int, samples: int

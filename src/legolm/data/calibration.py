@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice
 from pydoc_data.topics import topics
@@ -21,6 +21,7 @@ from legolm.data.sequence import begin, begun, encode, windows
 from legolm.data.sources import is_rows, parts_of, paths_of, state_of
 from legolm.data.starter import is_starter, public_starter_text
 from legolm.data.store import Examples
+from legolm.data.tokens import WHOLE
 from legolm.errors import LegolmError
 
 if TYPE_CHECKING:
@@ -146,10 +147,23 @@ def _shuffled(found: Tensor, seed: int) -> Tensor:
 def _conversations(
     examples: Sequence[Example], config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Tensor:
-    """Shuffled, so that a window mixes kinds, and no more than `config` needs: rendering takes time."""
+    """Shuffled, so that a window mixes kinds, and no more than `config` needs: rendering takes time.
+
+    A conversation is whole. A text gives a sample's tokens, so that many are seen; the rest where all give too few.
+    """
     order = random.Random(f"{seed} conversations").sample(range(len(examples)), len(examples))
-    rendered = (render(examples[place], tokenizer, config.length).ids for place in order)
-    return torch.tensor(list(islice(chain.from_iterable(rendered), config.samples * config.length)), dtype=torch.int64)
+    rests: list[Sequence[int]] = []
+
+    def parts() -> Iterator[Sequence[int]]:
+        for example in (examples[place] for place in order):
+            ids = render(example, tokenizer, WHOLE).ids
+            first = config.length if example.is_text else len(ids)
+            rests.append(ids[first:])
+            yield ids[:first]
+        yield from rests
+
+    found = islice(chain.from_iterable(parts()), config.samples * config.length)
+    return torch.tensor(list(found), dtype=torch.int64)
 
 
 def help_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:

@@ -41,6 +41,11 @@ class Example:
         return f"Example(messages={self.messages!r}, raw={self.raw!r}{tools})"
 
     @property
+    def is_text(self) -> bool:
+        """Whether it is text alone."""
+        return self.raw and len(self.messages) == 1
+
+    @property
     def question(self) -> str:
         """The message before the answer; empty where the answer is all there is."""
         return self.messages[-2].content if len(self.messages) > 1 else ""

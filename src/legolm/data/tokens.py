@@ -138,7 +138,7 @@ def tokenize(
     """
     found, first = TokenRows(), begin(tokenizer)
     answers = (one for example in examples for one in (example.turns if turns == "all" else (example,)))
-    for is_text, alike in groupby(answers, key=lambda one: one.raw and len(one.messages) == 1):
+    for is_text, alike in groupby(answers, key=lambda one: one.is_text):
         for tokens in render_each(_batches(alike), tokenizer, WHOLE if is_text else max_length):
             for one in _pieces(tokens, first, max_length) if is_text else (tokens,):
                 found.add(one)
