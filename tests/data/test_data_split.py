@@ -210,6 +210,16 @@ class TestDealing:
                 shares.append(train / 200)
         assert max(shares) - min(shares) > 0.3
 
+    @pytest.mark.parametrize("rows", [1, 2, 3])
+    def test_many_labels_of_few_rows_give_no_client_more_for_its_place(self, tmp_path: Path, rows: int) -> None:
+        for topic in range(240):
+            path = write(tmp_path / "train.jsonl", rows, f"t{topic}-")
+        config = DataConfig(train=path, split=Split(by="dirichlet", column="topic", alpha=1000.0))
+        parts = load_parts(config, ["a", "b", "c", "d"], seed=0)
+        sizes = [sum(len(getattr(data, split)) for split in ("train", "validation", "test")) for data in parts.values()]
+        assert sum(sizes) == 240 * rows
+        assert all(abs(size - 60 * rows) < 25 for size in sizes)  # a few standard errors
+
     def test_a_larger_alpha_is_more_even(self, tmp_path: Path) -> None:
         path = write(tmp_path / "train.jsonl", 300)
 

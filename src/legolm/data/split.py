@@ -199,11 +199,16 @@ def _deal(
 
 
 def _cut(by_label: Groups, shares: Mapping[str, np.ndarray], clients: Sequence[str], key: str) -> Groups:
-    """Shuffle each label's examples and cut them by its shares: each goes to exactly one client."""
+    """Shuffle each label's examples and cut them by its shares: each goes to exactly one client.
+
+    Where they do not come out even, a chance of each label decides: of many labels with a few rows nobody gets more for
+    its place among clients.
+    """
     dealt: dict[str, list[np.ndarray]] = {client: [] for client in clients}
     for label, places in sorted(by_label.items()):
         shuffled = _shuffled(places, f"{key} {label}")
-        ends = np.rint(np.cumsum(shares[label]) * len(places)).astype(int)
+        chance = random.Random(f"{key} {label} rounding").random()
+        ends = np.floor(np.cumsum(shares[label]) * len(places) + chance).astype(int)
         ends[-1] = len(places)
         for client, (start, end) in zip(clients, pairwise([0, *ends]), strict=True):
             dealt[client].append(shuffled[start:end])
