@@ -130,6 +130,13 @@ def test_recovery_brings_the_block_nearer_to_the_llm_and_keeps_its_sparsity(
         assert bool((model.model.layers[layer].get_submodule(module).weight[~mask] == 0).all())
 
 
+def test_minutes_that_are_over_at_once_make_one_step(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    text, recovery = {"text": "pydoc", "length": 32}, {"minutes": 1e-9, "batch_size": 2, "rank": 4}
+    spec = BlockConfig(name="b", method="magnitude", sparsity=0.5, calibration=text, recover=recovery)
+    (block,) = cut_blocks(tiny("llama"), "print", [(spec, tmp_path / "b")], 0, "fp32", Progress())
+    assert block.details["recover"]["steps"] == 1
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_blocks_that_recover_on_the_same_text_share_the_pass_of_the_llm(
     precision: Precision, tiny: Callable[[str], Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

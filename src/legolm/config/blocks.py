@@ -74,7 +74,11 @@ class RecoverConfig(Section):
     """
 
     steps: int | None = Field(None, ge=0)
-    minutes: float | None = Field(None, gt=0, description="at most; the result then depends on the machine's speed")
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="of steps, at most, and one step at least; the result then depends on the machine's speed",
+    )
     text: str | None = Field(None, description="like calibration.text, which it is if not given")
     batch_size: int = Field(8, ge=1, description="windows of calibration.length tokens a step")
     rank: int | None = Field(16, ge=1, description="of a LoRA that is merged; null trains the weights themselves")

@@ -86,7 +86,7 @@ def recover(
     The learning rate falls linearly to zero. Returns the first and last divergence (nats per token, mean of up to four
     steps), steps, tokens and seconds. Calls progress(1) each step.
     """
-    recipe, began = spec.recover, time.perf_counter()
+    recipe = spec.recover
     windows = _windows(spec, tokenizer, seed)
     found: list[float] = []
     with (
@@ -96,8 +96,9 @@ def recover(
     ):
         head = Head.of(model, precision)
         optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+        began = time.perf_counter()  # not before: the minutes are for the steps
         for _ in range(recipe.most_steps):
-            left = 1 - _share_done(recipe, len(found), began)
+            left = 1 - _share_done(recipe, len(found), began) if found else 1.0
             if left <= 0:
                 break
             for group in optimizer.param_groups:
