@@ -14,7 +14,7 @@ from legolm.config import CalibrationConfig, Fields, RowsConfig, RunConfig
 from legolm.data import calibration_tokens, check_text
 from legolm.errors import LegolmError
 from legolm.plan import make_plan
-from legolm.prune import collected
+from legolm.prune import collected, cut_blocks
 from legolm.system import Progress
 
 
@@ -159,3 +159,49 @@ def test_what_a_cut_would_refuse_the_plan_refuses(
             base, tokens = tiny("llama"), torch.zeros(1, 1 << 20, dtype=torch.int64)
             with pytest.raises(LegolmError, match="are more than the model takes at once"):
                 list(collected(base, tokens, "diagonal", "fp32", Progress()))
+
+
+@pytest.mark.parametrize(
+    ("method", "calibration", "recover", "says"),
+    [
+        (
+            "wanda",
+            {},
+            {"text": "SHORT"},
+            r"block b: recover\.text: '.*short\.txt' has 0 samples of 64 tokens; ask for sh",
+        ),
+        ("magnitude", {"text": "SHORT"}, {}, r"block b: calibration\.text: '.*short\.txt' has 0 samples of 64 tokens"),
+        ("window", {"length": 600}, {}, r"block b: calibration\.length: 600 tokens are more than the model takes"),
+        ("magnitude", {"length": 600}, {"text": "LONG"}, r"block b: calibration\.length: 600 tokens are more than the"),
+    ],
+)
+def test_what_recovery_would_refuse_is_refused_before_the_cut(
+    method: str,
+    calibration: dict[str, Any],
+    recover: dict[str, Any],
+    says: str,
+    tiny: Callable[[str], Path],
+    three_clients: Any,
+    tmp_path: Path,
+) -> None:
+    raw = three_clients(tmp_path, ("wide", "dense", "dense"))
+    texts = {"SHORT": tmp_path / "short.txt", "LONG": Path(raw["blocks"][0]["calibration"]["text"])}
+    texts["SHORT"].write_text("Hello there.")
+    target = {"intermediate_size": 64} if method == "window" else {"sparsity": 0.5}
+    block: dict[str, Any] = {
+        "name": "b",
+        "method": method,
+        "calibration": {"text": "LONG", "samples": 4, "length": 64} | calibration,
+        "recover": {"steps": 1, "batch_size": 2} | recover,
+    } | target
+    for section in ("calibration", "recover"):
+        if text := block[section].get("text"):
+            block[section]["text"] = str(texts[text])
+    raw["blocks"], raw["clients"] = [block, {"name": "dense", "method": "dense"}], [{"id": "fr", "block": "b"}]
+    config = configs.validate(RunConfig, raw, "test")
+    with pytest.raises(LegolmError, match=says):
+        make_plan(config)
+    base = tiny("gpt2")  # which has no place beyond its context
+    with pytest.raises(LegolmError, match=says):  # who plans nothing
+        cut_blocks(base, "print", [(config.blocks[0], tmp_path / "b")], 0, "fp32", Progress())
+    assert not (tmp_path / "b").exists()

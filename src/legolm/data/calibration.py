@@ -55,23 +55,31 @@ def calibration_tokens(
         paths = paths_of(config.text, f"{field}.text")
         text = read_prose(paths, f"{field}.text", max(PIECE, LONG * needed), seed)
         streams = [text_tokens(text, tokenizer)]
-    return _drawn(streams, config, tokenizer, seed, repr(config.text), 1 if fewer else config.samples, field)
+    asked = f"{field}.text" if fewer else f"{field}.samples = {config.samples}"
+    return _drawn(streams, config, tokenizer, seed, fewer, f"{asked}: {config.text!r}")
 
 
-def check_samples(config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int, field: str) -> None:
+def check_samples(
+    config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int, field: str, fewer: bool = False
+) -> None:
     """Raise `LegolmError` where `calibration_tokens` would. Once as long as its files are the same: each plan asks."""
     ours = is_bundled(config.text)
     if ours and config.samples * config.length <= PLENTY:
         return
     states = () if ours else tuple(state_of(part) for part in parts_of(config.text, f"{field}.text"))
-    (_drawn_once if all(states) else _drawn_once.__wrapped__)(config, tokenizer, seed, field, states)
+    (_drawn_once if all(states) else _drawn_once.__wrapped__)(config, tokenizer, seed, field, fewer, states)
 
 
 @lru_cache(maxsize=32)
 def _drawn_once(
-    config: TextConfig, tokenizer: PreTrainedTokenizerBase, seed: int, field: str, _states: tuple[str | None, ...]
+    config: TextConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    field: str,
+    fewer: bool,
+    _states: tuple[str | None, ...],
 ) -> None:
-    calibration_tokens(config, tokenizer, seed, field=field)
+    calibration_tokens(config, tokenizer, seed, fewer, field)
 
 
 def own_tokens(
@@ -81,7 +89,8 @@ def own_tokens(
 
     Raises `LegolmError` where there is none.
     """
-    return _drawn([_conversations(examples, config, tokenizer, seed)], config, tokenizer, seed, "its own text", 1)
+    stream = _conversations(examples, config, tokenizer, seed)
+    return _drawn([stream], config, tokenizer, seed, True, f"calibration.length = {config.length}: its own text")
 
 
 def _drawn(
@@ -89,17 +98,18 @@ def _drawn(
     config: TextConfig,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    text: str,
-    least: int,
-    field: str = "calibration",
+    fewer: bool,
+    what: str,
 ) -> Tensor:
-    """Windows of these streams in turn. Raises `LegolmError` for less than `least` of them; `text` says of what."""
+    """Windows of these streams in turn. Raises `LegolmError` for less than are wanted, or if `fewer` for none; `what`
+    has the field and the text.
+    """
     pools = [_shuffled(windows(stream.numpy(), config.length, begin(tokenizer)), seed) for stream in streams]
     available = min(len(pool) * len(pools) + place for place, pool in enumerate(pools))
-    if available < least:
+    if available < (1 if fewer else config.samples):
+        ask = "shorter ones (calibration.length)" if fewer else "fewer or shorter ones"
         raise LegolmError(
-            f"{field}.samples = {config.samples}: {text} has {available} samples of "
-            f"{config.length} tokens; ask for fewer or shorter ones, or give a longer text"
+            f"{what} has {available} samples of {config.length} tokens; ask for {ask}, or give a longer text"
         )
     count = min(available, config.samples)
     return torch.stack([pools[sample % len(pools)][sample // len(pools)] for sample in range(count)])

@@ -25,7 +25,7 @@ from legolm.errors import LegolmError
 from legolm.federate.server import whitening_text
 from legolm.federate.wire import MAX_SUMS_BYTES
 from legolm.models import Shape, check_weights, fingerprint, load_config, resolve
-from legolm.prune import clients_needs, clients_sketch, needs_of, sent_bytes
+from legolm.prune import check_recovery, clients_needs, clients_sketch, needs_of, sent_bytes
 from legolm.runs import HASHES, check_sealed
 from legolm.system import stored_tensors
 from legolm.trust import server_files
@@ -62,9 +62,10 @@ def check_files(config: RunConfig) -> tuple[str, ...]:
                 if not Path(file).is_file():
                     raise LegolmError(f"{where}calibration.statistics: no file {file}")
                 stored_tensors(Path(file), f"{where}calibration.statistics: ", "collect it again")
-            if not given:
+            recovers = spec.recover.most_steps > 0
+            if not given or (recovers and not spec.recover.text):
                 texts.append((spec.calibration.text, "calibration.text"))
-            if spec.recover.text and spec.recover.most_steps:
+            if recovers and spec.recover.text:
                 texts.append((spec.recover.text, "recover.text"))
             for text, field in texts:
                 if (text, rows) not in read:
@@ -170,6 +171,7 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
     for calibration, field in drawn.items():
         if not calibration.statistics:
             check_samples(calibration, tokenizer, config.seed, field)
+    check_recovery([spec for spec in config.cuts if spec.path is None], tokenizer, config.seed, most)
     if protect is not None:
         calibration_tokens(protect, tokenizer, config.seed, field="federation.protect")
     if whitened not in (None, CLIENTS):

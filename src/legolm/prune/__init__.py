@@ -4,6 +4,7 @@ from legolm.prune.build import cut_blocks, kept_block, recipe_of
 from legolm.prune.calibrate import first_readers
 from legolm.prune.cuts import clients_needs, clients_sketch, needs_of
 from legolm.prune.moments import Moments, Needs
+from legolm.prune.recover import check_recovery
 from legolm.prune.registry import Criterion, Pattern, criterion, criterion_of
 from legolm.prune.statistics import (
     Statistics,
@@ -24,6 +25,7 @@ __all__ = [
     "Needs",
     "Pattern",
     "Statistics",
+    "check_recovery",
     "clients_needs",
     "clients_sketch",
     "collect",

@@ -30,7 +30,7 @@ from legolm.models import (
 )
 from legolm.prune.calibrate import Stream
 from legolm.prune.cuts import Cut, start_cuts
-from legolm.prune.recover import Teacher, recover, teacher_of
+from legolm.prune.recover import Teacher, check_recovery, recover, teacher_of
 from legolm.prune.sparsegpt import forget
 from legolm.prune.target import planned_coverage
 from legolm.system import Progress, atomic_folder, check_room, file_hash, keep_freed_memory
@@ -80,8 +80,10 @@ def cut_blocks(
     tokenizer = tokenizer or load_tokenizer(path)  # a broken one is to show before the work
     weights = sum(base.parameters_of(planned_coverage(spec, base).kept_weights) for spec, _ in wanted)
     check_room(wanted[0][1], weights * base.dtype.itemsize)
-    recipes = [recipe_of(spec, seed, precision, sums) for spec, _ in wanted]
-    cuts, dense = start_cuts([spec for spec, _ in wanted], model, base, tokenizer, seed, precision, progress, sums)
+    specs = [spec for spec, _ in wanted]
+    recipes = [recipe_of(spec, seed, precision, sums) for spec in specs]
+    check_recovery(specs, tokenizer, seed, model.config.max_position_embeddings)
+    cuts, dense = start_cuts(specs, model, base, tokenizer, seed, precision, progress, sums)
     with ExitStack() as stack:
         jobs = []
         for (spec, out), cut in zip(wanted, cuts, strict=True):

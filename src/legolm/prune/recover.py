@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from legolm.adapter import init_factors, merge, slice_factors
 from legolm.block import Coverage
-from legolm.config import BlockConfig, Precision, RecoverConfig
-from legolm.data import Tokens, calibration_tokens
+from legolm.config import BlockConfig, CalibrationConfig, Precision, RecoverConfig
+from legolm.data import Tokens, calibration_tokens, check_length, check_samples
 from legolm.errors import LegolmError
 from legolm.finetune import lora, whole
 from legolm.models import Head, divergences, dtype_of, hidden_states, lean, load_model, pack, shape_of
@@ -126,12 +126,28 @@ def recover(
 
 def _windows(spec: BlockConfig, tokenizer: Any, seed: int) -> Iterator[Tensor]:
     """Endless windows of text (length,), all before any comes again."""
-    recipe = spec.recover
-    wanted = {"samples": recipe.most_steps * recipe.batch_size, "text": recipe.text or spec.calibration.text}
+    text, field = _text(spec, spec.recover.most_steps * spec.recover.batch_size)
     # Another seed than calibration's: recovery should see text that the cut was not fitted on.
-    return itertools.cycle(
-        calibration_tokens(spec.calibration.model_copy(update=wanted), tokenizer, seed + 1, fewer=True)
-    )
+    return itertools.cycle(calibration_tokens(text, tokenizer, seed + 1, fewer=True, field=field))
+
+
+def _text(spec: BlockConfig, samples: int) -> tuple[CalibrationConfig, str]:
+    """What a block recovers on, and the section that says so."""
+    wanted = {"samples": samples, "text": spec.recover.text or spec.calibration.text}
+    section = "recover" if spec.recover.text else "calibration"
+    return spec.calibration.model_copy(update=wanted), f"block {spec.name}: {section}"
+
+
+def check_recovery(specs: Iterable[BlockConfig], tokenizer: Any, seed: int, context: int) -> None:
+    """Raise `LegolmError` where blocks would have no text to recover on, or longer samples than the LLM takes."""
+    fields: dict[CalibrationConfig, str] = {}
+    for spec in specs:
+        if spec.recover.most_steps:
+            check_length(spec.calibration.length, context, f"block {spec.name}: calibration")
+            text, field = _text(spec, 1)
+            fields.setdefault(text, field)
+    for text, field in fields.items():
+        check_samples(text, tokenizer, seed, field, fewer=True)
 
 
 @contextmanager
