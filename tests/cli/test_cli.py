@@ -176,7 +176,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(config: Callable[..., Path
         fails("is the run folder, in it or around it", sets=(f"final={tmp_path / place}",))
     fails("train example 0 of 'fr' is longer than 16", sets=("train.long_examples=refuse", "train.max_length=16"))
     fails("block a: recover.text: no file", sets=("blocks.0.recover={steps: 1, text: nowhere.txt}",))
-    fails("statistics: no file nowhere", sets=("blocks.0.calibration={statistics: [nowhere]}",))
+    fails("statistics: nowhere: no such file", sets=("blocks.0.calibration={statistics: [nowhere]}",))
     if not torch.backends.mps.is_available():
         fails("device = 'mps'", "take auto", sets=("device=mps",))
     for kind, architecture, says in (
@@ -275,7 +275,9 @@ def test_several_blocks_at_once_and_private_calibration(
         assert done.returncode == 0, done.stderr
     given = ("--statistics", tmp_path / "sums" / "a", "--statistics", tmp_path / "sums" / "b")
     twice = (*given, "--statistics", tmp_path / "sums" / ".." / "sums" / "a")
-    assert_one_line(legolm(*bare, "--sparsity", 0.5, *twice, "--out", tmp_path / "x"), "a file is given twice")
+    assert_one_line(
+        legolm(*bare, "--sparsity", 0.5, *twice, "--out", tmp_path / "x"), "a is named twice, so that its client"
+    )
     done = legolm(*bare, "--intermediate-size", 40, *given, "--out", tmp_path / "private")
     assert done.returncode == 0, done.stderr
     width = ("--intermediate-size", 40, *given, "--out", tmp_path / "x")

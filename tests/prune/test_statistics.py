@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from legolm.config import BlockConfig, CalibrationConfig
+from legolm.config import BlockConfig, CalibrationConfig, RunConfig, validate
 from legolm.errors import LegolmError
 from legolm.models import fingerprint, load_config, shape_of
+from legolm.plan import make_plan
 from legolm.prune import Moments, collect, collected, cut_blocks, flat, save_statistics, sketched
 from legolm.prune.statistics import Statistics, load_statistics
 from legolm.system import Progress
@@ -128,3 +131,39 @@ def test_files_that_do_not_fit_are_refused(
     with pytest.raises(LegolmError, match=r"none\.safetensors: no such file"):
         load(base, tmp_path / "none.safetensors")
     assert not (tmp_path / "b").exists()
+
+
+def test_the_plan_refuses_sums_that_a_cut_would_refuse(
+    base: Path, tiny: Callable[[str], Path], statistics: Collect, three_clients: Any, tmp_path: Path
+) -> None:
+    tokens = torch.randint(250, (2, 32))
+    full, squares = statistics("full", tokens), statistics("squares", tokens, "diagonal")
+    short, whole = tmp_path / "short.safetensors", load_file(full)
+    header = safe_open(full, framework="pt").metadata()
+    name = next(iter(whole))
+    save_file(whole | {name: whole[name][:-1].clone()}, short, header)
+    raw = three_clients(tmp_path, ("dense", "dense", "dense")) | {"model": str(base)}
+
+    def plan(method: str, *files: Path, model: Path = base, **target: Any) -> None:
+        sums = {"statistics": list(map(str, files))}
+        block = {"name": "b", "method": method, "calibration": sums, "recover": {"steps": 0}}
+        blocks = [*raw["blocks"], block | (target or {"sparsity": 0.5})]
+        make_plan(validate(RunConfig, raw | {"model": str(model), "blocks": blocks}, "test"))
+
+    plan("wanda", squares)
+    plan("sparsegpt", full)
+    for method, target in (("sparsegpt", {}), ("structured", {"intermediate_size": 64})):
+        with pytest.raises(LegolmError, match=r"block b: calibration.statistics: these are squares only, for wanda"):
+            plan(method, squares, **target)
+    with pytest.raises(LegolmError, match=r"block b: calibration.statistics: some files are squares only"):
+        plan("wanda", full, squares)
+    with pytest.raises(LegolmError, match=r"block b: .*full.safetensors was collected on another base model"):
+        plan("wanda", full, model=tiny("llama"))
+    with pytest.raises(LegolmError, match=r"block b: .*short.safetensors: is broken \(sums .* of another size"):
+        plan("sparsegpt", short)
+    with pytest.raises(LegolmError, match=r"block b: .*none.safetensors: no such file"):
+        plan("wanda", tmp_path / "none.safetensors")
+    again = tmp_path / "again.safetensors"
+    again.symlink_to(full)
+    with pytest.raises(LegolmError, match=r"statistics`: .*full.safetensors is named twice, so that its client would"):
+        plan("wanda", full, again)

@@ -77,8 +77,6 @@ def prune(
         "num_hidden_layers": num_hidden_layers,
     }
     sums = [str(path) for path in statistics] if statistics else None
-    if statistics and len({path.resolve() for path in statistics}) < len(statistics):
-        raise LegolmError("--statistics: a file is given twice; its client would count twice")
     text: dict[str, object] = {"samples": samples, "length": length, "statistics": sums}
     if recover or not sums:
         text["text"] = calibration

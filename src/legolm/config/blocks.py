@@ -60,6 +60,16 @@ class CalibrationConfig(TextConfig):
             raise ValueError(f"give `{CLIENTS}`, or a list of files of `legolm calibrate`")
         return value
 
+    @field_validator("statistics")
+    @classmethod
+    def _each_once(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if isinstance(value, tuple):
+            places = [Path(file).resolve() for file in value]
+            for file, place in zip(value, places, strict=True):
+                if places.count(place) > 1:
+                    raise ValueError(f"{file} is named twice, so that its client would count twice; name it once")
+        return value
+
     @model_validator(mode="after")
     def _asked_for_sketches(self) -> CalibrationConfig:
         if self.statistics != CLIENTS and self.sketch != type(self).model_fields["sketch"].default:

@@ -25,9 +25,8 @@ from legolm.errors import LegolmError
 from legolm.federate.server import whitening_text
 from legolm.federate.wire import MAX_SUMS_BYTES
 from legolm.models import Shape, check_weights, fingerprint, load_config, resolve
-from legolm.prune import check_recovery, clients_needs, clients_sketch, needs_of, sent_bytes
+from legolm.prune import check_recovery, check_statistics, clients_needs, clients_sketch, needs_of, sent_bytes
 from legolm.runs import HASHES, check_sealed
-from legolm.system import stored_tensors
 from legolm.trust import server_files
 
 
@@ -49,19 +48,20 @@ def given_blocks(config: RunConfig, base: Path) -> dict[str, Block]:
     return found
 
 
-def check_files(config: RunConfig) -> tuple[str, ...]:
-    """What there is to say of calibration rows. Raises `LegolmError` when a file that the run needs is not there."""
-    read, said = set(), list[str]()  # most blocks see one text
+def check_files(config: RunConfig, base: Path, shape: Shape) -> tuple[str, ...]:
+    """What there is to say of calibration rows. Raises `LegolmError` when a file that the run needs is not there, or is
+    none for the LLM at `base`.
+    """
+    read, said, own = set(), list[str](), ""  # most blocks see one text
     for spec in config.cuts:
         if spec.method not in ("dense", "given"):
             where = f"block {spec.name}: "
             rows = RowsConfig(**{name: getattr(spec.calibration, name) for name in RowsConfig.model_fields})
             texts = []
             given = spec.calibration.statistics
-            for file in () if given in (None, CLIENTS) else given:
-                if not Path(file).is_file():
-                    raise LegolmError(f"{where}calibration.statistics: no file {file}")
-                stored_tensors(Path(file), f"{where}calibration.statistics: ", "collect it again")
+            if given and given != CLIENTS:
+                own = own or fingerprint(base)
+                check_statistics([Path(file) for file in given], shape, own, needs_of(spec), where)
             recovers = spec.recover.most_steps > 0
             if not given or (recovers and not spec.recover.text):
                 texts.append((spec.calibration.text, "calibration.text"))

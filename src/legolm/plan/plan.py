@@ -215,7 +215,7 @@ def make_plan(config: RunConfig, parts: Parts | None = None) -> Plan:
     choose_device(config.device)
     check_engine(config)
     with _naming_fetch(config):
-        of_texts = check_files(config)
+        of_texts = check_files(config, path, shape)
         if config.federation.personal == "by_input":
             public_examples(config, public := list[str]())
             of_texts += tuple(public)

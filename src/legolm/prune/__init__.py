@@ -8,6 +8,7 @@ from legolm.prune.recover import check_recovery
 from legolm.prune.registry import Criterion, Pattern, criterion, criterion_of
 from legolm.prune.statistics import (
     Statistics,
+    check_statistics,
     collect,
     collected,
     flat,
@@ -26,6 +27,7 @@ __all__ = [
     "Pattern",
     "Statistics",
     "check_recovery",
+    "check_statistics",
     "clients_needs",
     "clients_sketch",
     "collect",

@@ -72,8 +72,10 @@ def start_cuts(
         sources: dict[str, Source] = {}
         shapes: dict[str, tuple[Shape, tuple[int, ...]]] = {}
         if reading and calibration.statistics:
+            needs: Needs = "full" if any(needs_of(spec) == "full" for spec in reading) else "diagonal"
             paths = statistics_files(calibration, sums)
-            sources = dict.fromkeys((s.name for s in reading), load_statistics(paths, base.shape, base.fingerprint))
+            found = load_statistics(paths, base.shape, base.fingerprint, needs)
+            sources = dict.fromkeys((s.name for s in reading), found)
             every = tuple(range(base.shape.layers))
             shapes = {s.name: (given_shape(s, base) or base.shape, every) for s in reading}
         elif reading:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,17 @@ class Statistics:
     sums: Mapping[str, Moments]
 
     def prune(self, index: int, layer: nn.Module, needs: Needs, prune: PruneGroup) -> None:
-        """All with the moments in the dense model. Raises `LegolmError` when they are not enough."""
+        """All with the moments in the dense model."""
         for group in inputs_of(self.shape.modules):
             device = layer.get_parameter(f"{group[0]}.weight").device
-            prune(group, self._moments(index, group[0], needs).on(device))
+            prune(group, self._moments(index, group[0]).on(device))
 
     def regression(self, index: int, layer: nn.Module, name: str) -> Regression:
-        """The linear layer should answer as it did: W x. Raises `LegolmError` when the moments are not enough."""
+        """The linear layer should answer as it did: W x."""
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         found = Regression(linear)
-        found.moments.absorb(self._moments(index, name, "full"))
+        found.moments.absorb(self._moments(index, name))
         found.cross += linear.weight.data @ found.moments.sum
         return found
 
@@ -90,11 +91,7 @@ class Statistics:
         for name, moments in other.sums.items():
             self.sums[name].absorb(moments)
 
-    def _moments(self, index: int, name: str, needs: Needs) -> Moments:
-        if needs == "full" and self.needs != "full":
-            raise LegolmError(
-                "calibration.statistics: these are squares only, for wanda; run: legolm calibrate --needs full"
-            )
+    def _moments(self, index: int, name: str) -> Moments:
         (first,) = (group[0] for group in inputs_of(self.shape.modules) if name in group)
         return self.sums[f"layers.{index}.{first}"]
 
@@ -166,23 +163,50 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
     atomic_write(path, save(tensors, metadata={"legolm": json.dumps(header)}))
 
 
-def load_statistics(paths: Sequence[Path], shape: Shape, fingerprint: str) -> Statistics:
-    """The sum over several clients' files. Raises `LegolmError` for one that is broken or of another model."""
-    files = [_load(path, shape, fingerprint) for path in paths]
-    needs: Needs = "full" if all(one.needs == "full" for one in files) else "diagonal"
-    if any(one.needs != needs for one in files):
-        raise LegolmError("calibration.statistics: some files are squares only; collect all with the same --needs")
+def load_statistics(paths: Sequence[Path], shape: Shape, fingerprint: str, needs: Needs = "nothing") -> Statistics:
+    """The sum over several clients' files. Raises `LegolmError` as `check_statistics` does, and for broken sums."""
+    held = check_statistics(paths, shape, fingerprint, needs)
+    files = [_load(path, shape, fingerprint, held) for path in paths]
     for other in files[1:]:
         files[0].absorb(other)
     return files[0]
 
 
-def _load(path: Path, shape: Shape, fingerprint: str) -> Statistics:
-    with open_tensors(path, "calibration.statistics: ", "collect it again with `legolm calibrate`") as handle:
-        header: dict[str, Any] = strict_json((handle.metadata() or {})["legolm"])
-        if (header["base_fingerprint"], header["shape"]) != (fingerprint, asdict(shape)):
-            raise LegolmError(f"calibration.statistics: {path} was collected on another base model")
-        needs: Needs = "full" if header["needs"] == "full" else "diagonal"
+def check_statistics(paths: Sequence[Path], shape: Shape, fingerprint: str, needs: Needs, where: str = "") -> Needs:
+    """What the files have, by their headers.
+
+    Raises `LegolmError`, which begins with `where`, for one that is broken or of another model, and for less than
+    `needs`.
+    """
+    held: list[Needs] = []
+    for path in paths:
+        with _opened(path, where) as (header, handle):
+            if (header["base_fingerprint"], header["shape"]) != (fingerprint, asdict(shape)):
+                raise LegolmError(f"{where}calibration.statistics: {path} was collected on another base model")
+            held.append("full" if header["needs"] == "full" else "diagonal")
+            for name, features in _features(shape).items():
+                if handle.get_slice(name).get_shape() != [_size(features, held[-1])] or int(header["tokens"][name]) < 1:
+                    raise ValueError(f"sums {name} of another size, or of no tokens")
+    if len(set(held)) > 1:
+        raise LegolmError(
+            f"{where}calibration.statistics: some files are squares only; collect all with the same --needs"
+        )
+    if needs == "full" and held[0] != "full":
+        raise LegolmError(
+            f"{where}calibration.statistics: these are squares only, for wanda; run: legolm calibrate --needs full"
+        )
+    return held[0]
+
+
+@contextmanager
+def _opened(path: Path, where: str = "") -> Iterator[tuple[dict[str, Any], Any]]:
+    """The file and what its header says."""
+    with open_tensors(path, f"{where}calibration.statistics: ", "collect it again with `legolm calibrate`") as handle:
+        yield strict_json((handle.metadata() or {})["legolm"]), handle
+
+
+def _load(path: Path, shape: Shape, fingerprint: str, needs: Needs) -> Statistics:
+    with _opened(path) as (header, handle):
         sums = {
             name: Moments.unpacked(handle.get_tensor(name), int(header["tokens"][name]), features, needs)
             for name, features in _features(shape).items()
