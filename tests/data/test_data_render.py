@@ -106,7 +106,11 @@ class TestRender:
             tokenizer, tokenizer.chat_template.replace("assistant\n' }}", "assistant\n<think>\n' }}")
         )
         example = Example((PAIR.messages[0], Message("assistant", answer)))
-        assert parts(render(example, thinking, 512), thinking) == (PROMPT, answer + "<|im_end|>")
+        tokens = render(example, thinking, 512)
+        assert parts(tokens, thinking) == (PROMPT, answer + "<|im_end|>")
+        assert tokens.unopened and not render(example, tokenizer, 512).unopened
+        opened = Example((PAIR.messages[0], Message("assistant", f"<think>\nso</think>{answer}")))
+        assert not render(opened, thinking, 512).unopened
 
     @pytest.mark.parametrize(
         ("template", "answer"),

@@ -82,6 +82,16 @@ def test_says_how_many_answers_the_template_would_change(raw: Raw, tokenizer: Pr
     assert "would change 4 of 12 answers to learn" in notes(raw)
 
 
+def test_says_how_many_answers_do_not_begin_as_they_are_asked_for(raw: Raw, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = Path(raw["data"]["train"]).parent / "fr.jsonl"
+    rows = [{"instruction": f"Say {i}", "output": "<think>\nso</think>aa"} for i in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "begins the answer" not in notes(raw)
+    template = Path(raw["model"]) / "chat_template.jinja"
+    template.write_text(str(tokenizer.chat_template).replace("assistant\n' }}", "assistant\n<think>\n' }}"))
+    assert "begins the answer (as with <think>), and 8 of 12 answers to learn are without" in notes(raw)
+
+
 def test_says_how_many_conversations_the_template_takes_something_out_of(raw: Raw, tokenizer: Any) -> None:
     raw["data"]["system"] = "Be brief."
     assert "leaves out" not in notes(raw)

@@ -31,6 +31,7 @@ class Tokens:
 
     `truncated`: it was longer. `rewritten`: the chat template would change the answer, which is here as it stands.
     `left_out`: it leaves out, or changes, a message before the answer, a tool's call, or another text of a turn.
+    `unopened`: it asks with more than this prompt, the begin of an answer (`<think>`), which this answer is without.
     """
 
     ids: tuple[int, ...]
@@ -38,6 +39,7 @@ class Tokens:
     truncated: bool = False
     rewritten: bool = False
     left_out: bool = False
+    unopened: bool = False
 
 
 class _Written(NamedTuple):
@@ -47,6 +49,7 @@ class _Written(NamedTuple):
     answer: str
     rewritten: bool
     left_out: bool
+    unopened: bool = False
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
@@ -124,7 +127,7 @@ def _tokens(batch: _Batch, tokenizer: PreTrainedTokenizerBase, max_length: int) 
         answer = answer[: max_length - 1]
         if len(prompt) + len(answer) > max_length:
             long.append(len(found))
-        found.append(Tokens((*prompt, *answer), len(prompt), truncated, written.rewritten, written.left_out))
+        found.append(Tokens((*prompt, *answer), len(prompt), truncated, *written[2:]))
     heads = _heads([batch.examples[place] for place in long], tokenizer)
     for place, head in zip(long, heads, strict=True):
         whole = found[place]
@@ -196,7 +199,7 @@ def _templated(chats: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> 
 
 def _parted(prompt: str, whole: str, marked: str, chat: Example, tokenizer: PreTrainedTokenizerBase) -> _Written:
     """Of what the template makes of the turns before the answer, of all, and of all with a mark as the answer."""
-    content = chat.messages[-1].content
+    content, asked = chat.messages[-1].content, prompt
     before, mark, after = marked.rpartition(_MARK)
     if not mark:
         raise template_error(tokenizer, "leaves out the answer, or writes another one")
@@ -215,7 +218,8 @@ def _parted(prompt: str, whole: str, marked: str, chat: Example, tokenizer: PreT
     answer = content if rewritten else whole[len(prompt) : len(whole) - len(after)]
     # Whitespace after the end of the turn belongs to the next turn: nobody generates it. A template that
     # writes nothing there would teach the model never to stop.
-    return _Written(prompt, answer + (after.rstrip() or _end(tokenizer)), rewritten, _leaves_out(chat, whole))
+    unopened = not (prompt + answer).startswith(asked)
+    return _Written(prompt, answer + (after.rstrip() or _end(tokenizer)), rewritten, _leaves_out(chat, whole), unopened)
 
 
 def _leaves_out(chat: Example, whole: str) -> bool:

@@ -38,6 +38,7 @@ class TokenRows(Sequence[Tokens]):
     def __init__(self) -> None:
         self._ids, self._ends, self._answers = array("H"), array("q"), array("q")
         self._truncated, self._rewritten, self._left_out = bytearray(), bytearray(), bytearray()
+        self._unopened = bytearray()
 
     def add(self, tokens: Tokens) -> None:
         """Put it last."""
@@ -51,6 +52,7 @@ class TokenRows(Sequence[Tokens]):
         self._truncated.append(tokens.truncated)
         self._rewritten.append(tokens.rewritten)
         self._left_out.append(tokens.left_out)
+        self._unopened.append(tokens.unopened)
 
     @property
     def tokens(self) -> int:
@@ -72,6 +74,7 @@ class TokenRows(Sequence[Tokens]):
             found._truncated.extend(part._truncated)
             found._rewritten.extend(part._rewritten)
             found._left_out.extend(part._left_out)
+            found._unopened.extend(part._unopened)
         return found
 
     @property
@@ -95,6 +98,11 @@ class TokenRows(Sequence[Tokens]):
     def left_out(self) -> int:
         """Examples of which the chat template leaves something out beside the answer."""
         return sum(self._left_out)
+
+    @property
+    def unopened(self) -> int:
+        """Examples whose answer does not begin as the chat template asks for it."""
+        return sum(self._unopened)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -121,8 +129,8 @@ class TokenRows(Sequence[Tokens]):
     def _get(self, place: int) -> Tokens:
         start = self._ends[place - 1] if place else 0
         ids = tuple(self._ids[start : self._ends[place]])
-        flags = bool(self._truncated[place]), bool(self._rewritten[place]), bool(self._left_out[place])
-        return Tokens(ids, self._answers[place], *flags)
+        flags = (self._truncated, self._rewritten, self._left_out, self._unopened)
+        return Tokens(ids, self._answers[place], *(bool(flag[place]) for flag in flags))
 
 
 def tokenize(

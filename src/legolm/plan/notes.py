@@ -70,6 +70,12 @@ def prompt_notes(tokenizer: Any, learned: Sequence[TokenRows], chats: bool, tool
             "reasoning, or whitespace around them): they are learned as they stand."
         )
     said += left_out(learned)
+    if unopened := sum(rows.unopened for rows in learned):
+        said.append(
+            f"The chat template's prompt begins the answer (as with <think>), and {unopened} of "
+            f"{sum(map(len, learned))} answers to learn are without: legolm chat, and who serves the model, ask in "
+            "another way than it learned; data.template may name one that asks as it writes."
+        )
     if DATE in tokenizer.init_kwargs:
         said.append(f"The chat template writes the day: {tokenizer.init_kwargs[DATE]} throughout (data.date).")
     return tuple(said)
