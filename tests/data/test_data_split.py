@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from legolm.config import DataConfig
 from legolm.config.sections import Split
-from legolm.data import ClientData, Example, load_parts
+from legolm.data import ClientData, Example, load_parts, own_part
 from legolm.errors import LegolmError
 
 
@@ -229,6 +229,33 @@ class TestDealing:
             return max(sizes) - min(sizes)
 
         assert spread(1000.0) < 25 < spread(0.3)
+
+
+def test_rows_to_test_on_that_are_learned_are_said(tmp_path: Path) -> None:
+    def said(config: DataConfig) -> list[str]:
+        notes: list[str] = []
+        load_parts(config, ["a", "b"], 0, notes)
+        return [note for note in notes if "too" in note]
+
+    for client in ("a", "b"):
+        write(tmp_path / f"{client}.jsonl", 20, client)
+    own = DataConfig(train=f"{tmp_path}/?.jsonl", test=0.25, validation=0.25)
+    assert said(own) == []
+    (tmp_path / "test").mkdir()
+    test = write(tmp_path / "test" / "all.jsonl", 10, "t")  # everybody's
+    write(tmp_path / "test" / "all.jsonl", 3, "a")
+    write(tmp_path / "b.jsonl", 1, "t")
+    apart = own.model_copy(update={"test": test, "validation": test})
+    assert said(apart) == [
+        "data: 4 of 13 test rows are training rows, too (of the same client or another): what was learned is "
+        "tested; leave rows out that are there twice."
+    ]
+    assert said(apart.model_copy(update={"limit_train": 1})) == []
+    write(tmp_path / "a.jsonl", 20, "a")
+    assert len(said(own)) == 1
+    notes: list[str] = []
+    own_part(str(tmp_path / "a.jsonl"), own, "a", 0, "data.train", notes)
+    assert "test rows are training rows, too" in notes[-1]
 
 
 class TestErrors:

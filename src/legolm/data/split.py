@@ -64,10 +64,11 @@ def load_parts(
     if config.split.by in ("iid", "dirichlet"):
         groups = _deal(groups, names, config, seed)
     _check_known(clients, groups["train"], [line for line in said if " rows skipped: " in line])
+    found = {client: _finish(_hold_out(client, groups, config, seed, store), config) for client in clients}
     if notes is not None:
         nobodys = [line for split, parts in groups.items() for line in _left_out(split, parts, clients)]
-        notes += [*said, *nobodys, *unread("data", unused)]
-    return {client: _finish(_hold_out(client, groups, config, seed, store), config) for client in clients}
+        notes += [*said, *nobodys, *unread("data", unused), *_learned(store, list(found.values()))]
+    return found
 
 
 def own_part(
@@ -83,7 +84,9 @@ def own_part(
         store.add(with_system(example, config.system))
     notes += [*reading.notes, *unread(field, reading.unused)]
     groups: dict[SplitName, Groups] = {"train": {part: np.frombuffer(places, dtype=np.int64)}}
-    return _finish(_hold_out(part, groups, config, seed, store), config)
+    found = _finish(_hold_out(part, groups, config, seed, store), config)
+    notes += _learned(store, [found])
+    return found
 
 
 def data_fingerprint(data: Mapping[str, ClientData], server: Sequence[Example] = ()) -> str:
@@ -140,6 +143,20 @@ def _left_out(split: SplitName, parts: Groups, clients: Sequence[str]) -> list[s
     rows, shown = sum(len(parts[name]) for name in left), ", ".join(map(repr, left[:_SHOWN]))
     more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
     return [f"data.{split}: {rows:,} rows are of no client: {brief(shown)}{more}."]
+
+
+def _learned(store: Store, parts: Sequence[ClientData]) -> list[str]:
+    """What there is to say of rows to test on that equal some to learn from."""
+    train, test = (
+        store.hashes(np.unique(np.concatenate([one.places for one in some])))
+        for some in ([part.train for part in parts], [part.test for part in parts])
+    )
+    count = int(np.isin(test, train).sum())
+    said = (
+        f"data: {count:,} of {len(test):,} test rows are training rows, too (of the same client or another): what "
+        "was learned is tested; leave rows out that are there twice."
+    )
+    return [said] if count else []
 
 
 def _by_place(

@@ -61,6 +61,11 @@ class Store:
         assert self._file is not None
         return os.pread(self._file.fileno(), end - start, start)
 
+    def hashes(self, places: np.ndarray) -> np.ndarray:
+        """(n,) int64 of the examples of these places: equal for equal ones, in this process."""
+        found = (hash(self.content(int(place))) for place in places)
+        return np.fromiter(found, dtype=np.int64, count=len(places))
+
     def has_tools(self, place: int) -> bool:
         """Whether the example of this place has tools."""
         return bool(self._tools[place])
@@ -75,7 +80,7 @@ class Examples(Sequence[Example]):
     """Some of a store's examples, by `places` in it (n,), in this order."""
 
     def __init__(self, store: Store, places: Sequence[int] | np.ndarray) -> None:
-        self._store, self._places = store, np.asarray(places, dtype=np.int64)
+        self._store, self.places = store, np.asarray(places, dtype=np.int64)
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Examples:
@@ -89,7 +94,7 @@ class Examples(Sequence[Example]):
     def digest(self) -> str:
         """SHA-256 of all of them: equal for equal examples in the same order."""
         found = hashlib.sha256()
-        for place in self._places:
+        for place in self.places:
             content = self._store.content(int(place))
             found.update(len(content).to_bytes(8, "little") + content)
         return found.hexdigest()
@@ -97,10 +102,10 @@ class Examples(Sequence[Example]):
     @property
     def with_tools(self) -> int:
         """How many have tools."""
-        return sum(self._store.has_tools(int(place)) for place in self._places)
+        return sum(self._store.has_tools(int(place)) for place in self.places)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -108,11 +113,11 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: slice) -> Examples: ...
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
-            return Examples(self._store, self._places[index])
-        return self._store.get(int(self._places[index]))
+            return Examples(self._store, self.places[index])
+        return self._store.get(int(self.places[index]))
 
     def __iter__(self) -> Iterator[Example]:
-        return (self._store.get(int(place)) for place in self._places)
+        return (self._store.get(int(place)) for place in self.places)
 
     def __eq__(self, other: Any) -> bool:
         if not isinstance(other, Sequence):
