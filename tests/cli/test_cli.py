@@ -73,6 +73,11 @@ def public_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             (there / "8" / f"local_training_{number}.json").write_text(json.dumps(found))
         test = "".join(json.dumps(row) + "\n" for found in files.values() for row in found)
         (there / "flan_test_200_selected_nstrict_1.jsonl").write_text(test)
+    (tmp_path / "data" / "labels").mkdir()
+    labels = [row for task in ("ag_news", "cr", "mpqa", "sst2", "subj", "trec") for row in rows(task)]
+    for part in ("train", "test"):
+        text = "".join(json.dumps(row | {"instruction": f"{part} {row['instruction']}"}) + "\n" for row in labels)
+        (tmp_path / "data" / "labels" / f"{part}.jsonl").write_text(text)
     monkeypatch.chdir(tmp_path)
 
 
