@@ -32,9 +32,15 @@ def model(tiny: Callable[[str], Path]) -> Any:
 
 
 def train(
-    model: Any, steps: int = 6, examples: list[Tokens] = EXAMPLES, fit_with: dict | None = None, **settings: Any
+    model: Any,
+    steps: int = 6,
+    examples: list[Tokens] = EXAMPLES,
+    fit_with: dict | None = None,
+    each: int | None = None,
+    **settings: Any,
 ) -> tuple[Tensors, dict[str, float]]:
-    config = TrainConfig(**{"batch_size": 4, "learning_rate": 0.01} | settings)
+    """`each`: the steps of a round, if others than these."""
+    config = TrainConfig(**{"steps": each or steps, "batch_size": 4, "learning_rate": 0.01} | settings)
     coverage = Coverage.full(shape_of(model.config))
     start = init_factors(coverage.shape, None, 4, seed=1)
     return fit(Task(model, coverage, start, 2.0, examples, config, "fp32", steps, 3, **(fit_with or {})))
@@ -147,6 +153,10 @@ def test_the_schedule_ends_with_what_limits_leave_of_the_steps(limit: dict, mode
         found, metrics = train(model, steps=100, fit_with={"done": 100 * done, "total": 200}, **limit)
         assert metrics["steps"] == 3
         assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    # Two own steps behind two such trainings: at the end of their way, not of that of 200 steps.
+    wanted, _ = train(model, steps=2, fit_with={"done": 6, "total": 8})
+    found, _ = train(model, steps=2, fit_with={"done": 200, "total": 202}, each=100, **limit)
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
 
 
 def test_a_narrow_block_learns_at_a_higher_rate_in_its_mlp(model: Any) -> None:

@@ -145,10 +145,10 @@ class LoraConfig(Section):
 class TrainConfig(OpenSection):
     """One client's training in one round: AdamW, anew each round, or another trainer with its own settings.
 
-    It stops at the first of `steps`, `epochs`, `tokens` and `seconds`. The learning rate follows the steps that a
-    client makes in the whole run, the personal step included: `constant_linear` is constant and falls linearly to zero
-    over the last half, `cosine` falls from the start, `constant` stays, so that more rounds later change nothing. Where
-    `seconds` end a training nobody knows before, and rates are those of all its steps.
+    It stops at the first of `steps`, `epochs`, `tokens` and `seconds`. The learning rate follows the steps of all
+    rounds, alone and in the personal step those that the client makes in the whole run: `constant_linear` is constant
+    and falls linearly to zero over the last half, `cosine` falls from the start, `constant` stays, so that more rounds
+    later change nothing. Where `seconds` end a training nobody knows before, and rates are those of all its steps.
     """
 
     named: ClassVar[str] = "trainer"

@@ -75,11 +75,14 @@ def fit(task: Task, *, by_width: bool = False) -> tuple[Tensors, dict[str, float
             groups.setdefault(widened(task.coverage, key) if by_width else 1.0, []).append(parameter)
         rated = [{"params": one, "lr": config.learning_rate * factor} for factor, one in groups.items()]
         optimizer = torch.optim.AdamW(rated, weight_decay=0.0, fused=True)
-        total = task.total or task.steps
-        rate = learning_rate(config, total * clock.share)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(task.done * clock.share + step))
+        rate = learning_rate(config, clock.total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(clock.done + step))
         seen: set[int] = set()
-        private = None if task.dp is None else Private.of(task.dp, len(examples), config, total, task.steps)
+        private = (
+            None
+            if task.dp is None
+            else Private.of(task.dp, len(examples), config, task.total or task.steps, task.steps)
+        )
 
         def keep() -> None:
             torch._foreach_copy_(list(good.values()), [parameter.detach() for parameter in theta])
@@ -268,13 +271,17 @@ def _out_of_memory(error: BaseException) -> bool:
 class _Clock:
     """When to stop: each part of a task at the first of its steps, epochs, tokens and seconds.
 
-    `share` is the part of the task's steps that will be made, about.
+    `done` and `total` are the task's of the steps that limits leave, about: before it and after it these are rounds'.
     """
 
     def __init__(self, task: Task, began: float) -> None:
         config, count, parts = task.config, len(task.examples), task.parts or (task.steps,)
         length = sum(len(example.ids) for example in task.examples) / count
-        self.share = sum(planned_steps(config, steps, count, length) for steps in parts) / sum(parts)
+        share = planned_steps(config, config.steps, count, length) / config.steps
+        self.done = task.done * share
+        now = sum(planned_steps(config, steps, count, length) for steps in parts)
+        after = (task.total or task.steps) - task.done - sum(parts)
+        self.total = self.done + now + max(0, after) * share
         self.tokens = 0
         self._config, self._parts = config, [planned_steps(config, steps, count) for steps in parts]
         self._steps, self._most, self._began = 0, config.tokens or math.inf, began

@@ -145,7 +145,13 @@ def recipe_of(spec: BlockConfig, seed: int, precision: Precision, sums: Path | N
     files = {file: [Path(file)] for file in given or () if given != CLIENTS}
     if given == CLIENTS and sums is not None:
         files[CLIENTS] = [sums]
-    for field, text in (("calibration", spec.calibration.text), ("recover", spec.recover.text)):
+    recovers = spec.recover.most_steps > 0
+    read = spec.method not in ("dense", "given") and (not given or (recovers and not spec.recover.text))
+    texts = (
+        ("calibration", spec.calibration.text if read else None),
+        ("recover", spec.recover.text if recovers else None),
+    )
+    for field, text in texts:
         if text and not is_bundled(text) and not text.startswith("hub:"):
             files[text] = paths_of(text, f"block {spec.name}: {field}.text")
     source = CRITERIA.entry(spec.method).source if spec.registered else ""

@@ -122,7 +122,7 @@ class RunDir:
 
     def unfinish(self) -> None:
         """Take away the figures of a finished run that has more to do: they would be taken for those of all of it."""
-        for name in ("summary.json", "hashes.json"):
+        for name in ("summary.json", "hashes.json", "rounds.csv", "clients.csv", "report.html"):
             (self.path / name).unlink(missing_ok=True)
 
     def exists(self) -> bool:

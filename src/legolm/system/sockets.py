@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from tempfile import gettempdir
 
 from legolm.errors import LegolmError
@@ -18,7 +19,9 @@ def sockets_place(below: int, *first: str | None) -> str:
     Raises `LegolmError` where none will.
     """
     for folder in (*first, gettempdir(), "/tmp"):
-        if folder and len(os.fsencode(folder)) + below <= MOST and os.access(folder, os.W_OK | os.X_OK):
+        if not folder or not os.access(folder, os.W_OK | os.X_OK):
+            continue
+        if len(os.fsencode(Path(folder).absolute())) + below <= MOST:
             return folder
     raise LegolmError(
         f"TMPDIR {gettempdir()}: is too long for the paths of sockets in it, and nothing can be written in /tmp; set "

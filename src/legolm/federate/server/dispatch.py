@@ -305,18 +305,19 @@ class Dispatch:
         return draws[number - 1] * [each], sum(draws[: number - 1]) * each, sum(draws) * each
 
     @cached_property
-    def turns(self) -> Mapping[str, int]:
+    def turns(self) -> Counter[str]:
         """In how many rounds each client is to train; one that holds too little for that, in how many it would."""
-        able = self._members.able(self._config)
-        numbers = range(1, self._config.federation.rounds + 1)
-        to = Counter(id for number in numbers for id in drawn(self._config, number, able))
+        able, numbers = self._members.able(self._config), range(1, self._config.federation.rounds + 1)
         would = Counter(id for one in self._draws for id in one)
-        return {id: (to if id in able else would)[id] for id in self._members.clients}
+        if len(able) == len(self._members.clients):
+            return would
+        to = Counter(id for number in numbers for id in drawn(self._config, number, able))
+        return Counter({id: (to if id in able else would)[id] for id in self._members.clients})
 
     @cached_property
     def _draws(self) -> list[list[str]]:
         """The clients of each round, were all able to take part."""
-        clients, numbers = self._members.clients, range(1, self._config.federation.rounds + 1)
+        clients, numbers = set(self._members.clients), range(1, self._config.federation.rounds + 1)
         return [drawn(self._config, number, clients) for number in numbers]
 
     def _envelope(self, id: str, block: Block, rank: int) -> dict[str, Any]:
