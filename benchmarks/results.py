@@ -140,10 +140,15 @@ class Page:
         if text := self.notes.pop(title, ""):
             self.parts.append(f"{text}\n")
 
+    def add_notes(self, title: str) -> None:
+        """A section of notes alone, where there are any."""
+        if self.notes.get(title):
+            self.add(title)
+
     def text(self) -> str:
         """The page, and at its end what other notes there are."""
-        for title in [title for title, text in self.notes.items() if text]:
-            self.add(title)
+        for title in list(self.notes):
+            self.add_notes(title)
         return "\n".join(self.parts)
 
 
@@ -171,7 +176,7 @@ def write_page(
     lacks: Sequence[str],
 ) -> str:
     """First what a reader takes in, then the rest; `held` are claims by study and scheme."""
-    first, study = next(iter(studies.items()))
+    study = next(iter(studies.values()))
     benches = {name: one for name, one in studies.items() if name != "paper"}
     kept = {f"{TITLES[name]}: {scheme}": found for name in benches for scheme, found in held[name].items()}
     page.parts.append(
@@ -189,21 +194,25 @@ def write_page(
         (found,) = held["paper"].values()
         told = [(claim, one.shown()) for claim, one in found.items()]
         page.add("The paper's claims", table(("claim", "found"), told))
-    page.add("Every scheme", main_table(study), f"{COLUMNS} {server_work(study)}\n", plot(first, "bytes"))
-    page.add(
-        "What the model can learn at all",
-        f"The LLM on each task beside what a constant guess has. With labels: {', '.join(study.labels) or 'none'}. "
-        "Elsewhere almost every answer is another one, and a constant guess has no loss to compare with.\n",
-        task_table(study),
-    )
-    page.parts.append("# The rest\n")
+    shown = list(benches)[:2]
+    for name in shown:
+        page.add(f"Every scheme: {TITLES[name]}", main_table(studies[name]), f"{server_work(studies[name])}\n")
+    page.parts.append(f"{COLUMNS}\n\n# The rest\n")
+    page.add_notes("The claims, one by one")
     if FEDIT in study.runs:
         page.add("Bytes: form and pruning", bytes_table(study))
     for name, one in studies.items():
-        if one is not study:
+        if name not in shown:
             work = f"{server_work(one)}\n" if one.default in one.runs else ""
-            page.add(f"Every scheme: {TITLES[name]}", main_table(one), work, plot(name, "bytes"))
-            page.add(f"By client's data: {TITLES[name]}", task_table(one))
+            page.add(f"Every scheme: {TITLES[name]}", main_table(one), work)
+        labels = f"With labels: {', '.join(one.labels)}. " if one.labels else ""
+        page.add(
+            f"What the model can learn at all: {TITLES[name]}",
+            f"The LLM on each task beside what a constant guess has. {labels}Where almost every answer is another one "
+            "a constant guess has no loss to compare with.\n",
+            task_table(one),
+            plot(name, "bytes"),
+        )
         if one.default in one.runs:
             title = f"Clients before and after the global update (the paper's figure 3): {TITLES[name]}"
             page.add(title, client_table(one), plot(name, "clients"))

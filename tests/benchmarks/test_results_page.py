@@ -88,7 +88,9 @@ def made(
     answers = [one | {"model": model} for one, model in zip(answers, ("starter", "llm"), strict=True)]
     (runs / "robustness.json").write_text(json.dumps({"results": answers}))
     notes = folder / "notes.md"
-    notes.write_text("## Every scheme\n\nIt is so.\n\n## What surprised\n\n## Last\n\nThe end.\n")
+    notes.write_text(
+        "## Every scheme: FLAN, a task a client\n\nIt is so.\n\n## What surprised\n\n## Last\n\nThe end.\n"
+    )
     found = modules["results"].write(runs, folder / "docs", "a GPU", notes)
     return Made(runs, folder / "docs", found, (folder / "docs" / "results.md").read_text(), places)
 
