@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from legolm.api.door import door
 from legolm.block import Block
-from legolm.config import BlockConfig, RowsConfig, block_name, validate
+from legolm.config import RowsConfig, block_at, validate
 from legolm.data import Example, read_examples, with_system
 from legolm.errors import LegolmError
 from legolm.models import fingerprint, lasting_name, load_config, load_model, load_tokenizer, resolve, shape_of
@@ -81,13 +81,8 @@ def cut(
         raise LegolmError(f"cut: `seed` = {seed}: must be from 0 to 2**63 - 1")
     named = dict(calibration) if isinstance(calibration, Mapping) else {"text": calibration}
     text = {"samples": samples, "length": length} | named
-    raw = {
-        "name": block_name(folder, f"cut: `out` = {str(out)!r}"),
-        "method": method,
-        "calibration": text,
-        "recover": {"steps": recover},
-    } | target
-    spec = validate(BlockConfig, raw, "cut")
+    raw = {"method": method, "calibration": text} | target
+    spec = block_at(folder, f"cut: `out` = {str(out)!r}", raw, recover, "cut")
     tokenizer = load_tokenizer(llm.path)
     if (found := kept_block(folder, llm.fingerprint, spec, seed, precision, tokenizer)) is not None:
         return found

@@ -63,7 +63,7 @@ def prune(
 
     Blocks that are there and were cut by the same recipe stay: a command that was killed goes on.
     """
-    from legolm.config import BlockConfig, block_name, load_plugins, validate
+    from legolm.config import block_at, load_plugins
 
     load_plugins(plugin or ())
     targets = {
@@ -86,13 +86,8 @@ def prune(
     for target in chosen:
         values = "-".join(re.sub(r"[^\w.-]", "", value.replace(":", "of"), flags=re.A) for value in target.values())
         folder = out if len(chosen) == 1 else out / f"{method}-{values}"
-        block = {
-            "name": block_name(folder, f"--out {folder}"),
-            "method": method,
-            "calibration": text,
-            "recover": {"steps": recover},
-        } | target
-        wanted.append((validate(BlockConfig, block, "legolm prune"), folder))
+        raw = {"method": method, "calibration": text} | target
+        wanted.append((block_at(folder, f"--out {folder}", raw, recover, "legolm prune"), folder))
     folders = [folder for _, folder in wanted]
     for folder in folders:
         if folders.count(folder) > 1:

@@ -15,10 +15,9 @@ from legolm.config.blocks import (
     ProtectConfig,
     RecoverConfig,
     TextConfig,
-    block_name,
 )
 from legolm.config.dp import DpConfig
-from legolm.config.file import dump, load, read, validate
+from legolm.config.file import block_at, dump, load, read, validate
 from legolm.config.privacy import PrivacyConfig, SecureConfig
 from legolm.config.registry import (
     CRITERIA,
@@ -91,7 +90,7 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "Variant",
-    "block_name",
+    "block_at",
     "dump",
     "foreign",
     "guarded",

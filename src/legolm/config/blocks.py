@@ -7,11 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from legolm.config.registry import CRITERIA, Registry
 from legolm.config.section import Layer, LocalPath, Name, OpenSection, Quantity, RowsConfig, Section
-from legolm.errors import LegolmError
 
 CLIENTS = "clients"
 """In the place of files of sums: a run asks its clients for theirs."""
@@ -198,14 +197,3 @@ class BlockConfig(OpenSection):
                 raise ValueError(f"`{name}` is not for {self.method}, which takes {takes}")
         if self.layers and any(one >= two for one, two in pairwise(self.layers)):
             raise ValueError(f"layers {list(self.layers)}: name each once, in ascending order")
-
-
-def block_name(out: Path, given: str) -> str:
-    """What the block in the folder `out` is called, which came as `given`. Raises `LegolmError` for no such name."""
-    try:
-        return TypeAdapter(Name).validate_python(out.name)
-    except ValidationError:
-        raise LegolmError(
-            f"{given}: a block is called as its folder; give that a name of up to 64 letters, digits, `.`, `_` "
-            "and `-`, a letter or digit first, and not `llm`"
-        ) from None

@@ -6,17 +6,18 @@ An unknown key fails with the nearest known one; every other error names the fie
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from legolm.config.aggregation import AggregateConfig
+from legolm.config.blocks import BlockConfig
 from legolm.config.run import RunConfig
-from legolm.config.section import OpenSection, Section
+from legolm.config.section import Name, OpenSection, Section
 from legolm.config.sections import TrainConfig
 from legolm.errors import LegolmError, nearest
 from legolm.system import read_bounded
@@ -73,6 +74,22 @@ def validate(kind: type[S], raw: dict[str, Any], source: str) -> S:
         return kind.model_validate(raw)
     except ValidationError as error:
         raise LegolmError(f"{source}: {_explain(_clearest(error.errors()), kind)}") from None
+
+
+def block_at(folder: Path, given: str, raw: Mapping[str, Any], recover: int, source: str) -> BlockConfig:
+    """The block to cut into a folder, as which it is called, with so many steps of recovery.
+
+    Raises `LegolmError`, which begins with `given` where it cannot be called so, and with `source` for what else is
+    wrong.
+    """
+    try:
+        name = TypeAdapter(Name).validate_python(folder.name)
+    except ValidationError:
+        raise LegolmError(
+            f"{given}: a block is called as its folder; give that a name of up to 64 letters, digits, `.`, `_` "
+            "and `-`, a letter or digit first, and not `llm`"
+        ) from None
+    return validate(BlockConfig, {"name": name, "recover": {"steps": recover}, **raw}, source)
 
 
 def dump(config: RunConfig) -> str:
