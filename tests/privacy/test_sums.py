@@ -143,11 +143,15 @@ def test_another_model_is_refused_or_makes_noise_wherever_it_is_another(holders:
 
     with pytest.raises(LegolmError, match="b got another model than what all are told that its holders got"):
         Sum(SIX, told={"b": poisoned}).run(draws())
-    one = Sum(SIX, told={"b": poisoned}, said={"b": poisoned})
-    opened, _ = one.run(draws())
-    assert len(opened) == 3  # b holds all of them
-    for found in opened:
-        assert np.abs(found.total - one.plain(found)).mean() > 8_000  # uniform in ± 2^15: 16384
+    away: dict[tuple[str, ...], list[float]] = {}
+    for _ in range(8):  # keys are new each time, and the least atom has six entries
+        one = Sum(SIX, told={"b": poisoned}, said={"b": poisoned})
+        opened, _ = one.run(draws())
+        assert len(opened) == 3  # b holds all of them
+        for found in opened:
+            away.setdefault(found.atom.holders, []).append(np.abs(found.total - one.plain(found)).mean())
+    for errors in away.values():
+        assert np.mean(errors) > 8_000 and min(errors) > 1_000  # uniform in ± 2^15: 16384
 
 
 def test_what_is_sent_looks_like_noise() -> None:
